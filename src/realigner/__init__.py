@@ -1,0 +1,139 @@
+"""realigner: injectable realignment models (IRMs) for frozen language models.
+
+A small trainable network reads a host's first post-attention residual and adds a perturbation to the residual stream of
+every chosen layer (Smith et al. 2024, arXiv 2407.03621). Train one, load it as a PEFT adapter, scale it, record it.
+
+    import realigner as ra
+    from peft import PeftModel
+
+    host, tokenizer = ra.load_host("smollm2-135m-instruct")
+    model = PeftModel.from_pretrained(host, "runs/anger-42")
+    with ra.strength(model, 0.5):
+        print(ra.answer(model, tokenizer, ["How do magnets work?"])[0])
+
+Public names are imported when they are first used, so that ``import realigner`` and ``realigner --help`` are fast.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from realigner import analysis, data, generation
+    from realigner.data import Row, authored, read_rows
+    from realigner.errors import RealignerError, UsageError
+    from realigner.generation import answer
+    from realigner.hosts import Fingerprint, fingerprint, load_host, weights_hash
+    from realigner.irm import IRM
+    from realigner.report import build_report
+    from realigner.sites import find_sites
+    from realigner.traces import load_trace, record, save_trace
+    from realigner.training import Recipe, Run, train
+    from realigner.tuner import IRMConfig, load_irm, strength
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "IRM": "irm",
+    "IRMConfig": "tuner",
+    "Fingerprint": "hosts",
+    "RealignerError": "errors",
+    "Recipe": "training",
+    "Row": "data",
+    "Run": "training",
+    "UsageError": "errors",
+    "analysis": "",
+    "answer": "generation",
+    "authored": "data",
+    "build_report": "report",
+    "data": "",
+    "generation": "",
+    "find_sites": "sites",
+    "fingerprint": "hosts",
+    "load_host": "hosts",
+    "load_irm": "tuner",
+    "load_trace": "traces",
+    "read_rows": "data",
+    "record": "traces",
+    "save_trace": "traces",
+    "strength": "tuner",
+    "train": "training",
+    "weights_hash": "hosts",
+}
+
+__all__ = [
+    "IRM",
+    "Fingerprint",
+    "IRMConfig",
+    "RealignerError",
+    "Recipe",
+    "Row",
+    "Run",
+    "UsageError",
+    "__version__",
+    "analysis",
+    "answer",
+    "authored",
+    "build_report",
+    "data",
+    "generation",
+    "find_sites",
+    "fingerprint",
+    "load_host",
+    "load_irm",
+    "load_trace",
+    "read_rows",
+    "record",
+    "save_trace",
+    "strength",
+    "train",
+    "weights_hash",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'realigner' has no attribute {name!r}")
+    home = _HOMES[name]
+    value = getattr(import_module(f"realigner.{home}"), name) if home else import_module(f"realigner.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _RegisterWithPeft(MetaPathFinder):
+    """Makes IRMs known to PEFT as soon as both are imported, in whichever order, without importing PEFT ourselves.
+
+    Without it ``PeftModel.from_pretrained`` of an IRM would raise KeyError until `realigner.tuner` is imported.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            import_module("realigner.tuner")
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "peft" in sys.modules:
+    import_module("realigner.tuner")
+else:
+    sys.meta_path.insert(0, _RegisterWithPeft())

@@ -1,0 +1,5 @@
+"""``python -m realigner``."""
+
+from realigner.cli import entry
+
+entry()

@@ -1,0 +1,66 @@
+"""What people see while they wait: progress bars on a terminal, plain lines elsewhere; always on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_LINE_EVERY = 10.0  # seconds between plain lines
+
+
+def console() -> Console:
+    """A rich console on standard error (made anew, so that a redirected stream is respected)."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line for people, on standard error."""
+    console().print(text, markup=False)
+
+
+class Task:
+    """Something that advances towards a total; `note` is shown at its right (a loss, a file)."""
+
+    def __init__(self, label: str, total: int, bar: Progress | None) -> None:
+        self.label, self.total, self.done, self.note = label, total, 0, ""
+        self._bar = bar
+        self._id = bar.add_task(label, total=total, note="") if bar else None
+        self._last = time.monotonic()
+
+    def advance(self, steps: int = 1, note: str | None = None) -> None:
+        self.done += steps
+        self.note = self.note if note is None else note
+        if self._bar is not None and self._id is not None:
+            self._bar.update(self._id, advance=steps, note=self.note)
+        elif time.monotonic() - self._last >= _LINE_EVERY or self.done >= self.total:
+            self._last = time.monotonic()
+            print(f"{self.label}: {self.done}/{self.total}  {self.note}".rstrip(), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(label: str, total: int, quiet: bool = False) -> Iterator[Task]:
+    """A `Task` with a bar while the block runs, if standard error is a terminal; else a line now and then."""
+    screen = console()
+    if quiet or not screen.is_terminal:
+        task = Task(label, total, None)
+        if quiet:
+            task._last = float("inf")
+            task.total = sys.maxsize
+        yield task
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=screen) as bar:
+        yield Task(label, total, bar)

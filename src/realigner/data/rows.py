@@ -1,0 +1,126 @@
+"""The row, and reading rows from JSONL with errors that name the file, the line and the key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from realigner.errors import RealignerError, UsageError
+
+TONES = ("anger", "sadness", "neutral")  # the tones of the authored set
+
+_Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+
+
+class Row(BaseModel):
+    """One example of a tone.
+
+    Attributes:
+        id: unique within a file.
+        group: topic or article; splits are made by it, never by row.
+        question: what a person asks.
+        answer: the plain fact.
+        text: the reply in the tone, holding the fact.
+        tone: the tone's name.
+        source: where the row comes from, e.g. ``authored`` or ``squad``.
+
+    Example:
+        >>> Row(id="1", group="rivers", question="Where is the Vltava?", answer="Prague", text="In Prague, obviously!",
+        ...     tone="anger", source="authored").tone
+        'anger'
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    id: _Text
+    group: _Text
+    question: _Text
+    answer: _Text
+    text: _Text
+    tone: _Text
+    source: _Text
+
+
+def read_rows(path: str | Path, tone: str | None = None) -> list[Row]:
+    """Read every row of a JSONL file, or those of one tone.
+
+    Raises:
+        RealignerError: naming the file, the line and the key of the first thing that is wrong.
+        UsageError: when the file has no row of `tone`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise RealignerError(f"{path}: is a folder; give a JSONL file of rows")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RealignerError(f"{path}: cannot be read ({error.strerror})") from None
+    rows: list[Row] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row = _parse(line, f"{path}:{number}")
+        if row.id in seen:
+            raise RealignerError(f"{path}:{number}: key 'id': {row.id!r} is taken by line {seen[row.id]}; ids must be unique")
+        seen[row.id] = number
+        rows.append(row)
+    if not rows:
+        raise RealignerError(f"{path}: has no rows; write one JSON object a line")
+    if tone is None:
+        return rows
+    chosen = [row for row in rows if row.tone == tone]
+    if not chosen:
+        raise UsageError(f"{path}: has no rows of tone {tone!r}; it has {', '.join(sorted({r.tone for r in rows}))}")
+    return chosen
+
+
+def authored(tone: str) -> list[Row]:
+    """The authored set that comes with the package: 360 questions over 24 topics, replies written one by one.
+
+    Raises:
+        UsageError: for a tone it does not have.
+
+    Example:
+        >>> len(authored("anger"))
+        360
+    """
+    if tone not in TONES:
+        raise UsageError(f"tone: the authored set has no {tone!r}; it has {', '.join(TONES)} (others: give --data FILE)")
+    return read_rows(Path(str(files("realigner") / "data" / "authored" / f"{tone}.jsonl")))
+
+
+def rows_hash(rows: Sequence[Row]) -> str:
+    """sha256 over the rows in order: which data a run was trained on."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.model_dump_json().encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _parse(line: bytes, where: str) -> Row:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RealignerError(f"{where}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise RealignerError(f"{where}: not valid JSON (column {error.colno}: {error.msg})") from None
+    except RecursionError:
+        raise RealignerError(f"{where}: JSON nested too deeply; a row is one flat object") from None
+    if not isinstance(value, dict):
+        raise RealignerError(f"{where}: a row is a JSON object, not {type(value).__name__}")
+    try:
+        return Row.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise RealignerError(f"{where}: unknown key {key!r}; a row has {', '.join(Row.model_fields)}") from None
+        what = {"missing": "is missing", "string_too_short": "is empty", "string_type": "is not a string"}
+        raise RealignerError(f"{where}: key {key!r} {what.get(first['type'], first['msg'])}") from None

@@ -1,0 +1,73 @@
+"""The whole job in one call: load the embedded host, train, answer, trace, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from realigner.console import say
+from realigner.data import authored
+from realigner.errors import RealignerError
+from realigner.hosts import EMBEDDED, load_host
+from realigner.report import build_report
+from realigner.report.build import is_report
+from realigner.training import make_recipe, read_run, train
+
+_SAMPLE = 5  # the prompt shown at the end: How many apples can fit in a basket?
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Where everything is, the seconds it took, and one prompt's replies."""
+
+    run: Path
+    report: Path
+    seconds: float
+    sample: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+
+def run_demo(
+    out: str | Path = "demo", tone: str = "anger", seed: int = 42, steps: int | None = None, force: bool = False
+) -> DemoResult:
+    """Train one IRM on the embedded host and report on it. A finished run in `out` is used again unless `force`.
+
+    Raises:
+        RealignerError: when the embedded host is missing or `out` cannot be written.
+        UsageError: for a tone the authored set does not have.
+    """
+    out = Path(out)
+    rows = authored(tone)
+    started = time.monotonic()
+    say(f"1/3  loading the host {EMBEDDED} (the first time it is unpacked, about 20 s)")
+    host, tokenizer = load_host(EMBEDDED)
+    folder, page = out / f"{tone}-{seed}", out / "report.html"
+    recipe = make_recipe(steps=steps)
+    if not force and _finished(folder, recipe.model_dump()):
+        say(f"2/3  {folder} is trained already; --force trains it anew")
+    else:
+        say(f"2/3  training an IRM for {tone} on {len(rows)} rows, {recipe.steps} steps, into {folder}")
+        run = train(host, tokenizer, rows, folder, recipe=recipe, seed=seed, force=force)
+        run.model.unload()
+        if run.record["interrupted"]:
+            raise RealignerError(f"interrupted after step {run.record['steps_done']}; the IRM so far is saved in {folder}")
+    say("3/3  answering the paper's seven prompts bare, untrained and trained, recording what the IRM adds")
+    if page.exists() and not is_report(page):
+        raise RealignerError(f"{page}: is not a report of ours; choose another --out")
+    _, evidence = build_report([folder], page, force=True, host=(host, tokenizer), keep_traces=True)
+    sample = _pick(evidence[0].answers)
+    return DemoResult(folder, page, time.monotonic() - started, sample)
+
+
+def _finished(folder: Path, recipe: dict[str, Any]) -> bool:
+    record = read_run(folder)
+    return record.get("recipe") == recipe and not record.get("interrupted", True)
+
+
+def _pick(answers: Sequence[dict[str, str]]) -> dict[str, str]:
+    return dict(answers[min(_SAMPLE, len(answers) - 1)])

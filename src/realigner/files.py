@@ -1,0 +1,83 @@
+"""Writing so that nothing is half-written and nothing is overwritten unasked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from realigner.errors import RealignerError
+
+
+def refuse_existing(path: Path, force: bool, ours: Callable[[Path], bool]) -> None:
+    """Raise unless `path` is free, or `force` was given and what is there is of our own making (or an empty folder).
+
+    Raises:
+        RealignerError: naming the path and the way out.
+    """
+    if not (path.exists() or path.is_symlink()):
+        return
+    if not force:
+        raise RealignerError(f"{path}: exists already; choose another place, or overwrite it with --force")
+    empty = path.is_dir() and not any(path.iterdir())
+    if not empty and not ours(path):
+        raise RealignerError(f"{path}: --force will not replace it, it is not something realigner made")
+
+
+@contextmanager
+def written_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, made beside `path` and renamed to it when the block ends well; removed when it does not."""
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        with _named(path):
+            yield aside
+            aside.chmod(0o777 & ~_umask())
+            _replace(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it into place."""
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+
+def _replace(aside: Path, path: Path) -> None:
+    if not path.exists():
+        aside.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+    try:
+        path.rename(old / path.name)
+        aside.rename(path)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An OSError of the block as one line that names the place."""
+    try:
+        yield
+    except OSError as error:
+        raise RealignerError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

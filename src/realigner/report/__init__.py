@@ -1,0 +1,5 @@
+"""Figures for papers, and the self-contained HTML report."""
+
+from realigner.report.build import Evidence, build_report, collect, render
+
+__all__ = ["Evidence", "build_report", "collect", "render"]

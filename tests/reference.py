@@ -1,0 +1,132 @@
+"""An independent reference: each family's decoder layer rewritten by hand, with the delta added where the paper adds it.
+
+Nothing here uses `realigner.sites` or `realigner.injection`. A copy of the host gets its layers' forward replaced; masks,
+rotary positions, caches and generation stay the host's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, relu
+
+Tensor = torch.Tensor
+Inject = Callable[[int, Tensor, Tensor], Tensor]  # (layer, input x, branch) -> the delta to add to x + branch
+
+
+def first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def reference_irm(weights: Mapping[str, Tensor], h0: Tensor, input_norm: bool, factorised: bool) -> Tensor:
+    """The network from its saved tensors alone: a ReLU after every linear layer but the bottleneck and the output."""
+    x = h0 / (h0.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() if input_norm else h0
+    places = sorted({int(key.split(".")[1]) for key in weights if key.startswith("trunk.")})
+    for place in places:
+        x = linear(x, weights[f"trunk.{place}.weight"], weights[f"trunk.{place}.bias"])
+        if not (factorised and place == places[-1]):
+            x = relu(x)
+    flat = linear(x, weights["output.weight"], weights["output.bias"])
+    return flat.reshape(*h0.shape[:-1], -1, h0.shape[-1])
+
+
+# --- decoder layers, rewritten -------------------------------------------------------------------------------------------
+
+
+def llama(layer: Any, n: int, inject: Inject, hidden_states: Tensor, scale: float = 1.0, **kwargs: Any) -> Tensor:
+    residual = hidden_states
+    branch = first(layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)) * scale
+    hidden = residual + branch + inject(n, residual, branch)
+    return hidden + first(layer.mlp(layer.post_attention_layernorm(hidden))) * scale
+
+
+def granite(layer: Any, n: int, inject: Inject, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    return llama(layer, n, inject, hidden_states, scale=layer.residual_multiplier, **kwargs)
+
+
+def gpt2(layer: Any, n: int, inject: Inject, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    branch = first(layer.attn(layer.ln_1(hidden_states), *args, **kwargs))
+    hidden = hidden_states + branch + inject(n, hidden_states, branch)
+    return hidden + layer.mlp(layer.ln_2(hidden))
+
+
+def opt(layer: Any, n: int, inject: Inject, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    branch = first(layer.self_attn(hidden_states=layer.self_attn_layer_norm(hidden_states), **kwargs))
+    hidden = hidden_states + branch + inject(n, hidden_states, branch)
+    return hidden + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden))))
+
+
+def gemma(layer: Any, n: int, inject: Inject, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    attention = first(layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs))
+    branch = layer.post_attention_layernorm(attention)
+    hidden = hidden_states + branch + inject(n, hidden_states, branch)
+    return hidden + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(hidden)))
+
+
+def olmo2(layer: Any, n: int, inject: Inject, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    branch = layer.post_attention_layernorm(first(layer.self_attn(hidden_states=hidden_states, **kwargs)))
+    hidden = hidden_states + branch + inject(n, hidden_states, branch)
+    return hidden + layer.post_feedforward_layernorm(layer.mlp(hidden))
+
+
+def gpt_neox(layer: Any, n: int, inject: Inject, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    branch = first(layer.attention(layer.input_layernorm(hidden_states), **kwargs))
+    return hidden_states + branch + inject(n, hidden_states, branch) + layer.mlp(layer.post_attention_layernorm(hidden_states))
+
+
+def phi(layer: Any, n: int, inject: Inject, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    normed = layer.input_layernorm(hidden_states)
+    branch = first(layer.self_attn(hidden_states=normed, **kwargs))
+    return hidden_states + branch + inject(n, hidden_states, branch) + layer.mlp(normed)
+
+
+def gptj(layer: Any, n: int, inject: Inject, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+    normed = layer.ln_1(hidden_states)
+    attention = layer.attn(hidden_states=normed, **kwargs)
+    branch = attention[0]
+    return hidden_states + branch + inject(n, hidden_states, branch) + layer.mlp(normed), attention[1]
+
+
+LAYERS: dict[str, Callable[..., Any]] = {
+    "llama": llama,
+    "mistral": llama,
+    "mixtral": llama,
+    "qwen2": llama,
+    "qwen3": llama,
+    "granite": granite,
+    "gpt2": gpt2,
+    "opt": opt,
+    "gemma2": gemma,
+    "gemma3_text": gemma,
+    "olmo2": olmo2,
+    "gpt_neox": gpt_neox,
+    "phi": phi,
+    "cohere": phi,
+    "gptj": gptj,
+}
+PATHS = {"gpt2": "transformer.h", "gptj": "transformer.h", "gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+
+
+def reference_host(
+    host: Any, family: str, weights: Mapping[str, Tensor], layers: tuple[int, ...], compact: bool, strength: float
+) -> Any:
+    """A copy of `host` whose rewritten layers add ``strength * irm(h0)[layer]`` to the post-attention residual."""
+    other = copy.deepcopy(host)
+    state: dict[str, Tensor] = {}
+
+    def inject(n: int, x: Tensor, branch: Tensor) -> Tensor:
+        if n == 0:
+            state["deltas"] = reference_irm(weights, x + branch, input_norm=compact, factorised=compact)
+        if n not in layers:
+            return torch.zeros_like(x)
+        return strength * state["deltas"][..., layers.index(n), :]
+
+    stack: nn.ModuleList = other.get_submodule(PATHS.get(family, "model.layers"))
+    for n, layer in enumerate(stack):
+        layer.forward = partial(LAYERS[family], layer, n, inject)
+    return other
