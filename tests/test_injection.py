@@ -145,7 +145,7 @@ def gradients(model: Any, calls: int = 1, between: bool = False) -> dict[str, to
     losses = []
     for call in range(calls):
         tokens = ids() + call
-        losses.append(model(input_ids=tokens, labels=tokens).loss)
+        losses.append(model(input_ids=tokens, labels=tokens, use_cache=False).loss)
         if between:
             with torch.no_grad():
                 model(input_ids=tokens.flip(1))

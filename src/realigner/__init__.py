@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from realigner import analysis, data, generation
+    from realigner import analysis, data, generation, hosts
     from realigner.data import Row, authored, read_rows
     from realigner.errors import RealignerError, UsageError
     from realigner.generation import answer
@@ -54,6 +54,7 @@ _HOMES = {
     "build_report": "report",
     "data": "",
     "generation": "",
+    "hosts": "",
     "find_sites": "sites",
     "fingerprint": "hosts",
     "load_host": "hosts",
@@ -83,6 +84,7 @@ __all__ = [
     "build_report",
     "data",
     "generation",
+    "hosts",
     "find_sites",
     "fingerprint",
     "load_host",

@@ -1,0 +1,297 @@
+"""The IRM as a PEFT method: saving, strict loading, several at once, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import realigner as ra
+from realigner.census import tiny_host
+from realigner.errors import RealignerError, UsageError
+from realigner.tuner import CONFIG_FILE, WEIGHTS_FILE, IRMConfig, load_irm, tuner_of
+from tests.tiny import tiny_folder, tiny_pair
+
+IDS = torch.arange(3, 12)[None]
+
+
+def realigned(host: Any = None, **config: Any) -> Any:
+    torch.manual_seed(2)
+    model = get_peft_model(tiny_host("llama") if host is None else host, IRMConfig(output_std=0.3, **config))
+    return model.eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=IDS).logits
+    return out
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = realigned()
+    model.save_pretrained(str(tmp_path / "irm"))
+    return tmp_path / "irm"
+
+
+def test_only_the_irm_is_trainable_and_saved(saved: Path) -> None:
+    model = realigned()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all(name.startswith("base_model.bank.networks.default.") for name in trainable)
+    names = set(load_file(saved / WEIGHTS_FILE))
+    assert names == {f"irm.{key}" for key in tuner_of(model).bank.network("default").state_dict()}
+
+
+def test_round_trip_in_a_fresh_process_is_bit_identical(tmp_path: Path) -> None:
+    """The design's snippet, word for word: importing realigner is enough for PEFT to know IRMs."""
+    folder = tiny_folder(tmp_path / "host")
+    host, _ = ra.load_host(str(folder), dtype="float32")
+    model = realigned(host)
+    model.save_pretrained(str(tmp_path / "irm"))
+    torch.save(logits(model), tmp_path / "want.pt")
+    code = f"""
+import torch
+import realigner as ra
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+host = AutoModelForCausalLM.from_pretrained({str(folder)!r})
+model = PeftModel.from_pretrained(host, {str(tmp_path / "irm")!r})
+with torch.no_grad():
+    got = model(input_ids=torch.arange(3, 12)[None]).logits
+assert torch.equal(got, torch.load({str(tmp_path / "want.pt")!r})), "logits differ"
+assert not any(p.requires_grad for p in model.parameters())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_peft_imported_first_knows_irms_too() -> None:
+    code = "import peft, realigner; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m; assert 'IRM' in m"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_saving_again_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    model = PeftModel.from_pretrained(tiny_host("llama"), str(saved))
+    model.save_pretrained(str(tmp_path / "again"))
+    assert (saved / WEIGHTS_FILE).read_bytes() == (tmp_path / "again" / WEIGHTS_FILE).read_bytes()
+
+
+# --- refusals on load -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", range(20))
+def test_truncated_weights_are_refused(saved: Path, part: int) -> None:
+    path = saved / WEIGHTS_FILE
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * part // 20])
+    for load in (load_irm, PeftModel.from_pretrained):
+        with pytest.raises(RealignerError, match="truncated or damaged") as caught:
+            load(tiny_host("llama"), str(saved))
+        assert "\n" not in str(caught.value)
+        assert WEIGHTS_FILE in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: tiny_host("llama", seed=1),
+        lambda: tiny_host("mistral"),
+        lambda: tiny_host("llama", num_hidden_layers=2),
+        lambda: tiny_host("llama", hidden_size=64),
+        lambda: tiny_host("llama", vocab_size=120),
+        lambda: tiny_host("llama", intermediate_size=48),
+    ],
+)
+def test_another_host_is_refused(saved: Path, other: Any) -> None:
+    host = other()
+    want = logits(host)
+    with pytest.raises(RealignerError, match="made for another host"):
+        PeftModel.from_pretrained(host, str(saved))
+    assert torch.equal(logits(host), want)  # and left as it was
+
+
+def test_the_same_host_in_bfloat16_is_accepted(saved: Path) -> None:
+    PeftModel.from_pretrained(tiny_host("llama").to(torch.bfloat16), str(saved))
+
+
+def edit_weights(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS_FILE)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({"irm.trunk.0.wait": t.pop("irm.trunk.0.weight")}), "trunk.0.weight is missing"),
+        (lambda t: t.pop("irm.output.bias"), "output.bias is missing"),
+        (lambda t: t.update({"irm.more": torch.zeros(1)}), "does not have"),
+        (lambda t: t.update({"irm.output.bias": torch.zeros(3)}), "has shape"),
+        (lambda t: t.clear(), "is missing"),
+    ],
+)
+def test_wrong_tensors_are_refused(saved: Path, change: Any, message: str) -> None:
+    edit_weights(saved, change)
+    with pytest.raises(RealignerError, match=message):
+        PeftModel.from_pretrained(tiny_host("llama"), str(saved))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LORA"}, "not an IRM"),
+        ({"rank": -1}, "rank"),
+        ({"layers": [0, 99]}, "no layer 99"),
+        ({"preset": "huge"}, "preset"),
+        ({"surprise": 1}, "unknown key 'surprise'"),
+        ({"site": {"layers": "elsewhere"}}, "the probe now finds"),
+        ({"host": {"name": "x"}}, "fingerprint"),
+    ],
+)
+def test_wrong_configs_are_refused(saved: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(saved, **changes)
+    with pytest.raises(RealignerError, match=message):
+        load_irm(tiny_host("llama"), saved)
+
+
+def test_broken_folders_are_refused(saved: Path, tmp_path: Path) -> None:
+    host = tiny_host("llama")
+    with pytest.raises(RealignerError, match="no such adapter folder"):
+        load_irm(host, tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RealignerError, match="has no adapter_config"):
+        load_irm(host, tmp_path / "empty")
+    (saved / WEIGHTS_FILE).rename(saved / "adapter_model.bin")
+    with pytest.raises(RealignerError, match="pickle"):
+        PeftModel.from_pretrained(host, str(saved))
+    (saved / CONFIG_FILE).write_text("{")
+    with pytest.raises(RealignerError, match="not valid JSON"):
+        load_irm(host, saved)
+
+
+# --- several IRMs, strength -------------------------------------------------------------------------------------------------
+
+
+def test_set_add_and_delete() -> None:
+    model = realigned()
+    one = logits(model)
+    torch.manual_seed(9)
+    model.add_adapter("second", IRMConfig(output_std=0.3, layers=[1, 2]))
+    assert torch.equal(logits(model), one)
+    model.set_adapter("second")
+    two = logits(model)
+    assert not torch.equal(one, two)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model)
+    with ra.strength(model, 0.0, adapter="second"):
+        assert torch.equal(logits(model), one)
+    with ra.strength(model, 0.0, adapter="default"):
+        assert torch.equal(logits(model), two)
+    assert not torch.equal(both, one)
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    assert torch.equal(logits(model), one)
+    with pytest.raises((UsageError, ValueError), match="second"):
+        model.set_adapter("second")
+
+
+def test_two_irms_sum() -> None:
+    """Where both deltas are of the same network, the sum is twice its strength."""
+    model = realigned()
+    model.add_adapter("twin", IRMConfig(output_std=0.3))
+    bank = tuner_of(model).bank
+    bank.network("twin").load_state_dict(bank.network("default").state_dict())
+    with ra.strength(model, 2.0):
+        want = logits(model)
+    model.base_model.set_adapter(["default", "twin"])
+    assert torch.allclose(logits(model), want, atol=1e-6)
+
+
+def test_strength_is_restored() -> None:
+    model = realigned()
+    with ra.strength(model, 0.25), ra.strength(model, 3.0):
+        assert float(tuner_of(model).bank.strengths["default"]) == 3.0
+    assert float(tuner_of(model).bank.strengths["default"]) == 1.0
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="strength"), ra.strength(model, wrong):
+            pass
+    with pytest.raises(UsageError, match="nobody"), ra.strength(model, 1.0, adapter="nobody"):
+        pass
+    with pytest.raises(UsageError, match="no IRM"), ra.strength(tiny_host("llama"), 1.0):
+        pass
+
+
+def test_trainability_follows_peft() -> None:
+    model = realigned()
+    model.add_adapter("second", IRMConfig())
+    network = tuner_of(model).bank.network
+    assert all(p.requires_grad for p in network("default").parameters())
+    assert not any(p.requires_grad for p in network("second").parameters())
+    model.set_adapter("second")
+    assert all(p.requires_grad for p in network("second").parameters())
+    assert not any(p.requires_grad for p in network("default").parameters())
+    with model.disable_adapter():
+        assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_what_cannot_be_says_so() -> None:
+    model = realigned()
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(RealignerError, match="cannot be merged"):
+            merge()
+    with pytest.raises(UsageError, match="adapter_names"):
+        model(input_ids=IDS, adapter_names=["default"])
+    for name in ("trunk", "0", "a.b"):
+        with pytest.raises(UsageError, match="clashes"):
+            model.add_adapter(name, IRMConfig())
+    with pytest.raises(UsageError, match="there is no layer 3"):
+        get_peft_model(tiny_host("llama"), IRMConfig(layers=[3]))
+
+
+def test_status_and_counts_work() -> None:
+    model = realigned()
+    status = model.get_model_status()
+    assert status.enabled is True
+    assert status.active_adapters == ["default"]
+    trainable, total = model.get_nb_trainable_parameters()
+    assert trainable == sum(p.numel() for p in tuner_of(model).bank.parameters())
+    assert total == trainable + sum(p.numel() for p in tiny_host("llama").parameters())
+
+
+def test_deepcopy_is_independent() -> None:
+    model = realigned()
+    twin = copy.deepcopy(model)
+    want = logits(model)
+    assert torch.equal(logits(twin), want)
+    with ra.strength(twin, 0.0):
+        assert torch.equal(logits(model), want)
+        assert not torch.equal(logits(twin), want)
+
+
+def test_low_memory_loading(saved: Path) -> None:
+    model = PeftModel.from_pretrained(tiny_host("llama"), str(saved), low_cpu_mem_usage=True)
+    assert torch.equal(logits(model), logits(PeftModel.from_pretrained(tiny_host("llama"), str(saved))))
+
+
+def test_config_keeps_no_path_of_this_machine(tmp_path: Path) -> None:
+    host, _ = tiny_pair()
+    host.realigner = ra.hosts.HostInfo("some/host", None)
+    host.name_or_path = "/root/.cache/secret"
+    realigned(host).save_pretrained(str(tmp_path), save_embedding_layers=False)
+    text = (tmp_path / CONFIG_FILE).read_text()
+    assert "secret" not in text
+    assert json.loads(text)["base_model_name_or_path"] == "some/host"
