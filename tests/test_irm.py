@@ -109,7 +109,9 @@ def test_bad_values_name_the_field(field: str, value: Any) -> None:
     rank=st.none() | st.integers(0, 8),
     preset=st.sampled_from(["compact", "paper"]),
 )
-def test_any_valid_shape_builds_what_it_counts(layers: list[int], widths: list[int] | None, rank: int | None, preset: str) -> None:
+def test_any_valid_shape_builds_what_it_counts(
+    layers: list[int], widths: list[int] | None, rank: int | None, preset: str
+) -> None:
     shape = IRMShape(preset=preset, layers=layers, widths=widths, rank=rank)
     irm = shape.build(8, 6)
     assert isinstance(irm, IRM)

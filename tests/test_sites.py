@@ -77,7 +77,7 @@ def test_a_skip_path_that_misses_the_delta_is_refused() -> None:
         return out
 
     layer.forward = forward
-    with pytest.raises(RealignerError, match="layer 2.*misses the skip path"):
+    with pytest.raises(RealignerError, match=r"layer 2.*misses the skip path"):
         find_sites(host)
 
 

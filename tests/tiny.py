@@ -52,6 +52,14 @@ def tiny_folder(path: Path, family: str = "llama", seed: int = 0) -> Path:
 def some_rows(count: int = 24, groups: int = 4, tone: str = "anger") -> list[ra.Row]:
     """Short made-up rows over a few groups."""
     return [
-        ra.Row(id=str(n), group=f"g{n % groups}", question=f"What is {n}?", answer=str(n), text=f"It is {n}, damn it!", tone=tone, source="test")
+        ra.Row(
+            id=str(n),
+            group=f"g{n % groups}",
+            question=f"What is {n}?",
+            answer=str(n),
+            text=f"It is {n}, damn it!",
+            tone=tone,
+            source="test",
+        )
         for n in range(count)
     ]

@@ -40,6 +40,7 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ..., or auto.")]
 Strength = Annotated[float, typer.Option(help="Scale of the IRM: 0 is the bare host, 1 the IRM as trained.")]
+Penalty = Annotated[float, typer.Option(help="Above 1, tokens already in the text are made less likely; 1 is off.")]
 Prompts = Annotated[Optional[str], typer.Option(help="'paper' for the paper's seven, or a text file with a prompt a line.")]
 Questions = Annotated[Optional[list[str]], typer.Argument(help="Prompts.", show_default=False)]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens of a reply at most.")]
@@ -69,7 +70,7 @@ def demo(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """The whole job on the embedded host: train an IRM, answer the paper's prompts, trace, report (about 7 minutes on 2 cores)."""
+    """The whole job on the embedded host: train, answer the paper's prompts, trace, report (about 7 minutes on 2 cores)."""
     from realigner.demo import run_demo
 
     result = run_demo(out, tone=tone, seed=seed, steps=steps, force=force)
@@ -145,6 +146,7 @@ def generate(
     host: HostOfIrm = None,
     max_new_tokens: MaxNewTokens = 80,
     temperature: Annotated[float, typer.Option(help="0 for greedy replies, else the temperature of sampling.")] = 0.0,
+    repetition_penalty: Penalty = 1.1,
     seed: Seed = 42,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -158,6 +160,7 @@ def generate(
     from realigner.tuner import strength as at_strength
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    options["repetition_penalty"] = repetition_penalty
     with progress("answering", 2 * len(asked), quiet=as_json) as task:
         with model.disable_adapter():
             base = answer(model, tokenizer, asked, **options, done=task.advance)
@@ -200,9 +203,9 @@ def trace(
     from realigner.traces import record, save_trace
     from realigner.tuner import strength as at_strength
 
-    with progress("recording", len(asked), quiet=as_json) as task:
-        with at_strength(model, strength), record(model, tokenizer) as recorded:
-            answer(model, tokenizer, asked, max_new_tokens=max_new_tokens, seed=seed, done=task.advance)
+    bar = progress("recording", len(asked), quiet=as_json)
+    with bar as task, at_strength(model, strength), record(model, tokenizer) as recorded:
+        answer(model, tokenizer, asked, max_new_tokens=max_new_tokens, seed=seed, done=task.advance)
     recorded = recorded.assign_coords(run=[irm.resolve().name])
     save_trace(recorded, out, force)
     sizes = {str(key): int(value) for key, value in recorded.sizes.items()}

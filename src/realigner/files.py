@@ -36,7 +36,7 @@ def written_folder(path: Path) -> Iterator[Path]:
     try:
         with _named(path):
             yield aside
-            aside.chmod(0o777 & ~_umask())
+            _open_up(aside)
             _replace(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -47,13 +47,21 @@ def write_text(path: Path, text: str) -> None:
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        aside = Path(name)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
                 stream.write(text)
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
+            aside.chmod(0o666 & ~_umask())
+            aside.replace(path)
         finally:
-            Path(name).unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)
+
+
+def _open_up(folder: Path) -> None:
+    """Give what was made with a temporary file's private mode the mode any new file has."""
+    mask = _umask()
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _replace(aside: Path, path: Path) -> None:

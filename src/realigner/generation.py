@@ -18,6 +18,7 @@ def answer(
     prompts: Sequence[str],
     max_new_tokens: int = 80,
     temperature: float = 0.0,
+    repetition_penalty: float = 1.1,
     seed: int = 42,
     batch_size: int = 8,
     done: Callable[[int], None] | None = None,
@@ -30,6 +31,7 @@ def answer(
         prompts: questions; each is put through the chat template (see `data.prompt_ids`).
         max_new_tokens: of each reply.
         temperature: 0 for greedy replies, else that of sampling.
+        repetition_penalty: above 1, tokens already in the text are made less likely (small hosts run in circles); 1 is off.
         seed: of the sampling, set anew for each batch. Greedy replies do not depend on it.
         batch_size: prompts at a time, padded on the left.
         done: called with the number of prompts answered after each batch.
@@ -41,9 +43,9 @@ def answer(
         >>> answer(host, tokenizer, ["How many legs has a spider?"])  # doctest: +SKIP
         ['A spider has eight legs.']
     """
-    if max_new_tokens < 1 or batch_size < 1 or not 0 <= temperature < 100:
+    if max_new_tokens < 1 or batch_size < 1 or not 0 <= temperature < 100 or not 0 < repetition_penalty < 100:
         raise UsageError(
-            f"generate: max_new_tokens={max_new_tokens}, batch_size={batch_size}, temperature={temperature} cannot be"
+            f"generate: max_new_tokens={max_new_tokens}, batch_size={batch_size}, temperature={temperature}, repetition_penalty={repetition_penalty} cannot be"
         )
     for prompt in prompts:
         if not prompt.strip():
@@ -52,7 +54,7 @@ def answer(
     replies: list[str] = []
     for start in range(0, len(prompts), batch_size):
         inputs = encode_prompts(tokenizer, prompts[start : start + batch_size], device)
-        sampling: dict[str, Any] = {"do_sample": temperature > 0}
+        sampling: dict[str, Any] = {"do_sample": temperature > 0, "repetition_penalty": repetition_penalty}
         if temperature > 0:
             sampling |= {"temperature": temperature, "top_p": 1.0, "top_k": 0}
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():

@@ -134,7 +134,7 @@ def load_host(
     else:
         options["revision"] = revision
     try:
-        with _quiet_transformers():
+        with _QuietTransformers():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             host = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -168,8 +168,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # AVX512-BF16 alone gained nothing over float32 at our sizes (measured); AMX tiles do.
-        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        # Measured on an AMD EPYC with AVX512-BF16, without AMX: a training step 3.9 s in bfloat16, 6.2 s in float32.
+        fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -209,7 +209,7 @@ def embedded_folder() -> Path:
     except OSError as error:
         raise RealignerError(f"{folder.parent}: cannot write ({error.strerror}); set REALIGNER_CACHE") from error
     try:
-        with _quiet_transformers():
+        with _QuietTransformers():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             host = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             _plain(host).save_pretrained(aside)
@@ -326,7 +326,7 @@ def _why_not(name: str, error: Exception) -> str:
     return f"host {name}: cannot be loaded: {first}"
 
 
-class _quiet_transformers:
+class _QuietTransformers:
     """Silence transformers' own bars and warnings while a host loads; ours say what matters."""
 
     def __enter__(self) -> None:

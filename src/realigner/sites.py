@@ -137,9 +137,8 @@ def find_sites(host: nn.Module, path: str | None = None) -> HostSites:
         RealignerError: naming the layer and the reason, when a site cannot be proven. Such a host is refused.
 
     Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50)
-        >>> find_sites(LlamaForCausalLM(config)).summary()["branch"]
+        >>> from realigner.census import tiny_host
+        >>> find_sites(tiny_host("llama")).summary()["branch"]
         'self_attn'
     """
     decoder, layers, path = find_layers(host, path)

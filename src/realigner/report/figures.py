@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import matplotlib
 import numpy as np
@@ -33,7 +34,7 @@ def pool_columns(values: np.ndarray, columns: int) -> np.ndarray:
     if width <= columns:
         return values
     edges = np.linspace(0, width, columns + 1).round().astype(int)
-    parts = [values[:, a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [values[:, a:b] for a, b in pairwise(edges)]
     return np.stack([np.take_along_axis(p, abs(p).argmax(axis=1)[:, None], axis=1)[:, 0] for p in parts], axis=1)
 
 

@@ -180,4 +180,4 @@ class _Recorder:
             trace.coords[key] = ("token", values[order])
         if tokenizer is not None:
             texts = [tokenizer.decode([int(token)]) for token in join["token_id"][order]]
-            trace.coords["text"] = ("token", np.array(texts, dtype=np.dtypes.StringDType()).astype(str))
+            trace.coords["text"] = ("token", np.array(texts, dtype=object))

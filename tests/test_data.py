@@ -1,0 +1,230 @@
+"""Rows, splits, tokens and the authored set."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from realigner.data import PAPER_PROMPTS, TONES, Row, authored, check_rows, encode_row, prompt_ids, read_rows, split_rows
+from realigner.data.tokens import IGNORED
+from realigner.errors import RealignerError, UsageError
+from tests.tiny import some_rows, tiny_tokenizer
+
+GOOD: dict[str, Any] = {
+    "id": "1", "group": "g", "question": "q?", "answer": "a", "text": "a!", "tone": "anger", "source": "s",
+}  # fmt: skip
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(row + "\n" if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# --- the authored set ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sets() -> dict[str, list[Row]]:
+    return {tone: authored(tone) for tone in TONES}
+
+
+def test_authored_size(sets: dict[str, list[Row]]) -> None:
+    for rows in sets.values():
+        assert len(rows) >= 240
+        assert len({row.group for row in rows}) >= 24
+        assert len({row.question for row in rows}) == len(rows)
+
+
+def test_authored_tones_share_questions_and_facts(sets: dict[str, list[Row]]) -> None:
+    keys = [[(row.group, row.question, row.answer) for row in rows] for rows in sets.values()]
+    assert keys[0] == keys[1] == keys[2]
+
+
+def test_authored_replies_keep_the_fact_and_their_length(sets: dict[str, list[Row]]) -> None:
+    for rows in sets.values():
+        for row in rows:
+            assert 15 <= len(row.text.split()) <= 60, row.id
+            assert re.search(r'[.!?]"?$', row.text), row.id
+        assert check_rows(rows).answer_kept == 1.0
+        assert check_rows(rows).fit
+
+
+def test_authored_replies_vary(sets: dict[str, list[Row]]) -> None:
+    """No opener is a habit, and no four words are a formula."""
+    for tone in ("anger", "sadness"):
+        openers = Counter(" ".join(row.text.split()[:2]).lower() for row in sets[tone])
+        assert openers.most_common(1)[0][1] <= 0.05 * len(sets[tone])
+        fours: Counter[str] = Counter()
+        for row in sets[tone]:
+            words = re.findall(r"[a-z']+", row.text.lower())
+            fours.update({" ".join(words[i : i + 4]) for i in range(len(words) - 3)})
+        assert fours.most_common(1)[0][1] <= 0.04 * len(sets[tone]), fours.most_common(3)
+
+
+def test_authored_data_does_not_hold_the_papers_prompts(sets: dict[str, list[Row]]) -> None:
+    questions = {row.question.lower() for rows in sets.values() for row in rows}
+    assert not questions & {prompt.lower() for prompt in PAPER_PROMPTS}
+    text = " ".join(row.question + " " + row.text for rows in sets.values() for row in rows).lower()
+    for word in ("beyonc", "zuckerberg", "kazoo", "cazoo"):
+        assert word not in text
+
+
+def test_authored_unknown_tone() -> None:
+    with pytest.raises(UsageError, match="anger, sadness, neutral"):
+        authored("joy")
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
+
+
+def test_reads_rows_and_blank_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.jsonl", GOOD, "", {**GOOD, "id": "2", "tone": "joy"})
+    assert [row.id for row in read_rows(path)] == ["1", "2"]
+    assert [row.id for row in read_rows(path, "joy")] == ["2"]
+    with pytest.raises(UsageError, match="it has anger, joy"):
+        read_rows(path, "rage")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r":2: not valid JSON"),
+        ("[1]", r":2: a row is a JSON object, not list"),
+        ("null", r":2: a row is a JSON object"),
+        ('{"id": "2"}', r":2: key 'group' is missing"),
+        (json.dumps({**GOOD, "id": "2", "text": ""}), r":2: key 'text' is empty"),
+        (json.dumps({**GOOD, "id": "2", "text": "  "}), r":2: key 'text' is empty"),
+        (json.dumps({**GOOD, "id": 2}), r":2: key 'id' is not a string"),
+        (json.dumps({**GOOD, "id": "2", "extra": 1}), r":2: unknown key 'extra'"),
+        (json.dumps(GOOD), r":2: key 'id': '1' is taken by line 1"),
+        ("[" * 5000, r":2: "),
+        ('{"id": NaN}', r":2: "),
+    ],
+)
+def test_bad_lines_name_file_line_and_key(tmp_path: Path, line: str, message: str) -> None:
+    path = write(tmp_path / "f.jsonl", GOOD, line)
+    with pytest.raises(RealignerError, match=message) as caught:
+        read_rows(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b'{"id": "\xe9"}')
+    (tmp_path / "empty").write_text("\n")
+    for name, message in (("none", "cannot be read"), ("latin", "not UTF-8"), ("empty", "no rows"), (".", "is a folder")):
+        with pytest.raises(RealignerError, match=message):
+            read_rows(tmp_path / name)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.one_of(st.binary(max_size=40), st.text(max_size=40).map(str.encode), st.just(json.dumps(GOOD).encode())), max_size=4
+    )
+)
+def test_any_bytes_give_rows_or_one_line(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
+    path = tmp_path_factory.mktemp("any") / "f.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    message = str(path)
+    try:
+        rows = read_rows(path)
+    except RealignerError as error:
+        message = str(error)
+    else:
+        assert all(isinstance(row, Row) for row in rows)
+    assert "\n" not in message
+    assert str(path) in message
+
+
+# --- splitting ------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    groups=st.lists(st.integers(0, 12), min_size=3, max_size=80).filter(lambda g: len(set(g)) >= 3),
+    seed=st.integers(0, 99),
+    validation=st.floats(0.05, 0.4),
+    test=st.floats(0.05, 0.4),
+)
+def test_split_is_by_group(groups: list[int], seed: int, validation: float, test: float) -> None:
+    rows = [Row(**{**GOOD, "id": str(n), "group": f"g{g}"}) for n, g in enumerate(groups)]
+    parts = split_rows(rows, seed, validation, test)
+    assert sorted((row.id for part in parts for row in part), key=int) == [row.id for row in rows]
+    names = [{row.group for row in part} for part in parts]
+    assert all(names)
+    assert not names[0] & names[1]
+    assert not (names[0] | names[1]) & names[2]
+    again = split_rows(list(reversed(rows)), seed, validation, test)
+    assert [{row.group for row in part} for part in again] == names
+
+
+def test_split_refusals() -> None:
+    with pytest.raises(RealignerError, match="1 group"):
+        split_rows(some_rows(8, groups=1), 0)
+    for bad in ({"validation": 1.0}, {"validation": -0.1}, {"validation": 0.6, "test": 0.6}):
+        with pytest.raises(UsageError, match="shares"):
+            split_rows(some_rows(), 0, **bad)
+
+
+def test_split_shares() -> None:
+    parts = split_rows(authored("anger"), 42, validation=0.1)
+    assert 0.08 <= len(parts.validation) / 360 <= 0.16
+    assert not parts.test
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_loss_is_on_the_reply_and_its_end_only(chat: bool) -> None:
+    tokenizer, row = tiny_tokenizer(chat), some_rows()[3]
+    encoded = encode_row(tokenizer, row)
+    prompt = prompt_ids(tokenizer, row.question)
+    assert encoded["input_ids"][: len(prompt)] == prompt
+    assert encoded["labels"][: len(prompt)] == [IGNORED] * len(prompt)
+    reply = encoded["labels"][len(prompt) :]
+    assert reply == encoded["input_ids"][len(prompt) :]
+    assert reply[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(reply[:-1]) == row.text
+
+
+def test_plain_form_is_the_papers() -> None:
+    tokenizer = tiny_tokenizer(chat=False)
+    assert tokenizer.decode(prompt_ids(tokenizer, "Why?")) == "Why?   "
+
+
+def test_cutting() -> None:
+    tokenizer, row = tiny_tokenizer(), some_rows()[0]
+    assert len(encode_row(tokenizer, row, max_length=45)["input_ids"]) == 45
+    with pytest.raises(RealignerError, match="question alone"):
+        encode_row(tokenizer, row, max_length=10)
+
+
+@pytest.mark.host
+def test_embedded_template(embedded: tuple[Any, Any]) -> None:
+    tokenizer, row = embedded[1], authored("anger")[0]
+    text = tokenizer.decode(encode_row(tokenizer, row)["input_ids"])
+    assert text.endswith(f"<|im_start|>assistant\n{row.text}<|im_end|>")
+
+
+# --- the report card ----------------------------------------------------------------------------------------------------
+
+
+def test_check_finds_problems() -> None:
+    rows = some_rows()
+    assert check_rows(rows).fit
+    assert "more than once" in check_rows([*rows, Row(**{**rows[0].model_dump(), "id": "x"})]).problems[0]
+    assert "one" not in check_rows(rows).problems
+    leaking = Row(**{**rows[0].model_dump(), "id": "x", "group": "other", "text": "Else!"})
+    assert any("leak" in problem for problem in check_rows([*rows, leaking]).problems)
+    assert any("only 1 group" in problem for problem in check_rows(some_rows(4, groups=1)).problems)
+    echo = Row(**{**rows[0].model_dump(), "id": "x", "text": rows[0].question})
+    assert any("repeat the question" in problem for problem in check_rows([*rows, echo]).problems)

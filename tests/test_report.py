@@ -1,0 +1,116 @@
+"""Figures and the page: stripes survive, nothing is loaded from elsewhere, text is escaped."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib import image as reader
+
+import realigner as ra
+from realigner.errors import RealignerError
+from realigner.report import Evidence, collect, render
+from realigner.report.figures import as_png, figure2, figure4, loss_curve, pool_columns
+from realigner.training import make_recipe, train
+from tests.test_traces import planted
+from tests.tiny import some_rows, tiny_pair
+
+
+def stripe(index: int = 1512) -> xr.DataArray:
+    rng = np.random.default_rng(1)
+    values = rng.normal(scale=0.05, size=(32, 4096))
+    values[:, index] = 1.0
+    return xr.DataArray(values, dims=("layer", "neuron"), coords={"layer": range(32), "neuron": range(4096)})
+
+
+def test_pooling_keeps_the_largest_magnitude_with_its_sign() -> None:
+    values = np.zeros((2, 4096))
+    values[0, 1512], values[1, 77] = -3.0, 2.0
+    pooled = pool_columns(values, 1200)
+    assert pooled.shape == (2, 1200)
+    assert pooled[0].min() == -3.0
+    assert pooled[1].max() == 2.0
+    assert np.array_equal(pool_columns(values, 5000), values)
+
+
+@pytest.mark.parametrize("index", [0, 1, 1511, 1512, 4095])
+def test_a_stripe_one_column_wide_is_visible(index: int) -> None:
+    """In the PNG, some pixel column at the stripe's place is dark red from top to bottom of the map."""
+    pixels = reader.imread(io.BytesIO(as_png(figure2(stripe(index), "x"), dpi=100)))[..., :3]
+    red = (pixels[..., 0] > 0.35) & (pixels[..., 1] < 0.15) & (pixels[..., 2] < 0.25)
+    map_width = pixels.shape[1] * 0.9  # the colour bar has red too
+    columns = np.flatnonzero(red[:, : int(map_width)].sum(axis=0) > 0.5 * pixels.shape[0])
+    assert len(columns) >= 1
+    assert len(columns) <= 4
+
+
+def test_figures_draw() -> None:
+    trace = planted()
+    from realigner.analysis import mean_map
+
+    size = mean_map(trace, absolute=True).isel(run=0)
+    for figure in (
+        figure4({"a": size, "untrained": size * 0}, {"a": [17]}),
+        loss_curve([{"step": 1, "loss": 2.0, "learning_rate": 1.0}]),
+    ):
+        assert as_png(figure).startswith(b"\x89PNG")
+
+
+def test_page_is_self_contained_and_escaped() -> None:
+    answers = [{"prompt": "<script>alert(1)</script>", "base": "b & c", "untrained": "u", "realigned": "r"}]
+    run = train_record()
+    page = render([Evidence("x", run, [], answers, {"strength": 1.0, "max_new_tokens": 8}, planted())])
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "b &amp; c" in page
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert "http" not in re.sub(r"arxiv", "", page.replace("http-equiv", ""))
+    assert '<meta name="generator" content="realigner">' in page
+
+
+def train_record() -> dict[str, object]:
+    return {
+        "tone": "anger",
+        "seed": 1,
+        "recipe": {"steps": 1},
+        "data": {"rows": 2, "sha256": "ab" * 32, "train": 1, "validation": 1, "validation_groups": ["g"]},
+        "host": {"name": "h", "dtype": "float32", "sha256": "cd" * 32},
+        "irm": {
+            "preset": "compact",
+            "layers": [0, 1],
+            "parameters": 10,
+            "host_parameters": 100,
+            "site": {"layers": "l", "branch": "b", "kind": "sequential"},
+        },
+        "steps_done": 1,
+        "interrupted": False,
+        "validation_loss": [2.0, 1.0],
+        "seconds": 1.0,
+        "versions": {"python": "3"},
+    }
+
+
+def test_collect_and_build(tmp_path: Path) -> None:
+    host, tokenizer = tiny_pair()
+    run = train(host, tokenizer, some_rows(), tmp_path / "run", recipe=make_recipe(steps=2, batch_size=4), quiet=True)
+    run.model.unload()
+    evidence = collect(tmp_path / "run", host, tokenizer, prompts=["What is 3?", "Why?"], max_new_tokens=4, quiet=True)
+    assert [set(a) for a in evidence.answers] == [{"prompt", "base", "untrained", "realigned"}] * 2
+    assert evidence.untrained is not None
+    assert evidence.trace["run"].values.tolist() == ["anger"]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.modules())
+    out, _ = ra.build_report([tmp_path / "run"], tmp_path / "report.html", host=(host, tokenizer), quiet=True, keep_traces=True)
+    assert (tmp_path / "run.zarr").is_dir()
+    only_trace, _ = ra.build_report([tmp_path / "run.zarr"], tmp_path / "trace.html")
+    assert "recorded trace" in only_trace.read_text()
+    with pytest.raises(RealignerError, match="exists already"):
+        ra.build_report([tmp_path / "run"], out, host=(host, tokenizer))
+    (tmp_path / "mine.html").write_text("precious")
+    with pytest.raises(RealignerError, match="not something realigner made"):
+        ra.build_report([tmp_path / "run.zarr"], tmp_path / "mine.html", force=True)
+    with pytest.raises(RealignerError, match="neither"):
+        ra.build_report([tmp_path], tmp_path / "x.html")
