@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, relu
 
-Tensor = torch.Tensor
+Tensor = Any  # tensors: the layers' submodules are untyped
 Inject = Callable[[int, Tensor, Tensor], Tensor]  # (layer, input x, branch) -> the delta to add to x + branch
 
 

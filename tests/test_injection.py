@@ -149,7 +149,7 @@ def gradients(model: Any, calls: int = 1, between: bool = False) -> dict[str, to
         if between:
             with torch.no_grad():
                 model(input_ids=tokens.flip(1))
-    sum(losses).backward()  # type: ignore[union-attr]
+    sum(losses).backward()
     bank = tuner_of(model).bank
     return {name: p.grad.clone() for name, p in bank.named_parameters() if p.grad is not None}
 

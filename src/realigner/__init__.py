@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from realigner import analysis, data, generation, hosts
+    from realigner import analysis, census, data, generation, hosts
     from realigner.data import Row, authored, read_rows
     from realigner.errors import RealignerError, UsageError
     from realigner.generation import answer
@@ -53,6 +53,7 @@ _HOMES = {
     "authored": "data",
     "build_report": "report",
     "data": "",
+    "census": "",
     "generation": "",
     "hosts": "",
     "find_sites": "sites",
@@ -83,6 +84,7 @@ __all__ = [
     "authored",
     "build_report",
     "data",
+    "census",
     "generation",
     "hosts",
     "find_sites",

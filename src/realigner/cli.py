@@ -121,6 +121,7 @@ def train(
     from realigner.hosts import load_host
     from realigner.tuner import IRMConfig
 
+    training.refuse_run(out, force)
     recipe = training.make_recipe(steps=steps, batch_size=batch_size, learning_rate=learning_rate, max_length=max_length)
     loaded, tokenizer = load_host(host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     parse_layers(layers, int(loaded.config.get_text_config().num_hidden_layers), "--layers")

@@ -43,10 +43,14 @@ def answer(
         >>> answer(host, tokenizer, ["How many legs has a spider?"])  # doctest: +SKIP
         ['A spider has eight legs.']
     """
-    if max_new_tokens < 1 or batch_size < 1 or not 0 <= temperature < 100 or not 0 < repetition_penalty < 100:
-        raise UsageError(
-            f"generate: max_new_tokens={max_new_tokens}, batch_size={batch_size}, temperature={temperature}, repetition_penalty={repetition_penalty} cannot be"
-        )
+    for name, value, fits in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+        ("batch_size", batch_size, batch_size >= 1),
+        ("temperature", temperature, 0 <= temperature < 100),
+        ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < 100),
+    ):
+        if not fits:
+            raise UsageError(f"{name}: {value} is out of range")
     for prompt in prompts:
         if not prompt.strip():
             raise UsageError("generate: a prompt is empty")

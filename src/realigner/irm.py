@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -60,10 +61,10 @@ def parse_layers(layers: LayerChoice, num_layers: int | None = None, field: str 
         if layers.strip() == "all":
             return None if num_layers is None else tuple(range(num_layers))
         indices = _parse_layer_text(layers, field)
+    elif isinstance(layers, Sequence):
+        indices = list(cast("Sequence[int]", layers))
     else:
-        if not isinstance(layers, Sequence):
-            raise UsageError(f"{field}: {layers!r} is not 'all', a list of layer numbers or a range")
-        indices = list(layers)
+        raise UsageError(f"{field}: {layers!r} is not 'all', a list of layer numbers or a range")
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, int):
             raise UsageError(f"{field}: {index!r} is not a layer number (an int)")
@@ -125,7 +126,7 @@ class IRMShape:
         if isinstance(self.layers, range):
             self.layers = list(self.layers)
         if self.widths is not None:
-            if isinstance(self.widths, str) or not isinstance(self.widths, Sequence) or not self.widths:
+            if not isinstance(self.widths, (list, tuple)) or not self.widths:
                 raise UsageError(f"widths: {self.widths!r} is not a non-empty list of layer widths")
             for width in self.widths:
                 _check_int("widths", width, at_least=1)
@@ -218,4 +219,4 @@ class IRM(nn.Module):
         if self.input_norm:
             h0 = torch.nn.functional.rms_norm(h0, (self.hidden_size,), eps=1e-6)
         flat: torch.Tensor = self.output(self.trunk(h0))
-        return flat.unflatten(-1, (len(self.layers), self.hidden_size))
+        return flat.view(*flat.shape[:-1], len(self.layers), self.hidden_size)

@@ -54,7 +54,7 @@ class HostSites:
     """The decoder, its layers and the site of each."""
 
     decoder: nn.Module
-    layers: Sequence[nn.Module]
+    layers: nn.ModuleList
     path: str
     sites: tuple[Site, ...]
 
@@ -97,7 +97,7 @@ class _Finding:
     reader: tuple[int, int] | None  # (call, which of its inputs)
 
 
-def find_layers(host: nn.Module, path: str | None = None) -> tuple[nn.Module, Sequence[nn.Module], str]:
+def find_layers(host: nn.Module, path: str | None = None) -> tuple[nn.Module, nn.ModuleList, str]:
     """The text decoder, its layers and their path within the host.
 
     Raises:
@@ -188,15 +188,15 @@ def _site(index: int, record: _LayerRecord, finding: _Finding) -> Site:
 def _run(
     host: nn.Module,
     decoder: nn.Module,
-    layers: Sequence[nn.Module],
+    layers: nn.ModuleList,
     findings: Sequence[_Finding] | None = None,
     clean: Sequence[_LayerRecord] | None = None,
 ) -> list[_LayerRecord]:
     """One short forward, recorded; with `findings`, a random delta is added at each site (see `_random_delta`)."""
     records = [_LayerRecord() for _ in layers]
-    device = host.get_input_embeddings().weight.device if hasattr(host, "get_input_embeddings") else None
+    device = next(host.parameters()).device
     vocabulary = int(text_config(host).vocab_size)
-    ids = (torch.arange(1, _PROBE_TOKENS + 1, device=device if device and device.type != "meta" else None) * 37) % vocabulary
+    ids = (torch.arange(1, _PROBE_TOKENS + 1, device=None if device.type == "meta" else device) * 37) % vocabulary
     with ExitStack() as stack:
         for index, (layer, record) in enumerate(zip(layers, records, strict=True)):
             site_call = None if findings is None else findings[index].branch
@@ -230,21 +230,20 @@ def _watch(stack: ExitStack, layer: nn.Module, record: _LayerRecord, site_call: 
                 kwargs = {key: value for key, value in kwargs.items() if key != CONTEXT_KEY}
                 record.carrier = record.carrier or name
             tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-            shape = record.x.shape if record.x is not None else None
-            record.calls.append(_Call(name, [t.reshape(shape).clone() for t in tensors if _alike(t, shape)], None))
+            seen = [] if record.x is None else [t.reshape(record.x.shape).clone() for t in tensors if _alike(t, record.x)]
+            record.calls.append(_Call(name, seen, None))
             return args, kwargs
 
         def child_after(_: nn.Module, __: Any, output: Any, name: str = name) -> Any:
             call = next(c for c in reversed(record.calls) if c.child == name)
             out = first_tensor(output)
-            shape = record.x.shape if record.x is not None else None
-            if out is None or not _alike(out, shape):
+            if out is None or record.x is None or not _alike(out, record.x):
                 return None
             if site_call is None or record.calls.index(call) != site_call:
-                call.output = out.reshape(shape).clone()
+                call.output = out.reshape(record.x.shape).clone()
                 return None
             moved = out + _random_delta(out, seed)
-            call.output = moved.reshape(shape).clone()
+            call.output = moved.reshape(record.x.shape).clone()
             return (moved, *output[1:]) if isinstance(output, (tuple, list)) else moved
 
         handles.append(child.register_forward_pre_hook(child_before, with_kwargs=True))
@@ -253,9 +252,9 @@ def _watch(stack: ExitStack, layer: nn.Module, record: _LayerRecord, site_call: 
         stack.callback(handle.remove)
 
 
-def _alike(tensor: torch.Tensor, shape: torch.Size | None) -> bool:
+def _alike(tensor: torch.Tensor, x: torch.Tensor) -> bool:
     # Some layers flatten batch and position for their MLP: compare sizes, not axes.
-    return shape is not None and tensor.numel() == shape.numel() and tensor.shape[-1] == shape[-1]
+    return tensor.dim() > 0 and tensor.numel() == x.numel() and tensor.shape[-1] == x.shape[-1]
 
 
 def _random_delta(like: torch.Tensor, seed: int) -> torch.Tensor:

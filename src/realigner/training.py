@@ -121,7 +121,7 @@ def train(
         >>> run = train(host, tokenizer, authored("anger"), "runs/anger-42")  # doctest: +SKIP
     """
     out, recipe, config = Path(out), recipe or Recipe(), config or IRMConfig()
-    refuse_existing(out, force, ours=lambda path: (path / CONFIG_FILE).is_file())
+    refuse_run(out, force)
     tones = sorted({row.tone for row in rows})
     if len(tones) != 1:
         raise UsageError(f"rows are of {len(tones)} tones ({', '.join(tones)}); one IRM learns one: choose with --tone")
@@ -132,7 +132,7 @@ def train(
     before = weights_hash(host)
     forward = host.__dict__.get("forward")
     set_seed(seed)
-    model: PeftModel = get_peft_model(host, config)  # type: ignore[assignment]
+    model: PeftModel = get_peft_model(host, config)
     started = time.monotonic()
     with written_folder(out) as aside:
         log, interrupted = _fit(model, tokenizer, split, recipe, seed, aside, quiet)
@@ -160,6 +160,11 @@ def train(
         }
         _save(model, record, log, aside)
     return Run(out, model, record)
+
+
+def refuse_run(out: Path, force: bool) -> None:
+    """Raise unless a run may be written to `out`: it is free, or `force` was given and a run is there."""
+    refuse_existing(out, force, ours=lambda path: (path / CONFIG_FILE).is_file())
 
 
 def irm_facts(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
@@ -272,7 +277,7 @@ def _trainer_class() -> type[Any]:
     """
     from trl import SFTTrainer
 
-    class ReplyTrainer(SFTTrainer):  # type: ignore[misc]
+    class ReplyTrainer(SFTTrainer):
         def compute_loss(
             self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
@@ -289,7 +294,7 @@ def _trainer_class() -> type[Any]:
     return ReplyTrainer
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
+class _Watch(TrainerCallback):
     """Keeps the losses and moves the progress bar."""
 
     def __init__(self, task: Task) -> None:

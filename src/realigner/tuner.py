@@ -83,8 +83,7 @@ class IRMConfig(PeftConfig, IRMShape):
     site: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.task_type is None:
-            self.task_type = "CAUSAL_LM"
+        self.task_type: Any = self.task_type or "CAUSAL_LM"
         super().__post_init__()
         self.peft_type = _PEFT_TYPE
         self.validate()
@@ -151,19 +150,26 @@ class IRMBank(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("networks",)
     other_param_names = ("strengths",)
+    _disable_adapters: bool = False
 
     def __init__(self) -> None:
         super().__init__()
         self.networks = nn.ModuleDict()
         self.strengths = BufferDict(persistent=False)
         self._active_adapter: list[str] = []
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
+
+    @property
+    def names(self) -> list[str]:
+        """The active IRMs by name (also while they are switched off)."""
+        active: str | list[str] = self._active_adapter
+        return [active] if isinstance(active, str) else list(active)
 
     def active(self) -> list[ActiveIRM]:
         """The IRMs that take part in the next forward."""
-        if self.disable_adapters:
+        if self._disable_adapters:
             return []
-        return [ActiveIRM(name, self.network(name), self.strengths[name]) for name in self.active_adapters]
+        return [ActiveIRM(name, self.network(name), self.strengths[name]) for name in self.names]
 
     def network(self, name: str) -> IRM:
         network = self.networks[name]
@@ -227,23 +233,23 @@ class IRMModel(BaseTuner):
         for name in names:
             if name not in self.bank.networks:
                 raise UsageError(f"adapter {name!r} is not loaded; loaded are {', '.join(self.bank.networks) or 'none'}")
-        self.bank.set_adapter(names, inference_mode=inference_mode)
+        BaseTunerLayer.set_adapter(self.bank, names, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        self.bank.enable_adapters(enabled)
+        BaseTunerLayer.enable_adapters(self.bank, enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget one IRM."""
         if adapter_name not in self.peft_config:
             raise UsageError(f"adapter {adapter_name!r} is not loaded")
         del self.peft_config[adapter_name]
-        self.bank.delete_adapter(adapter_name)
-        self.active_adapter = self.bank.active_adapters[:]
+        BaseTunerLayer.delete_adapter(self.bank, adapter_name)
+        self.active_adapter = self.bank.names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make the named IRMs trainable or not."""
-        self.bank.set_requires_grad(adapter_names, requires_grad)
+        BaseTunerLayer.set_requires_grad(self.bank, adapter_names, requires_grad)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         cast_adapter_dtype(self.bank, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -323,7 +329,7 @@ def strength(model: nn.Module, value: float, adapter: str | None = None) -> Iter
     bank = _tuner(model).bank
     if isinstance(value, bool) or not torch.isfinite(torch.tensor(float(value))):
         raise UsageError(f"strength: {value!r} is not a finite number")
-    names = bank.active_adapters if adapter is None else [adapter]
+    names = bank.names if adapter is None else [adapter]
     for name in names:
         if name not in bank.networks:
             raise UsageError(f"strength: adapter {name!r} is not loaded; loaded are {', '.join(bank.networks)}")

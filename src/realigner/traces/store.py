@@ -42,7 +42,7 @@ def load_trace(path: str | Path) -> xr.Dataset:
     if not path.is_dir():
         raise RealignerError(f"{path}: there is no such trace (a zarr folder)")
     try:
-        trace = xr.open_zarr(path, consolidated=False, chunks=None)
+        trace: xr.Dataset = xr.open_zarr(path, consolidated=False, chunks=None)
     except Exception as error:  # zarr raises many kinds for a damaged store
         raise RealignerError(f"{path}: not a readable zarr store ({str(error).splitlines()[0]})") from error
     if "delta" not in trace or trace["delta"].dims != ("run", "token", "layer", "neuron"):

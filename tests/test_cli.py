@@ -1,0 +1,270 @@
+"""The command line as a user meets it: results, JSON, exit codes, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import realigner as ra
+from realigner.cli import main
+from realigner.training import make_recipe, train
+from tests.tiny import some_rows, tiny_folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny host, rows, and a run trained on them."""
+    folder = tmp_path_factory.mktemp("cli")
+    host, tokenizer = ra.load_host(str(tiny_folder(folder / "host")), dtype="float32")
+    (folder / "rows.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in some_rows()))
+    recipe = make_recipe(steps=3, batch_size=4, evaluations=1, learning_rate=0.05)
+    train(host, tokenizer, some_rows(), folder / "run", recipe=recipe, quiet=True)
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def document(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    """The one JSON document on standard output."""
+    code, out, err = run(capsys, *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+# --- what it prints -------------------------------------------------------------------------------------------------------
+
+
+def test_generate_json(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("generate", "--irm", place / "run", "--max-new-tokens", 8, "--dtype", "float32", "--seed", 7)
+    results = document(capsys, *options, "How many?", "Why?")["results"]
+    assert [set(r) for r in results] == [{"prompt", "base", "realigned", "strength", "seed"}] * 2
+    assert [r["prompt"] for r in results] == ["How many?", "Why?"]
+    assert results[0]["strength"] == 1.0
+    assert results[0]["seed"] == 7
+    assert results[0]["base"] != results[0]["realigned"]
+    zero = document(capsys, *options, "--strength", 0, "How many?", "Why?")["results"]
+    assert all(r["base"] == r["realigned"] for r in zero)
+    assert [r["base"] for r in zero] == [r["base"] for r in results]
+    warm = document(capsys, *options, "--temperature", 1, "--strength", 0, "Why?")["results"][0]
+    assert warm["base"] == warm["realigned"]
+
+
+def test_prompts_from_paper_and_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("generate", "--irm", place / "run", "--max-new-tokens", 1, "--dtype", "float32")
+    assert len(document(capsys, *options, "--prompts", "paper")["results"]) == 7
+    (place / "prompts.txt").write_text("One?\n\nTwo?\n")
+    results = document(capsys, *options, "--prompts", place / "prompts.txt", "Zero?")["results"]
+    assert [r["prompt"] for r in results] == ["Zero?", "One?", "Two?"]
+
+
+def test_train_trace_report(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--dtype", "float32")
+    trained = document(
+        capsys, "train", "--host", place / "host", "--data", place / "rows.jsonl", "--out", tmp_path / "r", "--steps", 2,
+        "--layers", "0,2", *common,
+    )  # fmt: skip
+    assert trained["irm"]["layers"] == [0, 2]
+    traced = document(
+        capsys, "trace", "--irm", tmp_path / "r", "--out", tmp_path / "t.zarr", "--max-new-tokens", 3, "Why?", *common
+    )
+    assert traced["sizes"]["layer"] == 2
+    code, out, _ = run(capsys, "report", tmp_path / "t.zarr", "--out", tmp_path / "report.html")
+    assert code == 0
+    assert "report.html" in out
+    made = document(capsys, "report", tmp_path / "r", "--out", tmp_path / "report.html", "--force", *common)
+    assert len(made["answers"]["r"]) == 7
+
+
+def test_hosts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "hosts")
+    assert code == 0
+    assert len(out.splitlines()) == len(ra.census.FAMILIES)
+    assert "refused" not in out
+    assert document(capsys, "hosts", place / "host")["site"]["branch"] == "self_attn"
+    assert len(document(capsys, "hosts")) == len(ra.census.FAMILIES)
+
+
+def test_data_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert document(capsys, "data", "check", "authored")["rows"] == 1080
+    code, out, _ = run(capsys, "data", "check", "authored", "--tone", "anger")
+    assert code == 0
+    assert "360 in 24 groups" in out
+
+
+@pytest.mark.host
+def test_doctor(embedded: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "doctor")
+    assert code == 0, err
+    assert "all well" in out
+    assert document(capsys, "doctor")["problems"] == []
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version")[:2] == (0, f"realigner {ra.__version__}\n")
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for command in ("demo", "train", "generate", "trace", "report", "hosts", "doctor", "data"):
+        assert command in out
+
+
+def test_module_runs() -> None:
+    result = subprocess.run([sys.executable, "-m", "realigner", "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("realigner ")
+
+
+# --- what is wrong, in one line ---------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def _copy(place: Path, tmp: Path, edit: Callable[[Path], Any]) -> Path:
+    import shutil
+
+    shutil.copytree(place / "run", tmp / "irm")
+    edit(tmp / "irm")
+    return tmp / "irm"
+
+
+ROW = some_rows()[0].model_dump_json()
+Case = tuple[int, str, Callable[[Path, Path], tuple[object, ...]]]
+CASES: dict[str, Case] = {
+    "unknown command": (2, "No such command", lambda p, t: ("frobnicate",)),
+    "unknown option": (2, "No such option", lambda p, t: ("doctor", "--frob")),
+    "missing option": (2, "Missing option", lambda p, t: ("train",)),
+    "not a number": (2, "steps", lambda p, t: ("train", "--out", t / "r", "--steps", "many")),
+    "data missing": (1, "cannot be read", lambda p, t: ("data", "check", t / "none.jsonl")),
+    "data is a folder": (1, "is a folder", lambda p, t: ("data", "check", t)),
+    "data empty": (1, "has no rows", lambda p, t: ("data", "check", _write(t / "f", ""))),
+    "data bad JSON": (1, "f:2: not valid JSON", lambda p, t: ("data", "check", _write(t / "f", ROW + "\n{"))),
+    "data binary": (1, "not UTF-8", lambda p, t: ("data", "check", _write(t / "f", b"\xff\xfe\x00"))),
+    "data wrong keys": (1, "f:1: key", lambda p, t: ("data", "check", _write(t / "f", '{"question": "q"}'))),
+    "data not an object": (1, "not list", lambda p, t: ("data", "check", _write(t / "f", "[]"))),
+    "data same id": (1, "f:2: key 'id'", lambda p, t: ("data", "check", _write(t / "f", ROW + "\n" + ROW))),
+    "data unfit": (1, "unfit", lambda p, t: ("data", "check", _write(t / "f", ROW))),
+    "unknown tone": (2, "anger, sadness, neutral", lambda p, t: ("train", "--tone", "joy", "--out", t / "r")),
+    "no tone": (2, "--tone is needed", lambda p, t: ("train", "--out", t / "r")),
+    "tone not in file": (
+        2,
+        "it has anger",
+        lambda p, t: ("train", "--data", p / "rows.jsonl", "--tone", "joy", "--out", t / "r"),
+    ),
+    "unknown preset": (2, "preset", lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--preset", "huge")),
+    "bad layers": (2, "layers", lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--layers", "3-1")),
+    "unknown layer": (
+        2,
+        "there is no layer 99",
+        lambda p, t: ("train", "--host", p / "host", "--data", p / "rows.jsonl", "--out", t / "r", "--layers", "99"),
+    ),
+    "negative rank": (2, "rank", lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--rank", "-1")),
+    "no steps": (2, "steps", lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--steps", "0")),
+    "bad dtype": (2, "dtype", lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--dtype", "float99")),
+    "bad device": (2, "device", lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--device", "toaster")),
+    "host missing": (1, "no such folder", lambda p, t: ("hosts", t / "none" / "deep" / "er")),
+    "host not a host": (1, "no config.json", lambda p, t: ("hosts", t)),
+    "host no gguf": (1, "no such file", lambda p, t: ("hosts", t / "x.gguf")),
+    "host broken gguf": (1, "cannot be loaded", lambda p, t: ("hosts", _write(t / "x.gguf", b"GGUF????"))),
+    "host bad config": (1, "cannot be loaded", lambda p, t: ("hosts", _write(t / "config.json", "{").parent)),
+    "host not on hub": (1, "not found here or on the hub", lambda p, t: ("hosts", "nobody/nothing")),
+    "out exists": (
+        1,
+        "exists already",
+        lambda p, t: ("train", "--host", p / "host", "--data", p / "rows.jsonl", "--out", p / "run"),
+    ),
+    "out in a file": (
+        1,
+        "cannot be written",
+        lambda p, t: ("train", "--host", p / "host", "--data", p / "rows.jsonl", "--out", _write(t / "f", "x") / "r"),
+    ),
+    "irm missing": (1, "no such adapter folder", lambda p, t: ("generate", "--irm", t / "none", "Q?")),
+    "irm without config": (1, "no adapter_config.json", lambda p, t: ("generate", "--irm", t, "Q?")),
+    "irm truncated": (
+        1,
+        "truncated or damaged",
+        lambda p, t: ("generate", "--irm", _copy(p, t, lambda f: os.truncate(f / "adapter_model.safetensors", 999)), "Q?"),
+    ),
+    "irm for another host": (
+        1,
+        "made for",
+        lambda p, t: ("generate", "--irm", p / "run", "--host", tiny_folder(t / "h", seed=9), "--dtype", "float32", "Q?"),
+    ),
+    "irm config broken": (
+        1,
+        "not valid JSON",
+        lambda p, t: ("generate", "--irm", _copy(p, t, lambda f: _write(f / "adapter_config.json", "[")), "Q?"),
+    ),
+    "no prompt": (2, "no prompt", lambda p, t: ("generate", "--irm", p / "run")),
+    "empty prompt": (2, "prompt is empty", lambda p, t: ("generate", "--irm", p / "run", " ")),
+    "prompts missing": (1, "prompts cannot be read", lambda p, t: ("generate", "--irm", p / "run", "--prompts", t / "none")),
+    "strength not finite": (
+        2,
+        "strength",
+        lambda p, t: ("generate", "--irm", p / "run", "--strength", "nan", "--dtype", "float32", "Q?"),
+    ),
+    "no tokens": (2, "max_new_tokens", lambda p, t: ("generate", "--irm", p / "run", "--max-new-tokens", "0", "Q?")),
+    "trace exists": (1, "exists already", lambda p, t: ("trace", "--irm", p / "run", "--out", p / "run", "Q?")),
+    "report of nothing": (1, "no such run or trace", lambda p, t: ("report", t / "none", "--out", t / "r.html")),
+    "report of a folder": (1, "neither a run", lambda p, t: ("report", t, "--out", t / "r.html")),
+    "report over a file": (
+        1,
+        "not something realigner made",
+        lambda p, t: ("report", p / "run", "--out", _write(t / "thesis.txt", "precious"), "--force"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_malformed_input_is_one_line(name: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, message, arguments = CASES[name]
+    got, out, err = run(capsys, *arguments(place, tmp_path))
+    assert got == code, err
+    assert len(err.strip().splitlines()) == 1, err
+    assert err.startswith("realigner: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "realigner", "--debug", "data", "check", str(tmp_path / "none")], capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_an_unexpected_error_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(tone: str) -> Any:
+        raise ZeroDivisionError("of all\nthings")
+
+    monkeypatch.setattr("realigner.data.authored", broken)
+    code, _, err = run(capsys, "data", "check", "authored")
+    assert code == 1
+    assert err.strip() == "realigner: unexpected ZeroDivisionError: of all things; run again with --debug for the traceback"
+
+
+@pytest.mark.slow
+def test_help_is_fast() -> None:
+    """0.4 s or less, median of 5; timed, so not in the suite that must never flicker."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "realigner", "--help"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    print(f"realigner --help: median {statistics.median(seconds):.2f} s")
+    assert statistics.median(seconds) <= 0.4
