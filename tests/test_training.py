@@ -150,23 +150,7 @@ def train_command(folder: Path) -> list[str]:
 
 def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     """The real thing: SIGINT to the command line in the middle of training."""
-    host = tiny_folder(tmp_path / "host")
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(row.model_dump_json() + "\n" for row in some_rows()))
-    command = [
-        sys.executable,
-        "-m",
-        "realigner",
-        "train",
-        "--host",
-        str(host),
-        "--data",
-        str(rows),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    command += ["--steps", "100000", "--batch-size", "2", "--dtype", "float32"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(train_command(tmp_path), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")))  # type: ignore[union-attr]
     reader.start()
@@ -181,28 +165,13 @@ def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     assert "interrupted after step" in lines[-1]
     assert not any("Traceback" in line for line in lines)
     assert read_run(tmp_path / "run")["interrupted"] is True
-    loaded, _ = ra.load_host(str(tmp_path / "host"), dtype="float32")
+    loaded, _ = ra.load_host(str(tmp_path / "host"))
     load_irm(loaded, tmp_path / "run")
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".run")]
 
 
 def test_kill_leaves_no_half_written_run(tmp_path: Path) -> None:
-    host = tiny_folder(tmp_path / "host")
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(row.model_dump_json() + "\n" for row in some_rows()))
-    command = [
-        sys.executable,
-        "-m",
-        "realigner",
-        "train",
-        "--host",
-        str(host),
-        "--data",
-        str(rows),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    process = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(train_command(tmp_path), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 100
     while not [p for p in tmp_path.iterdir() if p.name.startswith(".run-")]:
         assert time.monotonic() < deadline

@@ -185,11 +185,8 @@ class _SiteHooks:
     def _deltas(self, context: ForwardContext, branch: torch.Tensor) -> dict[int, torch.Tensor]:
         if context.x0 is None:
             raise RealignerError("layer 0 ran without hidden states; the IRM has nothing to read")
-        h0 = (
-            context.x0 + self.site.scale * branch.view_as(context.x0)
-            if self.site.scale != 1.0
-            else context.x0 + branch.view_as(context.x0)
-        )
+        branch = branch.view_as(context.x0)
+        h0 = context.x0 + (branch if self.site.scale == 1.0 else self.site.scale * branch)
         deltas = self.injector.fill(context, h0)
         if context.deltas is None:  # a recomputed layer 0 must not replace what later layers already used
             context.deltas = deltas
