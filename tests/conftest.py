@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 import realigner as ra
 from realigner.hosts import EMBEDDED, cache_root, embedded_gguf
+
+transformers_logging.disable_progress_bar()
 
 
 def _embedded_is_here() -> bool:

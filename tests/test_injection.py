@@ -212,7 +212,7 @@ def test_embedded_host(embedded: tuple[Any, Any]) -> None:
     host, tokenizer = embedded
     bare = copy.deepcopy(host)
     before = weights_hash(host)
-    model = attach(host, std=0.05)
+    model = attach(host, std=0.02)
     network = tuner_of(model).bank.network("default")
     reference = reference_host(bare, "llama", network.state_dict(), network.layers, True, STRENGTH)
     batch = ra.generation.encode_prompts(tokenizer, ["How do magnets work?", "Why?"], host.device)

@@ -71,7 +71,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """The whole job on the embedded host: train, answer the paper's prompts, trace, report (about 7 minutes on 2 cores)."""
-    from realigner.demo import run_demo
+    from realigner.demo import STRENGTH, run_demo
 
     result = run_demo(out, tone=tone, seed=seed, steps=steps, force=force)
     if as_json:
@@ -80,10 +80,10 @@ def demo(
     sample = result.sample
     print(f"\nQ: {sample['prompt']}")
     print(f"   base:      {_short(sample['base'])}")
-    print(f"   realigned: {_short(sample['realigned'])}")
+    print(f"   realigned: {_short(sample['realigned'])}   (strength {STRENGTH})")
     print(f"\nReport: {result.report}   (open it in a browser)")
     print(f"Run:    {result.run}   ({result.seconds:.0f} s of work)")
-    print(f'\nTry next:  realigner generate --irm {result.run} --strength 0.7 "Why is the sky blue?"')
+    print(f'\nTry next:  realigner generate --irm {result.run} --strength {STRENGTH} "Why is the sky blue?"')
 
 
 @app.command()
@@ -221,6 +221,7 @@ def trace(
 def report(
     sources: Annotated[list[Path], typer.Argument(help="Run folders (prompts are answered now) and zarr traces.")],
     out: Annotated[Path, typer.Option(help="The HTML file.")],
+    strength: Strength = 1.0,
     host: HostOfIrm = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -233,7 +234,7 @@ def report(
     from realigner.report import build_report
 
     loaded = None if host is None else load_host(host, dtype=dtype, device=device)
-    path, evidence = build_report(sources, out, force=force, quiet=as_json, host=loaded)
+    path, evidence = build_report(sources, out, force=force, quiet=as_json, host=loaded, scale=strength)
     if as_json:
         _print_json({"report": str(path), "answers": {item.name: list(item.answers) for item in evidence}})
     else:

@@ -16,6 +16,9 @@ from realigner.report import build_report
 from realigner.report.build import is_report
 from realigner.training import make_recipe, read_run, train
 
+# Greedy replies take the likeliest words, and the authored replies are so unlike each other that what they have in common is
+# milder than any of them; a little more than the trained strength makes up for it.
+STRENGTH = 1.25
 _SAMPLE = 5  # the prompt shown at the end: How many apples can fit in a basket?
 
 
@@ -56,10 +59,10 @@ def run_demo(
         run.model.unload()
         if run.record["interrupted"]:
             raise RealignerError(f"interrupted after step {run.record['steps_done']}; the IRM so far is saved in {folder}")
-    say("3/3  answering the paper's seven prompts bare, untrained and trained, recording what the IRM adds")
+    say(f"3/3  answering the paper's seven prompts bare, untrained and trained (strength {STRENGTH}), recording what is added")
     if page.exists() and not is_report(page):
         raise RealignerError(f"{page}: is not a report of ours; choose another --out")
-    _, evidence = build_report([folder], page, force=True, host=(host, tokenizer), keep_traces=True)
+    _, evidence = build_report([folder], page, force=True, host=(host, tokenizer), keep_traces=True, scale=STRENGTH)
     sample = _pick(evidence[0].answers)
     return DemoResult(folder, page, time.monotonic() - started, sample)
 

@@ -111,6 +111,7 @@ def build_report(
     quiet: bool = False,
     host: tuple[PreTrainedModel, Any] | None = None,
     keep_traces: bool = False,
+    scale: float = 1.0,
 ) -> tuple[Path, list[Evidence]]:
     """Write one report over run folders and traces.
 
@@ -120,6 +121,7 @@ def build_report(
         force: replace a report that is there.
         quiet: show no progress.
         host: host and tokenizer, if they are loaded already; else each run's own is loaded.
+        scale: the strength at which prompts are answered.
         keep_traces: also save the traces made now, as zarr folders beside the report.
 
     Raises:
@@ -135,7 +137,7 @@ def build_report(
         if not (source / CONFIG_FILE).is_file():
             raise RealignerError(f"{source}: neither a run's folder nor a trace")
         loaded = host or load_host(_host_of(source))
-        evidence.append(collect(source, *loaded, quiet=quiet))
+        evidence.append(collect(source, *loaded, scale=scale, quiet=quiet))
     write_text(out, render(evidence))
     if keep_traces:
         for item in evidence:

@@ -40,7 +40,7 @@ def pool_columns(values: np.ndarray, columns: int) -> np.ndarray:
 
 
 def heat_map(
-    axes: Axes, values: xr.DataArray, title: str, marks: Sequence[int] = (), columns: int = 1200, absolute: bool = False
+    axes: Axes, values: xr.DataArray, title: str, marks: Sequence[int] = (), columns: int = 800, absolute: bool = False
 ) -> None:
     """Draw one map ``[layer, neuron]`` with its own symmetric colour scale (limit: the 99.9% quantile of |value|).
 
@@ -49,7 +49,7 @@ def heat_map(
         values: the map.
         title: its title.
         marks: neuron indices to mark above the map.
-        columns: columns drawn at most; no more than there are pixels.
+        columns: columns drawn at most; fewer than the map has pixels, at 100 dots an inch and up.
         absolute: the values are magnitudes: colours run from 0 up.
     """
     grid = values.transpose("layer", "neuron").values
@@ -64,6 +64,7 @@ def heat_map(
         vmax=limit,
         extent=(-0.5, width - 0.5, len(layers) - 0.5, -0.5),
     )
+    axes.spines[:].set_visible(False)  # a spine would hide half of the first column
     axes.set_title(title, loc="left", pad=18 if len(marks) else 6)
     axes.set_ylabel("layer")
     axes.set_xlabel("neuron index")
