@@ -17,8 +17,8 @@ from realigner.report.build import is_report
 from realigner.training import make_recipe, read_run, train
 
 # Greedy replies take the likeliest words, and the authored replies are so unlike each other that what they have in common is
-# milder than any of them; a little more than the trained strength makes up for it.
-STRENGTH = 1.25
+# milder than any of them; a little more than the trained strength makes up for it. Chosen by reading replies at 1 to 1.5.
+STRENGTH = 1.35
 _SAMPLE = 5  # the prompt shown at the end: How many apples can fit in a basket?
 
 
