@@ -181,3 +181,14 @@ def test_a_planted_index_leads() -> None:
     assert leading["layers_in_top"][0] == 6
     assert leading["ratio"][0] > 3
     assert leading["ratio"].is_monotonic_decreasing
+
+
+def test_the_strength_noted_is_the_one_that_ran(model: Any) -> None:
+    ids = torch.arange(2, 9)[None]
+    with ra.record(model) as trace, ra.strength(model, 0.25):
+        model(input_ids=ids)
+    assert trace.attrs["strength"] == {"default": 0.25}
+    with ra.record(model):
+        model(input_ids=ids)
+        with ra.strength(model, 0.25), pytest.raises(UsageError, match="record each strength apart"):
+            model(input_ids=ids)

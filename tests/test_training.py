@@ -148,6 +148,21 @@ def train_command(folder: Path) -> list[str]:
     return [sys.executable, "-m", "realigner", "train", *(str(part) for pair in options.items() for part in pair)]
 
 
+def test_a_failed_training_leaves_the_host_bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from realigner import training
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(training._Watch, "on_log", fail)
+    host, tokenizer = tiny_pair()
+    with pytest.raises(ZeroDivisionError):
+        train(host, tokenizer, some_rows(), tmp_path / "run", recipe=FAST, quiet=True)
+    assert "forward" not in vars(host)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.modules())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     """The real thing: SIGINT to the command line in the middle of training."""
     process = subprocess.Popen(train_command(tmp_path), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -295,3 +295,15 @@ def test_config_keeps_no_path_of_this_machine(tmp_path: Path) -> None:
     text = (tmp_path / CONFIG_FILE).read_text()
     assert "secret" not in text
     assert json.loads(text)["base_model_name_or_path"] == "some/host"
+
+
+def test_a_second_injector_is_refused() -> None:
+    """Two PeftModels on one host would overwrite each other's deltas."""
+    host = tiny_host("llama")
+    model = realigned(host)
+    want = logits(model)
+    with pytest.raises(RealignerError, match="carries an IRM already"):
+        get_peft_model(host, IRMConfig(rank=3))
+    assert torch.equal(logits(model), want)
+    assert model.peft_config["default"].rank is None
+    realigned(model.unload())

@@ -32,7 +32,7 @@ class ActiveIRM(NamedTuple):
     strength: torch.Tensor
 
 
-Observer = Callable[[str, Sequence[int], torch.Tensor], None]
+Observer = Callable[[ActiveIRM, torch.Tensor], None]
 
 
 class ForwardContext:
@@ -62,8 +62,8 @@ class Injector:
         active: called at the start of every forward; returns the IRMs that take part. None active: the bare host runs.
 
     Attributes:
-        observers: called as ``observer(name, layers, delta)`` with what each IRM adds in a forward, strength included:
-            delta ``[batch, position, layer, neuron]`` over the layers named. Used to record traces.
+        observers: called as ``observer(active, delta)`` with what each IRM adds in a forward, strength included: delta
+            ``[batch, position, layer, neuron]`` over the layers of ``active.irm``. Used to record traces.
     """
 
     def __init__(self, sites: HostSites, active: Callable[[], Sequence[ActiveIRM]]) -> None:
@@ -74,7 +74,7 @@ class Injector:
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Register the hooks: one on the decoder, one on layer 0, two on each layer."""
+        """Register the hooks: two on the decoder, one on layer 0, two on each layer."""
         decoder, layers = self.sites.decoder, self.sites.layers
         self._handles.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(decoder.register_forward_hook(self._end, always_call=True))
@@ -124,15 +124,21 @@ class Injector:
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         deltas: dict[int, torch.Tensor] = {}
-        for name, irm, strength in context.active:
-            own = irm(h0) * strength
+        for active in context.active:
+            own = active.irm(h0) * active.strength
             for observer in self.observers:
-                observer(name, irm.layers, own)
+                observer(active, own)
             own = own.to(h0.dtype)
-            for place, layer in enumerate(irm.layers):
+            for place, layer in enumerate(active.irm.layers):
                 delta = own[..., place, :]
                 deltas[layer] = deltas[layer] + delta if layer in deltas else delta
         return deltas
+
+
+def refuse_attached(decoder: nn.Module) -> None:
+    """Raise if a host's decoder carries an injector already: two would not know of each other's deltas."""
+    if any(isinstance(getattr(hook, "__self__", None), Injector) for hook in decoder._forward_pre_hooks.values()):
+        raise RealignerError("this host carries an IRM already; add another with model.add_adapter, or model.unload() it first")
 
 
 class _SiteHooks:

@@ -102,8 +102,9 @@ def train(
 ) -> Run:
     """Train one IRM on a frozen host and save it.
 
-    Ctrl-C ends the training and saves what there is (``"interrupted": true`` in run.json). The host's weights are hashed
-    before and after; a difference is an error.
+    The model comes back with the IRM attached (`run.model.unload()` gives the bare host again); when training fails, the host is
+    left bare. Ctrl-C ends the training and saves what there is (``"interrupted": true`` in run.json). The host's weights are
+    hashed before and after; a difference is an error.
 
     Args:
         host, tokenizer: from `load_host`.
@@ -136,32 +137,45 @@ def train(
     set_seed(seed)
     model: PeftModel = get_peft_model(host, config)
     started = time.monotonic()
-    with written_folder(out) as aside:
-        log, interrupted = _fit(model, tokenizer, split, recipe, seed, aside, quiet)
+    try:
+        with written_folder(out) as aside:
+            log, interrupted = _fit(model, tokenizer, split, recipe, seed, aside, quiet)
+            _restore_forward(host, forward)
+            if weights_hash(host) != before:
+                raise RealignerError("the host's weights changed during training; nothing was saved")
+            record = {
+                "tone": tones[0],
+                "seed": seed,
+                "recipe": recipe.model_dump(),
+                "data": _data_facts(rows, split),
+                "host": {
+                    "name": fingerprint(host).name,
+                    "dtype": str(host.dtype).removeprefix("torch."),
+                    "sha256": before,
+                },
+                "irm": irm_facts(model),
+                "steps_done": max((entry["step"] for entry in log), default=0),
+                "interrupted": interrupted,
+                "validation_loss": _validation_losses(log),
+                "seconds": round(time.monotonic() - started, 1),
+                "versions": versions(),
+            }
+            _save(model, record, log, aside)
+    except BaseException:
         _restore_forward(host, forward)
-        if weights_hash(host) != before:
-            raise RealignerError("the host's weights changed during training; nothing was saved")
-        record = {
-            "tone": tones[0],
-            "seed": seed,
-            "recipe": recipe.model_dump(),
-            "data": {
-                "rows": len(rows),
-                "sha256": rows_hash(rows),
-                "train": len(split.train),
-                "validation": len(split.validation),
-                "validation_groups": sorted({row.group for row in split.validation}),
-            },
-            "host": {"name": fingerprint(host).name, "dtype": str(host.dtype).removeprefix("torch."), "sha256": before},
-            "irm": irm_facts(model),
-            "steps_done": max((entry["step"] for entry in log), default=0),
-            "interrupted": interrupted,
-            "validation_loss": _validation_losses(log),
-            "seconds": round(time.monotonic() - started, 1),
-            "versions": versions(),
-        }
-        _save(model, record, log, aside)
+        model.unload()
+        raise
     return Run(out, model, record)
+
+
+def _data_facts(rows: Sequence[Row], split: Split) -> dict[str, Any]:
+    return {
+        "rows": len(rows),
+        "sha256": rows_hash(rows),
+        "train": len(split.train),
+        "validation": len(split.validation),
+        "validation_groups": sorted({row.group for row in split.validation}),
+    }
 
 
 def refuse_run(out: Path, force: bool) -> None:

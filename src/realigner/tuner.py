@@ -28,9 +28,9 @@ from torch import nn
 
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import Fingerprint, fingerprint, text_config
-from realigner.injection import ActiveIRM, Injector
+from realigner.injection import ActiveIRM, Injector, refuse_attached
 from realigner.irm import IRM, IRMShape
-from realigner.sites import find_sites
+from realigner.sites import find_layers, find_sites
 
 PEFT_NAME = "irm"
 CONFIG_FILE = "adapter_config.json"
@@ -187,6 +187,11 @@ class IRMModel(BaseTuner):
     prefix = "irm_"
     tuner_layer_cls = IRMBank
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        refuse_attached(find_layers(model, config.layers_path)[0])
+        super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def inject_adapter(
         self,

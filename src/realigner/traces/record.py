@@ -6,7 +6,7 @@ nothing of what the model does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import HostInfo
+from realigner.injection import ActiveIRM
 from realigner.tuner import tuner_of
 
 
@@ -69,17 +70,14 @@ def record(model: nn.Module, tokenizer: Any = None) -> Iterator[xr.Dataset]:
     generate = host.generate
     host.generate = recorder.around(generate)
     tuner.injector.observers.append(recorder.observe)
-    layers = {name: tuner.bank.network(name).layers for name in tuner.bank.networks}
-    strengths = {}
     try:
         yield trace
-        strengths = {name: float(value) for name, value in tuner.bank.strengths.items()}
     finally:
         tuner.injector.observers.remove(recorder.observe)
         handle.remove()
         del host.generate
-    recorder.fill(trace, layers, tokenizer)
-    trace.attrs.update(host=tuner.fingerprint.name, strength=strengths, source="realigner.record")
+    recorder.fill(trace, tokenizer)
+    trace.attrs.update(host=tuner.fingerprint.name, strength=recorder.strengths, source="realigner.record")
 
 
 class _Recorder:
@@ -87,6 +85,8 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.chunks: list[_Chunk] = []
+        self.layers: dict[str, tuple[int, ...]] = {}
+        self.strengths: dict[str, float] = {}
         self.prompts = 0  # prompts begun before the current batch
         self.width = 0  # tokens seen of the current batch
         self.prompt_width: int | None = None  # padded width of the prompts inside generate; None outside
@@ -143,7 +143,11 @@ class _Recorder:
         )
         self.width = stop
 
-    def observe(self, name: str, layers: Sequence[int], delta: torch.Tensor) -> None:
+    def observe(self, active: ActiveIRM, delta: torch.Tensor) -> None:
+        name, strength = active.name, float(active.strength)
+        if self.strengths.setdefault(name, strength) != strength:
+            raise UsageError(f"record: the strength of {name!r} changed within the block; record each strength apart")
+        self.layers[name] = active.irm.layers
         if self.chunks and name not in self.chunks[-1].deltas:  # a recomputed (checkpointed) layer 0 reports twice
             kept = delta.detach()[self._rows.to(delta.device), self._columns.to(delta.device)]
             self.chunks[-1].deltas[name] = kept.float().cpu().numpy()
@@ -154,7 +158,7 @@ class _Recorder:
         self.width = 0
         self.mask = None
 
-    def fill(self, trace: xr.Dataset, layers: dict[str, tuple[int, ...]], tokenizer: Any) -> None:
+    def fill(self, trace: xr.Dataset, tokenizer: Any) -> None:
         """Put everything into the dataset, tokens of one prompt together."""
         chunks = [chunk for chunk in self.chunks if chunk.deltas]
         if not chunks:
@@ -169,11 +173,8 @@ class _Recorder:
             if any(name not in chunk.deltas for chunk in chunks):
                 raise UsageError(f"record: adapter {name!r} was active for a part of the block only; record each setting apart")
             delta = np.concatenate([chunk.deltas[name] for chunk in chunks])[order]
-            arrays.append(
-                xr.DataArray(
-                    delta[None], dims=("run", "token", "layer", "neuron"), coords={"run": [name], "layer": list(layers[name])}
-                )
-            )
+            places = {"run": [name], "layer": list(self.layers[name])}
+            arrays.append(xr.DataArray(delta[None], dims=("run", "token", "layer", "neuron"), coords=places))
         trace["delta"] = xr.concat(arrays, dim="run", join="outer") if len(arrays) > 1 else arrays[0]
         trace.coords["neuron"] = np.arange(trace.sizes["neuron"], dtype=np.int32)
         for key, values in join.items():
