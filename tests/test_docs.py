@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import realigner as ra
+from realigner.training import make_recipe, train
+from tests.tiny import some_rows
 
 SOURCE = Path(ra.__file__).parent
 MODULES = sorted(
@@ -29,3 +33,21 @@ def test_there_are_examples() -> None:
     finder = doctest.DocTestFinder()
     examples = sum(len(test.examples) for name in MODULES for test in finder.find(importlib.import_module(name)))
     assert examples >= 20
+
+
+@pytest.mark.host
+@pytest.mark.slow
+def test_the_readmes_python_runs(embedded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block in one namespace, where `make demo` would have left a run; training itself is cut to one step."""
+    host, tokenizer = ra.load_host()
+    quick = make_recipe(steps=1, batch_size=1, evaluations=1)
+    train(host, tokenizer, some_rows(), tmp_path / "demo" / "anger-42", recipe=quick, quiet=True).model.unload()
+    (tmp_path / "rows.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in some_rows()))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("realigner.training.Recipe", lambda: quick)
+    blocks = re.findall(r"```python\n(.*?)```", (SOURCE.parents[1] / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "runs" / "mine" / "adapter_model.safetensors").is_file()

@@ -102,8 +102,8 @@ def train(
 ) -> Run:
     """Train one IRM on a frozen host and save it.
 
-    The model comes back with the IRM attached (`run.model.unload()` gives the bare host again); when training fails, the host is
-    left bare. Ctrl-C ends the training and saves what there is (``"interrupted": true`` in run.json). The host's weights are
+    The model comes back with the IRM attached (`run.model.unload()` gives the bare host again); when training fails, the host
+    is left bare. Ctrl-C ends the training and saves what there is (``"interrupted": true`` in run.json). The host's weights are
     hashed before and after; a difference is an error.
 
     Args:
