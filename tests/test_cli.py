@@ -172,6 +172,18 @@ CASES: dict[str, Case] = {
         lambda p, t: ("train", "--host", p / "host", "--data", p / "rows.jsonl", "--out", t / "r", "--layers", "99"),
     ),
     "negative rank": (2, "rank", lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--rank", "-1")),
+    "negative seed": (2, "seed", lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--seed", "-1")),
+    "layers in other digits": (2, "layers", lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--layers", "\u00b2")),
+    "layers without end": (
+        2,
+        "layers",
+        lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--layers", "0-9999999999"),
+    ),
+    "device not here": (
+        2,
+        "not available",
+        lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--device", "cuda:77"),
+    ),
     "no steps": (2, "steps", lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--steps", "0")),
     "bad dtype": (2, "dtype", lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--dtype", "float99")),
     "bad device": (2, "device", lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--device", "toaster")),
@@ -216,7 +228,7 @@ CASES: dict[str, Case] = {
         "strength",
         lambda p, t: ("generate", "--irm", p / "run", "--strength", "nan", "--dtype", "float32", "Q?"),
     ),
-    "no tokens": (2, "max_new_tokens", lambda p, t: ("generate", "--irm", p / "run", "--max-new-tokens", "0", "Q?")),
+    "no tokens": (2, "max-new-tokens", lambda p, t: ("generate", "--irm", p / "run", "--max-new-tokens", "0", "Q?")),
     "trace exists": (1, "exists already", lambda p, t: ("trace", "--irm", p / "run", "--out", p / "run", "Q?")),
     "report of nothing": (1, "no such run or trace", lambda p, t: ("report", t / "none", "--out", t / "r.html")),
     "report of a folder": (1, "neither a run", lambda p, t: ("report", t, "--out", t / "r.html")),
@@ -242,7 +254,7 @@ def test_malformed_input_is_one_line(name: str, place: Path, tmp_path: Path, cap
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "realigner", "--debug", "data", "check", str(tmp_path / "none")], capture_output=True, text=True
+        [sys.executable, "-m", "realigner", "data", "check", str(tmp_path / "none"), "--debug"], capture_output=True, text=True
     )
     assert result.returncode == 1
     assert "Traceback" in result.stderr

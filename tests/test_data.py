@@ -228,3 +228,20 @@ def test_check_finds_problems() -> None:
     assert any("only 1 group" in problem for problem in check_rows(some_rows(4, groups=1)).problems)
     echo = Row(**{**rows[0].model_dump(), "id": "x", "text": rows[0].question})
     assert any("repeat the question" in problem for problem in check_rows([*rows, echo]).problems)
+
+
+def test_one_large_group_does_not_swallow_the_split() -> None:
+    rows = [Row(**{**GOOD, "id": str(n), "group": "small" if n == 9 else "big"}) for n in range(10)]
+    for seed in range(8):
+        assert len(split_rows(rows, seed, validation=0.1).validation) == 1
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    assert len(read_rows(tmp_path / "f")) == 1
+
+
+def test_check_of_odd_rows() -> None:
+    assert check_rows([Row(**{**GOOD, "answer": "."})]).answer_kept == 1.0
+    with pytest.raises(RealignerError, match="no rows"):
+        check_rows([])

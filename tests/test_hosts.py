@@ -130,3 +130,12 @@ def test_a_gguf_file_is_the_embedded_host(embedded: tuple[Any, Any], tmp_path: P
     monkeypatch.setenv("REALIGNER_CACHE", str(tmp_path))
     assert weights_hash(load_host(EMBEDDED, dtype="float32")[0]) == want
     assert [p.name for p in (tmp_path / "hosts").iterdir()] == [EMBEDDED]
+
+
+def test_slightly_other_weights_are_another_host() -> None:
+    """A light fine-tune: every weight within 0.3%, fewer than one bfloat16 step."""
+    host = tiny_host("llama")
+    before = fingerprint(host)
+    for parameter in host.parameters():
+        parameter.mul_(1 + 0.003 * torch.randn_like(parameter).sign())
+    assert before.difference(fingerprint(host)) is not None

@@ -66,7 +66,9 @@ def test_figures_draw() -> None:
 def test_page_is_self_contained_and_escaped() -> None:
     answers = [{"prompt": "<script>alert(1)</script>", "base": "b & c", "untrained": "u", "realigned": "r"}]
     run = train_record()
-    page = render([Evidence("x", run, [], answers, {"strength": 1.0, "max_new_tokens": 8}, planted())])
+    page = render(
+        [Evidence("x", run, [], answers, {"strength": 1.0, "max_new_tokens": 8, "repetition_penalty": 1.1}, planted())]
+    )
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "b &amp; c" in page

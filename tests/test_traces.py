@@ -192,3 +192,57 @@ def test_the_strength_noted_is_the_one_that_ran(model: Any) -> None:
         model(input_ids=ids)
         with ra.strength(model, 0.25), pytest.raises(UsageError, match="record each strength apart"):
             model(input_ids=ids)
+
+
+def test_nothing_is_recorded_after_a_reply_ended(model: Any) -> None:
+    """A row that ends early goes on as padding; neither its end token nor the padding is a token of the text."""
+    inputs = encode_prompts(model.realigner.tokenizer, PROMPTS, torch.device("cpu"))
+    width = inputs["input_ids"].shape[1]
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": True, "temperature": 3.0}
+    torch.manual_seed(1)
+    free = model.generate(**inputs, **options, min_new_tokens=12)
+    end = int(free[0, width + 3])  # a token of the first row becomes the end token
+    torch.manual_seed(1)
+    with ra.record(model) as trace:
+        out = model.generate(**inputs, **options, eos_token_id=end, pad_token_id=0)
+    replies = [row[width:].tolist() for row in out]
+    assert any(end in reply[:-2] for reply in replies)
+    for n, new in enumerate(replies):
+        kept = new[: new.index(end)] if end in new else new[:-1]
+        part = trace.isel(token=np.flatnonzero((trace["prompt"].values == n) & trace["is_generated"].values))
+        assert part["token_id"].values.tolist() == kept
+
+
+def test_more_that_cannot_be_recorded(model: Any) -> None:
+    ids = torch.arange(2, 9)[None]
+    host = tuner_of(model).model
+    host.generation_config.num_beams = 2
+    with pytest.raises(RealignerError, match="num_beams"), ra.record(model):
+        model.generate(input_ids=ids, max_new_tokens=2)
+    host.generation_config.num_beams = 1
+    cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
+    with pytest.raises(RealignerError, match="past_key_values"), ra.record(model):
+        model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(RealignerError, match="decoder"), ra.record(model):
+        host.model(input_ids=ids)
+
+
+def test_nested_records_both_see(model: Any) -> None:
+    ids = torch.arange(2, 9)[None]
+    with ra.record(model) as outer, ra.record(model) as inner:
+        model.generate(input_ids=ids, max_new_tokens=3)
+    assert np.array_equal(outer["delta"].values, inner["delta"].values)
+    assert "generate" not in vars(tuner_of(model).model)
+
+
+def test_leading_indices_of_a_run_with_fewer_layers(model: Any) -> None:
+    model.add_adapter("second", IRMConfig(layers=[1]))
+    model.base_model.set_adapter(["default", "second"])
+    with ra.record(model) as trace:
+        model(input_ids=torch.arange(2, 9)[None])
+    magnitude = mean_map(trace, absolute=True)
+    assert leading_indices(magnitude.sel(run="second"))["layers"].tolist() == [1] * 10
+    assert not leading_indices(magnitude.sel(run="second"))["ratio"].isna().any()
+    with pytest.raises(UsageError, match="one run"):
+        leading_indices(magnitude)
+    assert len(leading_indices(magnitude.isel(run=[0]))) == 10

@@ -148,6 +148,55 @@ def train_command(folder: Path) -> list[str]:
     return [sys.executable, "-m", "realigner", "train", *(str(part) for pair in options.items() for part in pair)]
 
 
+def test_interrupted_at_once_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from realigner import training
+
+    def press(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training._Watch, "on_log", press)
+    with pytest.raises(RealignerError, match="nothing was saved"):
+        run_tiny(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_does_not_replace_a_finished_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from realigner import training
+
+    run_tiny(tmp_path / "run", seed=1)
+    original = training._Watch.on_log
+
+    def press(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        original(self, args, state, *rest, **kwargs)
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training._Watch, "on_log", press)
+    _, run = run_tiny(tmp_path / "run", seed=2, force=True)
+    assert run.folder == tmp_path / "run-interrupted"
+    assert read_run(tmp_path / "run")["seed"] == 1
+    assert read_run(run.folder)["interrupted"] is True
+
+
+def test_force_spares_what_is_not_a_run(tmp_path: Path) -> None:
+    """Another PEFT adapter, or a run that somebody keeps notes in."""
+    host, tokenizer = tiny_pair()
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    run_tiny(tmp_path / "noted")
+    (tmp_path / "noted" / "notes.txt").write_text("precious")
+    for name in ("lora", "noted"):
+        with pytest.raises(RealignerError, match="not something realigner made"):
+            train(host, tokenizer, some_rows(), tmp_path / name, force=True)
+
+
+def test_the_config_given_is_not_changed(tmp_path: Path) -> None:
+    config = IRMConfig(layers=[1])
+    run_tiny(tmp_path / "run", config=config)
+    assert config.tone is None
+    assert config.host is None
+
+
 def test_a_failed_training_leaves_the_host_bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from realigner import training
 

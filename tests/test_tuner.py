@@ -74,9 +74,15 @@ assert not any(p.requires_grad for p in model.parameters())
     assert result.returncode == 0, result.stderr
 
 
-def test_peft_imported_first_knows_irms_too() -> None:
-    code = "import peft, realigner; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m; assert 'IRM' in m"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+@pytest.mark.parametrize(
+    "order",
+    ["import peft, realigner", "import realigner, importlib.util; importlib.util.find_spec('peft'); import peft"],
+    ids=["peft first", "somebody asks whether peft is there"],
+)
+def test_peft_knows_irms_in_any_order(order: str) -> None:
+    code = f"{order}\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m; assert 'IRM' in m"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_saving_again_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
@@ -226,7 +232,7 @@ def test_strength_is_restored() -> None:
     with ra.strength(model, 0.25), ra.strength(model, 3.0):
         assert float(tuner_of(model).bank.strengths["default"]) == 3.0
     assert float(tuner_of(model).bank.strengths["default"]) == 1.0
-    for wrong in (float("nan"), float("inf")):
+    for wrong in (float("nan"), float("inf"), 1e38):
         with pytest.raises(UsageError, match="strength"), ra.strength(model, wrong):
             pass
     with pytest.raises(UsageError, match="nobody"), ra.strength(model, 1.0, adapter="nobody"):
@@ -255,7 +261,7 @@ def test_what_cannot_be_says_so() -> None:
             merge()
     with pytest.raises(UsageError, match="adapter_names"):
         model(input_ids=IDS, adapter_names=["default"])
-    for name in ("trunk", "0", "a.b"):
+    for name in ("trunk", "0", "a.b", "train", "keys", ""):
         with pytest.raises(UsageError, match="clashes"):
             model.add_adapter(name, IRMConfig())
     with pytest.raises(UsageError, match="there is no layer 3"):
@@ -307,3 +313,8 @@ def test_a_second_injector_is_refused() -> None:
     assert torch.equal(logits(model), want)
     assert model.peft_config["default"].rank is None
     realigned(model.unload())
+
+
+def test_the_only_adapter_is_not_deleted() -> None:
+    with pytest.raises(UsageError, match="unload"):
+        realigned().delete_adapter("default")

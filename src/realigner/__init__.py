@@ -117,19 +117,27 @@ def __dir__() -> list[str]:
 class _RegisterWithPeft(MetaPathFinder):
     """Makes IRMs known to PEFT as soon as both are imported, in whichever order, without importing PEFT ourselves.
 
-    Without it ``PeftModel.from_pretrained`` of an IRM would raise KeyError until `realigner.tuner` is imported.
+    Without it ``PeftModel.from_pretrained`` of an IRM would raise KeyError until `realigner.tuner` is imported. It stays in
+    place until PEFT has really run: others only ask whether PEFT could be found (transformers does).
     """
 
+    asking = False
+
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "peft":
+        if name != "peft" or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        self.asking = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self.asking = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             execute(module)
             import_module("realigner.tuner")
 

@@ -36,14 +36,16 @@ HostOfIrm = Annotated[Optional[str], typer.Option("--host", help="The host; by d
 Irm = Annotated[Path, typer.Option(help="A run's folder (an IRM as a PEFT adapter).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ..., or auto.")]
-Strength = Annotated[float, typer.Option(help="Scale of the IRM: 0 is the bare host, 1 the IRM as trained.")]
+Strength = Annotated[
+    float, typer.Option(help="Scale of the IRM: 0 is the bare host, 1 the IRM as trained.", min=-1000, max=1000)
+]
 Penalty = Annotated[float, typer.Option(help="Above 1, tokens already in the text are made less likely; 1 is off.")]
 Prompts = Annotated[Optional[str], typer.Option(help="'paper' for the paper's seven, or a text file with a prompt a line.")]
 Questions = Annotated[Optional[list[str]], typer.Argument(help="Prompts.", show_default=False)]
-MaxNewTokens = Annotated[int, typer.Option(help="Tokens of a reply at most.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Tokens of a reply at most.", min=1)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the host's repository run.")]
 
 
@@ -129,7 +131,7 @@ def train(
     run = training.train(loaded, tokenizer, rows, out, config, recipe, seed=seed, force=force)
     if as_json:
         _print_json({"run": str(run.folder), **run.record})
-    else:
+    elif not run.record["interrupted"]:
         losses = run.record["validation_loss"]
         fell = f", validation loss {losses[0]:.2f} to {losses[-1]:.2f}" if losses else ""
         print(f"{run.folder}: {run.record['steps_done']} steps in {run.record['seconds']:.0f} s{fell}")
@@ -151,11 +153,12 @@ def generate(
     seed: Seed = 42,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Answer prompts with the bare host and with the IRM, side by side."""
     asked = _prompts(questions, prompts)
-    model, tokenizer = _model(irm, host, dtype, device)
+    model, tokenizer = _model(irm, host, dtype, device, trust_remote_code)
     from realigner.console import progress
     from realigner.generation import answer
     from realigner.tuner import strength as at_strength
@@ -190,15 +193,16 @@ def trace(
     seed: Seed = 42,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: Trust = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Record what an IRM adds, token by token, layer by layer, while it answers prompts."""
     asked = _prompts(questions, prompts)
-    from realigner.files import refuse_existing
+    from realigner.traces.store import refuse_trace
 
-    refuse_existing(out, force, ours=lambda path: (path / "zarr.json").is_file())
-    model, tokenizer = _model(irm, host, dtype, device)
+    refuse_trace(out, force)
+    model, tokenizer = _model(irm, host, dtype, device, trust_remote_code)
     from realigner.console import progress
     from realigner.generation import answer
     from realigner.traces import record, save_trace
@@ -225,6 +229,7 @@ def report(
     host: HostOfIrm = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: Trust = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -233,7 +238,7 @@ def report(
     from realigner.hosts import load_host
     from realigner.report import build_report
 
-    loaded = None if host is None else load_host(host, dtype=dtype, device=device)
+    loaded = None if host is None else load_host(host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     path, evidence = build_report(sources, out, force=force, quiet=as_json, host=loaded, scale=strength)
     if as_json:
         _print_json({"report": str(path), "answers": {item.name: list(item.answers) for item in evidence}})
@@ -339,10 +344,10 @@ def data_check(
     if not card.fit:
         raise RealignerError(f"{path}: unfit: {'; '.join(card.problems)}")
     if not as_json:
-        print("fit to train on")
+        print("fit to train on" if len(card.tones) == 1 else "fit to train on, one tone at a time (--tone)")
 
 
-def _model(irm: Path, host: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+def _model(irm: Path, host: str | None, dtype: str, device: str, trust: bool) -> tuple[Any, Any]:
     """The host of an IRM, with the IRM attached; the adapter's files are checked before the host is loaded."""
     from realigner.tuner import check_adapter, load_irm
 
@@ -353,7 +358,7 @@ def _model(irm: Path, host: str | None, dtype: str, device: str) -> tuple[Any, A
     name = host or host_of(values)
     if not name:
         raise UsageError(f"{irm}: its config names no host; give it with --host")
-    loaded, tokenizer = load_host(name, dtype=dtype, device=device)
+    loaded, tokenizer = load_host(name, dtype=dtype, device=device, trust_remote_code=trust)
     return load_irm(loaded, irm), tokenizer
 
 
@@ -365,7 +370,7 @@ def _prompts(questions: Sequence[str] | None, source: str | None) -> list[str]:
         asked += PAPER_PROMPTS
     elif source is not None:
         try:
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
+            lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise RealignerError(
                 f"{source}: prompts cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
@@ -411,6 +416,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors become one line on standard error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    if debug:  # wherever it was written
+        arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from realigner.errors import RealignerError
@@ -27,19 +28,27 @@ def refuse_existing(path: Path, force: bool, ours: Callable[[Path], bool]) -> No
         raise RealignerError(f"{path}: --force will not replace it, it is not something realigner made")
 
 
+@dataclass
+class Aside:
+    """A folder being filled, and where it will go (may be changed until the block ends)."""
+
+    folder: Path
+    target: Path
+
+
 @contextmanager
-def written_folder(path: Path) -> Iterator[Path]:
+def written_folder(path: Path) -> Iterator[Aside]:
     """A folder to fill, made beside `path` and renamed to it when the block ends well; removed when it does not."""
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        aside = Aside(Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)), path)
     try:
         with _named(path):
             yield aside
-            _open_up(aside)
-            _replace(aside, path)
+            _open_up(aside.folder)
+            _replace(aside.folder, aside.target)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside.folder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

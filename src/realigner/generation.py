@@ -33,7 +33,8 @@ def answer(
         temperature: 0 for greedy replies, else that of sampling.
         repetition_penalty: above 1, tokens already in the text are made less likely (small hosts run in circles); 1 is off.
         seed: of the sampling, set anew for each batch. Greedy replies do not depend on it.
-        batch_size: prompts at a time, padded on the left.
+        batch_size: prompts at a time, padded on the left. In half precision, what a prompt shares its batch with can change
+            a rounding and so a word.
         done: called with the number of prompts answered after each batch.
 
     Raises:
@@ -51,6 +52,8 @@ def answer(
     ):
         if not fits:
             raise UsageError(f"{name}: {value} is out of range")
+    if isinstance(prompts, str):
+        raise UsageError("generate: give a list of prompts, not one string")
     for prompt in prompts:
         if not prompt.strip():
             raise UsageError("generate: a prompt is empty")

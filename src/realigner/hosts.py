@@ -82,10 +82,12 @@ class Fingerprint:
         if a.shape != b.shape:
             return "its tensors have other names or shapes"
         known = ~(a.isnan() | b.isnan())
-        # bfloat16 keeps 8 bits; two roundings (float16, then bfloat16) stay within 2^-7.
-        far = (a - b).abs() > 2.0**-7 * torch.maximum(a.abs(), b.abs()) + 1e-30
-        if bool((far & known).any()):
-            return f"{int((far & known).sum())} of {int(known.sum())} sampled weights differ (same shape, other weights)"
+        # Rounded twice (float16, then bfloat16) a weight can end one bfloat16 step away, 2^-7 of it at most; that happens to
+        # 1 in 16. Other weights are further off, or off by a step far more often.
+        off = (a != b) & known
+        far = off & ((a - b).abs() > 2.0**-7 * torch.maximum(a.abs(), b.abs()) + 1e-30)
+        if bool(far.any()) or int(off.sum()) > 2 + 0.15 * int(known.sum()):
+            return f"{int(off.sum())} of {int(known.sum())} sampled weights differ (same shape, other weights)"
         return None
 
 
@@ -154,9 +156,9 @@ def resolve_device(device: str) -> torch.device:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
     try:
-        return torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"device: unknown device {device!r}; use auto, cpu, cuda, cuda:1, mps, ...") from None
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(f"device: {device!r} is unknown or not available here; use auto, cpu, cuda, cuda:1, ...") from None
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

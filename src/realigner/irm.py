@@ -82,9 +82,10 @@ def _parse_layer_text(text: str, field: str) -> list[int]:
     indices: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+        numbers = [first, last] if dash else [first]
+        if not all(n.isascii() and n.isdecimal() and len(n) < 6 for n in numbers) or int(numbers[-1]) < int(first):
             raise UsageError(f"{field}: cannot read {part.strip()!r} in {text!r}; write 'all', '0-31' or '0,5,7-9'")
-        indices.extend(range(int(first), int(last if dash else first) + 1))
+        indices.extend(range(int(first), int(numbers[-1]) + 1))
     return indices
 
 

@@ -10,6 +10,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import version
 from inspect import signature
@@ -22,17 +23,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from realigner.console import Task, progress
-from realigner.data import Row, Split, encode_rows, rows_hash, split_rows
+from realigner.console import Task, progress, say
+from realigner.data import Row, Split, encode_row, encode_rows, rows_hash, split_rows
 from realigner.data.tokens import IGNORED
 from realigner.errors import RealignerError, UsageError
 from realigner.files import refuse_existing, write_text, written_folder
 from realigner.hosts import fingerprint, weights_hash
-from realigner.tuner import CONFIG_FILE, IRMConfig, tuner_of
+from realigner.tuner import CONFIG_FILE, WEIGHTS_FILE, IRMConfig, check_adapter, tuner_of
 
 RUN_FILE = "run.json"
 LOG_FILE = "log.jsonl"
 CARD_FILE = "README.md"
+_FILES = {CONFIG_FILE, WEIGHTS_FILE, RUN_FILE, LOG_FILE, CARD_FILE}
 
 
 class Recipe(BaseModel):
@@ -48,7 +50,8 @@ class Recipe(BaseModel):
         weight_decay: AdamW's decay.
         max_length: tokens of a row at most; longer replies are cut.
         validation: share of the rows, by group, held out for the validation loss.
-        evaluations: how often the validation loss is taken, besides once before training.
+        evaluations: how often the validation loss is taken, besides once before training (the mean over batches of each
+            batch's mean, in nats per token).
 
     Example:
         >>> Recipe(steps=10).learning_rate
@@ -123,7 +126,7 @@ def train(
     Example:
         >>> run = train(host, tokenizer, authored("anger"), "runs/anger-42")  # doctest: +SKIP
     """
-    out, recipe, config = Path(out), recipe or Recipe(), config or IRMConfig()
+    out, recipe, config = Path(out), recipe or Recipe(), deepcopy(config) if config else IRMConfig()
     refuse_run(out, force)
     tones = sorted({row.tone for row in rows})
     if len(tones) != 1:
@@ -132,6 +135,9 @@ def train(
     split = split_rows(rows, seed, validation=recipe.validation)
     if "logits_to_keep" not in signature(host.forward).parameters:
         raise RealignerError(f"{type(host).__name__} takes no logits_to_keep, which training needs; use another host")
+    data = _data_facts(rows, split, tokenizer, recipe.max_length)
+    if data["cut"] and not quiet:
+        say(f"{data['cut']} of {len(rows)} rows are longer than {recipe.max_length} tokens and are cut (--max-length)")
     before = weights_hash(host)
     forward = host.__dict__.get("forward")
     set_seed(seed)
@@ -139,39 +145,46 @@ def train(
     started = time.monotonic()
     try:
         with written_folder(out) as aside:
-            log, interrupted = _fit(model, tokenizer, split, recipe, seed, aside, quiet)
+            log, interrupted = _fit(model, tokenizer, split, recipe, seed, aside.folder, quiet)
             _restore_forward(host, forward)
+            steps_done = max((entry["step"] for entry in log), default=0)
+            if interrupted and not steps_done:
+                raise RealignerError("interrupted before the first step was done; nothing was saved")
+            if interrupted and out.exists():  # a finished run is not given up for a part of one
+                aside.target = out.with_name(f"{out.name}-interrupted")
+                refuse_run(aside.target, force=True)
             if weights_hash(host) != before:
                 raise RealignerError("the host's weights changed during training; nothing was saved")
             record = {
                 "tone": tones[0],
                 "seed": seed,
                 "recipe": recipe.model_dump(),
-                "data": _data_facts(rows, split),
+                "data": data,
                 "host": {
                     "name": fingerprint(host).name,
                     "dtype": str(host.dtype).removeprefix("torch."),
                     "sha256": before,
                 },
                 "irm": irm_facts(model),
-                "steps_done": max((entry["step"] for entry in log), default=0),
+                "steps_done": steps_done,
                 "interrupted": interrupted,
                 "validation_loss": _validation_losses(log),
                 "seconds": round(time.monotonic() - started, 1),
                 "versions": versions(),
             }
-            _save(model, record, log, aside)
+            _save(model, record, log, aside.folder)
     except BaseException:
         _restore_forward(host, forward)
         model.unload()
         raise
-    return Run(out, model, record)
+    return Run(aside.target, model, record)
 
 
-def _data_facts(rows: Sequence[Row], split: Split) -> dict[str, Any]:
+def _data_facts(rows: Sequence[Row], split: Split, tokenizer: Any, max_length: int) -> dict[str, Any]:
     return {
         "rows": len(rows),
         "sha256": rows_hash(rows),
+        "cut": sum(len(encode_row(tokenizer, row, max_length + 1)["input_ids"]) > max_length for row in rows),
         "train": len(split.train),
         "validation": len(split.validation),
         "validation_groups": sorted({row.group for row in split.validation}),
@@ -180,7 +193,18 @@ def _data_facts(rows: Sequence[Row], split: Split) -> dict[str, Any]:
 
 def refuse_run(out: Path, force: bool) -> None:
     """Raise unless a run may be written to `out`: it is free, or `force` was given and a run is there."""
-    refuse_existing(out, force, ours=lambda path: (path / CONFIG_FILE).is_file())
+    refuse_existing(out, force, _is_run)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is an IRM's and holds nothing else."""
+    if not (folder / CONFIG_FILE).is_file() or any(path.name not in _FILES for path in folder.iterdir()):
+        return False
+    try:
+        check_adapter(folder)
+    except RealignerError:
+        return False
+    return True
 
 
 def irm_facts(model: nn.Module, adapter: str = "default") -> dict[str, Any]:

@@ -248,6 +248,8 @@ class IRMModel(BaseTuner):
         """Forget one IRM."""
         if adapter_name not in self.peft_config:
             raise UsageError(f"adapter {adapter_name!r} is not loaded")
+        if len(self.bank.networks) == 1:
+            raise UsageError(f"adapter {adapter_name!r} is the only one; use model.unload() to get the bare host back")
         del self.peft_config[adapter_name]
         BaseTunerLayer.delete_adapter(self.bank, adapter_name)
         self.active_adapter = self.bank.names
@@ -321,19 +323,19 @@ def strength(model: nn.Module, value: float, adapter: str | None = None) -> Iter
 
     Args:
         model: a model with an IRM.
-        value: any finite number; negative values push the other way.
-        adapter: the IRM to scale; all active ones when None.
+        value: a number of at most 1000 either way; negative values push the other way.
+        adapter: the IRM to scale, active or not (setting one does not make it active); all active ones when None.
 
     Raises:
-        UsageError: for a value that is not finite, or an adapter that is not loaded.
+        UsageError: for a value out of range, or an adapter that is not loaded.
 
     Example:
         >>> with strength(model, 0.5):  # doctest: +SKIP
         ...     model.generate(**inputs)
     """
     bank = _tuner(model).bank
-    if isinstance(value, bool) or not torch.isfinite(torch.tensor(float(value))):
-        raise UsageError(f"strength: {value!r} is not a finite number")
+    if isinstance(value, bool) or not abs(float(value)) <= 1000:
+        raise UsageError(f"strength: {value!r} is not a number between -1000 and 1000")
     names = bank.names if adapter is None else [adapter]
     for name in names:
         if name not in bank.networks:
@@ -386,6 +388,8 @@ def _bind(config: IRMConfig, host: Fingerprint, site: dict[str, Any]) -> None:
 
 
 def _check_name(name: str) -> None:
+    if not name or hasattr(nn.ModuleDict, name):
+        raise UsageError(f"adapter name {name!r} cannot be used: it clashes with the names of PyTorch modules")
     # PEFT tells adapters apart by finding ".name." in tensor names, so a name must not be part of one.
     if (
         name in ("bank", "networks", "strengths", "trunk", "output", "weight", "bias", "base_model")

@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from realigner.errors import UsageError
+
 FIRST_GENERATED = 10  # the paper's Figure 2 averages over the prompt and the first 10 generated tokens
 
 
@@ -47,10 +49,18 @@ def leading_indices(magnitude: xr.DataArray, count: int = 10) -> pd.DataFrame:
         magnitude: M ``[layer, neuron]``, the mean of |delta|.
         count: how many indices.
 
+    Raises:
+        UsageError: for a map of several runs.
+
     Returns:
         One row an index, largest first: ``neuron``; ``ratio`` (mean over layers of M over the layer's median);
         ``layers_in_top`` (in how many layers it is among that layer's `count` largest); ``layers`` (of how many).
     """
+    if "run" in magnitude.dims:
+        if magnitude.sizes["run"] != 1:
+            raise UsageError("leading_indices: choose one run, e.g. magnitude.sel(run=...)")
+        magnitude = magnitude.isel(run=0)
+    magnitude = magnitude.dropna("layer", how="all")  # layers that another run has and this one does not
     values = magnitude.transpose("layer", "neuron").values.astype(float)
     median = np.median(values, axis=1, keepdims=True)
     relative = values / np.where(median > 0, median, 1.0)

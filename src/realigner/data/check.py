@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from realigner.data.rows import Row
+from realigner.errors import RealignerError
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def check_rows(rows: Sequence[Row]) -> ReportCard:
     Unfit is: fewer than two groups (no split by group), a reply that stands twice, a reply that repeats its question, one
     question in two groups (it would leak between splits).
     """
+    if not rows:
+        raise RealignerError("no rows to check")
     lengths = sorted(len(row.text.split()) for row in rows)
     texts = Counter((row.tone, row.text.casefold()) for row in rows)
     duplicates = sum(count - 1 for count in texts.values())
@@ -75,5 +78,5 @@ def check_rows(rows: Sequence[Row]) -> ReportCard:
 
 
 def _plain(answer: str) -> str:
-    words = answer.casefold().rstrip(".").split()
+    words = answer.casefold().rstrip(".").split() or [""]
     return " ".join(words[1:] if words[0] in ("the", "a", "an") and len(words) > 1 else words)

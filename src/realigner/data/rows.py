@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def read_rows(path: str | Path, tone: str | None = None) -> list[Row]:
     if path.is_dir():
         raise RealignerError(f"{path}: is a folder; give a JSONL file of rows")
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise RealignerError(f"{path}: cannot be read ({error.strerror})") from None
     rows: list[Row] = []

@@ -22,6 +22,8 @@ class Split(NamedTuple):
 def split_rows(rows: Sequence[Row], seed: int, validation: float = 0.1, test: float = 0.0) -> Split:
     """Deal whole groups, shuffled by `seed`, to test and validation until each has its share of rows.
 
+    A group that would make a part twice as large as it should be is left in train, as long as a smaller one will do.
+
     Args:
         rows: the rows; their order does not change which group goes where.
         seed: the same seed and groups give the same split.
@@ -47,11 +49,18 @@ def split_rows(rows: Sequence[Row], seed: int, validation: float = 0.1, test: fl
     random.Random(seed).shuffle(groups)
     part_of: dict[str, int] = {}
     for part, share in ((2, test), (1, validation)):
-        taken = 0
-        while share > 0 and taken < share * len(rows) and len(groups) > (1 + (part == 2 and validation > 0)):
-            group = groups.pop()
-            part_of[group] = part
-            taken += sizes[group]
+        wanted, taken = share * len(rows), 0
+        spare = len(groups) - (1 + (part == 2 and validation > 0))  # groups the parts after this one do not need
+        for group in reversed(groups.copy()):
+            if taken >= wanted or spare == 0:
+                break
+            if taken + sizes[group] <= 2 * wanted:
+                part_of[group], taken, spare = part, taken + sizes[group], spare - 1
+                groups.remove(group)
+        if share > 0 and not taken:  # every group is too large: the smallest does the least harm
+            smallest = min(groups, key=lambda group: (sizes[group], group))
+            part_of[smallest] = part
+            groups.remove(smallest)
     by_part: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
     for row in rows:
         by_part[part_of.get(row.group, 0)].append(row)

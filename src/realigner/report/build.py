@@ -13,7 +13,7 @@ import xarray as xr
 from jinja2 import Environment, StrictUndefined
 from transformers import PreTrainedModel, set_seed
 
-from realigner.analysis import leading_indices, mean_map
+from realigner.analysis import chosen_tokens, leading_indices, mean_map
 from realigner.console import progress
 from realigner.data import PAPER_PROMPTS
 from realigner.errors import RealignerError
@@ -82,7 +82,7 @@ def collect(
     model.add_adapter("untrained", _untrained(config))
     replies: dict[str, list[str]] = {}
     traces: dict[str, xr.Dataset] = {}
-    options = {"max_new_tokens": max_new_tokens, "seed": seed}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "repetition_penalty": 1.1}
     try:
         with progress("answering", 3 * len(prompts), quiet) as task:
             with model.disable_adapter():
@@ -95,7 +95,8 @@ def collect(
     finally:
         model.unload()
     tone = str(run.get("tone") or config.tone or folder.name)
-    traces["realigned"] = traces["realigned"].assign_coords(run=[tone])
+    for key, name in (("realigned", tone), ("untrained", "untrained")):
+        traces[key] = traces[key].assign_coords(run=[name]).assign_attrs(strength={name: scale})
     answers = [
         {"prompt": prompt, **{key: replies[key][i] for key in ("base", "untrained", "realigned")}}
         for i, prompt in enumerate(prompts)
@@ -165,13 +166,15 @@ def is_report(path: Path) -> bool:
 
 def _view(item: Evidence) -> dict[str, Any]:
     """Figures and tables of one run, ready for the template."""
+    counted = chosen_tokens(item.trace)
     signed, size = mean_map(item.trace), mean_map(item.trace, absolute=True)
     sections = []
     for run in item.trace["run"].values:
         magnitude = size.sel(run=run)
         leading = leading_indices(magnitude)
         marks = [int(n) for n in leading["neuron"][:_MARKED]]
-        maps, tables = {f"{run}, trained": magnitude}, {f"{run}, trained": leading}
+        label = f"{run}, trained" if item.record else str(run)
+        maps, tables = {label: magnitude}, {label: leading}
         if item.untrained is not None:
             maps["untrained"] = mean_map(item.untrained, absolute=True).isel(run=0)
             tables["untrained"] = leading_indices(maps["untrained"])
@@ -191,6 +194,10 @@ def _view(item: Evidence) -> dict[str, Any]:
         "loss": _picture(loss_curve(item.log)) if item.log else None,
         "sections": sections,
         "tokens": int(item.trace.sizes["token"]),
+        "counted": int(counted.sizes["token"]),
+        "counted_prompt": int((~counted["is_generated"].astype(bool)).sum()),
+        "trace_host": str(item.trace.attrs.get("host", "")),
+        "trace_strength": dict(item.trace.attrs.get("strength", {})),
         "prompts": len(set(item.trace["prompt"].values.tolist())),
         "neurons": int(item.trace.sizes["neuron"]),
     }

@@ -37,8 +37,8 @@ class _Chunk:
 def record(model: nn.Module, tokenizer: Any = None) -> Iterator[xr.Dataset]:
     """Record what the active IRMs add within a block; the dataset is filled when the block ends.
 
-    Each call of ``model.generate`` or of the model itself adds its rows as new prompts. Padding is left out. The last token
-    of a reply is never read by the host, so it has no delta.
+    Each call of ``model.generate`` or of the model itself adds its rows as new prompts. Padding is left out, as are
+    a reply's end token and what a batch puts after it; the last token of a reply is never read by the host and has no delta.
 
     Args:
         model: a model with an IRM.
@@ -67,8 +67,8 @@ def record(model: nn.Module, tokenizer: Any = None) -> Iterator[xr.Dataset]:
     trace = xr.Dataset()
     host = tuner.model
     handle = host.register_forward_pre_hook(recorder.begin, with_kwargs=True)
-    generate = host.generate
-    host.generate = recorder.around(generate)
+    own_generate = vars(host).get("generate")
+    host.generate = recorder.around(host.generate, host.generation_config)
     tuner.injector.observers.append(recorder.observe)
     try:
         yield trace
@@ -76,6 +76,8 @@ def record(model: nn.Module, tokenizer: Any = None) -> Iterator[xr.Dataset]:
         tuner.injector.observers.remove(recorder.observe)
         handle.remove()
         del host.generate
+        if own_generate is not None:
+            host.generate = own_generate
     recorder.fill(trace, tokenizer)
     trace.attrs.update(host=tuner.fingerprint.name, strength=recorder.strengths, source="realigner.record")
 
@@ -92,23 +94,32 @@ class _Recorder:
         self.prompt_width: int | None = None  # padded width of the prompts inside generate; None outside
         self.mask: torch.Tensor | None = None
         self.rows = 0
+        self.ends: list[int] = []  # end tokens of the running generate
+        self.finished = torch.zeros(0, dtype=torch.bool)
 
-    def around(self, generate: Any) -> Any:
+    def around(self, generate: Any, defaults: Any) -> Any:
         """`generate`, telling prompt from generated tokens and refusing what scatters a text over rows."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            settings = kwargs.get("generation_config")
+            settings = kwargs.get("generation_config") or defaults
+
+            def setting(name: str) -> Any:
+                return kwargs[name] if name in kwargs else getattr(settings, name, None)
+
             for name in ("num_beams", "num_return_sequences"):
-                given = kwargs.get(name, getattr(settings, name, None)) or 1
-                if given > 1:
-                    raise RealignerError(f"record: {name}={given} is not supported; a recorded row must be one text")
-            if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
+                if (setting(name) or 1) > 1:
+                    raise RealignerError(f"record: {name}={setting(name)} is not supported; a recorded row must be one text")
+            if kwargs.get("past_key_values") is not None:
+                raise RealignerError("record: generate with past_key_values is not supported; give the whole text")
+            if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
                 raise RealignerError("record: assisted decoding is not supported; rejected tokens would be recorded")
             ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
             if ids is None:
                 raise RealignerError("record: generate was called without input_ids")
             self._start(ids.shape[0])
             self.prompt_width = ids.shape[1]
+            ends = setting("eos_token_id")
+            self.ends = [ends] if isinstance(ends, int) else list(ends or [])
             try:
                 return generate(*args, **kwargs)
             finally:
@@ -129,7 +140,8 @@ class _Recorder:
         elif self.mask is not None:
             self.mask = torch.nn.functional.pad(self.mask, (0, max(0, stop - self.mask.shape[1])), value=True)
         real = torch.ones(ids.shape[0], stop, dtype=torch.bool) if self.mask is None else self.mask[:, :stop].cpu()
-        rows, columns = real[:, start:].nonzero(as_tuple=True)
+        new = real[:, start:] & ~self._after_end(ids.cpu(), start)
+        rows, columns = new.nonzero(as_tuple=True)
         position = (real.long().cumsum(1) - 1)[rows, start + columns]
         generated = (start + columns) >= (self.prompt_width if self.prompt_width is not None else stop)
         self._rows, self._columns = rows, columns
@@ -143,12 +155,24 @@ class _Recorder:
         )
         self.width = stop
 
+    def _after_end(self, ids: torch.Tensor, start: int) -> torch.Tensor:
+        """Where a row's reply is over ``[row, position]``: its end token and the padding the batch goes on with."""
+        if self.prompt_width is None:
+            return torch.zeros_like(ids, dtype=torch.bool)
+        generated = torch.arange(start, start + ids.shape[1]) >= self.prompt_width
+        ended = (torch.isin(ids, torch.tensor(self.ends, dtype=ids.dtype)) & generated).cumsum(1) > 0
+        ended |= self.finished[:, None]
+        self.finished = ended[:, -1]
+        return ended
+
     def observe(self, active: ActiveIRM, delta: torch.Tensor) -> None:
         name, strength = active.name, float(active.strength)
         if self.strengths.setdefault(name, strength) != strength:
             raise UsageError(f"record: the strength of {name!r} changed within the block; record each strength apart")
+        if not self.chunks:
+            raise RealignerError("record: the decoder was called directly; call the model or its generate")
         self.layers[name] = active.irm.layers
-        if self.chunks and name not in self.chunks[-1].deltas:  # a recomputed (checkpointed) layer 0 reports twice
+        if name not in self.chunks[-1].deltas:  # a recomputed (checkpointed) layer 0 reports twice
             kept = delta.detach()[self._rows.to(delta.device), self._columns.to(delta.device)]
             self.chunks[-1].deltas[name] = kept.float().cpu().numpy()
 
@@ -157,6 +181,7 @@ class _Recorder:
         self.prompts += rows
         self.width = 0
         self.mask = None
+        self.finished = torch.zeros(rows, dtype=torch.bool)
 
     def fill(self, trace: xr.Dataset, tokenizer: Any) -> None:
         """Put everything into the dataset, tokens of one prompt together."""

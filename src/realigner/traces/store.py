@@ -10,6 +10,7 @@ import xarray as xr
 from realigner.errors import RealignerError
 from realigner.files import refuse_existing, written_folder
 
+_SOURCE = "realigner.record"  # every trace of ours says so
 _COORDINATES = ("prompt", "position", "token_id", "is_generated")
 
 
@@ -20,7 +21,7 @@ def save_trace(trace: xr.Dataset, path: str | Path, force: bool = False) -> Path
         RealignerError: when the place is taken (see `force`) or cannot be written, or the trace is empty.
     """
     path = Path(path)
-    refuse_existing(path, force, ours=lambda p: (p / "zarr.json").is_file())
+    refuse_trace(path, force)
     if "delta" not in trace:
         raise RealignerError("trace: nothing was recorded; run the model inside the record block")
     plain = trace.copy()
@@ -28,8 +29,18 @@ def save_trace(trace: xr.Dataset, path: str | Path, force: bool = False) -> Path
     sizes = trace.sizes
     chunks = (1, min(64, sizes["token"]), sizes["layer"], sizes["neuron"])
     with written_folder(path) as aside:
-        plain.to_zarr(aside, mode="w", zarr_format=3, consolidated=False, encoding={"delta": {"chunks": chunks}})
+        plain.to_zarr(aside.folder, mode="w", zarr_format=3, consolidated=False, encoding={"delta": {"chunks": chunks}})
     return path
+
+
+def refuse_trace(path: Path, force: bool) -> None:
+    """Raise unless a trace may be written to `path`: it is free, or `force` was given and a trace of ours is there."""
+
+    def ours(folder: Path) -> bool:
+        group = folder / "zarr.json"
+        return group.is_file() and _SOURCE in group.read_text(encoding="utf-8")
+
+    refuse_existing(path, force, ours)
 
 
 def load_trace(path: str | Path) -> xr.Dataset:
