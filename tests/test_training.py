@@ -214,7 +214,13 @@ def test_a_failed_training_leaves_the_host_bare(tmp_path: Path, monkeypatch: pyt
 
 def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     """The real thing: SIGINT to the command line in the middle of training."""
-    process = subprocess.Popen(train_command(tmp_path), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        train_command(tmp_path),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit "ignore"
+    )
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")))  # type: ignore[union-attr]
     reader.start()

@@ -128,10 +128,7 @@ def train(
     """
     out, recipe, config = Path(out), recipe or Recipe(), deepcopy(config) if config else IRMConfig()
     refuse_run(out, force)
-    tones = sorted({row.tone for row in rows})
-    if len(tones) != 1:
-        raise UsageError(f"rows are of {len(tones)} tones ({', '.join(tones)}); one IRM learns one: choose with --tone")
-    config.tone = tones[0]
+    config.tone = tone = _one_tone(rows)
     split = split_rows(rows, seed, validation=recipe.validation)
     if "logits_to_keep" not in signature(host.forward).parameters:
         raise RealignerError(f"{type(host).__name__} takes no logits_to_keep, which training needs; use another host")
@@ -156,19 +153,15 @@ def train(
             if weights_hash(host) != before:
                 raise RealignerError("the host's weights changed during training; nothing was saved")
             record = {
-                "tone": tones[0],
+                "tone": tone,
                 "seed": seed,
                 "recipe": recipe.model_dump(),
                 "data": data,
-                "host": {
-                    "name": fingerprint(host).name,
-                    "dtype": str(host.dtype).removeprefix("torch."),
-                    "sha256": before,
-                },
+                "host": _host_facts(host, before),
                 "irm": irm_facts(model),
                 "steps_done": steps_done,
                 "interrupted": interrupted,
-                "validation_loss": _validation_losses(log),
+                "validation_loss": [round(e["validation_loss"], 4) for e in log if "validation_loss" in e],
                 "seconds": round(time.monotonic() - started, 1),
                 "versions": versions(),
             }
@@ -178,6 +171,17 @@ def train(
         model.unload()
         raise
     return Run(aside.target, model, record)
+
+
+def _one_tone(rows: Sequence[Row]) -> str:
+    tones = sorted({row.tone for row in rows})
+    if len(tones) != 1:
+        raise UsageError(f"rows are of {len(tones)} tones ({', '.join(tones)}); one IRM learns one: choose with --tone")
+    return tones[0]
+
+
+def _host_facts(host: PreTrainedModel, sha256: str) -> dict[str, str]:
+    return {"name": fingerprint(host).name, "dtype": str(host.dtype).removeprefix("torch."), "sha256": sha256}
 
 
 def _data_facts(rows: Sequence[Row], split: Split, tokenizer: Any, max_length: int) -> dict[str, Any]:
@@ -358,10 +362,6 @@ def _restore_forward(host: nn.Module, before: Any) -> None:
         host.__dict__.pop("forward", None)
     else:
         host.__dict__["forward"] = before
-
-
-def _validation_losses(log: Sequence[dict[str, float]]) -> list[float]:
-    return [round(entry["validation_loss"], 4) for entry in log if "validation_loss" in entry]
 
 
 def _save(model: PeftModel, record: dict[str, Any], log: Sequence[dict[str, float]], folder: Path) -> None:
