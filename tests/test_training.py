@@ -116,17 +116,22 @@ def test_force_replaces_a_run(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_interrupt_in_process_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Press Ctrl-C when a step has been logged."""
     from realigner import training
 
     original = training._Watch.on_log
 
     def press(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         original(self, args, state, *rest, **kwargs)
-        if state.global_step == 3:
+        if state.global_step == step:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(training._Watch, "on_log", press)
+
+
+def test_interrupt_in_process_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at(monkeypatch, step=3)
     _, run = run_tiny(tmp_path / "run")
     assert run.record["interrupted"] is True
     assert run.record["steps_done"] == 3
@@ -161,17 +166,8 @@ def test_interrupted_at_once_saves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_interrupted_run_does_not_replace_a_finished_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from realigner import training
-
     run_tiny(tmp_path / "run", seed=1)
-    original = training._Watch.on_log
-
-    def press(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        original(self, args, state, *rest, **kwargs)
-        if state.global_step == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(training._Watch, "on_log", press)
+    interrupt_at(monkeypatch, step=2)
     _, run = run_tiny(tmp_path / "run", seed=2, force=True)
     assert run.folder == tmp_path / "run-interrupted"
     assert read_run(tmp_path / "run")["seed"] == 1

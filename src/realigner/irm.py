@@ -102,7 +102,7 @@ class IRMShape:
         output_std: standard deviation of the last layer's initial weights (its bias then starts at 0); None with the
             paper's preset keeps PyTorch's default initialisation.
         input_norm: scale each h0 to a root mean square of 1 before the first layer (no parameters). Hosts differ a
-            thousandfold in the size of h0 (0.14 in SmolLM2); unscaled, a network this small learns mostly from its biases.
+            thousandfold in the size of h0 (0.14 in SmolLM2), and one learning rate should do for all.
 
     Raises:
         UsageError: naming the field, for a value no network can be built from.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -365,8 +366,6 @@ def _restore_forward(host: nn.Module, before: Any) -> None:
 
 
 def _save(model: PeftModel, record: dict[str, Any], log: Sequence[dict[str, float]], folder: Path) -> None:
-    import shutil
-
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     model.save_pretrained(str(folder), save_embedding_layers=False)
     write_text(folder / RUN_FILE, json.dumps(record, indent=2) + "\n")

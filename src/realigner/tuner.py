@@ -294,7 +294,7 @@ class IRMModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        tuner = _tuner(model)
+        tuner = tuner_of(model)
         expected = tuner.bank.network(adapter_name).state_dict()
         given = {key.removeprefix(_FILE_PREFIX): value for key, value in state_dict.items()}
         where = f"adapter {adapter_name!r}"
@@ -333,7 +333,7 @@ def strength(model: nn.Module, value: float, adapter: str | None = None) -> Iter
         >>> with strength(model, 0.5):  # doctest: +SKIP
         ...     model.generate(**inputs)
     """
-    bank = _tuner(model).bank
+    bank = tuner_of(model).bank
     if isinstance(value, bool) or not abs(float(value)) <= 1000:
         raise UsageError(f"strength: {value!r} is not a number between -1000 and 1000")
     names = bank.names if adapter is None else [adapter]
@@ -351,20 +351,16 @@ def strength(model: nn.Module, value: float, adapter: str | None = None) -> Iter
                 bank.strengths[name].copy_(old)
 
 
-def _tuner(model: nn.Module) -> IRMModel:
-    tuner = getattr(model, "base_model", model)
-    if not isinstance(tuner, IRMModel):
-        raise UsageError(f"{type(model).__name__} has no IRM; attach one with peft.get_peft_model(host, IRMConfig(...))")
-    return tuner
-
-
 def tuner_of(model: nn.Module) -> IRMModel:
     """The IRM tuner of a model that `get_peft_model` or `PeftModel.from_pretrained` returned.
 
     Raises:
         UsageError: when the model carries no IRM.
     """
-    return _tuner(model)
+    tuner = getattr(model, "base_model", model)
+    if not isinstance(tuner, IRMModel):
+        raise UsageError(f"{type(model).__name__} has no IRM; attach one with peft.get_peft_model(host, IRMConfig(...))")
+    return tuner
 
 
 def load_irm(host: nn.Module, folder: str | Path, adapter_name: str = "default", trainable: bool = False) -> PeftModel:
