@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from realigner.census import FAMILIES, census, tiny_host
 from realigner.errors import RealignerError
@@ -45,39 +45,62 @@ def test_the_probe_leaves_the_host_as_it_was(family: str) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.modules())
 
 
-def test_a_host_without_the_residual_is_refused() -> None:
-    class Tangled(nn.Module):
-        """A layer whose attention adds the residual itself."""
-
-        def __init__(self, inner: Any) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            out: torch.Tensor = self.inner(hidden_states, **kwargs)
-            return out * 1.5
-
+def with_forward(index: int, forward: Any) -> Any:
+    """A tiny Llama, one layer of which computes something else."""
     host = tiny_host("llama")
-    host.model.layers[1] = Tangled(host.model.layers[1])
+    host.model.layers[index].forward = partial(forward, host.model.layers[index])
+    return host
+
+
+def attended(layer: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    out: torch.Tensor = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)[0]
+    return out
+
+
+def test_a_host_without_the_residual_is_refused() -> None:
+    def forward(layer: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        seen = torch.tanh(hidden_states + attended(layer, hidden_states, **kwargs))
+        out: torch.Tensor = seen + layer.mlp(layer.post_attention_layernorm(seen))
+        return out
+
     with pytest.raises(RealignerError, match="layer 1 has no post-attention residual"):
-        find_sites(host)
+        find_sites(with_forward(1, forward))
 
 
 def test_a_skip_path_that_misses_the_delta_is_refused() -> None:
     """The reader sees x + branch, but the layer's output is built from a second copy of the branch."""
-    host = tiny_host("llama")
-    layer = host.model.layers[2]
 
-    def forward(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        attention = layer.self_attn
+    def forward(layer: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        seen = hidden_states + attended(layer, hidden_states, **kwargs)
         normed = layer.input_layernorm(hidden_states)
-        seen = hidden_states + attention(hidden_states=normed, **kwargs)[0]
-        kept = hidden_states + attention.forward(hidden_states=normed, **kwargs)[0]  # not through __call__: no hook
+        kept = hidden_states + layer.self_attn.forward(hidden_states=normed, **kwargs)[0]  # not through __call__: no hook
         out: torch.Tensor = kept + layer.mlp(layer.post_attention_layernorm(seen))
         return out
 
-    layer.forward = forward
-    with pytest.raises(RealignerError, match=r"layer 2.*misses the skip path"):
+    with pytest.raises(RealignerError, match=r"layer 2.*more than the residual"):
+        find_sites(with_forward(2, forward))
+
+
+def test_an_mlp_that_reads_the_input_too_is_refused() -> None:
+    def forward(layer: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        seen = hidden_states + attended(layer, hidden_states, **kwargs)
+        gate = torch.sigmoid(layer.input_layernorm(hidden_states))
+        out: torch.Tensor = seen + gate * layer.mlp(layer.post_attention_layernorm(seen))
+        return out
+
+    with pytest.raises(RealignerError, match=r"layer 0.*more than the residual"):
+        find_sites(with_forward(0, forward))
+
+
+def test_layers_that_run_twice_or_share_a_branch_are_refused() -> None:
+    host = tiny_host("llama")
+    layers = host.model.layers
+    layers[2] = layers[1]
+    with pytest.raises(RealignerError, match="layer 1 runs 2 times"):
+        find_sites(host)
+    host = tiny_host("llama")
+    host.model.layers[2].self_attn = host.model.layers[0].self_attn
+    with pytest.raises(RealignerError, match="layers 0 and 2 share the module self_attn"):
         find_sites(host)
 
 
@@ -87,14 +110,6 @@ def test_layers_path() -> None:
     for wrong in ("model.nothing", "model.layers.0"):
         with pytest.raises(RealignerError, match="layers_path"):
             find_layers(host, wrong)
-
-
-def test_bloom_is_refused_by_name() -> None:
-    from transformers import BloomConfig, BloomForCausalLM
-
-    host = BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=50))
-    with pytest.raises(RealignerError, match="BloomForCausalLM"):
-        find_sites(host)
 
 
 def test_census_supports_every_family() -> None:

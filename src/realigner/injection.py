@@ -5,8 +5,10 @@ The contract:
 1. Nothing of the host is replaced or changed: hooks are registered, and `Injector.detach` removes them all.
 2. ``residual = x + branch`` becomes ``x + (branch + delta)`` (form A of docs/architecture.md): nothing is mutated, it
    holds for parallel layers, and a delta of zero is bit-exact.
-3. The deltas of a forward live in a `ForwardContext` made for that forward and handed down as a keyword argument, never in
-   module state. So a second forward before the first backward, and a recomputed (checkpointed) layer, see their own deltas.
+3. The deltas of a forward live in a `ForwardContext` made for that forward. Where gradients are recorded it is handed down as a
+   keyword argument, never kept in module state, so that a second forward before the first backward, and a recomputed
+   (checkpointed) layer, see their own deltas. Where none are, nothing is ever recomputed: the injector keeps the context for
+   the length of the forward, and each layer costs one hook.
 4. All deltas are computed once per forward, at layer 0; the other layers add.
 """
 
@@ -19,13 +21,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from realigner.errors import RealignerError
+from realigner.errors import RealignerError, UsageError
 from realigner.irm import IRM
-from realigner.sites import CONTEXT_KEY, HostSites, Site, first_hidden, first_tensor
+from realigner.probe import CONTEXT_KEY, INPUT, first_hidden, first_tensor, replaced
+from realigner.sites import HostSites, Site
 
 
 class ActiveIRM(NamedTuple):
-    """An IRM that takes part in a forward: its name, the network, and its strength (a scalar tensor)."""
+    """An IRM that takes part in a forward: its name, the network, and its strength (a scalar tensor, or one number a row)."""
 
     name: str
     irm: IRM
@@ -69,8 +72,10 @@ class Injector:
     def __init__(self, sites: HostSites, active: Callable[[], Sequence[ActiveIRM]]) -> None:
         self.sites = sites
         self.active = active
+        self._carries = self.carries
         self.observers: list[Observer] = []
-        self._state: ForwardContext | None = None  # for hosts whose layers take no keyword arguments
+        self.repeats = 1  # how often `generate` repeats each row of its batch (beams, several replies)
+        self._state: ForwardContext | None = None  # the running forward's, where none is handed down
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
@@ -89,8 +94,8 @@ class Injector:
         self._handles.clear()
 
     @property
-    def carried(self) -> bool:
-        """Whether the context reaches every layer as a keyword argument (else it is kept for the length of a forward)."""
+    def carries(self) -> bool:
+        """Whether this host can hand a context to every layer as a keyword argument."""
         return all(site.carrier for site in self.sites.sites)
 
     def _begin(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -98,9 +103,9 @@ class Injector:
         if not active:
             return None
         context = ForwardContext(active)
-        if self.carried:
+        if context.grad_enabled and self._carries:
             return args, {**kwargs, CONTEXT_KEY: context}
-        if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+        if context.grad_enabled and decoder.training and getattr(decoder, "gradient_checkpointing", False):
             raise RealignerError(
                 f"{type(decoder).__name__}: its layers take no keyword arguments, so gradient checkpointing would recompute "
                 "them without their deltas; turn checkpointing off"
@@ -125,7 +130,7 @@ class Injector:
             )
         deltas: dict[int, torch.Tensor] = {}
         for active in context.active:
-            own = active.irm(h0) * active.strength
+            own = active.irm(h0) * self._by_row(active.strength, h0.shape[0])
             for observer in self.observers:
                 observer(active, own)
             own = own.to(h0.dtype)
@@ -133,6 +138,17 @@ class Injector:
                 delta = own[..., place, :]
                 deltas[layer] = deltas[layer] + delta if layer in deltas else delta
         return deltas
+
+    def _by_row(self, strength: torch.Tensor, batch: int) -> torch.Tensor:
+        """The strength in a shape that multiplies ``delta [batch, position, layer, neuron]``."""
+        if strength.dim() == 0:
+            return strength
+        rows = len(strength)
+        if batch == rows * self.repeats:
+            strength = strength.repeat_interleave(self.repeats)
+        elif batch != rows:
+            raise UsageError(f"strength or adapter_names: {rows} given for a batch of {batch} rows; give one for each row")
+        return strength[:, None, None, None]
 
 
 def refuse_attached(decoder: nn.Module) -> None:
@@ -142,33 +158,45 @@ def refuse_attached(decoder: nn.Module) -> None:
 
 
 class _SiteHooks:
-    """The two hooks of one layer: take the context on the way in, add the delta on the way out.
+    """The hooks of one layer: take the context on the way in if it is handed down, add the delta on the way out.
 
-    The context is held only between the two, within one call of the layer; a recomputed layer takes it anew.
+    What they keep is kept within one call of the layer only; a recomputed layer takes it anew.
     """
 
     def __init__(self, injector: Injector, site: Site) -> None:
         self.injector = injector
         self.site = site
         self.context: ForwardContext | None = None
+        self.terms: dict[str, torch.Tensor] = {}  # layer 0: outputs of the modules in the residual's base
 
     def attach(self, layer: nn.Module) -> list[RemovableHandle]:
-        handles = [layer.get_submodule(self.site.branch).register_forward_hook(self.add)]
+        handles = []
         if self.site.carrier:
             carrier = layer.get_submodule(self.site.carrier)
             handles.append(carrier.register_forward_pre_hook(self.take, with_kwargs=True))
+        if self.site.layer == 0:
+            for name, _ in self.site.base:
+                if name != INPUT:
+                    handles.append(layer.get_submodule(name).register_forward_hook(self._keeper(name)))
+        handles.append(layer.get_submodule(self.site.branch).register_forward_hook(self.add))
         return handles
 
     def take(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if CONTEXT_KEY not in kwargs:
-            self.context = None
             return None
         self.context = kwargs[CONTEXT_KEY]
         return args, {key: value for key, value in kwargs.items() if key != CONTEXT_KEY}
 
+    def _keeper(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            tensor = first_tensor(output)
+            if tensor is not None:
+                self.terms[name] = tensor
+
+        return keep
+
     def add(self, _: nn.Module, __: Any, output: Any) -> Any:
-        context = self.context if self.site.carrier else self.injector._state
-        self.context = None
+        context, self.context = self.context or self.injector._state, None
         if context is None:
             return None
         branch = first_tensor(output)
@@ -176,24 +204,32 @@ class _SiteHooks:
             raise RealignerError(f"layer {self.site.layer}: {self.site.branch} returned no tensor to add a delta to")
         if self.site.layer == 0:
             deltas = self._deltas(context, branch)
-        else:
-            if context.deltas is None:
-                raise RealignerError(f"layer {self.site.layer} ran before layer 0; its deltas are not known yet")
+        elif context.deltas is not None:
             deltas = context.deltas
+        else:
+            raise RealignerError(f"layer {self.site.layer} ran before layer 0; its deltas are not known yet")
         delta = deltas.get(self.site.layer)
         if delta is None:
             return None
         if self.site.scale != 1.0:
             delta = delta / self.site.scale
-        moved = branch + delta.to(device=branch.device, dtype=branch.dtype).view_as(branch)
-        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+        return replaced(output, branch + delta.to(device=branch.device, dtype=branch.dtype).view_as(branch))
 
     def _deltas(self, context: ForwardContext, branch: torch.Tensor) -> dict[int, torch.Tensor]:
         if context.x0 is None:
             raise RealignerError("layer 0 ran without hidden states; the IRM has nothing to read")
-        branch = branch.view_as(context.x0)
-        h0 = context.x0 + (branch if self.site.scale == 1.0 else self.site.scale * branch)
+        h0 = self._residual(context.x0, branch.view_as(context.x0))
         deltas = self.injector.fill(context, h0)
         if context.deltas is None:  # a recomputed layer 0 must not replace what later layers already used
             context.deltas = deltas
         return deltas
+
+    def _residual(self, x0: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        """h0 ``[batch, position, neuron]``: the base and the branch, summed as the layer will sum them."""
+        total: torch.Tensor | None = None
+        for name, weight in self.site.base:
+            term = x0 if name == INPUT else self.terms.pop(name).view_as(x0)
+            term = term if weight == 1.0 else weight * term
+            total = term if total is None else total + term
+        scaled = branch if self.site.scale == 1.0 else self.site.scale * branch
+        return scaled if total is None else total + scaled

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import Fingerprint, fingerprint, text_config
+from realigner.hosts import Fingerprint, fingerprint
 from realigner.injection import ActiveIRM, Injector, refuse_attached
 from realigner.irm import IRM, IRMShape
 from realigner.sites import find_layers, find_sites
@@ -209,9 +209,8 @@ class IRMModel(BaseTuner):
             self.sites = find_sites(model, config.layers_path)
             self.fingerprint = fingerprint(model)
         _bind(config, self.fingerprint, self.sites.summary())
-        hidden = text_config(model)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            network = config.build(int(hidden.hidden_size), int(hidden.num_hidden_layers))
+            network = config.build(self.sites.width, len(self.sites.layers))
         if first:
             model.requires_grad_(False)
             self.bank = IRMBank()
