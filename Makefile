@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check bench install help clean
+.PHONY: demo test test-slow check bench census install help clean
 
 help:
 	@echo "make demo       train an IRM on the embedded host and open on a report: demo/report.html (about 7 minutes of work)"
 	@echo "make test       the tests (under 10 minutes on two cores)"
 	@echo "make test-slow  the longer proofs"
 	@echo "make check      ruff and mypy --strict"
+	@echo "make census     prove injection on a tiny host of every type in transformers, and write docs/hosts.md"
 	@echo "make bench      measure speed and memory against named baselines"
 
 install: $(READY)
@@ -41,6 +42,9 @@ check: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/injection.py
+
+census: $(READY)
+	@HF_HUB_OFFLINE=1 $(BIN)/realigner hosts --out docs/hosts.md --force
 
 clean:
 	rm -rf $(VENV) demo

@@ -25,6 +25,7 @@ def first(output: Any) -> Tensor:
 
 def reference_irm(weights: Mapping[str, Tensor], h0: Tensor, input_norm: bool, factorised: bool) -> Tensor:
     """The network from its saved tensors alone: a ReLU after every linear layer but the bottleneck and the output."""
+    h0 = h0.float()  # the network computes in its own precision
     x = h0 / (h0.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() if input_norm else h0
     places = sorted({int(key.split(".")[1]) for key in weights if key.startswith("trunk.")})
     for place in places:
@@ -109,14 +110,21 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "cohere": phi,
     "gptj": gptj,
 }
+FAMILIES = tuple(LAYERS)
 PATHS = {"gpt2": "transformer.h", "gptj": "transformer.h", "gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
 
 
 def reference_host(
-    host: Any, family: str, weights: Mapping[str, Tensor], layers: tuple[int, ...], compact: bool, strength: float
+    host: Any,
+    family: str,
+    weights: Mapping[str, Tensor],
+    layers: tuple[int, ...],
+    compact: bool,
+    strength: float,
+    in_place: bool = False,
 ) -> Any:
-    """A copy of `host` whose rewritten layers add ``strength * irm(h0)[layer]`` to the post-attention residual."""
-    other = copy.deepcopy(host)
+    """A copy of `host` (or itself) whose rewritten layers add ``strength * irm(h0)[layer]`` to the post-attention residual."""
+    other = host if in_place else copy.deepcopy(host)
     state: dict[str, Tensor] = {}
 
     def inject(n: int, x: Tensor, branch: Tensor) -> Tensor:
@@ -124,7 +132,8 @@ def reference_host(
             state["deltas"] = reference_irm(weights, x + branch, input_norm=compact, factorised=compact)
         if n not in layers:
             return torch.zeros_like(x)
-        return strength * state["deltas"][..., layers.index(n), :]
+        delta = strength * state["deltas"][..., layers.index(n), :]
+        return delta.to(x.dtype)
 
     stack: nn.ModuleList = other.get_submodule(PATHS.get(family, "model.layers"))
     for n, layer in enumerate(stack):

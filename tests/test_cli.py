@@ -88,13 +88,22 @@ def test_train_trace_report(place: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert len(made["answers"]["r"]) == 7
 
 
-def test_hosts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "hosts")
+def test_hosts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    types = ("--type", "llama", "--type", "gpt2", "--type", "xlm")
+    code, out, _ = run(capsys, "hosts", *types, "--out", tmp_path / "hosts.md")
     assert code == 0
-    assert len(out.splitlines()) == len(ra.census.FAMILIES)
-    assert "refused" not in out
-    assert document(capsys, "hosts", place / "host")["site"]["branch"] == "self_attn"
-    assert len(document(capsys, "hosts")) == len(ra.census.FAMILIES)
+    assert out.startswith("llama                      proven")
+    assert "3 types: 2 proven, 1 refused, 0 unproven, 0 wrong, 0 not built" in out
+    assert "| gpt2 | transformer.h | `attn` | sequential | 1 |" in (tmp_path / "hosts.md").read_text()
+    assert run(capsys, "hosts", *types, "--out", tmp_path / "hosts.md")[0] == 1  # exists already
+    assert run(capsys, "hosts", *types, "--out", tmp_path / "hosts.md", "--force")[0] == 0
+    assert [entry["verdict"] for entry in document(capsys, "hosts", *types)["entries"]] == ["proven", "proven", "refused"]
+    found = document(capsys, "hosts", place / "host")
+    assert found["site"]["branch"] == "self_attn"
+    assert found["verdict"] == "proven"
+    code, out, _ = run(capsys, "hosts", place / "host")
+    assert code == 0
+    assert "equal to the bit" in out
 
 
 def test_data_check(capsys: pytest.CaptureFixture[str]) -> None:

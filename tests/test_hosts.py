@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realigner import hosts
-from realigner.census import FAMILIES, tiny_host
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import EMBEDDED, Fingerprint, embedded_gguf, fingerprint, load_host, weights_hash
+from realigner.tiny import tiny_host
+from tests.reference import FAMILIES
 from tests.tiny import tiny_folder
 
 

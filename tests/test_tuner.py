@@ -15,8 +15,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import realigner as ra
-from realigner.census import tiny_host
 from realigner.errors import RealignerError, UsageError
+from realigner.tiny import tiny_host
 from realigner.tuner import CONFIG_FILE, WEIGHTS_FILE, IRMConfig, load_irm, tuner_of
 from tests.tiny import tiny_folder, tiny_pair
 
@@ -259,8 +259,9 @@ def test_what_cannot_be_says_so() -> None:
     for merge in (model.merge_and_unload, model.merge_adapter):
         with pytest.raises(RealignerError, match="cannot be merged"):
             merge()
-    with pytest.raises(UsageError, match="adapter_names"):
-        model(input_ids=IDS, adapter_names=["default"])
+    for rows in (["nobody"], "default", [("default", "nobody")], ["default", "default"]):
+        with pytest.raises(UsageError, match="adapter_names"):
+            model(input_ids=IDS, adapter_names=rows)
     for name in ("trunk", "0", "a.b", "train", "keys", ""):
         with pytest.raises(UsageError, match="clashes"):
             model.add_adapter(name, IRMConfig())

@@ -10,8 +10,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import realigner as ra
-from realigner.census import tiny_host
 from realigner.hosts import HostInfo
+from realigner.tiny import tiny_host
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<eos>\n{% endfor %}"

@@ -248,34 +248,81 @@ def report(
 
 @app.command()
 def hosts(
-    host: Annotated[Optional[str], typer.Argument(help="A host to probe; without it, the table of families.")] = None,
-    dtype: Dtype = "auto",
+    host: Annotated[
+        Optional[str], typer.Argument(help="A host to prove injection on; without it, every type there is.")
+    ] = None,
+    types: Annotated[Optional[list[str]], typer.Option("--type", help="Only this model type; may be repeated.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Also write the table as a Markdown page (docs/hosts.md).")] = None,
+    force: Force = False,
+    dtype: Dtype = "float32",
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """What the site probe finds on a host; without one, on each supported family."""
+    """Prove injection on a host; without one, on a tiny host of every type in transformers (half a minute)."""
     if host is None:
-        from realigner.census import census
-
-        found = list(census())
-        if as_json:
-            _print_json([{"family": f.family, "site": f.summary, "refusal": f.refusal} for f in found])
-            return
-        for family, summary, refusal in found:
-            print(f"{family:<12} {_site_line(summary) if summary else 'refused: ' + refusal}")
+        _census(types, out, force, as_json)
         return
+    if types or out is not None:
+        raise UsageError("hosts: --type and --out belong to the census; leave out the host")
+    from realigner.census import PROVEN, prove
     from realigner.hosts import fingerprint, load_host
-    from realigner.sites import find_sites
 
     loaded, _ = load_host(host, dtype=dtype, trust_remote_code=trust_remote_code)
-    sites, identity = find_sites(loaded), fingerprint(loaded)
+    entry, identity = prove(loaded), fingerprint(loaded)
     if as_json:
-        _print_json({"host": identity.to_dict(), "site": sites.summary()})
-        return
-    print(
-        f"{identity.name}: {identity.architecture}, {identity.num_layers} layers, hidden {identity.hidden_size}, {loaded.dtype}"
-    )
-    print(f"site: {_site_line(sites.summary())} (proven)")
+        _print_json({"host": identity.to_dict(), **entry.to_dict()})
+    else:
+        sizes = f"{identity.num_layers} layers, hidden {identity.hidden_size}, {loaded.dtype}"
+        print(f"{identity.name}: {identity.architecture}, {sizes}")
+        print(f"site:   {_site_line(entry.site)}" if entry.site else "site:   none")
+        print(f"proof:  {entry.verdict}" + (f" ({entry.reason})" if entry.reason else ""))
+        for name, error in entry.errors.items():
+            print(f"        {_PROOFS[name]:<44} {'equal to the bit' if error == 0 else f'off by {error:.1e}'}")
+    if entry.verdict != PROVEN:
+        raise typer.Exit(1)
+
+
+_PROOFS = {
+    "off": "strength 0, and detached, against the bare host",
+    "all": "deltas at all layers, against the reference",
+    "one": "deltas at one layer, against the reference",
+    "h0": "what the IRM reads, against the residual",
+    "cached": "cached generation, against the reference",
+}
+
+
+def _census(types: list[str] | None, out: Path | None, force: bool, as_json: bool) -> None:
+    from transformers import __version__ as release
+
+    from realigner.census import PROVEN, UNPROVEN, WRONG, census, is_page, page, totals
+    from realigner.console import progress
+    from realigner.files import refuse_existing, write_text
+    from realigner.tiny import MODEL_TYPES
+
+    unknown = [name for name in types or [] if name not in MODEL_TYPES]
+    if unknown:
+        raise UsageError(f"--type: transformers {release} has no causal language model of type {unknown[0]!r}")
+    if out is not None:
+        refuse_existing(out, force, is_page)
+    entries = []
+    with progress("proving", len(types or MODEL_TYPES), quiet=as_json) as task:
+        for entry in census(types):
+            entries.append(entry)
+            task.advance(note=entry.model_type)
+    if out is not None:
+        write_text(out, page(entries, f"transformers {release}"))
+    count = totals(entries)
+    if as_json:
+        _print_json({"transformers": release, "totals": count, "entries": [entry.to_dict() for entry in entries]})
+    else:
+        for entry in entries:
+            what = _site_line(entry.site) if entry.verdict == PROVEN else entry.reason
+            print(f"{entry.model_type:<26} {entry.verdict:<9}  {_short(what, 120)}")
+        print(f"\n{len(entries)} types: " + ", ".join(f"{number} {verdict}" for verdict, number in count.items()))
+        if out is not None:
+            print(f"Page: {out}")
+    if count[WRONG] or count[UNPROVEN]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -390,8 +437,15 @@ def _exist(paths: Sequence[Path]) -> None:
 
 
 def _site_line(summary: dict[str, Any]) -> str:
-    scale = "" if summary["scale"] == 1.0 else f", residual + {summary['scale']} * branch"
-    return f"{summary['layers']}.*.{summary['branch']}, {summary['kind']}{scale}"
+    branch, kind, scale = (_several(summary[key]) for key in ("branch", "kind", "scale"))
+    weight = "" if scale == "1" else f", x + {scale} * branch"
+    return f"{summary['layers']}.*.{branch}, {kind}{weight}"
+
+
+def _several(value: Any) -> str:
+    """A value, or the distinct ones of a list that has one a layer."""
+    values = value if isinstance(value, list) else [value]
+    return "|".join(dict.fromkeys(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values))
 
 
 def _short(text: str, most: int = 200) -> str:

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -45,7 +45,7 @@ class Fingerprint:
     Attributes:
         architecture: the model class, e.g. ``LlamaForCausalLM``.
         hidden_size, num_layers, vocab_size: the host's sizes.
-        headers: sha256 over the sorted names and shapes of its parameters.
+        headers: sha256 over the sorted names and shapes of its parameters (`own_parameters`).
         samples: one weight of each of up to 256 tensors, rounded to bfloat16, as hex (``7fc0`` where it could not be read).
             Samples and not a hash of the weights, so that one host in float32, bfloat16 and float16 is one host.
         name: what it was loaded as; not compared.
@@ -239,18 +239,41 @@ def host_name(host: nn.Module) -> str:
 def fingerprint(host: nn.Module) -> Fingerprint:
     """Which host this is (see `Fingerprint`); reads at most 256 numbers, so it is quick at any size."""
     config = text_config(host)
-    named = sorted(host.named_parameters())
+    unwrap = getattr(host, "get_base_model", None)
+    host = unwrap() if callable(unwrap) else host
+    named = sorted(own_parameters(host))
     headers = hashlib.sha256("\n".join(f"{name} {list(p.shape)}" for name, p in named).encode()).hexdigest()
     chosen = [named[i] for i in _spread(len(named), _SAMPLED_TENSORS)]
     return Fingerprint(
         architecture=type(host).__name__,
-        hidden_size=int(config.hidden_size),
-        num_layers=int(config.num_hidden_layers),
+        hidden_size=int(getattr(config, "hidden_size", 0)),  # a few types have no such number of their own
+        num_layers=int(getattr(config, "num_hidden_layers", 0)),
         vocab_size=int(config.vocab_size),
         headers=headers,
         samples=_encode(_sample(name, parameter) for name, parameter in chosen),
         name=host_name(host),
     )
+
+
+def own_parameters(host: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The host's own parameters by their own names, whatever PEFT adapters (LoRA) are injected into it.
+
+    A head of its own is left out: quantising a host with a tied one gives it one.
+    """
+    head = getattr(host, "get_output_embeddings", lambda: None)()
+    left_out = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
+    if isinstance(body := getattr(host, "get_input_embeddings", lambda: None)(), nn.Module):
+        left_out -= {id(parameter) for parameter in body.parameters()}
+    left_out |= {
+        id(parameter)
+        for module in host.modules()
+        for attribute in (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
+        if isinstance(held := getattr(module, attribute, None), nn.Module)
+        for parameter in held.parameters()
+    }
+    for name, parameter in host.named_parameters():
+        if id(parameter) not in left_out:
+            yield name.replace(".base_layer.", "."), parameter
 
 
 def weights_hash(host: nn.Module) -> str:
@@ -275,8 +298,8 @@ def _spread(count: int, most: int) -> list[int]:
 
 
 def _sample(name: str, parameter: torch.Tensor) -> torch.Tensor:
-    if parameter.device.type == "meta" or parameter.numel() == 0:
-        return torch.tensor(float("nan"))
+    if parameter.device.type == "meta" or parameter.numel() == 0 or type(parameter) not in (torch.Tensor, nn.Parameter):
+        return torch.tensor(float("nan"))  # not in memory, or quantised: a kind of tensor of its own
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") % parameter.numel()
     index = torch.unravel_index(torch.tensor(place), parameter.shape)
     return parameter.detach()[tuple(int(i) for i in index)].float().cpu()

@@ -2,16 +2,17 @@
 
 Three forwards of seven tokens, each recorded module by module:
 
-1. Clean. `find` looks for the module (the branch) and the weights with which the layer makes its residual.
-2. Moved: a random delta on every branch. Reader and output must move by exactly that delta (`moves_exactly`).
+1. Clean. `candidates` are the modules (branches) and weights with which the layer may make its residual.
+2. Moved: a random delta on every branch. Reader and output must move by exactly that delta .
 3. Compensated (sequential layers): the layer's input is changed and the branch is changed so that their sum, the residual,
-   is not. If the output stays, all that follows reads the residual and nothing else (`is_all`); a skip path that goes past it,
+   is not. If the output stays, all that follows reads the residual and nothing else ; a skip path that goes past it,
    or a branch that is read elsewhere, would show.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ class LayerRecord:
     calls: list[Call] = field(default_factory=list)
     carrier: str = ""
     times: int = 0  # how often the layer ran in one forward
+    running: bool = False
 
     def output(self, name: str) -> torch.Tensor:
         """The output of the last call of a module (the layer's input for `INPUT`); raises LookupError when there is none."""
@@ -133,6 +135,7 @@ def _watch(stack: ExitStack, layer: nn.Module, record: LayerRecord, edits: Edits
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
         record.times += 1
+        record.running = True
         x = first_hidden(args, kwargs)
         if x is not None and edits.hidden is not None:
             moved = edits.hidden(x)
@@ -145,8 +148,11 @@ def _watch(stack: ExitStack, layer: nn.Module, record: LayerRecord, edits: Edits
     def after(_: nn.Module, __: Any, output: Any) -> None:
         out = first_tensor(output)
         record.out = None if out is None else out.clone()
+        record.running = False
 
     def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not record.running:  # a module that another layer has too
+            return None
         if CONTEXT_KEY in kwargs and id(module) in children:
             kwargs = {key: value for key, value in kwargs.items() if key != CONTEXT_KEY}
             record.carrier = record.carrier or name
@@ -156,6 +162,8 @@ def _watch(stack: ExitStack, layer: nn.Module, record: LayerRecord, edits: Edits
         return args, kwargs
 
     def leave(name: str, output: Any) -> Any:
+        if not record.running:
+            return None
         call = next(c for c in reversed(record.calls) if c.name == name)
         call.end = next(clock)
         out = first_tensor(output)
@@ -201,6 +209,8 @@ def first_tensor(output: Any) -> torch.Tensor | None:
 
 def replaced(output: Any, first: torch.Tensor) -> Any:
     """A module's output with its first tensor replaced."""
+    if hasattr(output, "_fields"):  # a named tuple
+        return output._replace(**{output._fields[0]: first})
     if isinstance(output, list):
         return [first, *output[1:]]
     return (first, *output[1:]) if isinstance(output, tuple) else first
@@ -226,8 +236,8 @@ def _alike(tensor: torch.Tensor, x: torch.Tensor) -> bool:
 # --- finding ------------------------------------------------------------------------------------------------------------
 
 
-def find(record: LayerRecord, scales: Sequence[float]) -> Finding | None:
-    """The layer's residual, or None. The simplest arithmetic wins, then the outermost module, then the earliest.
+def candidates(record: LayerRecord, scales: Sequence[float]) -> Iterator[Finding]:
+    """The ways in which the layer may make its residual: the simplest arithmetic first, then outer modules, then earlier ones.
 
     Args:
         record: of a clean forward.
@@ -235,16 +245,15 @@ def find(record: LayerRecord, scales: Sequence[float]) -> Finding | None:
     """
     x, out = record.x, record.out
     if x is None or out is None or out.shape != x.shape:
-        return None
-    calls = sorted((c for c in record.calls if c.output is not None), key=lambda c: c.name.count("."))
-    if (found := _sequential(record, calls, _plain_base, scales)) is not None:
-        return found
-    if (found := _parallel(record, calls, scales)) is not None:
-        return found
+        return
+    times = Counter(call.name for call in record.calls)  # a module that runs twice in a layer is two things; it is no branch
+    once = [call for call in record.calls if call.output is not None and times[call.name] == 1]
+    calls = sorted(once, key=lambda call: call.name.count("."))
+    yield from _sequential(record, calls, _plain_base, scales)
+    yield from _parallel(record, calls, scales)
     for bases in (_weighted_base, _module_base, _two_term_base):
-        if (found := _sequential(record, calls, bases, scales)) is not None:
-            return found
-    return _single(record, calls, scales)
+        yield from _sequential(record, calls, bases, scales)
+    yield from _single(record, calls, scales)
 
 
 Bases = Callable[[LayerRecord, Call], Iterator[tuple[tuple[str, float | None], ...]]]  # weight None: to be fitted
@@ -269,7 +278,7 @@ def _two_term_base(record: LayerRecord, branch: Call) -> Iterator[tuple[tuple[st
         yield ((INPUT, 1.0), (name, None))
 
 
-def _sequential(record: LayerRecord, calls: Sequence[Call], bases: Bases, scales: Sequence[float]) -> Finding | None:
+def _sequential(record: LayerRecord, calls: Sequence[Call], bases: Bases, scales: Sequence[float]) -> list[Finding]:
     found: list[tuple[float, Finding]] = []
     for call in calls:
         for base in bases(record, call):
@@ -283,14 +292,12 @@ def _sequential(record: LayerRecord, calls: Sequence[Call], bases: Bases, scales
                         found.append((error, Finding("sequential", weights, call.name, scale, reader.name, which)))
         if found and "." not in call.name and found[-1][0] == 0.0:
             break  # equal to the bit in a child of the layer: nothing can be better
-    if not found:
-        return None
-    # In half precision a branch and its norm are nearly proportional: the first of the best matches, not of all.
-    best = min(error for error, _ in found)
-    return next(finding for error, finding in found if error <= max(10 * best, 1e-6))
+    # In half precision a branch and its norm are nearly proportional: the best matches before all others.
+    limit = max(10 * min((error for error, _ in found), default=0.0), 1e-6)
+    return [finding for error, finding in found if error <= limit] + [finding for error, finding in found if error > limit]
 
 
-def _parallel(record: LayerRecord, calls: Sequence[Call], scales: Sequence[float]) -> Finding | None:
+def _parallel(record: LayerRecord, calls: Sequence[Call], scales: Sequence[float]) -> Iterator[Finding]:
     assert record.x is not None
     assert record.out is not None
     children = [call for call in calls if "." not in call.name]
@@ -302,16 +309,14 @@ def _parallel(record: LayerRecord, calls: Sequence[Call], scales: Sequence[float
             continue
         expected = record.x + scale * (o1.output + o2.output)
         if _error(record.out, expected, scale * o1.output) <= tolerance(record.out):
-            return Finding("parallel", ((INPUT, 1.0),), o1.name, scale, other=o2.name)
-    return None
+            yield Finding("parallel", ((INPUT, 1.0),), o1.name, scale, other=o2.name)
 
 
-def _single(record: LayerRecord, calls: Sequence[Call], scales: Sequence[float]) -> Finding | None:
+def _single(record: LayerRecord, calls: Sequence[Call], scales: Sequence[float]) -> Iterator[Finding]:
     assert record.out is not None
     for call in calls:
         if "." not in call.name and (fitted := _fit(record, record.out, ((INPUT, 1.0),), call, scales)) is not None:
-            return Finding("single", fitted[1], call.name, fitted[2])
-    return None
+            yield Finding("single", fitted[1], call.name, fitted[2])
 
 
 def _fit(
@@ -332,9 +337,6 @@ def _fit(
     weights = iter(fitted)
     full = tuple((name, next(weights) if weight is None else weight) for name, weight in base)
     finding = Finding("", full, branch.name, scale)
-    # Of a module called twice `record.output` knows the last call only; such a fit is not this one.
-    if record.output(branch.name) is not branch.output:
-        return None
     parts = [weight * record.output(name) for name, weight in full] + [scale * branch.output]
     error = _error(h, record.residual(finding), min(parts, key=_rms))
     return (error, full, scale) if error <= tolerance(h) else None
@@ -400,7 +402,7 @@ def moved_edits(clean: Sequence[LayerRecord], findings: Sequence[Finding]) -> li
     ]
 
 
-def moves_exactly(moved: LayerRecord, finding: Finding) -> str | None:
+def _missed(moved: LayerRecord, finding: Finding) -> str | None:
     """None when the reader, or the layer's output, moved by exactly the delta; else what missed it."""
     assert moved.x is not None
     assert moved.out is not None
@@ -410,6 +412,17 @@ def moves_exactly(moved: LayerRecord, finding: Finding) -> str | None:
         return None if min(_error(h, residual, branch) for h in seen) <= tolerance(moved.x) else "its reader"
     expected = residual if finding.kind == "single" else residual + finding.scale * moved.output(finding.other)
     return None if _error(moved.out, expected, branch) <= tolerance(moved.x) else "the layer's output"
+
+
+def failure(clean: LayerRecord, moved: LayerRecord, compensated: LayerRecord, finding: Finding) -> str | None:
+    """None when the three forwards prove the finding; else what speaks against it."""
+    try:
+        missed, whole = _missed(moved, finding), _is_all(clean, compensated, finding)
+    except LookupError:
+        return "it did not run the same way twice"
+    if missed:
+        return f"a delta at {finding.branch} misses {missed}"
+    return None if whole else f"the output depends on more than the residual after {finding.branch}"
 
 
 def compensated_edits(clean: Sequence[LayerRecord], findings: Sequence[Finding]) -> list[Edits]:
@@ -440,7 +453,7 @@ def _put(value: torch.Tensor) -> Edit:
     return lambda out: value.to(out.device)
 
 
-def is_all(clean: LayerRecord, compensated: LayerRecord, finding: Finding) -> bool:
+def _is_all(clean: LayerRecord, compensated: LayerRecord, finding: Finding) -> bool:
     """Whether the layer's output is a function of the residual alone (see the module's docstring, 3)."""
     if finding.kind != "sequential":
         return True

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from realigner import probe
+import realigner.probe as probe
 from realigner.errors import RealignerError
 from realigner.hosts import text_config
 
 _PLAIN_BASE = ((probe.INPUT, 1.0),)
+_TRIES = 6  # candidates of a layer that are put to the proof
+_NOTHING = "has no post-attention residual the probe can prove"
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def find_sites(host: nn.Module, path: str | None = None) -> HostSites:
         RealignerError: naming the layer and the reason, when a site cannot be proven. Such a host is refused.
 
     Example:
-        >>> from realigner.census import tiny_host
+        >>> from realigner.tiny import tiny_host
         >>> find_sites(tiny_host("llama")).summary()["branch"]
         'self_attn'
     """
@@ -127,49 +129,72 @@ def find_sites(host: nn.Module, path: str | None = None) -> HostSites:
     name = type(host).__name__
     with probe.as_in_evaluation(host), torch.no_grad():
         clean = probe.run(host, decoder, layers)
-        findings = [_finding(host, index, record) for index, record in enumerate(clean)]
-        _refuse_shared(name, layers, findings)
-        moved = probe.run(host, decoder, layers, probe.moved_edits(clean, findings))
-        compensated = probe.run(host, decoder, layers, probe.compensated_edits(clean, findings))
-        for index, finding in enumerate(findings):
-            _prove(f"{name}: layer {index}", finding, clean[index], moved[index], compensated[index])
-    sites = tuple(
-        Site(index, f.branch, f.kind, f.scale, f.reader, record.carrier, f.base)
-        for index, (record, f) in enumerate(zip(clean, findings, strict=True))
+        for index, record in enumerate(clean):
+            _refuse_odd(f"{name}: layer {index}", record)
+        scales = probe.config_scales(host)
+        ways = [probe.candidates(record, scales) for record in clean]
+        findings = [next(way, None) for way in ways]
+        reasons: dict[int, str] = {}  # of the first candidate of each layer that failed
+        for _ in range(_TRIES):
+            failures = _failures(host, decoder, layers, clean, findings)
+            if not failures:
+                break
+            reasons = failures | reasons
+            findings = [next(ways[i], None) if i in failures else finding for i, finding in enumerate(findings)]
+        else:
+            failures = reasons
+        if any(finding is None for finding in findings) or failures:
+            first = min(i for i in reasons if i in failures)
+            raise RealignerError(f"{name}: layer {first} {reasons[first]}; refused")
+    return HostSites(
+        decoder, layers, path, _width(clean), tuple(_site(*row) for row in enumerate(zip(clean, findings, strict=True)))
     )
-    assert clean[0].x is not None  # else no finding
-    return HostSites(decoder, layers, path, clean[0].x.shape[-1], sites)
 
 
-def _finding(host: nn.Module, index: int, record: probe.LayerRecord) -> probe.Finding:
-    name = type(host).__name__
-    if record.times > 1:
-        raise RealignerError(f"{name}: layer {index} runs {record.times} times in one forward; refused")
-    if record.times == 0:
-        raise RealignerError(f"{name}: layer {index} does not run in a forward of the decoder; refused")
-    finding = probe.find(record, probe.config_scales(host))
-    if finding is None:
-        raise RealignerError(f"{name}: layer {index} has no post-attention residual the probe can prove; refused")
-    return finding
-
-
-def _refuse_shared(name: str, layers: nn.ModuleList, findings: list[probe.Finding]) -> None:
-    seen: dict[int, int] = {}
-    for index, (layer, finding) in enumerate(zip(layers, findings, strict=True)):
-        first = seen.setdefault(id(layer.get_submodule(finding.branch)), index)
+def _failures(
+    host: nn.Module,
+    decoder: nn.Module,
+    layers: nn.ModuleList,
+    clean: list[probe.LayerRecord],
+    findings: list[probe.Finding | None],
+) -> dict[int, str]:
+    """Layer -> what is wrong with its finding, after two more forwards; empty when all are proven."""
+    none = {index: _NOTHING for index, finding in enumerate(findings) if finding is None}
+    if none:
+        return none
+    found = [finding for finding in findings if finding is not None]
+    moved = probe.run(host, decoder, layers, probe.moved_edits(clean, found))
+    compensated = probe.run(host, decoder, layers, probe.compensated_edits(clean, found))
+    failures = {}
+    owners: dict[int, int] = {}
+    for index, finding in enumerate(found):
+        first = owners.setdefault(id(layers[index].get_submodule(finding.branch)), index)
         if first != index:
-            raise RealignerError(f"{name}: layers {first} and {index} share the module {finding.branch}; refused")
+            failures[index] = f"shares the module {finding.branch} with layer {first}"
+        elif why := probe.failure(clean[index], moved[index], compensated[index], finding):
+            failures[index] = f"has no site: {why}"
+    return failures
 
 
-def _prove(
-    where: str, finding: probe.Finding, clean: probe.LayerRecord, moved: probe.LayerRecord, compensated: probe.LayerRecord
-) -> None:
-    try:
-        missed = probe.moves_exactly(moved, finding)
-        whole = probe.is_all(clean, compensated, finding)
-    except LookupError:
-        raise RealignerError(f"{where} did not run the same way twice; refused") from None
-    if missed:
-        raise RealignerError(f"{where}: a delta at {finding.branch} misses {missed}; refused")
-    if not whole:
-        raise RealignerError(f"{where}: the output depends on more than the residual after {finding.branch}; refused")
+def _refuse_odd(where: str, record: probe.LayerRecord) -> None:
+    if record.times != 1:
+        times = f"{record.times} times" if record.times else "not at all"
+        raise RealignerError(f"{where} runs {times} in one forward of the decoder; refused")
+    if record.x is None:
+        raise RealignerError(f"{where} gets no hidden states that the probe knows; refused")
+    if record.x.dim() != 3 or record.x.shape[0] != 1:
+        shape = list(record.x.shape)
+        raise RealignerError(
+            f"{where}: its residual stream is {shape} for a batch of 1, not [batch, position, neuron]; refused"
+        )
+
+
+def _width(clean: list[probe.LayerRecord]) -> int:
+    assert clean[0].x is not None  # _refuse_odd
+    return clean[0].x.shape[-1]
+
+
+def _site(index: int, pair: tuple[probe.LayerRecord, probe.Finding | None]) -> Site:
+    record, finding = pair
+    assert finding is not None  # proven
+    return Site(index, finding.branch, finding.kind, finding.scale, finding.reader, record.carrier, finding.base)

@@ -11,8 +11,8 @@ tensor, a truncated or pickled file are each refused with one line.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,6 +36,8 @@ PEFT_NAME = "irm"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
+NO_IRM = "__base__"  # PEFT's word for a row without an adapter
+Strength = float | Sequence[float] | torch.Tensor | Mapping[str, float | Sequence[float] | torch.Tensor]
 _FILE_PREFIX = "irm."  # tensors in the file are named irm.trunk.0.weight, ..., whatever host and adapter name
 
 
@@ -156,6 +158,7 @@ class IRMBank(nn.Module, BaseTunerLayer):
         super().__init__()
         self.networks = nn.ModuleDict()
         self.strengths = BufferDict(persistent=False)
+        self.rows: dict[str, torch.Tensor] | None = None  # adapter_names=: for each IRM, 1 in the rows that it is for
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
 
@@ -169,7 +172,46 @@ class IRMBank(nn.Module, BaseTunerLayer):
         """The IRMs that take part in the next forward."""
         if self._disable_adapters:
             return []
+        if self.rows is not None:
+            return [ActiveIRM(name, self.network(name), self.strengths[name] * mask) for name, mask in self.rows.items()]
         return [ActiveIRM(name, self.network(name), self.strengths[name]) for name in self.names]
+
+    @contextmanager
+    def scaled(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Give IRMs another strength (a scalar, or one number a row) within a block."""
+        before = {name: (self.strengths[name], self.strengths[name].clone()) for name in values}
+        try:
+            for name, value in values.items():
+                if value.shape == self.strengths[name].shape:
+                    self.strengths[name].copy_(value)  # the same tensor: a compiled forward does not notice
+                else:
+                    self.strengths[name] = value.to(self.strengths[name])
+            yield
+        finally:
+            for name, (tensor, value) in before.items():
+                if name in self.networks:
+                    self.strengths[name] = tensor.copy_(value)
+
+    @contextmanager
+    def by_row(self, names: Sequence[str | tuple[str, ...]]) -> Iterator[None]:
+        """Give each row of the batch its own IRMs within a block; see `IRMModel`."""
+        rows = [[] if name == NO_IRM else [name] if isinstance(name, str) else list(name) for name in names]
+        for name in {name for row in rows for name in row}:
+            if name not in self.networks:
+                raise UsageError(f"adapter_names: {name!r} is not loaded; loaded are {', '.join(self.networks)}, or {NO_IRM}")
+        device = next(iter(self.strengths.values())).device
+        before, self.rows = (
+            self.rows,
+            {
+                name: torch.tensor([float(name in row) for row in rows], device=device)
+                for name in self.networks
+                if any(name in row for row in rows)
+            },
+        )
+        try:
+            yield
+        finally:
+            self.rows = before
 
     def network(self, name: str) -> IRM:
         network = self.networks[name]
@@ -181,7 +223,14 @@ class IRMBank(nn.Module, BaseTunerLayer):
 
 
 class IRMModel(BaseTuner):
-    """The PEFT tuner: holds the bank of IRMs and the injector that hooks the host. The host itself is not changed."""
+    """The PEFT tuner: holds the bank of IRMs and the injector that hooks the host. The host itself is not changed.
+
+    Two arguments more than the host's own, in calls and in ``generate``:
+
+    - ``strength=``: for this call, anything that `strength` takes.
+    - ``adapter_names=``: PEFT's, the IRM of each row of the batch: a name, ``"__base__"`` for none, or a tuple of names that
+      are summed. With beams or several replies a prompt, give one for each prompt.
+    """
 
     uses_shared_state = True
     prefix = "irm_"
@@ -190,8 +239,34 @@ class IRMModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        if isinstance(model, PeftModel) and not isinstance(model.base_model, IRMModel):
+            model = model.get_base_model()  # a host with LoRA: attach beside it, to the same host
         refuse_attached(find_layers(model, config.layers_path)[0])
-        super().__init__(model, peft_config, adapter_name, **kwargs)
+        others = model.__dict__.pop("peft_config", None)  # else PEFT would file our config under LoRA's
+        try:
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+        finally:
+            if others is not None:
+                model.peft_config = others
+
+    def forward(self, *args: Any, strength: Strength | None = None, **kwargs: Any) -> Any:
+        """The host's forward, at a strength if one is given."""
+        with self._at(strength):
+            return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, strength: Strength | None = None, **kwargs: Any) -> Any:
+        """The host's ``generate``, at a strength if one is given."""
+        settings = kwargs.get("generation_config") or self.model.generation_config
+        numbers = [kwargs.get(key) or getattr(settings, key, None) or 1 for key in ("num_beams", "num_return_sequences")]
+        before, self.injector.repeats = self.injector.repeats, max(numbers)
+        try:
+            with self._at(strength):
+                return self.model.generate(*args, **kwargs)
+        finally:
+            self.injector.repeats = before
+
+    def _at(self, value: Strength | None) -> AbstractContextManager[None]:
+        return nullcontext() if value is None else self.bank.scaled(_strengths(self.bank, value, None))
 
     def inject_adapter(
         self,
@@ -272,15 +347,19 @@ class IRMModel(BaseTuner):
             self._check_merge_allowed()
         self.injector.detach()
         host: nn.Module = self.model
-        if hasattr(host, "peft_config"):
+        if getattr(host, "peft_config", None) is self.peft_config:
             del host.peft_config
         return host
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
-        if adapter_names is not None:
-            raise UsageError("adapter_names= (another IRM for each row) is not supported yet; run the rows apart")
-        yield
+        if adapter_names is None:
+            yield
+            return
+        if isinstance(adapter_names, str):
+            raise UsageError("adapter_names: give a list with an entry for each row of the batch, or use set_adapter")
+        with self.bank.by_row(adapter_names):
+            yield
 
     # Files: tensors go by irm.<network's own name>; loading is strict.
 
@@ -314,7 +393,7 @@ register_peft_method(name=PEFT_NAME, config_cls=IRMConfig, model_cls=IRMModel)
 
 
 @contextmanager
-def strength(model: nn.Module, value: float, adapter: str | None = None) -> Iterator[None]:
+def strength(model: nn.Module, value: Strength, adapter: str | None = None) -> Iterator[None]:
     """Scale the deltas of the active IRMs (or of one) within a block: 0 is the bare host, 1 the IRM as trained.
 
     Keys cached before the block were made at another strength: start each generation inside it, and never change the
@@ -322,32 +401,47 @@ def strength(model: nn.Module, value: float, adapter: str | None = None) -> Iter
 
     Args:
         model: a model with an IRM.
-        value: a number of at most 1000 either way; negative values push the other way.
+        value: a number of at most 1000 either way (negative values push the other way), one for each row of the batch, or a
+            mapping from an IRM's name to either.
         adapter: the IRM to scale, active or not (setting one does not make it active); all active ones when None.
 
     Raises:
-        UsageError: for a value out of range, or an adapter that is not loaded.
+        UsageError: for a value out of range, or an adapter that is not loaded; in the forward, for a batch of another size.
 
     Example:
         >>> with strength(model, 0.5):  # doctest: +SKIP
         ...     model.generate(**inputs)
+        >>> with strength(model, {"anger": 1.0, "sadness": [0, 0.5]}):  # doctest: +SKIP
+        ...     model.generate(**two_rows)
     """
     bank = tuner_of(model).bank
-    if isinstance(value, bool) or not abs(float(value)) <= 1000:
-        raise UsageError(f"strength: {value!r} is not a number between -1000 and 1000")
-    names = bank.names if adapter is None else [adapter]
-    for name in names:
+    with bank.scaled(_strengths(bank, value, adapter)):
+        yield
+
+
+def _strengths(bank: IRMBank, value: Strength, adapter: str | None) -> dict[str, torch.Tensor]:
+    """A checked tensor for each IRM that is to be scaled."""
+    if isinstance(value, Mapping):
+        if adapter is not None:
+            raise UsageError("strength: give either a mapping or adapter=, not both")
+        given = dict(value)
+    else:
+        names = list(bank.rows or bank.names) if adapter is None else [adapter]
+        given = dict.fromkeys(names, value)
+    for name in given:
         if name not in bank.networks:
             raise UsageError(f"strength: adapter {name!r} is not loaded; loaded are {', '.join(bank.networks)}")
-    before = {name: bank.strengths[name].clone() for name in names}
+    return {name: _strength_tensor(number) for name, number in given.items()}
+
+
+def _strength_tensor(value: Any) -> torch.Tensor:
     try:
-        for name in names:
-            bank.strengths[name].fill_(value)
-        yield
-    finally:
-        for name, old in before.items():
-            if name in bank.networks:
-                bank.strengths[name].copy_(old)
+        tensor = torch.as_tensor(value, dtype=torch.float32).detach()
+    except (TypeError, ValueError, RuntimeError):
+        tensor = torch.tensor(float("nan"))
+    if isinstance(value, bool) or tensor.dim() > 1 or tensor.numel() == 0 or not bool((tensor.abs() <= 1000).all()):
+        raise UsageError(f"strength: {value!r} is not a number between -1000 and 1000, or a list with one for each row")
+    return tensor
 
 
 def tuner_of(model: nn.Module) -> IRMModel:
@@ -376,10 +470,21 @@ def _bind(config: IRMConfig, host: Fingerprint, site: dict[str, Any]) -> None:
         difference = made_for.difference(host)
         if difference:
             raise RealignerError(f"this IRM was made for {made_for.name or 'another host'}; on this host {difference}")
-    if config.site is not None and config.site != site:
+    if config.site is not None and not _same_site(config.site, site):
         raise RealignerError(f"this IRM was made for the site {config.site}; the probe now finds {site}")
     config.host = host.to_dict()
     config.site = site
+
+
+def _same_site(saved: Any, found: Any) -> bool:
+    """Equal, but for numbers that the probe fitted (in another precision they come out a little different)."""
+    if isinstance(saved, dict) and isinstance(found, dict):
+        return saved.keys() == found.keys() and all(_same_site(saved[key], found[key]) for key in saved)
+    if isinstance(saved, list) and isinstance(found, list):
+        return len(saved) == len(found) and all(_same_site(*pair) for pair in zip(saved, found, strict=True))
+    if isinstance(saved, float) and isinstance(found, float):
+        return abs(saved - found) <= 0.02 * abs(found)
+    return bool(saved == found)
 
 
 def _check_name(name: str) -> None:

@@ -1,0 +1,241 @@
+"""Every way to run a model: the same numbers as a host whose layers were rewritten by hand (tests/reference.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from peft import get_peft_model
+from transformers import GenerationConfig
+
+import realigner as ra
+from realigner.tiny import tiny_host
+from realigner.tuner import IRMConfig, tuner_of
+from tests.reference import reference_host
+
+FAMILIES = ("llama", "gemma3_text", "gpt2", "olmo2", "gpt_neox")
+STRENGTH = 0.7
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
+QUANTISED = {"backend": "quanto", "nbits": 4, "residual_length": 4, "q_group_size": 8, "axis_key": 0, "axis_value": 0}
+
+
+def attach(host: Any, **config: Any) -> Any:
+    torch.manual_seed(1)
+    return get_peft_model(host, IRMConfig(output_std=0.3, **config)).eval()
+
+
+def reference_of(model: Any, bare: Any, family: str) -> Any:
+    network = tuner_of(model).bank.network("default")
+    weights = {key: value.detach() for key, value in network.state_dict().items()}
+    return reference_host(bare, family, weights, network.layers, True, STRENGTH, in_place=True)
+
+
+def pair(family: str, prepare: Callable[[Any], Any] = lambda host: host) -> tuple[Any, Any]:
+    """A model with an IRM, and its reference; `prepare` is applied to both hosts first."""
+    model = attach(prepare(tiny_host(family)))
+    return model, reference_of(model, prepare(tiny_host(family)), family)
+
+
+def prompts(batch: int = 2, length: int = 9) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 100, (batch, length), generator=torch.Generator().manual_seed(5))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def generated(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
+    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    torch.manual_seed(7)
+    return model.generate(**inputs, **(settings | options))
+
+
+def same(got: Any, want: Any, tolerance: float = 1e-4) -> None:
+    assert torch.equal(got.sequences, want.sequences)
+    assert all((a - b).abs().max() < tolerance for a, b in zip(got.logits, want.logits, strict=True))
+
+
+CACHES: dict[str, dict[str, Any]] = {
+    "dynamic": {},
+    "none": {"use_cache": False},
+    "static": {"cache_implementation": "static"},
+    "quantised": {"cache_implementation": "quantized", "cache_config": QUANTISED},
+    "chunked prefill": {"prefill_chunk_size": 4},
+}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 1.5},
+    "beams": {"num_beams": 3},
+    "several replies": {"do_sample": True, "num_return_sequences": 3},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_caches_and_strategies(family: str, cache: str, strategy: str) -> None:
+    if cache == "quantised" and family == "gemma3_text":
+        pytest.skip("transformers has no quantised cache for sliding windows")
+    if cache == "quantised" and strategy == "beams":
+        pytest.skip("transformers' quantised cache cannot reorder beams")
+    model, reference = pair(family)
+    options = CACHES[cache] | STRATEGIES[strategy]
+    with ra.strength(model, STRENGTH):
+        got = generated(model, prompts(), **options)
+    same(got, generated(reference, prompts(), **options))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_assisted_decoding(family: str) -> None:
+    """A bare draft model proposes, the realigned one verifies several tokens at once: its own tokens come out."""
+    model, reference = pair(family)
+    draft = tiny_host(family, seed=3)
+    with ra.strength(model, STRENGTH):
+        got = generated(model, prompts(1), assistant_model=draft)
+        alone = generated(model, prompts(1))
+    same(got, generated(reference, prompts(1), assistant_model=draft))
+    assert torch.equal(got.sequences, alone.sequences)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding(family: str, side: str) -> None:
+    """A padded row gives the logits that it gives alone."""
+    model, reference = pair(family)
+    short = prompts(1, 5)["input_ids"] + 1
+    padding = torch.zeros((1, 4), dtype=torch.long)
+    row = torch.cat([padding, short] if side == "left" else [short, padding], dim=1)
+    ids = torch.cat([prompts(1)["input_ids"], row])
+    mask = torch.ones_like(ids)
+    mask[1] = (row != 0)[0]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    real = slice(4, 9) if side == "left" else slice(0, 5)
+    with torch.no_grad(), ra.strength(model, STRENGTH):
+        got = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        alone = model(input_ids=short).logits
+    with torch.no_grad():
+        want = reference(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    assert (got - want)[mask.bool()].abs().max() < 1e-5
+    assert (got[1, real] - alone[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_batch(family: str) -> None:
+    """Continuous batching packs requests of several lengths into one row."""
+    model, reference = pair(family)
+    requests = [row.tolist() for row in prompts(3)["input_ids"]]
+    requests[1] = requests[1][:4]
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def tokens(host: Any) -> list[list[int]]:
+        results = host.generate_batch(requests, generation_config=settings, progress_bar=False)
+        return [results[key].generated_tokens for key in sorted(results)]
+
+    with ra.strength(model, STRENGTH):
+        got = tokens(model)
+        alone = [
+            generated(model, {"input_ids": torch.tensor([r])}, max_new_tokens=6).sequences[0, len(r) :].tolist()
+            for r in requests
+        ]
+    assert got == tokens(reference) == alone
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dtypes(family: str, dtype: torch.dtype) -> None:
+    model, reference = pair(family, lambda host: host.to(dtype))
+    bare = tiny_host(family).to(dtype)
+    with torch.no_grad():
+        want = reference(**prompts()).logits
+        with ra.strength(model, STRENGTH):
+            got = model(**prompts()).logits
+        assert got.dtype == dtype
+        assert (got - want).abs().max() < TOLERANCE[dtype] * want.abs().max()
+        with ra.strength(model, 0.0):
+            assert torch.equal(model(**prompts()).logits, bare(**prompts()).logits)
+
+
+def quanto(weights: str) -> Callable[[Any], Any]:
+    def quantise(host: Any) -> Any:
+        from optimum import quanto
+
+        quanto.quantize(host, weights=getattr(quanto, weights))
+        quanto.freeze(host)
+        return host
+
+    return quantise
+
+
+@pytest.mark.parametrize("weights", ["qint8", "qint4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantised_hosts(family: str, weights: str, tmp_path: Path) -> None:
+    """Weights in int8 or int4: the same numbers; and an IRM of the host in full precision loads onto it."""
+    attach(tiny_host(family)).save_pretrained(tmp_path)
+    model, reference = pair(family, quanto(weights))
+    with ra.strength(model, STRENGTH):
+        got = generated(model, prompts())
+    same(got, generated(reference, prompts()))
+    host = model.unload()
+    loaded = ra.load_irm(host, tmp_path)
+    with ra.strength(loaded, STRENGTH):
+        same(generated(loaded, prompts()), got)
+
+
+def on_disk(host: Any, folder: Path) -> Any:
+    return disk_offload(host, str(folder), execution_device=torch.device("cpu"))
+
+
+def in_memory(host: Any, folder: Path) -> Any:
+    return cpu_offload(host, execution_device=torch.device("cpu"))
+
+
+def mixed(host: Any, folder: Path) -> Any:
+    """Layer 1 on disk, everything else in memory, as a device map would have it."""
+    stack = next(name for name, module in host.named_modules() if isinstance(module, torch.nn.ModuleList))
+    places = {name: "cpu" for name, module in host.named_modules() if not list(module.children()) and f"{stack}.1" not in name}
+    return dispatch_model(host, places | {f"{stack}.1": "disk"}, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+
+
+@pytest.mark.parametrize("place", [on_disk, in_memory, mixed])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offloaded_layers(family: str, place: Callable[[Any, Path], Any], tmp_path: Path) -> None:
+    bare = tiny_host(family)
+    model = attach(place(tiny_host(family), tmp_path))
+    reference = reference_of(model, bare, family)
+    with ra.strength(model, STRENGTH):
+        got = generated(model, prompts())
+    same(got, generated(reference, prompts()))
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_in_one_graph_and_strength_costs_no_recompilation(family: str) -> None:
+    """``fullgraph=True`` refuses a graph break; the compiler is then asked how often it compiled."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    model, _ = pair(family)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        for value in (1.0, 0.9, 0.5, 0.25, 0.1, 0.0, -0.5, -1.0, 2.0, 3.0, 1.5):
+            with ra.strength(model, value):
+                got = compiled(**prompts(), use_cache=False).logits
+                assert (got - model(**prompts(), use_cache=False).logits).abs().max() < 1e-5
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_code_gives_the_same_numbers(family: str) -> None:
+    """The default backend, which makes machine code."""
+    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    model, reference = pair(family)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    with torch.no_grad(), ra.strength(model, STRENGTH):
+        got = compiled(**prompts(), use_cache=False).logits
+    with torch.no_grad():
+        assert (got - reference(**prompts(), use_cache=False).logits).abs().max() < 1e-4
