@@ -217,10 +217,10 @@ def test_compiled_in_one_graph_and_strength_costs_no_recompilation(family: str) 
     """``fullgraph=True`` refuses a graph break; the compiler is then asked how often it compiled."""
     from torch._dynamo.testing import CompileCounter
 
-    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()
     model, _ = pair(family)
     counter = CompileCounter()
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    compiled: Any = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     with torch.no_grad():
         for value in (1.0, 0.9, 0.5, 0.25, 0.1, 0.0, -0.5, -1.0, 2.0, 3.0, 1.5):
             with ra.strength(model, value):
@@ -232,9 +232,9 @@ def test_compiled_in_one_graph_and_strength_costs_no_recompilation(family: str) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_code_gives_the_same_numbers(family: str) -> None:
     """The default backend, which makes machine code."""
-    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()
     model, reference = pair(family)
-    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    compiled: Any = torch.compile(model, fullgraph=True, dynamic=False)
     with torch.no_grad(), ra.strength(model, STRENGTH):
         got = compiled(**prompts(), use_cache=False).logits
     with torch.no_grad():

@@ -251,13 +251,14 @@ def totals(entries: Sequence[Entry]) -> dict[str, int]:
 
 
 _LEGEND = (
-    "Proven means: at strength 0 and after detaching the logits are the bare host's to the bit; with random deltas at all layers, "
-    "and at one, they are those of a reference that works on tensor operations and knows no modules (`realigner.oracle`), within "
-    "1e-5 of the largest logit in float32; what the IRM reads is the residual; greedy generation with a cache gives the "
-    "reference's tokens. `realigner hosts HOST` proves the same on a host of yours.",
+    "Proven means: at strength 0 and after detaching the logits are the bare host's to the bit; with random deltas at all "
+    "layers, and at one, they are those of a reference that works on tensor operations and knows no modules "
+    "(`realigner.oracle`), within 1e-5 of the largest logit in float32; what the IRM reads is the residual; greedy generation "
+    "with a cache gives the reference's tokens. `realigner hosts HOST` proves the same on a host of yours.",
     "",
-    "A layer is *sequential* where everything after the residual reads it, *parallel* where its own MLP does not see the delta, "
-    "*single* where it has one branch only. *Scale*: the residual is x + scale * branch. Of a hybrid each kind of layer is named.",
+    "A layer is *sequential* where everything after the residual reads it, *parallel* where its own MLP does not see the "
+    "delta, *single* where it has one branch only. *Scale*: the residual is x + scale * branch. Of a hybrid each kind of layer "
+    "is named.",
 )
 
 

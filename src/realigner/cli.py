@@ -119,7 +119,7 @@ def train(
     if data == "authored" and tone is None:
         raise UsageError("train: --tone is needed with the authored data: anger, sadness or neutral")
     rows = authored(tone or "") if data == "authored" else read_rows(data, tone)
-    from realigner import training
+    import realigner.training as training
     from realigner.hosts import load_host
     from realigner.tuner import IRMConfig
 
@@ -332,7 +332,7 @@ def doctor(as_json: Json = False) -> None:
 
     import torch
 
-    from realigner import hosts as h
+    import realigner.hosts as h
     from realigner.training import versions
 
     cache = h.cache_root()

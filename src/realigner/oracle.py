@@ -149,7 +149,7 @@ def _watching(
 
 
 class _Watch(TorchDispatchMode):
-    """Classifies the tensors of the layer that runs; ``on_sum(layer, number, sum)`` is called where a raw and a computed one meet."""
+    """Classifies the tensors of the layer that runs; ``on_sum(layer, number, sum)`` is told where raw and computed meet."""
 
     layer: int | None  # that runs; None between layers
     count: int  # of sums so far
