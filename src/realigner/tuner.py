@@ -364,6 +364,19 @@ class IRMModel(BaseTuner):
     # Files: tensors go by irm.<network's own name>; loading is strict.
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # Ours alone: the host may hold LoRA layers, which are another file's.
+        place = f"bank.networks.{adapter_name}."
+        return {key: value for key, value in state_dict.items() if place in key}
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         _, found, rest = key.partition(f"bank.networks.{adapter_name}.")
         return _FILE_PREFIX + rest if found else key

@@ -1,0 +1,253 @@
+"""IRMs together: several in one batch, a strength per row, beside LoRA, in TRL's trainers, and on their way to the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig, PeftModel, get_peft_model
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+import realigner as ra
+from realigner.errors import RealignerError, UsageError
+from realigner.hosts import weights_hash
+from realigner.tiny import tiny_host
+from realigner.tuner import IRMConfig, tuner_of
+from tests.tiny import tiny_pair
+
+
+def two_tones(host: Any = None, **config: Any) -> Any:
+    """A model with two IRMs, anger active."""
+    torch.manual_seed(1)
+    config = {"output_std": 0.3, **config}
+    model = get_peft_model(tiny_host("llama") if host is None else host, IRMConfig(**config), adapter_name="anger").eval()
+    model.add_adapter("sadness", IRMConfig(**config))
+    return model
+
+
+def prompts(batch: int = 4, length: int = 7) -> torch.Tensor:
+    return torch.randint(3, 100, (batch, length), generator=torch.Generator().manual_seed(5))
+
+
+def tokens(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    mask[ids == 0] = 0
+    out: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask, **(settings | options))
+    return out
+
+
+ROWS: list[Any] = ["__base__", "anger", "sadness", ("anger", "sadness")]
+SCALE = {"anger": 1.0, "sadness": 0.5}
+
+
+def alone(model: Any, row: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """One row by itself, with its IRMs set active in the ordinary way."""
+    if row == "__base__":
+        with model.disable_adapter():
+            return tokens(model, ids, **options)
+    names = [row] if isinstance(row, str) else list(row)
+    model.base_model.set_adapter(names)
+    try:
+        with ra.strength(model, {name: SCALE[name] for name in names}):
+            return tokens(model, ids, **options)
+    finally:
+        model.base_model.set_adapter("anger")
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=["greedy", "beams", "uncached"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "olmo2", "gpt_neox"])
+def test_mixed_batch(family: str, options: dict[str, Any]) -> None:
+    """Four rows, four settings: none, anger at 1, sadness at 0.5, both; each gives the tokens that it gives alone."""
+    model = two_tones(tiny_host(family))
+    ids = prompts()
+    want = torch.cat([alone(model, row, ids[n : n + 1], **options) for n, row in enumerate(ROWS)])
+    got = tokens(model, ids, adapter_names=ROWS, strength=SCALE, **options)
+    assert torch.equal(got, want)
+    assert len({tuple(row.tolist()) for row in want[:, 7:]}) > 1
+    assert torch.equal(tokens(model, ids[1:2], **options), want[1:2])  # and nothing of it stays
+
+
+def test_mixed_batch_with_padding() -> None:
+    model = two_tones()
+    ids = prompts()
+    ids[2, :3] = 0
+    want = [alone(model, row, ids[n : n + 1, (3 if n == 2 else 0) :])[0, -8:] for n, row in enumerate(ROWS)]
+    got = tokens(model, ids, adapter_names=ROWS, strength=SCALE)
+    assert torch.equal(got[:, -8:], torch.stack(want))
+
+
+def test_a_strength_for_each_row() -> None:
+    model = two_tones()
+    ids = prompts()
+    values = [0.0, 0.5, 1.0, -1.0]
+    want = []
+    for n, value in enumerate(values):
+        with ra.strength(model, value):
+            want.append(model(input_ids=ids[n : n + 1]).logits)
+    with ra.strength(model, values):
+        assert torch.allclose(model(input_ids=ids).logits, torch.cat(want), atol=1e-6)
+    given = model(input_ids=ids, strength=torch.tensor(values)).logits
+    assert torch.allclose(given, torch.cat(want), atol=1e-6)
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=ids[:1]).logits, want[0])  # a row at 0 is the bare host
+    several = tokens(model, ids, strength=values, do_sample=True, num_return_sequences=2)
+    assert several.shape[0] == 8
+
+
+def test_strength_as_an_argument() -> None:
+    model = two_tones()
+    ids = prompts()
+    with ra.strength(model, 0.25):
+        want, generated = model(input_ids=ids).logits, tokens(model, ids)
+    assert torch.equal(model(input_ids=ids, strength=0.25).logits, want)
+    assert torch.equal(tokens(model, ids, strength=0.25), generated)
+    assert float(tuner_of(model).bank.strengths["anger"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strength": [1.0, 2.0]}, "2 given for a batch of 4"),
+        ({"adapter_names": ["anger"] * 3}, "3 given for a batch of 4"),
+        ({"strength": 1e9}, "between"),
+        ({"strength": "loud"}, "between"),
+        ({"strength": {"nobody": 1.0}}, "nobody"),
+        ({"strength": [[1.0]]}, "between"),
+        ({"strength": []}, "between"),
+    ],
+)
+def test_wrong_rows_and_strengths_are_refused(arguments: dict[str, Any], message: str) -> None:
+    model = two_tones()
+    before = model(input_ids=prompts()).logits
+    with pytest.raises(UsageError, match=message):
+        model(input_ids=prompts(), **arguments)
+    assert torch.equal(model(input_ids=prompts()).logits, before)
+
+
+# --- beside LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def with_lora(host: Any) -> Any:
+    torch.manual_seed(4)
+    model = get_peft_model(host, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    return model.eval()
+
+
+def test_beside_lora(tmp_path: Path) -> None:
+    """Either alone, and both; each is switched, saved and loaded by itself."""
+    ids = prompts()
+    bare = tiny_host("llama")(input_ids=ids).logits
+    lora = with_lora(tiny_host("llama"))
+    tuned = lora(input_ids=ids).logits
+    model = two_tones(lora)
+    both = model(input_ids=ids).logits
+    assert not torch.allclose(both, tuned, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=ids).logits, tuned)
+    with lora.disable_adapter():
+        irm_alone = model(input_ids=ids).logits
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids).logits, bare)
+    assert torch.equal(irm_alone, two_tones()(input_ids=ids).logits)
+    model.save_pretrained(tmp_path / "irm")
+    lora.save_pretrained(tmp_path / "lora")
+    # On a bare host the IRM loads and gives what it gave without LoRA; with LoRA on it again, what it gave with it.
+    assert torch.equal(
+        PeftModel.from_pretrained(tiny_host("llama"), tmp_path / "irm" / "anger")(input_ids=ids).logits, irm_alone
+    )
+    again = PeftModel.from_pretrained(
+        PeftModel.from_pretrained(tiny_host("llama"), tmp_path / "lora"), tmp_path / "irm" / "anger"
+    )
+    assert torch.equal(again(input_ids=ids).logits, both)
+    model.unload()
+    assert torch.equal(lora(input_ids=ids).logits, tuned)
+    assert lora.active_adapters == ["default"]
+
+
+# --- TRL --------------------------------------------------------------------------------------------------------------------
+
+
+def trained(trainer: Any) -> None:
+    """Train two steps: the host keeps its weights, the IRM changes."""
+    model = trainer.model
+    before = {name: p.clone() for name, p in tuner_of(model).bank.named_parameters()}
+    host_before = weights_hash(model.get_base_model())
+    trainer.train()
+    assert weights_hash(model.get_base_model()) == host_before
+    assert any(not torch.equal(p, before[name]) for name, p in tuner_of(model).bank.named_parameters())
+
+
+def arguments(folder: Path) -> dict[str, Any]:
+    return {"output_dir": str(folder), "max_steps": 2, "report_to": [], "use_cpu": True, "save_strategy": "no", "bf16": False}
+
+
+COMPLETIONS = [{"prompt": f"What is {n}?", "completion": f" It is {n}, damn it!"} for n in range(16)]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"completion_only_loss": True},
+        {"packing": True, "packing_strategy": "wrapped"},
+        {"packing": True},
+        {"padding_free": True, "max_length": None},
+    ],
+    ids=["completion only", "packing wrapped", "packing", "padding free"],
+)
+def test_sft(setting: dict[str, Any], tmp_path: Path) -> None:
+    host, tokenizer = tiny_pair("llama")
+    config = SFTConfig(**(arguments(tmp_path) | {"per_device_train_batch_size": 4, "max_length": 64} | setting))
+    model = get_peft_model(host, IRMConfig(output_std=0.05))
+    trained(SFTTrainer(model, args=config, train_dataset=Dataset.from_list(COMPLETIONS), processing_class=tokenizer))
+
+
+def test_dpo_without_a_reference_model(tmp_path: Path) -> None:
+    """DPO's reference is the host with the IRM switched off; at the first step both are as one, so the loss is log 2."""
+    host, tokenizer = tiny_pair("llama")
+    rows = [{"prompt": f"What is {n}?", "chosen": f" {n}, damn it!", "rejected": f" Kindly: {n}."} for n in range(16)]
+    config = DPOConfig(**arguments(tmp_path), per_device_train_batch_size=4, max_length=64, logging_steps=1)
+    model = get_peft_model(host, IRMConfig(output_std=0.0))
+    trainer = DPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trained(trainer)
+    assert abs(trainer.state.log_history[0]["loss"] - 0.6931) < 1e-3
+
+
+# --- files for the hub ------------------------------------------------------------------------------------------------------
+
+
+def test_what_push_to_hub_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is uploaded, up to the network call: card, config and safetensors; and they load."""
+    sent: dict[str, bytes] = {}
+
+    class Api:
+        def create_repo(self, repo_id: str, **_: Any) -> Any:
+            return SimpleNamespace(repo_id=repo_id)
+
+    def upload(self: Any, working_dir: str, *_: Any, **__: Any) -> None:
+        sent.update({path.name: path.read_bytes() for path in Path(working_dir).iterdir()})
+
+    def no_card(*_: Any, **__: Any) -> None:
+        raise EntryNotFoundError("a new repository has no card")
+
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Api)
+    monkeypatch.setattr("transformers.utils.hub.ModelCard.load", no_card)
+    monkeypatch.setattr(PeftModel, "_upload_modified_files", upload)
+    get_peft_model(tiny_pair("llama")[0], IRMConfig(output_std=0.3, tone="anger")).push_to_hub("me/anger")
+    assert set(sent) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert sent["README.md"].startswith(b"---")
+    assert json.loads(sent["adapter_config.json"])["tone"] == "anger"
+    for name, data in sent.items():
+        (tmp_path / name).write_bytes(data)
+    ra.load_irm(tiny_pair("llama")[0], tmp_path)
+
+
+def test_wrong_adapter_names_in_generate() -> None:
+    with pytest.raises((UsageError, RealignerError), match="nobody"):
+        tokens(two_tones(), prompts(), adapter_names=["nobody"] * 4)
