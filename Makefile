@@ -12,7 +12,7 @@ help:
 	@echo "make test-slow  the longer proofs"
 	@echo "make check      ruff and mypy --strict"
 	@echo "make census     prove injection on a tiny host of every type in transformers, and write docs/hosts.md"
-	@echo "make bench      measure speed and memory against named baselines"
+	@echo "make bench      measure speed against named peers, each in its own environment in .bench (4 GB; 15 minutes)"
 
 install: $(READY)
 
@@ -47,4 +47,4 @@ census: $(READY)
 	@HF_HUB_OFFLINE=1 $(BIN)/realigner hosts --out docs/hosts.md --force
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo .bench

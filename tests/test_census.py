@@ -1,0 +1,113 @@
+"""The census: every causal-LM type of the installed transformers, and the oracle that judges it, judged itself."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import realigner.oracle as oracle
+from realigner.census import NOT_BUILT, PROVEN, REFUSED, UNPROVEN, WRONG, Entry, census, page, prove, totals
+from realigner.sites import find_layers
+from realigner.tiny import MODEL_TYPES, tiny_host
+from tests.reference import FAMILIES, reference_host
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.fixture(scope="module")
+def entries() -> list[Entry]:
+    return list(census())
+
+
+def test_the_census(entries: list[Entry]) -> None:
+    count = totals(entries)
+    assert len(entries) == len(MODEL_TYPES) == sum(count.values())
+    assert count[WRONG] == count[UNPROVEN] == 0, [e for e in entries if e.verdict in (WRONG, UNPROVEN)]
+    assert count[PROVEN] >= 120
+    assert all(e.reason for e in entries if e.verdict in (REFUSED, NOT_BUILT))
+    assert {e.model_type for e in entries if e.verdict == PROVEN} >= set(FAMILIES)
+    assert all(set(e.errors) == {"off", "all", "one", "h0", "cached"} for e in entries if e.verdict == PROVEN)
+
+
+def test_the_page_is_up_to_date(entries: list[Entry]) -> None:
+    want = page(entries, f"transformers {transformers.__version__}")
+    assert (DOCS / "hosts.md").read_text() == want, "run: make census"
+
+
+# --- the oracle -------------------------------------------------------------------------------------------------------------
+
+
+def logits(host: Any) -> torch.Tensor:
+    ids = torch.randint(3, 100, (1, 9), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        out: torch.Tensor = host(input_ids=ids, use_cache=False).logits
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_oracle_agrees_with_layers_rewritten_by_hand(family: str) -> None:
+    """Two references that share nothing: one on tensor operations, one written out for each family."""
+    host = tiny_host(family)
+    _, layers, _ = find_layers(host)
+    places = oracle.find_places(layers, lambda: logits(host))
+    torch.manual_seed(2)
+    weights = {"output.weight": torch.randn(96, 32) * 0.3, "output.bias": torch.randn(96)}  # a network of one linear layer
+    seen: dict[str, torch.Tensor] = {}
+
+    def deltas(layer: int, residual: torch.Tensor) -> torch.Tensor:
+        if layer == 0:
+            seen["h0"] = residual
+        flat = torch.nn.functional.linear(seen["h0"], weights["output.weight"], weights["output.bias"])
+        return flat.view(1, -1, 3, 32)[..., layer, :]
+
+    with oracle.reference(layers, [place for place in places if place is not None], deltas):
+        got = logits(host)
+    want = logits(reference_host(host, family, weights, (0, 1, 2), compact=False, strength=1.0))
+    assert (got - want).abs().max() < 1e-5
+    assert (got - logits(host)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("mistake", ["too early", "too late", "wrong scale", "one layer off"])
+def test_a_wrong_site_is_found_out(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An injector that adds in the wrong place, or the wrong amount, gets the verdict `wrong`."""
+    from realigner.injection import Injector, _SiteHooks
+
+    if mistake == "one layer off":
+        fill = Injector.fill
+
+        def shifted(self: Any, context: Any, h0: torch.Tensor) -> dict[int, torch.Tensor]:
+            return {(layer + 1) % 3: delta for layer, delta in fill(self, context, h0).items()}
+
+        monkeypatch.setattr(Injector, "fill", shifted)
+    else:
+        made = _SiteHooks.__init__
+
+        def wrong(self: Any, injector: Any, site: Any) -> None:
+            import dataclasses
+
+            change = {"too early": {"branch": "input_layernorm"}, "too late": {"branch": "mlp"}, "wrong scale": {"scale": 0.5}}
+            made(self, injector, dataclasses.replace(site, **change[mistake]))  # type: ignore[arg-type]
+
+        monkeypatch.setattr(_SiteHooks, "__init__", wrong)
+    assert prove(tiny_host("llama")).verdict == WRONG
+
+
+def test_an_oracle_without_an_account_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracle, "_place", lambda *_: None)
+    entry = prove(tiny_host("llama"))
+    assert entry.verdict == UNPROVEN
+    assert "layer 0" in entry.reason
+
+
+def test_the_census_survives_a_type_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model_type: str) -> Any:
+        raise KeyError("a config of tomorrow")
+
+    monkeypatch.setattr("realigner.census.tiny_host", partial(broken))
+    (entry,) = census(["llama"])
+    assert (entry.verdict, entry.reason) == (NOT_BUILT, "KeyError: 'a config of tomorrow'")
