@@ -39,6 +39,32 @@ def test_the_page_is_up_to_date(entries: list[Entry]) -> None:
     assert (DOCS / "hosts.md").read_text() == want, "run: make census"
 
 
+@pytest.mark.parametrize(
+    ("model_type", "setting", "kind"),
+    [
+        ("falcon", {"new_decoder_architecture": True}, "parallel"),
+        ("falcon", {"parallel_attn": False, "alibi": True}, "sequential"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "sequential"),
+        ("gpt_neox", {"use_parallel_residual": False}, "sequential"),
+        ("stablelm", {"use_parallel_residual": True}, "parallel"),
+        ("opt", {"do_layer_norm_before": False}, "sequential"),
+        ("minimax", {"full_attn_alpha_factor": 0.7, "full_attn_beta_factor": 0.4}, "sequential"),
+        ("cohere", {"use_qk_norm": True}, "parallel"),
+        ("gpt2", {"num_hidden_layers": 6, "hidden_size": 64}, "sequential"),
+    ],
+)
+def test_variants_of_a_type(model_type: str, setting: dict[str, Any], kind: str) -> None:
+    """What a type's config can switch is found by the same numbers."""
+    entry = prove(tiny_host(model_type, **setting))
+    assert (entry.verdict, entry.reason) == (PROVEN, "")
+    assert entry.site["kind"] == kind
+
+
+def test_two_streams_are_refused() -> None:
+    """Reformer's layers pass on two streams; what its MLP adds to is not what its attention added to."""
+    assert prove(tiny_host("reformer")).verdict == REFUSED
+
+
 # --- the oracle -------------------------------------------------------------------------------------------------------------
 
 

@@ -75,6 +75,7 @@ class LayerRecord:
     out: torch.Tensor | None = None
     calls: list[Call] = field(default_factory=list)
     carrier: str = ""
+    streams: int = 0  # how many residual-shaped tensors the layer was given
     times: int = 0  # how often the layer ran in one forward
     running: bool = False
 
@@ -143,6 +144,8 @@ def _watch(stack: ExitStack, layer: nn.Module, record: LayerRecord, edits: Edits
             kwargs = {key: moved if value is x else value for key, value in kwargs.items()}
             x = moved
         record.x = None if x is None else x.clone()
+        tensors = {id(t): t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()}
+        record.streams = 0 if x is None else sum(_alike(t, x) for t in tensors.values())
         return args, kwargs
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
@@ -314,6 +317,8 @@ def _parallel(record: LayerRecord, calls: Sequence[Call], scales: Sequence[float
 
 def _single(record: LayerRecord, calls: Sequence[Call], scales: Sequence[float]) -> Iterator[Finding]:
     assert record.out is not None
+    if record.streams != 1:
+        return  # of several streams (Reformer) the other one may hold what attention made
     for call in calls:
         if "." not in call.name and (fitted := _fit(record, record.out, ((INPUT, 1.0),), call, scales)) is not None:
             yield Finding("single", fitted[1], call.name, fitted[2])

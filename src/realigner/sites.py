@@ -178,10 +178,10 @@ def _failures(
 
 def _refuse_odd(where: str, record: probe.LayerRecord) -> None:
     if record.times != 1:
-        times = f"{record.times} times" if record.times else "not at all"
-        raise RealignerError(f"{where} runs {times} in one forward of the decoder; refused")
+        times = f"runs {record.times} times" if record.times else "does not run"
+        raise RealignerError(f"{where} {times} in one forward of the decoder; refused")
     if record.x is None:
-        raise RealignerError(f"{where} gets no hidden states that the probe knows; refused")
+        raise RealignerError(f"{where} is given no tensor [batch, position, neuron] (it has several streams?); refused")
     if record.x.dim() != 3 or record.x.shape[0] != 1:
         shape = list(record.x.shape)
         raise RealignerError(
