@@ -105,6 +105,14 @@ def test_layers_that_run_twice_or_share_a_branch_are_refused() -> None:
         find_sites(host)
 
 
+def test_several_lists_of_layers_are_refused() -> None:
+    """BLT has an encoder, a global and a decoder stack; which is meant is the user's to say."""
+    host = tiny_host("blt")
+    with pytest.raises(RealignerError, match=r"local_decoder.layers.*name one with layers_path"):
+        find_sites(host)
+    assert find_layers(host, "model.local_decoder.layers")[2] == "model.local_decoder.layers"
+
+
 def test_layers_path() -> None:
     host = tiny_host("llama")
     assert find_layers(host, "model.layers")[2] == "model.layers"

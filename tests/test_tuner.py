@@ -6,11 +6,14 @@ import copy
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -319,3 +322,65 @@ def test_a_second_injector_is_refused() -> None:
 def test_the_only_adapter_is_not_deleted() -> None:
     with pytest.raises(UsageError, match="unload"):
         realigned().delete_adapter("default")
+
+
+# --- 1,000 configs ----------------------------------------------------------------------------------------------------------
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 40),
+    st.floats(allow_nan=True),
+    st.text(max_size=6),
+    st.lists(st.one_of(st.integers(-2, 9), st.text(max_size=2)), max_size=4),
+)
+GOOD: dict[str, Any] = {
+    "preset": st.sampled_from(["compact", "paper"]),
+    "layers": st.one_of(
+        st.sampled_from(["all", "0-2", "0,2", "1"]), st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True)
+    ),
+    "widths": st.one_of(st.none(), st.lists(st.integers(1, 12), min_size=1, max_size=3)),
+    "rank": st.one_of(st.none(), st.integers(0, 9)),
+    "output_std": st.one_of(st.none(), st.floats(0, 2)),
+    "input_norm": st.one_of(st.none(), st.booleans()),
+    "tone": st.one_of(st.none(), st.text(st.characters(codec="utf-8"), max_size=9)),
+    "layers_path": st.sampled_from([None, "model.layers"]),
+}
+HOST = tiny_host("llama")
+
+
+@st.composite
+def config_values(draw: st.DrawFn) -> dict[str, Any]:
+    """Mostly good values, now and then one of any kind."""
+    values = {name: draw(strategy) for name, strategy in GOOD.items() if draw(st.booleans())}
+    if draw(st.booleans()):
+        values[draw(st.sampled_from(sorted(GOOD)))] = draw(JUNK)
+    return values
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(config_values())
+def test_a_config_round_trips_or_is_a_named_error(values: dict[str, Any]) -> None:
+    """Valid: attached, saved and loaded again, it gives the same logits, and the same config. Invalid: an error with a name."""
+    refusal = ""
+    try:
+        model = get_peft_model(HOST, IRMConfig(**values)).eval()
+    except RealignerError as error:
+        refusal = str(error)
+    if refusal:
+        assert "\n" not in refusal
+        assert any(refusal.startswith(name) for name in values)
+        assert not any(m._forward_hooks for m in HOST.modules())
+        return
+    try:
+        want = logits(model)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model.unload()
+            model = load_irm(HOST, folder)
+            assert torch.equal(logits(model), want)
+            model.save_pretrained(f"{folder}/again")
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                assert Path(folder, name).read_bytes() == Path(folder, "again", name).read_bytes()
+    finally:
+        model.unload()

@@ -96,8 +96,13 @@ def find_layers(host: nn.Module, path: str | None = None) -> tuple[nn.Module, nn
             break
     else:
         raise RealignerError(f"{type(host).__name__}: found no list of {count} decoder layers; name it with layers_path")
-    # The outermost one (the layers of a vision tower lie deeper), then the largest.
-    _, _, name, module = max(lists, key=lambda entry: entry[:2])
+    # The outermost one (the layers of a vision tower lie deeper), then the largest, if one is.
+    lists.sort(key=lambda entry: entry[:2])
+    depth, size, name, module = lists[-1]
+    rivals = [other for other_depth, other_size, other, _ in lists if other_depth == depth and 2 * other_size > size]
+    if len(rivals) > 1:
+        several = ", ".join(sorted(rivals))
+        raise RealignerError(f"{type(host).__name__}: several lists of {count} layers ({several}); name one with layers_path")
     if root is not decoder:
         decoder = host.get_submodule(name.rpartition(".")[0])
     return decoder, module, next(name for name, found in host.named_modules() if found is module)
