@@ -18,6 +18,7 @@ import realigner as ra
 from realigner.hosts import EMBEDDED, cache_root, embedded_gguf
 
 transformers_logging.disable_progress_bar()
+THREADS = torch.get_num_threads()
 
 
 def _embedded_is_here() -> bool:
@@ -35,5 +36,7 @@ def embedded() -> tuple[Any, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)
+    # Hosts this tiny gain nothing from threads, and lose much when the machine is busy.
+    torch.set_num_threads(THREADS if request.node.get_closest_marker("host") else 1)

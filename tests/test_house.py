@@ -14,7 +14,7 @@ import realigner as ra
 SOURCE = Path(ra.__file__).parent
 # From the cellar up; a room may import rooms named before it.
 FLOORS = [
-    "errors", "files", "console", "irm", "hosts", "probe", "sites", "injection", "tuner", "oracle", "census", "data",
+    "errors", "files", "console", "irm", "hosts", "probe", "sites", "injection", "tuner", "oracle", "tiny", "census", "data",
     "generation", "training", "traces", "analysis", "report", "demo", "cli",
 ]  # fmt: skip
 

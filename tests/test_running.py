@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import get_peft_model
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import realigner as ra
 from realigner.tiny import tiny_host
@@ -130,7 +130,8 @@ def test_generate_batch(family: str) -> None:
     settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
     def tokens(host: Any) -> list[list[int]]:
-        results = host.generate_batch(requests, generation_config=settings, progress_bar=False)
+        small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32, page_size=16)
+        results = host.generate_batch(requests, settings, small, warmup=False)
         return [results[key].generated_tokens for key in sorted(results)]
 
     with ra.strength(model, STRENGTH):
@@ -229,7 +230,7 @@ def test_compiled_in_one_graph_and_strength_costs_no_recompilation(family: str) 
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[1:])])
 def test_compiled_code_gives_the_same_numbers(family: str) -> None:
     """The default backend, which makes machine code."""
     torch._dynamo.reset()

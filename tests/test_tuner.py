@@ -66,6 +66,7 @@ import torch
 import realigner as ra
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+torch.set_num_threads({torch.get_num_threads()})
 host = AutoModelForCausalLM.from_pretrained({str(folder)!r})
 model = PeftModel.from_pretrained(host, {str(tmp_path / "irm")!r})
 with torch.no_grad():

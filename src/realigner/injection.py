@@ -72,44 +72,57 @@ class Injector:
     def __init__(self, sites: HostSites, active: Callable[[], Sequence[ActiveIRM]]) -> None:
         self.sites = sites
         self.active = active
-        self._carries = self.carries
+        self.carries = all(site.carrier for site in sites.sites)  # whether a context reaches every layer as a keyword argument
         self.observers: list[Observer] = []
         self.repeats = 1  # how often `generate` repeats each row of its batch (beams, several replies)
         self._state: ForwardContext | None = None  # the running forward's, where none is handed down
         self._handles: list[RemovableHandle] = []
+        self._sites: list[_SiteHooks] = []
+        self._carrying = False
 
     def attach(self) -> None:
-        """Register the hooks: two on the decoder, one on layer 0, two on each layer."""
+        """Register the hooks: two on the decoder, one on layer 0, one on each layer."""
         decoder, layers = self.sites.decoder, self.sites.layers
         self._handles.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(decoder.register_forward_hook(self._end, always_call=True))
         self._handles.append(layers[0].register_forward_pre_hook(self._read_input, with_kwargs=True))
-        for site, layer in zip(self.sites.sites, layers, strict=True):
-            self._handles += _SiteHooks(self, site).attach(layer)
+        self._sites = [_SiteHooks(self, site) for site in self.sites.sites]
+        for hooks, layer in zip(self._sites, layers, strict=True):
+            self._handles += hooks.attach(layer)
+
+    def carry(self) -> None:
+        """Register, once, the hooks that take a handed-down context: another on each layer, for forwards with gradients.
+
+        Called by itself in time, but for code that is compiled: a hook must be there before the first compiled call.
+        """
+        if self.carries and not self._carrying:
+            self._carrying = True
+            for hooks, layer in zip(self._sites, self.sites.layers, strict=True):
+                carrier = layer.get_submodule(hooks.site.carrier)
+                self._handles.append(carrier.register_forward_pre_hook(hooks.take, with_kwargs=True))
 
     def detach(self) -> None:
         """Remove every hook; the host is as it was before `attach`."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    @property
-    def carries(self) -> bool:
-        """Whether this host can hand a context to every layer as a keyword argument."""
-        return all(site.carrier for site in self.sites.sites)
+        self._carrying = False
 
     def _begin(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         active = self.active()
         if not active:
             return None
         context = ForwardContext(active)
-        if context.grad_enabled and self._carries:
-            return args, {**kwargs, CONTEXT_KEY: context}
-        if context.grad_enabled and decoder.training and getattr(decoder, "gradient_checkpointing", False):
-            raise RealignerError(
-                f"{type(decoder).__name__}: its layers take no keyword arguments, so gradient checkpointing would recompute "
-                "them without their deltas; turn checkpointing off"
-            )
+        if context.grad_enabled:
+            if not self._carrying and not torch.compiler.is_compiling():
+                self.carry()
+            if self._carrying:
+                return args, {**kwargs, CONTEXT_KEY: context}
+            if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+                raise RealignerError(
+                    f"{type(decoder).__name__}: its layers take no keyword arguments, so gradient checkpointing would "
+                    "recompute them without their deltas; turn checkpointing off"
+                )
         self._state = context
         return None
 
@@ -133,9 +146,7 @@ class Injector:
             own = active.irm(h0) * self._by_row(active.strength, h0.shape[0])
             for observer in self.observers:
                 observer(active, own)
-            own = own.to(h0.dtype)
-            for place, layer in enumerate(active.irm.layers):
-                delta = own[..., place, :]
+            for layer, delta in zip(active.irm.layers, own.to(h0.dtype).unbind(-2), strict=True):
                 deltas[layer] = deltas[layer] + delta if layer in deltas else delta
         return deltas
 
@@ -171,9 +182,6 @@ class _SiteHooks:
 
     def attach(self, layer: nn.Module) -> list[RemovableHandle]:
         handles = []
-        if self.site.carrier:
-            carrier = layer.get_submodule(self.site.carrier)
-            handles.append(carrier.register_forward_pre_hook(self.take, with_kwargs=True))
         if self.site.layer == 0:
             for name, _ in self.site.base:
                 if name != INPUT:
@@ -213,7 +221,11 @@ class _SiteHooks:
             return None
         if self.site.scale != 1.0:
             delta = delta / self.site.scale
-        return replaced(output, branch + delta.to(device=branch.device, dtype=branch.dtype).view_as(branch))
+        if delta.dtype != branch.dtype or delta.device != branch.device:
+            delta = delta.to(device=branch.device, dtype=branch.dtype)
+        if delta.shape != branch.shape:  # some layers flatten batch and position
+            delta = delta.reshape(branch.shape)
+        return replaced(output, branch + delta)
 
     def _deltas(self, context: ForwardContext, branch: torch.Tensor) -> dict[int, torch.Tensor]:
         if context.x0 is None:

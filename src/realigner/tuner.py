@@ -291,6 +291,8 @@ class IRMModel(BaseTuner):
             self.bank = IRMBank()
             self.injector = Injector(self.sites, self.bank.active)
             self.injector.attach()
+        if not config.inference_mode:
+            self.injector.carry()
         device = _device(model)
         if not low_cpu_mem_usage and not any(p.is_meta for p in network.parameters()):
             network.to(device)
