@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check bench census install help clean
+.PHONY: demo test test-slow check bench census canary install help clean
 
 help:
 	@echo "make demo       train an IRM on the embedded host and open on a report: demo/report.html (about 7 minutes of work)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slow  the longer proofs"
 	@echo "make check      ruff and mypy --strict"
 	@echo "make census     prove injection on a tiny host of every type in transformers, and write docs/hosts.md"
+	@echo "make canary     the same against the newest transformers and PEFT; reports only"
 	@echo "make bench      measure speed against named peers, each in its own environment in .bench (4 GB; 15 minutes)"
 
 install: $(READY)
@@ -45,6 +46,9 @@ bench: $(READY)
 
 census: $(READY)
 	@HF_HUB_OFFLINE=1 $(BIN)/realigner hosts --out docs/hosts.md --force
+
+canary: $(READY)
+	@$(BIN)/python .ci/canary
 
 clean:
 	rm -rf $(VENV) demo .bench

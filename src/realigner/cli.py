@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -305,7 +306,8 @@ def _census(types: list[str] | None, out: Path | None, force: bool, as_json: boo
     if out is not None:
         refuse_existing(out, force, is_page)
     entries = []
-    with progress("proving", len(types or MODEL_TYPES), quiet=as_json) as task:
+    # Some of transformers' models print; what they say is not part of our document.
+    with redirect_stdout(sys.stderr), progress("proving", len(types or MODEL_TYPES), quiet=as_json) as task:
         for entry in census(types):
             entries.append(entry)
             task.advance(note=entry.model_type)
