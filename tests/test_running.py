@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,37 @@ def test_compiled_code_gives_the_same_numbers(family: str) -> None:
         got = compiled(**prompts(), use_cache=False).logits
     with torch.no_grad():
         assert (got - reference(**prompts(), use_cache=False).logits).abs().max() < 1e-4
+
+
+# --- the embedded host ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.host
+def test_embedded_host(embedded: tuple[Any, Any]) -> None:
+    """A real host: cached in three ways and not at all, in a padded batch whose rows give what each gives alone."""
+    host, tokenizer = embedded
+    bare = copy.deepcopy(host)
+    torch.manual_seed(1)
+    model = get_peft_model(host, IRMConfig(output_std=0.05)).eval()
+    batch = ra.generation.encode_prompts(
+        tokenizer, ["How do magnets work?", "Why?", "Who was the first to climb it?"], host.device
+    )
+    try:
+        reference = reference_of(model, bare, "llama")
+        options: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": None}
+        want = generated(reference, batch, **options)
+        with ra.strength(model, STRENGTH):
+            for cache in ("dynamic", "none", "static", "chunked prefill"):
+                same(generated(model, batch, **options, **CACHES[cache]), want, tolerance=1e-3)
+            for row in range(3):
+                real = batch["attention_mask"][row].bool()
+                alone = {"input_ids": batch["input_ids"][row, real][None], "attention_mask": torch.ones(1, int(real.sum()))}
+                assert torch.equal(generated(model, alone, **options).sequences[0, -6:], want.sequences[row, -6:])
+        by_row = generated(model, batch, **options, strength=[0.0, STRENGTH, STRENGTH], adapter_names=["default"] * 3)
+        assert torch.equal(by_row.sequences[1:], want.sequences[1:])
+        with model.disable_adapter():
+            off = generated(model, batch, **options).sequences[0]
+        assert torch.equal(by_row.sequences[0], off)
+        assert not torch.equal(off, want.sequences[0])
+    finally:
+        model.unload()
