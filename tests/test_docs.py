@@ -46,7 +46,7 @@ def test_the_readmes_python_runs(embedded: tuple[Any, Any], tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("realigner.training.Recipe", lambda: quick)
     blocks = re.findall(r"```python\n(.*?)```", (SOURCE.parents[1] / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
