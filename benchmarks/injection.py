@@ -7,6 +7,8 @@ token; worker.py proves it before it is timed. Peers have pins that exclude each
 under .bench, made when first needed, and a worker process in it. Workers take turns within each repeat, so that a slow moment
 of the machine hits all of them; only one works at a time. A ratio is to the bare host of the same environment and repeat.
 
+`best` is the fastest turn over the fastest bare one: on a shared machine it is the steadier number.
+
 `floor` (JSON, IRMs only) is what reading the IRM's weights beside the host's would cost if reading weights were all the time
 there is: (bytes of host + IRM) / bytes of host. Where it is not, a ratio can be below its floor.
 """
@@ -195,6 +197,7 @@ def make_row(batch: int, setting: str, turns: list[tuple[float, float]], worker:
         "ratio": round(statistics.median(ratios), 3),
         "ratio_min": round(min(ratios), 3),
         "ratio_max": round(max(ratios), 3),
+        "best": round(min(with_it for _, with_it in turns) / min(bare for bare, _ in turns), 3),
         "ratios": [round(ratio, 4) for ratio in ratios],
         "environment": worker.name,
         "versions": facts["versions"],
@@ -208,10 +211,12 @@ def make_row(batch: int, setting: str, turns: list[tuple[float, float]], worker:
 
 def print_table(rows: list[dict[str, Any]], not_measured: dict[str, str]) -> None:
     """The rows, and below them what was not measured and why."""
-    print(f"{'batch':>5}  {'setting':<16}  {'ms/token':>8}  {'bare':>8}  {'ratio':>6}  {'min':>6}  {'max':>6}  versions")
+    print(
+        f"{'batch':>5}  {'setting':<16}  {'ms/token':>8}  {'bare':>8}  {'ratio':>6}  {'min':>6}  {'max':>6}  {'best':>6}  versions"
+    )
     for row in rows:
         numbers = f"{row['ms_per_token']:>8.2f}  {row['bare_ms_per_token']:>8.2f}  " + "  ".join(
-            f"{row[key]:>6.3f}" for key in ("ratio", "ratio_min", "ratio_max")
+            f"{row[key]:>6.3f}" for key in ("ratio", "ratio_min", "ratio_max", "best")
         )
         versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
         print(f"{row['batch']:>5}  {row['setting']:<16}  {numbers}  {versions}")

@@ -81,7 +81,7 @@ def irm(host: Any, preset: str) -> Setting:
 
     import realigner as ra
 
-    model = get_peft_model(host, ra.IRMConfig(preset=preset)).eval()
+    model = get_peft_model(host, ra.IRMConfig(preset=preset, inference_mode=True)).eval()  # as from_pretrained loads one
     network = model.base_model.bank.network("default")
     if len(network.layers) != host.config.num_hidden_layers:
         raise UnfitError(f"the IRM is on {len(network.layers)} layers, not on all")

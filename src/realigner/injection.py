@@ -204,17 +204,17 @@ class _SiteHooks:
         return keep
 
     def add(self, _: nn.Module, __: Any, output: Any) -> Any:
-        context, self.context = self.context or self.injector._state, None
-        if context is None:
+        # The one hook that runs in every layer for every token: kept lean.
+        context = self.context
+        if context is not None:
+            self.context = None
+        elif (context := self.injector._state) is None:
             return None
-        branch = first_tensor(output)
+        branch = output if isinstance(output, torch.Tensor) else first_tensor(output)
         if branch is None:
             raise RealignerError(f"layer {self.site.layer}: {self.site.branch} returned no tensor to add a delta to")
-        if self.site.layer == 0:
-            deltas = self._deltas(context, branch)
-        elif context.deltas is not None:
-            deltas = context.deltas
-        else:
+        deltas = self._deltas(context, branch) if self.site.layer == 0 else context.deltas
+        if deltas is None:
             raise RealignerError(f"layer {self.site.layer} ran before layer 0; its deltas are not known yet")
         delta = deltas.get(self.site.layer)
         if delta is None:

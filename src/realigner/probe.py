@@ -212,11 +212,11 @@ def first_tensor(output: Any) -> torch.Tensor | None:
 
 def replaced(output: Any, first: torch.Tensor) -> Any:
     """A module's output with its first tensor replaced."""
+    if type(output) is tuple:
+        return (first, *output[1:])
     if hasattr(output, "_fields"):  # a named tuple
         return output._replace(**{output._fields[0]: first})
-    if isinstance(output, list):
-        return [first, *output[1:]]
-    return (first, *output[1:]) if isinstance(output, tuple) else first
+    return [first, *output[1:]] if isinstance(output, list) else first
 
 
 @contextmanager
