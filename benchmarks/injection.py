@@ -211,9 +211,8 @@ def make_row(batch: int, setting: str, turns: list[tuple[float, float]], worker:
 
 def print_table(rows: list[dict[str, Any]], not_measured: dict[str, str]) -> None:
     """The rows, and below them what was not measured and why."""
-    print(
-        f"{'batch':>5}  {'setting':<16}  {'ms/token':>8}  {'bare':>8}  {'ratio':>6}  {'min':>6}  {'max':>6}  {'best':>6}  versions"
-    )
+    heads = "  ".join(f"{head:>6}" for head in ("ratio", "min", "max", "best"))
+    print(f"{'batch':>5}  {'setting':<16}  {'ms/token':>8}  {'bare':>8}  {heads}  versions")
     for row in rows:
         numbers = f"{row['ms_per_token']:>8.2f}  {row['bare_ms_per_token']:>8.2f}  " + "  ".join(
             f"{row[key]:>6.3f}" for key in ("ratio", "ratio_min", "ratio_max", "best")
