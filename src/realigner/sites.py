@@ -8,6 +8,7 @@ Hybrids have layers of several kinds, so each layer is resolved on its own. A ho
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,36 +139,33 @@ def find_sites(host: nn.Module, path: str | None = None) -> HostSites:
             _refuse_odd(f"{name}: layer {index}", record)
         scales = probe.config_scales(host)
         ways = [probe.candidates(record, scales) for record in clean]
-        findings = [next(way, None) for way in ways]
+        findings = [_next(f"{name}: layer {index}", way, _NOTHING) for index, way in enumerate(ways)]
         reasons: dict[int, str] = {}  # of the first candidate of each layer that failed
         for _ in range(_TRIES):
             failures = _failures(host, decoder, layers, clean, findings)
             if not failures:
                 break
             reasons = failures | reasons
-            findings = [next(ways[i], None) if i in failures else finding for i, finding in enumerate(findings)]
+            for index in failures:
+                findings[index] = _next(f"{name}: layer {index}", ways[index], reasons[index])
         else:
-            failures = reasons
-        if any(finding is None for finding in findings) or failures:
-            first = min(i for i in reasons if i in failures)
+            first = min(reasons)
             raise RealignerError(f"{name}: layer {first} {reasons[first]}; refused")
-    return HostSites(
-        decoder, layers, path, _width(clean), tuple(_site(*row) for row in enumerate(zip(clean, findings, strict=True)))
-    )
+    sites = tuple(_site(index, *pair) for index, pair in enumerate(zip(clean, findings, strict=True)))
+    return HostSites(decoder, layers, path, _width(clean), sites)
+
+
+def _next(where: str, ways: Iterator[probe.Finding], otherwise: str) -> probe.Finding:
+    finding = next(ways, None)
+    if finding is None:
+        raise RealignerError(f"{where} {otherwise}; refused")
+    return finding
 
 
 def _failures(
-    host: nn.Module,
-    decoder: nn.Module,
-    layers: nn.ModuleList,
-    clean: list[probe.LayerRecord],
-    findings: list[probe.Finding | None],
+    host: nn.Module, decoder: nn.Module, layers: nn.ModuleList, clean: list[probe.LayerRecord], found: list[probe.Finding]
 ) -> dict[int, str]:
     """Layer -> what is wrong with its finding, after two more forwards; empty when all are proven."""
-    none = {index: _NOTHING for index, finding in enumerate(findings) if finding is None}
-    if none:
-        return none
-    found = [finding for finding in findings if finding is not None]
     moved = probe.run(host, decoder, layers, probe.moved_edits(clean, found))
     compensated = probe.run(host, decoder, layers, probe.compensated_edits(clean, found))
     failures = {}
@@ -199,7 +197,5 @@ def _width(clean: list[probe.LayerRecord]) -> int:
     return clean[0].x.shape[-1]
 
 
-def _site(index: int, pair: tuple[probe.LayerRecord, probe.Finding | None]) -> Site:
-    record, finding = pair
-    assert finding is not None  # proven
-    return Site(index, finding.branch, finding.kind, finding.scale, finding.reader, record.carrier, finding.base)
+def _site(index: int, record: probe.LayerRecord, f: probe.Finding) -> Site:
+    return Site(index, f.branch, f.kind, f.scale, f.reader, record.carrier, f.base)
