@@ -10,7 +10,6 @@ import torch
 from peft import get_peft_model
 
 import realigner as ra
-from realigner.errors import RealignerError
 from realigner.hosts import weights_hash
 from realigner.tiny import tiny_host
 from realigner.tuner import IRMConfig, tuner_of
@@ -129,74 +128,6 @@ def test_half_precision_strength_zero(family: str, dtype: torch.dtype) -> None:
     with torch.no_grad(), ra.strength(model, 0.0):
         assert torch.equal(model(input_ids=ids()).logits, want)
     assert tuner_of(model).bank.network("default").output.weight.dtype == torch.float32
-
-
-# --- gradients ------------------------------------------------------------------------------------------------------------
-
-
-def gradients(model: Any, calls: int = 1, between: bool = False) -> dict[str, torch.Tensor]:
-    """Gradients after `calls` forwards on different inputs, then one backward over their sum (dropout seeded)."""
-    model.zero_grad()
-    torch.manual_seed(0)
-    losses = []
-    for call in range(calls):
-        tokens = ids() + call
-        losses.append(model(input_ids=tokens, labels=tokens, use_cache=False).loss)
-        if between:
-            with torch.no_grad():
-                model(input_ids=tokens.flip(1))
-    sum(losses).backward()
-    bank = tuner_of(model).bank
-    return {name: p.grad.clone() for name, p in bank.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize(("calls", "between"), [(1, False), (2, False), (2, True)])
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gptj"])
-def test_checkpointing_is_exact(family: str, calls: int, between: bool) -> None:
-    """Non-reentrant checkpointing: also forward-forward-backward, with a no_grad forward in between."""
-    model = attach(tiny_host(family))
-    model.train()
-    want = gradients(model, calls, between)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    got = gradients(model, calls, between)
-    assert want
-    assert set(got) == set(want)
-    for name in want:
-        assert torch.equal(got[name], want[name]), name
-
-
-def test_gradients_match_the_reference() -> None:
-    bare, model, _ = pair("llama")
-    network = tuner_of(model).bank.network("default")
-    weights = {key: value.detach().clone().requires_grad_(True) for key, value in network.state_dict().items()}
-    reference = reference_host(bare, "llama", weights, network.layers, True, 1.0)
-    reference(input_ids=ids(), labels=ids()).loss.backward()
-    got = gradients_of_one(model)
-    for name, weight in weights.items():
-        assert weight.grad is not None
-        assert torch.allclose(got[name], weight.grad, atol=1e-7, rtol=1e-4), name
-
-
-def gradients_of_one(model: Any) -> dict[str, torch.Tensor]:
-    model(input_ids=ids(), labels=ids()).loss.backward()
-    network = tuner_of(model).bank.network("default")
-    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-
-
-def test_reentrant_checkpointing_is_refused() -> None:
-    model = attach(tiny_host("llama"))
-    model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(RealignerError, match="use_reentrant"):
-        model(input_ids=ids(), labels=ids())
-
-
-def test_checkpointing_is_refused_where_layers_take_no_keywords() -> None:
-    model = attach(tiny_host("gptj"))
-    model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with pytest.raises(RealignerError, match="checkpointing"):
-        model(input_ids=ids(), labels=ids())
 
 
 # --- the embedded host ----------------------------------------------------------------------------------------------------
