@@ -14,8 +14,8 @@ import realigner as ra
 SOURCE = Path(ra.__file__).parent
 # From the cellar up; a room may import rooms named before it.
 FLOORS = [
-    "errors", "files", "console", "irm", "hosts", "probe", "sites", "injection", "tuner", "oracle", "tiny", "census", "data",
-    "generation", "training", "traces", "analysis", "report", "demo", "cli",
+    "errors", "files", "console", "irm", "hosts", "probe", "sites", "injection", "bank", "tuner", "oracle", "tiny", "census",
+    "data", "generation", "training", "traces", "analysis", "report", "demo", "cli",
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ tensor, a truncated or pickled file are each refused with one line.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,24 +20,22 @@ from typing import Any, ClassVar
 import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype
 from peft.utils import PeftType, register_peft_method
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from realigner.bank import IRMBank, Strength, strength_tensors
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import Fingerprint, fingerprint
-from realigner.injection import ActiveIRM, Injector, refuse_attached
-from realigner.irm import IRM, IRMShape
+from realigner.injection import Injector, refuse_attached
+from realigner.irm import IRMShape
 from realigner.sites import find_layers, find_sites
 
 PEFT_NAME = "irm"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
-NO_IRM = "__base__"  # PEFT's word for a row without an adapter
-Strength = float | Sequence[float] | torch.Tensor | Mapping[str, float | Sequence[float] | torch.Tensor]
 _FILE_PREFIX = "irm."  # tensors in the file are named irm.trunk.0.weight, ..., whatever host and adapter name
 
 
@@ -147,81 +145,6 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
     return values
 
 
-class IRMBank(nn.Module, BaseTunerLayer):
-    """The IRMs of one host by adapter name, and the strength of each; in PEFT's words, the tuner's one layer."""
-
-    adapter_layer_names = ("networks",)
-    other_param_names = ("strengths",)
-    _disable_adapters: bool = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.networks = nn.ModuleDict()
-        self.strengths = BufferDict(persistent=False)
-        self.rows: dict[str, torch.Tensor] | None = None  # adapter_names=: for each IRM, 1 in the rows that it is for
-        self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
-
-    @property
-    def names(self) -> list[str]:
-        """The active IRMs by name (also while they are switched off)."""
-        active: str | list[str] = self._active_adapter
-        return [active] if isinstance(active, str) else list(active)
-
-    def active(self) -> list[ActiveIRM]:
-        """The IRMs that take part in the next forward."""
-        if self._disable_adapters:
-            return []
-        if self.rows is not None:
-            return [ActiveIRM(name, self.network(name), self.strengths[name] * mask) for name, mask in self.rows.items()]
-        return [ActiveIRM(name, self.network(name), self.strengths[name]) for name in self.names]
-
-    @contextmanager
-    def scaled(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Give IRMs another strength (a scalar, or one number a row) within a block."""
-        before = {name: (self.strengths[name], self.strengths[name].clone()) for name in values}
-        try:
-            for name, value in values.items():
-                if value.shape == self.strengths[name].shape:
-                    self.strengths[name].copy_(value)  # the same tensor: a compiled forward does not notice
-                else:
-                    self.strengths[name] = value.to(self.strengths[name])
-            yield
-        finally:
-            for name, (tensor, value) in before.items():
-                if name in self.networks:
-                    self.strengths[name] = tensor.copy_(value)
-
-    @contextmanager
-    def by_row(self, names: Sequence[str | tuple[str, ...]]) -> Iterator[None]:
-        """Give each row of the batch its own IRMs within a block; see `IRMModel`."""
-        rows = [[] if name == NO_IRM else [name] if isinstance(name, str) else list(name) for name in names]
-        for name in {name for row in rows for name in row}:
-            if name not in self.networks:
-                raise UsageError(f"adapter_names: {name!r} is not loaded; loaded are {', '.join(self.networks)}, or {NO_IRM}")
-        device = next(iter(self.strengths.values())).device
-        before, self.rows = (
-            self.rows,
-            {
-                name: torch.tensor([float(name in row) for row in rows], device=device)
-                for name in self.networks
-                if any(name in row for row in rows)
-            },
-        )
-        try:
-            yield
-        finally:
-            self.rows = before
-
-    def network(self, name: str) -> IRM:
-        network = self.networks[name]
-        assert isinstance(network, IRM)
-        return network
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Nothing to do: PEFT asks after loading, and the weights were loaded onto the bank's device."""
-
-
 class IRMModel(BaseTuner):
     """The PEFT tuner: holds the bank of IRMs and the injector that hooks the host. The host itself is not changed.
 
@@ -266,7 +189,7 @@ class IRMModel(BaseTuner):
             self.injector.repeats = before
 
     def _at(self, value: Strength | None) -> AbstractContextManager[None]:
-        return nullcontext() if value is None else self.bank.scaled(_strengths(self.bank, value, None))
+        return nullcontext() if value is None else self.bank.scaled(strength_tensors(self.bank, value, None))
 
     def inject_adapter(
         self,
@@ -430,33 +353,8 @@ def strength(model: nn.Module, value: Strength, adapter: str | None = None) -> I
         ...     model.generate(**two_rows)
     """
     bank = tuner_of(model).bank
-    with bank.scaled(_strengths(bank, value, adapter)):
+    with bank.scaled(strength_tensors(bank, value, adapter)):
         yield
-
-
-def _strengths(bank: IRMBank, value: Strength, adapter: str | None) -> dict[str, torch.Tensor]:
-    """A checked tensor for each IRM that is to be scaled."""
-    if isinstance(value, Mapping):
-        if adapter is not None:
-            raise UsageError("strength: give either a mapping or adapter=, not both")
-        given = dict(value)
-    else:
-        names = list(bank.rows or bank.names) if adapter is None else [adapter]
-        given = dict.fromkeys(names, value)
-    for name in given:
-        if name not in bank.networks:
-            raise UsageError(f"strength: adapter {name!r} is not loaded; loaded are {', '.join(bank.networks)}")
-    return {name: _strength_tensor(number) for name, number in given.items()}
-
-
-def _strength_tensor(value: Any) -> torch.Tensor:
-    try:
-        tensor = torch.as_tensor(value, dtype=torch.float32).detach()
-    except (TypeError, ValueError, RuntimeError):
-        tensor = torch.tensor(float("nan"))
-    if isinstance(value, bool) or tensor.dim() > 1 or tensor.numel() == 0 or not bool((tensor.abs() <= 1000).all()):
-        raise UsageError(f"strength: {value!r} is not a number between -1000 and 1000, or a list with one for each row")
-    return tensor
 
 
 def tuner_of(model: nn.Module) -> IRMModel:
