@@ -72,14 +72,9 @@ class IRMBank(nn.Module, BaseTunerLayer):
             if name not in self.networks:
                 raise UsageError(f"adapter_names: {name!r} is not loaded; loaded are {', '.join(self.networks)}, or {NO_IRM}")
         device = next(iter(self.strengths.values())).device
-        before, self.rows = (
-            self.rows,
-            {
-                name: torch.tensor([float(name in row) for row in rows], device=device)
-                for name in self.networks
-                if any(name in row for row in rows)
-            },
-        )
+        chosen = [name for name in self.networks if any(name in row for row in rows)]
+        before = self.rows
+        self.rows = {name: torch.tensor([float(name in row) for row in rows], device=device) for name in chosen}
         try:
             yield
         finally:

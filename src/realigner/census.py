@@ -19,7 +19,7 @@ from torch import nn
 import realigner.oracle as oracle
 from realigner.errors import RealignerError
 from realigner.sites import HostSites, find_sites
-from realigner.tiny import MODEL_TYPES, NO_GENERATE, UNBUILDABLE, tiny_host
+from realigner.tiny import MODEL_TYPES, UNBUILDABLE, tiny_host
 from realigner.tuner import IRMConfig, strength, tuner_of
 
 PROVEN, REFUSED, UNPROVEN, WRONG, NOT_BUILT = "proven", "refused", "unproven", "wrong", "not built"
@@ -220,7 +220,7 @@ def _entry(model_type: str) -> Entry:
             host(input_ids=torch.arange(3, 10)[None], use_cache=False)
     except Exception as error:  # a newer transformers may ask anything of a config; the census goes on and says so
         return Entry(model_type, reason=_why(error))
-    no_generate = NO_GENERATE.get(model_type, "") or _generates(host)
+    no_generate = _generates(host)
     try:
         entry = prove(host, generates=not no_generate)
     except Exception as error:  # the bare host runs, and with an IRM it does not: accepted and wrong

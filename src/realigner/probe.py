@@ -3,10 +3,10 @@
 Three forwards of seven tokens, each recorded module by module:
 
 1. Clean. `candidates` are the modules (branches) and weights with which the layer may make its residual.
-2. Moved: a random delta on every branch. Reader and output must move by exactly that delta .
+2. Moved: a random delta on every branch. Reader and output must move by exactly that delta.
 3. Compensated (sequential layers): the layer's input is changed and the branch is changed so that their sum, the residual,
-   is not. If the output stays, all that follows reads the residual and nothing else ; a skip path that goes past it,
-   or a branch that is read elsewhere, would show.
+   is not. If the output stays, all that follows reads the residual and nothing else; a skip path that goes past it, or a
+   branch that is read elsewhere, would show.
 """
 
 from __future__ import annotations

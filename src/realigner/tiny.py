@@ -171,7 +171,6 @@ UNBUILDABLE: dict[str, str] = {
     "musicgen": _MUSIC,
     "musicgen_melody": _MUSIC,
 }
-NO_GENERATE: dict[str, str] = {}  # every type that builds generates
 
 
 def _spread(sizes: dict[str, Any]) -> dict[str, Any]:
