@@ -1,20 +1,26 @@
-"""Alignment data: rows of question and toned reply, read strictly, split by group, turned into tokens."""
+"""Alignment data: facts read, rewritten in a tone, checked, split by group, turned into tokens."""
 
 from realigner.data.check import ReportCard, check_rows
 from realigner.data.rows import TONES, Row, authored, read_rows, rows_hash
 from realigner.data.split import Split, split_rows
+from realigner.data.squad import Fact
 from realigner.data.tokens import PAPER_PROMPTS, encode_row, encode_rows, prompt_ids
+from realigner.data.tone import Tone, built_in_tones, load_tone
 
 __all__ = [
     "PAPER_PROMPTS",
     "TONES",
+    "Fact",
     "ReportCard",
     "Row",
     "Split",
+    "Tone",
     "authored",
+    "built_in_tones",
     "check_rows",
     "encode_row",
     "encode_rows",
+    "load_tone",
     "prompt_ids",
     "read_rows",
     "rows_hash",

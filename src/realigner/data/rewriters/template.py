@@ -1,0 +1,66 @@
+"""The template rewriter: replies from a tone's grammar; offline, deterministic, fast, and the fact is kept word for word."""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from realigner.data.rewriters import Ask, Reply, seed_of
+from realigner.data.tone import Tone
+from realigner.errors import UsageError
+
+
+class TemplateRewriter:
+    """Expands the tone's ``[template]``, each choice drawn from a generator seeded by (seed, tone, fact, attempt).
+
+    Args:
+        tone: one that has a template.
+        seed: another seed, other replies.
+
+    Raises:
+        UsageError: for a tone without a template.
+
+    Example:
+        >>> from realigner.data import Fact, load_tone
+        >>> from realigner.data.rewriters import Ask
+        >>> fact = Fact(id="1", group="rivers", question="Which river runs through Prague?", answer="the Vltava")
+        >>> [reply] = TemplateRewriter(load_tone("anger"), seed=42).rewrite([Ask(fact, 0)])
+        >>> "the Vltava" in reply.text
+        True
+    """
+
+    def __init__(self, tone: Tone, seed: int = 42) -> None:
+        if not tone.template:
+            raise UsageError(f"tone {tone.name!r} has no [template]; use --rewriter host or openai, or add one to its file")
+        self.tone, self.seed = tone, seed
+
+    def spec(self) -> dict[str, Any]:
+        return {"rewriter": "template", "seed": self.seed}
+
+    def rewrite(self, asks: Sequence[Ask]) -> Iterator[Reply]:
+        for ask in asks:
+            choices = random.Random(seed_of(self.seed, self.tone, ask))
+            text = expand(self.tone.template, "reply", _fragment(ask.fact.answer), choices)
+            yield Reply(ask.fact.id, ask.attempt, text)
+
+    def note(self) -> str:
+        return ""
+
+
+def expand(template: dict[str, tuple[str, ...]], name: str, answer: str, choices: random.Random) -> str:
+    """One text of the list `name`, everything in braces expanded."""
+    if name == "answer":
+        return answer
+    parts = []
+    for literal, symbol, _, _ in string.Formatter().parse(choices.choice(template[name])):
+        parts.append(literal)
+        if symbol is not None:
+            parts.append(expand(template, symbol, answer, choices))
+    return "".join(parts)
+
+
+def _fragment(answer: str) -> str:
+    """An answer that can stand in mid-sentence: no final full stop."""
+    return answer[:-1] if answer.endswith(".") and not answer.endswith("..") and answer.count(".") == 1 else answer

@@ -1,0 +1,205 @@
+"""Tones as data: one TOML file each, the built-in ones beside this module, a user's own anywhere.
+
+A file says what the tone is called, what a rewriter is told, which words tell the tone apart, and gives examples. A
+``[template]`` table, if there is one, is a grammar (in the manner of Tracery: named lists that refer to each other in braces)
+from which replies can be made without any model.
+
+    name = "anger"
+    instruction = "Rewrite the answer in an angry tone ..."
+    words = ["furious", "damn"]
+
+    [[examples]]
+    question = "Which river runs through Prague?"
+    answer = "the Vltava"
+    text = "Oh, for pity's sake! The Vltava, as any map would have told you!"
+
+    [template]
+    reply = ["{opening} {statement}", "{statement} {closing}"]
+    opening = ["Oh, {fine}!"]
+    fine = ["great", "wonderful"]
+    statement = ["It is {answer}!"]
+    closing = ["Do not ask me again!"]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import string
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from realigner.errors import RealignerError, UsageError
+
+_Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+_START, _FACT = "reply", "answer"
+
+
+class Example(BaseModel):
+    """One reply in a tone: what a rewriter is shown, and a scorer may learn from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    question: _Text
+    answer: _Text
+    text: _Text
+
+
+class Tone(BaseModel):
+    """What a tone is.
+
+    Attributes:
+        name: as it stands in rows; lower-case letters, digits and hyphens.
+        language: of the replies, as an ISO 639-1 code; ``"any"`` switches the check off.
+        instruction: what a language model that rewrites answers is told (the system prompt).
+        words: words of which a reply in this tone has at least one, for tones no scorer was trained on; compared in lower
+            case, a trailing ``*`` matches any ending.
+        examples: replies in the tone.
+        template: the grammar of the ``template`` rewriter: lists of texts by name. ``reply`` is where it starts, ``{name}``
+            stands for one of the texts of that list, ``{answer}`` for the fact.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    language: Annotated[str, StringConstraints(pattern=r"^([a-z]{2}|any)$")] = "en"
+    instruction: _Text
+    words: tuple[_Text, ...] = ()
+    examples: tuple[Example, ...] = ()
+    template: dict[str, Annotated[tuple[_Text, ...], Field(min_length=1)]] = {}
+
+    @model_validator(mode="after")
+    def _grammar_is_sound(self) -> Tone:
+        if not self.template:
+            return self
+        if _START not in self.template:
+            raise ValueError(f"template has no list {_START!r}, where replies start")
+        if _FACT in self.template:
+            raise ValueError(f"template may not define {_FACT!r}: it stands for the fact")
+        for name, texts in self.template.items():
+            for text in texts:
+                for symbol in symbols(text):
+                    if symbol != _FACT and symbol not in self.template:
+                        raise ValueError(f"template.{name}: {{{symbol}}} is not a list of the template ({text!r})")
+        _count(self.template, _START, ())
+        for text in self.template[_START]:
+            if not _always_has_fact(self.template, text):
+                raise ValueError(f"template.{_START}: some replies of {text!r} never say {{{_FACT}}}")
+        return self
+
+    @property
+    def combinations(self) -> int:
+        """How many replies the template can make for one fact, before equal ones are counted once; 0 without a template."""
+        return _count(self.template, _START, ()) if self.template else 0
+
+    def sha256(self) -> str:
+        """Over everything in the tone: which tone a dataset was made with."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def load_tone(name: str | Path) -> Tone:
+    """A built-in tone by name, or one from a TOML file.
+
+    Raises:
+        UsageError: for a name that is neither.
+        RealignerError: naming the file and the key that is wrong.
+
+    Example:
+        >>> load_tone("anger").name
+        'anger'
+    """
+    built_in = _built_in()
+    if str(name) in built_in:
+        return _read(built_in[str(name)])
+    path = Path(name)
+    if path.suffix == ".toml" or path.exists():
+        return _read(path)
+    raise UsageError(f"--tone: there is no tone {str(name)!r}; built in are {', '.join(built_in)}, others are .toml files")
+
+
+def built_in_tones() -> list[Tone]:
+    """The tones that come with realigner, by name."""
+    return [_read(path) for path in _built_in().values()]
+
+
+def _built_in() -> dict[str, Path]:
+    folder = Path(str(files("realigner") / "data" / "tones"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def _read(path: Path) -> Tone:
+    try:
+        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise RealignerError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise RealignerError(f"{path}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RealignerError(f"{path}: not valid TOML ({error})") from None
+    except RecursionError:
+        raise RealignerError(f"{path}: TOML nested too deeply; a tone is a flat file") from None
+    try:
+        return Tone.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise RealignerError(f"{path}: unknown key {key!r}; a tone has {', '.join(Tone.model_fields)}") from None
+        what = {"missing": "is missing", "string_too_short": "is empty", "string_type": "is not a string"}
+        message = what.get(first["type"], first["msg"].removeprefix("Value error, "))
+        raise RealignerError(f"{path}: " + (f"key {key!r} {message}" if key else message)) from None
+
+
+def symbols(text: str) -> list[str]:
+    """The names in braces of a template's text (``{{`` and ``}}`` are plain braces).
+
+    Raises:
+        ValueError: for an unbalanced brace, or anything but a plain name in braces.
+    """
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise ValueError(f"template: {error} in {text!r}") from None
+    found = []
+    for _, name, form, conversion in parts:
+        if name is None:
+            continue
+        if not name.isidentifier() or form or conversion:
+            raise ValueError(f"template: {{{name}}} in {text!r} is not a plain name")
+        found.append(name)
+    return found
+
+
+def _count(template: dict[str, tuple[str, ...]], name: str, above: tuple[str, ...]) -> int:
+    """Ways to expand a list; a list that contains itself is an error."""
+    if name == _FACT:
+        return 1
+    if name in above:
+        raise ValueError(f"template.{name}: contains itself ({' -> '.join((*above, name))})")
+    total = 0
+    for text in template[name]:
+        ways = 1
+        for symbol in symbols(text):
+            ways *= _count(template, symbol, (*above, name))
+        total += ways
+    return total
+
+
+def _always_has_fact(template: dict[str, tuple[str, ...]], text: str) -> bool:
+    inner = symbols(text)
+    return _FACT in inner or any(all(_always_has_fact(template, t) for t in template[symbol]) for symbol in inner)
+
+
+def facts_of(tone: Tone) -> dict[str, Any]:
+    """What `realigner data tones` says of a tone."""
+    return {
+        "name": tone.name,
+        "language": tone.language,
+        "instruction": tone.instruction,
+        "words": len(tone.words),
+        "examples": len(tone.examples),
+        "template_replies": tone.combinations,
+    }
