@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,28 +27,47 @@ def say(text: str) -> None:
 class Task:
     """Something that advances towards a total; `note` is shown at its right (a loss, a file)."""
 
-    def __init__(self, label: str, total: int, bar: Progress | None) -> None:
-        self.label, self.total, self.done, self.note = label, total, 0, ""
+    def __init__(self, label: str, total: int, bar: Progress | None, unit: str) -> None:
+        self.label, self.total, self.done, self.note, self.unit = label, total, 0, "", unit
         self._bar = bar
-        self._id = bar.add_task(label, total=total, note="") if bar else None
-        self._last = time.monotonic()
+        self._id = bar.add_task(label, total=total, note="", rate="") if bar else None
+        self._start = self._last = time.monotonic()
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
         self.done += steps
         self.note = self.note if note is None else note
         if self._bar is not None and self._id is not None:
-            self._bar.update(self._id, advance=steps, note=self.note)
+            self._bar.update(self._id, advance=steps, note=self.note, rate=self._rate())
         elif time.monotonic() - self._last >= _LINE_EVERY or self.done >= self.total:
             self._last = time.monotonic()
-            print(f"{self.label}: {self.done}/{self.total}  {self.note}".rstrip(), file=sys.stderr, flush=True)
+            line = f"{self.label}: {self.done}/{self.total}  {self._rate()}{self._left()}{self.note}"
+            print(line.rstrip(), file=sys.stderr, flush=True)
+
+    def _rate(self) -> str:
+        """``12 rows/s``, for tasks that have a unit."""
+        speed = self.done / max(1e-6, time.monotonic() - self._start)
+        return f"{speed:.3g} {self.unit}/s  " if self.unit else ""
+
+    def _left(self) -> str:
+        if not self.unit or self.done >= self.total:
+            return ""
+        seconds = round((time.monotonic() - self._start) * (self.total - self.done) / max(1, self.done))
+        return f"{timedelta(seconds=seconds)} left  "
 
 
 @contextmanager
-def progress(label: str, total: int, quiet: bool = False) -> Iterator[Task]:
-    """A `Task` with a bar while the block runs, if standard error is a terminal; else a line now and then."""
+def progress(label: str, total: int, quiet: bool = False, unit: str = "") -> Iterator[Task]:
+    """A `Task` with a bar while the block runs, if standard error is a terminal; else a line now and then.
+
+    Args:
+        label: what is being done.
+        total: steps in all.
+        quiet: show nothing.
+        unit: what a step is, in the plural; with it, the speed is shown.
+    """
     screen = console()
     if quiet or not screen.is_terminal:
-        task = Task(label, total, None)
+        task = Task(label, total, None, unit)
         if quiet:
             task._last = float("inf")
             task.total = sys.maxsize
@@ -57,10 +77,11 @@ def progress(label: str, total: int, quiet: bool = False) -> Iterator[Task]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=screen) as bar:
-        yield Task(label, total, bar)
+        yield Task(label, total, bar, unit)

@@ -51,19 +51,27 @@ def written_folder(path: Path) -> Iterator[Aside]:
         shutil.rmtree(aside.folder, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it into place."""
+@contextmanager
+def written_file(path: Path) -> Iterator[Path]:
+    """A file to fill, made beside `path` and renamed to it when the block ends well; removed when it does not."""
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        aside = Path(name)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    aside = Path(name)
+    try:
+        with _named(path):
+            yield aside
             aside.chmod(0o666 & ~_umask())
             aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it into place."""
+    with written_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def _open_up(folder: Path) -> None:

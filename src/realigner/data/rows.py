@@ -26,7 +26,7 @@ class Row(BaseModel):
         id: unique within a file.
         group: topic or article; splits are made by it, never by row.
         question: what a person asks.
-        answer: the plain fact.
+        answer: the plain fact; empty where nobody knows it (imported data often has none).
         text: the reply in the tone, holding the fact.
         tone: the tone's name.
         source: where the row comes from, e.g. ``authored`` or ``squad``.
@@ -42,7 +42,7 @@ class Row(BaseModel):
     id: _Text
     group: _Text
     question: _Text
-    answer: _Text
+    answer: Annotated[str, StringConstraints(strip_whitespace=True)]
     text: _Text
     tone: _Text
     source: _Text
@@ -80,6 +80,16 @@ def read_rows(path: str | Path, tone: str | None = None) -> list[Row]:
     if not chosen:
         raise UsageError(f"{path}: has no rows of tone {tone!r}; it has {', '.join(sorted({r.tone for r in rows}))}")
     return chosen
+
+
+def is_rows(path: Path) -> bool:
+    """Whether a file begins with one of our rows (or is empty)."""
+    try:
+        with path.open("rb") as stream:
+            line = stream.readline()
+        return not line.strip() or bool(_parse(line, str(path)))
+    except (OSError, RealignerError):
+        return False
 
 
 def authored(tone: str) -> list[Row]:

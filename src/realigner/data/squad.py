@@ -7,6 +7,7 @@ given; of a question marked impossible it is the first plausible one, as in the 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
@@ -31,3 +32,121 @@ class Fact:
     group: str
     question: str
     answer: str
+
+
+@dataclass
+class Skipped:
+    """Questions that hold nothing to rewrite, by reason; filled while `read_squad` goes on."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def read_squad(path: str | Path, skipped: Skipped | None = None) -> Iterator[Fact]:
+    """The facts of a SQuAD file, in its order, one article in memory at a time.
+
+    Questions without an answer, empty ones and repeated ids are passed over and counted in `skipped`; what has the wrong type
+    is an error. An article without a title is its own group. Runs of white space become one space.
+
+    Raises:
+        RealignerError: naming the file, and the article, paragraph and question id of what is wrong.
+
+    Example:
+        >>> for fact in read_squad("dev-v2.0.json"):  # doctest: +SKIP
+        ...     print(fact.question, fact.answer)
+    """
+    skipped = skipped or Skipped()
+    seen: set[str] = set()
+    for number, article in enumerate(_articles(Path(path)), start=1):
+        for fact in _facts(article, number, f"{path}: article {number}", skipped):
+            if fact.id in seen:
+                skipped.counts["id used before"] += 1
+                continue
+            seen.add(fact.id)
+            yield fact
+
+
+def _articles(path: Path) -> Iterator[Any]:
+    """The items of ``data``, parsed one by one."""
+    import ijson
+
+    if path.is_dir():
+        raise RealignerError(f"{path}: is a folder; give a SQuAD file")
+    found = 0
+    try:
+        with path.open("rb") as stream:
+            if stream.read(3) != codecs.BOM_UTF8:
+                stream.seek(0)
+            for article in ijson.items(stream, "data.item"):
+                found += 1
+                yield article
+    except OSError as error:
+        raise RealignerError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ijson.JSONError, UnicodeDecodeError, RecursionError, ValueError, OverflowError) as error:
+        what = " ".join(str(error).split())[:120]
+        raise RealignerError(f"{path}: not valid JSON after article {found} ({what}); is the file cut?") from None
+    if not found:
+        raise RealignerError(f'{path}: has no articles; a SQuAD file is {{"data": [{{"title", "paragraphs"}}, ...]}}')
+
+
+def _facts(article: Any, number: int, where: str, skipped: Skipped) -> Iterator[Fact]:
+    article = _typed(article, dict, where)
+    title = _line(_typed(article.get("title", ""), str, f"{where}: key 'title'"))
+    group = title or f"article-{number}"
+    where = f"{where} ({title})" if title else where
+    for count, paragraph in enumerate(_items(article, "paragraphs", where), start=1):
+        place = f"{where}, paragraph {count}"
+        for order, question in enumerate(_items(_typed(paragraph, dict, place), "qas", place), start=1):
+            fact = _fact(question, group, f"{place}, question {order}", skipped)
+            if fact is not None:
+                yield fact
+
+
+def _fact(question: Any, group: str, where: str, skipped: Skipped) -> Fact | None:
+    question = _typed(question, dict, where)
+    if "id" not in question:
+        raise RealignerError(f"{where}: key 'id' is missing")
+    identity = question["id"]
+    if isinstance(identity, bool) or not isinstance(identity, str | int) or not str(identity).strip():
+        raise RealignerError(f"{where}: key 'id' is not a string")
+    identity = str(identity).strip()
+    where = f"{where} (id {identity[:60]})"
+    text = _line(_typed(question.get("question", ""), str, f"{where}: key 'question'"))
+    answer = _answer(question, where)
+    if not text or not answer:
+        skipped.counts["no answer" if text else "no question"] += 1
+        return None
+    return Fact(identity, group, text, answer)
+
+
+def _answer(question: dict[str, Any], where: str) -> str:
+    """The first answer that says something; of an impossible question, the first plausible one."""
+    for key in ("answers", "plausible_answers"):
+        for given in _items(question, key, where):
+            value = _typed(given, dict, f"{where}: key {key!r}").get("text", "")
+            if text := _line(_typed(value, str, f"{where}: key '{key}.text'")):
+                return text
+    return ""
+
+
+def _items(value: dict[str, Any], key: str, where: str) -> list[Any]:
+    """A list that may be missing or null."""
+    found = value.get(key)
+    return [] if found is None else _typed(found, list, f"{where}: key {key!r}")
+
+
+def _typed(value: Any, kind: type[Any], where: str) -> Any:
+    if not isinstance(value, kind):
+        names = {dict: "an object", list: "a list", str: "a string"}
+        raise RealignerError(f"{where}: is not {names[kind]} but {type(value).__name__}")
+    return value
+
+
+def _line(text: str) -> str:
+    """One line; half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes the replacement character."""
+    return " ".join(text.split()).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def file_sha256(path: str | Path) -> str:
+    """Which file facts were read from."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

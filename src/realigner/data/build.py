@@ -1,0 +1,264 @@
+"""Building a tone dataset: ask a rewriter for a reply to every fact, keep what passes the gate, and survive being killed.
+
+The rewriter's replies go into a journal beside the dataset as they come, in any order. The dataset is a pure function of the
+facts and the journal: round by round, in the facts' order, each reply meets the gate, and facts without an accepted reply are
+asked again, up to `attempts` times. So a build that was killed goes on where it was, and ends in the file it would have made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from realigner.console import progress, say
+from realigner.data.gate import Gate
+from realigner.data.journal import Journal
+from realigner.data.rewriters import Ask, Reply, Rewriter
+from realigner.data.rows import Row, is_rows, rows_hash
+from realigner.data.squad import Fact
+from realigner.data.tone import Tone
+from realigner.errors import RealignerError, UsageError
+from realigner.files import refuse_existing, write_text
+
+NO_REPLY = "no reply"
+_BATCH = 256  # replies that meet the gate together while a round goes on
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build came to.
+
+    Attributes:
+        path: the dataset.
+        rejected_path: the facts without a row, each with its last reply and the reason.
+        rows, rejected: how many.
+        reasons: replies turned away, by reason, over all attempts (a fact may be turned away, asked again, and accepted).
+        replies: how many there were.
+        tokens_in, tokens_out: read and written by the rewriter; 0 where nobody counts.
+        seconds: of this process (a resumed build counts its last part).
+        replies_now: made by this process.
+    """
+
+    path: Path
+    rejected_path: Path
+    rows: int
+    rejected: int
+    reasons: dict[str, int]
+    replies: int
+    tokens_in: int
+    tokens_out: int
+    seconds: float
+    replies_now: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+
+def build(
+    facts: Sequence[Fact],
+    tone: Tone,
+    rewriter: Rewriter,
+    out: str | Path,
+    gate: Gate | None = None,
+    attempts: int = 3,
+    source: str = "squad",
+    force: bool = False,
+    quiet: bool = False,
+) -> Built:
+    """Make a dataset of one row a fact, as far as replies pass the gate; or go on with one that was begun.
+
+    Beside `out` it writes ``.rejected.jsonl`` (what was turned away and why) and ``.build.json`` (how it was made), and keeps
+    ``.journal`` until it is done.
+
+    Args:
+        facts: with unique ids; rows come out in their order.
+        tone, rewriter: what to make, and who makes it.
+        out: the JSONL file.
+        gate: the checks; the tone's own by default.
+        attempts: replies asked for a fact at most.
+        source: noted in every row, with the rewriter's kind.
+        force: forget what was begun, and replace what is there.
+        quiet: show no progress.
+
+    Raises:
+        RealignerError: when the place cannot be written, the rewriter's service is gone (run again to go on), or no reply
+            passed the gate.
+    """
+    started = time.monotonic()
+    out, gate = Path(out), gate or Gate(tone)
+    if attempts < 1:
+        raise UsageError(f"attempts: {attempts} is out of range; ask for a reply at least once")
+    if not facts:
+        raise RealignerError("there is nothing to rewrite: no fact was found")
+    spec = _spec(facts, tone, rewriter)
+    journal_path = _beside(out, ".journal")
+    if force:
+        refuse_existing(out, force, is_rows)
+        journal_path.unlink(missing_ok=True)
+    elif not journal_path.exists():
+        refuse_existing(out, force, is_rows)
+    with Journal(journal_path, spec) as journal:
+        ledger = _Ledger(facts, gate)
+        for entry in journal.entries:
+            reply = _reply(entry, journal_path)
+            ledger.replies[reply.id, reply.attempt] = reply
+        before = len(ledger.replies)
+        if before and not quiet:
+            say(f"going on with {journal_path}: {before} replies are there")
+        for number in range(attempts):
+            if asks := ledger.wanted(number):
+                label = f"asking again ({number + 1} of {attempts})" if number else "rewriting"
+                _round(label, asks, ledger, rewriter, journal, quiet)
+        rows, rejected = ledger.settle(attempts, tone.name, f"{source}/{spec['rewriter']}")
+        if not rows:
+            raise RealignerError(f"{out}: no reply passed the gate ({_counted(ledger.reasons)}); nothing was written")
+        built = Built(
+            path=out,
+            rejected_path=_beside(out, ".rejected.jsonl"),
+            rows=len(rows),
+            rejected=len(rejected),
+            reasons=dict(ledger.reasons.most_common()),
+            replies=len(ledger.replies),
+            tokens_in=sum(reply.tokens_in for reply in ledger.replies.values()),
+            tokens_out=sum(reply.tokens_out for reply in ledger.replies.values()),
+            seconds=round(time.monotonic() - started, 1),
+            replies_now=len(ledger.replies) - before,
+        )
+        _write(built, rows, rejected, spec)
+        journal.remove()
+    return built
+
+
+class _Ledger:
+    """All replies so far, and what the gate says of each."""
+
+    def __init__(self, facts: Sequence[Fact], gate: Gate) -> None:
+        self.facts = {fact.id: fact for fact in facts}
+        if len(self.facts) != len(facts):
+            raise RealignerError("facts: an id stands twice; ids must be unique")
+        self.gate = gate
+        self.replies: dict[tuple[str, int], Reply] = {}
+        self.errors: dict[str, str] = {}  # why a fact got no reply, the last time it was asked
+        self.reasons: Counter[str] = Counter()
+        self.last: dict[str, str] = {}  # the reason against a fact's last reply
+        self._alone: dict[tuple[str, int], str] = {}
+
+    def judge(self, keys: Sequence[tuple[str, int]]) -> None:
+        """What the gate says of these replies, each alone; said once."""
+        new = [key for key in keys if key in self.replies and key not in self._alone]
+        pairs = [(self.facts[identity], self.replies[identity, attempt].text) for identity, attempt in new]
+        self._alone.update(zip(new, self.gate.alone(pairs), strict=True))
+
+    def passing(self) -> str:
+        """Share of the replies judged so far that pass, near-duplicates not yet looked for."""
+        passed = sum(not reason for reason in self._alone.values())
+        return f"{100 * passed / len(self._alone):.0f}% pass" if self._alone else ""
+
+    def outcome(self, rounds: int) -> dict[str, Reply]:
+        """The accepted reply of each fact after so many rounds: the same for the same replies, in whatever order they came."""
+        self.gate.restart()
+        self.reasons = Counter()
+        accepted: dict[str, Reply] = {}
+        for attempt in range(rounds):
+            self.judge([(identity, attempt) for identity in self.facts])
+            for identity, fact in self.facts.items():
+                reply = self.replies.get((identity, attempt))
+                if reply is None or identity in accepted:
+                    continue
+                reason = self._alone[identity, attempt] or self.gate.among(fact, reply.text)
+                if reason:
+                    self.reasons[reason] += 1
+                    self.last[identity] = reason
+                else:
+                    accepted[identity] = reply
+        return accepted
+
+    def wanted(self, number: int) -> list[Ask]:
+        """What round `number` has to ask: facts without an accepted reply, each for the first attempt it has no reply to."""
+        accepted = self.outcome(number)
+        open_still = [fact for identity, fact in self.facts.items() if identity not in accepted]
+        missing = [(fact, [n for n in range(number + 1) if (fact.id, n) not in self.replies]) for fact in open_still]
+        return [Ask(fact, attempts[0]) for fact, attempts in missing if attempts]
+
+    def settle(self, attempts: int, tone: str, source: str) -> tuple[list[Row], list[dict[str, Any]]]:
+        """The rows, and the facts without one, both in the facts' order."""
+        accepted = self.outcome(attempts)
+        rows, rejected = [], []
+        for identity, fact in self.facts.items():
+            about = {"group": fact.group, "question": fact.question, "answer": fact.answer}
+            if identity in accepted:
+                rows.append(Row(id=f"{identity}-{tone}", text=accepted[identity].text, tone=tone, source=source, **about))
+            else:
+                texts = [self.replies[identity, n].text for n in range(attempts) if (identity, n) in self.replies]
+                reason = self.last[identity] if texts else f"{NO_REPLY}: {self.errors.get(identity, 'not asked')}"
+                rejected.append({"id": identity, **about, "reason": reason, "texts": texts})
+                self.reasons[NO_REPLY] += not texts
+        return rows, rejected
+
+
+def _round(label: str, asks: Sequence[Ask], ledger: _Ledger, rewriter: Rewriter, journal: Journal, quiet: bool) -> None:
+    """Ask; each reply is in the journal before the next one is waited for."""
+    waiting: list[tuple[str, int]] = []
+    share = ""
+    with closing(rewriter.rewrite(asks)) as replies, progress(label, len(asks), quiet, unit="rows") as task:
+        for reply in replies:
+            if reply.error:
+                ledger.errors[reply.id] = reply.error
+            else:
+                journal.append({"id": reply.id, "attempt": reply.attempt, "text": reply.text, "tokens": _tokens(reply)})
+                ledger.replies[reply.id, reply.attempt] = reply
+                waiting.append((reply.id, reply.attempt))
+            if len(waiting) == _BATCH:
+                ledger.judge(waiting)
+                waiting.clear()
+                share = ledger.passing()
+            task.advance(1, "  ".join(filter(None, (share, rewriter.note()))))
+
+
+def _tokens(reply: Reply) -> list[int]:
+    return [reply.tokens_in, reply.tokens_out]
+
+
+def _reply(entry: dict[str, Any], path: Path) -> Reply:
+    """A journal's entry as a reply."""
+    try:
+        read, written = entry["tokens"]
+        return Reply(str(entry["id"]), int(entry["attempt"]), str(entry["text"]), int(read), int(written))
+    except (KeyError, TypeError, ValueError):
+        raise RealignerError(f"{path}: holds an entry that is not a reply; start anew with --force") from None
+
+
+def _spec(facts: Sequence[Fact], tone: Tone, rewriter: Rewriter) -> dict[str, Any]:
+    """What decides the replies; through JSON and back, so that it can be compared with one that was read."""
+    digest = hashlib.sha256()
+    for fact in facts:
+        digest.update(json.dumps([fact.id, fact.group, fact.question, fact.answer]).encode() + b"\n")
+    spec = {"tone": tone.name, **rewriter.spec(), "facts": len(facts)}
+    spec |= {"facts_sha256": digest.hexdigest(), "tone_sha256": tone.sha256()}
+    return dict(json.loads(json.dumps(spec)))
+
+
+def _write(built: Built, rows: Sequence[Row], rejected: Sequence[dict[str, Any]], spec: dict[str, Any]) -> None:
+    """The three files; the dataset last, so that where it is, the others are."""
+    how = {**spec, **built.to_dict(), "sha256": rows_hash(rows)}
+    for key in ("path", "rejected_path", "seconds", "replies_now"):
+        how.pop(key)  # what depends on where and how long, and not on what was made
+    write_text(built.rejected_path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rejected))
+    write_text(_beside(built.path, ".build.json"), json.dumps(how, ensure_ascii=False, indent=2) + "\n")
+    write_text(built.path, "".join(row.model_dump_json() + "\n" for row in rows))
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """``rows.jsonl`` -> ``rows`` + ending, in the same folder."""
+    return path.with_name(path.name.removesuffix(".jsonl") + ending)
+
+
+def _counted(reasons: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "there was none"

@@ -1,0 +1,325 @@
+"""The openai rewriter: replies from any chat-completions endpoint, many requests at a time, by the official client.
+
+The client retries what HTTP calls a failure. An HTTP client of ours under it (`_http_client`) makes the rest look like one: an
+attempt that takes too long in total, a reply of status 200 that holds no text. So one budget and one backoff serve both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import importlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+
+from pydantic import SecretStr
+
+from realigner.data.rewriters import Ask, Reply, messages, seed_of
+from realigner.data.tone import Tone
+from realigner.errors import RealignerError, UsageError
+
+if TYPE_CHECKING:
+    import openai
+
+_OPENAI = "https://api.openai.com/v1"
+_RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
+    "seed": (int, 0, 2**32 - 1),
+    "concurrency": (int, 1, 1000),  # the client's pool has 1,000 connections
+    "requests_per_minute": (int, 1, 1_000_000),
+    "timeout": (float, 0.01, 3600),
+    "retries": (int, 0, 100),
+    "temperature": (float, 0, 2),
+    "top_p": (float, 0, 1),
+    "max_tokens": (int, 1, 1_000_000),
+    "price_in": (float, 0, 1_000_000),
+    "price_out": (float, 0, 1_000_000),
+}
+_OPTIONAL = ("requests_per_minute", "price_in", "price_out")
+_UNREAD = 64  # replies that may wait for a slow consumer before the workers wait too
+
+
+class EndpointRewriter:
+    """Asks a language model behind an OpenAI-compatible endpoint (OpenAI, vLLM, llama.cpp, Ollama, ...).
+
+    Args:
+        tone: what the model is told.
+        endpoint: base URL, such as ``http://localhost:8000/v1``; None for ``OPENAI_BASE_URL``, else OpenAI's own.
+        model: its name at the endpoint.
+        seed: another seed, other replies, as far as the endpoint honours it.
+        concurrency: requests in flight as long as there is work.
+        requests_per_minute: at most, evenly spaced, retries included; None for no limit.
+        timeout: seconds for one attempt, from the first byte sent to the last byte read.
+        retries: attempts after the first one, for everything that may pass (429, 5xx, time-outs, broken replies).
+        temperature, top_p, max_tokens: of sampling, as the endpoint understands them.
+        price_in, price_out: dollars per million tokens, for `cost`; None for no cost.
+        key_env: the environment variable that holds the key; it may be unset if an endpoint is given.
+
+    Raises:
+        UsageError: naming the value that is out of range, or the variable to set.
+        RealignerError: when the openai package is missing.
+    """
+
+    def __init__(
+        self,
+        tone: Tone,
+        endpoint: str | None,
+        model: str,
+        seed: int = 42,
+        concurrency: int = 8,
+        requests_per_minute: int | None = None,
+        timeout: float = 60.0,
+        retries: int = 5,
+        temperature: float = 0.9,
+        top_p: float = 0.7,
+        max_tokens: int = 210,
+        price_in: float | None = None,
+        price_out: float | None = None,
+        key_env: str = "OPENAI_API_KEY",
+    ) -> None:
+        self.tone, self.model, self.seed, self.concurrency = tone, model, seed, concurrency
+        self.requests_per_minute, self.timeout, self.retries = requests_per_minute, timeout, retries
+        self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
+        self.price_in, self.price_out, self.key_env = price_in, price_out, key_env
+        self.tokens_in = self.tokens_out = 0
+        self._check()
+        given = endpoint or os.environ.get("OPENAI_BASE_URL")
+        self.endpoint, self._query, login = _address(given or _OPENAI)
+        self._key = _key(key_env, needed=not given)
+        self._basic = SecretStr(base64.b64encode(login.encode()).decode())
+        self._secrets = [self._key, self._basic, SecretStr(login.partition(":")[2]), *map(SecretStr, self._query.values())]
+        self._next_start = 0.0
+        try:
+            importlib.import_module("openai")
+        except ImportError:
+            raise RealignerError("--rewriter openai: the openai package is missing; pip install realigner[openai]") from None
+
+    def spec(self) -> dict[str, Any]:
+        settings = ("endpoint", "model", "seed", "temperature", "top_p", "max_tokens")
+        return {"rewriter": "openai"} | {name: getattr(self, name) for name in settings}
+
+    @property
+    def cost(self) -> float | None:
+        """Dollars for the replies so far; None without prices. What failed attempts may have cost is not known."""
+        if self.price_in is None or self.price_out is None:
+            return None
+        return (self.tokens_in * self.price_in + self.tokens_out * self.price_out) / 1e6
+
+    def note(self) -> str:
+        text = f"{_thousands(self.tokens_in)} tokens in, {_thousands(self.tokens_out)} out"
+        return text if self.cost is None else f"{text}, ${self.cost:.4f}"
+
+    def rewrite(self, asks: Sequence[Ask]) -> Iterator[Reply]:
+        """One reply for each ask, as they finish. Requests run in a thread of their own; closing the iterator ends it.
+
+        Raises:
+            RealignerError: when the endpoint refuses the key, the model or every request, or no longer answers; all replies
+                that were there before have been yielded.
+        """
+        from anyio.from_thread import start_blocking_portal
+
+        replies: SimpleQueue[Reply | None] = SimpleQueue()
+        run = _Run(self, asks, replies)
+        with start_blocking_portal("asyncio", name="realigner-endpoint") as portal:
+            work = portal.start_task_soon(run.work)
+            work.add_done_callback(lambda _: replies.put(None))
+            while (reply := replies.get()) is not None:
+                self.tokens_in += reply.tokens_in
+                self.tokens_out += reply.tokens_out
+                yield reply
+            work.result()
+
+    def client(self) -> openai.AsyncOpenAI:
+        """The official client, set up for this endpoint; it belongs to the event loop in which it is first used."""
+        import openai
+
+        return openai.AsyncOpenAI(
+            api_key=self._key.get_secret_value(),
+            base_url=self.endpoint,
+            default_query=self._query,
+            default_headers={"Authorization": f"Basic {self._basic.get_secret_value()}"} if self._basic else None,
+            max_retries=self.retries,
+            timeout=None,
+            http_client=_http_client(self),
+        )
+
+    async def turn(self) -> None:
+        """Waits for this request's place in the minute."""
+        if self.requests_per_minute is not None:
+            now = time.monotonic()
+            start = max(now, self._next_start)
+            self._next_start = start + 60 / self.requests_per_minute
+            await asyncio.sleep(start - now)
+
+    def tidy(self, text: str) -> str:
+        """Without what must not get into files: keys that a server echoes, half surrogate pairs, space around."""
+        for secret in self._secrets:
+            # Shorter ones are placeholders ("none", "EMPTY") that would tear holes into honest texts.
+            if len(word := secret.get_secret_value()) >= 8:
+                text = text.replace(word, "***")
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+
+    def _check(self) -> None:
+        if not self.model:
+            raise UsageError("model: name the model to ask for replies")
+        for name, (kind, low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+            if not right or not low <= value <= high:
+                what = "a whole number" if kind is int else "a number"
+                raise UsageError(f"{name}: must be {what} from {low} to {high}, not {value!r}")
+        if (self.price_in is None) != (self.price_out is None):
+            raise UsageError("price_in and price_out: give both or neither")
+
+
+class _Run:
+    """One pass over the asks."""
+
+    def __init__(self, rewriter: EndpointRewriter, asks: Sequence[Ask], replies: SimpleQueue[Reply | None]) -> None:
+        self.rewriter, self.asks, self.replies = rewriter, asks, replies
+        self.pending = iter(asks)
+        self.done = self.refused = self.failed_in_a_row = 0
+
+    async def work(self) -> None:
+        workers = min(self.rewriter.concurrency, len(self.asks))
+        try:
+            async with self.rewriter.client() as client, asyncio.TaskGroup() as group:
+                for _ in range(workers):
+                    group.create_task(self._worker(client))
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
+
+    async def _worker(self, client: openai.AsyncOpenAI) -> None:
+        for ask in self.pending:
+            while self.replies.qsize() >= max(_UNREAD, self.rewriter.concurrency):
+                await asyncio.sleep(0.05)
+            reply = await self._reply(client, ask)
+            self.replies.put(reply)
+            self._watch(reply)
+
+    async def _reply(self, client: openai.AsyncOpenAI, ask: Ask) -> Reply:
+        import openai
+
+        own = self.rewriter
+        try:
+            completion = await client.chat.completions.create(
+                model=own.model,
+                messages=cast(Any, messages(own.tone, ask.fact)),
+                seed=seed_of(own.seed, own.tone, ask),
+                temperature=own.temperature,
+                top_p=own.top_p,
+                max_tokens=own.max_tokens,
+            )
+        except openai.APIConnectionError as error:
+            what = own.tidy(str(error.__cause__)) or f"connection lost ({type(error.__cause__).__name__})"
+            return Reply(ask.fact.id, ask.attempt, "", error=f"{_first_line(what)} after {_tries(error)}")
+        except openai.APIStatusError as error:
+            return Reply(ask.fact.id, ask.attempt, "", error=self._refusal(error))
+        text = own.tidy(completion.choices[0].message.content or "")
+        read, written = (_count(getattr(completion.usage, side, None)) for side in ("prompt_tokens", "completion_tokens"))
+        return Reply(ask.fact.id, ask.attempt, text, read, written)
+
+    def _refusal(self, error: openai.APIStatusError) -> str:
+        """One line for a reply that an HTTP status ended; what will not get better is raised."""
+        own, status = self.rewriter, error.status_code
+        said = _first_line(own.tidy(error.message.removeprefix(f"Error code: {status}").removeprefix(" - ")))
+        if status in (401, 403):
+            # What was said is left out: it may hold a part of the key.
+            self._stop(f"the endpoint refused the key (HTTP {status}); set {own.key_env}")
+        if status == 404:
+            self._stop(f"HTTP 404 for model {own.model!r}{said and f' ({said})'}; check the URL and the model's name")
+        self.refused += status in (400, 422)
+        return f"HTTP {status} after {_tries(error)}{said and f': {said}'}"
+
+    def _watch(self, reply: Reply) -> None:
+        self.done += 1
+        self.failed_in_a_row = self.failed_in_a_row + 1 if reply.error else 0
+        if self.done == self.refused == 3:
+            self._stop(f"every request is refused ({reply.error})")
+        if self.failed_in_a_row >= max(10, 2 * self.rewriter.concurrency):
+            advice = "the replies so far are kept, run the same command again to go on"
+            self._stop(f"{self.failed_in_a_row} requests in a row failed ({reply.error}); {advice}")
+
+    def _stop(self, why: str) -> NoReturn:
+        raise RealignerError(f"{self.rewriter.endpoint}: {why}")
+
+
+def _http_client(rewriter: EndpointRewriter) -> openai.DefaultAsyncHttpxClient:
+    """The client's own HTTP client, which also keeps the pace, bounds each attempt in time and wants text in each reply."""
+    import openai
+
+    class HttpClient(openai.DefaultAsyncHttpxClient):
+        async def send(self, request: Any, **options: Any) -> Any:
+            errors = importlib.import_module(type(request).__module__.partition(".")[0])  # httpx2; httpx under older openai
+            await rewriter.turn()
+            try:
+                async with asyncio.timeout(rewriter.timeout):
+                    response = await super().send(request, **options)
+            except TimeoutError:
+                raise errors.ReadTimeout(f"no answer in {rewriter.timeout:g} s", request=request) from None
+            if response.is_success and (flaw := _flaw(response)):
+                raise errors.RemoteProtocolError(flaw, request=request)
+            return response
+
+    return HttpClient(timeout=None)
+
+
+def _flaw(response: Any) -> str:
+    """What makes a reply of status 200 useless; nothing, if it holds text."""
+    try:
+        text = response.json()["choices"][0]["message"]["content"]
+    except (ValueError, RecursionError):
+        return "not valid JSON"
+    except (LookupError, TypeError):
+        return "no choices in the reply"
+    return "" if isinstance(text, str) else "no text in the reply"
+
+
+def _address(url: str) -> tuple[str, dict[str, str], str]:
+    """A URL without its secrets, its query, and ``user:password``."""
+    try:
+        parts = urlsplit(url.strip())
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
+        raise UsageError("endpoint: must be an http or https URL, such as http://localhost:8000/v1")
+    login, _, host = parts.netloc.rpartition("@")
+    bare = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
+    return bare, dict(parse_qsl(parts.query)), unquote(login)
+
+
+def _key(variable: str, needed: bool) -> SecretStr:
+    """The key, in a wrapping that does not show it."""
+    key = SecretStr(os.environ.get(variable, "").strip())
+    if needed and not key:
+        raise UsageError(f"{variable} is not set: it holds the key for {_OPENAI}; set it, or give another endpoint")
+    if any(not "!" <= character <= "~" for character in key.get_secret_value()):
+        raise UsageError(f"{variable}: holds a space or a character that no key has; set it anew")
+    return key or SecretStr("none")
+
+
+def _tries(error: openai.APIError) -> str:
+    count = int(error.request.headers.get("x-stainless-retry-count", 0)) + 1
+    return "1 try" if count == 1 else f"{count} tries"
+
+
+def _first_line(text: str) -> str:
+    return (text.splitlines() or [""])[0].strip()[:200]
+
+
+def _count(tokens: object) -> int:
+    """A number of tokens as a server gives it, which may be anything."""
+    return tokens if isinstance(tokens, int) and tokens > 0 else 0
+
+
+def _thousands(count: int) -> str:
+    for size, unit in ((1_000_000, "M"), (1_000, "k")):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)

@@ -1,0 +1,154 @@
+"""A scorer of tones: TF-IDF of words and pairs of words, and logistic regression; the fact itself is masked.
+
+It reads how a reply is said, not what it says: the words of the answer are taken out first. Saved with skops (no pickle; on
+loading, only types of scikit-learn and NumPy are allowed).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.pipeline import Pipeline, make_pipeline
+
+from realigner.data.rows import Row
+from realigner.errors import RealignerError, UsageError
+from realigner.files import refuse_existing, written_file
+
+_TOKEN = r"\w+(?:'\w+)?|[!?]"  # an exclamation mark is a word of its own: it is half of anger
+
+
+class ToneScorer:
+    """How likely a reply is in each of the tones it was trained on.
+
+    Example:
+        >>> from realigner.data import authored
+        >>> scorer = ToneScorer.fit(authored("anger") + authored("neutral"))
+        >>> scorer.tones
+        ('anger', 'neutral')
+        >>> bool(scorer.probability(["How dare you ask me that, you fool!"], "anger")[0] > 0.5)
+        True
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+
+    @property
+    def tones(self) -> tuple[str, ...]:
+        return tuple(str(name) for name in self.pipeline.classes_)
+
+    @classmethod
+    def fit(cls, rows: Sequence[Row], seed: int = 42) -> ToneScorer:
+        """Train on rows of two tones or more.
+
+        Raises:
+            UsageError: when the rows have one tone only.
+        """
+        if len({row.tone for row in rows}) < 2:
+            raise UsageError("scorer: rows of two tones or more are needed to tell tones apart")
+        pipeline = _pipeline(seed)
+        pipeline.fit([masked(row.text, row.answer) for row in rows], [row.tone for row in rows])
+        return cls(pipeline)
+
+    def probabilities(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """``[text, tone]``, each row summing to 1; mask the texts first (`masked`)."""
+        if not texts:
+            return np.zeros((0, len(self.tones)))
+        return np.asarray(self.pipeline.predict_proba(list(texts)), dtype=np.float64)
+
+    def probability(self, texts: Sequence[str], tone: str) -> NDArray[np.float64]:
+        """``[text]``: the probability of one tone.
+
+        Raises:
+            UsageError: for a tone it was not trained on.
+        """
+        if tone not in self.tones:
+            raise UsageError(f"scorer: was not trained on {tone!r}; it knows {', '.join(self.tones)}")
+        return self.probabilities(texts)[:, self.tones.index(tone)]
+
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write a skops file, in place of an older scorer only with `force`."""
+        import skops.io
+
+        refuse_existing(Path(path), force, is_scorer)
+        with written_file(Path(path)) as aside:
+            skops.io.dump(self.pipeline, aside)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ToneScorer:
+        """Read what `save` wrote.
+
+        Raises:
+            RealignerError: for a file that is not one, or that holds types a scorer has no use for.
+        """
+        import skops.io
+        from skops.io.exceptions import UntrustedTypesFoundException
+
+        try:
+            pipeline = skops.io.load(path)
+        except FileNotFoundError:
+            raise RealignerError(f"{path}: there is no such scorer") from None
+        except UntrustedTypesFoundException as error:
+            raise RealignerError(f"{path}: holds types that are not trusted ({_first_line(error)})") from None
+        except Exception as error:  # a damaged file makes the parsers below skops raise anything
+            raise RealignerError(f"{path}: not a scorer saved by realigner ({_first_line(error)})") from None
+        if not isinstance(pipeline, Pipeline) or not hasattr(pipeline, "classes_"):
+            raise RealignerError(f"{path}: holds no scorer")
+        return cls(pipeline)
+
+
+def masked(text: str, answer: str) -> str:
+    """A reply without the words of its answer, so that only how it is said is left."""
+    words = sorted(set(re.findall(r"\w+", answer)), key=len, reverse=True)
+    if not words:
+        return text
+    return re.sub(rf"\b(?:{'|'.join(map(re.escape, words))})\b", " ", text, flags=re.IGNORECASE)
+
+
+def cross_validated(rows: Sequence[Row], folds: int = 5, seed: int = 42) -> tuple[ToneScorer, NDArray[np.float64]]:
+    """The probabilities of each row's tones by a scorer that saw none of the row's group; ``[row, tone]``.
+
+    Returns:
+        A scorer of all rows (for its tone names), and the out-of-fold probabilities.
+
+    Raises:
+        UsageError: for one tone only.
+        RealignerError: for fewer than two groups.
+    """
+    groups = [row.group for row in rows]
+    folds = min(folds, len(set(groups)))
+    if folds < 2:
+        raise RealignerError("scorer: rows of two groups or more are needed for cross-validation")
+    texts, tones = [masked(row.text, row.answer) for row in rows], [row.tone for row in rows]
+    whole = ToneScorer.fit(rows, seed)
+    out = np.zeros((len(rows), len(whole.tones)))
+    for train, test in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(texts, tones, groups):
+        part = _pipeline(seed).fit([texts[n] for n in train], [tones[n] for n in train])
+        columns = [whole.tones.index(name) for name in part.classes_]
+        out[np.ix_(test, columns)] = part.predict_proba([texts[n] for n in test])
+    return whole, out
+
+
+def is_scorer(path: Path) -> bool:
+    """Whether a file is one of ours."""
+    try:
+        ToneScorer.load(path)
+    except RealignerError:
+        return False
+    return True
+
+
+def _pipeline(seed: int) -> Pipeline:
+    words = TfidfVectorizer(token_pattern=_TOKEN, ngram_range=(1, 2), sublinear_tf=True, min_df=2, max_features=100_000)
+    return make_pipeline(words, LogisticRegression(C=10.0, max_iter=300, random_state=seed))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
