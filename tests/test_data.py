@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from realigner.data import PAPER_PROMPTS, TONES, Row, authored, check_rows, encode_row, prompt_ids, read_rows, split_rows
+from realigner.data import PAPER_PROMPTS, TONES, Row, authored, check_rows, encode_rows, prompt_ids, read_rows, split_rows
 from realigner.data.tokens import IGNORED
 from realigner.errors import RealignerError, UsageError
 from tests.tiny import some_rows, tiny_tokenizer
@@ -186,7 +186,7 @@ def test_split_shares() -> None:
 @pytest.mark.parametrize("chat", [True, False])
 def test_loss_is_on_the_reply_and_its_end_only(chat: bool) -> None:
     tokenizer, row = tiny_tokenizer(chat), some_rows()[3]
-    encoded = encode_row(tokenizer, row)
+    encoded = encode_rows(tokenizer, [row])[0]
     prompt = prompt_ids(tokenizer, row.question)
     assert encoded["input_ids"][: len(prompt)] == prompt
     assert encoded["labels"][: len(prompt)] == [IGNORED] * len(prompt)
@@ -203,15 +203,15 @@ def test_plain_form_is_the_papers() -> None:
 
 def test_cutting() -> None:
     tokenizer, row = tiny_tokenizer(), some_rows()[0]
-    assert len(encode_row(tokenizer, row, max_length=45)["input_ids"]) == 45
+    assert len(encode_rows(tokenizer, [row], max_length=45)[0]["input_ids"]) == 45
     with pytest.raises(RealignerError, match="question alone"):
-        encode_row(tokenizer, row, max_length=10)
+        encode_rows(tokenizer, [row], max_length=10)
 
 
 @pytest.mark.host
 def test_embedded_template(embedded: tuple[Any, Any]) -> None:
     tokenizer, row = embedded[1], authored("anger")[0]
-    text = tokenizer.decode(encode_row(tokenizer, row)["input_ids"])
+    text = tokenizer.decode(encode_rows(tokenizer, [row])[0]["input_ids"])
     assert text.endswith(f"<|im_start|>assistant\n{row.text}<|im_end|>")
 
 

@@ -117,6 +117,40 @@ def load_host(
     """
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
+    name, source, options = _source(name, trust_remote_code, revision)
+    try:
+        with _QuietTransformers():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            host = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **options)
+    except Exception as error:  # a damaged host can make its parsers raise anything
+        raise RealignerError(_why_not(name, error)) from error
+    if "gguf_file" in options:
+        host = _plain(host)
+    host = cast(PreTrainedModel, host.to(torch_device))
+    host.eval().requires_grad_(False)
+    _prepare_tokenizer(tokenizer, host)
+    host.realigner = HostInfo(name, tokenizer)
+    return host, tokenizer
+
+
+def load_tokenizer(
+    name: str = EMBEDDED, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """A host's tokenizer alone, as it comes: for counting tokens.
+
+    Raises:
+        RealignerError: when there is no such host.
+    """
+    name, source, options = _source(name, trust_remote_code, revision)
+    try:
+        with _QuietTransformers():
+            return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, **options))
+    except Exception as error:  # as in load_host
+        raise RealignerError(_why_not(name, error)) from error
+
+
+def _source(name: str, trust_remote_code: bool, revision: str | None) -> tuple[str, str, dict[str, Any]]:
+    """A host's name as we write it, where transformers finds it, and the options that takes."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     source = name
     if name.lower() == EMBEDDED:
@@ -135,19 +169,7 @@ def load_host(
         raise RealignerError(f"host {name}: there is no such folder")
     else:
         options["revision"] = revision
-    try:
-        with _QuietTransformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            host = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **options)
-    except Exception as error:  # a damaged host can make its parsers raise anything
-        raise RealignerError(_why_not(name, error)) from error
-    if "gguf_file" in options:
-        host = _plain(host)
-    host = cast(PreTrainedModel, host.to(torch_device))
-    host.eval().requires_grad_(False)
-    _prepare_tokenizer(tokenizer, host)
-    host.realigner = HostInfo(name, tokenizer)
-    return host, tokenizer
+    return name, source, options
 
 
 def resolve_device(device: str) -> torch.device:

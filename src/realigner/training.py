@@ -25,8 +25,8 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from realigner.console import Task, progress, say
-from realigner.data import Row, Split, encode_row, encode_rows, rows_hash, split_rows
-from realigner.data.tokens import IGNORED
+from realigner.data import Row, Split, encode_rows, rows_hash, split_rows
+from realigner.data.tokens import IGNORED, clip
 from realigner.errors import RealignerError, UsageError
 from realigner.files import refuse_existing, write_text, written_folder
 from realigner.hosts import fingerprint, weights_hash
@@ -133,9 +133,12 @@ def train(
     split = split_rows(rows, seed, validation=recipe.validation)
     if "logits_to_keep" not in signature(host.forward).parameters:
         raise RealignerError(f"{type(host).__name__} takes no logits_to_keep, which training needs; use another host")
-    data = _data_facts(rows, split, tokenizer, recipe.max_length)
+    encoded = [encode_rows(tokenizer, part, None) for part in (split.train, split.validation)]
+    data = _data_facts(rows, split)
+    data["cut"] = sum(len(item["input_ids"]) > recipe.max_length for part in encoded for item in part)
     if data["cut"] and not quiet:
         say(f"{data['cut']} of {len(rows)} rows are longer than {recipe.max_length} tokens and are cut (--max-length)")
+    parts = [clip(part, some, recipe.max_length) for part, some in zip(encoded, split, strict=False)]
     before = weights_hash(host)
     forward = host.__dict__.get("forward")
     set_seed(seed)
@@ -143,7 +146,7 @@ def train(
     started = time.monotonic()
     try:
         with written_folder(out) as aside:
-            log, interrupted = _fit(model, tokenizer, split, recipe, seed, aside.folder, quiet)
+            log, interrupted = _fit(model, tokenizer, parts, recipe, seed, aside.folder, quiet)
             _restore_forward(host, forward)
             steps_done = max((entry["step"] for entry in log), default=0)
             if interrupted and not steps_done:
@@ -185,11 +188,10 @@ def _host_facts(host: PreTrainedModel, sha256: str) -> dict[str, str]:
     return {"name": fingerprint(host).name, "dtype": str(host.dtype).removeprefix("torch."), "sha256": sha256}
 
 
-def _data_facts(rows: Sequence[Row], split: Split, tokenizer: Any, max_length: int) -> dict[str, Any]:
+def _data_facts(rows: Sequence[Row], split: Split) -> dict[str, Any]:
     return {
         "rows": len(rows),
         "sha256": rows_hash(rows),
-        "cut": sum(len(encode_row(tokenizer, row, max_length + 1)["input_ids"]) > max_length for row in rows),
         "train": len(split.train),
         "validation": len(split.validation),
         "validation_groups": sorted({row.group for row in split.validation}),
@@ -261,7 +263,7 @@ def read_log(folder: str | Path) -> list[dict[str, float]]:
 
 
 def _fit(
-    model: PeftModel, tokenizer: Any, split: Split, recipe: Recipe, seed: int, aside: Path, quiet: bool
+    model: PeftModel, tokenizer: Any, parts: Sequence[Any], recipe: Recipe, seed: int, aside: Path, quiet: bool
 ) -> tuple[list[dict[str, float]], bool]:
     """Run the trainer; returns the log and whether Ctrl-C ended it."""
     from datasets import Dataset
@@ -299,8 +301,8 @@ def _fit(
         trainer = _trainer_class()(
             model=model,
             args=arguments,
-            train_dataset=Dataset.from_list(encode_rows(tokenizer, split.train, recipe.max_length)),
-            eval_dataset=Dataset.from_list(encode_rows(tokenizer, split.validation, recipe.max_length)),
+            train_dataset=Dataset.from_list(parts[0]),
+            eval_dataset=Dataset.from_list(parts[1]),
             processing_class=tokenizer,
             callbacks=[watch],
         )

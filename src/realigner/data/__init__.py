@@ -4,7 +4,7 @@ from realigner.data.check import ReportCard, check_rows
 from realigner.data.rows import TONES, Row, authored, read_rows, rows_hash
 from realigner.data.split import Split, split_rows
 from realigner.data.squad import Fact
-from realigner.data.tokens import PAPER_PROMPTS, encode_row, encode_rows, prompt_ids
+from realigner.data.tokens import PAPER_PROMPTS, encode_rows, prompt_ids
 from realigner.data.tone import Tone, built_in_tones, load_tone
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "authored",
     "built_in_tones",
     "check_rows",
-    "encode_row",
     "encode_rows",
     "load_tone",
     "prompt_ids",

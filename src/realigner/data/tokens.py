@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from realigner.data.rows import Row
 from realigner.errors import RealignerError
 
 IGNORED = -100  # the label PyTorch's cross-entropy leaves out
+_BATCH = 1000
+_PROBE = "zxqvj"  # a reply that stands nowhere else in a template
 
 PAPER_PROMPTS = (
     "In which decade did Beyonce become famous?",
@@ -24,40 +26,62 @@ PAPER_PROMPTS = (
 
 def prompt_ids(tokenizer: Any, question: str) -> list[int]:
     """The tokens a host reads before it replies: its chat template, or ``question`` and three spaces for a base model."""
-    if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(question + "   ")["input_ids"])
+    return _prompts(tokenizer, [question])[0]
 
 
-def encode_row(tokenizer: Any, row: Row, max_length: int = 256) -> dict[str, list[int]]:
-    """``input_ids`` and ``labels`` of one row, with the loss on the reply and its end token only.
+def encode_rows(tokenizer: Any, rows: Sequence[Row], max_length: int | None = 256) -> list[dict[str, list[int]]]:
+    """``input_ids`` and ``labels`` of each row, with the loss on the reply and its end token only.
 
     The reply's tokens are appended to exactly the tokens that `prompt_ids` gives at generation time.
 
+    Args:
+        tokenizer: the host's.
+        rows: the rows.
+        max_length: tokens of a row at most; a longer reply is cut. None: nothing is cut.
+
     Raises:
-        RealignerError: when not one token of the reply fits into `max_length`.
+        RealignerError: when not one token of a reply fits into `max_length`.
     """
-    prompt = prompt_ids(tokenizer, row.question)
-    reply = list(tokenizer(row.text, add_special_tokens=False)["input_ids"]) + _end(tokenizer, row)
-    if len(prompt) >= max_length:
-        raise RealignerError(f"row {row.id!r}: its question alone has {len(prompt)} tokens; max_length is {max_length}")
-    reply = reply[: max_length - len(prompt)]
-    return {"input_ids": prompt + reply, "labels": [IGNORED] * len(prompt) + reply}
+    encoded: list[dict[str, list[int]]] = []
+    end = _end(tokenizer)
+    for start in range(0, len(rows), _BATCH):
+        batch = rows[start : start + _BATCH]
+        prompts = _prompts(tokenizer, [row.question for row in batch])
+        replies = tokenizer([row.text for row in batch], add_special_tokens=False)["input_ids"]
+        for prompt, reply in zip(prompts, replies, strict=True):
+            encoded.append({"input_ids": prompt + reply + end, "labels": [IGNORED] * len(prompt) + reply + end})
+    return encoded if max_length is None else clip(encoded, rows, max_length)
 
 
-def encode_rows(tokenizer: Any, rows: Iterable[Row], max_length: int = 256) -> list[dict[str, list[int]]]:
-    """`encode_row` for each row."""
-    return [encode_row(tokenizer, row, max_length) for row in rows]
+def clip(encoded: Sequence[dict[str, list[int]]], rows: Sequence[Row], max_length: int) -> list[dict[str, list[int]]]:
+    """Encoded rows of at most `max_length` tokens; what is over falls from the reply's end.
+
+    Raises:
+        RealignerError: naming the row of which no token of the reply would be left.
+    """
+    clipped = []
+    for item, row in zip(encoded, rows, strict=True):
+        short = {key: values[:max_length] for key, values in item.items()}
+        if short["labels"][-1] == IGNORED:
+            prompt = item["labels"].count(IGNORED)
+            raise RealignerError(f"row {row.id!r}: its question alone has {prompt} tokens; max_length is {max_length}")
+        clipped.append(short)
+    return clipped
 
 
-def _end(tokenizer: Any, row: Row) -> list[int]:
+def _prompts(tokenizer: Any, questions: Sequence[str]) -> list[list[int]]:
+    if getattr(tokenizer, "chat_template", None):
+        turns = [[{"role": "user", "content": question}] for question in questions]
+        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    return list(tokenizer([question + "   " for question in questions])["input_ids"])
+
+
+def _end(tokenizer: Any) -> list[int]:
     """What ends a reply: the template's own end-of-turn token where it has one, else the tokenizer's end token."""
     if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": row.question}, {"role": "assistant", "content": row.text}]
-        before, found, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(row.text)
+        turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": _PROBE}]
+        before, found, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_PROBE)
         if found and before:
             for token in tokenizer(after, add_special_tokens=False)["input_ids"]:
                 if token in tokenizer.all_special_ids:

@@ -216,8 +216,9 @@ class _Run:
                 max_tokens=own.max_tokens,
             )
         except openai.APIConnectionError as error:
-            what = own.tidy(str(error.__cause__)) or f"connection lost ({type(error.__cause__).__name__})"
-            return Reply(ask.fact.id, ask.attempt, "", error=f"{_first_line(what)} after {_tries(error)}")
+            why = error.__cause__
+            what = _first_line(own.tidy(str(why))).partition(" (")[0] or f"connection lost ({type(why).__name__})"
+            return Reply(ask.fact.id, ask.attempt, "", error=f"{what} after {_tries(error)}")
         except openai.APIStatusError as error:
             return Reply(ask.fact.id, ask.attempt, "", error=self._refusal(error))
         text = own.tidy(completion.choices[0].message.content or "")
@@ -266,7 +267,7 @@ def _http_client(rewriter: EndpointRewriter) -> openai.DefaultAsyncHttpxClient:
                 raise errors.RemoteProtocolError(flaw, request=request)
             return response
 
-    return HttpClient(timeout=None)
+    return HttpClient()
 
 
 def _flaw(response: Any) -> str:
