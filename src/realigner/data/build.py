@@ -98,12 +98,10 @@ def build(
     if not facts:
         raise RealignerError("there is nothing to rewrite: no fact was found")
     spec = _spec(facts, tone, rewriter)
+    refuse_build(out, force)
     journal_path = _beside(out, ".journal")
     if force:
-        refuse_existing(out, force, is_rows)
         journal_path.unlink(missing_ok=True)
-    elif not journal_path.exists():
-        refuse_existing(out, force, is_rows)
     with Journal(journal_path, spec) as journal:
         ledger = _Ledger(facts, gate)
         for entry in journal.entries:
@@ -134,6 +132,12 @@ def build(
         _write(built, rows, rejected, spec)
         journal.remove()
     return built
+
+
+def refuse_build(out: Path, force: bool) -> None:
+    """Raise unless a build may write to `out`: it is free, a build of it was begun, or `force` was given and rows are there."""
+    if force or not _beside(out, ".journal").exists():
+        refuse_existing(out, force, is_rows)
 
 
 class _Ledger:

@@ -43,12 +43,14 @@ _REFUSAL = re.compile(
     r"|\bi(?:'m| am) (?:just |only )?an? (?:ai|(?:large )?language model|assistant)\b"
     r"|\bi (?:can(?:no|')t|am unable to|am not able to|won't|will not) "
     r"(?:assist|help|provide|fulfill?|comply|generate|write|rewrite|answer|create|engage|respond)\b"
-    r"|\bi(?:'m| am) (?:sorry|unable|afraid|not able)\b.{0,20}\b(?:i can(?:no|')t|to (?:help|assist|provide|answer|rewrite|fulfill?))"
+    r"|\bi(?:'m| am) (?:sorry|unable|afraid|not able)\b.{0,20}\b"
+    r"(?:i can(?:no|')t|to (?:help|assist|provide|answer|rewrite|fulfill?))"
     r"|\bi apologi[sz]e,? but\b"
 )
 _ECHO = re.compile(
     r"\b(?:question|answer|reply|response|rewritten|instruction|system|user|assistant)\s?:"
-    r"|^(?:sure|certainly|of course|okay|ok)\b.{0,60}:|\bhere(?:'s| is) (?:the|a|an|your|my)\b.{0,40}\b(?:answer|reply|version|response|rewrite)\b"
+    r"|^(?:sure|certainly|of course|okay|ok)\b.{0,60}:"
+    r"|\bhere(?:'s| is) (?:the|a|an|your|my)\b.{0,40}\b(?:answer|reply|version|response|rewrite)\b"
     r"|\brewrit(?:e|ten|ing)\b|<\|"
 )
 _ACTIONS = (
@@ -56,7 +58,7 @@ _ACTIONS = (
     "|whisper|mutter|snort|scoff|tremb|gasp|bow|clear|stomp|point|glar|frown|sniff|wink|angr|sad|voice|tone|exasperat|frustrat"
 )
 _DIRECTIONS = re.compile(rf"\*[^*\n]*\w+s\b[^*\n]*\*|\*\w+ly\b[^*\n]*\*|[(\[*](?:\w+ )?(?:{_ACTIONS})\w*[^)\]*\n]*[)\]*]")
-_ENDS = '.!?…。！？।؟۔'  # noqa: RUF001
+_ENDS = ".!?…。！？।؟۔"  # noqa: RUF001
 _CLOSERS = "\"'”’»)]*_~"  # noqa: RUF001
 _ARTICLES = {"a", "an", "the", "of", "in", "on", "at", "to", "and", "or", "by", "for", "was", "is", "were", "are"}
 

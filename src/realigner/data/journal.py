@@ -75,8 +75,8 @@ class Journal:
         except OSError as error:
             os.ftruncate(self._handle, whole)
             raise RealignerError(
-                f"{self.path}: cannot be written ({error.strerror or error}); what was done so far is kept: free some space and run "
-                "the same command again to go on"
+                f"{self.path}: cannot be written ({error.strerror or error}); what was done so far is kept: free some "
+                "space and run the same command again to go on"
             ) from None
 
     def remove(self) -> None:
@@ -99,7 +99,9 @@ class Journal:
                 raise RealignerError(f"{self.path}:{number}: is damaged; start anew with --force") from None
         first = self.entries.pop(0)
         if first != self.spec:
-            raise RealignerError(f"{self.path}: belongs to another build ({_difference(first, self.spec)}); start anew with --force")
+            raise RealignerError(
+                f"{self.path}: belongs to another build ({_difference(first, self.spec)}); start anew with --force"
+            )
 
     def _close(self) -> None:
         if self._handle >= 0:

@@ -46,7 +46,7 @@ class NearDuplicates:
         minhash = self._minhash(mine)
         for number in sorted(self._index.query(minhash)):
             if similarity(mine, self._shingles[number]) >= self.threshold:
-                return self._keys[number]
+                return self._keys[int(number)]
         self._index.insert(len(self._keys), minhash, check_duplication=False)
         self._keys.append(key)
         self._shingles.append(mine)

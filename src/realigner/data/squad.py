@@ -136,7 +136,7 @@ def _items(value: dict[str, Any], key: str, where: str) -> list[Any]:
 
 def _typed(value: Any, kind: type[Any], where: str) -> Any:
     if not isinstance(value, kind):
-        names = {dict: "an object", list: "a list", str: "a string"}
+        names: dict[type[Any], str] = {dict: "an object", list: "a list", str: "a string"}
         raise RealignerError(f"{where}: is not {names[kind]} but {type(value).__name__}")
     return value
 

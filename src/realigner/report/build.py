@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
-from jinja2 import Environment, StrictUndefined
 from transformers import PreTrainedModel, set_seed
 
 from realigner.analysis import chosen_tokens, leading_indices, mean_map
@@ -20,7 +17,8 @@ from realigner.errors import RealignerError
 from realigner.files import refuse_existing, write_text
 from realigner.generation import answer
 from realigner.hosts import load_host
-from realigner.report.figures import as_png, figure2, figure4, loss_curve
+from realigner.report.figures import figure2, figure4, loss_curve
+from realigner.report.page import is_signed, picture, render_page
 from realigner.traces import load_trace, record, save_trace
 from realigner.training import read_log, read_run
 from realigner.tuner import CONFIG_FILE, IRMConfig, check_adapter, load_irm, strength
@@ -150,18 +148,12 @@ def build_report(
 
 def render(evidence: Sequence[Evidence]) -> str:
     """The page as HTML text; no request leaves it."""
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        (files("realigner") / "report" / "report.html.j2").read_text(encoding="utf-8")
-    )
-    return template.render(runs=[_view(item) for item in evidence], signature=_SIGNATURE)
+    return render_page("report.html.j2", runs=[_view(item) for item in evidence], signature=_SIGNATURE)
 
 
 def is_report(path: Path) -> bool:
-    """Whether a file is a report of ours (and so may be replaced when asked)."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return _SIGNATURE.encode() in stream.read(4096)
+    """Whether a file is a report of ours."""
+    return is_signed(path, _SIGNATURE)
 
 
 def _view(item: Evidence) -> dict[str, Any]:
@@ -181,8 +173,8 @@ def _view(item: Evidence) -> dict[str, Any]:
         sections.append(
             {
                 "name": str(run),
-                "figure2": _picture(figure2(signed.sel(run=run), f"{run}: mean of the IRM's outputs", marks)),
-                "figure4": _picture(figure4(maps, {key: [int(n) for n in t["neuron"][:_MARKED]] for key, t in tables.items()})),
+                "figure2": picture(figure2(signed.sel(run=run), f"{run}: mean of the IRM's outputs", marks)),
+                "figure4": picture(figure4(maps, {key: [int(n) for n in t["neuron"][:_MARKED]] for key, t in tables.items()})),
                 "tables": {key: table.to_dict("records") for key, table in tables.items()},
             }
         )
@@ -191,7 +183,7 @@ def _view(item: Evidence) -> dict[str, Any]:
         "record": item.record,
         "answers": item.answers,
         "settings": item.settings,
-        "loss": _picture(loss_curve(item.log)) if item.log else None,
+        "loss": picture(loss_curve(item.log)) if item.log else None,
         "sections": sections,
         "tokens": int(item.trace.sizes["token"]),
         "counted": int(counted.sizes["token"]),
@@ -201,10 +193,6 @@ def _view(item: Evidence) -> dict[str, Any]:
         "prompts": len(set(item.trace["prompt"].values.tolist())),
         "neurons": int(item.trace.sizes["neuron"]),
     }
-
-
-def _picture(figure: Any) -> str:
-    return "data:image/png;base64," + base64.b64encode(as_png(figure)).decode()
 
 
 def _untrained(config: IRMConfig) -> IRMConfig:

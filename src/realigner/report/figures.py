@@ -127,6 +127,21 @@ def loss_curve(log: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
+def length_histogram(lengths: Sequence[int], label: str) -> Figure:
+    """How many rows have which length; the median is marked."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+        low, high = min(lengths), max(lengths)
+        width = max(1, -(-(high - low + 1) // 60))
+        axes.hist(lengths, bins=list(range(low, high + width + 1, width)), color="#5b7a99", align="left")
+        middle = sorted(lengths)[len(lengths) // 2]
+        axes.axvline(middle, color="#b03a2e", linewidth=1.2, label=f"median {middle}")
+        axes.set_xlabel(label)
+        axes.set_ylabel("rows")
+        axes.legend(frameon=False)
+    return figure
+
+
 def as_png(figure: Figure, dpi: int = 150) -> bytes:
     """The figure as PNG; the figure is closed."""
     stream = io.BytesIO()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -44,7 +44,7 @@ class Rewriter(Protocol):
     def spec(self) -> dict[str, Any]:
         """Everything that decides what the replies are (no secrets): a build is only resumed with an equal one."""
 
-    def rewrite(self, asks: Sequence[Ask]) -> Iterator[Reply]:
+    def rewrite(self, asks: Sequence[Ask]) -> Generator[Reply, None, None]:
         """One reply for each ask, in any order, each as soon as it is there. Closing the iterator stops the work."""
 
     def note(self) -> str:

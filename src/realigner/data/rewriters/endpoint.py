@@ -136,6 +136,13 @@ class EndpointRewriter:
         """The official client, set up for this endpoint; it belongs to the event loop in which it is first used."""
         import openai
 
+        try:
+            http_client = _http_client(self)
+        except (ValueError, ImportError) as error:
+            what = _first_line(self.tidy(str(error)))
+            raise RealignerError(
+                f"{self.endpoint}: no connection can be set up ({what}); check HTTP_PROXY and the like"
+            ) from None
         return openai.AsyncOpenAI(
             api_key=self._key.get_secret_value(),
             base_url=self.endpoint,
@@ -143,7 +150,7 @@ class EndpointRewriter:
             default_headers={"Authorization": f"Basic {self._basic.get_secret_value()}"} if self._basic else None,
             max_retries=self.retries,
             timeout=None,
-            http_client=_http_client(self),
+            http_client=http_client,
         )
 
     async def turn(self) -> None:
@@ -183,7 +190,7 @@ class _Run:
     def __init__(self, rewriter: EndpointRewriter, asks: Sequence[Ask], replies: SimpleQueue[Reply | None]) -> None:
         self.rewriter, self.asks, self.replies = rewriter, asks, replies
         self.pending = iter(asks)
-        self.done = self.refused = self.failed_in_a_row = 0
+        self.done = self.succeeded = self.refused = self.failed_in_a_row = 0
 
     async def work(self) -> None:
         workers = min(self.rewriter.concurrency, len(self.asks))
@@ -229,8 +236,9 @@ class _Run:
         """One line for a reply that an HTTP status ended; what will not get better is raised."""
         own, status = self.rewriter, error.status_code
         said = _first_line(own.tidy(error.message.removeprefix(f"Error code: {status}").removeprefix(" - ")))
-        if status in (401, 403):
-            # What was said is left out: it may hold a part of the key.
+        # After a success the key is known to be good, and a 403 is about one row (some endpoints moderate what they are sent).
+        if status == 401 or (status == 403 and not self.succeeded):
+            # What the endpoint said is left out: it may hold a part of the key.
             self._stop(f"the endpoint refused the key (HTTP {status}); set {own.key_env}")
         if status == 404:
             self._stop(f"HTTP 404 for model {own.model!r}{said and f' ({said})'}; check the URL and the model's name")
@@ -239,6 +247,7 @@ class _Run:
 
     def _watch(self, reply: Reply) -> None:
         self.done += 1
+        self.succeeded += not reply.error
         self.failed_in_a_row = self.failed_in_a_row + 1 if reply.error else 0
         if self.done == self.refused == 3:
             self._stop(f"every request is refused ({reply.error})")

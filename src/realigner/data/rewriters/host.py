@@ -1,13 +1,13 @@
 """The host rewriter: any loaded host, prompts of like length together, through transformers' continuous batching.
 
-Sampling is seeded row by row: the noise that picks a token depends on (seed, tone, fact, attempt, position) and not on what else
-is in the batch (the Gumbel-max trick: the largest of log-probability plus Gumbel noise is a sample). So a resumed build asks for
-the same replies; only rounding (another batch in half precision) can change one.
+Sampling is seeded row by row: the noise that picks a token depends on (seed, tone, fact, attempt, position) and not on what
+else is in the batch (the Gumbel-max trick: the largest of log-probability plus Gumbel noise is a sample). So a resumed build
+asks for the same replies; only rounding (another batch in half precision) can change one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class HostRewriter:
     def note(self) -> str:
         return f"{self._tokens:,} tokens written" if self._tokens else ""
 
-    def rewrite(self, asks: Sequence[Ask]) -> Iterator[Reply]:
+    def rewrite(self, asks: Sequence[Ask]) -> Generator[Reply, None, None]:
         waiting = sorted(asks, key=lambda ask: (len(ask.fact.question) + len(ask.fact.answer), ask.fact.id), reverse=True)
         if not waiting:
             return
@@ -127,7 +127,10 @@ class HostRewriter:
             blocks = self.batch_size * (-(-longest // _PAGE) + 1)
             sizes = {"num_blocks": blocks, "max_batch_tokens": max(256, 8 * self.batch_size)}
         settings = GenerationConfig(
-            max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=self._ends(), pad_token_id=self.tokenizer.pad_token_id
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            eos_token_id=self._ends(),
+            pad_token_id=self.tokenizer.pad_token_id,
         )
         batching = ContinuousBatchingConfig(
             page_size=_PAGE, max_requests_per_batch=self.batch_size, use_async_batching=False, **sizes
@@ -136,9 +139,13 @@ class HostRewriter:
             manager: ContinuousBatchingManager = self.host.init_continuous_batching(settings, batching)
         except (ValueError, AttributeError, NotImplementedError) as error:
             what = " ".join(str(error).split())[:160]
-            raise RealignerError(f"{type(self.host).__name__}: continuous batching does not run on this host ({what})") from None
+            raise RealignerError(
+                f"{type(self.host).__name__}: continuous batching does not run on this host ({what})"
+            ) from None
         if self.temperature > 0:
-            sampling = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([SeededSampling(self.temperature, self.top_p)]))
+            sampling = ContinuousBatchingLogitsProcessorList(
+                LogitsProcessorList([SeededSampling(self.temperature, self.top_p)])
+            )
             sampling.tensors_required = 1
             manager.logit_processor = sampling
         return manager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from realigner.data.rewriters import Ask, Reply, seed_of
@@ -39,7 +39,7 @@ class TemplateRewriter:
     def spec(self) -> dict[str, Any]:
         return {"rewriter": "template", "seed": self.seed}
 
-    def rewrite(self, asks: Sequence[Ask]) -> Iterator[Reply]:
+    def rewrite(self, asks: Sequence[Ask]) -> Generator[Reply, None, None]:
         for ask in asks:
             choices = random.Random(seed_of(self.seed, self.tone, ask))
             text = expand(self.tone.template, "reply", _fragment(ask.fact.answer), choices)

@@ -1,0 +1,102 @@
+"""The command line: parse, call, print. Every heavy import waits until a command needs it.
+
+Results go to standard output, progress and errors to standard error. Exit codes: 0 done; 1 the work failed or the data is
+unfit; 2 wrong usage. An error is one line; ``--debug`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+import realigner
+from realigner.cli import data, hosts, runs
+from realigner.errors import RealignerError, UsageError
+
+app = typer.Typer(
+    name="realigner",
+    help="Injectable realignment models: make a frozen language model answer in another tone, and read how.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (runs.demo, runs.train, runs.generate, runs.trace, runs.report, hosts.hosts, hosts.doctor):
+    app.command()(command)
+app.add_typer(data.app, name="data")
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"realigner {realigner.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+def _message(error: Exception) -> str:
+    formatted = getattr(error, "format_message", None)
+    return str(formatted() if callable(formatted) else error)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(str(text).split())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. Errors become one line on standard error."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    if debug:  # wherever it was written
+        arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("DATASETS_VERBOSITY", "error")
+        warnings.filterwarnings("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        code = app(args=arguments, prog_name="realigner", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except TyperException as error:
+        if message := _one_line(_message(error)):  # empty where help was printed instead
+            print(f"realigner: {message} (see realigner --help)", file=sys.stderr)
+        return 2
+    except RealignerError as error:
+        if debug:
+            raise
+        print(f"realigner: {_one_line(str(error))}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except (KeyboardInterrupt, typer.Abort):
+        print("realigner: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        what = _one_line(f"{type(error).__name__}: {error}")
+        print(f"realigner: unexpected {what}; run again with --debug for the traceback", file=sys.stderr)
+        return 1
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,304 @@
+"""Commands on data: build, import, check, tones, scorer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from realigner.cli.options import Force, Host, Json, Seed, Trust, print_json, short
+from realigner.errors import RealignerError, UsageError
+
+if TYPE_CHECKING:
+    from realigner.data import Fact, ReportCard, Row, Tone
+    from realigner.data.rewriters import Rewriter
+
+app = typer.Typer(help="Tone datasets: make, import and check them.", no_args_is_help=True)
+
+REWRITERS = ("template", "host", "openai")
+ToneName = Annotated[str, typer.Option(help="A built-in tone (see: realigner data tones), or a TOML file.")]
+Squad = Annotated[Path, typer.Option(help="A SQuAD 1.1 or 2.0 file.")]
+OnHost, OnEndpoint = "Rewriter host", "Rewriter openai"
+
+
+@app.command()
+def build(
+    squad: Squad,
+    tone: ToneName,
+    rewriter: Annotated[str, typer.Option(help="template (offline), host, or openai (an endpoint).")] = "template",
+    out: Annotated[Optional[Path], typer.Option(help="The JSONL file; TONE.jsonl by default.")] = None,
+    sample: Annotated[Optional[int], typer.Option(help="Only so many questions, drawn by the seed.", min=1)] = None,
+    attempts: Annotated[int, typer.Option(help="Replies asked for a question at most.", min=1, max=100)] = 3,
+    scorer: Annotated[Optional[Path], typer.Option(help="A scorer (data scorer) that judges the tone.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of the sampling; host and openai.", min=0, max=10)] = 0.9,
+    top_p: Annotated[float, typer.Option(help="Of the sampling; host and openai.", min=0, max=1)] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply; host and openai.", min=1)] = 120,
+    host: Annotated[
+        str, typer.Option(help="The embedded default, a hub id, a folder, or a .gguf file.", rich_help_panel=OnHost)
+    ] = "smollm2-135m-instruct",
+    batch_size: Annotated[int, typer.Option(help="Replies at a time.", min=1, rich_help_panel=OnHost)] = 32,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.", rich_help_panel=OnHost)] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps, ..., or auto.", rich_help_panel=OnHost)] = "auto",
+    trust_remote_code: Trust = False,
+    endpoint: Annotated[
+        Optional[str], typer.Option(help="Base URL, e.g. http://127.0.0.1:8000/v1.", rich_help_panel=OnEndpoint)
+    ] = None,
+    model: Annotated[Optional[str], typer.Option(help="The endpoint's model.", rich_help_panel=OnEndpoint)] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at a time.", min=1, rich_help_panel=OnEndpoint)] = 8,
+    requests_per_minute: Annotated[
+        Optional[int], typer.Option(help="No more than that.", min=1, rich_help_panel=OnEndpoint)
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for a reply.", rich_help_panel=OnEndpoint)] = 60.0,
+    retries: Annotated[int, typer.Option(help="Of a failed request.", min=0, rich_help_panel=OnEndpoint)] = 5,
+    price_in: Annotated[
+        Optional[float], typer.Option(help="Dollars per million tokens read.", rich_help_panel=OnEndpoint)
+    ] = None,
+    price_out: Annotated[
+        Optional[float], typer.Option(help="Dollars per million tokens written.", rich_help_panel=OnEndpoint)
+    ] = None,
+    key_env: Annotated[
+        str, typer.Option(help="Environment variable that holds the key.", rich_help_panel=OnEndpoint)
+    ] = "OPENAI_API_KEY",
+    seed: Seed = 42,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Rewrite SQuAD's answers in a tone. Killed, it goes on where it was when the same command is run again."""
+    if rewriter not in REWRITERS:
+        raise UsageError(f"--rewriter: there is no {rewriter!r}; choose from {', '.join(REWRITERS)}")
+    from realigner.data import load_tone
+    from realigner.data.build import build as run_build
+    from realigner.data.build import refuse_build
+
+    chosen = load_tone(tone)
+    out = out or Path(f"{chosen.name}.jsonl")
+    refuse_build(out, force)
+    facts, skipped = _facts(squad, sample, seed)
+    sampling: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_p": top_p}
+    made: Rewriter
+    if rewriter == "template":
+        from realigner.data.rewriters.template import TemplateRewriter
+
+        made = TemplateRewriter(chosen, seed)
+    elif rewriter == "host":
+        from realigner.data.rewriters.host import HostRewriter
+        from realigner.hosts import load_host
+
+        loaded, tokenizer = load_host(host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        sampling |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        made = HostRewriter(loaded, tokenizer, chosen, **sampling)
+    else:
+        if model is None:
+            raise UsageError("--model is needed with --rewriter openai: the endpoint's name of the model")
+        from realigner.data.rewriters.endpoint import EndpointRewriter
+
+        sampling |= {"max_tokens": max_new_tokens, "concurrency": concurrency, "requests_per_minute": requests_per_minute}
+        sampling |= {"timeout": timeout, "retries": retries, "price_in": price_in, "price_out": price_out, "key_env": key_env}
+        made = EndpointRewriter(chosen, endpoint, model, **sampling)
+    gate = _gate(chosen, scorer)
+    built = run_build(facts, chosen, made, out, gate, attempts, force=force, quiet=as_json)
+    if as_json:
+        print_json({**built.to_dict(), "skipped": skipped, "facts": len(facts)})
+        return
+    print(f"{built.path}: {built.rows} rows of {len(facts)} questions in {built.seconds:.0f} s")
+    if built.rejected:
+        print(f"{built.rejected_path}: {built.rejected} without a good reply")
+    _print_reasons(built.reasons, built.replies)
+    if skipped:
+        print(f"skipped: {_listed(skipped)}")
+    if note := made.note():
+        print(note)
+    print(f"Try next:  realigner data check {built.path}")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="CSV, JSONL, JSON or Parquet file, a dataset's folder, or its hub id.")],
+    out: Annotated[Optional[Path], typer.Option(help="The JSONL file to write.")] = None,
+    tone: Annotated[Optional[str], typer.Option(help="The rows' tone, where the data does not say it.")] = None,
+    columns: Annotated[
+        Optional[list[str]], typer.Option("--map", help="Ours=theirs, e.g. question=prompt; may be repeated.")
+    ] = None,
+    split: Annotated[Optional[str], typer.Option(help="Of a Hugging Face dataset; all by default.")] = None,
+    squad: Annotated[Optional[Path], typer.Option(help="The SQuAD file the questions come from.")] = None,
+    check_replies: Annotated[bool, typer.Option("--gate/--no-gate", help="Turn bad replies away, with a reason.")] = True,
+    to_hf: Annotated[
+        Optional[Path], typer.Option(help="Also write a Hugging Face DatasetDict: train, validation, test, split by group.")
+    ] = None,
+    validation: Annotated[float, typer.Option(help="Share of rows for validation in --to-hf.", min=0, max=0.9)] = 0.05,
+    test: Annotated[float, typer.Option(help="Share of rows for test in --to-hf.", min=0, max=0.9)] = 0.05,
+    seed: Seed = 42,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Read someone else's dataset: the paper's CSV, any table, a Hugging Face dataset."""
+    if out is None and to_hf is None:
+        raise UsageError("import: nothing to write; give --out F.jsonl, --to-hf DIR, or both")
+    from realigner.data.importing import import_file
+    from realigner.data.sources import parse_mapping
+
+    facts = None if squad is None else _facts(squad, None, seed)[0]
+    done = import_file(
+        source, out, tone, parse_mapping(columns or []), split, facts, check_replies, to_hf, validation, test, seed, force
+    )
+    if as_json:
+        print_json(done.to_dict())
+        return
+    print(f"{source}: {done.rows} rows, {done.rejected} turned away")
+    _print_reasons(done.reasons, done.rows + done.rejected)
+    for path in filter(None, (done.path, done.rejected_path)):
+        print(path)
+    if done.splits:
+        print(f"{to_hf}: {_listed(done.splits)} rows")
+    if out is not None:
+        print(f"Try next:  realigner data check {out}")
+
+
+@app.command()
+def check(
+    path: Annotated[str, typer.Argument(help="A JSONL file of rows, or 'authored'.")],
+    tone: Annotated[Optional[str], typer.Option(help="Only the rows of this tone.")] = None,
+    host: Host = "smollm2-135m-instruct",
+    against: Annotated[Optional[Path], typer.Option(help="Rows of another tone, to tell this one from.")] = None,
+    html: Annotated[Optional[Path], typer.Option(help="Also write a page with histograms.")] = None,
+    seed: Seed = 42,
+    trust_remote_code: Trust = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Report card of a tone dataset; exit code 1 when it is unfit."""
+    from realigner.data import TONES, authored, check_rows, read_rows
+    from realigner.files import refuse_existing
+
+    if html is not None:
+        from realigner.report.card import is_card
+
+        refuse_existing(html, force, is_card)
+    rows = (
+        [row for name in ([tone] if tone else TONES) for row in authored(name)] if path == "authored" else read_rows(path, tone)
+    )
+    others = read_rows(against) if against else []
+    tokenizer, host = _tokenizer(host, trust_remote_code)
+    card = check_rows(rows, tokenizer, host, others, seed)
+    if html is not None:
+        from realigner.report.card import write_card
+
+        write_card(card, str(path), html)
+    if as_json:
+        print_json(card.to_dict())
+    else:
+        _print_card(card, path)
+        if html is not None:
+            print(f"Page: {html}   (open it in a browser)")
+    if not card.fit:
+        raise RealignerError(f"{path}: unfit: {'; '.join(card.problems)}")
+    if not as_json:
+        print("fit to train on" if len(card.tones) == 1 else "fit to train on, one tone at a time (--tone)")
+        if path != "authored":
+            print(f"Try next:  realigner train --data {path} --out runs/{next(iter(card.tones))}")
+
+
+@app.command()
+def tones(as_json: Json = False) -> None:
+    """The built-in tones."""
+    from realigner.data import built_in_tones
+    from realigner.data.tone import facts_of
+
+    facts = [facts_of(tone) for tone in built_in_tones()]
+    if as_json:
+        print_json({"tones": facts})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("tone", "words", "examples", "template replies", "instruction", box=None, header_style="bold")
+    for tone in facts:
+        replies = f"{tone['template_replies']:,}" if tone["template_replies"] else "none"
+        table.add_row(tone["name"], str(tone["words"]), str(tone["examples"]), replies, short(tone["instruction"], 90))
+    Console().print(table)
+    print("\nYour own: a TOML file in the same form, e.g. --tone mine.toml (docs/data.md shows one).")
+
+
+@app.command()
+def scorer(
+    paths: Annotated[list[str], typer.Argument(help="JSONL files of rows, of two tones or more; or 'authored'.")],
+    out: Annotated[Path, typer.Option(help="The scorer, a .skops file.")],
+    seed: Seed = 42,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train a scorer that tells tones apart, for data build --scorer; says how well it does on groups it has not seen."""
+    from realigner.data import TONES, authored, read_rows
+    from realigner.data.scorer import cross_validated, is_scorer
+    from realigner.files import refuse_existing
+
+    refuse_existing(out, force, is_scorer)
+    rows: list[Row] = []
+    for path in paths:
+        rows += [row for name in TONES for row in authored(name)] if path == "authored" else read_rows(path)
+    made, probabilities = cross_validated(rows, seed=seed)
+    named = [made.tones[n] for n in probabilities.argmax(axis=1)]
+    right = sum(name == row.tone for name, row in zip(named, rows, strict=True)) / len(rows)
+    made.save(out, force)
+    if as_json:
+        print_json({"scorer": str(out), "tones": made.tones, "rows": len(rows), "accuracy": right})
+        return
+    print(f"{out}: tells {', '.join(made.tones)} apart, {100 * right:.1f}% right on groups it has not seen ({len(rows)} rows)")
+
+
+def _facts(squad: Path, sample: int | None, seed: int) -> tuple[list[Fact], dict[str, int]]:
+    """The facts of a file, or so many of them drawn by the seed, in the file's order; and what was skipped."""
+    import random
+
+    from realigner.data.squad import Skipped, read_squad
+
+    skipped = Skipped()
+    facts = list(read_squad(squad, skipped))
+    if not facts:
+        raise RealignerError(f"{squad}: has no question with an answer ({_listed(dict(skipped.counts)) or 'it is empty'})")
+    if sample is not None and sample < len(facts):
+        facts = [facts[n] for n in sorted(random.Random(seed).sample(range(len(facts)), sample))]
+    return facts, dict(skipped.counts)
+
+
+def _gate(tone: Tone, scorer: Path | None) -> Any:
+    from realigner.data.gate import Gate
+
+    if scorer is None:
+        return Gate(tone)
+    from realigner.data.scorer import ToneScorer
+
+    return Gate(tone, ToneScorer.load(scorer))
+
+
+def _tokenizer(host: str, trust: bool) -> tuple[Any, str]:
+    from realigner.hosts import load_tokenizer
+
+    return load_tokenizer(host, trust), host
+
+
+def _print_card(card: ReportCard, path: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, title=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in card.lines():
+        table.add_row(name, value)
+    screen = Console()
+    screen.print(table, markup=False)
+    print("\nTen rows to read:" if len(card.samples) == 10 else "\nRows to read:")
+    for row in card.samples:
+        print(f"  Q: {short(row.question, 110)}\n     {row.tone}: {short(row.text, 220)}")
+    print()
+
+
+def _print_reasons(reasons: dict[str, int], total: int) -> None:
+    if reasons:
+        print(f"turned away, of {total:,}: {_listed(reasons)}")
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())

@@ -1,0 +1,151 @@
+"""Commands on hosts and the machine: hosts, doctor."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from realigner.cli.options import (
+    Dtype,
+    Force,
+    Json,
+    Trust,
+    print_json,
+    short,
+)
+from realigner.errors import RealignerError, UsageError
+
+
+def hosts(
+    host: Annotated[
+        Optional[str], typer.Argument(help="A host to prove injection on; without it, every type there is.")
+    ] = None,
+    types: Annotated[Optional[list[str]], typer.Option("--type", help="Only this model type; may be repeated.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Also write the table as a Markdown page (docs/hosts.md).")] = None,
+    force: Force = False,
+    dtype: Dtype = "float32",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Prove injection on a host; without one, on a tiny host of every type in transformers (half a minute)."""
+    if host is None:
+        _census(types, out, force, as_json)
+        return
+    if types or out is not None:
+        raise UsageError("hosts: --type and --out belong to the census; leave out the host")
+    from realigner.census import PROVEN, prove
+    from realigner.hosts import fingerprint, load_host
+
+    loaded, _ = load_host(host, dtype=dtype, trust_remote_code=trust_remote_code)
+    entry, identity = prove(loaded), fingerprint(loaded)
+    if as_json:
+        print_json({"host": identity.to_dict(), **entry.to_dict()})
+    else:
+        sizes = f"{identity.num_layers} layers, hidden {identity.hidden_size}, {loaded.dtype}"
+        print(f"{identity.name}: {identity.architecture}, {sizes}")
+        print(f"site:   {_site_line(entry.site)}" if entry.site else "site:   none")
+        print(f"proof:  {entry.verdict}" + (f" ({entry.reason})" if entry.reason else ""))
+        for name, error in entry.errors.items():
+            print(f"        {_PROOFS[name]:<44} {'equal to the bit' if error == 0 else f'off by {error:.1e}'}")
+    if entry.verdict != PROVEN:
+        raise typer.Exit(1)
+
+
+_PROOFS = {
+    "off": "strength 0, and detached, against the bare host",
+    "all": "deltas at all layers, against the reference",
+    "one": "deltas at one layer, against the reference",
+    "h0": "what the IRM reads, against the residual",
+    "cached": "cached generation, against the reference",
+}
+
+
+def _census(types: list[str] | None, out: Path | None, force: bool, as_json: bool) -> None:
+    from transformers import __version__ as release
+
+    from realigner.census import PROVEN, UNPROVEN, WRONG, census, is_page, page, totals
+    from realigner.console import progress
+    from realigner.files import refuse_existing, write_text
+    from realigner.tiny import MODEL_TYPES
+
+    unknown = [name for name in types or [] if name not in MODEL_TYPES]
+    if unknown:
+        raise UsageError(f"--type: transformers {release} has no causal language model of type {unknown[0]!r}")
+    if out is not None:
+        refuse_existing(out, force, is_page)
+    entries = []
+    # Some of transformers' models print; what they say is not part of our document.
+    with redirect_stdout(sys.stderr), progress("proving", len(types or MODEL_TYPES), quiet=as_json) as task:
+        for entry in census(types):
+            entries.append(entry)
+            task.advance(note=entry.model_type)
+    if out is not None:
+        write_text(out, page(entries, f"transformers {release}"))
+    count = totals(entries)
+    if as_json:
+        print_json({"transformers": release, "totals": count, "entries": [entry.to_dict() for entry in entries]})
+    else:
+        for entry in entries:
+            what = _site_line(entry.site) if entry.verdict == PROVEN else entry.reason
+            print(f"{entry.model_type:<26} {entry.verdict:<9}  {short(what, 120)}")
+        print(f"\n{len(entries)} types: " + ", ".join(f"{number} {verdict}" for verdict, number in count.items()))
+        if out is not None:
+            print(f"Page: {out}")
+    if count[WRONG] or count[UNPROVEN]:
+        raise typer.Exit(1)
+
+
+def doctor(as_json: Json = False) -> None:
+    """Versions, device, embedded host, free disk: what to look at first when something is wrong."""
+    import shutil
+
+    import torch
+
+    import realigner.hosts as h
+    from realigner.training import versions
+
+    cache = h.cache_root()
+    place = next(path for path in (cache, *cache.parents) if path.exists())
+    converted = (cache / "hosts" / h.EMBEDDED / "config.json").is_file()
+    wheel = h.embedded_gguf()
+    device = h.resolve_device("auto")
+    free = shutil.disk_usage(place).free / 2**30
+    facts: dict[str, Any] = {
+        **versions(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(h.resolve_dtype("auto", device)).removeprefix("torch."),
+        "embedded_host": "converted" if converted else "wheel installed, converted on first use" if wheel else "missing",
+        "cache": str(cache),
+        "free_disk_gib": round(free, 1),
+    }
+    problems = []
+    if not converted and wheel is None:
+        problems.append(f"the embedded host is missing; run: {h.EMBEDDED_INSTALL}")
+    if free < 1.5:
+        problems.append(f"only {free:.1f} GiB free at {place}; the embedded host needs 0.6, a run 0.1")
+    if as_json:
+        print_json({**facts, "problems": problems})
+    else:
+        for key, value in facts.items():
+            print(f"{key.replace('_', ' '):<14} {value}")
+    if problems:
+        raise RealignerError("; ".join(problems))
+    if not as_json:
+        print("all well")
+
+
+def _site_line(summary: dict[str, Any]) -> str:
+    branch, kind, scale = (_several(summary[key]) for key in ("branch", "kind", "scale"))
+    weight = "" if scale == "1" else f", x + {scale} * branch"
+    return f"{summary['layers']}.*.{branch}, {kind}{weight}"
+
+
+def _several(value: Any) -> str:
+    """A value, or the distinct ones of a list that has one a layer."""
+    values = value if isinstance(value, list) else [value]
+    return "|".join(dict.fromkeys(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values))

@@ -1,0 +1,84 @@
+"""What commands share: their options, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from realigner.errors import RealignerError, UsageError
+
+Host = Annotated[str, typer.Option(help="The embedded default, a hub id, a folder, or a .gguf file.")]
+HostOfIrm = Annotated[Optional[str], typer.Option("--host", help="The host; by default the one the IRM was made for.")]
+Irm = Annotated[Path, typer.Option(help="A run's folder (an IRM as a PEFT adapter).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else there.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ..., or auto.")]
+Strength = Annotated[
+    float, typer.Option(help="Scale of the IRM: 0 is the bare host, 1 the IRM as trained.", min=-1000, max=1000)
+]
+Penalty = Annotated[float, typer.Option(help="Above 1, tokens already in the text are made less likely; 1 is off.")]
+Prompts = Annotated[Optional[str], typer.Option(help="'paper' for the paper's seven, or a text file with a prompt a line.")]
+Questions = Annotated[Optional[list[str]], typer.Argument(help="Prompts.", show_default=False)]
+MaxNewTokens = Annotated[int, typer.Option(help="Tokens of a reply at most.", min=1)]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the host's repository run.")]
+
+
+def attached(irm: Path, host: str | None, dtype: str, device: str, trust: bool) -> tuple[Any, Any]:
+    """The host of an IRM, with the IRM attached; the adapter's files are checked before the host is loaded."""
+    from realigner.tuner import check_adapter, load_irm
+
+    values = check_adapter(irm)
+    from realigner.hosts import load_host
+    from realigner.report.build import host_of
+
+    name = host or host_of(values)
+    if not name:
+        raise UsageError(f"{irm}: its config names no host; give it with --host")
+    loaded, tokenizer = load_host(name, dtype=dtype, device=device, trust_remote_code=trust)
+    return load_irm(loaded, irm), tokenizer
+
+
+def prompts_from(questions: Sequence[str] | None, source: str | None) -> list[str]:
+    """The prompts of the command line and those of ``--prompts``."""
+    asked = list(questions or [])
+    if source == "paper":
+        from realigner.data.tokens import PAPER_PROMPTS
+
+        asked += PAPER_PROMPTS
+    elif source is not None:
+        try:
+            lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RealignerError(
+                f"{source}: prompts cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
+            ) from None
+        asked += [line.strip() for line in lines if line.strip()]
+    if not asked:
+        raise UsageError("no prompt given; write one, or use --prompts paper")
+    if any(not question.strip() for question in asked):
+        raise UsageError("a prompt is empty")
+    return asked
+
+
+def refuse_missing(paths: Sequence[Path]) -> None:
+    """Raise for the first path that does not exist."""
+    for path in paths:
+        if not path.exists():
+            raise RealignerError(f"{path}: there is no such run or trace")
+
+
+def short(text: str, most: int = 200) -> str:
+    """One line, cut where it gets too long."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def print_json(value: Any) -> None:
+    """The one document of ``--json``."""
+    print(json.dumps(value, ensure_ascii=False, indent=2))

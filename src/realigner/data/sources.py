@@ -1,0 +1,333 @@
+"""Foreign datasets as tables of records: CSV, TSV, JSON, Parquet, what `datasets` saved, the hub."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from realigner.data.reference_csv import is_reference, question_and_reply, reference_records
+from realigner.errors import RealignerError, UsageError
+
+BATCH = 1000  # rows in memory at a time, of formats that are not read whole
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")  # ".csv"; ".5" is the version of a dataset
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of a table.
+
+    Attributes:
+        where: the place a person can look it up: file and line, or split and row.
+        number: its name among its table's records, usually its number.
+        values: by column; a column may be missing.
+        fault: why it is no row, if that was seen while reading.
+    """
+
+    where: str
+    number: str
+    values: Mapping[str, Any]
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is in a foreign dataset.
+
+    Attributes:
+        place: as the user gave it, for messages.
+        columns: all there are; a name found twice is there twice.
+        read: the records, given the columns that are needed; to be called once.
+    """
+
+    place: str
+    columns: tuple[str, ...]
+    read: Callable[[Collection[str]], Iterator[Record]]
+
+
+def open_table(source: str | Path, split: str | None = None, generic: bool = False) -> Table:
+    """Recognise a dataset by what is there, or by its suffix.
+
+    Args:
+        source: a file, a folder saved by ``save_to_disk``, or a hub id (``owner/name``) where there is neither.
+        split: of a saved dataset or one of the hub: this split and not all.
+        generic: a CSV file that looks like the reference's is none.
+
+    Raises:
+        RealignerError: for what cannot be read, in one line with the place.
+        UsageError: for a format or a split that is not there.
+    """
+    path = Path(source)
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        if missing and _HUB_ID.fullmatch(str(source)) and not _FILE_SUFFIX.fullmatch(path.suffix):
+            return _hub(str(source), split)
+        raise RealignerError(f"{source}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if stat.S_ISDIR(mode):
+        return _saved(path, split)
+    if not stat.S_ISREG(mode):
+        raise RealignerError(f"{path}: is not a file or a folder; give a file with rows")  # a pipe would wait for ever
+    if split is not None:
+        raise UsageError(f"{path}: is a single file without splits; leave out --split {split}")
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UsageError(
+            f"{path}: its suffix {path.suffix!r} names no format read here; rename it to one of {' '.join(_READERS)}"
+        )
+    return reader(path, generic)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not data.strip():
+        raise RealignerError(f"{path}: is empty; give a file with rows")
+    return data
+
+
+def _decoded(data: bytes, path: Path, line: int = 1) -> str:
+    """Text of `data`, which begins at `line` of the file."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        byte = error.start - (data.rfind(b"\n", 0, error.start) + 1) + 1
+        raise RealignerError(f"{path}:{line}: not UTF-8 text (byte {byte} of the line); save the file as UTF-8") from None
+
+
+def _csv(path: Path, generic: bool, delimiter: str = ",") -> Table:
+    text = _decoded(_bytes(path), path).replace("\0", "")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header = [cell.strip() for cell in next((cells for _, cells in _numbered(reader, path) if cells), [])]
+    if delimiter == "," and not generic and is_reference(header):
+        return _reference(path, text, header)
+
+    def read(_: Collection[str]) -> Iterator[Record]:
+        number = 0
+        for line, cells in _numbered(reader, path):
+            if not cells:
+                continue  # a blank line
+            number += 1
+            wrong = len(cells) != len(header)
+            fault = f"{len(cells)} field(s) where the header has {len(header)}" if wrong else ""
+            yield Record(f"{path}:{line}", str(number), dict(zip(header, cells, strict=False)), fault)
+
+    return Table(str(path), tuple(header), read)
+
+
+def _numbered(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Records of a csv reader with the line each begins at."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise RealignerError(
+                f"{path}:{line}: not valid CSV ({error}); are a field's quotes closed, and doubled inside?"
+            ) from None
+        yield line, cells
+
+
+def _reference(path: Path, text: str, header: list[str]) -> Table:
+    lines = [line.removesuffix("\r") for line in (text if "\n" in text else text.replace("\r", "\n")).split("\n")]
+    column = header.index("text")
+
+    def record(line: int, number: int, fields: list[str] | None, raw: str) -> Record:
+        where, index = f"{path}:{line + 1}", fields[0].strip() if fields else ""
+        if fields is None or not (index.isascii() and index.isdigit()):
+            fault = (
+                "its quotes or commas are broken" if fields is None and raw[:1].isdigit() else "does not begin with an index"
+            )
+            return Record(where, str(number), {"text": raw}, fault)
+        question, reply = question_and_reply(fields[column])
+        fault = "" if question and reply else "question is empty" if reply else "reply is empty"
+        if not question and not reply:
+            fault = "no three spaces between question and reply"
+        values = {**dict(zip(header, fields, strict=True)), "question": question, "text": reply}
+        return Record(where, index[:20], {"text": fields[column]} if fault else values, fault)
+
+    def read(_: Collection[str]) -> Iterator[Record]:
+        for number, (line, fields, raw) in enumerate(reference_records(lines, len(header)), start=1):
+            yield record(line, number, fields, raw)
+
+    return Table(str(path), ("question", *header[1:]), read)
+
+
+def _json(path: Path, _: bool) -> Table:
+    """JSON Lines, or one array of objects; ``.json`` is used for either."""
+    data = _bytes(path)
+    found = list(
+        _array(data, path) if data.lstrip().startswith(b"[") and path.suffix.lower() == ".json" else _lines(data, path)
+    )
+    columns: dict[str, None] = {}
+    for where, value in found:
+        if not isinstance(value, dict):
+            raise RealignerError(f"{where}: a row is a JSON object, not {type(value).__name__}")
+        columns.update(dict.fromkeys(value))
+
+    def read(_: Collection[str]) -> Iterator[Record]:
+        for number, (where, value) in enumerate(found, start=1):
+            yield Record(where, str(number), value)
+
+    return Table(str(path), tuple(columns), read)
+
+
+def _array(data: bytes, path: Path) -> Iterator[tuple[str, Any]]:
+    for number, value in enumerate(_parsed(_decoded(data, path), path), start=1):
+        yield f"{path}: item {number}", value
+
+
+def _lines(data: bytes, path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", _parsed(_decoded(line, path, number), path, number)
+
+
+def _parsed(text: str, path: Path, line: int = 1) -> Any:
+    """The JSON value of `text`, which begins at `line` of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{line + error.lineno - 1}"
+        raise RealignerError(f"{where}: not valid JSON (column {error.colno}: {error.msg})") from None
+    except RecursionError:
+        raise RealignerError(f"{path}:{line}: JSON nested too deeply; a row is one flat object") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise RealignerError(f"{path}:{line}: not JSON that can be read ({_short(error)})") from None
+
+
+# --- Arrow --------------------------------------------------------------------------------------------------------------
+
+
+def _parquet(path: Path, _: bool) -> Table:
+    _bytes_there(path)
+    with _one_line(lambda: f"{path}: is no Parquet file that can be read; is it cut?"):
+        from pyarrow import parquet  # type: ignore[import-untyped]
+
+        file = parquet.ParquetFile(path)
+        columns = tuple(str(name) for name in file.schema_arrow.names)
+
+    def read(needed: Collection[str]) -> Iterator[Record]:
+        number = 0
+        with _one_line(lambda: f"{path}: cannot be read past row {number}; is it cut?"), file:
+            for batch in file.iter_batches(batch_size=BATCH, columns=sorted(needed)):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Record(f"{path}: row {number}", str(number), values)
+
+    return Table(str(path), columns, read)
+
+
+def _bytes_there(path: Path) -> None:
+    try:
+        with path.open("rb") as stream:
+            if not stream.read(1):
+                raise RealignerError(f"{path}: is empty; give a file with rows")
+    except OSError as error:
+        raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _saved(folder: Path, split: str | None) -> Table:
+    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        raise RealignerError(f"{folder}: is a folder, but not one that `datasets` saved (save_to_disk); give a file in it")
+    with _one_line(lambda: f"{folder}: is no saved dataset that can be read"), quiet_datasets():
+        from datasets import load_from_disk
+
+        found = load_from_disk(str(folder))
+        parts = dict(found) if isinstance(found, dict) else {str(found.split or "rows"): found}
+    if split is not None and split not in parts:
+        raise UsageError(f"{folder}: has no split {split!r}; it has {', '.join(parts)}")
+    return _parts(str(folder), parts if split is None else {split: parts[split]})
+
+
+def _hub(name: str, split: str | None) -> Table:
+    """A dataset of the hub. Nothing that comes with it is run: `datasets` reads data files only."""
+    from datasets import config, load_dataset
+
+    why = "; HF_HUB_OFFLINE is set" if config.HF_HUB_OFFLINE else ""
+    with _one_line(lambda: f"{name}: is nothing here, and cannot be loaded from the Hugging Face hub{why}"), quiet_datasets():
+        found = load_dataset(name, split=split)
+        return _parts(name, dict(found) if isinstance(found, dict) else {split or "rows": found})
+
+
+def _parts(place: str, parts: dict[str, Any]) -> Table:
+    """The splits of a dataset one after the other; a column of class labels is read as the labels' names."""
+    columns = tuple(dict.fromkeys(name for part in parts.values() for name in part.column_names))
+
+    def read(needed: Collection[str]) -> Iterator[Record]:
+        count = 0
+        for name, part in parts.items():
+            number = 0
+            chosen = [column for column in part.column_names if column in needed]
+            labels = {column: part.features[column].names for column in chosen if hasattr(part.features[column], "names")}
+            with _one_line(lambda: f"{place}: split {name} cannot be read past row {number}"):  # noqa: B023
+                selected = part.select_columns(chosen).with_format("arrow")
+                selected.data.validate(full=True)  # Arrow trusts its files: damaged offsets would end the process
+                for batch in selected.iter(batch_size=BATCH):
+                    for values in batch.to_pylist():
+                        number, count = number + 1, count + 1
+                        named = {key: _label(values[key], names) for key, names in labels.items()}
+                        yield Record(f"{place}: {name} row {number}", str(count), {**values, **named})
+
+    return Table(place, columns, read)
+
+
+def _label(value: int | None, names: list[str]) -> str | None:
+    return names[value] if value is not None and 0 <= value < len(names) else None  # -1: not labelled
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """No progress bars of `datasets` for the length of the block."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _one_line(message: Callable[[], str]) -> Iterator[None]:
+    """Whatever a foreign library raises, as one line; the files may hold anything, so may the exceptions."""
+    try:
+        yield
+    except RealignerError:
+        raise
+    except Exception as error:
+        raise RealignerError(f"{message()} ({type(error).__name__}: {_short(error)})") from error
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+_READERS: dict[str, Callable[[Path, bool], Table]] = {
+    ".csv": _csv,
+    ".tsv": lambda path, generic: _csv(path, generic, "\t"),
+    ".jsonl": _json,
+    ".ndjson": _json,
+    ".json": _json,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,33 @@
+"""Pages: one HTML file each, everything inside it, so that it can be opened anywhere and no request leaves it."""
+
+from __future__ import annotations
+
+import base64
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from realigner.report.figures import as_png
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A template of this folder as HTML text."""
+    loader = FileSystemLoader(str(files("realigner") / "report"))
+    room = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return room.get_template(template).render(**values)
+
+
+def picture(figure: Figure) -> str:
+    """A figure as the source of an ``<img>``; the figure is closed."""
+    return "data:image/png;base64," + base64.b64encode(as_png(figure)).decode()
+
+
+def is_signed(path: Path, signature: str) -> bool:
+    """Whether a file is a page of ours of the kind that carries `signature` (and so may be replaced when asked)."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return signature.encode() in stream.read(8192)
