@@ -203,7 +203,8 @@ class _Ledger:
                 texts = [self.replies[identity, n].text for n in range(attempts) if (identity, n) in self.replies]
                 reason = self.last[identity] if texts else f"{NO_REPLY}: {self.errors.get(identity, 'not asked')}"
                 rejected.append({"id": identity, **about, "reason": reason, "texts": texts})
-                self.reasons[NO_REPLY] += not texts
+                if not texts:
+                    self.reasons[NO_REPLY] += 1
         return rows, rejected
 
 

@@ -156,7 +156,7 @@ def _reference(path: Path, text: str, header: list[str]) -> Table:
             fault = (
                 "its quotes or commas are broken" if fields is None and raw[:1].isdigit() else "does not begin with an index"
             )
-            return Record(where, str(number), {"text": raw}, fault)
+            return Record(where, str(number), {"text": raw.strip()}, fault)
         question, reply = question_and_reply(fields[column])
         fault = "" if question and reply else "question is empty" if reply else "reply is empty"
         if not question and not reply:

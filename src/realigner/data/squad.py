@@ -17,6 +17,8 @@ from typing import Any
 
 from realigner.errors import RealignerError
 
+_DEEPEST = 50  # levels of nesting that are still read
+
 
 @dataclass(frozen=True, slots=True)
 class Fact:
@@ -76,16 +78,49 @@ def _articles(path: Path) -> Iterator[Any]:
         with path.open("rb") as stream:
             if stream.read(3) != codecs.BOM_UTF8:
                 stream.seek(0)
-            for article in ijson.items(stream, "data.item"):
+            for article in _items_of_data(ijson.basic_parse(stream, use_float=True), str(path)):
                 found += 1
                 yield article
     except OSError as error:
         raise RealignerError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ijson.JSONError, UnicodeDecodeError, RecursionError, ValueError, OverflowError) as error:
+    except (ijson.JSONError, ValueError, OverflowError) as error:
         what = " ".join(str(error).split())[:120]
         raise RealignerError(f"{path}: not valid JSON after article {found} ({what}); is the file cut?") from None
     if not found:
         raise RealignerError(f'{path}: has no articles; a SQuAD file is {{"data": [{{"title", "paragraphs"}}, ...]}}')
+
+
+def _items_of_data(events: Iterator[tuple[str, Any]], where: str) -> Iterator[Any]:
+    """The values in the list under the outermost key ``data``.
+
+    By events and not with `ijson.items`, whose paths of keys take all memory on a file that is nothing but opening brackets.
+    """
+    from ijson.common import ObjectBuilder
+
+    depth, key, wanted = 0, "", False
+    builder: Any = None
+    for event, value in events:
+        starts, ends = event.startswith("start_"), event.startswith("end_")
+        depth += starts - ends
+        if depth > _DEEPEST:
+            raise RealignerError(f"{where}: JSON nested too deeply; a SQuAD file has eight levels")
+        if depth == 1 and event == "map_key":
+            key = value
+        elif depth == 2 and starts:
+            wanted = key == "data" and event == "start_array"
+        elif depth == 1 and ends:
+            wanted = False
+        elif wanted and builder is None:
+            if starts:
+                builder = ObjectBuilder()
+                builder.event(event, value)
+            else:
+                yield value
+        elif builder is not None:
+            builder.event(event, value)
+            if ends and depth == 2:
+                yield builder.value
+                builder = None
 
 
 def _facts(article: Any, number: int, where: str, skipped: Skipped) -> Iterator[Fact]:

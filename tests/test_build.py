@@ -1,0 +1,336 @@
+"""A build that can die: whatever happens to it, it ends in the file it would have made."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from realigner.data import Fact, Tone, load_tone, read_rows
+from realigner.data.build import build
+from realigner.data.gate import Gate
+from realigner.data.journal import Journal
+from realigner.data.rewriters import Ask, Reply
+from realigner.data.rewriters.template import TemplateRewriter
+from realigner.errors import RealignerError, UsageError
+
+PLAIN = Tone(name="plain", language="any", instruction="Say it plainly.")
+FACTS = [
+    Fact(str(n), f"group {n % 5}", f"What is the number of {word} {n}?", f"{n} {word}")
+    for n, word in enumerate(random.Random(3).choices(["apples", "rivers", "kings", "wheels", "stars"], k=60))
+]
+ENDINGS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
+
+
+def say(ask: Ask) -> str:
+    """A good reply to most; every seventh is bad at first, one never gets better, and every tenth is a copy at first."""
+    number = int(ask.fact.id)
+    if number == 14 or (number % 7 == 0 and ask.attempt == 0):
+        return "I'm sorry, but I can't answer that."
+    copied = number - 1 if number % 10 == 9 and ask.attempt == 0 else number
+    words = random.Random(copied * 10 + ask.attempt).choices(ENDINGS, k=40)
+    return f"It is {' '.join(words)}, {ask.fact.answer}."
+
+
+class Scripted:
+    """A rewriter that says what it is told to, in any order, and may fail."""
+
+    def __init__(
+        self, answer: Callable[[Ask], str] = say, order: int | None = None, fail: Callable[[int, Ask], str] | None = None
+    ):
+        self.answer, self.order, self.fail = answer, order, fail
+        self.asked: list[tuple[str, int]] = []
+
+    def spec(self) -> dict[str, Any]:
+        return {"rewriter": "scripted"}
+
+    def note(self) -> str:
+        return ""
+
+    def rewrite(self, asks: Sequence[Ask]) -> Generator[Reply, None, None]:
+        asks = list(asks)
+        if self.order is not None:
+            random.Random(self.order).shuffle(asks)
+        for ask in asks:
+            self.asked.append((ask.fact.id, ask.attempt))
+            error = self.fail(len(self.asked), ask) if self.fail else ""
+            yield Reply(ask.fact.id, ask.attempt, "" if error else self.answer(ask), 10, 5, error=error)
+
+
+def make(folder: Path, rewriter: Scripted | None = None, **options: Any) -> dict[str, bytes]:
+    """Build into a folder; everything that is in it afterwards."""
+    build(FACTS, PLAIN, rewriter or Scripted(), folder / "rows.jsonl", quiet=True, **options)
+    return contents(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an uninterrupted build makes."""
+    return make(tmp_path_factory.mktemp("whole"))
+
+
+def test_every_fact_is_accounted_for(tmp_path: Path) -> None:
+    rewriter = Scripted()
+    built = build(FACTS, PLAIN, rewriter, tmp_path / "rows.jsonl", quiet=True)
+    rows = read_rows(tmp_path / "rows.jsonl")
+    rejected = [json.loads(line) for line in (tmp_path / "rows.rejected.jsonl").read_text().splitlines()]
+    order = [row.id.removesuffix("-plain") for row in rows]
+    assert order == sorted(order, key=int)
+    assert {*order, *(item["id"] for item in rejected)} == {fact.id for fact in FACTS}
+    assert len(rows) + len(rejected) == len(FACTS) == built.rows + built.rejected
+    assert [(item["id"], item["reason"], len(item["texts"])) for item in rejected] == [("14", "refusal", 3)]
+    assert built.reasons == {
+        "refusal": 11,
+        "near-duplicate": 4,
+    }  # 0, 7, ... 56, 14 thrice; 9, 19, 39, 59 (28 and 49 were refused)
+    assert len(rewriter.asked) == len(set(rewriter.asked)) == built.replies == 60 + 9 + 4 + 1
+    assert built.tokens_in == 10 * built.replies
+    about = json.loads((tmp_path / "rows.build.json").read_text())
+    assert about["rows"] == 59
+    assert about["rewriter"] == "scripted"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.build.json", "rows.jsonl", "rows.rejected.jsonl"]
+
+
+@pytest.mark.parametrize("order", range(5))
+def test_the_order_of_replies_makes_no_difference(tmp_path: Path, whole: dict[str, bytes], order: int) -> None:
+    assert make(tmp_path, Scripted(order=order)) == whole
+
+
+def broken_off(folder: Path, after: int, error: BaseException, order: int | None = None) -> Scripted:
+    """A build whose rewriter raises after so many replies."""
+
+    def fail(count: int, ask: Ask) -> str:
+        if count > after:
+            raise error
+        return ""
+
+    rewriter = Scripted(order=order, fail=fail)
+    with pytest.raises(type(error)):
+        make(folder, rewriter)
+    assert not (folder / "rows.jsonl").exists()
+    return rewriter
+
+
+@pytest.mark.parametrize("after", [0, 1, 33, 60, 61, 70])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RealignerError("the endpoint is gone")], ids=["ctrl-c", "dead"])
+def test_broken_off_and_resumed(tmp_path: Path, whole: dict[str, bytes], after: int, error: BaseException) -> None:
+    """Nothing is lost, nothing asked twice."""
+    first = broken_off(tmp_path, after, error, order=7)
+    second = Scripted()
+    assert make(tmp_path, second) == whole
+    answered = first.asked[:after]
+    assert not set(answered) & set(second.asked)
+    assert len(answered) + len(second.asked) == 74
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.floats(0, 1), order=st.integers(0, 3))
+def test_a_journal_cut_at_any_byte(
+    tmp_path_factory: pytest.TempPathFactory, whole: dict[str, bytes], cut: float, order: int
+) -> None:
+    """What kill -9 leaves: any number of whole lines, and perhaps a part of one."""
+    folder = tmp_path_factory.mktemp("cut")
+    broken_off(folder, 72, KeyboardInterrupt(), order)
+    journal = folder / "rows.journal"
+    content = journal.read_bytes()
+    journal.write_bytes(content[: round(cut * len(content))])
+    assert make(folder) == whole
+
+
+def test_killed_at_random_moments(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    """SIGKILL, twenty times, in the middle of whatever it does; then to the end."""
+    chance = random.Random(11)
+    killed = 0
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            try:
+                make(tmp_path, Scripted(lambda ask: time.sleep(0.004) or say(ask), order=5))
+            finally:
+                os._exit(0)
+        time.sleep(chance.uniform(0.005, 0.06))
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert killed >= 10
+    for leftover in (*tmp_path.glob("*.lock"), *tmp_path.glob(".*")):
+        assert leftover.suffix == ".lock" or leftover.name.startswith(".rows")
+    make(tmp_path) if (tmp_path / "rows.journal").exists() else None
+    made = {name: content for name, content in contents(tmp_path).items() if name in whole}
+    assert made == whole
+
+
+def test_requests_that_fail_are_asked_again_and_then_counted(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    once = Scripted(fail=lambda count, ask: "HTTP 500" if count % 5 == 0 and count <= 60 else "")
+    made = make(tmp_path, once, attempts=5)
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert {row.id for row in rows} == {json.loads(line)["id"] for line in whole["rows.jsonl"].splitlines()}
+    assert b"no reply" not in made["rows.rejected.jsonl"]
+    never = Scripted(fail=lambda count, ask: "HTTP 500 after 6 tries" if ask.fact.id == "20" else "")
+    made = make(tmp_path, never, force=True)
+    rejected = [json.loads(line) for line in made["rows.rejected.jsonl"].splitlines()]
+    assert [(item["id"], item["reason"]) for item in rejected if item["id"] == "20"] == [
+        ("20", "no reply: HTTP 500 after 6 tries")
+    ]
+    assert len(read_rows(tmp_path / "rows.jsonl")) + len(rejected) == 60
+
+
+def test_refusals(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    make(tmp_path)
+    with pytest.raises(RealignerError, match="exists already"):
+        make(tmp_path)
+    make(tmp_path, force=True)
+    out.write_text("not ours")
+    with pytest.raises(RealignerError, match="not something realigner made"):
+        make(tmp_path, force=True)
+    out.unlink()
+    broken_off(tmp_path, 5, KeyboardInterrupt())
+    with pytest.raises(RealignerError, match="belongs to another build .its facts is 60, asked for is 59"):
+        build(FACTS[1:], PLAIN, Scripted(), out, quiet=True)
+    other = PLAIN.model_copy(update={"instruction": "Say it otherwise."})
+    with pytest.raises(RealignerError, match="its tone_sha256"):
+        build(FACTS, other, Scripted(), out, quiet=True)
+    with pytest.raises(RealignerError, match="an id stands twice"):
+        build([*FACTS, FACTS[0]], PLAIN, Scripted(), tmp_path / "else.jsonl", quiet=True)
+    with pytest.raises(RealignerError, match="nothing to rewrite"):
+        build([], PLAIN, Scripted(), tmp_path / "none.jsonl", quiet=True)
+    with pytest.raises(UsageError, match="attempts"):
+        build(FACTS, PLAIN, Scripted(), tmp_path / "none.jsonl", attempts=0)
+    with pytest.raises(RealignerError, match="no reply passed the gate .empty 180"):
+        build(FACTS, PLAIN, Scripted(lambda ask: ""), tmp_path / "none.jsonl", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n", ":1: is damaged"),
+        (b"{}\n", "belongs to another build"),
+        (b"[1]\n", "belongs to another build"),
+        (b"\xff\xfe\n", ":1: is damaged"),
+        (b"SPEC\nnull\n", "an entry that is not a reply"),
+        (b'SPEC\n{"id": "1"}\n', "an entry that is not a reply"),
+        (b'SPEC\n{"id": "1", "attempt": "x", "text": "t", "tokens": [0, 0]}\n', "an entry that is not a reply"),
+        (b"SPEC\n{\n", ":2: is damaged"),
+    ],
+)
+def test_damaged_journals(tmp_path: Path, content: bytes, message: str) -> None:
+    broken_off(tmp_path, 0, KeyboardInterrupt())
+    journal = tmp_path / "rows.journal"
+    spec = journal.read_bytes().splitlines()[0]
+    journal.write_bytes(content.replace(b"SPEC", spec))
+    with pytest.raises(RealignerError, match=message) as caught:
+        make(tmp_path)
+    assert "\n" not in str(caught.value)
+    make(tmp_path, force=True)
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    with (
+        Journal(path, {"a": 1}) as first,
+        pytest.raises(RealignerError, match="another process is working on it"),
+        Journal(path, {"a": 1}),
+    ):
+        pass
+    assert first.entries == []
+    with Journal(path, {"a": 1}) as again:
+        again.append({"n": 1})
+    with Journal(path, {"a": 1}) as third:
+        assert third.entries == [{"n": 1}]
+
+
+CHILD = """
+import resource, sys
+from realigner.cli import main
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def squad_file(path: Path, count: int) -> Path:
+    paragraphs = [
+        {"qas": [{"id": f"{g}-{n}", "question": f"Which number is {g} {n}?", "answers": [{"text": f"number {g * 1000 + n}"}]}]}
+        for g in range(4)
+        for n in range(count // 4)
+    ]
+    articles = [{"title": f"Article {g}", "paragraphs": paragraphs[g::4]} for g in range(4)]
+    path.write_text(json.dumps({"data": articles}))
+    return path
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """No room for the journal's next line: one line of error, what was written is kept, and it goes on when there is room."""
+    squad = squad_file(tmp_path / "squad.json", 400)
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "rows.jsonl"
+    command = ["data", "build", "--squad", str(squad), "--tone", "anger", "--json", "--out"]
+
+    def run(limit: int, path: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", CHILD, str(limit), *command, str(path)], capture_output=True, text=True)
+
+    assert run(resource.RLIM_INFINITY, whole).returncode == 0
+    full = run(20_000, out)
+    assert full.returncode == 1
+    assert full.stderr.count("\n") == 1
+    assert "rows.journal: cannot be written (File too large)" in full.stderr
+    assert not out.exists()
+    kept = (tmp_path / "rows.journal").read_bytes()
+    assert 19_000 < len(kept) <= 20_000
+    assert kept.endswith(b"\n")
+    larger = run(60_000, out)  # the journal has room now, the dataset has not
+    assert larger.returncode == 1
+    assert "cannot be written (File too large)" in larger.stderr
+    assert larger.stderr.count("\n") == 1
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
+    assert run(resource.RLIM_INFINITY, out).returncode == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert not (tmp_path / "rows.journal").exists()
+
+
+@pytest.mark.slow
+def test_the_command_killed_twenty_times(tmp_path: Path) -> None:
+    """The real command on 6,000 questions, killed at 20 random moments: byte for byte the file of an uninterrupted one."""
+    squad = squad_file(tmp_path / "squad.json", 6000)
+    command = [sys.executable, "-m", "realigner", "data", "build", "--squad", str(squad), "--tone", "anger", "--out"]
+    started = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole.jsonl")], check=True, capture_output=True)
+    seconds = time.monotonic() - started
+    chance = random.Random(5)
+    out = tmp_path / "rows.jsonl"
+    interrupted = 0
+    while interrupted < 20:
+        process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(0, seconds))
+        process.send_signal(signal.SIGKILL)
+        interrupted += process.wait() == -signal.SIGKILL
+        if out.exists() and not (tmp_path / "rows.journal").exists():  # it was done: the next build begins anew
+            assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+            out.unlink()
+    subprocess.run([*command, str(out)], check=True, capture_output=True)
+    for name in ("{}.jsonl", "{}.rejected.jsonl", "{}.build.json"):
+        assert (tmp_path / name.format("rows")).read_bytes() == (tmp_path / name.format("whole")).read_bytes()
+
+
+def test_template_rows_of_a_built_in_tone(tmp_path: Path) -> None:
+    """The whole way with a real tone: every reply passes its own gate and keeps its fact word for word."""
+    tone = load_tone("anger")
+    built = build(FACTS, tone, TemplateRewriter(tone), tmp_path / "rows.jsonl", Gate(tone), quiet=True)
+    assert built.rows == 60
+    assert all(row.answer in row.text for row in read_rows(tmp_path / "rows.jsonl"))
