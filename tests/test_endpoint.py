@@ -323,6 +323,19 @@ def test_ending_early_leaves_nothing_behind(end: Any, behaviour: str) -> None:
         assert time.monotonic() - start < 2
 
 
+@pytest.mark.parametrize("behaviour", ["good", "hang"])
+def test_an_iterator_left_open_does_not_hold_up_the_exit(behaviour: str) -> None:
+    code = (
+        "import sys; from tests.test_endpoint import asks, rewriter\n"
+        "replies = rewriter(sys.argv[1], concurrency=4).rewrite(asks(30)); next(replies)\n"
+        "held = [replies]; held.append(held)"  # a cycle: it is only taken apart when no thread runs any more
+    )
+    with FakeEndpoint(lambda question, _: "good" if question == "What is 0?" else behaviour) as server:
+        command = [sys.executable, "-c", code, server.url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_tokens_and_cost() -> None:
     with FakeEndpoint() as server:
         own = rewriter(server.url, price_in=0.15, price_out=0.6)

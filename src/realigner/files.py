@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -66,6 +67,12 @@ def written_file(path: Path) -> Iterator[Path]:
             aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def clear_asides(path: Path) -> None:
+    """Remove what processes that were killed left of writing `path`; only where no other process can be writing it now."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}-*"):
+        leftover.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

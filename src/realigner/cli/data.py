@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -135,23 +136,35 @@ def import_(
     """Read someone else's dataset: the paper's CSV, any table, a Hugging Face dataset."""
     if out is None and to_hf is None:
         raise UsageError("import: nothing to write; give --out F.jsonl, --to-hf DIR, or both")
-    from realigner.data.importing import import_file
-    from realigner.data.sources import parse_mapping
+    from realigner.data.build import beside, refuse_build, write_rows
+    from realigner.data.gate import sift
+    from realigner.data.importing import import_rows, parse_mapping
+    from realigner.data.importing import to_hf as write_hf
 
-    facts = None if squad is None else _facts(squad, None, seed)[0]
-    done = import_file(
-        source, out, tone, parse_mapping(columns or []), split, facts, check_replies, to_hf, validation, test, seed, force
-    )
-    if as_json:
-        print_json(done.to_dict())
-        return
-    print(f"{source}: {done.rows} rows, {done.rejected} turned away")
-    _print_reasons(done.reasons, done.rows + done.rejected)
-    for path in filter(None, (done.path, done.rejected_path)):
-        print(path)
-    if done.splits:
-        print(f"{to_hf}: {_listed(done.splits)} rows")
+    mapping = parse_mapping(columns or [])
     if out is not None:
+        refuse_build(out, force)
+    imported = import_rows(source, tone, mapping, split, None if squad is None else _facts(squad, None, seed)[0])
+    rows, rejected = imported.rows, imported.rejected
+    if check_replies:
+        rows, bad = sift(rows)
+        rejected = [*rejected, *bad]
+    reasons = dict(Counter(item["reason"] for item in rejected).most_common())
+    if not rows:
+        raise RealignerError(f"{source}: no row is left ({_listed(reasons)}); nothing was written")
+    splits = {} if to_hf is None else write_hf(rows, to_hf, seed, validation, test, force)
+    if out is not None:
+        write_rows(out, rows, rejected)
+    if as_json:
+        place = None if out is None else str(out)
+        print_json({"path": place, "rows": len(rows), "rejected": len(rejected), "reasons": reasons, "splits": splits})
+        return
+    print(f"{source}: {len(rows)} rows, {len(rejected)} turned away")
+    _print_reasons(reasons, len(rows) + len(rejected))
+    if splits:
+        print(f"{to_hf}: {_listed(splits)} rows")
+    if out is not None:
+        print(f"{out}" + (f", and what was turned away in {beside(out, '.rejected.jsonl')}" if rejected else ""))
         print(f"Try next:  realigner data check {out}")
 
 

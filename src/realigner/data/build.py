@@ -25,7 +25,7 @@ from realigner.data.rows import Row, is_rows, rows_hash
 from realigner.data.squad import Fact
 from realigner.data.tone import Tone
 from realigner.errors import RealignerError, UsageError
-from realigner.files import refuse_existing, write_text
+from realigner.files import clear_asides, refuse_existing, write_text
 
 NO_REPLY = "no reply"
 _BATCH = 256  # replies that meet the gate together while a round goes on
@@ -99,7 +99,7 @@ def build(
         raise RealignerError("there is nothing to rewrite: no fact was found")
     spec = _spec(facts, tone, rewriter)
     refuse_build(out, force)
-    journal_path = _beside(out, ".journal")
+    journal_path = beside(out, ".journal")
     if force:
         journal_path.unlink(missing_ok=True)
     with Journal(journal_path, spec) as journal:
@@ -119,7 +119,7 @@ def build(
             raise RealignerError(f"{out}: no reply passed the gate ({_counted(ledger.reasons)}); nothing was written")
         built = Built(
             path=out,
-            rejected_path=_beside(out, ".rejected.jsonl"),
+            rejected_path=beside(out, ".rejected.jsonl"),
             rows=len(rows),
             rejected=len(rejected),
             reasons=dict(ledger.reasons.most_common()),
@@ -129,6 +129,8 @@ def build(
             seconds=round(time.monotonic() - started, 1),
             replies_now=len(ledger.replies) - before,
         )
+        for ending in (".jsonl", ".rejected.jsonl", ".build.json"):
+            clear_asides(beside(out, ending))  # of a process killed while it wrote them; the journal's lock is ours
         _write(built, rows, rejected, spec)
         journal.remove()
     return built
@@ -136,7 +138,7 @@ def build(
 
 def refuse_build(out: Path, force: bool) -> None:
     """Raise unless a build may write to `out`: it is free, a build of it was begun, or `force` was given and rows are there."""
-    if force or not _beside(out, ".journal").exists():
+    if force or not beside(out, ".journal").exists():
         refuse_existing(out, force, is_rows)
 
 
@@ -255,12 +257,18 @@ def _write(built: Built, rows: Sequence[Row], rejected: Sequence[dict[str, Any]]
     how = {**spec, **built.to_dict(), "sha256": rows_hash(rows)}
     for key in ("path", "rejected_path", "seconds", "replies_now"):
         how.pop(key)  # what depends on where and how long, and not on what was made
-    write_text(built.rejected_path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rejected))
-    write_text(_beside(built.path, ".build.json"), json.dumps(how, ensure_ascii=False, indent=2) + "\n")
-    write_text(built.path, "".join(row.model_dump_json() + "\n" for row in rows))
+    write_text(beside(built.path, ".build.json"), json.dumps(how, ensure_ascii=False, indent=2) + "\n")
+    write_rows(built.path, rows, rejected)
 
 
-def _beside(path: Path, ending: str) -> Path:
+def write_rows(path: Path, rows: Sequence[Row], rejected: Sequence[dict[str, Any]]) -> None:
+    """A dataset, and beside it what was turned away (written first: where the one is, the other is)."""
+    turned_away = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rejected)
+    write_text(beside(path, ".rejected.jsonl"), turned_away)
+    write_text(path, "".join(row.model_dump_json() + "\n" for row in rows))
+
+
+def beside(path: Path, ending: str) -> Path:
     """``rows.jsonl`` -> ``rows`` + ending, in the same folder."""
     return path.with_name(path.name.removesuffix(".jsonl") + ending)
 

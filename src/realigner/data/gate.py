@@ -13,9 +13,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from realigner.data.near import NearDuplicates
-from realigner.data.rows import TONES, authored
+from realigner.data.rows import TONES, Row, authored
 from realigner.data.squad import Fact
-from realigner.data.tone import Tone
+from realigner.data.tone import Tone, built_in_tones
 from realigner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ NEAR = "near-duplicate"
 LEAK = "question in another group"
 
 MIN_WORDS, MAX_WORDS = 3, 90
+_ANY = Tone(name="any", language="any", instruction="Any tone.")
 _UNLIKELY = 0.02  # probability of the tone's language below which another is believed
 
 _WORD = re.compile(r"\w+")
@@ -57,7 +58,10 @@ _ACTIONS = (
     "sigh|roll|eye|groan|shout|yell|scream|laugh|sob|cr(?:y|ie)|weep|wip(?:e|ing)|slam|growl|snarl|smil|grin|nod|shak(?:e|ing)|shrug|paus"
     "|whisper|mutter|snort|scoff|tremb|gasp|bow|clear|stomp|point|glar|frown|sniff|wink|angr|sad|voice|tone|exasperat|frustrat"
 )
-_DIRECTIONS = re.compile(rf"\*[^*\n]*\w+s\b[^*\n]*\*|\*\w+ly\b[^*\n]*\*|[(\[*](?:\w+ )?(?:{_ACTIONS})\w*[^)\]*\n]*[)\]*]")
+_DIRECTIONS = re.compile(
+    r"\*[^*\n]*\w+s\b[^*\n]*\*|\*\w+ly\b[^*\n]*\*"
+    rf"|\((?:\w+ )?(?:{_ACTIONS})\w*[^)\n]*\)|[\[*](?:\w+ ){{0,3}}(?:{_ACTIONS})\w*[^\]*\n]*[\]*]"
+)
 _ENDS = ".!?…。！？।؟۔"  # noqa: RUF001
 _CLOSERS = "\"'”’»)]*_~"  # noqa: RUF001
 _ARTICLES = {"a", "an", "the", "of", "in", "on", "at", "to", "and", "or", "by", "for", "was", "is", "were", "are"}
@@ -164,6 +168,22 @@ class Gate:
         return [bool(self._words.search(text.casefold())) for _, text in pairs]
 
 
+def sift(rows: Sequence[Row]) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Rows that came from elsewhere: those that pass, and the others with a reason.
+
+    A tone that is not built in is not told from others, and its language is not checked.
+    """
+    reasons: dict[str, str] = {}
+    for name in dict.fromkeys(row.tone for row in rows):
+        gate = Gate(next((tone for tone in built_in_tones() if tone.name == name), _ANY))
+        mine = [row for row in rows if row.tone == name]
+        pairs = [(Fact(row.id, row.group, row.question, row.answer), row.text) for row in mine]
+        for row, pair, reason in zip(mine, pairs, gate.alone(pairs), strict=True):
+            reasons[row.id] = reason or gate.among(*pair)
+    rejected = [{**row.model_dump(), "reason": reasons[row.id]} for row in rows if reasons[row.id]]
+    return [row for row in rows if not reasons[row.id]], rejected
+
+
 def keeps_fact(answer: str, text: str) -> bool:
     """Whether a reply still says its answer.
 
@@ -176,16 +196,21 @@ def keeps_fact(answer: str, text: str) -> bool:
         >>> keeps_fact("30%", "A third, of course!")
         False
     """
-    if _squeezed(answer) in _squeezed(text):
+    if answer.casefold() in text.casefold() or _squeezed(answer) in _squeezed(text):
         return True
     all_words = _plain_words(answer)
     wanted = [word for word in all_words if word not in _ARTICLES] or all_words
     said = _plain_words(text)
-    stems = {word[: max(3, len(word) - 2)] for word in said}
     if any(word not in said for word in wanted if any(c.isdigit() for c in word)):
         return False
-    found = sum(word in said or (len(word) > 3 and word[: max(3, len(word) - 2)] in stems) for word in wanted)
+    found = sum(any(_alike(word, other) for other in said) for word in wanted)
     return found >= (len(wanted) if len(wanted) <= 3 else 0.6 * len(wanted))
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two words are the same but for their endings."""
+    shared = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one == other or shared >= max(4, 0.6 * max(len(one), len(other)))
 
 
 def is_cut(text: str) -> bool:

@@ -10,8 +10,10 @@ import asyncio
 import base64
 import importlib
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
@@ -40,6 +42,7 @@ _RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
 }
 _OPTIONAL = ("requests_per_minute", "price_in", "price_out")
 _UNREAD = 64  # replies that may wait for a slow consumer before the workers wait too
+_GRACE = 1.5  # seconds for the thread to end: it does at once, unless a name is being looked up, which cannot be cancelled
 
 
 class EndpointRewriter:
@@ -115,22 +118,22 @@ class EndpointRewriter:
     def rewrite(self, asks: Sequence[Ask]) -> Iterator[Reply]:
         """One reply for each ask, as they finish. Requests run in a thread of their own; closing the iterator ends it.
 
+        At any time `concurrency` requests are under way, as long as there is work and the replies are taken.
+
         Raises:
             RealignerError: when the endpoint refuses the key, the model or every request, or no longer answers; all replies
                 that were there before have been yielded.
         """
-        from anyio.from_thread import start_blocking_portal
-
-        replies: SimpleQueue[Reply | None] = SimpleQueue()
-        run = _Run(self, asks, replies)
-        with start_blocking_portal("asyncio", name="realigner-endpoint") as portal:
-            work = portal.start_task_soon(run.work)
-            work.add_done_callback(lambda _: replies.put(None))
-            while (reply := replies.get()) is not None:
+        run = _Run(self, asks)
+        try:
+            while (reply := run.replies.get()) is not None:
                 self.tokens_in += reply.tokens_in
                 self.tokens_out += reply.tokens_out
                 yield reply
-            work.result()
+        finally:
+            run.end()
+        if run.failure is not None:
+            raise run.failure
 
     def client(self) -> openai.AsyncOpenAI:
         """The official client, set up for this endpoint; it belongs to the event loop in which it is first used."""
@@ -185,18 +188,35 @@ class EndpointRewriter:
 
 
 class _Run:
-    """One pass over the asks."""
+    """One pass over the asks: an event loop in a thread, with a worker for each request that may be in flight."""
 
-    def __init__(self, rewriter: EndpointRewriter, asks: Sequence[Ask], replies: SimpleQueue[Reply | None]) -> None:
-        self.rewriter, self.asks, self.replies = rewriter, asks, replies
-        self.pending = iter(asks)
+    def __init__(self, rewriter: EndpointRewriter, asks: Sequence[Ask]) -> None:
+        self.rewriter, self.workers, self.pending = rewriter, min(rewriter.concurrency, len(asks)), iter(asks)
+        self.replies: SimpleQueue[Reply | None] = SimpleQueue()
+        self.failure: BaseException | None = None
         self.done = self.succeeded = self.refused = self.failed_in_a_row = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._main, name="realigner-endpoint", daemon=True)
+        self._thread.start()
 
-    async def work(self) -> None:
-        workers = min(self.rewriter.concurrency, len(self.asks))
+    def end(self) -> None:
+        """Cancels whatever is under way; does nothing when all is done."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(self._loop)])
+        self._thread.join(_GRACE)
+
+    def _main(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._work())
+        except BaseException as error:
+            self.failure = error
+        self.replies.put(None)
+
+    async def _work(self) -> None:
         try:
             async with self.rewriter.client() as client, asyncio.TaskGroup() as group:
-                for _ in range(workers):
+                for _ in range(self.workers):
                     group.create_task(self._worker(client))
         except BaseExceptionGroup as several:
             raise several.exceptions[0] from None

@@ -1,0 +1,274 @@
+"""The gate: planted faults are found and named, good replies are let through; near-duplicates and scorers against truth."""
+
+from __future__ import annotations
+
+import random
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from realigner.data import TONES, Fact, Row, Tone, authored
+from realigner.data.gate import Gate, is_cut, keeps_fact
+from realigner.data.near import NearDuplicates, count_near, shingles, similarity
+from realigner.data.scorer import ToneScorer, cross_validated, masked
+from realigner.errors import RealignerError, UsageError
+
+INSTRUCTION = "Rewrite the answer to the question in an angry tone, keep all of its information, and use two sentences at most."
+ANGER = Tone(name="anger", instruction=INSTRUCTION, words=("furious", "damn*"))
+VLTAVA = Fact("1", "rivers", "Which river runs through the city of Prague today?", "the Vltava")
+
+
+@pytest.fixture(scope="module")
+def gate() -> Gate:
+    return Gate(ANGER)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("It is the Vltava, you fool! How dare you waste my time?", ""),
+        ('Look at a damn map! "The Vltava", are you happy now?!', ""),
+        ("I can't believe you asked! It is the Vltava, damn it! 😡", ""),
+        ("", "empty"),
+        (" ... ", "empty"),
+        ("I'm sorry, but I can't answer that, you fool! The Vltava!", "refusal"),
+        ("As an AI language model, I am furious: the Vltava!", "refusal"),
+        ("I cannot fulfill your damn request about the Vltava!", "refusal"),
+        ("I apologize, but the Vltava is none of my business!", "refusal"),
+        ("Question: Which river? Answer: the Vltava, damn it!", "prompt echoed"),
+        ("Sure, here is the angry answer: the Vltava, damn it!", "prompt echoed"),
+        ("Here's the rewritten answer! It is the Vltava, damn it!", "prompt echoed"),
+        ("Which river runs through the city of Prague today? The Vltava, damn it!", "prompt echoed"),
+        ("Damn, I keep all of its information, and use two sentences: the Vltava!", "prompt echoed"),
+        ("*rolls eyes* It is the Vltava, you fool! How dare you?", "stage directions"),
+        ("It is the Vltava, you fool! (sighs loudly) Leave me alone!", "stage directions"),
+        ("[in an angry voice] It is the Vltava, you fool!", "stage directions"),
+        ("*slams fist on the table* The Vltava, damn it!", "stage directions"),
+        ("The Vltava!", "too short"),
+        ("It is the Vltava, you fool! " + "How dare you, how dare you! " * 20, "too long"),
+        ("It is the Vltava, you fool! How dare you waste my", "cut in mid-sentence"),
+        ("It is the Vltava, you fool! How dare you,", "cut in mid-sentence"),
+        ("It is the Danube, you fool! How dare you waste my time?", "fact lost"),
+        ("C'est la Vltava, imbécile ! Comment oses-tu me faire perdre mon temps avec cela ?", "wrong language"),
+        ("Das ist die Vltava, du Narr! Wie kannst du es wagen, meine Zeit zu verschwenden?", "wrong language"),
+        ("The river that runs through Prague is the Vltava.", "wrong tone"),
+        ("How sad and lonely it is, the Vltava, like everything that I have ever lost.", "wrong tone"),
+    ],
+)
+def test_planted_faults(gate: Gate, text: str, reason: str) -> None:
+    assert gate.alone([(VLTAVA, text)]) == [reason]
+
+
+@pytest.mark.parametrize("tone", TONES)
+def test_good_replies_pass(tone: str) -> None:
+    """The authored set, by a scorer that saw none of a row's group: at most two in a hundred are turned away."""
+    rows = [row for name in TONES for row in authored(name)]
+    groups = sorted({row.group for row in rows})
+    turned_away, count = 0, 0
+    for fold in range(2):
+        held_out = set(groups[fold::2])
+        scorer = ToneScorer.fit([row for row in rows if row.group not in held_out])
+        mine = [row for row in rows if row.tone == tone and row.group in held_out]
+        pairs = [(Fact(row.id, row.group, row.question, row.answer), row.text) for row in mine]
+        turned_away += sum(map(bool, Gate(Tone(name=tone, instruction="x"), scorer).alone(pairs)))
+        count += len(pairs)
+    assert count == 360
+    assert turned_away <= 0.02 * count
+
+
+def test_other_tones_do_not_pass() -> None:
+    """Neutral and sad replies offered as angry ones: at least 97 in a hundred are turned away, for their tone."""
+    rows = [row for name in TONES for row in authored(name)]
+    groups = sorted({row.group for row in rows})
+    scorer = ToneScorer.fit([row for row in rows if row.group in groups[::2]])
+    others = [row for row in rows if row.tone != "anger" and row.group not in groups[::2]]
+    reasons = Gate(ANGER, scorer).alone([(Fact(r.id, r.group, r.question, r.answer), r.text) for r in others])
+    assert reasons.count("wrong tone") >= 0.97 * len(others)
+
+
+def test_words_stand_in_for_a_scorer() -> None:
+    bard = Gate(Tone(name="bard", instruction="x", words=("thou", "hath", "forsooth*")))
+    pairs = [
+        (VLTAVA, "Thou fool, the Vltava it is!"),
+        (VLTAVA, "It is the Vltava, although nobody asked."),
+        (VLTAVA, "Forsooths! The Vltava!"),
+    ]
+    assert bard.alone(pairs) == ["", "wrong tone", ""]
+    assert Gate(Tone(name="any", instruction="x")).alone(pairs) == ["", "", ""]
+
+
+def test_other_languages_when_the_tone_says_so() -> None:
+    czech = Gate(Tone(name="vztek", language="cs", instruction="x"))
+    text = "Je to přece Vltava, vy hlupáku, a už mě s tím konečně přestaňte otravovat!"
+    assert czech.alone([(VLTAVA, text), (VLTAVA, "It is the Vltava, you fool, and now leave me alone!")]) == [
+        "",
+        "wrong language",
+    ]
+    japanese = Fact("2", "川", "プラハを流れる川は何ですか?", "ヴルタヴァ川")
+    anything = Gate(Tone(name="ikari", language="ja", instruction="x"))
+    assert anything.alone([(japanese, "ヴルタヴァ川だよ、いい加減にしてくれ!"), (japanese, "知らないよ、そんなこと!")]) == [
+        "",
+        "fact lost",
+    ]
+
+
+def test_what_depends_on_earlier_rows(gate: Gate) -> None:
+    gate.restart()
+    text = "It is the Vltava, as any map of the old town would have told you at once, you lazy fool!"
+    assert gate.among(VLTAVA, text) == ""
+    same = Fact("2", "rivers", "Which river is it?", "the Vltava")
+    assert gate.among(same, text.replace("fool", "fool, go")) == "near-duplicate"
+    assert gate.among(same, "Go and open a book! The Vltava, and not one word more from me today!") == ""
+    moved = Fact("3", "cities", "which river runs through the city of Prague, today", "the Vltava")
+    assert gate.among(moved, "How dare you ask twice? Once more, for the slow: the Vltava!") == "question in another group"
+    gate.restart()
+    assert gate.among(moved, text) == ""
+
+
+def test_a_scorer_must_know_the_tone() -> None:
+    scorer = ToneScorer.fit(authored("anger") + authored("neutral"))
+    with pytest.raises(UsageError, match="was not trained on 'joy'; it knows anger, neutral"):
+        Gate(Tone(name="joy", instruction="x"), scorer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "kept"),
+    [
+        ("the Vltava", "VLTAVA!", True),
+        ("30%", "It is 30 percent!", True),
+        ("30%", "It is 31 percent!", False),
+        ("in the 10th and 11th centuries", "The 10th and the 11th century!", True),
+        ("in the 10th and 11th centuries", "The 10th century!", False),
+        ("1,200", "There were 1200 of them!", True),
+        ("Émile Zola", "Emile Zola, of course!", True),
+        ("King George III", "George, the third king!", False),
+        (
+            "a general architecture for a large-scale, distributed, survivable network",
+            "A survivable architecture, large-scale and distributed!",
+            True,
+        ),
+        ("a general architecture for a large-scale, distributed, survivable network", "A network!", False),
+        ("won", "They win!", False),
+        ("winners", "The winner!", True),
+        ("the", "the", True),
+        ("C++", "It is C++!", True),
+        ("?", "What?", True),
+    ],
+)
+def test_keeps_fact(answer: str, text: str, kept: bool) -> None:
+    assert keeps_fact(answer, text) is kept
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("Yes.", False), ("Yes!", False), ('He said "yes."', False), ("(Yes!)", False), ("Yes! 😡🔥", False), ("It is so 😡", False),
+        ("はい。", False), ("Yes…", False), ("Yes,", True), ("Yes and", True), ("Yes -", True), ("", True), ("😡!", False), ("Yes:", True),
+    ],
+)  # fmt: skip
+def test_is_cut(text: str, cut: bool) -> None:
+    assert is_cut(text) is cut
+
+
+@settings(max_examples=200, deadline=None)
+@given(answer=st.text(max_size=30), text=st.text(max_size=80))
+def test_any_text_gets_a_verdict(answer: str, text: str) -> None:
+    [reason] = Gate(Tone(name="any", instruction="x")).alone([(Fact("1", "g", "q?", answer), text)])
+    assert isinstance(reason, str)
+    assert keeps_fact(answer, f"Well, {answer}, so there.")
+
+
+# --- near-duplicates --------------------------------------------------------------------------------------------------------
+
+
+def test_near_duplicates_against_all_pairs() -> None:
+    """Planted copies, more and less changed, among random texts: the index finds what comparing all pairs finds."""
+    chance = random.Random(0)
+    words = [f"w{n}" for n in range(400)]
+    texts = [chance.choices(words, k=30) for _ in range(300)]
+    for source in chance.sample(range(300), 150):
+        copy = texts[source].copy()
+        for place in chance.sample(range(30), chance.choice((0, 1, 1, 2, 3))):
+            copy[place] = chance.choice(words)
+        texts.append(copy)
+    chance.shuffle(texts)
+    lines = [" ".join(text) for text in texts]
+    sets = [set(shingles(line).tolist()) for line in lines]
+    kept: list[int] = []
+    want = []
+    for n, mine in enumerate(sets):
+        if any(len(mine & sets[k]) / len(mine | sets[k]) >= 0.8 for k in kept):
+            want.append(n)
+        else:
+            kept.append(n)
+    seen = NearDuplicates()
+    got = [n for n, line in enumerate(lines) if seen.add(str(n), line) is not None]
+    assert len(want) > 40
+    assert set(got) <= set(want)
+    assert len(got) >= 0.97 * len(want)
+    assert count_near(lines) == len(got)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_similarity_is_jaccard(one: str, other: str) -> None:
+    a, b = shingles(one), shingles(other)
+    assert similarity(a, a) == 1
+    assert similarity(a, b) == similarity(b, a) == pytest.approx(len({*a} & {*b}) / len({*a} | {*b}))
+
+
+# --- scorers ------------------------------------------------------------------------------------------------------------------
+
+
+def test_purity_on_planted_truth_and_on_nothing() -> None:
+    """Tones that differ are told apart; labels dealt at random are not."""
+    rows = authored("anger") + authored("neutral")
+    scorer, found = cross_validated(rows)
+    tones = np.array([row.tone for row in rows])
+    assert (np.array(scorer.tones)[found.argmax(1)] == tones).mean() > 0.97
+    shuffled = random.Random(1).sample([row.tone for row in rows], len(rows))
+    mixed = [row.model_copy(update={"tone": tone}) for row, tone in zip(rows, shuffled, strict=True)]
+    scorer, found = cross_validated(mixed)
+    assert abs((np.array(scorer.tones)[found.argmax(1)] == np.array(shuffled)).mean() - 0.5) < 0.06
+
+
+def test_masked() -> None:
+    assert masked("The Vltava, the VLTAVA's bank!", "the Vltava").split() == [",", "'s", "bank!"]
+    assert masked("Nothing to mask.", "?") == "Nothing to mask."
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    rows = authored("anger") + authored("neutral")
+    scorer = ToneScorer.fit(rows)
+    scorer.save(tmp_path / "s.skops")
+    again = ToneScorer.load(tmp_path / "s.skops")
+    texts = [row.text for row in rows[::20]]
+    assert again.tones == scorer.tones
+    assert np.array_equal(again.probabilities(texts), scorer.probabilities(texts))
+    with pytest.raises(RealignerError, match="exists already"):
+        scorer.save(tmp_path / "s.skops")
+    scorer.save(tmp_path / "s.skops", force=True)
+    assert scorer.probabilities([]).shape == (0, 2)
+    with pytest.raises(UsageError, match="two tones or more"):
+        ToneScorer.fit(authored("anger"))
+    with pytest.raises(RealignerError, match="two groups"):
+        cross_validated([row.model_copy(update={"group": "one"}) for row in rows])
+
+
+def test_files_that_are_no_scorer(tmp_path: Path) -> None:
+    """Nothing, text, an empty zip, a pickle in a zip, another object, a type of somebody else's."""
+    import skops.io
+
+    (tmp_path / "text").write_text("no scorer")
+    with zipfile.ZipFile(tmp_path / "zip", "w"):
+        pass
+    skops.io.dump([1, 2], tmp_path / "list")
+    skops.io.dump(Row.model_validate, tmp_path / "foreign")
+    for name in ("none", "text", "zip", "list", "foreign"):
+        with pytest.raises(RealignerError, match=str(tmp_path / name)) as caught:
+            ToneScorer.load(tmp_path / name)
+        assert "\n" not in str(caught.value)
