@@ -387,7 +387,7 @@ def test_bad_values_are_named(field: str, value: Any) -> None:
 
 
 def test_texts_can_be_written_to_files() -> None:
-    assert rewriter("http://127.0.0.1:1/v1").tidy(" half \ud83d, whole \U0001f600\n") == "half \ufffd, whole \U0001f600"
+    assert rewriter("http://127.0.0.1:1/v1")._tidy(" half \ud83d, whole \U0001f600\n") == "half \ufffd, whole \U0001f600"
 
 
 def test_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,7 +246,7 @@ def _runs(text: str, length: int = 8) -> set[tuple[str, ...]]:
 def _lexicon(words: Sequence[str]) -> re.Pattern[str] | None:
     if not words:
         return None
-    parts = [re.escape(word.casefold().rstrip("*")) + (r"\w*" if word.endswith("*") else r"\b") for word in words]
+    parts = [re.escape(word.casefold().rstrip("*")) + (r"\w*" if word.endswith("*") else r"(?!\w)") for word in words]
     return re.compile(r"(?<!\w)(?:" + "|".join(parts) + ")")
 
 

@@ -12,7 +12,7 @@ import importlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -55,7 +55,7 @@ class EndpointRewriter:
         seed: another seed, other replies, as far as the endpoint honours it.
         concurrency: requests in flight as long as there is work.
         requests_per_minute: at most, evenly spaced, retries included; None for no limit.
-        timeout: seconds for one attempt, from the first byte sent to the last byte read.
+        timeout: seconds for one attempt, from connecting to the last byte read.
         retries: attempts after the first one, for everything that may pass (429, 5xx, time-outs, broken replies).
         temperature, top_p, max_tokens: of sampling, as the endpoint understands them.
         price_in, price_out: dollars per million tokens, for `cost`; None for no cost.
@@ -115,7 +115,7 @@ class EndpointRewriter:
         text = f"{_thousands(self.tokens_in)} tokens in, {_thousands(self.tokens_out)} out"
         return text if self.cost is None else f"{text}, ${self.cost:.4f}"
 
-    def rewrite(self, asks: Sequence[Ask]) -> Iterator[Reply]:
+    def rewrite(self, asks: Sequence[Ask]) -> Generator[Reply, None, None]:
         """One reply for each ask, as they finish. Requests run in a thread of their own; closing the iterator ends it.
 
         At any time `concurrency` requests are under way, as long as there is work and the replies are taken.
@@ -135,14 +135,14 @@ class EndpointRewriter:
         if run.failure is not None:
             raise run.failure
 
-    def client(self) -> openai.AsyncOpenAI:
+    def _client(self) -> openai.AsyncOpenAI:
         """The official client, set up for this endpoint; it belongs to the event loop in which it is first used."""
         import openai
 
         try:
             http_client = _http_client(self)
         except (ValueError, ImportError) as error:
-            what = _first_line(self.tidy(str(error)))
+            what = _first_line(self._tidy(str(error)))
             raise RealignerError(
                 f"{self.endpoint}: no connection can be set up ({what}); check HTTP_PROXY and the like"
             ) from None
@@ -156,7 +156,7 @@ class EndpointRewriter:
             http_client=http_client,
         )
 
-    async def turn(self) -> None:
+    async def _turn(self) -> None:
         """Waits for this request's place in the minute."""
         if self.requests_per_minute is not None:
             now = time.monotonic()
@@ -164,7 +164,7 @@ class EndpointRewriter:
             self._next_start = start + 60 / self.requests_per_minute
             await asyncio.sleep(start - now)
 
-    def tidy(self, text: str) -> str:
+    def _tidy(self, text: str) -> str:
         """Without what must not get into files: keys that a server echoes, half surrogate pairs, space around."""
         for secret in self._secrets:
             # Shorter ones are placeholders ("none", "EMPTY") that would tear holes into honest texts.
@@ -215,7 +215,7 @@ class _Run:
 
     async def _work(self) -> None:
         try:
-            async with self.rewriter.client() as client, asyncio.TaskGroup() as group:
+            async with self.rewriter._client() as client, asyncio.TaskGroup() as group:
                 for _ in range(self.workers):
                     group.create_task(self._worker(client))
         except BaseExceptionGroup as several:
@@ -244,18 +244,18 @@ class _Run:
             )
         except openai.APIConnectionError as error:
             why = error.__cause__
-            what = _first_line(own.tidy(str(why))).partition(" (")[0] or f"connection lost ({type(why).__name__})"
+            what = _first_line(own._tidy(str(why))).partition(" (")[0] or f"connection lost ({type(why).__name__})"
             return Reply(ask.fact.id, ask.attempt, "", error=f"{what} after {_tries(error)}")
         except openai.APIStatusError as error:
             return Reply(ask.fact.id, ask.attempt, "", error=self._refusal(error))
-        text = own.tidy(completion.choices[0].message.content or "")
+        text = own._tidy(completion.choices[0].message.content or "")
         read, written = (_count(getattr(completion.usage, side, None)) for side in ("prompt_tokens", "completion_tokens"))
         return Reply(ask.fact.id, ask.attempt, text, read, written)
 
     def _refusal(self, error: openai.APIStatusError) -> str:
         """One line for a reply that an HTTP status ended; what will not get better is raised."""
         own, status = self.rewriter, error.status_code
-        said = _first_line(own.tidy(error.message.removeprefix(f"Error code: {status}").removeprefix(" - ")))
+        said = _first_line(own._tidy(error.message.removeprefix(f"Error code: {status}").removeprefix(" - ")))
         # After a success the key is known to be good, and a 403 is about one row (some endpoints moderate what they are sent).
         if status == 401 or (status == 403 and not self.succeeded):
             # What the endpoint said is left out: it may hold a part of the key.
@@ -286,7 +286,7 @@ def _http_client(rewriter: EndpointRewriter) -> openai.DefaultAsyncHttpxClient:
     class HttpClient(openai.DefaultAsyncHttpxClient):
         async def send(self, request: Any, **options: Any) -> Any:
             errors = importlib.import_module(type(request).__module__.partition(".")[0])  # httpx2; httpx under older openai
-            await rewriter.turn()
+            await rewriter._turn()
             try:
                 async with asyncio.timeout(rewriter.timeout):
                     response = await super().send(request, **options)
