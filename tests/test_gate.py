@@ -135,6 +135,9 @@ def test_a_scorer_must_know_the_tone() -> None:
         Gate(Tone(name="joy", instruction="x"), scorer)
 
 
+NETWORK = "a general architecture for a large-scale, distributed, survivable network"
+
+
 @pytest.mark.parametrize(
     ("answer", "text", "kept"),
     [
@@ -147,11 +150,11 @@ def test_a_scorer_must_know_the_tone() -> None:
         ("Émile Zola", "Emile Zola, of course!", True),
         ("King George III", "George, the third king!", False),
         (
-            "a general architecture for a large-scale, distributed, survivable network",
+            NETWORK,
             "A survivable architecture, large-scale and distributed!",
             True,
         ),
-        ("a general architecture for a large-scale, distributed, survivable network", "A network!", False),
+        (NETWORK, "A network!", False),
         ("won", "They win!", False),
         ("winners", "The winner!", True),
         ("the", "the", True),
@@ -166,8 +169,9 @@ def test_keeps_fact(answer: str, text: str, kept: bool) -> None:
 @pytest.mark.parametrize(
     ("text", "cut"),
     [
-        ("Yes.", False), ("Yes!", False), ('He said "yes."', False), ("(Yes!)", False), ("Yes! 😡🔥", False), ("It is so 😡", False),
-        ("はい。", False), ("Yes…", False), ("Yes,", True), ("Yes and", True), ("Yes -", True), ("", True), ("😡!", False), ("Yes:", True),
+        ("Yes.", False), ("Yes!", False), ('He said "yes."', False), ("(Yes!)", False), ("Yes! 😡🔥", False), ("So 😡", False),
+        ("はい。", False), ("Yes…", False), ("Yes,", True), ("Yes and", True), ("Yes -", True), ("", True),
+        ("😡!", False), ("Yes:", True),
     ],
 )  # fmt: skip
 def test_is_cut(text: str, cut: bool) -> None:

@@ -105,7 +105,8 @@ class HostRewriter:
                     ask = waiting.pop()
                     prompt = self._prompt(ask)
                     asked[ask.fact.id], prompts[ask.fact.id] = ask, len(prompt)
-                    manager.add_request(prompt, ask.fact.id, eos_token_id=self._ends(), seed=seed_of(self.seed, self.tone, ask))
+                    seeds = {"seed": seed_of(self.seed, self.tone, ask)} if self.temperature > 0 else {}
+                    manager.add_request(prompt, ask.fact.id, eos_token_id=self._ends(), **seeds)
                 result = manager.get_result(timeout=1)
                 if result is None and not manager.is_running():
                     raise RealignerError(f"{type(self.host).__name__}: continuous batching stopped ({_why(manager)})")
