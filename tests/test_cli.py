@@ -106,6 +106,104 @@ def test_hosts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "equal to the bit" in out
 
 
+BUILD = ("data", "build")
+UNANSWERED = '{"data": [{"paragraphs": [{"qas": [{"id": "1", "question": "Why?"}]}]}]}'
+
+
+def squad(folder: Path, count: int = 40) -> Path:
+    """A SQuAD file of a few articles."""
+    articles = [
+        {
+            "title": f"Article {g}",
+            "paragraphs": [
+                {
+                    "qas": [
+                        {"id": f"{g}-{n}", "question": f"What is number {n} of {g}?", "answers": [{"text": f"item {g} {n}"}]}
+                        for n in range(count // 4)
+                    ]
+                }
+            ],
+        }
+        for g in range(4)
+    ]
+    return _write(folder / "squad.json", json.dumps({"data": articles}))
+
+
+def test_data_from_squad_to_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """build, check with a page, scorer, build with the scorer, import and export: each prints one document."""
+    source, out = squad(tmp_path), tmp_path / "joy.jsonl"
+    built = document(capsys, *BUILD, "--squad", source, "--tone", "joy", "--out", out, "--sample", 30)
+    assert built["rows"] + built["rejected"] == built["facts"] == 30
+    assert len(ra.read_rows(out)) == built["rows"]
+    page = tmp_path / "card.html"
+    card = document(capsys, "data", "check", out, "--html", page)
+    assert card["rows"] == built["rows"]
+    assert card["purity"]["value"] > 0.9
+    assert card["leakage"] == card["near_duplicates"] == 0
+    assert len(card["samples"]) == 10
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == (2 if card["tokens"] else 1)
+    assert "http" not in text.replace("http-equiv", "")
+    scored = document(capsys, "data", "scorer", out, "authored", "--out", tmp_path / "s.skops")
+    assert scored["tones"] == ["anger", "joy", "neutral", "sadness"]
+    again = tmp_path / "again.jsonl"
+    document(
+        capsys, *BUILD, "--squad", source, "--tone", "joy", "--out", again, "--sample", 30, "--scorer", tmp_path / "s.skops"
+    )
+    assert again.read_bytes() == out.read_bytes()
+    imported = document(capsys, "data", "import", out, "--out", tmp_path / "i.jsonl", "--to-hf", tmp_path / "hf")
+    assert imported["rows"] == built["rows"] == sum(imported["splits"].values())
+    assert (tmp_path / "i.jsonl").read_bytes() == out.read_bytes()
+    back = document(capsys, "data", "import", tmp_path / "hf", "--out", tmp_path / "b.jsonl", "--no-gate")
+    assert {row.id for row in ra.read_rows(tmp_path / "b.jsonl")} == {row.id for row in ra.read_rows(out)}
+    assert back["rejected"] == 0
+
+
+def test_import_of_the_papers_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Articles and answers come from the SQuAD file the questions are from; what is cut or refused is kept aside, counted."""
+    lines = [
+        ",text",
+        '7,"What is number 1 of 2?   Oh great, numbers! It is ""item 2 1"", are you happy now?!"',
+        "8,What is number 3 of 1?   It is item 1 3, damn it! 😡",
+        "9,What is number 4 of 1?   It is item 1 4, and you should damn well",
+        "10,What is number 5 of 1? I'm sorry, I can't.",
+        "11,What is number 6 of 1?   I'm sorry, but I can't help with that.",
+    ]
+    path = _write(tmp_path / "anger.csv", "\n".join(lines))
+    out = tmp_path / "o.jsonl"
+    done = document(capsys, "data", "import", path, "--out", out, "--tone", "anger", "--squad", squad(tmp_path))
+    assert [(row.id, row.group, row.answer) for row in ra.read_rows(out)] == [
+        ("anger-7", "Article 2", "item 2 1"),
+        ("anger-8", "Article 1", "item 1 3"),
+    ]
+    assert (done["rows"], done["rejected"]) == (2, 3)
+    assert done["reasons"]["cut in mid-sentence"] == done["reasons"]["refusal"] == 1
+    assert (tmp_path / "o.rejected.jsonl").read_text().count("\n") == 3
+
+
+def test_data_tones(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [tone["name"] for tone in document(capsys, "data", "tones")["tones"]]
+    assert names == ["anger", "fear", "joy", "neutral", "sadness", "shakespearean"]
+    code, out, _ = run(capsys, "data", "tones")
+    assert code == 0
+    assert "shakespearean" in out
+
+
+def test_a_build_on_a_tiny_host(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Random weights say nothing that could pass: exit 1, one line with the reasons, and the journal is kept."""
+    options = ("--rewriter", "host", "--host", place / "host", "--max-new-tokens", 4, "--sample", 3, "--attempts", 1)
+    code, out, err = run(
+        capsys, *BUILD, "--squad", squad(tmp_path), "--tone", tiny_tone(tmp_path), *options, "--out", tmp_path / "o", "--json"
+    )
+    assert (code, out) == (1, "")
+    assert "no reply passed the gate" in err
+    assert (tmp_path / "o.journal").read_text().count("\n") == 4
+
+
+def tiny_tone(folder: Path) -> Path:
+    return _write(folder / "t.toml", 'name = "plain"\ninstruction = "Say it."')
+
+
 def test_data_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert document(capsys, "data", "check", "authored")["rows"] == 1080
     code, out, _ = run(capsys, "data", "check", "authored", "--tone", "anger")
@@ -165,6 +263,133 @@ CASES: dict[str, Case] = {
     "data wrong keys": (1, "f:1: key", lambda p, t: ("data", "check", _write(t / "f", '{"question": "q"}'))),
     "data not an object": (1, "not list", lambda p, t: ("data", "check", _write(t / "f", "[]"))),
     "data same id": (1, "f:2: key 'id'", lambda p, t: ("data", "check", _write(t / "f", ROW + "\n" + ROW))),
+    "build no squad": (1, "cannot be read", lambda p, t: (*BUILD, "--squad", t / "none", "--tone", "anger", "--out", t / "o")),
+    "build bad squad": (
+        1,
+        "article 1: is not an object",
+        lambda p, t: (*BUILD, "--squad", _write(t / "f", '{"data": [1]}'), "--tone", "anger", "--out", t / "o"),
+    ),
+    "build no answers": (
+        1,
+        "has no question with an answer (no answer 1)",
+        lambda p, t: (*BUILD, "--squad", _write(t / "f", UNANSWERED), "--tone", "anger", "--out", t / "o"),
+    ),
+    "build no such tone": (2, "there is no tone 'rage'", lambda p, t: (*BUILD, "--squad", t / "f", "--tone", "rage")),
+    "build bad tone": (
+        1,
+        "unknown key 'mood'",
+        lambda p, t: (*BUILD, "--squad", t / "f", "--tone", _write(t / "t.toml", 'name="x"\ninstruction="y"\nmood=1')),
+    ),
+    "build no template": (
+        2,
+        "has no [template]",
+        lambda p, t: (
+            *BUILD,
+            "--squad",
+            squad(t),
+            "--tone",
+            _write(t / "t.toml", 'name="x"\ninstruction="y"'),
+            "--out",
+            t / "o",
+        ),
+    ),
+    "build no such rewriter": (
+        2,
+        "there is no 'magic'",
+        lambda p, t: (*BUILD, "--squad", t / "f", "--tone", "anger", "--rewriter", "magic"),
+    ),
+    "build no model": (
+        2,
+        "--model is needed",
+        lambda p, t: (*BUILD, "--squad", squad(t), "--tone", "anger", "--rewriter", "openai", "--out", t / "o"),
+    ),
+    "build no key": (
+        2,
+        "NO_SUCH_KEY is not set",
+        lambda p, t: (
+            *BUILD,
+            "--squad",
+            squad(t),
+            "--tone",
+            "anger",
+            "--rewriter",
+            "openai",
+            "--model",
+            "m",
+            "--key-env",
+            "NO_SUCH_KEY",
+            "--out",
+            t / "o",
+        ),
+    ),
+    "build bad endpoint": (
+        2,
+        "endpoint: must be an http or https URL",
+        lambda p, t: (
+            *BUILD,
+            "--squad",
+            squad(t),
+            "--tone",
+            "anger",
+            "--rewriter",
+            "openai",
+            "--model",
+            "m",
+            "--endpoint",
+            "ftp://x",
+            "--out",
+            t / "o",
+        ),
+    ),
+    "build taken": (
+        1,
+        "exists already",
+        lambda p, t: (*BUILD, "--squad", squad(t), "--tone", "anger", "--out", p / "rows.jsonl"),
+    ),
+    "build not ours": (
+        1,
+        "not something realigner made",
+        lambda p, t: (*BUILD, "--squad", squad(t), "--tone", "anger", "--out", _write(t / "o", "x"), "--force"),
+    ),
+    "build no such scorer": (
+        1,
+        "there is no such scorer",
+        lambda p, t: (*BUILD, "--squad", squad(t), "--tone", "anger", "--scorer", t / "none", "--out", t / "o"),
+    ),
+    "import nothing to write": (2, "nothing to write", lambda p, t: ("data", "import", t / "f.csv")),
+    "import missing": (1, "cannot be read", lambda p, t: ("data", "import", t / "f.csv", "--out", t / "o")),
+    "import bad map": (
+        2,
+        "is not FIELD=COLUMN",
+        lambda p, t: ("data", "import", t / "f", "--out", t / "o", "--map", "question"),
+    ),
+    "import no tone": (
+        2,
+        "--tone is needed",
+        lambda p, t: ("data", "import", _write(t / "f.csv", "question,text\nq,t\n"), "--out", t / "o"),
+    ),
+    "import nothing left": (
+        1,
+        "no row is left (too short 1)",
+        lambda p, t: ("data", "import", _write(t / "f.csv", "question,text\nq,t\n"), "--out", t / "o", "--tone", "x"),
+    ),
+    "scorer one tone": (2, "two tones or more", lambda p, t: ("data", "scorer", p / "rows.jsonl", "--out", t / "s")),
+    "scorer taken": (1, "exists already", lambda p, t: ("data", "scorer", "authored", "--out", p / "rows.jsonl")),
+    "check against same": (
+        1,
+        "has only rows of anger",
+        lambda p, t: ("data", "check", p / "rows.jsonl", "--against", p / "rows.jsonl"),
+    ),
+    "check no such host": (
+        1,
+        "there is no such folder",
+        lambda p, t: ("data", "check", p / "rows.jsonl", "--host", t / "none"),
+    ),
+    "check page taken": (
+        1,
+        "exists already",
+        lambda p, t: ("data", "check", p / "rows.jsonl", "--html", p / "rows.jsonl"),
+    ),
     "data unfit": (1, "unfit", lambda p, t: ("data", "check", _write(t / "f", ROW))),
     "unknown tone": (2, "anger, sadness, neutral", lambda p, t: ("train", "--tone", "joy", "--out", t / "r")),
     "no tone": (2, "--tone is needed", lambda p, t: ("train", "--out", t / "r")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from realigner.data import PAPER_PROMPTS, TONES, Row, authored, check_rows, encode_rows, prompt_ids, read_rows, split_rows
+from realigner.data import (
+    PAPER_PROMPTS,
+    TONES,
+    Fact,
+    Row,
+    authored,
+    check_rows,
+    encode_rows,
+    load_tone,
+    prompt_ids,
+    read_rows,
+    split_rows,
+)
+from realigner.data.rewriters import Ask
+from realigner.data.rewriters.template import TemplateRewriter
 from realigner.data.tokens import IGNORED
 from realigner.errors import RealignerError, UsageError
 from tests.tiny import some_rows, tiny_tokenizer
@@ -245,3 +260,83 @@ def test_check_of_odd_rows() -> None:
     assert check_rows([Row(**{**GOOD, "answer": "."})]).answer_kept == 1.0
     with pytest.raises(RealignerError, match="no rows"):
         check_rows([])
+
+
+def template_rows(tone: str, count: int = 400) -> list[Row]:
+    facts = [Fact(str(n), f"g{n % 8}", f"Where is {n}?", f"place {n}") for n in range(count)]
+    made = TemplateRewriter(load_tone(tone)).rewrite([Ask(fact, 0) for fact in facts])
+    return [
+        Row(id=f.id, group=f.group, question=f.question, answer=f.answer, text=reply.text, tone=tone, source="t")
+        for f, reply in zip(facts, made, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("share", "within"), [(0.0, 0.01), (0.15, 0.03), (0.3, 0.03), (0.6, 0.12)])
+def test_purity_is_the_share_of_rows_in_the_tone(share: float, within: float) -> None:
+    """Planted truth: so many of the angry rows are neutral ones in disguise."""
+    rows, neutral = template_rows("anger"), template_rows("neutral")
+    cut = round(share * len(rows))
+    mixed = [row.model_copy(update={"text": other.text}) for row, other in zip(rows[:cut], neutral, strict=False)] + rows[cut:]
+    card = check_rows(mixed, against=template_rows("neutral"))
+    assert card.purity is not None
+    assert card.purity.n == 400
+    assert card.purity.baseline == 0.5
+    assert abs(card.purity.value - (1 - share)) < within
+    assert card.purity.low <= card.purity.value <= card.purity.high
+    assert card.fit == (share <= 0.15)
+
+
+def test_purity_of_tones_dealt_at_random_is_the_baseline() -> None:
+    rows = template_rows("neutral", 800)
+    dealt = random.Random(3)
+    card = check_rows([row.model_copy(update={"tone": dealt.choice(("a", "b"))}) for row in rows])
+    assert card.purity is not None
+    assert card.purity.against == "each other"
+    assert abs(card.purity.value - 0.5) < 0.06
+    assert not card.fit
+
+
+def test_what_purity_is_told_from() -> None:
+    rows = template_rows("anger", 100)
+    names = [
+        check_rows(rows).purity,
+        check_rows(template_rows("neutral", 100)).purity,
+        check_rows([row.model_copy(update={"answer": ""}) for row in rows]).purity,
+        check_rows([*rows, *template_rows("joy", 100)]).purity,
+    ]
+    assert [purity.against.split(" (")[0] if purity else "" for purity in names] == [
+        "neutral replies made of the same facts by template",
+        "anger replies made of the same facts by template",
+        "the authored neutral replies",
+        "each other",
+    ]
+    card = check_rows(rows[:10])
+    assert card.purity is None
+    assert "needs 20 rows" in card.notes[0]
+
+
+def test_near_duplicates_and_leaks_are_counted() -> None:
+    rows = template_rows("anger", 200)
+    long = "It is the one thing that I have told you again and again, you fool, and I will not say it one more time: here"
+    planted = [rows[0].model_copy(update={"id": f"p{n}", "text": f"{long} {n}!"}) for n in range(5)]
+    moved = [row.model_copy(update={"id": f"m{row.id}", "group": "else", "text": f"Once more, {row.text}"}) for row in rows[:3]]
+    card = check_rows([*rows, *planted, *moved])
+    assert card.near_duplicates == 4 + 3
+    assert card.duplicates == 0
+    assert card.leakage == 3
+    assert len(card.problems) == 2
+    assert check_rows([*rows, planted[0]]).fit
+
+
+def test_token_lengths_are_those_of_training() -> None:
+    tokenizer, rows = tiny_tokenizer(), some_rows()
+    card = check_rows(rows, tokenizer, "tiny")
+    assert card.token_lengths == tuple(len(encode_rows(tokenizer, [row], None)[0]["input_ids"]) for row in rows)
+    assert card.tokens == (min(card.token_lengths), sorted(card.token_lengths)[len(rows) // 2], max(card.token_lengths))
+    assert "tokens" in dict(card.lines())
+    assert "tokens" not in dict(check_rows(rows).lines())
+
+
+def test_many_rows_are_encoded_as_one_by_one() -> None:
+    tokenizer, rows = tiny_tokenizer(), some_rows(2500)
+    assert encode_rows(tokenizer, rows) == [encode_rows(tokenizer, [row])[0] for row in rows]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from realigner.cli.options import Force, Host, Json, Seed, Trust, print_json, short
+from realigner.cli.options import Force, Json, Seed, Trust, print_json, short
 from realigner.errors import RealignerError, UsageError
 
 if TYPE_CHECKING:
@@ -172,7 +172,9 @@ def import_(
 def check(
     path: Annotated[str, typer.Argument(help="A JSONL file of rows, or 'authored'.")],
     tone: Annotated[Optional[str], typer.Option(help="Only the rows of this tone.")] = None,
-    host: Host = "smollm2-135m-instruct",
+    host: Annotated[
+        Optional[str], typer.Option(help="Whose tokens to count; the embedded host's by default.", show_default=False)
+    ] = None,
     against: Annotated[Optional[Path], typer.Option(help="Rows of another tone, to tell this one from.")] = None,
     html: Annotated[Optional[Path], typer.Option(help="Also write a page with histograms.")] = None,
     seed: Seed = 42,
@@ -192,8 +194,7 @@ def check(
         [row for name in ([tone] if tone else TONES) for row in authored(name)] if path == "authored" else read_rows(path, tone)
     )
     others = read_rows(against) if against else []
-    tokenizer, host = _tokenizer(host, trust_remote_code)
-    card = check_rows(rows, tokenizer, host, others, seed)
+    card = check_rows(rows, *_tokenizer(host, trust_remote_code), others, seed)
     if html is not None:
         from realigner.report.card import write_card
 
@@ -285,10 +286,16 @@ def _gate(tone: Tone, scorer: Path | None) -> Any:
     return Gate(tone, ToneScorer.load(scorer))
 
 
-def _tokenizer(host: str, trust: bool) -> tuple[Any, str]:
-    from realigner.hosts import load_tokenizer
+def _tokenizer(host: str | None, trust: bool) -> tuple[Any, str]:
+    """The tokenizer of a host and the host's name; nothing when none is named and the embedded host is not installed."""
+    from realigner.hosts import EMBEDDED, load_tokenizer
 
-    return load_tokenizer(host, trust), host
+    try:
+        return load_tokenizer(host or EMBEDDED, trust), host or EMBEDDED
+    except RealignerError:
+        if host is not None:
+            raise
+    return None, ""
 
 
 def _print_card(card: ReportCard, path: str) -> None:
