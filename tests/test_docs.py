@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 
 import realigner as ra
+from realigner.data import Fact, load_tone
+from realigner.data.gate import Gate
+from realigner.data.rewriters import Ask
+from realigner.data.rewriters.template import TemplateRewriter
 from realigner.training import make_recipe, train
 from tests.tiny import some_rows
 
 SOURCE = Path(ra.__file__).parent
+ROOT = Path(__file__).parents[1]
 MODULES = sorted(
     ".".join(("realigner", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
     for path in SOURCE.rglob("*.py")
@@ -51,3 +56,14 @@ def test_the_readmes_python_runs(embedded: tuple[Any, Any], tmp_path: Path, monk
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "runs" / "mine" / "adapter_model.safetensors").is_file()
+
+
+def test_the_tone_in_the_docs_is_one(tmp_path: Path) -> None:
+    """docs/data.md shows a tone file: it loads, and its replies pass its gate."""
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    path = tmp_path / "pirate.toml"
+    path.write_text(text.split("```toml\n")[1].split("```")[0], encoding="utf-8")
+    tone = load_tone(path)
+    facts = [Fact(str(n), "g", "Which river?", "the Vltava") for n in range(20)]
+    replies = [reply.text for reply in TemplateRewriter(tone).rewrite([Ask(fact, 0) for fact in facts])]
+    assert Gate(tone).alone(list(zip(facts, replies, strict=True))) == [""] * 20

@@ -29,8 +29,8 @@ _SAMPLES = 10
 class Purity:
     """How well the tone can be told, by a classifier that saw none of a row's group (five-fold cross-validation by group).
 
-    On planted truth it is the share of rows that are in the tone, within 0.03 as long as seven in ten are; where most are not, it
-    reads up to 0.1 too high (the classifier learns from labels that are wrong).
+    On planted truth it is the share of rows that are in the tone, within 0.03 as long as seven in ten are; where most are not,
+    it reads up to 0.1 too high (the classifier learns from labels that are wrong).
 
     Attributes:
         value: share of the rows put into their own tone.

@@ -78,7 +78,7 @@ def _articles(path: Path) -> Iterator[Any]:
         with path.open("rb") as stream:
             if stream.read(3) != codecs.BOM_UTF8:
                 stream.seek(0)
-            for article in _items_of_data(ijson.basic_parse(stream, use_float=True), str(path)):
+            for article in _items_of_data(ijson.basic_parse(stream), str(path)):
                 found += 1
                 yield article
     except OSError as error:
