@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
+from realigner.data.schema import first_fault
 from realigner.errors import RealignerError, UsageError
 
 TONES = ("anger", "sadness", "neutral")  # the tones of the authored set
@@ -129,9 +130,4 @@ def _parse(line: bytes, where: str) -> Row:
     try:
         return Row.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise RealignerError(f"{where}: unknown key {key!r}; a row has {', '.join(Row.model_fields)}") from None
-        what = {"missing": "is missing", "string_too_short": "is empty", "string_type": "is not a string"}
-        raise RealignerError(f"{where}: key {key!r} {what.get(first['type'], first['msg'])}") from None
+        raise RealignerError(f"{where}: {first_fault(error, Row, 'a row')}") from None

@@ -32,6 +32,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from realigner.data.schema import first_fault
 from realigner.errors import RealignerError, UsageError
 
 _Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
@@ -144,13 +145,7 @@ def _read(path: Path) -> Tone:
     try:
         return Tone.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise RealignerError(f"{path}: unknown key {key!r}; a tone has {', '.join(Tone.model_fields)}") from None
-        what = {"missing": "is missing", "string_too_short": "is empty", "string_type": "is not a string"}
-        message = what.get(first["type"], first["msg"].removeprefix("Value error, "))
-        raise RealignerError(f"{path}: " + (f"key {key!r} {message}" if key else message)) from None
+        raise RealignerError(f"{path}: {first_fault(error, Tone, 'a tone')}") from None
 
 
 def symbols(text: str) -> list[str]:
