@@ -98,7 +98,10 @@ def build(
         sampling |= {"timeout": timeout, "retries": retries, "price_in": price_in, "price_out": price_out, "key_env": key_env}
         made = EndpointRewriter(chosen, endpoint, model, **sampling)
     gate = _gate(chosen, scorer)
-    built = run_build(facts, chosen, made, out, gate, attempts, force=force, quiet=as_json)
+    try:
+        built = run_build(facts, chosen, made, out, gate, attempts, force=force, quiet=as_json)
+    except KeyboardInterrupt:
+        raise RealignerError("interrupted; the replies so far are kept: run the same command again to go on") from None
     if as_json:
         print_json({**built.to_dict(), "skipped": skipped, "facts": len(facts)})
         return
