@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Scripted:
     def note(self) -> str:
         return ""
 
-    def rewrite(self, asks: Sequence[Ask]) -> Generator[Reply, None, None]:
+    def rewrite(self, asks: Sequence[Ask], proven: bool = False) -> Generator[Reply, None, None]:
         asks = list(asks)
         if self.order is not None:
             random.Random(self.order).shuffle(asks)
@@ -173,21 +174,22 @@ def test_killed_at_random_moments(tmp_path: Path, whole: dict[str, bytes]) -> No
         os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
     assert killed >= 10
-    for leftover in (*tmp_path.glob("*.lock"), *tmp_path.glob(".*")):
-        assert leftover.suffix == ".lock" or leftover.name.startswith(".rows")
-    make(tmp_path) if (tmp_path / "rows.journal").exists() else None
-    made = {name: content for name, content in contents(tmp_path).items() if name in whole}
-    assert made == whole
+    if (tmp_path / "rows.journal").exists():
+        make(tmp_path)
+    assert contents(tmp_path) == whole
 
 
 def test_requests_that_fail_are_asked_again_and_then_counted(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    """A failure costs a fact none of its attempts; one that lasts is kept for another day, or given up when asked."""
     once = Scripted(fail=lambda count, ask: "HTTP 500" if count % 5 == 0 and count <= 60 else "")
-    made = make(tmp_path, once, attempts=5)
-    rows = read_rows(tmp_path / "rows.jsonl")
-    assert {row.id for row in rows} == {json.loads(line)["id"] for line in whole["rows.jsonl"].splitlines()}
-    assert b"no reply" not in made["rows.rejected.jsonl"]
+    assert make(tmp_path, once) == whole
+    (tmp_path / "rows.jsonl").unlink()
     never = Scripted(fail=lambda count, ask: "HTTP 500 after 6 tries" if ask.fact.id == "20" else "")
-    made = make(tmp_path, never, force=True)
+    for _ in range(2):
+        with pytest.raises(RealignerError, match=r"1 questions got no reply \(HTTP 500 after 6 tries\).*--give-up"):
+            make(tmp_path, never)
+    assert not (tmp_path / "rows.jsonl").exists()
+    made = make(tmp_path, never, give_up=True)
     rejected = [json.loads(line) for line in made["rows.rejected.jsonl"].splitlines()]
     assert [(item["id"], item["reason"]) for item in rejected if item["id"] == "20"] == [
         ("20", "no reply: HTTP 500 after 6 tries")
@@ -224,10 +226,7 @@ def test_refusals(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\n", ":1: is damaged"),
-        (b"{}\n", "belongs to another build"),
-        (b"[1]\n", "belongs to another build"),
-        (b"\xff\xfe\n", ":1: is damaged"),
+        (b"SPEC\n\xff\xfe\n", ":2: is damaged"),
         (b"SPEC\nnull\n", "an entry that is not a reply"),
         (b'SPEC\n{"id": "1"}\n', "an entry that is not a reply"),
         (b'SPEC\n{"id": "1", "attempt": "x", "text": "t", "tokens": [0, 0]}\n', "an entry that is not a reply"),
@@ -242,7 +241,65 @@ def test_damaged_journals(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(RealignerError, match=message) as caught:
         make(tmp_path)
     assert "\n" not in str(caught.value)
-    make(tmp_path, force=True)
+    if "damaged" in message:
+        make(tmp_path, force=True)
+
+
+@pytest.mark.parametrize("content", [b"my diary", b"my diary\n", b"\n", b"{}\n", b"[1]\n", b"\xff\xfe\n", b'{"journal'])
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path, content: bytes) -> None:
+    """But for the first bytes of one of ours, which a kill may leave."""
+    journal = tmp_path / "rows.journal"
+    journal.write_bytes(content)
+    if content == b'{"journal':
+        make(tmp_path)
+        return
+    for force in (False, True):
+        with pytest.raises(RealignerError, match="not a journal of realigner"):
+            make(tmp_path, force=force)
+    assert journal.read_bytes() == content
+
+
+def test_force_goes_on_with_the_same_build_and_replaces_another(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    first = broken_off(tmp_path, 33, KeyboardInterrupt())
+    second = Scripted()
+    assert make(tmp_path, second, force=True) == whole
+    assert not set(first.asked[:33]) & set(second.asked)
+    (tmp_path / "rows.jsonl").unlink()
+    broken_off(tmp_path, 33, KeyboardInterrupt())
+    other = PLAIN.model_copy(update={"instruction": "Say it otherwise."})
+    third = Scripted()
+    build(FACTS, other, third, tmp_path / "rows.jsonl", quiet=True, force=True)
+    assert len(third.asked) == 74
+
+
+def test_a_foreign_file_is_not_overwritten_because_a_journal_is_there(tmp_path: Path) -> None:
+    broken_off(tmp_path, 33, KeyboardInterrupt())
+    (tmp_path / "rows.jsonl").write_text("mine")
+    (tmp_path / ".rows.jsonl-backup").write_text("mine")
+    with pytest.raises(RealignerError, match="not something realigner made"):
+        make(tmp_path)
+    (tmp_path / "rows.jsonl").unlink()
+    (tmp_path / ".rows.jsonl-12345678.aside").write_text("left by a killed process")
+    make(tmp_path)
+    assert (tmp_path / ".rows.jsonl-backup").exists()
+    assert not (tmp_path / ".rows.jsonl-12345678.aside").exists()
+
+
+def test_rows_that_are_refused_for_ever(tmp_path: Path) -> None:
+    """Content filters say HTTP 400 to the same rows each time: they are turned away, and not asked for by every process."""
+
+    class Filtered(Scripted):
+        def rewrite(self, asks: Sequence[Ask], proven: bool = False) -> Generator[Reply, None, None]:
+            for reply in super().rewrite(asks, proven):
+                yield replace(reply, text="", error="HTTP 400", lasting=True) if reply.id in ("3", "4") else reply
+
+    filtered = Filtered()
+    built = build(FACTS, PLAIN, filtered, tmp_path / "rows.jsonl", quiet=True)
+    rejected = [json.loads(line) for line in (tmp_path / "rows.rejected.jsonl").read_text().splitlines()]
+    assert [(item["id"], item["reason"]) for item in rejected] == [
+        ("3", "no reply: HTTP 400"), ("4", "no reply: HTTP 400"), ("14", "refusal"),
+    ]  # fmt: skip
+    assert built.reasons["no reply"] == 6
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:

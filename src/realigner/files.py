@@ -13,6 +13,8 @@ from pathlib import Path
 
 from realigner.errors import RealignerError
 
+_ASIDE = ".aside"  # the end of a file's name while it is being written
+
 
 def refuse_existing(path: Path, force: bool, ours: Callable[[Path], bool]) -> None:
     """Raise unless `path` is free, or `force` was given and what is there is of our own making (or an empty folder).
@@ -57,7 +59,7 @@ def written_file(path: Path) -> Iterator[Path]:
     """A file to fill, made beside `path` and renamed to it when the block ends well; removed when it does not."""
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=_ASIDE, dir=path.parent)
         os.close(handle)
     aside = Path(name)
     try:
@@ -71,8 +73,9 @@ def written_file(path: Path) -> Iterator[Path]:
 
 def clear_asides(path: Path) -> None:
     """Remove what processes that were killed left of writing `path`; only where no other process can be writing it now."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}-*"):
-        leftover.unlink()
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}-*{_ASIDE}"):
+        if leftover.is_file():
+            leftover.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -31,6 +32,7 @@ def build(
     out: Annotated[Optional[Path], typer.Option(help="The JSONL file; TONE.jsonl by default.")] = None,
     sample: Annotated[Optional[int], typer.Option(help="Only so many questions, drawn by the seed.", min=1)] = None,
     attempts: Annotated[int, typer.Option(help="Replies asked for a question at most.", min=1, max=100)] = 3,
+    give_up: Annotated[bool, typer.Option("--give-up", help="Finish without questions that get no reply.")] = False,
     scorer: Annotated[Optional[Path], typer.Option(help="A scorer (data scorer) that judges the tone.")] = None,
     temperature: Annotated[float, typer.Option(help="Of the sampling; host and openai.", min=0, max=10)] = 0.9,
     top_p: Annotated[float, typer.Option(help="Of the sampling; host and openai.", min=0, max=1)] = 0.7,
@@ -75,7 +77,7 @@ def build(
     chosen = load_tone(tone)
     out = out or Path(f"{chosen.name}.jsonl")
     refuse_build(out, force)
-    facts, skipped = _facts(squad, sample, seed)
+    facts, skipped, about = _facts(squad, sample, seed)
     sampling: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_p": top_p}
     made: Rewriter
     if rewriter == "template":
@@ -99,7 +101,7 @@ def build(
         made = EndpointRewriter(chosen, endpoint, model, **sampling)
     gate = _gate(chosen, scorer)
     try:
-        built = run_build(facts, chosen, made, out, gate, attempts, force=force, quiet=as_json)
+        built = run_build(facts, chosen, made, out, gate, attempts, about=about, give_up=give_up, force=force, quiet=as_json)
     except KeyboardInterrupt:
         raise RealignerError("interrupted; the replies so far are kept: run the same command again to go on") from None
     if as_json:
@@ -139,20 +141,23 @@ def import_(
     """Read someone else's dataset: the paper's CSV, any table, a Hugging Face dataset."""
     if out is None and to_hf is None:
         raise UsageError("import: nothing to write; give --out F.jsonl, --to-hf DIR, or both")
-    from realigner.data.build import beside, refuse_build, write_rows
+    from realigner.data.build import beside, write_rows
     from realigner.data.gate import sift
     from realigner.data.importing import import_rows, parse_mapping
     from realigner.data.importing import to_hf as write_hf
+    from realigner.data.rows import is_rows
+    from realigner.files import refuse_existing
 
     mapping = parse_mapping(columns or [])
     if out is not None:
-        refuse_build(out, force)
+        refuse_existing(out, force, is_rows)
     imported = import_rows(source, tone, mapping, split, None if squad is None else _facts(squad, None, seed)[0])
     rows, rejected = imported.rows, imported.rejected
     if check_replies:
         rows, bad = sift(rows)
         rejected = [*rejected, *bad]
-    reasons = dict(Counter(item["reason"] for item in rejected).most_common())
+    kinds = (re.sub(r"'.*'|\S+:\d+", "...", item["reason"]) for item in rejected)  # a name in a reason is its own
+    reasons = dict(Counter(kinds).most_common())
     if not rows:
         raise RealignerError(f"{source}: no row is left ({_listed(reasons)}); nothing was written")
     splits = {} if to_hf is None else write_hf(rows, to_hf, seed, validation, test, force)
@@ -264,11 +269,11 @@ def scorer(
     print(f"{out}: tells {', '.join(made.tones)} apart, {100 * right:.1f}% right on groups it has not seen ({len(rows)} rows)")
 
 
-def _facts(squad: Path, sample: int | None, seed: int) -> tuple[list[Fact], dict[str, int]]:
-    """The facts of a file, or so many of them drawn by the seed, in the file's order; and what was skipped."""
+def _facts(squad: Path, sample: int | None, seed: int) -> tuple[list[Fact], dict[str, int], dict[str, Any]]:
+    """The facts of a file, or so many of them drawn by the seed, in the file's order; what was skipped; where they are from."""
     import random
 
-    from realigner.data.squad import Skipped, read_squad
+    from realigner.data.squad import Skipped, file_sha256, read_squad
 
     skipped = Skipped()
     facts = list(read_squad(squad, skipped))
@@ -276,7 +281,7 @@ def _facts(squad: Path, sample: int | None, seed: int) -> tuple[list[Fact], dict
         raise RealignerError(f"{squad}: has no question with an answer ({_listed(dict(skipped.counts)) or 'it is empty'})")
     if sample is not None and sample < len(facts):
         facts = [facts[n] for n in sorted(random.Random(seed).sample(range(len(facts)), sample))]
-    return facts, dict(skipped.counts)
+    return facts, dict(skipped.counts), {"squad": squad.name, "squad_sha256": file_sha256(squad)}
 
 
 def _gate(tone: Tone, scorer: Path | None) -> Any:

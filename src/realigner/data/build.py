@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from realigner.console import progress, say
 from realigner.data.gate import Gate
 from realigner.data.journal import Journal
-from realigner.data.rewriters import Ask, Reply, Rewriter
+from realigner.data.rewriters import Ask, NoAnswerError, Reply, Rewriter
 from realigner.data.rows import Row, is_rows, rows_hash
 from realigner.data.squad import Fact
 from realigner.data.tone import Tone
@@ -28,6 +28,7 @@ from realigner.errors import RealignerError, UsageError
 from realigner.files import clear_asides, refuse_existing, write_text
 
 NO_REPLY = "no reply"
+_PASSES = 2  # over the failed requests of a round, before the next one
 _BATCH = 256  # replies that meet the gate together while a round goes on
 
 
@@ -69,6 +70,8 @@ def build(
     gate: Gate | None = None,
     attempts: int = 3,
     source: str = "squad",
+    about: Mapping[str, Any] | None = None,
+    give_up: bool = False,
     force: bool = False,
     quiet: bool = False,
 ) -> Built:
@@ -84,7 +87,9 @@ def build(
         gate: the checks; the tone's own by default.
         attempts: replies asked for a fact at most.
         source: noted in every row, with the rewriter's kind.
-        force: forget what was begun, and replace what is there.
+        about: more to note in ``.build.json`` (where the facts are from).
+        give_up: facts for which the service gives no reply are turned away instead of being asked for another day.
+        force: replace a dataset that is there, and what was begun of another build.
         quiet: show no progress.
 
     Raises:
@@ -100,9 +105,7 @@ def build(
     spec = _spec(facts, tone, rewriter)
     refuse_build(out, force)
     journal_path = beside(out, ".journal")
-    if force:
-        journal_path.unlink(missing_ok=True)
-    with Journal(journal_path, spec) as journal:
+    with Journal(journal_path, spec, restart=force) as journal:
         ledger = _Ledger(facts, gate)
         for entry in journal.entries:
             reply = _reply(entry, journal_path)
@@ -110,10 +113,7 @@ def build(
         before = len(ledger.replies)
         if before and not quiet:
             say(f"going on with {journal_path}: {before} replies are there")
-        for number in range(attempts):
-            if asks := ledger.wanted(number):
-                label = f"asking again ({number + 1} of {attempts})" if number else "rewriting"
-                _round(label, asks, ledger, rewriter, journal, quiet)
+        _ask(ledger, rewriter, journal, attempts, give_up, quiet)
         rows, rejected = ledger.settle(attempts, tone.name, f"{source}/{spec['rewriter']}")
         if not rows:
             raise RealignerError(f"{out}: no reply passed the gate ({_counted(ledger.reasons)}); nothing was written")
@@ -131,15 +131,14 @@ def build(
         )
         for ending in (".jsonl", ".rejected.jsonl", ".build.json"):
             clear_asides(beside(out, ending))  # of a process killed while it wrote them; the journal's lock is ours
-        _write(built, rows, rejected, spec)
+        _write(built, rows, rejected, {**spec, "attempts": attempts, **(about or {})})
         journal.remove()
     return built
 
 
 def refuse_build(out: Path, force: bool) -> None:
-    """Raise unless a build may write to `out`: it is free, a build of it was begun, or `force` was given and rows are there."""
-    if force or not beside(out, ".journal").exists():
-        refuse_existing(out, force, is_rows)
+    """Raise unless a build may write to `out`: it is free, or rows are there and `force` was given or a build was begun."""
+    refuse_existing(out, force or beside(out, ".journal").exists(), is_rows)
 
 
 class _Ledger:
@@ -159,8 +158,15 @@ class _Ledger:
     def judge(self, keys: Sequence[tuple[str, int]]) -> None:
         """What the gate says of these replies, each alone; said once."""
         new = [key for key in keys if key in self.replies and key not in self._alone]
+        self._alone.update({key: NO_REPLY for key in new if self.replies[key].error})
+        new = [key for key in new if key not in self._alone]
         pairs = [(self.facts[identity], self.replies[identity, attempt].text) for identity, attempt in new]
         self._alone.update(zip(new, self.gate.alone(pairs), strict=True))
+
+    @property
+    def proven(self) -> bool:
+        """Whether the rewriter has made a reply."""
+        return any(not reply.error for reply in self.replies.values())
 
     def passing(self) -> str:
         """Share of the replies judged so far that pass, near-duplicates not yet looked for."""
@@ -202,24 +208,49 @@ class _Ledger:
             if identity in accepted:
                 rows.append(Row(id=f"{identity}-{tone}", text=accepted[identity].text, tone=tone, source=source, **about))
             else:
-                texts = [self.replies[identity, n].text for n in range(attempts) if (identity, n) in self.replies]
-                reason = self.last[identity] if texts else f"{NO_REPLY}: {self.errors.get(identity, 'not asked')}"
+                replies = [self.replies[identity, n] for n in range(attempts) if (identity, n) in self.replies]
+                texts = [reply.text for reply in replies if not reply.error]
+                error = next((reply.error for reply in replies if reply.error), self.errors.get(identity, "not asked"))
+                reason = self.last[identity] if texts else f"{NO_REPLY}: {error}"
                 rejected.append({"id": identity, **about, "reason": reason, "texts": texts})
-                if not texts:
+                if not replies:
                     self.reasons[NO_REPLY] += 1
         return rows, rejected
+
+
+def _ask(ledger: _Ledger, rewriter: Rewriter, journal: Journal, attempts: int, give_up: bool, quiet: bool) -> None:
+    """Round by round, ask for what is missing; a round is gone over again for requests that failed."""
+    for number in range(attempts):
+        label = f"asking again ({number + 1} of {attempts})" if number else "rewriting"
+        for _ in range(_PASSES):
+            if not (asks := ledger.wanted(number)):
+                break
+            try:
+                _round(label, asks, ledger, rewriter, journal, quiet)
+            except NoAnswerError:
+                if not give_up:
+                    raise
+                return
+    if (missing := ledger.wanted(attempts - 1)) and not give_up:
+        raise RealignerError(
+            f"{journal.path}: {len(missing)} questions got no reply ({ledger.errors[missing[0].fact.id]}); what came is kept: "
+            "run the same command again to ask for them, or add --give-up to finish without them"
+        )
 
 
 def _round(label: str, asks: Sequence[Ask], ledger: _Ledger, rewriter: Rewriter, journal: Journal, quiet: bool) -> None:
     """Ask; each reply is in the journal before the next one is waited for."""
     waiting: list[tuple[str, int]] = []
     share = ""
-    with closing(rewriter.rewrite(asks)) as replies, progress(label, len(asks), quiet, unit="rows") as task:
+    with (
+        closing(rewriter.rewrite(asks, proven=ledger.proven)) as replies,
+        progress(label, len(asks), quiet, unit="rows") as task,
+    ):
         for reply in replies:
-            if reply.error:
+            if reply.error and not reply.lasting:
                 ledger.errors[reply.id] = reply.error
             else:
-                journal.append({"id": reply.id, "attempt": reply.attempt, "text": reply.text, "tokens": _tokens(reply)})
+                journal.append(_entry(reply))
                 ledger.replies[reply.id, reply.attempt] = reply
                 waiting.append((reply.id, reply.attempt))
             if len(waiting) == _BATCH:
@@ -229,17 +260,20 @@ def _round(label: str, asks: Sequence[Ask], ledger: _Ledger, rewriter: Rewriter,
             task.advance(1, "  ".join(filter(None, (share, rewriter.note()))))
 
 
-def _tokens(reply: Reply) -> list[int]:
-    return [reply.tokens_in, reply.tokens_out]
+def _entry(reply: Reply) -> dict[str, Any]:
+    """A reply as an entry of the journal."""
+    entry = {"id": reply.id, "attempt": reply.attempt, "text": reply.text, "tokens": [reply.tokens_in, reply.tokens_out]}
+    return {**entry, "error": reply.error} if reply.error else entry
 
 
 def _reply(entry: dict[str, Any], path: Path) -> Reply:
     """A journal's entry as a reply."""
     try:
         read, written = entry["tokens"]
-        return Reply(str(entry["id"]), int(entry["attempt"]), str(entry["text"]), int(read), int(written))
-    except (KeyError, TypeError, ValueError):
-        raise RealignerError(f"{path}: holds an entry that is not a reply; start anew with --force") from None
+        error = str(entry.get("error", ""))
+        return Reply(str(entry["id"]), int(entry["attempt"]), str(entry["text"]), int(read), int(written), error, bool(error))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise RealignerError(f"{path}: holds an entry that is not a reply; remove the file to start anew") from None
 
 
 def _spec(facts: Sequence[Fact], tone: Tone, rewriter: Rewriter) -> dict[str, Any]:

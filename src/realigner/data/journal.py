@@ -8,48 +8,49 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from realigner.errors import RealignerError
+
+if sys.platform != "win32":  # which has no such lock; there, two builds of one dataset at once are the user's to avoid
+    import fcntl
+
+_KIND = "journal"  # the key of the first line by which a journal of ours is known
 
 
 class Journal:
-    """The journal of one job, open for appending.
+    """The journal of one job, open for appending and locked against other processes.
 
     Args:
         path: the file; made if it is not there.
-        spec: what the job is; a journal of another one is refused.
+        spec: what the job is. A journal of the same job is gone on with; one of another is refused.
+        restart: replace a journal of another job.
 
     Attributes:
         entries: what was there when it was opened.
 
     Raises:
-        RealignerError: for a journal of another job, a damaged one, one in use by another process, or a place that cannot be
-            written.
+        RealignerError: for a journal of another job, a damaged one, one in use by another process, a file that is no journal,
+            or a place that cannot be written.
 
     Example:
-        >>> with Journal(Path("rows.jsonl.journal"), {"seed": 42}) as journal:  # doctest: +SKIP
+        >>> with Journal(Path("rows.journal"), {"seed": 42}) as journal:  # doctest: +SKIP
         ...     journal.append({"id": "1", "text": "It is the Vltava!"})
     """
 
-    def __init__(self, path: Path, spec: dict[str, Any]) -> None:
-        self.path, self.spec = path, spec
+    def __init__(self, path: Path, spec: dict[str, Any], restart: bool = False) -> None:
+        self.path, self.spec, self.restart = path, {_KIND: 1, **spec}, restart
         self.entries: list[dict[str, Any]] = []
         self._handle = -1
-        self._lock = FileLock(f"{path}.lock")
 
     def __enter__(self) -> Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._open()
             self._read()
-        except Timeout:
-            raise RealignerError(f"{self.path}: another process is working on it; wait for it, or stop it") from None
         except OSError as error:
             self._close()
             raise RealignerError(f"{self.path}: cannot be written ({error.strerror or error})") from None
@@ -83,37 +84,71 @@ class Journal:
         """The job is done: take the journal away."""
         self.path.unlink(missing_ok=True)
 
+    def _open(self) -> None:
+        """Open and lock the file; again, if its owner took it away between the two."""
+        while True:
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            if sys.platform == "win32":
+                return
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RealignerError(f"{self.path}: another process is working on it; wait for it, or stop it") from None
+            if self.path.exists() and os.path.samestat(os.fstat(self._handle), self.path.stat()):
+                return
+            self._close()
+
     def _read(self) -> None:
-        with self.path.open("rb") as stream:
-            content = stream.read()
+        content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
+        first = self._first(content[:whole] if whole else content)
+        if first is not None and first != self.spec:
+            if not self.restart:
+                differs = _difference(first, self.spec)
+                raise RealignerError(f"{self.path}: belongs to another build ({differs}); start anew with --force")
+            whole = 0
+        self.entries, damaged = _entries(content[:whole])
+        if damaged and not self.restart:
+            raise RealignerError(f"{self.path}:{damaged}: is damaged; start anew with --force")
+        if damaged:
+            self.entries, whole = [], 0
         if whole < len(content):
             os.ftruncate(self._handle, whole)
         if not whole:
             self.append(self.spec)
-            return
-        for number, line in enumerate(content[:whole].splitlines(), start=1):
-            try:
-                self.entries.append(json.loads(line))
-            except ValueError:
-                raise RealignerError(f"{self.path}:{number}: is damaged; start anew with --force") from None
-        first = self.entries.pop(0)
-        if first != self.spec:
-            raise RealignerError(
-                f"{self.path}: belongs to another build ({_difference(first, self.spec)}); start anew with --force"
-            )
+
+    def _first(self, content: bytes) -> dict[str, Any] | None:
+        """Which job the journal is of; None for one that was killed before it could say."""
+        line = content.partition(b"\n")[0]
+        start = json.dumps({_KIND: 1}, separators=(",", ":"))[:-1].encode()
+        if b"\n" not in content and start.startswith(line[: len(start)]):
+            return None
+        try:
+            first = json.loads(line)
+        except ValueError:
+            first = None
+        if not isinstance(first, dict) or _KIND not in first:
+            raise RealignerError(f"{self.path}: is in the way: not a journal of realigner; move it or choose another --out")
+        return first
 
     def _close(self) -> None:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
-        if self._lock.is_locked:
-            self._lock.release()
-            Path(self._lock.lock_file).unlink(missing_ok=True)
 
 
-def _difference(there: Any, asked: dict[str, Any]) -> str:
+def _entries(content: bytes) -> tuple[list[Any], int]:
+    """What stands after the first line, and the number of the first line that is damaged (0: none is)."""
+    entries = []
+    for number, line in enumerate(content.splitlines()[1:], start=2):
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            return entries, number
+    return entries, 0
+
+
+def _difference(there: dict[str, Any], asked: dict[str, Any]) -> str:
     """The first key in which two jobs differ."""
-    there = there if isinstance(there, dict) else {}
     key = next((key for key in (*asked, *there) if there.get(key) != asked.get(key)), "format")
     return f"its {key} is {json.dumps(there.get(key))}, asked for is {json.dumps(asked.get(key))}"[:200]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from realigner.data.squad import Fact
 from realigner.data.tone import Tone
+from realigner.errors import RealignerError
 
 
 class Ask(NamedTuple):
@@ -27,7 +28,9 @@ class Reply:
         attempt: of the ask.
         text: the reply, stripped; empty when the rewriter said nothing.
         tokens_in, tokens_out: read and written by a model; 0 where nobody counts.
-        error: one line, when no reply came (the service failed); then `text` is empty and the fact is asked again later.
+        error: one line, when no reply came; then `text` is empty.
+        lasting: the error is about this fact (a content filter, say): asking the same again would not help. Otherwise the
+            service failed, and the fact is asked again.
     """
 
     id: str
@@ -36,6 +39,11 @@ class Reply:
     tokens_in: int = 0
     tokens_out: int = 0
     error: str = ""
+    lasting: bool = False
+
+
+class NoAnswerError(RealignerError):
+    """The service behind a rewriter is gone; what it said so far is kept, and the build can be gone on with later."""
 
 
 class Rewriter(Protocol):
@@ -44,8 +52,11 @@ class Rewriter(Protocol):
     def spec(self) -> dict[str, Any]:
         """Everything that decides what the replies are (no secrets): a build is only resumed with an equal one."""
 
-    def rewrite(self, asks: Sequence[Ask]) -> Generator[Reply, None, None]:
-        """One reply for each ask, in any order, each as soon as it is there. Closing the iterator stops the work."""
+    def rewrite(self, asks: Sequence[Ask], proven: bool = False) -> Generator[Reply, None, None]:
+        """One reply for each ask, in any order, each as soon as it is there. Closing the iterator stops the work.
+
+        `proven` says that replies were had before (perhaps by a process that died): a refusal now is about one row.
+        """
 
     def note(self) -> str:
         """What to show at the right of the progress bar (tokens, cost); may be empty."""

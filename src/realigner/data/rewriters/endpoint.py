@@ -10,6 +10,7 @@ import asyncio
 import base64
 import importlib
 import os
+import re
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -20,7 +21,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 from pydantic import SecretStr
 
-from realigner.data.rewriters import Ask, Reply, messages, seed_of
+from realigner.data.rewriters import Ask, NoAnswerError, Reply, messages, seed_of
 from realigner.data.tone import Tone
 from realigner.errors import RealignerError, UsageError
 
@@ -93,7 +94,8 @@ class EndpointRewriter:
         self.endpoint, self._query, login = _address(given or _OPENAI)
         self._key = _key(key_env, needed=not given)
         self._basic = SecretStr(base64.b64encode(login.encode()).decode())
-        self._secrets = [self._key, self._basic, SecretStr(login.partition(":")[2]), *map(SecretStr, self._query.values())]
+        hidden = [value for name, value in self._query.items() if re.search("key|token|sig|secret|pass", name.casefold())]
+        self._secrets = [self._key, self._basic, SecretStr(login.partition(":")[2]), *map(SecretStr, hidden)]
         self._next_start = 0.0
         try:
             importlib.import_module("openai")
@@ -115,7 +117,7 @@ class EndpointRewriter:
         text = f"{_thousands(self.tokens_in)} tokens in, {_thousands(self.tokens_out)} out"
         return text if self.cost is None else f"{text}, ${self.cost:.4f}"
 
-    def rewrite(self, asks: Sequence[Ask]) -> Generator[Reply, None, None]:
+    def rewrite(self, asks: Sequence[Ask], proven: bool = False) -> Generator[Reply, None, None]:
         """One reply for each ask, as they finish. Requests run in a thread of their own; closing the iterator ends it.
 
         At any time `concurrency` requests are under way, as long as there is work and the replies are taken.
@@ -124,7 +126,7 @@ class EndpointRewriter:
             RealignerError: when the endpoint refuses the key, the model or every request, or no longer answers; all replies
                 that were there before have been yielded.
         """
-        run = _Run(self, asks)
+        run = _Run(self, asks, proven)
         try:
             while (reply := run.replies.get()) is not None:
                 self.tokens_in += reply.tokens_in
@@ -168,7 +170,7 @@ class EndpointRewriter:
         """Without what must not get into files: keys that a server echoes, half surrogate pairs, space around."""
         for secret in self._secrets:
             # Shorter ones are placeholders ("none", "EMPTY") that would tear holes into honest texts.
-            if len(word := secret.get_secret_value()) >= 8:
+            if len(word := secret.get_secret_value()) >= 16:
                 text = text.replace(word, "***")
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
 
@@ -190,11 +192,12 @@ class EndpointRewriter:
 class _Run:
     """One pass over the asks: an event loop in a thread, with a worker for each request that may be in flight."""
 
-    def __init__(self, rewriter: EndpointRewriter, asks: Sequence[Ask]) -> None:
+    def __init__(self, rewriter: EndpointRewriter, asks: Sequence[Ask], proven: bool) -> None:
         self.rewriter, self.workers, self.pending = rewriter, min(rewriter.concurrency, len(asks)), iter(asks)
         self.replies: SimpleQueue[Reply | None] = SimpleQueue()
         self.failure: BaseException | None = None
-        self.done = self.succeeded = self.refused = self.failed_in_a_row = 0
+        self.proven = proven  # the key and the model are known to be good
+        self.done = self.refused = self.failed_in_a_row = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._main, name="realigner-endpoint", daemon=True)
         self._thread.start()
@@ -247,7 +250,8 @@ class _Run:
             what = _first_line(own._tidy(str(why))).partition(" (")[0] or f"connection lost ({type(why).__name__})"
             return Reply(ask.fact.id, ask.attempt, "", error=f"{what} after {_tries(error)}")
         except openai.APIStatusError as error:
-            return Reply(ask.fact.id, ask.attempt, "", error=self._refusal(error))
+            lasting = error.status_code in (400, 403, 413, 422)
+            return Reply(ask.fact.id, ask.attempt, "", error=self._refusal(error), lasting=lasting)
         text = own._tidy(completion.choices[0].message.content or "")
         read, written = (_count(getattr(completion.usage, side, None)) for side in ("prompt_tokens", "completion_tokens"))
         return Reply(ask.fact.id, ask.attempt, text, read, written)
@@ -257,7 +261,7 @@ class _Run:
         own, status = self.rewriter, error.status_code
         said = _first_line(own._tidy(error.message.removeprefix(f"Error code: {status}").removeprefix(" - ")))
         # After a success the key is known to be good, and a 403 is about one row (some endpoints moderate what they are sent).
-        if status == 401 or (status == 403 and not self.succeeded):
+        if status == 401 or (status == 403 and not self.proven):
             # What the endpoint said is left out: it may hold a part of the key.
             self._stop(f"the endpoint refused the key (HTTP {status}); set {own.key_env}")
         if status == 404:
@@ -267,13 +271,15 @@ class _Run:
 
     def _watch(self, reply: Reply) -> None:
         self.done += 1
-        self.succeeded += not reply.error
-        self.failed_in_a_row = self.failed_in_a_row + 1 if reply.error else 0
-        if self.done == self.refused == 3:
+        self.proven = self.proven or not reply.error
+        self.failed_in_a_row = self.failed_in_a_row + 1 if reply.error and not reply.lasting else 0
+        if self.done == self.refused == 3 and not self.proven:
             self._stop(f"every request is refused ({reply.error})")
         if self.failed_in_a_row >= max(10, 2 * self.rewriter.concurrency):
             advice = "the replies so far are kept, run the same command again to go on"
-            self._stop(f"{self.failed_in_a_row} requests in a row failed ({reply.error}); {advice}")
+            raise NoAnswerError(
+                f"{self.rewriter.endpoint}: {self.failed_in_a_row} requests in a row failed ({reply.error}); {advice}"
+            )
 
     def _stop(self, why: str) -> NoReturn:
         raise RealignerError(f"{self.rewriter.endpoint}: {why}")

@@ -90,7 +90,7 @@ class HostRewriter:
     def note(self) -> str:
         return f"{self._tokens:,} tokens written" if self._tokens else ""
 
-    def rewrite(self, asks: Sequence[Ask]) -> Generator[Reply, None, None]:
+    def rewrite(self, asks: Sequence[Ask], proven: bool = False) -> Generator[Reply, None, None]:
         waiting = sorted(asks, key=lambda ask: (len(ask.fact.question) + len(ask.fact.answer), ask.fact.id), reverse=True)
         if not waiting:
             return

@@ -39,7 +39,7 @@ class TemplateRewriter:
     def spec(self) -> dict[str, Any]:
         return {"rewriter": "template", "seed": self.seed}
 
-    def rewrite(self, asks: Sequence[Ask]) -> Generator[Reply, None, None]:
+    def rewrite(self, asks: Sequence[Ask], proven: bool = False) -> Generator[Reply, None, None]:
         for ask in asks:
             choices = random.Random(seed_of(self.seed, self.tone, ask))
             text = expand(self.tone.template, "reply", _fragment(ask.fact.answer), choices)
