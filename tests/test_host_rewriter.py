@@ -14,7 +14,7 @@ from realigner.data.build import build
 from realigner.data.gate import Gate
 from realigner.data.rewriters import Ask, messages
 from realigner.data.rewriters.host import HostRewriter, SeededSampling
-from realigner.errors import UsageError
+from realigner.errors import RealignerError, UsageError
 from tests.tiny import tiny_pair, tiny_tokenizer
 
 TONE = Tone(name="plain", language="any", instruction="Say it.", examples=())
@@ -46,8 +46,8 @@ def test_replies_do_not_depend_on_the_batch(pair: tuple[Any, Any]) -> None:
     assert not set(again.values()) & set(together.values())
 
 
-def test_greedy_is_generate(pair: tuple[Any, Any]) -> None:
-    host, tokenizer = pair
+def test_greedy_is_generate() -> None:
+    host, tokenizer = tiny_pair("gpt_neox", max_position_embeddings=2048, initializer_range=0.5)
     got = texts(HostRewriter(host, tokenizer, TONE, temperature=0, **SIZES), ASKS)
     for ask in ASKS:
         text = tokenizer.apply_chat_template(messages(TONE, ask.fact), tokenize=False, add_generation_prompt=True)
@@ -55,24 +55,51 @@ def test_greedy_is_generate(pair: tuple[Any, Any]) -> None:
         tokens = host.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         want = " ".join(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True).split())
         assert got[ask.fact.id, 0] == want
+    assert len(set(got.values())) >= 5  # so that a mix-up would show
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.9, 0.7), (2.0, 0.5)])
-def test_sampling_has_the_right_distribution(temperature: float, top_p: float) -> None:
+@pytest.mark.parametrize(("temperature", "top_p", "vocabulary"), [(1.0, 1.0, 50), (0.9, 0.7, 500), (2.0, 0.5, 50)])
+def test_sampling_has_the_right_distribution(temperature: float, top_p: float, vocabulary: int) -> None:
     """20,000 seeds against the nucleus computed in the plain way: chi-squared, and nothing outside the nucleus."""
-    scores = torch.randn(50, generator=torch.Generator().manual_seed(4)) * 2
+    scores = torch.randn(vocabulary, generator=torch.Generator().manual_seed(4)) * 2
     order = (scores / temperature).softmax(-1).sort(descending=True)
     before = order.values.cumsum(-1) - order.values
-    want = torch.zeros(50).scatter(0, order.indices, order.values * (before < top_p))
-    want = want / want.sum()
+    want = torch.zeros(vocabulary).scatter(0, order.indices, order.values * (before < top_p))
+    want = want.double() / want.double().sum()
     sampling = SeededSampling(temperature, top_p)
     seeds = torch.arange(20_000, dtype=torch.int32)
     drawn = sampling(scores.repeat(len(seeds), 1), seeds).argmax(-1)
-    counts = torch.bincount(drawn, minlength=50).double()
+    counts = torch.bincount(drawn, minlength=vocabulary).double()
     assert counts[want == 0].sum() == 0
     usual = want * len(seeds) >= 5
-    expected = (want[usual] / want[usual].sum()).double() * counts[usual].sum()
+    expected = want[usual] / want[usual].sum() * counts[usual].sum()
     assert stats.chisquare(counts[usual].numpy(), expected.numpy()).pvalue > 1e-3
+
+
+def test_never_beyond_the_sixty_four_likeliest() -> None:
+    flat = torch.zeros(2000, 300)
+    flat[:, :64] += 0.01
+    drawn = SeededSampling(1.0, 1.0)(flat, torch.arange(2000, dtype=torch.int32)).argmax(-1)
+    assert drawn.max() < 64
+    assert len(set(drawn.tolist())) == 64
+
+
+@pytest.mark.parametrize("family", ["mpt", "gptj", "falcon"])
+def test_hosts_that_continuous_batching_gets_wrong_are_refused(family: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Other tokens than alone, or none: one line, and nothing printed by others."""
+    host, tokenizer = tiny_pair(family)
+    with pytest.raises(RealignerError, match="continuous batch") as caught:
+        list(HostRewriter(host, tokenizer, TONE, **SIZES).rewrite(ASKS))
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_two_asks_of_one_fact_and_a_dense_prompt(pair: tuple[Any, Any]) -> None:
+    dense = Fact("dense", "g", "川" * 60, "日本")
+    asks = [Ask(FACTS[0], 0), Ask(FACTS[0], 1), Ask(dense, 0), Ask(Fact("long", "g", "x" * 150, "y"), 0)]
+    assert set(texts(HostRewriter(*pair, TONE, max_new_tokens=4, batch_size=1), asks)) == {
+        ("0", 0), ("0", 1), ("dense", 0), ("long", 0),
+    }  # fmt: skip
 
 
 def test_counts_and_notes(pair: tuple[Any, Any]) -> None:
@@ -85,10 +112,20 @@ def test_counts_and_notes(pair: tuple[Any, Any]) -> None:
 
 
 def test_closing_stops_the_work(pair: tuple[Any, Any]) -> None:
-    before = threading.active_count()
-    replies = HostRewriter(*pair, TONE, **SIZES).rewrite(ASKS)
+    """At once: the texts under way, hundreds of tokens each, are not finished first."""
+    before, steps = threading.active_count(), 0
+
+    def count(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+
+    handle = pair[0].register_forward_hook(count)
+    replies = HostRewriter(*pair, TONE, max_new_tokens=600, batch_size=4).rewrite(ASKS)
     next(replies)
+    at_close = steps
     replies.close()
+    handle.remove()
+    assert steps <= at_close + 3
     assert threading.active_count() == before
 
 

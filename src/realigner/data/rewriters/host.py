@@ -7,7 +7,9 @@ asks for the same replies; only rounding (another batch in half precision) can c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -18,15 +20,17 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
 )
-from transformers.generation.continuous_batching.requests import FutureRequestState
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 
 from realigner.data.rewriters import Ask, Reply, messages, seed_of
 from realigner.data.tone import Tone
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import fingerprint
 
-_NUCLEUS = 64  # the most likely tokens among which the nucleus is looked for
+_NUCLEUS = 64  # never more than the likeliest so many tokens are sampled from, whatever top_p says
 _PAGE = 32  # tokens of a block of the cache
+_MEASURED = 200  # of the longest prompts by bytes, to find the longest by tokens
+_PROOF = 6  # tokens that are compared with a plain forward
 
 
 class HostRewriter:
@@ -36,15 +40,16 @@ class HostRewriter:
         host, tokenizer: from `load_host`.
         tone: what is asked for.
         seed: of the sampling.
-        temperature, top_p: of the sampling; the paper's are 0.9 and 0.7. Temperature 0 is greedy. (The paper's repetition
-            penalty has no place in continuous batching; the gate turns away what runs in circles, by length.)
+        temperature, top_p: of the sampling, which is among the 64 likeliest tokens at most; the paper's are 0.9 and 0.7.
+            Temperature 0 is greedy. (The paper's repetition penalty has no place in continuous batching; the gate turns away
+            what runs in circles, by length.)
         max_new_tokens: of a reply; the paper's 210 is for a 7-billion-parameter host.
         batch_size: replies in the making at a time.
         examples: of the tone, shown before the fact.
 
     Raises:
         UsageError: for a number out of range.
-        RealignerError: for a host that continuous batching cannot run.
+        RealignerError: when replies are asked for, for a host that gives other tokens in continuous batches than alone.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class HostRewriter:
         self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
         self.batch_size, self.examples = batch_size, examples
         self._tokens = 0
+        self._checked = False
 
     def spec(self) -> dict[str, Any]:
         identity = fingerprint(self.host)
@@ -91,41 +97,56 @@ class HostRewriter:
         return f"{self._tokens:,} tokens written" if self._tokens else ""
 
     def rewrite(self, asks: Sequence[Ask], proven: bool = False) -> Generator[Reply, None, None]:
-        waiting = sorted(asks, key=lambda ask: (len(ask.fact.question) + len(ask.fact.answer), ask.fact.id), reverse=True)
-        if not waiting:
+        if not asks:
             return
-        longest = len(self._prompt(waiting[0])) + _PAGE  # characters and tokens do not grow quite alike
-        manager = self._manager(longest + self.max_new_tokens)
-        asked: dict[str, Ask] = {}
-        prompts: dict[str, int] = {}
-        try:
-            manager.start()
+        self._check_host(asks)
+        waiting = sorted(asks, key=_size, reverse=True)
+        longest = max(len(self._prompt(ask)) for ask in waiting[:_MEASURED])
+        asked: dict[str, tuple[Ask, int]] = {}
+        with closing(self._running(longest + _PAGE)) as manager:
             while waiting or asked:
                 while waiting and len(asked) < 2 * self.batch_size:
                     ask = waiting.pop()
                     prompt = self._prompt(ask)
-                    asked[ask.fact.id], prompts[ask.fact.id] = ask, len(prompt)
+                    name = f"{ask.fact.id}/{ask.attempt}"
+                    asked[name] = ask, len(prompt)
                     seeds = {"seed": seed_of(self.seed, self.tone, ask)} if self.temperature > 0 else {}
-                    manager.add_request(prompt, ask.fact.id, eos_token_id=self._ends(), **seeds)
-                result = manager.get_result(timeout=1)
-                if result is None and not manager.is_running():
-                    raise RealignerError(f"{type(self.host).__name__}: continuous batching stopped ({_why(manager)})")
-                if result is None or not result.is_finished():
-                    continue
-                ask = asked.pop(result.request_id)
-                self._tokens += len(result.generated_tokens)
-                text = self._text(result.generated_tokens)
-                counts = prompts.pop(ask.fact.id), len(result.generated_tokens)
-                yield Reply(ask.fact.id, ask.attempt, text, *counts, error=result.error or "")
-        finally:
-            manager.stop(block=True, timeout=30)
-            manager.destroy()
+                    manager.add_request(prompt, name, eos_token_id=self._ends(), **seeds)
+                result = manager.next()
+                ask, read = asked.pop(result.request_id)
+                written = len(result.generated_tokens)
+                self._tokens += written
+                yield Reply(ask.fact.id, ask.attempt, self._text(result.generated_tokens), read, written)
 
-    def _manager(self, longest: int) -> ContinuousBatchingManager:
-        """transformers' manager, with our sampling in place of its own."""
+    def _check_host(self, asks: Sequence[Ask]) -> None:
+        """Prove, once, that continuous batches give what the host gives alone: on some hosts they do not, and say nothing.
+
+        Two prompts of unlike length are continued together, greedily; each token must be the likeliest by a plain forward,
+        within rounding.
+        """
+        if self._checked:
+            return
+        prompts = [self._prompt(asks[0]), self._prompt(asks[0])[3:]]
+        with closing(self._running(max(map(len, prompts)) + _PAGE, greedy=True)) as manager:
+            for number, prompt in enumerate(prompts):
+                manager.add_request(prompt, str(number), max_new_tokens=_PROOF, eos_token_id=[-1])
+            results = {result.request_id: result.generated_tokens for result in (manager.next(), manager.next())}
+        for number, prompt in enumerate(prompts):
+            tokens = torch.tensor([prompt + results[str(number)]], device=self.host.device)
+            with torch.no_grad():
+                logits = self.host(tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+            chosen = logits.gather(-1, tokens[0, len(prompt) :, None])[:, 0]
+            behind = (logits.max(dim=-1).values - chosen).max() / logits.abs().max()
+            if behind > (1e-4 if self.host.dtype == torch.float32 else 0.05):
+                host = type(self.host).__name__
+                raise RealignerError(f"{host}: gives other tokens in continuous batches than alone; rewrite with another host")
+        self._checked = True
+
+    def _running(self, longest: int, greedy: bool = False) -> _Manager:
+        """transformers' manager, started, with our sampling in place of its own; for prompts of at most `longest` tokens."""
         sizes: dict[str, Any] = {}
         if self.host.device.type == "cpu":  # elsewhere it fits itself to the free memory
-            blocks = self.batch_size * (-(-longest // _PAGE) + 1)
+            blocks = self.batch_size * (-(-(longest + self.max_new_tokens) // _PAGE) + 1)
             sizes = {"num_blocks": blocks, "max_batch_tokens": max(256, 8 * self.batch_size)}
         settings = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
@@ -140,16 +161,12 @@ class HostRewriter:
             manager: ContinuousBatchingManager = self.host.init_continuous_batching(settings, batching)
         except (ValueError, AttributeError, NotImplementedError) as error:
             what = " ".join(str(error).split())[:160]
-            raise RealignerError(
-                f"{type(self.host).__name__}: continuous batching does not run on this host ({what})"
-            ) from None
-        if self.temperature > 0:
-            sampling = ContinuousBatchingLogitsProcessorList(
-                LogitsProcessorList([SeededSampling(self.temperature, self.top_p)])
-            )
-            sampling.tensors_required = 1
-            manager.logit_processor = sampling
-        return manager
+            raise RealignerError(f"{type(self.host).__name__}: cannot be run in continuous batches ({what})") from None
+        if self.temperature > 0 and not greedy:
+            processors = LogitsProcessorList([SeededSampling(self.temperature, self.top_p)])
+            manager.logit_processor = ContinuousBatchingLogitsProcessorList(processors)
+            manager.logit_processor.tensors_required = 1
+        return _Manager(manager, type(self.host).__name__)
 
     def _prompt(self, ask: Ask) -> list[int]:
         turns = messages(self.tone, ask.fact, self.examples)
@@ -173,6 +190,37 @@ class HostRewriter:
             text = text.split("\n")[0]  # a base model goes on with the next question
         text = " ".join(text.split())
         return text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] == '"' and text.count('"') == 2 else text
+
+
+class _Manager:
+    """transformers' manager of continuous batches, running; what goes wrong in its thread comes out of `next` as one line."""
+
+    def __init__(self, manager: ContinuousBatchingManager, host: str) -> None:
+        self._manager, self._host = manager, host
+        self.add_request = manager.add_request
+        self._log = logging.getLogger("ContinuousBatchingLogger")
+        self._level = self._log.level
+        self._log.setLevel(logging.CRITICAL + 1)  # it prints tracebacks for what is raised here
+        manager.start()
+
+    def next(self) -> GenerationOutput:
+        """The next finished request."""
+        while True:
+            result = self._manager.get_result(timeout=1)
+            error = self._manager.background_thread_status.fatal_error or (result and result.error)
+            if error or (result is None and not self._manager.is_running()):
+                what = " ".join(str(error or "it ended").split())[:200]
+                raise RealignerError(f"{self._host}: continuous batching failed ({what}); rewrite with another host")
+            if result is not None and result.is_finished():
+                return result
+
+    def close(self) -> None:
+        """Stop at once, whatever is under way."""
+        try:
+            self._manager.stop(block=True, timeout=30, hard_stop=True)
+            self._manager.destroy()
+        finally:
+            self._log.setLevel(self._level)
 
 
 class SeededSampling(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
@@ -220,6 +268,6 @@ def _plain(turns: Sequence[dict[str, str]]) -> str:
     return "\n".join([*lines, "Rewritten:"])
 
 
-def _why(manager: ContinuousBatchingManager) -> str:
-    error = manager.background_thread_status.fatal_error
-    return " ".join(str(error).split())[:200] if error else "no reason given"
+def _size(ask: Ask) -> tuple[int, str]:
+    """What asks are sorted by: bytes, of which a token has about as many in any script."""
+    return len((ask.fact.question + ask.fact.answer).encode()), ask.fact.id
