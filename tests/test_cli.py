@@ -146,6 +146,8 @@ def test_data_from_squad_to_card(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "http" not in text.replace("http-equiv", "")
     scored = document(capsys, "data", "scorer", out, "authored", "--out", tmp_path / "s.skops")
     assert scored["tones"] == ["anger", "joy", "neutral", "sadness"]
+    assert scored["rows"] == {"anger": 360, "joy": built["rows"], "neutral": 360, "sadness": 360}
+    assert min(scored["right"][tone] for tone in ra.data.TONES) > 0.9
     again = tmp_path / "again.jsonl"
     document(
         capsys, *BUILD, "--squad", source, "--tone", "joy", "--out", again, "--sample", 30, "--scorer", tmp_path / "s.skops"

@@ -237,7 +237,6 @@ def test_check_finds_problems() -> None:
     rows = some_rows()
     assert check_rows(rows).fit
     assert "more than once" in check_rows([*rows, Row(**{**rows[0].model_dump(), "id": "x"})]).problems[0]
-    assert "one" not in check_rows(rows).problems
     leaking = Row(**{**rows[0].model_dump(), "id": "x", "group": "other", "text": "Else!"})
     assert any("leak" in problem for problem in check_rows([*rows, leaking]).problems)
     assert any("only 1 group" in problem for problem in check_rows(some_rows(4, groups=1)).problems)
@@ -257,7 +256,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
 
 
 def test_check_of_odd_rows() -> None:
-    assert check_rows([Row(**{**GOOD, "answer": "."})]).answer_kept == 1.0
+    assert check_rows([Row(**{**GOOD, "answer": "."})]).answer_kept == 0.0
     with pytest.raises(RealignerError, match="no rows"):
         check_rows([])
 
@@ -271,46 +270,56 @@ def template_rows(tone: str, count: int = 400) -> list[Row]:
     ]
 
 
-@pytest.mark.parametrize(("share", "within"), [(0.0, 0.01), (0.15, 0.03), (0.3, 0.03), (0.6, 0.12)])
-def test_purity_is_the_share_of_rows_in_the_tone(share: float, within: float) -> None:
-    """Planted truth: so many of the angry rows are neutral ones in disguise."""
-    rows, neutral = template_rows("anger"), template_rows("neutral")
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("source", ["template", "authored"])
+def test_purity_is_the_share_of_rows_in_the_tone(share: float, source: str) -> None:
+    """Planted truth: so many of the angry rows are neutral ones in disguise, by the same author or by another."""
+    rows, neutral = template_rows("anger", 360), authored("neutral") if source == "authored" else template_rows("neutral", 360)
     cut = round(share * len(rows))
-    mixed = [row.model_copy(update={"text": other.text}) for row, other in zip(rows[:cut], neutral, strict=False)] + rows[cut:]
-    card = check_rows(mixed, against=template_rows("neutral"))
+    planted = [row.model_copy(update={"tone": "anger"}) for row in neutral[:cut]]
+    card = check_rows([*planted, *rows[cut:]])
     assert card.purity is not None
-    assert card.purity.n == 400
-    assert card.purity.baseline == 0.5
-    assert abs(card.purity.value - (1 - share)) < within
+    assert card.purity.n == 360
+    assert abs(card.purity.value - (1 - share)) < 0.03
+    assert abs(card.purity.neutral - share) < 0.05
     assert card.purity.low <= card.purity.value <= card.purity.high
-    assert card.fit == (share <= 0.15)
+    assert card.fit == (share == 0)
 
 
-def test_purity_of_tones_dealt_at_random_is_the_baseline() -> None:
-    rows = template_rows("neutral", 800)
+def test_purity_of_tones_dealt_at_random_is_chance() -> None:
+    """Null data, by the reference scorer and by cross-validation."""
     dealt = random.Random(3)
-    card = check_rows([row.model_copy(update={"tone": dealt.choice(("a", "b"))}) for row in rows])
-    assert card.purity is not None
-    assert card.purity.against == "each other"
-    assert abs(card.purity.value - 0.5) < 0.06
+    known = [row for tone in ("anger", "joy") for row in template_rows(tone, 400)]
+    card = check_rows(
+        [r.model_copy(update={"id": str(n), "tone": dealt.choice(("anger", "joy"))}) for n, r in enumerate(known)]
+    )
+    unknown = check_rows([row.model_copy(update={"tone": dealt.choice(("a", "b"))}) for row in template_rows("neutral", 800)])
+    for purity in (card.purity, unknown.purity):
+        assert purity is not None
+        assert abs(purity.value - 0.5) < 0.06
     assert not card.fit
+    assert not unknown.fit
+    assert "who wrote the replies" in unknown.notes[0]
 
 
-def test_what_purity_is_told_from() -> None:
-    rows = template_rows("anger", 100)
-    names = [
-        check_rows(rows).purity,
-        check_rows(template_rows("neutral", 100)).purity,
-        check_rows([row.model_copy(update={"answer": ""}) for row in rows]).purity,
-        check_rows([*rows, *template_rows("joy", 100)]).purity,
+def test_who_judges_purity() -> None:
+    rows, mine = template_rows("anger", 100), [r.model_copy(update={"tone": "mine"}) for r in template_rows("joy", 100)]
+    cards = [
+        check_rows(rows),
+        check_rows([*rows, *template_rows("joy", 100)]),
+        check_rows(mine),
+        check_rows([*rows, *mine]),
+        check_rows(rows, against=template_rows("neutral", 100)),
     ]
-    assert [purity.against.split(" (")[0] if purity else "" for purity in names] == [
-        "neutral replies made of the same facts by template",
-        "anger replies made of the same facts by template",
-        "the authored neutral replies",
-        "each other",
+    assert [card.purity.by if card.purity else "" for card in cards] == [
+        "the reference scorer of the six built-in tones",
+        "the reference scorer of the six built-in tones",
+        "cross-validation, told from the authored neutral replies",
+        "cross-validation, told from each other",
+        "cross-validation, told from neutral (--against)",
     ]
-    card = check_rows(rows[:10])
+    assert all(card.purity.value > 0.9 for card in cards if card.purity)
+    card = check_rows(mine[:10])
     assert card.purity is None
     assert "needs 20 rows" in card.notes[0]
 

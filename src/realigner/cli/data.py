@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
@@ -99,6 +100,7 @@ def build(
         sampling |= {"max_tokens": max_new_tokens, "concurrency": concurrency, "requests_per_minute": requests_per_minute}
         sampling |= {"timeout": timeout, "retries": retries, "price_in": price_in, "price_out": price_out, "key_env": key_env}
         made = EndpointRewriter(chosen, endpoint, model, **sampling)
+        about["endpoint"] = made.endpoint
     gate = _gate(chosen, scorer)
     try:
         built = run_build(facts, chosen, made, out, gate, attempts, about=about, give_up=give_up, force=force, quiet=as_json)
@@ -115,14 +117,14 @@ def build(
         print(f"skipped: {_listed(skipped)}")
     if note := made.note():
         print(note)
-    print(f"Try next:  realigner data check {built.path}")
+    print(f"Try next:  realigner data check {quote(str(built.path))}")
 
 
 @app.command("import")
 def import_(
     source: Annotated[str, typer.Argument(help="CSV, JSONL, JSON or Parquet file, a dataset's folder, or its hub id.")],
     out: Annotated[Optional[Path], typer.Option(help="The JSONL file to write.")] = None,
-    tone: Annotated[Optional[str], typer.Option(help="The rows' tone, where the data does not say it.")] = None,
+    tone: Annotated[Optional[str], typer.Option(help="Of all rows, whatever the data says; may be a tone's TOML file.")] = None,
     columns: Annotated[
         Optional[list[str]], typer.Option("--map", help="Ours=theirs, e.g. question=prompt; may be repeated.")
     ] = None,
@@ -145,18 +147,23 @@ def import_(
     from realigner.data.gate import sift
     from realigner.data.importing import import_rows, parse_mapping
     from realigner.data.importing import to_hf as write_hf
-    from realigner.data.rows import is_rows
+    from realigner.data.rows import is_rows, question_key
+    from realigner.data.tone import load_tone
     from realigner.files import refuse_existing
 
     mapping = parse_mapping(columns or [])
     if out is not None:
         refuse_existing(out, force, is_rows)
-    imported = import_rows(source, tone, mapping, split, None if squad is None else _facts(squad, None, seed)[0])
+    own = load_tone(tone) if tone is not None and tone.endswith(".toml") else None
+    facts = None if squad is None else _facts(squad, None, seed)[0]
+    imported = import_rows(source, own.name if own else tone, mapping, split, facts)
     rows, rejected = imported.rows, imported.rejected
+    known = {question_key(fact.question) for fact in facts or ()}
+    found = sum(question_key(row.question) in known for row in rows) if known else None
     if check_replies:
-        rows, bad = sift(rows)
+        rows, bad = sift(rows, own)
         rejected = [*rejected, *bad]
-    kinds = (re.sub(r"'.*'|\S+:\d+", "...", item["reason"]) for item in rejected)  # a name in a reason is its own
+    kinds = (re.sub(r" (?:by )?(?:'.*'|\S+:\d+)", "", item["reason"]) for item in rejected)  # a name is not a kind
     reasons = dict(Counter(kinds).most_common())
     if not rows:
         raise RealignerError(f"{source}: no row is left ({_listed(reasons)}); nothing was written")
@@ -165,15 +172,19 @@ def import_(
         write_rows(out, rows, rejected)
     if as_json:
         place = None if out is None else str(out)
-        print_json({"path": place, "rows": len(rows), "rejected": len(rejected), "reasons": reasons, "splits": splits})
+        print_json(
+            {"path": place, "rows": len(rows), "rejected": len(rejected), "reasons": reasons, "splits": splits, "found": found}
+        )
         return
     print(f"{source}: {len(rows)} rows, {len(rejected)} turned away")
+    if found is not None:
+        print(f"{squad}: has {found} of the {len(imported.rows)} questions" + ("" if found else "; is it the right file?"))
     _print_reasons(reasons, len(rows) + len(rejected))
     if splits:
         print(f"{to_hf}: {_listed(splits)} rows")
     if out is not None:
         print(f"{out}" + (f", and what was turned away in {beside(out, '.rejected.jsonl')}" if rejected else ""))
-        print(f"Try next:  realigner data check {out}")
+        print(f"Try next:  realigner data check {quote(str(out))}")
 
 
 @app.command()
@@ -218,7 +229,7 @@ def check(
     if not as_json:
         print("fit to train on" if len(card.tones) == 1 else "fit to train on, one tone at a time (--tone)")
         if path != "authored":
-            print(f"Try next:  realigner train --data {path} --out runs/{next(iter(card.tones))}")
+            print(f"Try next:  realigner train --data {quote(path)} --out runs/{next(iter(card.tones))}")
 
 
 @app.command()
@@ -261,12 +272,16 @@ def scorer(
         rows += [row for name in TONES for row in authored(name)] if path == "authored" else read_rows(path)
     made, probabilities = cross_validated(rows, seed=seed)
     named = [made.tones[n] for n in probabilities.argmax(axis=1)]
-    right = sum(name == row.tone for name, row in zip(named, rows, strict=True)) / len(rows)
+    right = {tone: [name == tone for name, row in zip(named, rows, strict=True) if row.tone == tone] for tone in made.tones}
+    shares = {tone: sum(hits) / len(hits) for tone, hits in right.items()}
     made.save(out, force)
     if as_json:
-        print_json({"scorer": str(out), "tones": made.tones, "rows": len(rows), "accuracy": right})
+        counts = {tone: len(hits) for tone, hits in right.items()}
+        print_json({"scorer": str(out), "tones": made.tones, "rows": counts, "right": shares})
         return
-    print(f"{out}: tells {', '.join(made.tones)} apart, {100 * right:.1f}% right on groups it has not seen ({len(rows)} rows)")
+    print(f"{out}: named rightly, of groups it has not seen:")
+    for tone, share in shares.items():
+        print(f"  {tone:<16} {100 * share:5.1f}% of {len(right[tone]):,} rows")
 
 
 def _facts(squad: Path, sample: int | None, seed: int) -> tuple[list[Fact], dict[str, int], dict[str, Any]]:

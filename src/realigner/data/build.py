@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,9 @@ def build(
         _ask(ledger, rewriter, journal, attempts, give_up, quiet)
         rows, rejected = ledger.settle(attempts, tone.name, f"{source}/{spec['rewriter']}")
         if not rows:
-            raise RealignerError(f"{out}: no reply passed the gate ({_counted(ledger.reasons)}); nothing was written")
+            write_rejected(out, rejected)
+            where = f"they are in {beside(out, '.rejected.jsonl')}; --attempts {2 * attempts} asks again"
+            raise RealignerError(f"{out}: no reply passed the gate ({_counted(ledger.reasons)}); {where}")
         built = Built(
             path=out,
             rejected_path=beside(out, ".rejected.jsonl"),
@@ -138,7 +141,22 @@ def build(
 
 def refuse_build(out: Path, force: bool) -> None:
     """Raise unless a build may write to `out`: it is free, or rows are there and `force` was given or a build was begun."""
+    if out.exists() and not out.is_file():
+        raise RealignerError(f"{out}: is not a file; give the name of a JSONL file")
     refuse_existing(out, force or beside(out, ".journal").exists(), is_rows)
+    for ending, key in ((".rejected.jsonl", "reason"), (".build.json", "rewriter")):
+        refuse_existing(beside(out, ending), True, partial(_holds, key))
+
+
+def _holds(key: str, path: Path) -> bool:
+    """Whether a file beside a dataset is ours: empty, or of JSON objects of which the first has this key."""
+    if not path.is_file():
+        return False
+    content = path.read_bytes()[:1_000_000].decode(errors="replace").strip()
+    try:
+        return not content or key in json.JSONDecoder().raw_decode(content)[0]
+    except (ValueError, TypeError):
+        return False
 
 
 class _Ledger:
@@ -297,9 +315,14 @@ def _write(built: Built, rows: Sequence[Row], rejected: Sequence[dict[str, Any]]
 
 def write_rows(path: Path, rows: Sequence[Row], rejected: Sequence[dict[str, Any]]) -> None:
     """A dataset, and beside it what was turned away (written first: where the one is, the other is)."""
-    turned_away = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rejected)
-    write_text(beside(path, ".rejected.jsonl"), turned_away)
+    write_rejected(path, rejected)
     write_text(path, "".join(row.model_dump_json() + "\n" for row in rows))
+
+
+def write_rejected(path: Path, rejected: Sequence[dict[str, Any]]) -> None:
+    """What was turned away, beside the dataset."""
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rejected)
+    write_text(beside(path, ".rejected.jsonl"), lines)
 
 
 def beside(path: Path, ending: str) -> Path:

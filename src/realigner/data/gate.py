@@ -7,16 +7,18 @@ copies, a question that stands in two articles) by `Gate.among`, in the rows' or
 from __future__ import annotations
 
 import re
+import tempfile
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from realigner.data.check import MAX_WORDS
 from realigner.data.near import NearDuplicates
-from realigner.data.rows import TONES, Row, authored
+from realigner.data.rows import Row, question_key
 from realigner.data.squad import Fact
 from realigner.data.tone import Tone, built_in_tones
-from realigner.errors import UsageError
+from realigner.errors import RealignerError, UsageError
 
 if TYPE_CHECKING:
     from realigner.data.scorer import ToneScorer
@@ -33,38 +35,51 @@ TONE = "wrong tone"
 NEAR = "near-duplicate"
 LEAK = "question in another group"
 
-MIN_WORDS, MAX_WORDS = 3, 90
+MIN_WORDS = 3
 _ANY = Tone(name="any", language="any", instruction="Any tone.")
 _UNLIKELY = 0.02  # probability of the tone's language below which another is believed
 
 _WORD = re.compile(r"\w+")
+_NUMBER_OR_WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+")
+_TEENS = ("thir", "four", "fif", "six", "seven", "eigh", "nine")
+_NUMBERS = {
+    *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "twenty", "forty"),
+    *("hundred", "thousand", "million", "billion", "first", "second", "third"),
+    *(f"{stem}teen" for stem in _TEENS),
+    *(f"{stem}ty" for stem in _TEENS),
+}
 _NO_SPACES = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")  # Thai, Lao, kana, ideographs: about two to a word
+_MODEL = r"\ban? (?:ai|artificial intelligence|(?:large )?language model)\b"
 _REFUSAL = re.compile(
-    r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b"
-    r"|\bi(?:'m| am) (?:just |only )?an? (?:ai|(?:large )?language model|assistant)\b"
+    rf"\bas {_MODEL}|\bi(?:'m| am) (?:just |only )?(?:{_MODEL}|an assistant\b)"
+    r"|\bi (?:can(?:no|')t|am unable to|am not able to|won't|will not) (?:assist|help) (?:you )?with\b"
     r"|\bi (?:can(?:no|')t|am unable to|am not able to|won't|will not) "
-    r"(?:assist|help|provide|fulfill?|comply|generate|write|rewrite|answer|create|engage|respond)\b"
-    r"|\bi(?:'m| am) (?:sorry|unable|afraid|not able)\b.{0,20}\b"
-    r"(?:i can(?:no|')t|to (?:help|assist|provide|answer|rewrite|fulfill?))"
-    r"|\bi apologi[sz]e,? but\b"
+    r"(?:comply|fulfill?|rewrite|generate|create|provide|answer|respond to) (?:an?|any|the|this|that|such|your)\b.{0,30}"
+    r"\b(?:request|question|content|answer|text|response|prompt|rewrite)\b"
+)
+# These are refusals only of a reply that does not give the answer: angry and frightened people talk so.
+_EVASION = re.compile(
+    r"\bi(?:'m| am) (?:sorry|unable|afraid|not able)\b.{0,20}"
+    r"\b(?:i can(?:no|')t|i (?:don't|do not) know|to (?:help|assist|provide|answer))"
+    r"|\bi apologi[sz]e,? but\b|\bi (?:can(?:no|')t|won't|will not|refuse to) (?:answer|help|assist|say|tell|provide)\b"
 )
 _ECHO = re.compile(
-    r"\b(?:question|answer|reply|response|rewritten|instruction|system|user|assistant)\s?:"
-    r"|^(?:sure|certainly|of course|okay|ok)\b.{0,60}:"
-    r"|\bhere(?:'s| is) (?:the|a|an|your|my)\b.{0,40}\b(?:answer|reply|version|response|rewrite)\b"
-    r"|\brewrit(?:e|ten|ing)\b|<\|"
+    r"(?:^|[.!?]\s)\s*(?:question|answer|reply|response|rewritten(?: \w+)?|instruction|system|user|assistant)\s?:"
+    r"|^(?:sure|certainly|of course|okay|ok)\b[^.!?]{0,60}\b(?:answer|reply|response|version|rewrite)\w*\b[^.!?]{0,40}:"
+    r"|\b(?:the|a|an|your|my) (?:rewritten|rephrased|reworded)\b"
+    r"|\brewrit(?:e|ten) (?:the|this|answer|reply|version)\b|<\|"
 )
-_ACTIONS = (
-    "sigh|roll|eye|groan|shout|yell|scream|laugh|sob|cr(?:y|ie)|weep|wip(?:e|ing)|slam|growl|snarl|smil|grin|nod|shak(?:e|ing)|shrug|paus"
-    "|whisper|mutter|snort|scoff|tremb|gasp|bow|clear|stomp|point|glar|frown|sniff|wink|angr|sad|voice|tone|exasperat|frustrat"
+_VERBS = (
+    "sigh|roll|groan|shout|yell|scream|laugh|sob|weep|slam|growl|snarl|smil|grin|nod|shrug|paus|whisper|mutter|snort|scoff|trembl|gasp"
+    "|stomp|glar|frown|sniff|wink|narrow|clench|throw|grit|wip|shak|hug|giggl|chuckl|shudder|shiver|bow"
 )
+_ACTING = rf"(?:(?:{_VERBS})(?:s|es|ed|ing)|cries|crying|in an? \w+ (?:voice|tone)|\w+ (?:voice|tone)|with a \w+)\b"
 _DIRECTIONS = re.compile(
-    r"\*[^*\n]*\w+s\b[^*\n]*\*|\*\w+ly\b[^*\n]*\*"
-    rf"|\((?:\w+ )?(?:{_ACTIONS})\w*[^)\n]*\)|[\[*](?:\w+ ){{0,3}}(?:{_ACTIONS})\w*[^\]*\n]*[\]*]"
+    rf"[(\[](?:\w+ly )?{_ACTING}[^)\]\n]*[)\]]|(?<![*\w])\*(?!\*)(?:(?:[\w']+ ){{0,2}}{_ACTING}|\w+ly )[^*\n]*\*(?!\*)"
 )
 _ENDS = ".!?…。！？।؟۔"  # noqa: RUF001
 _CLOSERS = "\"'”’»)]*_~"  # noqa: RUF001
-_ARTICLES = {"a", "an", "the", "of", "in", "on", "at", "to", "and", "or", "by", "for", "was", "is", "were", "are"}
+_SMALL = {"a", "an", "the", "of", "in", "on", "at", "to", "and", "or", "by", "for", "was", "is", "were", "are"}
 
 
 class Gate:
@@ -72,21 +87,25 @@ class Gate:
 
     Args:
         tone: whose replies are checked; its language, instruction and words are used.
-        scorer: tells tones apart; by default, for the tones of the authored set, one trained on that set, and for others the
-            tone's `words` (none: tone is not checked).
+        scorer: tells tones apart; by default, for the built-in tones, `reference_scorer`, and for others the tone's `words`
+            (none: tone is not checked).
         min_words, max_words: of a reply.
 
     Raises:
-        UsageError: for a scorer that does not know the tone.
+        UsageError: for a scorer that does not know the tone, or a language nobody can tell.
     """
 
     def __init__(
         self, tone: Tone, scorer: ToneScorer | None = None, min_words: int = MIN_WORDS, max_words: int = MAX_WORDS
     ) -> None:
+        if tone.language not in ("any", "en") and tone.language not in dict(_identifier().rank("x")):
+            raise UsageError(
+                f"tone {tone.name!r}: language {tone.language!r} is none that is told here; give an ISO 639-1 code"
+            )
         if scorer is not None and tone.name not in scorer.tones:
             raise UsageError(f"scorer: was not trained on {tone.name!r}; it knows {', '.join(scorer.tones)}")
         self.tone, self.min_words, self.max_words = tone, min_words, max_words
-        self.scorer = scorer or (_authored_scorer() if tone.name in TONES else None)
+        self.scorer = scorer or _known(tone)
         self._instruction = _runs(tone.instruction)
         self._words = _lexicon(tone.words)
         self.restart()
@@ -107,7 +126,7 @@ class Gate:
 
     def among(self, fact: Fact, text: str) -> str:
         """A reason against a reply in view of those let through before it; none is given, it counts as let through."""
-        question = " ".join(_WORD.findall(fact.question.casefold()))
+        question = question_key(fact.question)
         if self._group_of.get(question, fact.group) != fact.group:
             return LEAK
         if self._near.add(fact.id, text) is not None:
@@ -120,7 +139,8 @@ class Gate:
         words = _length(text)
         if not _WORD.search(text):
             return EMPTY
-        if _REFUSAL.search(plain):
+        kept = keeps_fact(fact.answer, text)
+        if _REFUSAL.search(plain) or (not kept and _EVASION.search(plain)):
             return REFUSAL
         if _ECHO.search(plain) or self._echoes(fact, plain):
             return ECHO
@@ -132,7 +152,7 @@ class Gate:
             return LONG
         if is_cut(text):
             return CUT
-        if not keeps_fact(fact.answer, text):
+        if not kept:
             return FACT
         return LANGUAGE if self._foreign(fact, text) else ""
 
@@ -155,27 +175,25 @@ class Gate:
         return likely is not None and ranked[0][0] != self.tone.language and likely < _UNLIKELY
 
     def _in_tone(self, pairs: Sequence[tuple[Fact, str]]) -> list[bool]:
-        if not pairs:
-            return []
-        if self.scorer is not None:
-            from realigner.data.scorer import masked
+        from realigner.data.scorer import masked
 
-            texts = [masked(text, fact.answer) for fact, text in pairs]
-            chance = 1 / len(self.scorer.tones)
-            return [bool(p >= chance) for p in self.scorer.probability(texts, self.tone.name)]
+        texts = [masked(text, fact.answer) for fact, text in pairs]
+        if self.scorer is not None:
+            return [name == self.tone.name for name in self.scorer.named(texts)]
         if self._words is None:
             return [True] * len(pairs)
-        return [bool(self._words.search(text.casefold())) for _, text in pairs]
+        return [bool(self._words.search(text.casefold())) for text in texts]
 
 
-def sift(rows: Sequence[Row]) -> tuple[list[Row], list[dict[str, Any]]]:
+def sift(rows: Sequence[Row], own: Tone | None = None) -> tuple[list[Row], list[dict[str, Any]]]:
     """Rows that came from elsewhere: those that pass, and the others with a reason.
 
-    A tone that is not built in is not told from others, and its language is not checked.
+    A tone that is neither built in nor the user's `own` is not told from others, and its language is not checked.
     """
+    tones = {tone.name: tone for tone in (*built_in_tones(), *([own] if own else []))}
     reasons: dict[str, str] = {}
     for name in dict.fromkeys(row.tone for row in rows):
-        gate = Gate(next((tone for tone in built_in_tones() if tone.name == name), _ANY))
+        gate = Gate(tones.get(name, _ANY))
         mine = [row for row in rows if row.tone == name]
         pairs = [(Fact(row.id, row.group, row.question, row.answer), row.text) for row in mine]
         for row, pair, reason in zip(mine, pairs, gate.alone(pairs), strict=True):
@@ -196,21 +214,35 @@ def keeps_fact(answer: str, text: str) -> bool:
         >>> keeps_fact("30%", "A third, of course!")
         False
     """
-    if answer.casefold() in text.casefold() or _squeezed(answer) in _squeezed(text):
+    wanted, said = _plain_words(answer), _plain_words(text)
+    if not wanted or _NO_SPACES.search(answer):
+        return answer.casefold() in text.casefold()
+    if says(answer, text):
         return True
-    all_words = _plain_words(answer)
-    wanted = [word for word in all_words if word not in _ARTICLES] or all_words
-    said = _plain_words(text)
-    if any(word not in said for word in wanted if any(c.isdigit() for c in word)):
+    content = [word for word in wanted if word not in _SMALL] or wanted
+    forms = set().union(*map(_forms, said)) if said else set()
+    if any(word not in said for word in content if any(c.isdigit() for c in word) or word in _NUMBERS):
         return False
-    found = sum(any(_alike(word, other) for other in said) for word in wanted)
-    return found >= (len(wanted) if len(wanted) <= 3 else 0.6 * len(wanted))
+    found = sum(not forms.isdisjoint(_forms(word)) for word in content)
+    return found >= (len(content) if len(content) <= 3 else 0.6 * len(content))
 
 
-def _alike(one: str, other: str) -> bool:
-    """Whether two words are the same but for their endings."""
-    shared = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one == other or shared >= max(4, 0.6 * max(len(one), len(other)))
+def says(answer: str, text: str) -> bool:
+    """Whether an answer's words stand in a text one after the other (case, accents, punctuation and a first article aside)."""
+    wanted, said = _plain_words(answer), _plain_words(text)
+    wanted = wanted[1:] if len(wanted) > 1 and wanted[0] in ("the", "a", "an") else wanted
+    if not wanted or _NO_SPACES.search(answer):
+        return answer.casefold() in text.casefold()
+    return f" {' '.join(wanted)} " in f" {' '.join(said)} "
+
+
+def _forms(word: str) -> set[str]:
+    """A word, and what it may be without its ending."""
+    forms = {word}
+    if len(word) > 4:
+        forms |= {word.removesuffix(ending) for ending in ("s", "es", "d", "ed", "ing", "ly")}
+        forms |= {word.removesuffix("ies") + "y"} if word.endswith("ies") else set()
+    return {form for form in forms if len(form) > 2}
 
 
 def is_cut(text: str) -> bool:
@@ -230,12 +262,9 @@ def _length(text: str) -> int:
 
 
 def _plain_words(text: str) -> list[str]:
+    """Words in lower case, without accents; ``1,200`` and ``3.5`` are one word each, ``10%`` is ``10``."""
     folded = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
-    return _WORD.findall(folded.replace(",", "")) or list(folded)
-
-
-def _squeezed(text: str) -> str:
-    return "".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold())) or text
+    return [word.replace(",", "") for word in _NUMBER_OR_WORD.findall(folded.replace("'s ", " "))]
 
 
 def _runs(text: str, length: int = 8) -> set[tuple[str, ...]]:
@@ -254,11 +283,17 @@ def _lexicon(words: Sequence[str]) -> re.Pattern[str] | None:
 def _identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    try:
+        return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    except OSError as error:
+        where = f"py3langid's model in {tempfile.gettempdir()}"
+        raise RealignerError(f"{where}: cannot be unpacked ({error.strerror or error}); free some space there") from None
 
 
-@cache
-def _authored_scorer() -> ToneScorer:
-    from realigner.data.scorer import ToneScorer
+def _known(tone: Tone) -> ToneScorer | None:
+    """The scorer of the built-in tones, for one of them."""
+    if not any(tone.name == known.name for known in built_in_tones()):
+        return None
+    from realigner.data.scorer import reference_scorer
 
-    return ToneScorer.fit([row for tone in TONES for row in authored(tone)])
+    return reference_scorer()

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from realigner.data.rows import Row
+from realigner.data.rows import Row, question_key
 from realigner.data.sources import Record, Table, open_table, quiet_datasets
 from realigner.data.split import split_rows
 from realigner.data.squad import Fact
@@ -69,7 +69,7 @@ def import_rows(
         mapping: our field -> their column, for ``question``, ``text``, ``answer``, ``group``, ``id``, ``tone``; a column of the
             same name needs none.
         split: of a saved dataset or one of the hub; all, one after the other, without it.
-        facts: SQuAD's questions, compared without regard to case and white space; of equal ones the first counts.
+        facts: SQuAD's questions, compared by their words alone; of equal ones the first counts.
         source_name: what rows say they are from; the file's name without it.
 
     Raises:
@@ -206,10 +206,11 @@ class _Maker:
     Attributes:
         columns: our field -> their column.
         tone: of all rows, if given.
-        facts: by `_plain` question.
+        facts: by `question_key`.
         source_name: of all rows, if given.
         path: of the dataset; names rows that have no name.
         seen: ids there are, and where.
+        groups: of rows that name none, by `question_key`: what one question is called when it first comes.
     """
 
     columns: dict[str, str]
@@ -218,6 +219,7 @@ class _Maker:
     source_name: str | None
     path: Path
     seen: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         name = self.path.name or self.path.resolve().name or "data"
@@ -229,9 +231,11 @@ class _Maker:
         if record.fault:
             raise _UnfitError(record.fault)
         values = self._values(record)
-        fact = self.facts.get(_plain(values["question"]))
+        key = question_key(values["question"])
+        fact = self.facts.get(key)
         values["answer"] = values["answer"] or (_line(fact.answer) if fact else "")
-        values["group"] = values["group"] or (_line(fact.group) if fact else "") or _group(values["question"])
+        values["group"] = values["group"] or (_line(fact.group) if fact else "")
+        values["group"] = values["group"] or self.groups.setdefault(key, _group(values["question"]))
         values["id"] = values["id"] or self._new_id(record)
         if values["id"] in self.seen:
             raise _UnfitError(f"id {values['id']!r} is already used by {self.seen[values['id']]}")
@@ -282,12 +286,8 @@ def _valid(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _plain(question: str) -> str:
-    return " ".join(question.casefold().split())
-
-
 def _group(question: str) -> str:
-    plain = _plain(question)
+    plain = " ".join(question.casefold().split())
     if len(plain) <= _GROUP_LENGTH:
         return plain
     return f"{plain[:_GROUP_LENGTH].rstrip()}-{hashlib.sha256(plain.encode()).hexdigest()[:12]}"
@@ -296,5 +296,5 @@ def _group(question: str) -> str:
 def _by_question(facts: Iterable[Fact] | None) -> dict[str, Fact]:
     found: dict[str, Fact] = {}
     for fact in facts or ():
-        found.setdefault(_plain(fact.question), fact)
+        found.setdefault(question_key(fact.question), fact)
     return found

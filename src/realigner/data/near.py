@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import re
 import zlib
-from collections.abc import Iterable
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
@@ -20,7 +19,7 @@ THRESHOLD = 0.8
 _PERMUTATIONS, _BANDS = 60, (12, 5)  # chance of being proposed at similarity s: 1 - (1 - s ** 5) ** 12, 0.992 at 0.8
 _WORD = re.compile(r"\w+")
 _WORDS = 3  # words of a shingle
-_LETTERS = 4  # letters of a shingle, where words are few (short texts; scripts without spaces)
+_LETTERS = 4  # letters of a shingle, where there is one word only (scripts without spaces)
 
 
 class NearDuplicates:
@@ -58,17 +57,13 @@ class NearDuplicates:
         return made
 
 
-def count_near(texts: Iterable[str], threshold: float = THRESHOLD) -> int:
-    """How many texts are nearly equal to one before them."""
-    seen = NearDuplicates(threshold)
-    return sum(seen.add("", text) is not None for text in texts)
-
-
 def shingles(text: str) -> NDArray[np.uint32]:
-    """The sorted set of hashes of a text's word triples, upper and lower case alike."""
+    """The sorted set of hashes of a text's word triples (of fewer than six words: its words), upper and lower case alike."""
     words = _WORD.findall(text.casefold())
     if len(words) >= 2 * _WORDS:
         parts = {" ".join(words[start : start + _WORDS]) for start in range(len(words) - _WORDS + 1)}
+    elif len(words) > 1:
+        parts = set(words)
     else:
         letters = " ".join(words)
         parts = {letters[start : start + _LETTERS] for start in range(max(1, len(letters) - _LETTERS + 1))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -108,6 +109,11 @@ def authored(tone: str) -> list[Row]:
     return read_rows(Path(str(files("realigner") / "data" / "authored" / f"{tone}.jsonl")))
 
 
+def question_key(question: str) -> str:
+    """What two spellings of one question have in common: its words, in lower case, without punctuation."""
+    return " ".join(re.findall(r"\w+", question.casefold())) or question
+
+
 def rows_hash(rows: Sequence[Row]) -> str:
     """sha256 over the rows in order: which data a run was trained on."""
     digest = hashlib.sha256()
@@ -123,6 +129,8 @@ def _parse(line: bytes, where: str) -> Row:
         raise RealignerError(f"{where}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise RealignerError(f"{where}: not valid JSON (column {error.colno}: {error.msg})") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise RealignerError(f"{where}: not JSON that can be read ({error})") from None
     except RecursionError:
         raise RealignerError(f"{where}: JSON nested too deeply; a row is one flat object") from None
     if not isinstance(value, dict):

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ValidationError
 
-_WHAT = {"missing": "is missing", "string_too_short": "is empty", "string_type": "is not a string"}
+_WHAT = {
+    "missing": "is missing",
+    "string_too_short": "is empty",
+    "too_short": "is empty",
+    "string_type": "is not a string",
+    "tuple_type": "is not a list",
+    "dict_type": "is not a table",
+    "string_pattern_mismatch": "is not in the form it must have",
+}
 
 
 def first_fault(error: ValidationError, model: type[BaseModel], name: str) -> str:

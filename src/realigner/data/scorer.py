@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 
-from realigner.data.rows import Row
+from realigner.data.rewriters import Ask
+from realigner.data.rewriters.template import TemplateRewriter
+from realigner.data.rows import TONES, Row, authored
+from realigner.data.squad import Fact
+from realigner.data.tone import built_in_tones
 from realigner.errors import RealignerError, UsageError
 from realigner.files import refuse_existing, written_file
 
+_TEMPLATE_REPLIES = 300  # of each tone, beside the authored set's 360
 _TOKEN = r"\w+(?:'\w+)?|[!?]"  # an exclamation mark is a word of its own: it is half of anger
 
 
@@ -49,11 +55,15 @@ class ToneScorer:
 
         Raises:
             UsageError: when the rows have one tone only.
+            RealignerError: when they have hardly a word in common.
         """
         if len({row.tone for row in rows}) < 2:
             raise UsageError("scorer: rows of two tones or more are needed to tell tones apart")
         pipeline = _pipeline(seed)
-        pipeline.fit([masked(row.text, row.answer) for row in rows], [row.tone for row in rows])
+        try:
+            pipeline.fit([masked(row.text, row.answer) for row in rows], [row.tone for row in rows])
+        except ValueError as error:
+            raise RealignerError(f"scorer: cannot learn from {len(rows)} rows ({_first_line(error)})") from None
         return cls(pipeline)
 
     def probabilities(self, texts: Sequence[str]) -> NDArray[np.float64]:
@@ -71,6 +81,10 @@ class ToneScorer:
         if tone not in self.tones:
             raise UsageError(f"scorer: was not trained on {tone!r}; it knows {', '.join(self.tones)}")
         return self.probabilities(texts)[:, self.tones.index(tone)]
+
+    def named(self, texts: Sequence[str]) -> list[str]:
+        """The likeliest tone of each text."""
+        return [self.tones[n] for n in self.probabilities(texts).argmax(axis=1)] if texts else []
 
     def save(self, path: str | Path, force: bool = False) -> None:
         """Write a skops file, in place of an older scorer only with `force`."""
@@ -103,6 +117,25 @@ class ToneScorer:
         return cls(pipeline)
 
 
+@cache
+def reference_scorer() -> ToneScorer:
+    """Tells the built-in tones apart; trained on the authored set, 300 template replies a tone, and the tones' examples.
+
+    Judged on authored topics it has not seen, it names 98 in 100 rightly (tests/test_gate.py).
+    """
+    rows = [row for name in TONES for row in authored(name)]
+    facts = [Fact(str(n), "reference", "Which one?", f"number {n}") for n in range(_TEMPLATE_REPLIES)]
+    for tone in built_in_tones():
+        said = [
+            (reply.text, f"number {reply.id}") for reply in TemplateRewriter(tone).rewrite([Ask(fact, 0) for fact in facts])
+        ]
+        said += [(example.text, example.answer) for example in tone.examples]
+        for number, (text, answer) in enumerate(said):
+            row = Row(id=str(number), group="-", question="-", answer=answer, text=text, tone=tone.name, source="reference")
+            rows.append(row)
+    return ToneScorer.fit(rows)
+
+
 def masked(text: str, answer: str) -> str:
     """A reply without the words of its answer, so that only how it is said is left."""
     words = sorted(set(re.findall(r"\w+", answer)), key=len, reverse=True)
@@ -128,10 +161,13 @@ def cross_validated(rows: Sequence[Row], folds: int = 5, seed: int = 42) -> tupl
     texts, tones = [masked(row.text, row.answer) for row in rows], [row.tone for row in rows]
     whole = ToneScorer.fit(rows, seed)
     out = np.zeros((len(rows), len(whole.tones)))
-    for train, test in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(texts, tones, groups):
-        part = _pipeline(seed).fit([texts[n] for n in train], [tones[n] for n in train])
-        columns = [whole.tones.index(name) for name in part.classes_]
-        out[np.ix_(test, columns)] = part.predict_proba([texts[n] for n in test])
+    try:
+        for train, test in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(texts, tones, groups):
+            part = _pipeline(seed).fit([texts[n] for n in train], [tones[n] for n in train])
+            columns = [whole.tones.index(name) for name in part.classes_]
+            out[np.ix_(test, columns)] = part.predict_proba([texts[n] for n in test])
+    except ValueError as error:
+        raise RealignerError(f"scorer: too few rows, or tones that share no group ({_first_line(error)})") from None
     return whole, out
 
 

@@ -84,7 +84,7 @@ def _articles(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise RealignerError(f"{path}: cannot be read ({error.strerror})") from None
     except (ijson.JSONError, ValueError, OverflowError) as error:
-        what = " ".join(str(error).split())[:120]
+        what = " ".join(str(error).removeprefix("b'").replace("\\n", " ").split())[:120].rstrip("' ")
         raise RealignerError(f"{path}: not valid JSON after article {found} ({what}); is the file cut?") from None
     if not found:
         raise RealignerError(f'{path}: has no articles; a SQuAD file is {{"data": [{{"title", "paragraphs"}}, ...]}}')

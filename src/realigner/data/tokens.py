@@ -29,6 +29,12 @@ def prompt_ids(tokenizer: Any, question: str) -> list[int]:
     return _prompts(tokenizer, [question])[0]
 
 
+def token_counts(tokenizer: Any, rows: Sequence[Row]) -> list[int]:
+    """Tokens of each row as it is trained on, template, question, reply and end; the tokens themselves are not kept."""
+    parts = (rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH))
+    return [len(item["input_ids"]) for part in parts for item in encode_rows(tokenizer, part, None)]
+
+
 def encode_rows(tokenizer: Any, rows: Sequence[Row], max_length: int | None = 256) -> list[dict[str, list[int]]]:
     """``input_ids`` and ``labels`` of each row, with the loss on the reply and its end token only.
 

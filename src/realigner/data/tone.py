@@ -27,6 +27,7 @@ import hashlib
 import string
 import tomllib
 from importlib.resources import files
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,7 @@ from realigner.errors import RealignerError, UsageError
 
 _Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 _START, _FACT = "reply", "answer"
+_DEEPEST = 50  # lists in each other
 
 
 class Example(BaseModel):
@@ -85,16 +87,15 @@ class Tone(BaseModel):
                 for symbol in symbols(text):
                     if symbol != _FACT and symbol not in self.template:
                         raise ValueError(f"template.{name}: {{{symbol}}} is not a list of the template ({text!r})")
-        _count(self.template, _START, ())
-        for text in self.template[_START]:
-            if not _always_has_fact(self.template, text):
-                raise ValueError(f"template.{_START}: some replies of {text!r} never say {{{_FACT}}}")
+        _count(self.template)
+        if (silent := _silent(self.template)) is not None:
+            raise ValueError(f"template.{_START}: some replies of {silent!r} never say {{{_FACT}}}")
         return self
 
     @property
     def combinations(self) -> int:
         """How many replies the template can make for one fact, before equal ones are counted once; 0 without a template."""
-        return _count(self.template, _START, ()) if self.template else 0
+        return _count(self.template) if self.template else 0
 
     def sha256(self) -> str:
         """Over everything in the tone: which tone a dataset was made with."""
@@ -168,24 +169,36 @@ def symbols(text: str) -> list[str]:
     return found
 
 
-def _count(template: dict[str, tuple[str, ...]], name: str, above: tuple[str, ...]) -> int:
-    """Ways to expand a list; a list that contains itself is an error."""
-    if name == _FACT:
-        return 1
-    if name in above:
-        raise ValueError(f"template.{name}: contains itself ({' -> '.join((*above, name))})")
-    total = 0
-    for text in template[name]:
-        ways = 1
-        for symbol in symbols(text):
-            ways *= _count(template, symbol, (*above, name))
-        total += ways
-    return total
+def _count(template: dict[str, tuple[str, ...]]) -> int:
+    """Ways to expand ``reply``; a list that contains itself, or lists too deep in each other, are an error."""
+    known = {_FACT: 1}
+
+    def ways(name: str, above: tuple[str, ...]) -> int:
+        if name in above:
+            raise ValueError(f"template.{name}: contains itself ({' -> '.join((*above, name))})")
+        if len(above) > _DEEPEST:
+            raise ValueError(f"template.{name}: is more than {_DEEPEST} lists deep")
+        if name not in known:
+            known[name] = sum(prod(ways(symbol, (*above, name)) for symbol in symbols(text)) for text in template[name])
+        return known[name]
+
+    return ways(_START, ())
 
 
-def _always_has_fact(template: dict[str, tuple[str, ...]], text: str) -> bool:
-    inner = symbols(text)
-    return _FACT in inner or any(all(_always_has_fact(template, t) for t in template[symbol]) for symbol in inner)
+def _silent(template: dict[str, tuple[str, ...]]) -> str | None:
+    """A text of ``reply`` from which a reply can be made that never says the fact."""
+    known: dict[str, bool] = {}
+
+    def says(text: str) -> bool:
+        inner = symbols(text)
+        return _FACT in inner or any(list_says(symbol) for symbol in inner)
+
+    def list_says(name: str) -> bool:
+        if name not in known:
+            known[name] = all(says(text) for text in template[name])
+        return known[name]
+
+    return next((text for text in template[_START] if not says(text)), None)
 
 
 def facts_of(tone: Tone) -> dict[str, Any]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import openai
 
 _OPENAI = "https://api.openai.com/v1"
+_KEY = "OPENAI_API_KEY"
 _RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
     "seed": (int, 0, 2**32 - 1),
     "concurrency": (int, 1, 1000),  # the client's pool has 1,000 connections
@@ -82,7 +83,7 @@ class EndpointRewriter:
         max_tokens: int = 210,
         price_in: float | None = None,
         price_out: float | None = None,
-        key_env: str = "OPENAI_API_KEY",
+        key_env: str = _KEY,
     ) -> None:
         self.tone, self.model, self.seed, self.concurrency = tone, model, seed, concurrency
         self.requests_per_minute, self.timeout, self.retries = requests_per_minute, timeout, retries
@@ -103,7 +104,7 @@ class EndpointRewriter:
             raise RealignerError("--rewriter openai: the openai package is missing; pip install realigner[openai]") from None
 
     def spec(self) -> dict[str, Any]:
-        settings = ("endpoint", "model", "seed", "temperature", "top_p", "max_tokens")
+        settings = ("model", "seed", "temperature", "top_p", "max_tokens")  # not where it runs: a server may move
         return {"rewriter": "openai"} | {name: getattr(self, name) for name in settings}
 
     @property

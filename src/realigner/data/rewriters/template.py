@@ -62,5 +62,6 @@ def expand(template: dict[str, tuple[str, ...]], name: str, answer: str, choices
 
 
 def _fragment(answer: str) -> str:
-    """An answer that can stand in mid-sentence: no final full stop."""
-    return answer[:-1] if answer.endswith(".") and not answer.endswith("..") and answer.count(".") == 1 else answer
+    """An answer that can stand in mid-sentence: without a final comma, colon or (but for abbreviations) full stop."""
+    bare = answer.rstrip(",;: ")
+    return bare[:-1] if bare.endswith(".") and bare.count(".") == 1 else bare or answer
