@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -16,7 +17,9 @@ from typing import Any
 
 import pytest
 
-from realigner.data import Fact, Tone
+from realigner.data import Fact, Tone, read_rows
+from realigner.data.build import build
+from realigner.data.gate import Gate
 from realigner.data.rewriters import Ask, Reply, messages, seed_of
 from realigner.data.rewriters.endpoint import EndpointRewriter
 from realigner.errors import RealignerError, UsageError
@@ -82,6 +85,26 @@ def test_a_thousand_asks_with_every_misbehaviour() -> None:
     assert all(server.behaved[behaviour] for behaviour in (*shares, "good"))
     assert server.most == 16  # of requests whose client had not hung up: see tests/fake_endpoint.py
     assert server.now == server.connections == 0
+
+
+def test_a_build_of_a_thousand_rows_with_every_misbehaviour(tmp_path: Path) -> None:
+    """The whole job: rows and rejected together are the facts, each once; most failures got their reply in the end."""
+    shares = dict.fromkeys(("429", "500", "broken", "shapeless", "null", "cut", "reset"), 0.03)
+    shares |= {"hang": 0.006, "trickle": 0.006, "slow": 0.1, "400": 0.005, "long": 0.01, "empty": 0.01}
+    facts = [ask.fact for ask in asks(1000)]
+    gate = Gate(TONE)
+    gate.among = lambda fact, text: ""  # type: ignore[method-assign]  # this server says nearly the same of every number
+    out = tmp_path / "rows.jsonl"
+    with FakeEndpoint(mixed(2, shares), delay=0.01, headers={"retry-after": "0.2"}) as server:
+        own = rewriter(server.url, concurrency=16, timeout=0.7, retries=2)
+        built = build(facts, TONE, own, out, gate, attempts=2, give_up=True, quiet=True)
+    rows = [row.id.removesuffix(f"-{TONE.name}") for row in read_rows(out)]
+    rejected = [json.loads(line)["id"] for line in (tmp_path / "rows.rejected.jsonl").read_text().splitlines()]
+    assert sorted([*rows, *rejected], key=int) == [fact.id for fact in facts]
+    assert rows == sorted(rows, key=int)
+    assert 980 <= built.rows == len(rows)
+    assert server.most == 16
+    assert all(server.behaved[behaviour] for behaviour in (*shares, "good"))
 
 
 @pytest.mark.parametrize("concurrency", [1, 4, 16])
