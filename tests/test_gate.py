@@ -58,6 +58,8 @@ def gate() -> Gate:
         ("It is the Vltava, you fool! (sighs loudly) Leave me alone!", "stage directions"),
         ("[in an angry voice] It is the Vltava, you fool!", "stage directions"),
         ("*slams fist on the table* The Vltava, damn it!", "stage directions"),
+        ("(with a weary sigh) It is the Vltava, you fool!", "stage directions"),
+        ("It is the Vltava (with a length of 430 km), you fool!", ""),
         ("The Vltava!", "too short"),
         ("It is the Vltava, you fool! " + "How dare you, how dare you! " * 20, "too long"),
         ("It is the Vltava, you fool! How dare you waste my", "cut in mid-sentence"),

@@ -73,7 +73,10 @@ _VERBS = (
     "sigh|roll|groan|shout|yell|scream|laugh|sob|weep|slam|growl|snarl|smil|grin|nod|shrug|paus|whisper|mutter|snort|scoff|trembl|gasp"
     "|stomp|glar|frown|sniff|wink|narrow|clench|throw|grit|wip|shak|hug|giggl|chuckl|shudder|shiver|bow"
 )
-_ACTING = rf"(?:(?:{_VERBS})(?:s|es|ed|ing)|cries|crying|in an? \w+ (?:voice|tone)|\w+ (?:voice|tone)|with a \w+)\b"
+_ACTING = (
+    rf"(?:(?:{_VERBS})(?:s|es|ed|ing)|cries|crying|in an? \w+ (?:voice|tone)|\w+ (?:voice|tone)"
+    r"|with an? (?:\w+ )?(?:sigh|smile|laugh|frown|shrug|grin|scowl|sneer|groan|nod|wink))\b"
+)
 _DIRECTIONS = re.compile(
     rf"[(\[](?:\w+ly )?{_ACTING}[^)\]\n]*[)\]]|(?<![*\w])\*(?!\*)(?:(?:[\w']+ ){{0,2}}{_ACTING}|\w+ly )[^*\n]*\*(?!\*)"
 )
