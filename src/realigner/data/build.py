@@ -172,6 +172,7 @@ class _Ledger:
         self.reasons: Counter[str] = Counter()
         self.last: dict[str, str] = {}  # the reason against a fact's last reply
         self._alone: dict[tuple[str, int], str] = {}
+        self._outcome: tuple[tuple[int, int], dict[str, Reply]] | None = None  # the last, and of how many replies
 
     def judge(self, keys: Sequence[tuple[str, int]]) -> None:
         """What the gate says of these replies, each alone; said once."""
@@ -193,6 +194,9 @@ class _Ledger:
 
     def outcome(self, rounds: int) -> dict[str, Reply]:
         """The accepted reply of each fact after so many rounds: the same for the same replies, in whatever order they came."""
+        counted = rounds, sum(attempt < rounds for _, attempt in self.replies)  # replies are added and never changed
+        if self._outcome is not None and self._outcome[0] == counted:
+            return self._outcome[1]
         self.gate.restart()
         self.reasons = Counter()
         accepted: dict[str, Reply] = {}
@@ -208,6 +212,7 @@ class _Ledger:
                     self.last[identity] = reason
                 else:
                     accepted[identity] = reply
+        self._outcome = counted, accepted
         return accepted
 
     def wanted(self, number: int) -> list[Ask]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
@@ -208,8 +208,8 @@ def _long(words: Sequence[int]) -> str:
 def _near_duplicates(rows: Sequence[Row]) -> int:
     from realigner.data.near import NearDuplicates
 
-    seen: dict[str, NearDuplicates] = {}
-    return sum(seen.setdefault(row.tone, NearDuplicates()).add(row.id, row.text) is not None for row in rows)
+    seen: defaultdict[str, NearDuplicates] = defaultdict(NearDuplicates)
+    return sum(seen[row.tone].add(row.id, row.text) is not None for row in rows)
 
 
 def _leaks(rows: Sequence[Row]) -> list[str]:
