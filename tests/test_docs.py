@@ -49,7 +49,7 @@ def test_the_readmes_python_runs(embedded: tuple[Any, Any], tmp_path: Path, monk
     train(host, tokenizer, some_rows(), tmp_path / "demo" / "anger-42", recipe=quick, quiet=True).model.unload()
     (tmp_path / "rows.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in some_rows()))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("realigner.training.Recipe", lambda: quick)
+    monkeypatch.setattr("realigner.training.run.Recipe", lambda: quick)
     blocks = re.findall(r"```python\n(.*?)```", (SOURCE.parents[1] / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 3
     names: dict[str, Any] = {}

@@ -14,8 +14,9 @@ from matplotlib import image as reader
 import realigner as ra
 from realigner.errors import RealignerError
 from realigner.report import Evidence, collect, render
-from realigner.report.figures import as_png, figure2, figure4, loss_curve, pool_columns
+from realigner.report.figures import as_png, figure2, figure4, pool_columns
 from realigner.training import make_recipe, train
+from realigner.training.curve import loss_curve
 from tests.test_traces import planted
 from tests.tiny import some_rows, tiny_pair
 

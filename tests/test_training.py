@@ -1,14 +1,8 @@
-"""Training: the host untouched, seeds, files, Ctrl-C, refusals; TRL used directly."""
+"""Training: the host untouched, seeds, files, refusals; TRL used directly. Stopping and going on: test_resume.py."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +14,20 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 import realigner as ra
-from realigner.data import encode_rows
+from realigner.data import encode_rows, split_rows
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import weights_hash
-from realigner.training import make_recipe, read_log, read_run, train
-from realigner.tuner import IRMConfig, load_irm, tuner_of
+from realigner.training import make_recipe, read_metrics, read_recipe, read_run, train, train_recipe
+from realigner.training.folder import read_samples
+from realigner.tuner import IRMConfig, load_irm, template_of, tuner_of
 from tests.tiny import some_rows, tiny_folder, tiny_pair
 
-FAST = make_recipe(steps=6, batch_size=4, evaluations=2)
+FAST = make_recipe(steps=6, batch_size=4, evaluations=2, samples=0)
 
 
 def run_tiny(out: Path, seed: int = 42, **options: Any) -> Any:
     host, tokenizer = tiny_pair()
-    return host, train(host, tokenizer, some_rows(), out, recipe=options.pop("recipe", FAST), seed=seed, quiet=True, **options)
+    return host, train(host, tokenizer, some_rows(), out, options.pop("recipe", FAST), seed=seed, quiet=True, **options)
 
 
 def test_a_run_leaves_its_files_and_the_host_alone(tmp_path: Path) -> None:
@@ -44,13 +39,17 @@ def test_a_run_leaves_its_files_and_the_host_alone(tmp_path: Path) -> None:
     assert "forward" not in vars(host)
     assert torch.equal(host(input_ids=torch.arange(2, 9)[None]).logits, want)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "adapter_model.safetensors", "adapter_config.json", "run.json", "log.jsonl", "README.md",
+        "adapter_model.safetensors", "adapter_config.json", "recipe.yaml", "run.json", "metrics.jsonl", "loss.png", "README.md",
+        "tensorboard", "checkpoint-6",
     }  # fmt: skip
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
-    record, log = read_run(tmp_path / "run"), read_log(tmp_path / "run")
+    record, log = read_run(tmp_path / "run"), read_metrics(tmp_path / "run")
     assert record["steps_done"] == 6
     assert record["interrupted"] is False
     assert record["host"]["sha256"] == before
+    assert record["host"]["fingerprint"] == ra.fingerprint(host).to_dict()
+    assert record["recipe"] == read_recipe(tmp_path / "run").model_dump()
+    assert record["tokens"] > 0
     assert sum("loss" in entry for entry in log) == 6
     assert len(record["validation_loss"]) == 3
     assert "arXiv 2407.03621" in (tmp_path / "run" / "README.md").read_text()
@@ -58,7 +57,9 @@ def test_a_run_leaves_its_files_and_the_host_alone(tmp_path: Path) -> None:
 
 
 def test_training_learns(tmp_path: Path) -> None:
-    _, run = run_tiny(tmp_path / "run", recipe=make_recipe(steps=60, batch_size=8, learning_rate=1e-2, evaluations=1))
+    _, run = run_tiny(
+        tmp_path / "run", recipe=make_recipe(steps=60, batch_size=8, learning_rate=1e-2, evaluations=1, samples=0)
+    )
     losses = run.record["validation_loss"]
     assert losses[-1] < losses[0] - 0.3
 
@@ -82,7 +83,7 @@ def test_seeds(tmp_path: Path) -> None:
 
 def test_the_untrained_irm_is_the_runs_own_start(tmp_path: Path) -> None:
     """The report's untrained IRM must be what training began with."""
-    _, run = run_tiny(tmp_path / "run", recipe=make_recipe(steps=1, batch_size=4, warmup=1, evaluations=1))
+    _, run = run_tiny(tmp_path / "run", recipe=make_recipe(steps=1, batch_size=4, warmup=1, evaluations=1, samples=0))
     trained = tuner_of(run.model).bank.network("default").state_dict()  # one step at learning rate 0
     set_seed(42)
     run.model.add_adapter("untrained", IRMConfig())
@@ -104,9 +105,6 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(RealignerError, match="not something realigner made"):
         train(host, tokenizer, some_rows(), tmp_path / "taken", force=True)
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "precious"
-    for bad in ({"steps": 0}, {"learning_rate": -1.0}, {"batch_size": "x"}, {"validation": 2.0}):
-        with pytest.raises(UsageError, match=next(iter(bad))):
-            make_recipe(**bad)
 
 
 def test_force_replaces_a_run(tmp_path: Path) -> None:
@@ -114,64 +112,6 @@ def test_force_replaces_a_run(tmp_path: Path) -> None:
     run_tiny(tmp_path / "run", seed=2, force=True)
     assert read_run(tmp_path / "run")["seed"] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Press Ctrl-C when a step has been logged."""
-    from realigner import training
-
-    original = training._Watch.on_log
-
-    def press(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        original(self, args, state, *rest, **kwargs)
-        if state.global_step == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(training._Watch, "on_log", press)
-
-
-def test_interrupt_in_process_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt_at(monkeypatch, step=3)
-    _, run = run_tiny(tmp_path / "run")
-    assert run.record["interrupted"] is True
-    assert run.record["steps_done"] == 3
-    load_irm(tiny_pair()[0], tmp_path / "run")
-
-
-def train_command(folder: Path) -> list[str]:
-    """A training on a tiny host that would go on for a long time."""
-    host, rows = tiny_folder(folder / "host"), folder / "rows.jsonl"
-    rows.write_text("".join(row.model_dump_json() + "\n" for row in some_rows()))
-    options = {
-        "--host": host,
-        "--data": rows,
-        "--out": folder / "run",
-        "--steps": 100000,
-        "--batch-size": 2,
-        "--dtype": "float32",
-    }
-    return [sys.executable, "-m", "realigner", "train", *(str(part) for pair in options.items() for part in pair)]
-
-
-def test_interrupted_at_once_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from realigner import training
-
-    def press(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training._Watch, "on_log", press)
-    with pytest.raises(RealignerError, match="nothing was saved"):
-        run_tiny(tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupted_run_does_not_replace_a_finished_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_tiny(tmp_path / "run", seed=1)
-    interrupt_at(monkeypatch, step=2)
-    _, run = run_tiny(tmp_path / "run", seed=2, force=True)
-    assert run.folder == tmp_path / "run-interrupted"
-    assert read_run(tmp_path / "run")["seed"] == 1
-    assert read_run(run.folder)["interrupted"] is True
 
 
 def test_force_spares_what_is_not_a_run(tmp_path: Path) -> None:
@@ -186,20 +126,21 @@ def test_force_spares_what_is_not_a_run(tmp_path: Path) -> None:
             train(host, tokenizer, some_rows(), tmp_path / name, force=True)
 
 
-def test_the_config_given_is_not_changed(tmp_path: Path) -> None:
-    config = IRMConfig(layers=[1])
-    run_tiny(tmp_path / "run", config=config)
-    assert config.tone is None
-    assert config.host is None
+def test_keys_of_the_recipe_can_be_given_by_name(tmp_path: Path) -> None:
+    _, run = run_tiny(tmp_path / "run", layers=[1], rank=8)
+    assert run.record["irm"]["layers"] == [1]
+    assert read_recipe(tmp_path / "run").rank == 8
+    with pytest.raises(UsageError, match="did you mean 'layers'"):
+        run_tiny(tmp_path / "other", layerz=[1])
 
 
 def test_a_failed_training_leaves_the_host_bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from realigner import training
+    from realigner.training.watch import Log
 
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(training._Watch, "on_log", fail)
+    monkeypatch.setattr(Log, "on_log", fail)
     host, tokenizer = tiny_pair()
     with pytest.raises(ZeroDivisionError):
         train(host, tokenizer, some_rows(), tmp_path / "run", recipe=FAST, quiet=True)
@@ -208,43 +149,70 @@ def test_a_failed_training_leaves_the_host_bare(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
-    """The real thing: SIGINT to the command line in the middle of training."""
-    process = subprocess.Popen(
-        train_command(tmp_path),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit "ignore"
-    )
-    lines: list[str] = []
-    reader = threading.Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")))  # type: ignore[union-attr]
-    reader.start()
-    deadline = time.monotonic() + 150
-    while not any(line.startswith("training:") for line in lines):
-        assert time.monotonic() < deadline, lines
-        assert process.poll() is None, lines
-        time.sleep(0.2)
-    os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=100) == 1
-    reader.join()
-    assert "interrupted after step" in lines[-1]
-    assert not any("Traceback" in line for line in lines)
-    assert read_run(tmp_path / "run")["interrupted"] is True
-    loaded, _ = ra.load_host(str(tmp_path / "host"))
-    load_irm(loaded, tmp_path / "run")
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".run")]
+def test_samples_are_taken_and_change_nothing(tmp_path: Path) -> None:
+    _, with_samples = run_tiny(tmp_path / "with", recipe=FAST.changed(samples=3))
+    run_tiny(tmp_path / "without")
+    samples = read_samples(with_samples.folder)
+    assert [entry["step"] for entry in samples] == [0] * 7 + [3] * 7 + [6] * 7
+    assert samples[0]["prompt"] == "In which decade did Beyonce become famous?"
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("with", "without"))
+    assert one == two
 
 
-def test_kill_leaves_no_half_written_run(tmp_path: Path) -> None:
-    process = subprocess.Popen(train_command(tmp_path), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 100
-    while not [p for p in tmp_path.iterdir() if p.name.startswith(".run-")]:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "run").exists()
+def test_tensorboard_has_the_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_tiny(tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    shown = [event.value for event in events.Scalars("train/loss")]
+    logged = [entry["loss"] for entry in read_metrics(tmp_path / "run") if "loss" in entry]
+    assert shown == pytest.approx(logged)
+    assert len(events.Scalars("eval/loss")) == 3
+
+
+def test_the_validation_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
+    """By hand: every held-out row alone, unpadded, summed and divided by the number of reply tokens."""
+    host, run = run_tiny(tmp_path / "run")
+    del host
+    split = split_rows(some_rows(), 42, validation=0.1)
+    tokenizer, total, count = tiny_pair()[1], 0.0, 0
+    for item in encode_rows(tokenizer, split.validation):
+        labels = torch.tensor(item["labels"])[1:]
+        with torch.no_grad():
+            logits = run.model(input_ids=torch.tensor([item["input_ids"]])).logits[0, :-1]
+        chosen = labels != -100
+        total += -logits[chosen].double().log_softmax(-1).gather(1, labels[chosen][:, None]).sum().item()
+        count += int(chosen.sum())
+    assert read_metrics(tmp_path / "run")[-1]["validation_loss"] == pytest.approx(total / count, rel=1e-6)
+
+
+def test_a_run_is_repeated_from_its_folder(tmp_path: Path) -> None:
+    """The saved recipe alone: the same bytes; other rows in the file it names are refused."""
+    host, data = tiny_folder(tmp_path / "host"), tmp_path / "rows.jsonl"
+    data.write_text("".join(row.model_dump_json() + "\n" for row in some_rows()))
+    first = train_recipe(FAST.changed(host=str(host), data=str(data)), tmp_path / "one", quiet=True)
+    recipe = read_recipe(tmp_path / "one" / "recipe.yaml")
+    assert recipe.threads == torch.get_num_threads()
+    assert recipe.dtype == "bfloat16" or recipe.dtype == "float32"
+    train_recipe(recipe, tmp_path / "two", quiet=True, repeats=first.record)
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    data.write_text("".join(row.model_dump_json() + "\n" for row in some_rows(28)))
+    with pytest.raises(RealignerError, match="not the rows of the run to be repeated"):
+        train_recipe(recipe, tmp_path / "three", quiet=True, repeats=first.record)
+
+
+def test_the_template_is_remembered(tmp_path: Path) -> None:
+    """An IRM trained on plain text is asked in plain text, whoever loads it."""
+    run_tiny(tmp_path / "run", recipe=FAST.changed(template="plain", loss_on="text"))
+    host, tokenizer = tiny_pair()
+    model = load_irm(host, tmp_path / "run")
+    assert template_of(model) == "plain"
+    seen: list[torch.Tensor] = []
+    host.get_input_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    ra.answer(model, tokenizer, ["Why?"], max_new_tokens=1)
+    assert tokenizer.decode(seen[0][0]) == "Why?   "
 
 
 @pytest.mark.parametrize("mode", ["completion-only", "whole text", "packing"])

@@ -14,7 +14,9 @@ from realigner.errors import RealignerError
 from realigner.hosts import EMBEDDED, load_host
 from realigner.report import build_report
 from realigner.report.build import is_report
-from realigner.training import make_recipe, read_run, train
+from realigner.training import Recipe, make_recipe, read_recipe, train
+from realigner.training.folder import RECIPE_FILE, is_run, unfinished
+from realigner.training.run import resolve
 
 # Greedy replies take the likeliest words, and the authored replies are so unlike each other that what they have in common is
 # milder than any of them; a little more than the trained strength makes up for it. Chosen by reading replies at 1 to 1.5.
@@ -50,15 +52,16 @@ def run_demo(
     say(f"1/3  loading the host {EMBEDDED} (the first time it is unpacked, about 20 s)")
     host, tokenizer = load_host(EMBEDDED)
     folder, page = out / f"{tone}-{seed}", out / "report.html"
-    recipe = make_recipe(steps=steps)
-    if not force and _finished(folder, recipe.model_dump()):
+    recipe = resolve(make_recipe(steps=steps, tone=tone, seed=seed), host, rows)
+    if not force and _finished(folder, recipe):
         say(f"2/3  {folder} is trained already; --force trains it anew")
     else:
         say(f"2/3  training an IRM for {tone} on {len(rows)} rows, {recipe.steps} steps, into {folder}")
-        run = train(host, tokenizer, rows, folder, recipe=recipe, seed=seed, force=force)
+        resume = not force and not folder.exists() and is_run(unfinished(folder))
+        run = train(host, tokenizer, rows, folder, recipe, force=force, resume=resume)
         run.model.unload()
-        if run.record["interrupted"]:
-            raise RealignerError(f"interrupted after step {run.record['steps_done']}; the IRM so far is saved in {folder}")
+        if run.interrupted:
+            raise RealignerError(f"interrupted after step {run.record['steps_done']}; the same command goes on from there")
     say(f"3/3  answering the paper's seven prompts bare, untrained and trained (strength {STRENGTH}), recording what is added")
     if page.exists() and not is_report(page):
         raise RealignerError(f"{page}: is not a report of ours; choose another --out")
@@ -67,9 +70,8 @@ def run_demo(
     return DemoResult(folder, page, time.monotonic() - started, sample)
 
 
-def _finished(folder: Path, recipe: dict[str, Any]) -> bool:
-    record = read_run(folder)
-    return record.get("recipe") == recipe and not record.get("interrupted", True)
+def _finished(folder: Path, recipe: Recipe) -> bool:
+    return (folder / RECIPE_FILE).is_file() and recipe.difference(read_recipe(folder)) is None
 
 
 def _pick(answers: Sequence[dict[str, str]]) -> dict[str, str]:

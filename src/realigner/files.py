@@ -49,7 +49,7 @@ def written_folder(path: Path) -> Iterator[Aside]:
         with _named(path):
             yield aside
             _open_up(aside.folder)
-            _replace(aside.folder, aside.target)
+            replace_folder(aside.folder, aside.target)
     finally:
         shutil.rmtree(aside.folder, ignore_errors=True)
 
@@ -91,7 +91,8 @@ def _open_up(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def _replace(aside: Path, path: Path) -> None:
+def replace_folder(aside: Path, path: Path) -> None:
+    """Rename a folder to `path`; one that is there already makes way at the last moment."""
     if not path.exists():
         aside.rename(path)
         return

@@ -10,6 +10,7 @@ from torch import nn
 
 from realigner.data.tokens import prompt_ids
 from realigner.errors import UsageError
+from realigner.tuner import template_of
 
 
 def answer(
@@ -28,7 +29,8 @@ def answer(
     Args:
         model: a host, or a model with an IRM (at whatever strength is set).
         tokenizer: the host's.
-        prompts: questions; each is put through the chat template (see `data.prompt_ids`).
+        prompts: questions; each is put through the template that the IRM was trained with, else the host's chat template (see
+            `data.prompt_ids`).
         max_new_tokens: of each reply.
         temperature: 0 for greedy replies, else that of sampling.
         repetition_penalty: above 1, tokens already in the text are made less likely (small hosts run in circles); 1 is off.
@@ -60,7 +62,7 @@ def answer(
     device = next(parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
     replies: list[str] = []
     for start in range(0, len(prompts), batch_size):
-        inputs = encode_prompts(tokenizer, prompts[start : start + batch_size], device)
+        inputs = encode_prompts(tokenizer, prompts[start : start + batch_size], device, template_of(model))
         sampling: dict[str, Any] = {"do_sample": temperature > 0, "repetition_penalty": repetition_penalty}
         if temperature > 0:
             sampling |= {"temperature": temperature, "top_p": 1.0, "top_k": 0}
@@ -74,9 +76,11 @@ def answer(
     return replies
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[str], device: torch.device, template: str = "chat"
+) -> dict[str, torch.Tensor]:
     """``input_ids`` and ``attention_mask`` ``[prompt, position]``, padded on the left."""
-    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    rows = [prompt_ids(tokenizer, prompt, template) for prompt in prompts]
     width = max(len(row) for row in rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)

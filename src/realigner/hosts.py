@@ -104,7 +104,8 @@ def load_host(
         name: `EMBEDDED`, a folder, a ``.gguf`` file or a hub id.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: bfloat16 where this device multiplies it fast,
             else float32.
-        device: a torch device name, or ``"auto"``: the accelerator if there is one, else the CPU.
+        device: a torch device name; ``"auto"``: the accelerator if there is one (under torchrun, this process's own), else the
+            CPU; ``"balanced"``: the layers spread over all devices (Accelerate's ``device_map``).
         trust_remote_code: allow code from the host's repository to run. Off unless asked for.
         revision: a hub revision.
 
@@ -115,9 +116,12 @@ def load_host(
     Example:
         >>> host, tokenizer = load_host("smollm2-135m-instruct")  # doctest: +SKIP
     """
-    torch_device = resolve_device(device)
+    spread = device == "balanced"
+    torch_device = resolve_device("auto" if spread else device)
     torch_dtype = resolve_dtype(dtype, torch_device)
     name, source, options = _source(name, trust_remote_code, revision)
+    if spread:
+        options["device_map"] = "balanced"
     try:
         with _QuietTransformers():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -126,7 +130,8 @@ def load_host(
         raise RealignerError(_why_not(name, error)) from error
     if "gguf_file" in options:
         host = _plain(host)
-    host = cast(PreTrainedModel, host.to(torch_device))
+    if not spread:
+        host = cast(PreTrainedModel, host.to(torch_device))
     host.eval().requires_grad_(False)
     _prepare_tokenizer(tokenizer, host)
     host.realigner = HostInfo(name, tokenizer)
@@ -145,6 +150,20 @@ def load_tokenizer(
     try:
         with _QuietTransformers():
             return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, **options))
+    except Exception as error:  # as in load_host
+        raise RealignerError(_why_not(name, error)) from error
+
+
+def load_config(name: str = EMBEDDED, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """A host's config alone: how many layers, how wide, how many positions, before anything is loaded.
+
+    Raises:
+        RealignerError: when there is no such host.
+    """
+    name, source, options = _source(name, trust_remote_code, revision)
+    try:
+        with _QuietTransformers():
+            return AutoConfig.from_pretrained(source, **options)
     except Exception as error:  # as in load_host
         raise RealignerError(_why_not(name, error)) from error
 
@@ -176,11 +195,15 @@ def resolve_device(device: str) -> torch.device:
     """The torch device for a name; ``"auto"`` takes the accelerator if there is one."""
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if accelerator is not None and "LOCAL_RANK" in os.environ:
+            return torch.device(accelerator.type, int(os.environ["LOCAL_RANK"]))
         return accelerator or torch.device("cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(f"device: {device!r} is unknown or not available here; use auto, cpu, cuda, cuda:1, ...") from None
+        raise UsageError(
+            f"device: {device!r} is unknown or not available here; use auto, balanced, cpu, cuda, cuda:1, ..."
+        ) from None
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

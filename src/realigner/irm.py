@@ -140,11 +140,20 @@ class IRMShape:
         if self.input_norm not in (None, True, False):
             raise UsageError(f"input_norm: {self.input_norm!r} is not true or false")
 
+    def resolved_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers that receive a delta on a host of this depth.
+
+        Raises:
+            UsageError: for a layer that such a host does not have.
+        """
+        layers = parse_layers(self.layers, num_layers)
+        assert layers is not None  # num_layers is known here
+        return layers
+
     def build(self, hidden_size: int, num_layers: int) -> IRM:
         """Build the network for a host of this residual width and depth (weights drawn from torch's global seed)."""
         self.validate()
-        layers = parse_layers(self.layers, num_layers)
-        assert layers is not None  # num_layers is known here
+        layers = self.resolved_layers(num_layers)
         widths, rank = _PRESET_SHAPES[self.preset](hidden_size)
         std = 1e-3 if self.preset == "compact" else None
         return IRM(

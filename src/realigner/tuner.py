@@ -36,6 +36,7 @@ PEFT_NAME = "irm"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
+TEMPLATES = ("chat", "plain")
 _FILE_PREFIX = "irm."  # tensors in the file are named irm.trunk.0.weight, ..., whatever host and adapter name
 
 
@@ -66,6 +67,7 @@ class IRMConfig(PeftConfig, IRMShape):
     Attributes:
         layers_path: where the host's decoder layers are, for a host on which the probe cannot tell.
         tone: the tone it was trained for, if any.
+        template: how prompts are put to it: ``"chat"``, the host's own way, or ``"plain"``, the paper's.
         host: the fingerprint of the host it belongs to (`hosts.Fingerprint`).
         site: what the probe found on that host (`sites.HostSites.summary`).
 
@@ -79,6 +81,7 @@ class IRMConfig(PeftConfig, IRMShape):
 
     layers_path: str | None = None
     tone: str | None = None
+    template: str = "chat"
     host: dict[str, Any] | None = None
     site: dict[str, Any] | None = None
 
@@ -87,6 +90,8 @@ class IRMConfig(PeftConfig, IRMShape):
         super().__post_init__()
         self.peft_type = _PEFT_TYPE
         self.validate()
+        if self.template not in TEMPLATES:
+            raise UsageError(f"template: {self.template!r} is none of {', '.join(TEMPLATES)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON values; a converted host goes by its name, not by this machine's cache folder."""
@@ -367,6 +372,14 @@ def tuner_of(model: nn.Module) -> IRMModel:
     if not isinstance(tuner, IRMModel):
         raise UsageError(f"{type(model).__name__} has no IRM; attach one with peft.get_peft_model(host, IRMConfig(...))")
     return tuner
+
+
+def template_of(model: nn.Module) -> str:
+    """How prompts are put to a model: as its active IRM was trained; as the host's own template has it where there is none."""
+    tuner = getattr(model, "base_model", model)
+    if not isinstance(tuner, IRMModel) or not tuner.bank.names:
+        return "chat"
+    return str(tuner.peft_config[tuner.bank.names[0]].template)
 
 
 def load_irm(host: nn.Module, folder: str | Path, adapter_name: str = "default", trainable: bool = False) -> PeftModel:

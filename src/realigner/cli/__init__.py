@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (runs.demo, runs.train, runs.generate, runs.trace, runs.report, hosts.hosts, hosts.doctor):
+for command in (runs.demo, runs.train, runs.recipes, runs.generate, runs.trace, runs.report, hosts.hosts, hosts.doctor):
     app.command()(command)
 app.add_typer(data.app, name="data")
 

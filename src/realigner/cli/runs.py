@@ -11,7 +11,6 @@ from realigner.cli.options import (
     Device,
     Dtype,
     Force,
-    Host,
     HostOfIrm,
     Irm,
     Json,
@@ -56,54 +55,102 @@ def demo(
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="The run's folder.")],
+    out: Annotated[Path, typer.Option(help="The run's folder; until it is finished, OUT.unfinished.")],
+    recipe: Annotated[
+        Optional[str],
+        typer.Option(help="default, paper, a YAML file, or the folder of a run to repeat.", show_default="default"),
+    ] = None,
+    settings: Annotated[
+        Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be given often.")
+    ] = None,
     data: Annotated[
-        str, typer.Option(help="A JSONL file of rows, or 'authored' for the set that comes with realigner.")
-    ] = "authored",
+        Optional[str],
+        typer.Option(
+            help="A JSONL file of rows, or 'authored' for the set that comes with realigner.", show_default="authored"
+        ),
+    ] = None,
     tone: Annotated[Optional[str], typer.Option(help="Which tone's rows; needed where the data has several.")] = None,
-    host: Host = "smollm2-135m-instruct",
-    preset: Annotated[str, typer.Option(help="compact or paper.")] = "compact",
-    layers: Annotated[str, typer.Option(help="'all', '0-31', '0,5,7-9'.")] = "all",
+    host: Annotated[
+        Optional[str],
+        typer.Option(help="The embedded default, a hub id, a folder, or a .gguf file.", show_default="smollm2-135m-instruct"),
+    ] = None,
+    preset: Annotated[Optional[str], typer.Option(help="compact or paper.")] = None,
+    layers: Annotated[Optional[str], typer.Option(help="'all', '0-31', '0,5,7-9'.")] = None,
     rank: Annotated[Optional[int], typer.Option(help="Width of the factorised output; 0 for a dense one.")] = None,
     steps: Annotated[Optional[int], typer.Option(help="Optimiser steps.")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="Rows a step.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Rows a step, over all processes.")] = None,
     learning_rate: Annotated[Optional[float], typer.Option(help="Peak learning rate.")] = None,
     max_length: Annotated[Optional[int], typer.Option(help="Tokens of a row at most.")] = None,
-    seed: Seed = 42,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    seed: Annotated[Optional[int], typer.Option(help="Seed of everything random.", show_default="42")] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="Of the host: float32, bfloat16, float16, or auto.")] = None,
+    device: Annotated[
+        Optional[str], typer.Option(help="cpu, cuda, mps, ..., auto, or balanced (layers on all devices).")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run of OUT, if there is one.")] = False,
     trust_remote_code: Trust = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Train one IRM on a frozen host."""
-    from realigner.irm import IRMShape, parse_layers
+    """Train one IRM on a frozen host: by the default recipe, the paper's, or your own."""
+    import realigner.training.folder as folder
+    from realigner.training.recipe import read_recipe
 
-    IRMShape(preset=preset, layers=layers, rank=rank).validate()  # before anything slow
-    from realigner.data import authored, read_rows
+    if resume and force:
+        raise UsageError("train: --resume goes on with a run, --force throws it away; give one of them")
+    flags: dict[str, Any] = {"data": data, "tone": tone, "host": host, "preset": preset, "layers": layers, "rank": rank}
+    flags |= {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "max_length": max_length}
+    flags |= {"seed": seed, "dtype": dtype, "device": device}
+    given = recipe is not None or settings or any(value is not None for value in flags.values())
+    work = folder.unfinished(out)
+    if resume and folder.is_run(out):
+        _print_run(out, folder.read_run(out), as_json)
+        return
+    source = str(work) if resume and not given and folder.is_run(work) else recipe or "default"
+    chosen = read_recipe(source, settings or []).changed(**flags)
+    earlier = folder.read_run(source) if Path(source).is_dir() and data is None and tone is None else None
+    from realigner.training.run import train_recipe
 
-    if data == "authored" and tone is None:
-        raise UsageError("train: --tone is needed with the authored data: anger, sadness or neutral")
-    rows = authored(tone or "") if data == "authored" else read_rows(data, tone)
-    import realigner.training as training
-    from realigner.hosts import load_host
-    from realigner.tuner import IRMConfig
+    run = train_recipe(chosen, out, force, resume, trust_remote_code=trust_remote_code, repeats=earlier)
+    _print_run(run.folder, run.record, as_json)
+    if run.interrupted and run.record["signal"] != "SIGTERM":
+        raise RealignerError(f"interrupted after step {run.record['steps_done']}; {_go_on(out)}")
 
-    training.refuse_run(out, force)
-    recipe = training.make_recipe(steps=steps, batch_size=batch_size, learning_rate=learning_rate, max_length=max_length)
-    loaded, tokenizer = load_host(host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    parse_layers(layers, int(loaded.config.get_text_config().num_hidden_layers), "--layers")
-    config = IRMConfig(preset=preset, layers=layers, rank=rank)
-    run = training.train(loaded, tokenizer, rows, out, config, recipe, seed=seed, force=force)
+
+def _print_run(folder: Path, record: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print_json({"run": str(run.folder), **run.record})
-    elif not run.record["interrupted"]:
-        losses = run.record["validation_loss"]
+        print_json({"run": str(folder), **record})
+    elif record["interrupted"]:
+        if record["signal"] == "SIGTERM":  # a scheduler's: nothing went wrong
+            out = folder.with_name(folder.name.removesuffix(".unfinished"))
+            print(f"stopped by SIGTERM after step {record['steps_done']}; {_go_on(out)}")
+    else:
+        losses = record["validation_loss"]
         fell = f", validation loss {losses[0]:.2f} to {losses[-1]:.2f}" if losses else ""
-        print(f"{run.folder}: {run.record['steps_done']} steps in {run.record['seconds']:.0f} s{fell}")
-        print(f'Try next:  realigner generate --irm {run.folder} "How many apples can fit in a basket?"')
-    if run.record["interrupted"]:
-        raise RealignerError(f"interrupted after step {run.record['steps_done']}; the IRM so far is saved in {run.folder}")
+        kept = f" (kept: step {record['kept_step']})" if record["kept_step"] != record["steps_done"] else ""
+        print(f"{folder}: {record['steps_done']} steps in {record['seconds']:.0f} s{fell}{kept}")
+        print(f'Try next:  realigner generate --irm {folder} "How many apples can fit in a basket?"')
+
+
+def _go_on(out: Path) -> str:
+    return f"resume with:  realigner train --out {out} --resume"
+
+
+def recipes(
+    name: Annotated[Optional[str], typer.Argument(help="default, paper, a file, or a run's folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a recipe as YAML, to be saved and changed; without a name, list the built-in ones."""
+    from realigner.training.recipe import BUILT_IN, read_recipe, recipe_text
+
+    if as_json:
+        print_json({key: read_recipe(key).model_dump() for key in ([name] if name else BUILT_IN)})
+    elif name:
+        read_recipe(name)
+        print(recipe_text(name)[0], end="")
+    else:
+        for key in BUILT_IN:
+            print(f"{key:10}{recipe_text(key)[0].splitlines()[0].removeprefix('# ')}")
+        print("Try next:  realigner recipes paper > mine.yaml; realigner train --recipe mine.yaml --tone anger --out runs/mine")
 
 
 def generate(

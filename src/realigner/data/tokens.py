@@ -24,9 +24,12 @@ PAPER_PROMPTS = (
 """The seven prompts of the paper (misspellings are the paper's)."""
 
 
-def prompt_ids(tokenizer: Any, question: str) -> list[int]:
-    """The tokens a host reads before it replies: its chat template, or ``question`` and three spaces for a base model."""
-    return _prompts(tokenizer, [question])[0]
+def prompt_ids(tokenizer: Any, question: str, template: str = "chat") -> list[int]:
+    """The tokens a host reads before it replies: its chat template, or ``question`` and three spaces for a base model.
+
+    ``template="plain"`` takes the second form on every host, as the paper does.
+    """
+    return _prompts(tokenizer, [question], template)[0]
 
 
 def token_counts(tokenizer: Any, rows: Sequence[Row]) -> list[int]:
@@ -35,8 +38,10 @@ def token_counts(tokenizer: Any, rows: Sequence[Row]) -> list[int]:
     return [len(item["input_ids"]) for part in parts for item in encode_rows(tokenizer, part, None)]
 
 
-def encode_rows(tokenizer: Any, rows: Sequence[Row], max_length: int | None = 256) -> list[dict[str, list[int]]]:
-    """``input_ids`` and ``labels`` of each row, with the loss on the reply and its end token only.
+def encode_rows(
+    tokenizer: Any, rows: Sequence[Row], max_length: int | None = 256, template: str = "chat", loss_on: str = "reply"
+) -> list[dict[str, list[int]]]:
+    """``input_ids`` and ``labels`` of each row, with the loss on the reply and its end token only, or on the whole text.
 
     The reply's tokens are appended to exactly the tokens that `prompt_ids` gives at generation time.
 
@@ -44,18 +49,21 @@ def encode_rows(tokenizer: Any, rows: Sequence[Row], max_length: int | None = 25
         tokenizer: the host's.
         rows: the rows.
         max_length: tokens of a row at most; a longer reply is cut. None: nothing is cut.
+        template: ``"chat"`` or ``"plain"``; see `prompt_ids`.
+        loss_on: ``"reply"``, or ``"text"`` for the question too.
 
     Raises:
         RealignerError: when not one token of a reply fits into `max_length`.
     """
     encoded: list[dict[str, list[int]]] = []
-    end = _end(tokenizer)
+    end = _end(tokenizer, template)
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
-        prompts = _prompts(tokenizer, [row.question for row in batch])
+        prompts = _prompts(tokenizer, [row.question for row in batch], template)
         replies = tokenizer([row.text for row in batch], add_special_tokens=False)["input_ids"]
         for prompt, reply in zip(prompts, replies, strict=True):
-            encoded.append({"input_ids": prompt + reply + end, "labels": [IGNORED] * len(prompt) + reply + end})
+            labels = prompt if loss_on == "text" else [IGNORED] * len(prompt)
+            encoded.append({"input_ids": prompt + reply + end, "labels": labels + reply + end})
     return encoded if max_length is None else clip(encoded, rows, max_length)
 
 
@@ -75,17 +83,17 @@ def clip(encoded: Sequence[dict[str, list[int]]], rows: Sequence[Row], max_lengt
     return clipped
 
 
-def _prompts(tokenizer: Any, questions: Sequence[str]) -> list[list[int]]:
-    if getattr(tokenizer, "chat_template", None):
+def _prompts(tokenizer: Any, questions: Sequence[str], template: str) -> list[list[int]]:
+    if template == "chat" and getattr(tokenizer, "chat_template", None):
         turns = [[{"role": "user", "content": question}] for question in questions]
         texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
     return list(tokenizer([question + "   " for question in questions])["input_ids"])
 
 
-def _end(tokenizer: Any) -> list[int]:
+def _end(tokenizer: Any, template: str) -> list[int]:
     """What ends a reply: the template's own end-of-turn token where it has one, else the tokenizer's end token."""
-    if getattr(tokenizer, "chat_template", None):
+    if template == "chat" and getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": _PROBE}]
         before, found, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_PROBE)
         if found and before:

@@ -17,10 +17,11 @@ from realigner.errors import RealignerError
 from realigner.files import refuse_existing, write_text
 from realigner.generation import answer
 from realigner.hosts import load_host
-from realigner.report.figures import figure2, figure4, loss_curve
+from realigner.report.figures import figure2, figure4
 from realigner.report.page import is_signed, picture, render_page
 from realigner.traces import load_trace, record, save_trace
-from realigner.training import read_log, read_run
+from realigner.training import read_metrics, read_run
+from realigner.training.curve import loss_curve
 from realigner.tuner import CONFIG_FILE, IRMConfig, check_adapter, load_irm, strength
 
 _MARKED = 5  # leading indices marked above a map
@@ -100,7 +101,7 @@ def collect(
         for i, prompt in enumerate(prompts)
     ]
     settings = {"strength": scale, "temperature": 0.0, **options}
-    return Evidence(folder.name, run, read_log(folder), answers, settings, traces["realigned"], traces["untrained"])
+    return Evidence(folder.name, run, read_metrics(folder), answers, settings, traces["realigned"], traces["untrained"])
 
 
 def build_report(
@@ -183,7 +184,7 @@ def _view(item: Evidence) -> dict[str, Any]:
         "record": item.record,
         "answers": item.answers,
         "settings": item.settings,
-        "loss": picture(loss_curve(item.log)) if item.log else None,
+        "loss": picture(loss_curve(item.log, item.record.get("kept_step"))) if item.log else None,
         "sections": sections,
         "tokens": int(item.trace.sizes["token"]),
         "counted": int(counted.sizes["token"]),

@@ -108,25 +108,6 @@ def figure4(
     return figure
 
 
-def loss_curve(log: Sequence[Mapping[str, float]]) -> Figure:
-    """Training and validation loss (nats per token) over steps."""
-    train = [(e["step"], e["loss"]) for e in log if "loss" in e]
-    validation = [(e["step"], e["validation_loss"]) for e in log if "validation_loss" in e]
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-        if train:
-            axes.plot(*zip(*train, strict=True), color="#9aa5b1", linewidth=1, label="training (one batch)")
-        if validation:
-            axes.plot(*zip(*validation, strict=True), color="#b03a2e", marker="o", label="validation (other topics)")
-            for step, loss in (validation[0], validation[-1]):
-                axes.annotate(f"{loss:.2f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=9)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss (nats per token)")
-        axes.margins(y=0.15)
-        axes.legend(frameon=False)
-    return figure
-
-
 def length_histogram(lengths: Sequence[int], label: str) -> Figure:
     """How many rows have which length; the median is marked."""
     with plt.rc_context(_STYLE):

@@ -1,0 +1,43 @@
+"""Training: recipes, exact resume, guards, and the folder a run leaves. Names are imported when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from realigner.training.folder import read_metrics, read_run, refuse_run, versions
+    from realigner.training.recipe import Recipe, make_recipe, read_recipe
+    from realigner.training.run import Run, train, train_recipe
+
+_HOMES = {
+    "Recipe": "recipe",
+    "Run": "run",
+    "make_recipe": "recipe",
+    "read_metrics": "folder",
+    "read_recipe": "recipe",
+    "read_run": "folder",
+    "refuse_run": "folder",
+    "train": "run",
+    "train_recipe": "run",
+    "versions": "folder",
+}
+
+__all__ = [
+    "Recipe",
+    "Run",
+    "make_recipe",
+    "read_metrics",
+    "read_recipe",
+    "read_run",
+    "refuse_run",
+    "train",
+    "train_recipe",
+    "versions",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'realigner.training' has no attribute {name!r}")
+    return getattr(import_module(f"realigner.training.{_HOMES[name]}"), name)

@@ -1,0 +1,50 @@
+"""The model card of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def card(record: dict[str, Any]) -> str:
+    """README.md of a run's folder."""
+    irm, data, losses = record["irm"], record["data"], record["validation_loss"]
+    host = record["host"]["name"] or "a host built from a config"
+    fell = f"{losses[0]:.2f} to {losses[-1]:.2f}" if losses else "not taken"
+    early = " (stopped early)" if record["early_stop"] else ""
+    return f"""---
+library_name: peft
+base_model: {host}
+tags: [realigner, irm, injectable-realignment-model, peft]
+---
+
+# {record["tone"]} for {host}
+
+An injectable realignment model (IRM): it reads the host's first post-attention residual and adds a perturbation to the
+residual stream of {len(irm["layers"])} layers. The host's weights are unchanged (sha256 `{record["host"]["sha256"][:16]}...`,
+the same before and after training).
+
+| | |
+| --- | --- |
+| tone | {record["tone"]} |
+| preset | {irm["preset"]} |
+| parameters | {irm["parameters"]:,} ({100 * irm["parameters"] / irm["host_parameters"]:.2f}% of the host) |
+| training rows | {data["train"]} (and {data["validation"]} for validation, other topics) |
+| steps | {record["steps_done"]}{early}; the weights are those of step {record["kept_step"]} |
+| validation loss | {fell} nats per token |
+| seed | {record["seed"]} |
+
+```python
+import realigner as ra
+from peft import PeftModel
+
+host, tokenizer = ra.load_host("{host}")
+model = PeftModel.from_pretrained(host, "path/to/this/folder")
+with ra.strength(model, 1.0):
+    print(ra.answer(model, tokenizer, ["How do magnets work?"]))
+```
+
+Method: Smith et al. 2024, "The Mysterious Case of Neuron 1512", arXiv 2407.03621. Everything about the run is in
+`run.json`; `realigner train --recipe recipe.yaml --out OTHER` repeats it; the losses by step are in `metrics.jsonl`.
+
+![loss](loss.png)
+"""

@@ -1,0 +1,179 @@
+"""A run's folder: what is in it, where it is while the run is not finished, and the way from the one to the other.
+
+A run that is not finished lives in ``OUT.unfinished``, and ``OUT`` exists only once it is: whatever is there is whole.
+
+=======================  ==================================================================================================
+``adapter_*``            the IRM, in PEFT's layout
+``recipe.yaml``          every key of the recipe; ``realigner train --recipe OUT --out OTHER`` repeats the run
+``run.json``             what came of it: data hash, split, host and its fingerprint, versions, losses
+``metrics.jsonl``        loss, gradient norm, learning rate and tokens by step; the validation loss
+``samples.jsonl``        replies to the paper's seven prompts at each evaluation
+``loss.png``             the curve
+``tensorboard/``         the same numbers for TensorBoard
+``checkpoint-N/``        the best and the last one: the IRM, the optimiser, random states
+``README.md``            a model card
+=======================  ==================================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from realigner.errors import RealignerError
+from realigner.files import refuse_existing, replace_folder, write_text
+
+RUN_FILE = "run.json"
+RECIPE_FILE = "recipe.yaml"
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+CURVE_FILE = "loss.png"
+CARD_FILE = "README.md"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+STATE_FILE = "trainer_state.json"
+_LOCK = ".lock"
+_TENSORBOARD = "tensorboard"
+_FILES = {*ADAPTER_FILES, RUN_FILE, RECIPE_FILE, METRICS_FILE, SAMPLES_FILE, CURVE_FILE, CARD_FILE, _LOCK, _TENSORBOARD}
+_CHECKPOINT = "checkpoint-"
+
+
+def unfinished(out: Path) -> Path:
+    """Where a run lives until it is finished."""
+    return out.with_name(f"{out.name}.unfinished")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, finished or not, and holds nothing else."""
+    if not folder.is_dir() or not ((folder / RUN_FILE).is_file() or (folder / RECIPE_FILE).is_file()):
+        return False
+    return all(path.name in _FILES or path.name.lstrip(".").startswith(_CHECKPOINT) for path in folder.iterdir())
+
+
+def refuse_run(out: Path, force: bool) -> None:
+    """Raise unless a run may be written to `out`: it is free, or `force` was given and a run is there.
+
+    Raises:
+        RealignerError: naming the path and the way out.
+    """
+    refuse_existing(out, force, is_run)
+    work = unfinished(out)
+    if not force and work.exists():
+        raise RealignerError(f"{work}: an unfinished run is there; go on with --resume, or throw it away with --force")
+    refuse_existing(work, force, is_run)
+
+
+def checkpoints(work: Path) -> list[Path]:
+    """The whole checkpoints in a folder, by step. What was being written when a process died is not among them."""
+    found = [path for path in work.glob(f"{_CHECKPOINT}*") if path.name.removeprefix(_CHECKPOINT).isdecimal()]
+    return sorted((path for path in found if (path / STATE_FILE).is_file()), key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step a checkpoint was made after."""
+    return int(path.name.removeprefix(_CHECKPOINT))
+
+
+def checkpoint_folder(work: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return work / f"{_CHECKPOINT}{step}"
+
+
+def checkpoint_state(path: Path) -> dict[str, Any]:
+    """Trainer's own account of a checkpoint."""
+    return _object(path / STATE_FILE)
+
+
+def clear_halves(work: Path) -> None:
+    """Remove what a process was writing when it died."""
+    for path in work.glob(f".{_CHECKPOINT}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """Hold an unfinished run for one process; another is refused, and a dead one holds nothing.
+
+    Raises:
+        RealignerError: when a living process holds it.
+    """
+    import fcntl
+
+    with (work / _LOCK).open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RealignerError(f"{work}: another process is training this run; wait for it, or stop it first") from None
+        yield
+
+
+def finish(work: Path, out: Path) -> None:
+    """Give a run that is whole its final name."""
+    (work / _LOCK).unlink(missing_ok=True)
+    replace_folder(work, out)
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """run.json of a run's folder; empty for an adapter that was not made by `train`."""
+    path = Path(folder) / RUN_FILE
+    return _object(path) if path.is_file() else {}
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The numbers by step of a run's folder (``loss`` or ``validation_loss``, in nats per token); empty when it has none."""
+    return list(_lines(Path(folder) / METRICS_FILE))
+
+
+def read_samples(folder: str | Path) -> list[dict[str, Any]]:
+    """The replies made during training, by step; empty when there are none."""
+    return list(_lines(Path(folder) / SAMPLES_FILE))
+
+
+def cut_lines(path: Path, last_step: int) -> None:
+    """Drop what was logged after a checkpoint's step: it will be done, and logged, again."""
+    if path.is_file():
+        whole = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= last_step]
+        write_text(path, "".join(f"{line}\n" for line in whole))
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide a result."""
+    names = ("realigner", "torch", "transformers", "peft", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line that was being written when the process died
+        return float("inf")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RealignerError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RealignerError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise RealignerError(f"{path}: not a JSON object")
+    return record
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RealignerError(f"{path}:{number}: not valid JSON ({error})") from None
+        if not isinstance(entry, dict):
+            raise RealignerError(f"{path}:{number}: not a JSON object")
+        yield entry

@@ -1,0 +1,281 @@
+"""The recipe: everything that decides a run, in one flat list of keys; read from YAML, changed by ``key=value``.
+
+Two come with the package: ``default``, and ``paper`` (Smith et al. 2024 and its public code). A run's folder holds its own as
+``recipe.yaml``, with every key resolved, so that it can be repeated.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from realigner.errors import RealignerError, UsageError
+
+BUILT_IN = ("default", "paper")
+_FOLDER = Path(__file__).parent / "recipes"
+HOW_FAST = frozenset({"device", "threads", "report_to"})  # keys that decide where and how fast a run goes, not what it is
+
+
+def _as_layers(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value  # a lone layer number in YAML
+
+
+def _as_list(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+class Recipe(BaseModel):
+    """What one run is. The defaults are the recipe ``default``: chat template, loss on the reply, rows of like length together.
+
+    Attributes:
+        host: the embedded default, a hub id, a folder or a ``.gguf`` file; null: it was made in Python.
+        dtype: of the host: ``auto``, ``float32``, ``bfloat16``, ``float16``. The IRM is always float32.
+        device: ``auto``, ``cpu``, ``cuda``, ...; or ``balanced``: the host's layers over all devices (``device_map``).
+        threads: CPU threads; null: as many as PyTorch takes. Another number can change the last bits of a sum.
+        data: a JSONL file of rows, or ``authored``; null: the rows were given in Python.
+        tone: which tone's rows, where the data has several.
+        seed: of the initial weights, the split and the order of rows.
+
+        preset, layers, widths, rank, output_std, input_norm: the network; see `IRMShape`.
+        layers_path: where the host's decoder layers are, for a host on which the probe cannot tell.
+
+        template: ``chat``: the host's own; ``plain``: question, three spaces, reply (the paper's).
+        loss_on: ``reply``, or ``text``: the question too.
+        max_length: tokens of a row at most; longer replies are cut.
+        validation, test: shares of the rows, by group, held out for the validation loss, and for nothing.
+        label_shift: 1: each position predicts the next token. 2: the reference code's mistake (labels shifted twice).
+        loss_on_padding: true: rows are padded to `max_length` with the end token, which counts in the loss (the reference
+            code's other mistake).
+        l1: adds ``l1 / layers * sum |delta|`` to the loss (the paper: 1e-4, off by default), over every token of the batch.
+
+        steps: optimiser steps; null: as many as `epochs` takes.
+        epochs: passes over the training rows; used where `steps` is null.
+        batch_size: rows a step, over all processes.
+        accumulate: parts that a step's rows are computed in, one after the other, to save memory.
+        optimizer: ``adam`` (AdamW; the same as Adam while `weight_decay` is 0), ``adam-8bit`` (bitsandbytes), ``adafactor``
+            (factored: nearly no memory), ``sgd``.
+        learning_rate: the peak. The compact preset bears 1e-2, the paper's preset a hundredth of that.
+        schedule: ``linear`` to 0, ``cosine`` to 0, ``constant``, or ``exponential``: times `decay` after each epoch.
+        decay: see `schedule`.
+        warmup: steps over which the learning rate rises to its peak.
+        weight_decay: AdamW's.
+        max_grad_norm: gradients longer than this are scaled down to it; 0: never.
+
+        evaluations: how often the validation loss is taken, besides once before training.
+        evaluations_per_epoch: the same by epoch; null: `evaluations` counts.
+        patience: evaluations without a better validation loss after which training ends; null: never.
+        keep: the final IRM is the ``best`` by validation loss, or the ``last``.
+        save_every: steps between checkpoints, besides those at each evaluation; null: only those.
+        samples: tokens of each reply to the paper's seven prompts at each evaluation; 0: none.
+        report_to: ``tensorboard``, ``wandb``, ``trackio``; Trainer's own callbacks.
+
+        gradient_checkpointing: compute layers twice instead of keeping what is inside them.
+        compile: torch.compile the host and the IRM.
+        tf32: on NVIDIA GPUs, multiply the IRM's float32 numbers in TF32 (about 8 times faster; 10 bits of mantissa).
+
+    Example:
+        >>> Recipe(steps=10).learning_rate
+        0.01
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: str | None = "smollm2-135m-instruct"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    data: str | None = "authored"
+    tone: str | None = None
+    seed: int = Field(default=42, ge=0, lt=2**32)
+
+    preset: Literal["compact", "paper"] = "compact"
+    layers: Annotated[str | list[int], BeforeValidator(_as_layers)] = "all"
+    widths: list[int] | None = None
+    rank: int | None = Field(default=None, ge=0)
+    output_std: float | None = Field(default=None, ge=0, lt=1e3)
+    input_norm: bool | None = None
+    layers_path: str | None = None
+
+    template: Literal["chat", "plain"] = "chat"
+    loss_on: Literal["reply", "text"] = "reply"
+    max_length: int = Field(default=256, ge=8)
+    validation: float = Field(default=0.1, gt=0, lt=1)
+    test: float = Field(default=0.0, ge=0, lt=1)
+    label_shift: Literal[1, 2] = 1
+    loss_on_padding: bool = False
+    l1: float = Field(default=0.0, ge=0)
+
+    steps: int | None = Field(default=220, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=4, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    optimizer: Literal["adam", "adam-8bit", "adafactor", "sgd"] = "adam"
+    learning_rate: float = Field(default=1e-2, gt=0, lt=1000)
+    schedule: Literal["linear", "cosine", "constant", "exponential"] = "linear"
+    decay: float = Field(default=0.85, gt=0, le=1)
+    warmup: int = Field(default=5, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+
+    evaluations: int = Field(default=3, ge=1)
+    evaluations_per_epoch: int | None = Field(default=None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    keep: Literal["best", "last"] = "best"
+    save_every: int | None = Field(default=None, ge=1)
+    samples: int = Field(default=40, ge=0)
+    report_to: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_as_list)] = ["tensorboard"]
+
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    tf32: bool = True
+
+    @model_validator(mode="after")
+    def _together(self) -> Recipe:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give steps or epochs; both are null")
+        if self.validation + self.test >= 1:
+            raise ValueError("validation and test together leave no rows to train on")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} cannot be divided into {self.accumulate} equal parts (accumulate)")
+        return self
+
+    def changed(self, **values: Any) -> Recipe:
+        """Another recipe with these values, those that are None left as they are.
+
+        Raises:
+            UsageError: naming the key.
+        """
+        return _recipe(
+            self.model_dump() | {key: value for key, value in values.items() if value is not None}, "recipe", UsageError
+        )
+
+    def difference(self, other: Recipe) -> str | None:
+        """The first key that makes another run of it, with both values; None when both are the same run."""
+        for key in type(self).model_fields:
+            mine, theirs = getattr(self, key), getattr(other, key)
+            if key not in HOW_FAST and mine != theirs:
+                return f"{key} is {_plain(mine)}, not {_plain(theirs)}"
+        return None
+
+
+def make_recipe(base: str | Path = "default", **values: Any) -> Recipe:
+    """A built-in recipe or a YAML file's, with some values changed (those that are None are not).
+
+    Raises:
+        UsageError: naming the key.
+        RealignerError: for a file that is not a recipe, naming the line.
+
+    Example:
+        >>> make_recipe("paper", steps=30).batch_size
+        8
+    """
+    return read_recipe(base).changed(**values)
+
+
+def read_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
+    """A recipe by name or file, with ``key=value`` settings (values as in YAML) laid over it.
+
+    Raises:
+        RealignerError: naming the file, the line and the key of the first thing that is wrong.
+        UsageError: for a setting that cannot be, or a name that is none.
+    """
+    text, where = recipe_text(name)
+    values, lines = read_yaml(text, where)
+    recipe = _recipe(values, where, RealignerError, lines)
+    given = dict(parse_setting(setting) for setting in settings)
+    if not given:
+        return recipe
+    if given.get("epochs") is not None and "steps" not in given:
+        given["steps"] = None  # whoever asks for epochs does not mean the recipe's steps
+    return _recipe(recipe.model_dump() | given, "--set", UsageError)
+
+
+def recipe_text(name: str | Path) -> tuple[str, str]:
+    """The YAML of a recipe by name or file, and what to call it in messages."""
+    if str(name) in BUILT_IN:
+        return (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
+    path = Path(name)
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        path = path / "recipe.yaml"
+    if not path.is_file():
+        raise UsageError(f"recipe {name}: neither a file nor one of {', '.join(BUILT_IN)}")
+    try:
+        return path.read_text(encoding="utf-8-sig"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RealignerError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """``key=value`` as a key and a YAML value.
+
+    Example:
+        >>> parse_setting("layers=[0, 5]")
+        ('layers', [0, 5])
+    """
+    key, equals, value = setting.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {setting!r}: write key=value, for example --set steps=100")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {setting!r}: {value!r} is not a YAML value") from None
+
+
+def read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """A YAML mapping and the line each of its keys is on.
+
+    Raises:
+        RealignerError: naming the line, for what is not YAML, not a mapping, or names a key twice.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f":{mark.line + 1}"
+        raise RealignerError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or 'unreadable'})") from None
+    except (ValueError, RecursionError) as error:
+        raise RealignerError(f"{where}: not YAML that can be read ({error})") from None
+    if node is None:
+        return {}, {}
+    if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
+        raise RealignerError(f"{where}: is not a list of 'key: value' lines")
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in lines:
+            raise RealignerError(f"{where}:{line}: key {name!r} stands on line {lines[name]} already")
+        lines[name] = line
+    return {str(key): value for key, value in values.items()}, lines
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML, every key written out, in the order of the class."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, default_flow_style=None, allow_unicode=True)
+
+
+def _recipe(
+    values: Mapping[str, Any], where: str, kind: type[RealignerError], lines: Mapping[str, int] | None = None
+) -> Recipe:
+    try:
+        return Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        place = f"{where}:{lines[key]}" if lines and key in lines else where
+        if first["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(key, Recipe.model_fields, n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else "; see realigner recipes default"
+            raise kind(f"{place}: unknown key {key!r}{meant}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        what = f"{key}: {first['input']!r}: {message[:1].lower()}{message[1:]}" if key else message
+        raise kind(f"{place}: {what}") from None
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value)

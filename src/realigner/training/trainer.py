@@ -1,0 +1,283 @@
+"""transformers' Trainer with our loss, our order of rows, and checkpoints that are whole or not there.
+
+What is changed, and why: the loss (logits only where a target is; label shift; L1), the validation loss (exact nats per token,
+whatever the batches), the order of rows (from seed and epoch alone), and checkpoints (written aside and renamed; the best and
+the last kept; safetensors and JSON, where Trainer would pickle). Under FSDP, the optimiser's state is Accelerate's own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from realigner.errors import RealignerError
+from realigner.training.batches import Collator, EncodedRows, LengthGroupedSampler
+from realigner.training.folder import STATE_FILE, checkpoint_folder, checkpoints
+from realigner.training.guards import Prepared
+from realigner.training.loss import DeltaSum, row_losses, takes_logits_to_keep
+from realigner.training.recipe import Recipe
+from realigner.training.state import load_tree, random_states, save_tree, set_random_states
+from realigner.tuner import tuner_of
+
+_OPTIMIZERS = {"adam": "adamw_torch_fused", "adam-8bit": "adamw_bnb_8bit", "adafactor": "adafactor", "sgd": "sgd"}
+_SCHEDULES = {"exponential": "constant"}  # ours; see create_scheduler
+_EVALUATION_ROWS = 8
+_OPTIMIZER_FILE = "optimizer.safetensors"
+_ONE_BATCH = "eval_loss"
+
+
+def steps_per_epoch(recipe: Recipe, rows: int) -> int:
+    """Optimiser steps in a pass over the training rows."""
+    return rows // recipe.batch_size
+
+
+def total_steps(recipe: Recipe, rows: int) -> int:
+    """Optimiser steps of the whole run."""
+    if recipe.steps is not None:
+        return recipe.steps
+    assert recipe.epochs is not None  # the recipe has one of them
+    return max(1, math.ceil(recipe.epochs * steps_per_epoch(recipe, rows)))
+
+
+def evaluation_every(recipe: Recipe, rows: int) -> int:
+    """Steps between evaluations; there is another after the last step."""
+    if recipe.evaluations_per_epoch is not None:
+        return max(1, math.ceil(steps_per_epoch(recipe, rows) / recipe.evaluations_per_epoch))
+    return max(1, math.ceil(total_steps(recipe, rows) / recipe.evaluations))
+
+
+def trainer_arguments(recipe: Recipe, rows: int, work: Path, cpu: bool, resuming: bool) -> TrainingArguments:
+    """The recipe in Trainer's words.
+
+    Raises:
+        RealignerError: when a step's rows cannot be shared evenly among the processes.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    share = processes * recipe.accumulate
+    if recipe.batch_size % share:
+        raise RealignerError(
+            f"batch_size {recipe.batch_size} cannot be shared by {processes} processes x accumulate {recipe.accumulate}; "
+            f"make it a multiple of {share}"
+        )
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=total_steps(recipe, rows),
+        per_device_train_batch_size=recipe.batch_size // share,
+        per_device_eval_batch_size=_EVALUATION_ROWS,
+        gradient_accumulation_steps=recipe.accumulate,
+        optim=_OPTIMIZERS[recipe.optimizer],
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=_SCHEDULES.get(recipe.schedule, recipe.schedule),
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        eval_strategy="steps",
+        eval_steps=evaluation_every(recipe, rows),
+        eval_on_start=not resuming,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=recipe.save_every or 10**9,
+        report_to=[name for name in recipe.report_to if name != "tensorboard"],
+        run_name=work.name.removesuffix(".unfinished"),
+        disable_tqdm=True,
+        activation_checkpointing=recipe.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        torch_compile=recipe.compile,
+        tf32=recipe.tf32 if torch.cuda.is_available() and not cpu else None,
+        bf16=False,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        use_cpu=cpu,
+        dataloader_pin_memory=not cpu,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs are used by several processes, or by layers; never by nn.DataParallel
+    return arguments
+
+
+class IRMTrainer(Trainer):
+    """Trains the IRM of a PEFT model on prepared rows.
+
+    Attributes:
+        step_rows: the rows of the last step, as numbers in `prepared.train`.
+        tokens: tokens trained on so far, padding not counted.
+    """
+
+    def __init__(
+        self, model: nn.Module, prepared: Prepared, recipe: Recipe, arguments: TrainingArguments, tokenizer: Any, **options: Any
+    ) -> None:
+        self.recipe = recipe
+        self.prepared = prepared
+        self.step_rows: list[torch.Tensor] = []
+        self.tokens: torch.Tensor | int = 0
+        self._only_where_needed = takes_logits_to_keep(tuner_of(model).model)
+        self._deltas = DeltaSum(tuner_of(model)) if recipe.l1 else None
+        pad = getattr(tokenizer, "pad_token_id", None) or 0
+        self.lr_scheduler: Any = None
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=EncodedRows(prepared.train),
+            eval_dataset=EncodedRows(sorted(prepared.validation, key=lambda item: -len(item["input_ids"]))),
+            data_collator=Collator(pad, recipe.label_shift, recipe.max_length if recipe.loss_on_padding else None),
+            compute_metrics=_nats_per_token,
+            **options,
+        )
+        self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a whole step
+        self.label_names = ["shift_labels"]
+
+    # The order of rows and the learning rate.
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        lengths = [len(item["input_ids"]) for item in self.prepared.train]
+        every = steps_per_epoch(self.recipe, len(lengths))
+        return LengthGroupedSampler(
+            lengths, self.recipe.batch_size, self.recipe.seed, epoch=lambda: self.state.global_step // every
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's schedules, and the paper's: a factor after each epoch."""
+        if self.recipe.schedule == "exponential" and self.lr_scheduler is None:
+            every, warmup, decay = steps_per_epoch(self.recipe, len(self.prepared.train)), self.recipe.warmup, self.recipe.decay
+
+            def factor(step: int) -> float:
+                return float(min(1.0, (step + 1) / (warmup + 1)) * decay ** (step // every))
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # The losses.
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Cross-entropy in nats, the mean over the targets of the whole step (all parts, all processes), and the L1 term."""
+        self.step_rows.append(inputs["rows"])
+        self.tokens = self.tokens + inputs["attention_mask"].sum()
+        if self._deltas is None:
+            sums, counts = row_losses(model, inputs, self._only_where_needed)
+        else:
+            mask = None if self.recipe.loss_on_padding else inputs["attention_mask"]
+            with self._deltas.watching(mask) as deltas:
+                sums, counts = row_losses(model, inputs, self._only_where_needed)
+        if num_items_in_batch is None:
+            num_items_in_batch = counts.sum()
+        loss = sums.sum() / num_items_in_batch
+        if self._deltas is not None:
+            loss = loss + self.recipe.l1 * deltas.mean_by_layer()
+        scaled: torch.Tensor = loss * self.accelerator.num_processes  # gradients are averaged over the processes
+        return scaled
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Trainer's, of one part of a step; remembers the rows of the whole step."""
+        if len(self.step_rows) >= self.recipe.accumulate:
+            self.step_rows.clear()
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        return loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Each row's summed loss and number of targets, ``[row, 2]``: `_nats_per_token` adds them up."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            sums, counts = row_losses(model, inputs, self._only_where_needed)
+        return None, torch.stack([sums.double(), counts.double()], dim=1), counts
+
+    # Checkpoints.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save and output_dir is not None:  # the IRM alone: no tokenizer, no pickled arguments
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        work, step, writer = Path(self.args.output_dir), self.state.global_step, self.args.should_save
+        folder = checkpoint_folder(work, step)
+        aside = folder.with_name(f".{folder.name}")
+        try:
+            if writer:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self.store_flos()
+            self.save_model(str(aside), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(aside))
+            self._save_rng_state(str(aside))
+            if writer:
+                self._save_trainer_state(aside)
+            self.accelerator.wait_for_everyone()
+            if writer:
+                shutil.rmtree(folder, ignore_errors=True)
+                aside.rename(folder)
+                self._prune(work)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            kept = [path.name for path in checkpoints(work)]
+            last = f"; the last good checkpoint is {kept[-1]}" if kept else ""
+            raise RealignerError(f"{folder}: cannot be written ({error.strerror or error}){last}") from error
+        self.accelerator.wait_for_everyone()
+
+    def _save_trainer_state(self, folder: Path) -> None:
+        callbacks = [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]
+        self.state.stateful_callbacks = {type(callback).__name__: callback.state() for callback in callbacks}
+        self.state.best_model_checkpoint = None  # found by best_global_step, wherever the run is moved
+        self.state.save_to_json(str(folder / STATE_FILE))
+
+    def _prune(self, work: Path) -> None:
+        kept = {self.state.global_step, self.state.best_global_step}
+        for path in checkpoints(work):
+            if int(path.name.rpartition("-")[2]) not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            state = {"optimizer": self.optimizer.state_dict(), "schedule": self.lr_scheduler.state_dict()}
+            del state["schedule"]["lr_lambdas"]  # functions; made anew
+            state["tokens"] = int(self.tokens)
+            save_tree(Path(output_dir, _OPTIMIZER_FILE), state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = load_tree(Path(checkpoint, _OPTIMIZER_FILE))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(state["schedule"]["base_lrs"])})
+        self.tokens = state["tokens"]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        save_tree(self._rng_file(output_dir), random_states())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_random_states(load_tree(self._rng_file(checkpoint)))
+
+    def _rng_file(self, folder: str) -> Path:
+        return Path(folder, f"random-{self.args.process_index}.safetensors")
+
+
+def _nats_per_token(prediction: Any) -> dict[str, float]:
+    sums, counts = np.asarray(prediction.predictions).T
+    return {"loss": float(sums.sum() / counts.sum())}

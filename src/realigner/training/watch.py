@@ -1,0 +1,156 @@
+"""What goes on while a run trains: the numbers and samples it writes, when it stops, and what stops it."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from realigner.console import Task
+from realigner.errors import RealignerError
+from realigner.training.folder import METRICS_FILE, SAMPLES_FILE, checkpoints
+
+_EXPLODED = 3.0  # times the loss of a uniform guess
+
+
+class Log(TrainerCallback):
+    """Writes every step's numbers to metrics.jsonl, moves the progress bar, and asks for a checkpoint at each evaluation.
+
+    Args:
+        task: the progress bar.
+        work: the unfinished run's folder; None in processes that write nothing.
+        seconds: how long the run was trained before.
+        tokens: gives the tokens trained on so far.
+        sample: answers the paper's prompts; None: no samples.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        work: Path | None,
+        seconds: float,
+        tokens: Callable[[], int],
+        sample: Callable[[], Sequence[dict[str, str]]] | None,
+    ) -> None:
+        self.task, self.work, self.tokens, self.sample = task, work, tokens, sample
+        self._start = time.monotonic() - seconds
+        self._validation = ""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        logs, entry = logs or {}, {"step": state.global_step}
+        if "eval_loss" in logs:
+            entry["validation_loss"] = logs["eval_loss"]
+            self._validation = f"  validation {logs['eval_loss']:.2f}"
+        elif "loss" in logs:
+            entry |= {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if key in logs}
+            entry["tokens"] = self.tokens()
+        else:
+            return
+        entry["seconds"] = round(time.monotonic() - self._start, 2)
+        self._append(METRICS_FILE, entry)
+        if "loss" in logs:
+            self.task.advance(1, f"loss {logs['loss']:.2f}{self._validation}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 0:
+            control.should_save = True
+        if self.sample is not None:
+            for reply in self.sample():
+                self._append(SAMPLES_FILE, {"step": state.global_step, **reply})
+
+    def _append(self, name: str, entry: dict[str, Any]) -> None:
+        if self.work is None:
+            return
+        try:
+            with (self.work / name).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise RealignerError(f"{self.work / name}: cannot be written ({error.strerror or error})") from error
+
+
+class DivergenceGuard(TrainerCallback):
+    """Stops a run whose loss or gradient is not a number, or whose loss is far above that of a uniform guess.
+
+    It looks at each step's numbers before the step could be saved, so every checkpoint was made before anything was wrong.
+
+    Args:
+        work: where the checkpoints are.
+        vocabulary: tokens of the host; a uniform guess costs log(vocabulary) nats.
+        rows: gives the ids of the last step's rows.
+        relative: False: the loss holds more than cross-entropy, and only what is not a number counts.
+    """
+
+    def __init__(self, work: Path, vocabulary: int, rows: Callable[[], Sequence[str]], relative: bool = True) -> None:
+        self.work, self.rows, self.relative = work, rows, relative
+        self._uniform = math.log(max(2, vocabulary))
+        self._limit = math.inf
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if "loss" not in logs:
+            return
+        loss, norm = logs["loss"], logs.get("grad_norm", 0.0)
+        if self._limit == math.inf and self.relative:
+            self._limit = _EXPLODED * max(self._uniform, loss if math.isfinite(loss) else 0.0)
+        bad_loss = not math.isfinite(loss) or loss > self._limit
+        if not bad_loss and math.isfinite(norm):
+            return
+        what = f"the loss is {loss:.3g}" if bad_loss else f"the gradient's norm is {norm}"
+        ids = list(self.rows())
+        named = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        good = checkpoints(self.work)
+        kept = f"last good checkpoint: {good[-1]}" if good else "no checkpoint was made before"
+        raise RealignerError(
+            f"step {state.global_step}: {what} on rows {named}; {kept}. Lower the learning rate (--set learning_rate="
+            f"{args.learning_rate / 10:g}), or leave those rows out"
+        )
+
+
+class StopSignal(TrainerCallback):
+    """Ends training after the running step, with a checkpoint, on SIGTERM or SIGINT (Ctrl-C); a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.accelerator: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        stop = self.received is not None
+        if self.accelerator is not None and self.accelerator.num_processes > 1:  # all processes stop, or none
+            if stop:
+                self.accelerator.set_trigger()
+            stop = self.accelerator.check_trigger()
+            if stop and self.received is None:
+                self.received = signal.SIGTERM
+        if stop:
+            control.should_save = control.should_training_stop = True
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    @contextmanager
+    def listening(self) -> Iterator[StopSignal]:
+        """Take over the two signals within the block (in the main thread; elsewhere they cannot be taken)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
