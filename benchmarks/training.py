@@ -16,13 +16,13 @@ padded     `compact` trained as the reference code does: every row padded to 128
 All but `padded` are given the same batches, of like length as `LengthGroupedSampler` makes them, and take the loss at the
 reply's positions only, logits being computed nowhere else. `padded` is given the same rows. Its tokens are those of the text.
 
-A turn is one step on each of four batches (an epoch's, evenly spaced by length). Settings alternate within a turn, batch by batch,
-in an order that is reversed each time. A ratio is the median over the turns of seconds over the limit's seconds in the same
-turn; `best` is the fastest step on each batch, over the same of the limit: on a shared machine it is the steadier number.
+A turn is one step on each of four batches (an epoch's, evenly spaced by length). Settings alternate within a turn, batch by
+batch, in an order that is reversed each time. A ratio is the median over the turns of seconds over the limit's seconds in the
+same turn; `best` is the fastest step on each batch, over the same of the limit: on a shared machine it is the steadier number.
 
-`floor` is (limit + network) / limit, in the same turns: the network alone on h0 of that many tokens, forward, backward, clipping
-and optimiser. What is above the floor is what injection costs. (A step can be a little below: with an IRM, nothing is
-propagated back through layer 0's attention.)
+`floor` is (limit + network) / limit, in the same turns: the network alone on h0 of that many tokens, forward, backward,
+clipping and optimiser. What is above the floor is what injection costs. (A step can be a little below: with an IRM, nothing
+is propagated back through layer 0's attention.)
 
 Peak memory is that of a process of its own, host included (the high-water mark of its resident set after loading), with the
 longest of the batches.
@@ -211,7 +211,7 @@ def alone_step(network: nn.Module, width: int, dtype: torch.dtype) -> Step:
     generator = torch.Generator().manual_seed(42)
 
     def work(h0: torch.Tensor, gradient: torch.Tensor) -> None:
-        network(h0).to(dtype).backward(gradient)
+        torch.autograd.backward(network(h0).to(dtype), gradient)
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -296,10 +296,7 @@ def work_for_memory(setting: str) -> None:
     job = load_job()
     with tempfile.TemporaryDirectory() as folder:
         forget_peak()
-        if setting == LIMIT:
-            step = limit_step(job.host)
-        else:
-            step = training_step(make_trainer(job, setting, folder))
+        step = limit_step(job.host) if setting == LIMIT else training_step(make_trainer(job, setting, folder))
         for _ in range(MEMORY_STEPS):
             step(job.batch(setting, job.chosen[-1]))
     print(json.dumps({"peak_gib": peak_gib()}))

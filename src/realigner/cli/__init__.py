@@ -16,7 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 import realigner
-from realigner.cli import data, hosts, runs
+from realigner.cli import data, hosts, runs, sweeps
 from realigner.errors import RealignerError, UsageError
 
 app = typer.Typer(
@@ -27,7 +27,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (runs.demo, runs.train, runs.recipes, runs.generate, runs.trace, runs.report, hosts.hosts, hosts.doctor):
+for command in (
+    runs.demo,
+    runs.train,
+    runs.recipes,
+    sweeps.sweep,
+    runs.generate,
+    runs.trace,
+    runs.report,
+    hosts.hosts,
+    hosts.doctor,
+):
     app.command()(command)
 app.add_typer(data.app, name="data")
 

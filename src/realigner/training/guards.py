@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
 from realigner.data import Row, Split, encode_rows, rows_hash, split_rows
-from realigner.data.tokens import clip
+from realigner.data.tokens import IGNORED, clip
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import resolve_device, resolve_dtype
 from realigner.irm import IRMShape
@@ -46,6 +46,11 @@ class Prepared:
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(len(item["input_ids"]) for item in (*self.train, *self.validation))
+
+    @property
+    def most_targets(self) -> int:
+        """Targets of the row that has most of them: logits are computed for no more positions."""
+        return max(sum(label != IGNORED for label in item["labels"]) for item in (*self.train, *self.validation))
 
     def facts(self) -> dict[str, Any]:
         """What run.json says of the data."""
@@ -145,7 +150,9 @@ class Memory:
         )
 
 
-def estimate_memory(config: Any, recipe: Recipe, longest: int, processes: int = 1, loaded: bool = False) -> Memory:
+def estimate_memory(
+    config: Any, recipe: Recipe, longest: int, targets: int, processes: int = 1, loaded: bool = False
+) -> Memory:
     """What training by a recipe will take, from the host's config alone.
 
     The weights are counted exactly. Activations are estimated, for each token and layer, as 8 numbers a neuron and 4 for each
@@ -156,6 +163,7 @@ def estimate_memory(config: Any, recipe: Recipe, longest: int, processes: int = 
         config: the host's.
         recipe: how.
         longest: tokens of the longest row.
+        targets: positions of a row that logits are computed for, at most.
         processes: over which a step's rows are shared.
         loaded: the host is in memory already, and is not counted against what is free.
     """
@@ -168,14 +176,16 @@ def estimate_memory(config: Any, recipe: Recipe, longest: int, processes: int = 
     with init_empty_weights(include_buffers=True):
         host = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     irm = shape_of(recipe).parameter_count(hidden, depth)
-    tokens = recipe.batch_size // recipe.accumulate / processes * (recipe.max_length if recipe.loss_on_padding else longest)
+    rows = recipe.batch_size // recipe.accumulate / processes
+    if recipe.loss_on_padding:
+        longest = targets = recipe.max_length
     layer = (8 * hidden + 4 * inner) * bytes_each + 16 * hidden
     logits = int(text.vocab_size) * (12 + 2 * bytes_each)
     inside = layer + 2 * depth * hidden * bytes_each if recipe.gradient_checkpointing else depth * layer
     return Memory(
         host=0.0 if loaded else host * bytes_each,
         irm=irm * (8 + _STATE_BYTES[recipe.optimizer]),
-        activations=tokens * (inside + logits + 12 * depth * hidden),
+        activations=rows * (longest * (inside + 12 * depth * hidden) + targets * logits),
         free=free_memory(device),
         irm_parameters=irm,
         host_parameters=host,

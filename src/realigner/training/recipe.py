@@ -53,7 +53,7 @@ class Recipe(BaseModel):
             code's other mistake).
         l1: adds ``l1 / layers * sum |delta|`` to the loss (the paper: 1e-4, off by default), over every token of the batch.
 
-        steps: optimiser steps; null: as many as `epochs` takes.
+        steps: optimiser steps; null: as many as `epochs` takes; 0: the IRM is saved as it was initialised (a baseline).
         epochs: passes over the training rows; used where `steps` is null.
         batch_size: rows a step, over all processes.
         accumulate: parts that a step's rows are computed in, one after the other, to save memory.
@@ -110,7 +110,7 @@ class Recipe(BaseModel):
     loss_on_padding: bool = False
     l1: float = Field(default=0.0, ge=0)
 
-    steps: int | None = Field(default=220, ge=1)
+    steps: int | None = Field(default=220, ge=0)
     epochs: float | None = Field(default=None, gt=0)
     batch_size: int = Field(default=4, ge=1)
     accumulate: int = Field(default=1, ge=1)

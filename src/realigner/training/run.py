@@ -215,7 +215,7 @@ def _check_reports(recipe: Recipe) -> None:
 def _mention(prepared: Prepared, recipe: Recipe, config: Any, quiet: bool, loaded: bool) -> None:
     """Say how many rows are cut and how much memory it takes; refuse what cannot fit."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    memory = estimate_memory(config, recipe, prepared.longest, processes, loaded)
+    memory = estimate_memory(config, recipe, prepared.longest, prepared.most_targets, processes, loaded)
     warning = check_memory(memory, recipe, config)
     if quiet or not _is_writer():
         return
@@ -268,7 +268,7 @@ def _train(
             stack.enter_context(folder.locked(work))
         processes.wait_for_everyone()
         stack.push(_drop_if_nothing_was_done(work) if processes.is_main_process else lambda *_: False)
-        stopped = _fit(model, tokenizer, prepared, recipe, work, cpu, quiet)
+        stopped = None if recipe.steps == 0 else _fit(model, tokenizer, prepared, recipe, work, cpu, quiet)
         record |= _outcome(work, stopped)
         if not stopped and processes.is_main_process:
             if weights_hash(host) != hashed and not _sharded(host):
@@ -420,7 +420,9 @@ def _tensorboard(work: Path, done: int) -> Any:
 
 def _outcome(work: Path, stopped: str | None) -> dict[str, Any]:
     """What run.json says of the training itself."""
-    last = folder.checkpoint_state(folder.checkpoints(work)[-1])
+    good = folder.checkpoints(work)
+    untrained = {"global_step": 0, "max_steps": 0, "best_global_step": 0}
+    last = folder.checkpoint_state(good[-1]) if good else untrained
     entries = folder.read_metrics(work)
     best = last["best_global_step"]
     return {
@@ -437,13 +439,15 @@ def _outcome(work: Path, stopped: str | None) -> dict[str, Any]:
 
 def _finish(model: PeftModel, work: Path, out: Path, record: dict[str, Any], recipe: Recipe) -> None:
     """Make the folder whole from its checkpoints, and give it its name."""
-    last = folder.checkpoints(work)[-1]
-    best = folder.checkpoint_folder(work, record["best_step"])
-    chosen = best if recipe.keep == "best" and best.is_dir() else last
-    record["kept_step"] = folder.checkpoint_step(chosen)
+    good = folder.checkpoints(work)
+    best = folder.checkpoint_folder(work, record["best_step"] or 0)
+    chosen = best if recipe.keep == "best" and best.is_dir() else good[-1] if good else None
+    record["kept_step"] = folder.checkpoint_step(chosen) if chosen else 0
     record["irm"] = irm_facts(model)
     try:
-        for name in folder.ADAPTER_FILES:
+        if chosen is None:  # steps: 0
+            model.save_pretrained(str(work), save_embedding_layers=False)
+        for name in folder.ADAPTER_FILES if chosen else ():
             shutil.copyfile(chosen / name, work / name)
         save_curve(folder.read_metrics(work), work / folder.CURVE_FILE, kept=record["kept_step"])
     except OSError as error:

@@ -120,7 +120,7 @@ class DivergenceGuard(TrainerCallback):
 
 
 class StopSignal(TrainerCallback):
-    """Ends training after the running step, with a checkpoint, on SIGTERM or SIGINT (Ctrl-C); a second Ctrl-C ends it at once."""
+    """Ends training after the running step, with a checkpoint, on SIGTERM or SIGINT; a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

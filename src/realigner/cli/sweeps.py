@@ -1,0 +1,64 @@
+"""The command for many runs: sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from realigner.cli.options import Json, print_json
+from realigner.errors import RealignerError
+
+
+def sweep(
+    file: Annotated[str, typer.Argument(help="A YAML file, a recipe and a grid over its keys; 'paper': the paper's 24 runs.")],
+    out: Annotated[Path, typer.Option(help="The sweep's folder: one for each run in it.")],
+    on: Annotated[str, typer.Option(help="local (processes here) or ray.")] = "local",
+    workers: Annotated[Optional[int], typer.Option(help="Runs at a time.", min=1, show_default="the file's, else 1")] = None,
+    gpus: Annotated[Optional[float], typer.Option(help="GPUs a run takes; on Ray also a part of one.", min=0)] = None,
+    address: Annotated[
+        Optional[str], typer.Option(help="Of a Ray cluster ('auto' on its machines); else one starts here.")
+    ] = None,
+    retries: Annotated[int, typer.Option(help="How often a run whose worker died is taken up again.", min=0)] = 2,
+    settings: Annotated[
+        Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="A key of the recipe, for every run.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs and what is there of each.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a grid of IRMs; the same command goes on after whatever stopped it."""
+    from realigner.sweep.grid import plan, read_sweep
+    from realigner.sweep.run import run_sweep, states_of
+    from realigner.training.recipe import parse_setting
+
+    chosen, base = read_sweep(file, dict(parse_setting(setting) for setting in settings or []))
+    runs = plan(chosen, base)
+    if dry_run:
+        states = states_of(runs, out)
+        if as_json:
+            print_json({"runs": [{"run": run.name, **run.varies, "state": states[run.name]} for run in runs]})
+        else:
+            for run in runs:
+                print(f"{run.name}  {states[run.name]:8}{run.label}")
+            print(f"{len(runs)} runs. Try next:  realigner sweep {file} --out {out}")
+        return
+    gpus = chosen.gpus if gpus is None else gpus
+    result = run_sweep(runs, out, on, workers or chosen.workers, gpus, address, retries, quiet=as_json)
+    if as_json:
+        print_json({"out": str(out), "states": result.states, "errors": result.errors, "seconds": round(result.seconds, 1)})
+    else:
+        _print(result, {run.name: run.label for run in runs})
+    if result.errors:
+        raise RealignerError(f"{len(result.errors)} of {len(runs)} runs failed")
+    if not result.finished:
+        raise RealignerError("stopped before every run was done; the same command goes on from there")
+
+
+def _print(result: Any, labels: dict[str, str]) -> None:
+    done = [name for name, state in result.states.items() if state == "done"]
+    print(f"{len(done)} of {len(result.states)} runs done in {result.seconds:.0f} s, in {result.out}")
+    for name, error in result.errors.items():
+        print(f"failed: {name} ({labels[name]}): {error}  [{result.out}/logs/{name}.log]")
+    if done:
+        print(f"Try next:  realigner report {result.out / done[0]} --out report.html")

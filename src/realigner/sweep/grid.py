@@ -1,0 +1,164 @@
+"""The grid: a YAML file that lists values for some keys of a recipe, and the runs that it stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from realigner.data.schema import first_fault
+from realigner.errors import RealignerError, UsageError
+from realigner.training.recipe import BUILT_IN, HOW_FAST, Recipe, read_recipe, read_yaml
+
+PAPER = Path(__file__).parent / "paper.yaml"
+
+
+class Sweep(BaseModel):
+    """A sweep file.
+
+    Attributes:
+        recipe: ``default``, ``paper``, or a file (relative to the sweep's).
+        set: keys of the recipe with other values, for every run.
+        grid: a key of the recipe -> its values; the runs are all combinations.
+        data: a tone -> its rows' file (relative to the sweep's); other tones take the recipe's `data`.
+        baselines: also one untrained IRM (``steps: 0``) for each combination of everything but the tone.
+        workers: runs at a time.
+        gpus: GPUs a run takes, also a part of one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: str = "default"
+    set: dict[str, Any] = Field(default_factory=dict)
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    data: dict[str, str] = Field(default_factory=dict)
+    baselines: bool = False
+    workers: int = Field(default=1, ge=1)
+    gpus: float = Field(default=0.0, ge=0)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of a sweep.
+
+    Attributes:
+        name: the hash of everything that decides what it is: its folder's name.
+        recipe: what to train.
+        varies: the keys that tell it from the others.
+    """
+
+    name: str
+    recipe: Recipe
+    varies: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """The keys that vary, for people."""
+        return " ".join(f"{key}={_short(value)}" for key, value in self.varies.items()) or self.name
+
+
+def read_sweep(file: str | Path, settings: Mapping[str, Any] | None = None) -> tuple[Sweep, Path]:
+    """A sweep file, with more keys set for every run, and the folder that its paths are relative to.
+
+    Raises:
+        RealignerError: naming the file, the line and the key of the first thing that is wrong.
+        UsageError: when there is no such file.
+    """
+    path = PAPER if str(file) == "paper" else Path(file)
+    if not path.is_file():
+        raise UsageError(f"sweep {file}: there is no such file; 'paper' is the paper's own")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RealignerError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+    values, lines = read_yaml(text, str(path))
+    try:
+        sweep = Sweep.model_validate(values)
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0]) if error.errors()[0]["loc"] else ""
+        place = f"{path}:{lines[key]}" if key in lines else str(path)
+        raise RealignerError(f"{place}: {first_fault(error, Sweep, 'a sweep')}") from None
+    if settings:
+        sweep = sweep.model_copy(update={"set": {**sweep.set, **settings}})
+    for part in ("set", "grid"):
+        for key in getattr(sweep, part):
+            if key not in Recipe.model_fields:
+                raise RealignerError(
+                    f"{path}:{lines.get(part, 1)}: {part}: a recipe has no key {key!r}; see realigner recipes default"
+                )
+    for key, choices in sweep.grid.items():
+        if not choices:
+            raise RealignerError(f"{path}:{lines['grid']}: grid: {key!r} has no values")
+    return sweep, path.parent
+
+
+def plan(sweep: Sweep, base: Path) -> list[Planned]:
+    """The runs of a sweep, each once, in the grid's order, untrained baselines last.
+
+    Raises:
+        UsageError: naming the combination that is no recipe.
+        RealignerError: when a data file is missing.
+    """
+    source = sweep.recipe if sweep.recipe in BUILT_IN else base / sweep.recipe
+    recipe = read_recipe(source)
+    digests: dict[str, str] = {}
+    planned: dict[str, Planned] = {}
+    for baseline in (False, True)[: 1 + sweep.baselines]:
+        for values in itertools.product(*sweep.grid.values()):
+            varies = dict(zip(sweep.grid, values, strict=True))
+            run = _planned(recipe, sweep, base, varies, baseline, digests)
+            planned.setdefault(run.name, run)
+    return list(planned.values())
+
+
+def _planned(
+    recipe: Recipe, sweep: Sweep, base: Path, varies: dict[str, Any], baseline: bool, digests: dict[str, str]
+) -> Planned:
+    values = recipe.model_dump() | sweep.set | varies
+    if values.get("epochs") is not None and "steps" not in {**sweep.set, **varies} and "epochs" in {**sweep.set, **varies}:
+        values["steps"] = None
+    tone = values.get("tone")
+    file = sweep.data.get(str(tone)) or (values["data"] if "data" in {**sweep.set, **varies} else None)
+    if file is not None and file != "authored":
+        values["data"] = str((base / file).resolve())
+    if baseline:
+        values |= {"steps": 0, "epochs": None}
+        varies = {key: value for key, value in varies.items() if key not in ("tone", "data")} | {"untrained": True}
+    try:
+        run = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"sweep: {_label(varies)}: {first_fault(error, Recipe, 'a recipe')}") from None
+    return Planned(_name(run, baseline, digests), run, varies)
+
+
+def _name(recipe: Recipe, baseline: bool, digests: dict[str, str]) -> str:
+    """The hash of a run: its recipe without what only decides how fast it goes, data by content and not by place."""
+    values = {key: value for key, value in recipe.model_dump().items() if key not in HOW_FAST}
+    if baseline:  # an untrained IRM is the same for all tones
+        values |= {"tone": None, "data": None}
+    elif recipe.data not in (None, "authored"):
+        values["data"] = _digest(str(recipe.data), digests)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _digest(file: str, digests: dict[str, str]) -> str:
+    if file not in digests:
+        try:
+            digests[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        except OSError as error:
+            raise RealignerError(f"{file}: cannot be read ({error.strerror})") from None
+    return digests[file]
+
+
+def _label(varies: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={_short(value)}" for key, value in varies.items()) or "the recipe"
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value).replace(" ", "") if isinstance(value, (list, dict)) else str(value)

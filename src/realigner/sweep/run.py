@@ -1,0 +1,152 @@
+"""Run a sweep: every run that is not there yet, some at a time, until each is done or has failed for good."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import realigner.training.folder as folder
+from realigner.errors import RealignerError, UsageError
+from realigner.files import write_text
+from realigner.sweep.grid import Planned
+from realigner.sweep.table import StateTable
+from realigner.sweep.work import Job
+from realigner.training.recipe import to_yaml
+
+SWEEP_FILE = "sweep.json"
+BACKENDS = ("local", "ray")
+Report = Callable[[str, str, str], None]  # (run, state, note)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a sweep came to: the state of each run by name, and why the failed ones failed."""
+
+    out: Path
+    states: dict[str, str]
+    errors: dict[str, str]
+    seconds: float
+
+    @property
+    def finished(self) -> bool:
+        """Whether every run is done."""
+        return all(state == "done" for state in self.states.values())
+
+
+def run_sweep(
+    runs: Sequence[Planned],
+    out: str | Path,
+    on: str = "local",
+    workers: int = 1,
+    gpus: float = 0.0,
+    address: str | None = None,
+    retries: int = 2,
+    quiet: bool = False,
+) -> Result:
+    """Train every run of a sweep that `out` does not hold yet.
+
+    A run that fails by an error of its own is named and left; one whose worker died is gone on with, up to `retries` times.
+    Ctrl-C and SIGTERM end the running ones with a checkpoint each. Whatever happened before, the same call goes on from there.
+
+    Args:
+        runs: from `plan`.
+        out: the sweep's folder: a folder for each run, named by its hash.
+        on: ``local`` or ``ray``.
+        workers: runs at a time; on Ray, how many CPUs the cluster started here gets (a given one has its own).
+        gpus: GPUs each run takes; a part of one on Ray only.
+        address: of a Ray cluster; None: one is started here.
+        retries: how often a run whose worker died is taken up again.
+        quiet: show no table.
+
+    Raises:
+        RealignerError: when the folder is not a sweep's, or Ray is missing or cannot be reached.
+        UsageError: for an unknown backend.
+    """
+    out = Path(out)
+    if on not in BACKENDS:
+        raise UsageError(f"sweep: --on {on!r} is none of {', '.join(BACKENDS)}")
+    _settle(out, runs)
+    started = time.monotonic()
+    jobs = _jobs(runs, out, workers)
+    errors: dict[str, str] = {}
+    with StateTable(runs, out, quiet) as table, _stopping() as stop:
+        table.workers = workers
+        for run in runs:
+            if (out / run.name).is_dir():
+                table.set(run.name, "done", "already")
+
+        def report(name: str, state: str, note: str = "") -> None:
+            table.set(name, state, note)
+            errors.pop(name, None)
+            if state == "failed":
+                errors[name] = note
+
+        todo = [job for job in jobs if table.states[job.name] != "done"]
+        if on == "ray":
+            from realigner.sweep.on_ray import run_on_ray
+
+            run_on_ray(todo, workers, gpus, address, retries, report, stop)
+        else:
+            from realigner.sweep.local import run_locally
+
+            run_locally(todo, workers, gpus, retries, report, stop)
+    return Result(out, dict(table.states), errors, time.monotonic() - started)
+
+
+def states_of(runs: Sequence[Planned], out: Path) -> dict[str, str]:
+    """What a folder holds of each run: ``done``, ``begun`` or ``waiting``."""
+    begun = {run.name: "begun" if folder.unfinished(out / run.name).exists() else "waiting" for run in runs}
+    return {name: "done" if (out / name).is_dir() else state for name, state in begun.items()}
+
+
+def _settle(out: Path, runs: Sequence[Planned]) -> None:
+    """Make the sweep's folder, or check that it is one; write what each run is."""
+    if out.exists() and not (out / SWEEP_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise RealignerError(f"{out}: is not a sweep's folder; choose another --out")
+    index = {run.name: {**run.varies, "recipe": f"recipes/{run.name}.yaml"} for run in runs}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RealignerError(f"{out}: cannot be written ({error.strerror or error})") from error
+    write_text(out / SWEEP_FILE, json.dumps({"runs": index}, indent=2) + "\n")
+
+
+def _jobs(runs: Sequence[Planned], out: Path, workers: int) -> list[Job]:
+    """The runs as jobs. Threads are settled here: with another number of them a sum's last bits can differ."""
+    place, share = out.resolve(), max(1, (os.cpu_count() or 1) // workers)
+    jobs = []
+    for run in runs:
+        threads = run.recipe.threads or share
+        file = place / "recipes" / f"{run.name}.yaml"
+        write_text(file, to_yaml(run.recipe.changed(threads=threads)))
+        jobs.append(Job(run.name, str(file), str(place / run.name), str(place / "logs" / f"{run.name}.log"), threads))
+    return jobs
+
+
+@contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """An event that is set when Ctrl-C or SIGTERM comes; a second Ctrl-C interrupts as ever."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def receive(number: int, frame: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,109 @@
+"""The live table of a sweep: states, steps, losses and time left; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.live import Live
+from rich.table import Table
+
+import realigner.training.folder as folder
+from realigner.console import console, say
+from realigner.sweep.grid import Planned
+
+_STYLES = {"done": "green", "running": "cyan", "failed": "red", "lost, again": "yellow", "stopped": "yellow"}
+
+
+class StateTable:
+    """What each run is doing, shown as it changes.
+
+    Args:
+        runs: the sweep's.
+        out: the sweep's folder; numbers are read from the runs' own metrics.jsonl.
+        quiet: show nothing.
+    """
+
+    def __init__(self, runs: Sequence[Planned], out: Path, quiet: bool = False) -> None:
+        self.runs, self.out, self.quiet = runs, out, quiet
+        self.states = {run.name: "waiting" for run in runs}
+        self.workers = 1
+        self._labels = {run.name: run.label for run in runs}
+        self._live = Live(console=console(), get_renderable=self._table, refresh_per_second=1)
+        self._screen = console().is_terminal and not quiet
+
+    def __enter__(self) -> StateTable:
+        if self._screen:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._screen:
+            self._live.stop()
+
+    def set(self, name: str, state: str, note: str = "") -> None:
+        """A run's new state; without a terminal, a line."""
+        changed = self.states[name] != state
+        self.states[name] = state
+        if changed and not self._screen and not self.quiet:
+            done = sum(state == "done" for state in self.states.values())
+            say(f"sweep: {done}/{len(self.states)} done  {name} {state}{f' ({note})' if note else ''}  {self._labels[name]}")
+
+    def _table(self) -> Table:
+        progress = {run.name: self._progress(run) for run in self.runs}
+        table = Table(caption=self._caption(progress), box=None, header_style="bold")
+        keys = list(dict.fromkeys(key for run in self.runs for key in run.varies))
+        for name in ("run", *keys, "state", "step", "loss", "left"):
+            table.add_column(name)
+        for run in self.runs:
+            state, (step, loss, left) = self.states[run.name], progress[run.name]
+            values = [str(run.varies.get(key, "")) for key in keys]
+            style = _STYLES.get(state, "dim")
+            table.add_row(
+                run.name, *values, f"[{style}]{state}[/{style}]", step, loss, _time(left) if state == "running" else ""
+            )
+        return table
+
+    def _caption(self, progress: dict[str, tuple[str, str, float | None]]) -> str:
+        done = sum(state == "done" for state in self.states.values())
+        left = [seconds for name, (_, _, seconds) in progress.items() if self.states[name] == "running" and seconds is not None]
+        waiting = sum(state == "waiting" for state in self.states.values())
+        finished = [seconds for run in self.runs if (seconds := _seconds(self.out / run.name)) is not None]
+        if not left and not finished:
+            return f"{done}/{len(self.runs)} done"
+        each = sum(finished) / len(finished) if finished else max(left)
+        return f"{done}/{len(self.runs)} done, about {_time(max(left, default=0.0) + waiting * each / self.workers)} left"
+
+    def _progress(self, run: Planned) -> tuple[str, str, float | None]:
+        """Step, loss and seconds left, from the last line that the run wrote."""
+        for place in (self.out / run.name, folder.unfinished(self.out / run.name)):
+            entry = _last_line(place / folder.METRICS_FILE)
+            if entry is not None:
+                loss = entry.get("loss", entry.get("validation_loss"))
+                total, step = run.recipe.steps, int(entry["step"])
+                left = entry["seconds"] / step * (total - step) if total and step else None
+                return f"{step}/{total}" if total else str(step), "" if loss is None else f"{loss:.2f}", left
+        return "", "", None
+
+
+def _last_line(path: Path) -> dict[str, Any] | None:
+    try:
+        with path.open("rb") as stream:
+            stream.seek(0, 2)
+            stream.seek(max(0, stream.tell() - 2000))
+            lines = stream.read().splitlines()
+        value = json.loads(lines[-1]) if lines else None
+    except (OSError, ValueError):  # not there yet, or being written
+        return None
+    return value if isinstance(value, dict) and "step" in value else None
+
+
+def _seconds(run: Path) -> float | None:
+    return folder.read_run(run).get("seconds") if run.is_dir() else None
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
