@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
 
 from realigner.training import make_recipe, train
+from realigner.training.watch import Log
 from realigner.tuner import IRMConfig, tuner_of
 from tests.tiny import some_rows, tiny_pair
 
@@ -50,6 +54,14 @@ def fsdp(out: Path) -> None:
     dist.destroy_process_group()
 
 
+def stop_at_3(self: Log, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    """In place of the log's own: SIGTERM after two steps."""
+    if state.global_step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if state.global_step >= state.max_steps:
+        control.should_evaluate = True
+
+
 def main() -> None:
     """Do what is asked; every warning is printed."""
     warnings.simplefilter("always")
@@ -58,6 +70,8 @@ def main() -> None:
     if what == "fsdp":
         fsdp(out)
         return
+    if what == "stop" and os.environ["RANK"] == "0":  # a scheduler may tell one process only
+        Log.on_step_end = stop_at_3  # type: ignore[method-assign]
     host, tokenizer = tiny_pair()
     train(host, tokenizer, some_rows(), out, RECIPE, quiet=True, resume=what == "resume")
 

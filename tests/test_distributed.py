@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -85,8 +86,6 @@ def test_nothing_is_unused_and_one_writes(ddp: tuple[Path, str]) -> None:
 
 
 def test_another_number_of_processes_does_not_resume(ddp: tuple[Path, str], tmp_path: Path) -> None:
-    import shutil
-
     work = folder.unfinished(tmp_path / "run")
     shutil.copytree(ddp[0], work)
     host, tokenizer = tiny_pair()
@@ -94,18 +93,14 @@ def test_another_number_of_processes_does_not_resume(ddp: tuple[Path, str], tmp_
         train(host, tokenizer, some_rows(), tmp_path / "run", RECIPE, resume=True, quiet=True)
 
 
-def test_two_processes_resume_exactly(ddp: tuple[Path, str], tmp_path: Path) -> None:
-    """From the checkpoint at half time: the same bytes."""
-    import shutil
-
-    work = folder.unfinished(tmp_path / "run")
-    shutil.copytree(ddp[0], work)
-    for name in ("adapter_model.safetensors", "loss.png", "README.md"):
-        (work / name).unlink()
-    steps = [folder.checkpoint_step(path) for path in folder.checkpoints(work)]
-    if steps == [6]:  # best and last are one: go back by hand
-        pytest.skip("no earlier checkpoint was kept")
-    shutil.rmtree(folder.checkpoint_folder(work, 6))
+def test_two_processes_stop_together_and_resume_exactly(ddp: tuple[Path, str], tmp_path: Path) -> None:
+    """SIGTERM to one of them: both stop after the same step; gone on with, the same bytes."""
+    done = worker("stop", tmp_path / "run")
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr
+    assert not (tmp_path / "run").exists()
+    steps = [folder.checkpoint_step(path) for path in folder.checkpoints(folder.unfinished(tmp_path / "run"))]
+    assert steps
+    assert max(steps) < 6
     done = worker("resume", tmp_path / "run")
     assert [process.returncode for process in done] == [0, 0], done[0].stderr
     one, two = ((path / "adapter_model.safetensors").read_bytes() for path in (ddp[0], tmp_path / "run"))

@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (
+for command in (  # in the order of --help
     runs.demo,
     runs.train,
     runs.recipes,

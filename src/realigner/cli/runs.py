@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -111,6 +112,8 @@ def train(
     from realigner.training.run import train_recipe
 
     run = train_recipe(chosen, out, force, resume, trust_remote_code=trust_remote_code, repeats=earlier)
+    if os.environ.get("RANK", "0") != "0":  # one process of several speaks
+        return
     _print_run(run.folder, run.record, as_json)
     if run.interrupted and run.record["signal"] != "SIGTERM":
         raise RealignerError(f"interrupted after step {run.record['steps_done']}; {_go_on(out)}")

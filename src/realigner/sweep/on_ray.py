@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -54,12 +55,23 @@ def run_on_ray(
 
 def _connect(ray: Any, address: str | None, workers: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _knock(address)
     options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
     try:
         ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RealignerError(f"ray: no cluster at {address or 'this machine'} ({line})") from error
+
+
+def _knock(address: str | None) -> None:
+    """Find out at once that nobody listens at an address; Ray itself would ask for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise RealignerError(f"ray: no cluster at {address} ({error.strerror or error})") from None
 
 
 def _follow(ray: Any, tasks: dict[Any, Job], report: Callable[[str, str, str], None], stop: threading.Event) -> None:

@@ -261,13 +261,12 @@ def _train(
     config = _irm_config(recipe, prepared.tone)
     set_seed(recipe.seed)
     model: PeftModel = get_peft_model(host, config)
-    with ExitStack() as stack:
-        stack.callback(_bare_again, model, host)
+    with ExitStack() as held, ExitStack() as undo:
+        undo.callback(_bare_again, model, host)
         if processes.is_main_process:
-            _begin(work, record, recipe, force, resume)
-            stack.enter_context(folder.locked(work))
+            held.enter_context(_begun(work, record, recipe, force, resume))
+            undo.push(_drop_if_nothing_was_done(work))
         processes.wait_for_everyone()
-        stack.push(_drop_if_nothing_was_done(work) if processes.is_main_process else lambda *_: False)
         stopped = None if recipe.steps == 0 else _fit(model, tokenizer, prepared, recipe, work, cpu, quiet)
         record |= _outcome(work, stopped)
         if not stopped and processes.is_main_process:
@@ -275,7 +274,9 @@ def _train(
                 raise RealignerError("the host's weights changed during training; nothing was saved")
             _finish(model, work, out, record, recipe)
         processes.wait_for_everyone()
-        stack.pop_all()  # all is well: the IRM stays
+        if not stopped:
+            record = folder.read_run(out)  # in every process, as the writer left it
+        undo.pop_all()  # all is well: the IRM stays
     if not stopped:
         _load(model, out)
     return Run(work if stopped else out, model.eval(), record)
@@ -309,10 +310,22 @@ def _begin_record(host: nn.Module, hashed: str, prepared: Prepared, recipe: Reci
     }
 
 
-def _begin(work: Path, record: dict[str, Any], recipe: Recipe, force: bool, resume: bool) -> None:
-    """Make the unfinished run's folder, or check that it holds this very run, cut back to its last checkpoint."""
+@contextmanager
+def _begun(work: Path, record: dict[str, Any], recipe: Recipe, force: bool, resume: bool) -> Iterator[None]:
+    """Hold the unfinished run's folder: made anew, or found to hold this very run and cut back to its last checkpoint."""
     if force and work.exists():
-        shutil.rmtree(work)
+        with folder.locked(work):
+            shutil.rmtree(work)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RealignerError(f"{work}: cannot be written ({error.strerror or error})") from error
+    with folder.locked(work):
+        _begin(work, record, recipe, resume)
+        yield
+
+
+def _begin(work: Path, record: dict[str, Any], recipe: Recipe, resume: bool) -> None:
     if resume and (work / folder.RUN_FILE).is_file():
         _check_same(work, record, recipe)
         good = folder.checkpoints(work)
@@ -321,10 +334,6 @@ def _begin(work: Path, record: dict[str, Any], recipe: Recipe, force: bool, resu
             folder.cut_lines(work / name, step)
         folder.clear_halves(work)
         return
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RealignerError(f"{work}: cannot be written ({error.strerror or error})") from error
     head = "# Every key of this run. It is repeated by:  realigner train --recipe FOLDER --out OTHER\n"
     write_text(work / folder.RECIPE_FILE, head + to_yaml(recipe))
     write_text(work / folder.RUN_FILE, json.dumps(record, indent=2) + "\n")
@@ -447,8 +456,9 @@ def _finish(model: PeftModel, work: Path, out: Path, record: dict[str, Any], rec
     try:
         if chosen is None:  # steps: 0
             model.save_pretrained(str(work), save_embedding_layers=False)
-        for name in folder.ADAPTER_FILES if chosen else ():
-            shutil.copyfile(chosen / name, work / name)
+        else:
+            for name in folder.ADAPTER_FILES:
+                shutil.copyfile(chosen / name, work / name)
         save_curve(folder.read_metrics(work), work / folder.CURVE_FILE, kept=record["kept_step"])
     except OSError as error:
         raise RealignerError(f"{work}: cannot be written ({error.strerror or error}); go on with --resume") from error

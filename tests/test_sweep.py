@@ -1,0 +1,293 @@
+"""Sweeps: the grid, its hashes, and runs that are killed, fail, and are begun again, here and on Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import realigner.training.folder as folder
+from realigner.errors import RealignerError, UsageError
+from realigner.hosts import EMBEDDED
+from realigner.sweep import Planned, Sweep, plan, read_sweep, run_sweep
+from realigner.sweep.grid import _name
+from realigner.sweep.run import states_of
+from realigner.training import Recipe, read_metrics, read_run
+from realigner.tuner import load_irm
+from tests.tiny import some_rows, tiny_folder, tiny_pair
+
+QUICK = {"steps": 10, "batch_size": 4, "samples": 0, "report_to": [], "save_every": 2, "evaluations": 1}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A host, a file of rows for two tones, and a sweep file over them."""
+    place = tmp_path_factory.mktemp("sweep")
+    tiny_folder(place / "host")
+    for tone in ("anger", "joy"):
+        (place / f"{tone}.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in some_rows(tone=tone)))
+    return place
+
+
+def sweep_of(place: Path, **changes: Any) -> list[Planned]:
+    values: dict[str, Any] = {
+        "set": {**QUICK, "host": str(place / "host"), **changes.pop("set", {})},
+        "grid": {"tone": ["anger", "joy"], "seed": [1, 2]},
+        "data": {"anger": "anger.jsonl", "joy": "joy.jsonl"},
+    }
+    return plan(Sweep(**{**values, **changes}), place)
+
+
+def adapters(out: Path, runs: list[Planned]) -> dict[str, bytes]:
+    return {run.name: (out / run.name / "adapter_model.safetensors").read_bytes() for run in runs}
+
+
+def test_the_papers_sweep() -> None:
+    runs = plan(*read_sweep("paper"))
+    assert len([run for run in runs if not run.varies.get("untrained")]) == 24
+    assert len([run for run in runs if run.varies.get("untrained")]) == 8  # one for each seed and layer set
+    assert {run.recipe.preset for run in runs} == {"paper"}
+    assert {run.recipe.seed for run in runs} == {42, 420}
+    assert all(run.recipe.steps == 0 for run in runs if run.varies.get("untrained"))
+
+
+def test_the_grid(place: Path) -> None:
+    runs = sweep_of(place, baselines=True)
+    assert len(runs) == 4 + 2
+    assert len({run.name for run in runs}) == 6
+    assert runs[0].label == "tone=anger seed=1"
+    assert runs[0].recipe.data == str((place / "anger.jsonl").resolve())
+    again = sweep_of(place, grid={"seed": [2, 1], "tone": ["joy", "anger"]}, baselines=True)
+    assert {run.name for run in again} == {run.name for run in runs}  # order is nothing
+    copy = place / "copy.jsonl"
+    copy.write_bytes((place / "anger.jsonl").read_bytes())
+    moved = sweep_of(place, data={"anger": "copy.jsonl", "joy": "joy.jsonl"})
+    assert [run.name for run in moved] == [run.name for run in runs[:4]]  # the content of data counts, not the place
+    copy.write_bytes((place / "anger.jsonl").read_bytes() + b"\n")
+    changed = sweep_of(place, data={"anger": "copy.jsonl", "joy": "joy.jsonl"})
+    assert changed[0].name != runs[0].name
+    assert changed[2].name == runs[2].name
+
+
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "seed": st.integers(0, 1000), "steps": st.integers(1, 1000), "learning_rate": st.floats(1e-6, 1.0),
+    "rank": st.integers(0, 99),    "layers": st.sampled_from(["all", "0-3", "5"]), "preset": st.sampled_from(["compact", "paper"]), "l1": st.floats(0, 1),
+    "device": st.sampled_from(["auto", "cpu"]), "threads": st.integers(1, 8),
+}  # fmt: skip
+
+
+@given(one=st.fixed_dictionaries({}, optional=VALUES), two=st.fixed_dictionaries({}, optional=VALUES))
+def test_the_hash_is_of_what_a_run_is(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """Equal exactly where the two recipes are the same run (`Recipe.difference`)."""
+    first, second = Recipe(**one), Recipe(**two)
+    assert (_name(first, False, {}) == _name(second, False, {})) == (first.difference(second) is None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grid: {sed: [1]}\n", ":1: grid: a recipe has no key 'sed'"),
+        ("recipe: default\n\nset: {stepz: 1}\n", ":3: set: a recipe has no key 'stepz'"),
+        ("recipe: default\ngrid: {seed: []}\n", ":2: grid: 'seed' has no values"),
+        ("grid: {seed: 1}\n", ":1: key 'grid.seed'"),
+        ("recipe: default\nworkers: 0\n", ":2: key 'workers'"),
+        ("recipe: default\nrobots: 3\n", ":2: unknown key 'robots'"),
+        ("grid: [\n", "not valid YAML"),
+    ],
+)
+def test_bad_sweeps_name_the_line(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(RealignerError) as caught:
+        read_sweep(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_refusals(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"sweep: seed=-3: key 'seed'"):
+        sweep_of(place, grid={"seed": [-3]})
+    with pytest.raises(RealignerError, match=r"gone\.jsonl: cannot be read"):
+        sweep_of(place, grid={"tone": ["anger"]}, data={"anger": "gone.jsonl"})
+    with pytest.raises(UsageError, match="there is no such file"):
+        read_sweep(tmp_path / "none.yaml")
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(RealignerError, match="is not a sweep's folder"):
+        run_sweep(sweep_of(place), tmp_path)
+    with pytest.raises(UsageError, match="--on 'cloud' is none of local, ray"):
+        run_sweep(sweep_of(place), tmp_path / "new", on="cloud")
+    with pytest.raises(UsageError, match="a part of a GPU"):
+        run_sweep(sweep_of(place), tmp_path / "new", gpus=0.5, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def local(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Planned], Path]:
+    """A whole sweep of two tones and two seeds, one of whose runs fails, with baselines."""
+    runs = sweep_of(place, baselines=True)
+    broken = Planned("broken", runs[0].recipe.changed(layers="0-77"), {"tone": "anger", "seed": 77})
+    out = tmp_path_factory.mktemp("local") / "out"
+    result = run_sweep([broken, *runs], out, workers=2, quiet=True)
+    assert result.errors == {"broken": "layers: there is no layer 3; this host has layers 0 to 2"}
+    assert not result.finished
+    assert {name for name, state in result.states.items() if state == "done"} == {run.name for run in runs}
+    return runs, out
+
+
+def test_a_failed_run_does_not_stop_the_others(local: tuple[list[Planned], Path]) -> None:
+    runs, out = local
+    assert "there is no layer 3" in (out / "logs" / "broken.log").read_text()
+    for run in runs:
+        load_irm(tiny_pair()[0], out / run.name)
+        assert read_run(out / run.name)["steps_done"] == run.recipe.steps
+    index = json.loads((out / "sweep.json").read_text())["runs"]
+    assert index[runs[0].name]["tone"] == "anger"
+    assert len(set(adapters(out, runs).values())) == 6
+
+
+def test_a_finished_run_is_not_trained_again(local: tuple[list[Planned], Path]) -> None:
+    runs, out = local
+    before = {run.name: (out / run.name).stat().st_mtime_ns for run in runs}
+    result = run_sweep(runs, out, workers=2, quiet=True)
+    assert result.finished
+    assert {run.name: (out / run.name).stat().st_mtime_ns for run in runs} == before
+    assert set(states_of(runs, out).values()) == {"done"}
+
+
+def workers_of(parent: int | None = None) -> Iterator[psutil.Process]:
+    """The trainings that run now, of any sweep or of one driver's."""
+    for process in psutil.Process(parent).children(recursive=True) if parent else psutil.process_iter():
+        try:
+            if "realigner.sweep.work" in process.cmdline():
+                yield process
+        except psutil.Error:
+            continue
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def begun(out: Path) -> bool:
+    """Whether some run has done a step or more and is not finished."""
+    return any(path.stat().st_size > 300 for path in out.glob("*.unfinished/metrics.jsonl"))
+
+
+def driver(place: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
+    """`realigner sweep` in a process of its own, on runs that take some seconds."""
+    file = place / "sweep.yaml"
+    values = {**QUICK, "steps": 250, "save_every": 20, "host": str(place / "host")}
+    file.write_text(
+        json.dumps({"set": values, "grid": {"seed": [1, 2, 3, 4]}, "data": {"anger": "anger.jsonl"}})
+        .replace('"seed": [1', '"tone": ["anger"], "seed": [1')
+    )  # fmt: skip
+    command = [sys.executable, "-m", "realigner", "sweep", str(file), "--out", str(out), "--workers", "2", *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def trained_once(out: Path, runs: int, steps: int) -> None:
+    """Every run is there, whole, and logged each of its steps once."""
+    finished = [path for path in out.iterdir() if (path / "run.json").is_file()]
+    assert len(finished) == runs
+    assert not list(out.glob("*.unfinished"))
+    for path in finished:
+        assert [entry["step"] for entry in read_metrics(path) if "loss" in entry] == list(range(1, steps + 1))
+
+
+@pytest.mark.parametrize("on", ["local", "ray"])
+def test_killed_workers_and_drivers(place: Path, tmp_path: Path, on: str) -> None:
+    """A worker is killed, then the driver; begun again, all is done once, in the bytes of a sweep left alone."""
+    out = tmp_path / "out"
+    process = driver(place, out, "--on", on)
+    wait_for(lambda: begun(out))
+    next(iter(workers_of())).kill()
+    wait_for(lambda: len(list(out.glob("*.unfinished"))) >= 2 or list(out.glob("*/run.json")))
+    wait_for(lambda: begun(out))
+    process.kill()
+    process.wait()
+    wait_for(lambda: not list(workers_of()), 30)  # no orphan goes on
+    done = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/run.json") if "." not in path.parent.name}
+    assert len(done) < 4
+    again = driver(place, out, "--on", on, "--json")
+    said, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, said.decode()
+    trained_once(out, 4, 250)
+    assert all((out / name / "run.json").stat().st_mtime_ns == at for name, at in done.items())
+    if on == "local":
+        alone = driver(place, tmp_path / "alone")
+        assert alone.wait(timeout=200) == 0
+        for path in out.glob("*/adapter_model.safetensors"):
+            assert path.read_bytes() == (tmp_path / "alone" / path.parent.name / path.name).read_bytes()
+
+
+def test_ctrl_c_saves_and_goes_on(place: Path, tmp_path: Path) -> None:
+    process = driver(place, tmp_path / "out")
+    wait_for(lambda: begun(tmp_path / "out"))
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert b"the same command goes on from there" in said
+    assert b"Traceback" not in said
+    for work in (tmp_path / "out").glob("*.unfinished"):
+        assert folder.checkpoints(work)
+    again = driver(place, tmp_path / "out")
+    assert again.wait(timeout=200) == 0
+    trained_once(tmp_path / "out", 4, 250)
+
+
+def test_ray_gives_the_bytes_of_local(place: Path, local: tuple[list[Planned], Path], tmp_path: Path) -> None:
+    runs, out = local
+    result = run_sweep(runs, tmp_path / "ray", on="ray", workers=2, quiet=True)
+    assert result.finished
+    assert adapters(tmp_path / "ray", runs) == adapters(out, runs)
+    with pytest.raises(RealignerError, match=r"ray: no cluster at 127\.0\.0\.1:1"):
+        run_sweep(runs, tmp_path / "none", on="ray", address="127.0.0.1:1", quiet=True)
+
+
+@pytest.mark.slow
+@pytest.mark.host
+@pytest.mark.timeout(3000)
+def test_twelve_runs_on_the_embedded_host(tmp_path: Path) -> None:
+    """3 tones x 2 seeds x 2 layer sets, 30 steps each, on a Ray of two workers; a worker and the driver are killed."""
+    file = tmp_path / "twelve.yaml"
+    file.write_text(
+        "set: {steps: 30, batch_size: 2, samples: 0, evaluations: 1, report_to: [], save_every: 5, host: " + EMBEDDED + "}\n"
+        'grid: {tone: [anger, sadness, neutral], seed: [42, 420], layers: [all, "15-29"]}\n'
+    )
+
+    def sweep(out: Path, on: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "realigner", "sweep", str(file), "--out", str(out), "--workers", "2", "--on", on]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    out = tmp_path / "ray"
+    process = sweep(out, "ray")
+    wait_for(lambda: begun(out), 300)
+    next(iter(workers_of())).kill()
+    wait_for(lambda: len(list(out.glob("*/run.json"))) >= 4, 900)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not list(workers_of()), 60)
+    done = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/run.json") if "." not in path.parent.name}
+    assert 0 < len(done) < 12
+    assert sweep(out, "ray").wait(timeout=1500) == 0
+    trained_once(out, 12, 30)
+    assert all((out / name / "run.json").stat().st_mtime_ns == at for name, at in done.items())
+    assert sweep(tmp_path / "local", "local").wait(timeout=1500) == 0
+    trained_once(tmp_path / "local", 12, 30)
+    for path in out.glob("*/adapter_model.safetensors"):
+        assert path.read_bytes() == (tmp_path / "local" / path.parent.name / path.name).read_bytes()
+    print(f"finished before the driver was killed: {len(done)} of 12; pid {os.getpid()}")
