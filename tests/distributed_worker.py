@@ -47,8 +47,9 @@ def fsdp(out: Path) -> None:
     fully_shard(model, mesh=mesh)
     ids, targets = (part[dist.get_rank() * 4 : dist.get_rank() * 4 + 4] for part in batch())
     logits = model(input_ids=ids, use_cache=False).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-    gradients = {name: p.grad.full_tensor() for name, p in network.named_parameters() if p.grad is not None}
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()  # type: ignore[no-untyped-call]
+    grads: dict[str, Any] = {name: p.grad for name, p in network.named_parameters()}
+    gradients = {name: grad.full_tensor() for name, grad in grads.items()}
     if dist.get_rank() == 0:
         torch.save(gradients, out)
     dist.destroy_process_group()

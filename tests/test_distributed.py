@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import get_peft_model
 from safetensors.torch import load_file
 
+import realigner as ra
 import realigner.training.folder as folder
 from realigner.errors import RealignerError
 from realigner.training import read_metrics, read_run, train
@@ -117,10 +119,10 @@ def test_fsdp2_gradients(tmp_path: Path) -> None:
     model = get_peft_model(host, IRMConfig())
     ids, targets = batch()
     logits = model(input_ids=ids, use_cache=False).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()  # type: ignore[no-untyped-call]
     want = {name: p.grad for name, p in tuner_of(model).bank.network("default").named_parameters()}
     assert got.keys() == want.keys()
-    assert max(float((got[key] - want[key]).abs().max()) for key in want if want[key] is not None) < 1e-6  # type: ignore[operator]
+    assert max(float((got[key] - want[key]).abs().max()) for key in want if want[key] is not None) < 1e-6
     assert max(float(value.abs().max()) for value in got.values()) > 1e-4
 
 
@@ -146,3 +148,21 @@ def test_fsdp2_by_accelerate(tmp_path: Path) -> None:
     assert alone.returncode == 0, alone.stderr
     one, sharded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "run"))
     assert max(float((one[key] - sharded[key]).abs().max()) for key in one) < 1e-6
+
+
+def test_a_host_spread_over_places_trains_to_the_same_numbers(tmp_path: Path) -> None:
+    """device_map: layers in memory and on disk (what there is here in place of several GPUs), and `balanced`."""
+    place = tiny_folder(tmp_path / "host")
+    weights = []
+    for name in ("one", "balanced", "mixed"):
+        host, tokenizer = ra.load_host(str(place), dtype="float32", device="balanced" if name == "balanced" else "cpu")
+        if name == "mixed":
+            places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+            layers = {f"model.layers.{n}": "cpu" for n in range(len(host.model.layers))}
+            spread = {**places, **layers, "model.layers.1": "disk"}
+            host = dispatch_model(host, spread, main_device="cpu", offload_dir=str(tmp_path / "disk"), force_hooks=True)
+            assert next(host.model.layers[1].parameters()).device.type == "meta"
+        run = train(host, tokenizer, some_rows(), tmp_path / name, RECIPE, steps=3, quiet=True)
+        weights.append(torch.cat([p.detach().flatten().cpu() for p in tuner_of(run.model).bank.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert float((weights[0] - weights[2]).abs().max()) < 1e-6

@@ -81,10 +81,15 @@ def test_the_grid(place: Path) -> None:
 
 
 VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "seed": st.integers(0, 1000), "steps": st.integers(1, 1000), "learning_rate": st.floats(1e-6, 1.0),
-    "rank": st.integers(0, 99),    "layers": st.sampled_from(["all", "0-3", "5"]), "preset": st.sampled_from(["compact", "paper"]), "l1": st.floats(0, 1),
-    "device": st.sampled_from(["auto", "cpu"]), "threads": st.integers(1, 8),
-}  # fmt: skip
+    "seed": st.integers(0, 1000),
+    "steps": st.integers(1, 1000),
+    "learning_rate": st.floats(1e-6, 1.0),
+    "rank": st.integers(0, 99),
+    "layers": st.sampled_from(["all", "0-3", "5"]),
+    "preset": st.sampled_from(["compact", "paper"]),
+    "device": st.sampled_from(["auto", "cpu"]),
+    "threads": st.integers(1, 8),
+}
 
 
 @given(one=st.fixed_dictionaries({}, optional=VALUES), two=st.fixed_dictionaries({}, optional=VALUES))
@@ -153,7 +158,7 @@ def test_a_failed_run_does_not_stop_the_others(local: tuple[list[Planned], Path]
         assert read_run(out / run.name)["steps_done"] == run.recipe.steps
     index = json.loads((out / "sweep.json").read_text())["runs"]
     assert index[runs[0].name]["tone"] == "anger"
-    assert len(set(adapters(out, runs).values())) == 6
+    assert len(set(adapters(out, runs).values())) == 4  # two seeds, trained or not; the two tones' rows say the same
 
 
 def test_a_finished_run_is_not_trained_again(local: tuple[list[Planned], Path]) -> None:
