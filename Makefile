@@ -43,6 +43,7 @@ check: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/data.py
+	@$(BIN)/python benchmarks/training.py
 	@$(BIN)/python benchmarks/injection.py
 
 census: $(READY)

@@ -183,7 +183,7 @@ def limit_step(host: Any, synchronize: Callable[[], Any] = nothing) -> Step:
 
     def work(batch: Batch) -> None:
         sums, counts = row_losses(host, batch, only_where_needed=True)
-        (sums.sum() / counts.sum()).backward()
+        (sums.sum() / counts.sum()).backward()  # type: ignore[no-untyped-call]
 
     return lambda batch: timed(lambda: work(batch), synchronize)
 

@@ -262,6 +262,7 @@ def test_what_saves_memory_changes_no_number(tmp_path: Path, options: dict[str, 
     assert (weights[0] - weights[1]).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_compiled_training_gives_the_same_numbers(tmp_path: Path) -> None:
     recipe = make_recipe(steps=2, batch_size=4, samples=0, evaluations=1, report_to=[], optimizer="sgd", learning_rate=0.1)

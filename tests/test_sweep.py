@@ -213,7 +213,7 @@ def trained_once(out: Path, runs: int, steps: int) -> None:
         assert [entry["step"] for entry in read_metrics(path) if "loss" in entry] == list(range(1, steps + 1))
 
 
-@pytest.mark.parametrize("on", ["local", "ray"])
+@pytest.mark.parametrize("on", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_killed_workers_and_drivers(place: Path, tmp_path: Path, on: str) -> None:
     """A worker is killed, then the driver; begun again, all is done once, in the bytes of a sweep left alone."""
     out = tmp_path / "out"
