@@ -8,8 +8,8 @@ The host has random weights, made from its config on the device in bfloat16; ran
 embeddings (the limit) is measured first; the ratio is to that.
 
 FLOPs of a step are counted as is usual: 2 for each weight and token forward, 2 backward through activations, 2 more for
-gradients of weights, which only the IRM has: `tokens * (4 * host + 6 * IRM)`, embeddings not counted, and for causal attention `12 *
-layers * tokens * length * hidden / 2` (4 forward, 8 backward, halved by the mask). Utilisation is FLOPs a second over the
+gradients of weights, which only the IRM has: `tokens * (4 * host + 6 * IRM)`, embeddings not counted, and for causal attention
+`12 * layers * tokens * length * hidden / 2` (4 forward, 8 backward, halved by the mask). Utilisation is FLOPs a second over the
 device's dense bfloat16 peak; the goal is 40%.
 """
 
