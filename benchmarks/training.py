@@ -29,7 +29,8 @@ longest of the batches.
 
 Seconds to a loss: `compact` is trained for --steps steps; the target is its validation loss on replies after 60% of them. Then
 `padded` is trained until its validation loss on the same replies is there too, or until it took 6 times as long. Both with
-the recipe's learning rate, held constant so that neither depends on when it is stopped. Evaluations do not count.
+the recipe's learning rate, held constant so that neither depends on when it is stopped. Evaluations do not count. The two are
+trained one after the other, so a slow moment hits one of them: `by steps` is the same in steps times `ms/step` of the table.
 """
 
 from __future__ import annotations
@@ -397,6 +398,10 @@ def judge(rows: dict[str, dict[str, Any]], to_loss: dict[str, Any] | None) -> li
         lines.append(f"compact: {times:.2f} of LoRA's step, goal 1: {'met' if times <= 1 else 'missed'}")
     if to_loss:
         compact, padded, times = to_loss["compact"], to_loss["padded"], to_loss["times_sooner"]
+        by_steps = ""
+        if "compact" in rows and "padded" in rows:
+            took_ms = [to_loss[name]["steps"] * rows[name]["ms_per_step"] for name in ("padded", "compact")]
+            by_steps = f" (by steps: {took_ms[0] / took_ms[1]:.1f})"
         if padded["reached"]:
             took = f"padded took {padded['seconds']} s ({padded['steps']} steps): {times:.1f} times sooner"
         else:
@@ -406,7 +411,7 @@ def judge(rows: dict[str, dict[str, Any]], to_loss: dict[str, Any] | None) -> li
             )
         lines.append(
             f"validation loss {to_loss['target']:.3f}: compact took {compact['seconds']} s ({compact['steps']} steps), "
-            f"{took}, goal {SOONER:g}: {'met' if times >= SOONER else 'missed'}"
+            f"{took}{by_steps}, goal {SOONER:g}: {'met' if times >= SOONER else 'missed'}"
         )
     return lines
 

@@ -78,7 +78,7 @@ def train(
     preset: Annotated[Optional[str], typer.Option(help="compact or paper.")] = None,
     layers: Annotated[Optional[str], typer.Option(help="'all', '0-31', '0,5,7-9'.")] = None,
     rank: Annotated[Optional[int], typer.Option(help="Width of the factorised output; 0 for a dense one.")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Optimiser steps.")] = None,
+    steps: Annotated[Optional[int], typer.Option(help="Optimiser steps.", min=1)] = None,
     batch_size: Annotated[Optional[int], typer.Option(help="Rows a step, over all processes.")] = None,
     learning_rate: Annotated[Optional[float], typer.Option(help="Peak learning rate.")] = None,
     max_length: Annotated[Optional[int], typer.Option(help="Tokens of a row at most.")] = None,
