@@ -174,7 +174,7 @@ def test_killed_at_random_moments(tmp_path: Path, whole: dict[str, bytes]) -> No
         os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
     assert killed >= 10
-    if (tmp_path / "rows.journal").exists():
+    if not (tmp_path / "rows.jsonl").exists():  # on a busy machine the last may have died before it wrote anything
         make(tmp_path)
     assert contents(tmp_path) == whole
 

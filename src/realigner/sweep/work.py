@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -91,9 +92,8 @@ def main() -> None:
     """The child's side."""
     parent, recipe, out = sys.argv[1:4]
     die_with(int(parent))
-    from realigner.cli import main as command_line
-
-    sys.exit(command_line(["train", "--recipe", recipe, "--out", out, "--resume"]))
+    sys.argv = ["realigner", "train", "--recipe", recipe, "--out", out, "--resume"]
+    runpy.run_module("realigner", run_name="__main__")
 
 
 if __name__ == "__main__":
