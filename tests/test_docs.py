@@ -45,16 +45,16 @@ def test_there_are_examples() -> None:
 def test_the_readmes_python_runs(embedded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block by block in one namespace, where `make demo` would have left a run; training itself is cut to one step."""
     host, tokenizer = ra.load_host()
-    quick = make_recipe(steps=1, batch_size=1, evaluations=1)
+    quick = make_recipe(steps=1, batch_size=1, evaluations=1, samples=0)
     train(host, tokenizer, some_rows(), tmp_path / "demo" / "anger-42", recipe=quick, quiet=True).model.unload()
     (tmp_path / "rows.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in some_rows()))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("realigner.training.run.Recipe", lambda: quick)
     blocks = re.findall(r"```python\n(.*?)```", (SOURCE.parents[1] / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 3
     names: dict[str, Any] = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        quickly = block.replace('"runs/mine", seed=42)', '"runs/mine", seed=42, steps=1, samples=0)')
+        exec(compile(quickly, "README.md", "exec"), names)
     assert (tmp_path / "runs" / "mine" / "adapter_model.safetensors").is_file()
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,8 +23,12 @@ from realigner.errors import RealignerError, UsageError
 from realigner.hosts import EMBEDDED
 from realigner.sweep import Planned, Sweep, plan, read_sweep, run_sweep
 from realigner.sweep.grid import _name
-from realigner.sweep.run import states_of
-from realigner.training import Recipe, read_metrics, read_run
+from realigner.sweep.local import deal_devices
+from realigner.sweep.on_ray import _check_room
+from realigner.sweep.run import _jobs, _settled, states_of
+from realigner.sweep.table import StateTable
+from realigner.sweep.work import wait_until_free
+from realigner.training import Recipe, read_metrics, read_recipe, read_run
 from realigner.tuner import load_irm
 from tests.tiny import some_rows, tiny_folder, tiny_pair
 
@@ -105,10 +110,14 @@ def test_the_hash_is_of_what_a_run_is(one: dict[str, Any], two: dict[str, Any]) 
         ("grid: {sed: [1]}\n", ":1: grid: a recipe has no key 'sed'"),
         ("recipe: default\n\nset: {stepz: 1}\n", ":3: set: a recipe has no key 'stepz'"),
         ("recipe: default\ngrid: {seed: []}\n", ":2: grid: 'seed' has no values"),
+        ("grid:\n  tone: [anger]\n  sed: [1]\n", ":3: grid: a recipe has no key 'sed'"),
         ("grid: {seed: 1}\n", ":1: key 'grid.seed'"),
         ("recipe: default\nworkers: 0\n", ":2: key 'workers'"),
         ("recipe: default\nrobots: 3\n", ":2: unknown key 'robots'"),
         ("grid: [\n", "not valid YAML"),
+        ("grid:\n  tone: [anger]\n  seed: [1, -3]\n", ":3: grid: key 'seed' Input should be greater than or equal to 0"),
+        ("set:\n  steps: 3\n  host: 5\n", ":3: set: key 'host' is not a string"),
+        ("grid: {tone: [anger]}\ndata:\n  angre: a.jsonl\n", ":3: data: no run has the tone 'angre'"),
     ],
 )
 def test_bad_sweeps_name_the_line(text: str, message: str, tmp_path: Path) -> None:
@@ -135,6 +144,77 @@ def test_refusals(place: Path, tmp_path: Path) -> None:
         run_sweep(sweep_of(place), tmp_path / "new", on="cloud")
     with pytest.raises(UsageError, match="a part of a GPU"):
         run_sweep(sweep_of(place), tmp_path / "new", gpus=0.5, quiet=True)
+    with pytest.raises(RealignerError, match="holds another sweep, none of whose 4 runs is in this one"):
+        run_sweep(sweep_of(place, set={"steps": 11}), tmp_path / "new", quiet=True)
+    with (
+        _settled(tmp_path / "new", sweep_of(place)),
+        pytest.raises(RealignerError, match="another process is running this sweep"),
+    ):
+        run_sweep(sweep_of(place), tmp_path / "new", quiet=True)
+    (tmp_path / "new" / "sweep.json").write_text("[]")
+    with pytest.raises(RealignerError, match=r"sweep\.json: not a sweep's"):
+        run_sweep(sweep_of(place), tmp_path / "new", quiet=True)
+
+
+def test_an_enlarged_grid_keeps_the_index(place: Path, tmp_path: Path) -> None:
+    for seeds in ([1], [1, 2]):
+        with _settled(tmp_path, sweep_of(place, grid={"tone": ["anger"], "seed": seeds}, data={"anger": "anger.jsonl"})):
+            assert len(json.loads((tmp_path / "sweep.json").read_text())["runs"]) == len(seeds)
+    with _settled(tmp_path, sweep_of(place, grid={"tone": ["anger"], "seed": [2]}, data={"anger": "anger.jsonl"})):
+        assert len(json.loads((tmp_path / "sweep.json").read_text())["runs"]) == 2
+
+
+def test_a_file_of_the_command_line_is_where_the_command_is(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    chosen, base = read_sweep("paper", {"data": "anger.jsonl", "host": "host"})
+    run = plan(chosen, base)[0]
+    assert run.recipe.data == str(place.resolve() / "anger.jsonl")
+    recipe = read_recipe(_jobs([run], tmp_path, 2)[0].recipe)  # what travels has whole paths
+    assert (recipe.host, recipe.data) == (str((place / "host").resolve()), run.recipe.data)
+    assert recipe.threads == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def test_gpus_are_dealt_from_those_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
+    assert deal_devices(2, 2) == ["2,3", "5,7"]
+    assert deal_devices(0, 3) == ["", "", ""]
+    with pytest.raises(UsageError, match="3 workers with 2 GPUs each, but there are 4"):
+        deal_devices(2, 3)
+
+
+def test_what_no_machine_of_a_cluster_can_take(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray itself would wait for ever."""
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}]
+    ray = SimpleNamespace(nodes=lambda: nodes)
+    _check_room(ray, 2, 0, None)
+    with pytest.raises(RealignerError, match=r"takes 1 CPUs and 1 GPUs, and no machine has them .*: 2 and 0\)"):
+        _check_room(ray, 1, 1, None)
+    _check_room(ray, 4, 0, "host:6379")
+    assert "waiting for one that has" in capsys.readouterr().err
+
+
+def test_a_run_that_is_still_held_is_waited_for(tmp_path: Path) -> None:
+    with folder.locked(tmp_path), pytest.raises(RealignerError, match="another process"):
+        wait_until_free(tmp_path, 0.6)
+    wait_until_free(tmp_path, 5)
+    wait_until_free(tmp_path / "none", 5)
+
+
+@pytest.mark.parametrize("epochs", [None, 3])
+def test_the_table_knows_the_time_left(place: Path, tmp_path: Path, epochs: float | None) -> None:
+    """Also where a recipe counts epochs: a checkpoint knows the steps."""
+    count = {"steps": 40} if epochs is None else {"steps": None, "epochs": epochs}
+    run = sweep_of(place, set=count)[0]
+    work = folder.unfinished(tmp_path / run.name)
+    (work / "checkpoint-10").mkdir(parents=True)
+    (work / "checkpoint-10" / folder.STATE_FILE).write_text('{"max_steps": 40}')
+    (work / folder.METRICS_FILE).write_text('{"step": 9, "loss": 3}\n{"step": 10, "loss": 2.5, "seconds": 5.0}\n')
+    table = StateTable([run], tmp_path, quiet=True)
+    assert table._progress(run) == ("10/40", "2.50", 15.0)
+    table.set(run.name, "running")
+    assert table._table().title == "0/1 done, about 0:00:15 left"
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +250,15 @@ def test_a_finished_run_is_not_trained_again(local: tuple[list[Planned], Path]) 
     assert set(states_of(runs, out).values()) == {"done"}
 
 
-def workers_of(parent: int | None = None) -> Iterator[psutil.Process]:
-    """The trainings that run now, of any sweep or of one driver's."""
-    for process in psutil.Process(parent).children(recursive=True) if parent else psutil.process_iter():
+def workers_of(out: Path) -> Iterator[psutil.Process]:
+    """The trainings of a sweep that run now."""
+    for process in psutil.process_iter():
         try:
-            if "realigner.sweep.work" in process.cmdline():
-                yield process
+            command = process.cmdline()
         except psutil.Error:
             continue
+        if "realigner.sweep.work" in command and any(part.startswith(f"{out}{os.sep}") for part in command):
+            yield process
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
@@ -219,12 +300,12 @@ def test_killed_workers_and_drivers(place: Path, tmp_path: Path, on: str) -> Non
     out = tmp_path / "out"
     process = driver(place, out, "--on", on)
     wait_for(lambda: begun(out))
-    next(iter(workers_of())).kill()
+    next(workers_of(out)).kill()
     wait_for(lambda: len(list(out.glob("*.unfinished"))) >= 2 or list(out.glob("*/run.json")))
     wait_for(lambda: begun(out))
     process.kill()
     process.wait()
-    wait_for(lambda: not list(workers_of()), 30)  # no orphan goes on
+    wait_for(lambda: not list(workers_of(out)), 30)  # no orphan goes on
     done = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/run.json") if "." not in path.parent.name}
     assert len(done) < 4
     again = driver(place, out, "--on", on, "--json")
@@ -239,19 +320,32 @@ def test_killed_workers_and_drivers(place: Path, tmp_path: Path, on: str) -> Non
             assert path.read_bytes() == (tmp_path / "alone" / path.parent.name / path.name).read_bytes()
 
 
-def test_ctrl_c_saves_and_goes_on(place: Path, tmp_path: Path) -> None:
-    process = driver(place, tmp_path / "out")
-    wait_for(lambda: begun(tmp_path / "out"))
+@pytest.mark.parametrize("on", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_ctrl_c_saves_and_goes_on(place: Path, tmp_path: Path, on: str) -> None:
+    out = tmp_path / "out"
+    process = driver(place, out, "--on", on)
+    wait_for(lambda: begun(out))
+    if on == "local":  # a worker that somebody else stops is taken up again
+        next(workers_of(out)).terminate()
+        wait_for(lambda: len(list(workers_of(out))) == 1)
+        wait_for(lambda: len(list(workers_of(out))) == 2)
+    wait_for(lambda: begun(out))
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert b"the same command goes on from there" in said
     assert b"Traceback" not in said
-    for work in (tmp_path / "out").glob("*.unfinished"):
+    assert b"SIGTERM received" not in said  # Ray's own way to end, which saves nothing
+    assert (b"attempt 2" in said) == (on == "local")
+    assert b"stopped" in said
+    assert not list(workers_of(out))
+    begun_runs = [work for work in out.glob("*.unfinished") if (work / "metrics.jsonl").is_file()]
+    assert begun_runs
+    for work in begun_runs:
         assert folder.checkpoints(work)
-    again = driver(place, tmp_path / "out")
+    again = driver(place, out, "--on", on)
     assert again.wait(timeout=200) == 0
-    trained_once(tmp_path / "out", 4, 250)
+    trained_once(out, 4, 250)
 
 
 def test_ray_gives_the_bytes_of_local(place: Path, local: tuple[list[Planned], Path], tmp_path: Path) -> None:
@@ -281,11 +375,11 @@ def test_twelve_runs_on_the_embedded_host(tmp_path: Path) -> None:
     out = tmp_path / "ray"
     process = sweep(out, "ray")
     wait_for(lambda: begun(out), 300)
-    next(iter(workers_of())).kill()
-    wait_for(lambda: len(list(out.glob("*/run.json"))) >= 4, 900)
+    next(workers_of(out)).kill()
+    wait_for(lambda: sum("." not in path.parent.name for path in out.glob("*/run.json")) >= 4, 900)
     process.kill()
     process.wait()
-    wait_for(lambda: not list(workers_of()), 60)
+    wait_for(lambda: not list(workers_of(out)), 60)
     done = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/run.json") if "." not in path.parent.name}
     assert 0 < len(done) < 12
     assert sweep(out, "ray").wait(timeout=1500) == 0

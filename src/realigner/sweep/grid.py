@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from realigner.data.schema import first_fault
@@ -17,6 +18,7 @@ from realigner.errors import RealignerError, UsageError
 from realigner.training.recipe import BUILT_IN, HOW_FAST, Recipe, read_recipe, read_yaml
 
 PAPER = Path(__file__).parent / "paper.yaml"
+_TRAINING = ("tone", "data", "steps", "epochs")  # what an untrained IRM does not know
 
 
 class Sweep(BaseModel):
@@ -84,18 +86,60 @@ def read_sweep(file: str | Path, settings: Mapping[str, Any] | None = None) -> t
         key = str(error.errors()[0]["loc"][0]) if error.errors()[0]["loc"] else ""
         place = f"{path}:{lines[key]}" if key in lines else str(path)
         raise RealignerError(f"{place}: {first_fault(error, Sweep, 'a sweep')}") from None
+    _check(sweep, text, path)
     if settings:
-        sweep = sweep.model_copy(update={"set": {**sweep.set, **settings}})
-    for part in ("set", "grid"):
-        for key in getattr(sweep, part):
-            if key not in Recipe.model_fields:
-                raise RealignerError(
-                    f"{path}:{lines.get(part, 1)}: {part}: a recipe has no key {key!r}; see realigner recipes default"
-                )
-    for key, choices in sweep.grid.items():
-        if not choices:
-            raise RealignerError(f"{path}:{lines['grid']}: grid: {key!r} has no values")
+        sweep = sweep.model_copy(update={"set": {**sweep.set, **_checked(settings)}})
     return sweep, path.parent
+
+
+def _check(sweep: Sweep, text: str, path: Path) -> None:
+    """Every key and value of `set` and `grid` on its own, so that the first bad one is named with its line."""
+    lines = _inner_lines(text)
+    pairs = [("set", key, [value]) for key, value in sweep.set.items()]
+    for part, key, choices in [*pairs, *(("grid", key, choices) for key, choices in sweep.grid.items())]:
+        place = f"{path}:{lines.get((part, key), 1)}: {part}"
+        if not choices:
+            raise RealignerError(f"{place}: {key!r} has no values")
+        for value in choices:
+            if fault := _fault(key, value):
+                raise RealignerError(f"{place}: {fault}")
+    tones = {str(tone) for tone in sweep.grid.get("tone", [sweep.set.get("tone")])}
+    for tone in sweep.data:
+        if tones != {"None"} and tone not in tones:
+            raise RealignerError(f"{path}:{lines['data', tone]}: data: no run has the tone {tone!r}")
+
+
+def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The command line's settings; a file of rows there is meant from where the command is given."""
+    for key, value in settings.items():
+        if fault := _fault(key, value):
+            raise UsageError(f"--set: {fault}")
+    data = settings.get("data")
+    return {**settings, "data": str(Path(data).resolve())} if data not in (None, "authored") else dict(settings)
+
+
+def _fault(key: str, value: Any) -> str | None:
+    """What is wrong with one value of a recipe, whatever the others are."""
+    if key not in Recipe.model_fields:
+        return f"a recipe has no key {key!r}; see realigner recipes default"
+    try:
+        Recipe.model_validate({key: value})
+    except ValidationError as error:
+        if error.errors()[0]["loc"]:  # else it is wrong together with a default
+            return first_fault(error, Recipe, "a recipe")
+    return None
+
+
+def _inner_lines(text: str) -> dict[tuple[str, str], int]:
+    """The line of each key inside a mapping of the file, by both keys."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    parts = node.value if isinstance(node, yaml.MappingNode) else []
+    return {
+        (str(part.value), str(key.value)): key.start_mark.line + 1
+        for part, inner in parts
+        if isinstance(inner, yaml.MappingNode)
+        for key, _ in inner.value
+    }
 
 
 def plan(sweep: Sweep, base: Path) -> list[Planned]:
@@ -129,7 +173,7 @@ def _planned(
         values["data"] = str((base / file).resolve())
     if baseline:
         values |= {"steps": 0, "epochs": None}
-        varies = {key: value for key, value in varies.items() if key not in ("tone", "data")} | {"untrained": True}
+        varies = {key: value for key, value in varies.items() if key not in _TRAINING} | {"untrained": True}
     try:
         run = Recipe.model_validate(values)
     except ValidationError as error:

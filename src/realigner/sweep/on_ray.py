@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from realigner.console import say
 from realigner.errors import RealignerError
 from realigner.sweep.work import Job, WorkerLostError, work
 from realigner.training.folder import METRICS_FILE, unfinished
+
+Report = Callable[[str, str, str], None]
 
 
 def run_on_ray(
@@ -21,7 +27,7 @@ def run_on_ray(
     gpus: float,
     address: str | None,
     retries: int,
-    report: Callable[[str, str, str], None],
+    report: Report,
     stop: threading.Event,
 ) -> None:
     """Run jobs as Ray tasks, one CPU share and `gpus` GPUs each. Ray takes a lost worker's task up again itself.
@@ -29,23 +35,20 @@ def run_on_ray(
     All workers must see the sweep's folder (a shared file system).
 
     Raises:
-        RealignerError: when Ray is not installed, or there is no such cluster.
+        RealignerError: when Ray is not installed, there is no such cluster, or none of its machines can take a run.
     """
     if find_spec("ray") is None:
         raise RealignerError("Ray is not installed; pip install 'realigner[sweep]', or use --on local")
-    import ray
+    with _signals_kept():
+        import ray
 
-    mine = not ray.is_initialized()
-    if mine:
-        _connect(ray, address, workers)
-    task = ray.remote(
-        num_cpus=1 if address is None else max((job.threads for job in jobs), default=1),
-        num_gpus=gpus,
-        max_retries=retries,
-        retry_exceptions=[WorkerLostError],
-        max_calls=1,
-    )(work)
+        mine = not ray.is_initialized()
+        if mine:
+            _connect(ray, address, workers)
+    cpus = 1 if address is None else max((job.threads for job in jobs), default=1)
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries, retry_exceptions=[WorkerLostError], max_calls=1)(work)
     try:
+        _check_room(ray, cpus, gpus, address)
         tasks = {task.remote(job): job for job in jobs}
         _follow(ray, tasks, report, stop)
     finally:
@@ -53,13 +56,27 @@ def run_on_ray(
             ray.shutdown()
 
 
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Keep our way to be stopped: `ray.init` takes SIGTERM over, and its way saves no checkpoints."""
+    ours = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in ours.items():
+                if handler is not None:  # None: not set in Python
+                    signal.signal(number, handler)
+
+
 def _connect(ray: Any, address: str | None, workers: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _knock(address)
-    options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
+    here = {"address": "local", "num_cpus": workers, "include_dashboard": False}  # local: whatever RAY_ADDRESS says
+    options: dict[str, Any] = {"address": address} if address else here
     try:
         ray.init(**options, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except (ray.exceptions.RayError, ValueError, RuntimeError, OSError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RealignerError(f"ray: no cluster at {address or 'this machine'} ({line})") from error
 
@@ -74,9 +91,21 @@ def _knock(address: str | None) -> None:
             raise RealignerError(f"ray: no cluster at {address} ({error.strerror or error})") from None
 
 
-def _follow(ray: Any, tasks: dict[Any, Job], report: Callable[[str, str, str], None], stop: threading.Event) -> None:
+def _check_room(ray: Any, cpus: int, gpus: float, address: str | None) -> None:
+    """Refuse what no machine can take, as Ray would wait for ever; a cluster given may grow, so only warn."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(machine.get("CPU", 0) >= cpus and machine.get("GPU", 0) >= gpus for machine in machines):
+        return
+    have = "; ".join(f"{machine.get('CPU', 0):g} and {machine.get('GPU', 0):g}" for machine in machines)
+    what = f"ray: a run takes {cpus} CPUs and {gpus:g} GPUs, and no machine has them (CPUs and GPUs: {have})"
+    if address is None:
+        raise RealignerError(f"{what}; lower --gpus")
+    say(f"warning: {what}; waiting for one that has. More --workers means fewer CPUs each")
+
+
+def _follow(ray: Any, tasks: dict[Any, Job], report: Report, stop: threading.Event) -> None:
     """Report each task's state until all have ended."""
-    pending, stopping = list(tasks), False
+    pending, stopping, started = list(tasks), False, time.time()
     shown: set[str] = set()
     while pending:
         ready, pending = ray.wait(pending, timeout=0.5)
@@ -84,7 +113,7 @@ def _follow(ray: Any, tasks: dict[Any, Job], report: Callable[[str, str, str], N
             _report_end(ray, reference, tasks[reference], report)
         for reference in pending:
             job = tasks[reference]
-            if job.name not in shown and (unfinished(Path(job.out)) / METRICS_FILE).is_file():
+            if job.name not in shown and _touched(unfinished(Path(job.out)) / METRICS_FILE) >= started:
                 shown.add(job.name)
                 report(job.name, "running", "")
         if stop.is_set() and not stopping:
@@ -93,14 +122,21 @@ def _follow(ray: Any, tasks: dict[Any, Job], report: Callable[[str, str, str], N
                 ray.cancel(reference)
 
 
-def _report_end(ray: Any, reference: Any, job: Job, report: Callable[[str, str, str], None]) -> None:
+def _touched(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _report_end(ray: Any, reference: Any, job: Job, report: Report) -> None:
     try:
         report(job.name, ray.get(reference), "")
     except ray.exceptions.TaskCancelledError:
-        report(job.name, "stopped", "")
+        report(job.name, "done" if Path(job.out).is_dir() else "stopped", "")
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, KeyboardInterrupt):
-            report(job.name, "stopped", "")
+            report(job.name, "done" if Path(job.out).is_dir() else "stopped", "")
         else:
             report(job.name, "failed", str(error.cause))
     except ray.exceptions.RayError as error:

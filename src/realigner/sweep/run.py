@@ -19,9 +19,10 @@ from realigner.files import write_text
 from realigner.sweep.grid import Planned
 from realigner.sweep.table import StateTable
 from realigner.sweep.work import Job
-from realigner.training.recipe import to_yaml
+from realigner.training.recipe import Recipe, to_yaml
 
 SWEEP_FILE = "sweep.json"
+_LOCK = ".lock"
 BACKENDS = ("local", "ray")
 Report = Callable[[str, str, str], None]  # (run, state, note)
 
@@ -67,17 +68,18 @@ def run_sweep(
         quiet: show no table.
 
     Raises:
-        RealignerError: when the folder is not a sweep's, or Ray is missing or cannot be reached.
-        UsageError: for an unknown backend.
+        RealignerError: when the folder is not this sweep's or another process runs it, or Ray is missing or cannot be reached.
+        UsageError: for an unknown backend, no workers, or GPUs that are not there.
     """
     out = Path(out)
     if on not in BACKENDS:
         raise UsageError(f"sweep: --on {on!r} is none of {', '.join(BACKENDS)}")
-    _settle(out, runs)
+    if workers < 1:
+        raise UsageError(f"sweep: --workers {workers}: give one or more")
     started = time.monotonic()
-    jobs = _jobs(runs, out, workers)
     errors: dict[str, str] = {}
-    with StateTable(runs, out, quiet) as table, _stopping() as stop:
+    with _settled(out, runs), StateTable(runs, out, quiet) as table, _stopping() as stop:
+        jobs = _jobs(runs, out, workers)
         table.workers = workers
         for run in runs:
             if (out / run.name).is_dir():
@@ -107,28 +109,66 @@ def states_of(runs: Sequence[Planned], out: Path) -> dict[str, str]:
     return {name: "done" if (out / name).is_dir() else state for name, state in begun.items()}
 
 
-def _settle(out: Path, runs: Sequence[Planned]) -> None:
-    """Make the sweep's folder, or check that it is one; write what each run is."""
-    if out.exists() and not (out / SWEEP_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
+@contextmanager
+def _settled(out: Path, runs: Sequence[Planned]) -> Iterator[None]:
+    """Make the sweep's folder, or check that it is this sweep's; write what each run is; hold it for this process."""
+    import fcntl
+
+    if out.exists() and not (out / SWEEP_FILE).is_file() and (not out.is_dir() or any(p.name != _LOCK for p in out.iterdir())):
         raise RealignerError(f"{out}: is not a sweep's folder; choose another --out")
-    index = {run.name: {**run.varies, "recipe": f"recipes/{run.name}.yaml"} for run in runs}
     try:
         out.mkdir(parents=True, exist_ok=True)
+        lock = (out / _LOCK).open("a")
     except OSError as error:
         raise RealignerError(f"{out}: cannot be written ({error.strerror or error})") from error
-    write_text(out / SWEEP_FILE, json.dumps({"runs": index}, indent=2) + "\n")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RealignerError(f"{out}: another process is running this sweep; wait for it, or stop it first") from None
+        before = _index(out)
+        if before and not before.keys() & {run.name for run in runs}:
+            raise RealignerError(
+                f"{out}: holds another sweep, none of whose {len(before)} runs is in this one; choose another --out"
+            )
+        index = {run.name: {**run.varies, "recipe": f"recipes/{run.name}.yaml"} for run in runs}
+        write_text(out / SWEEP_FILE, json.dumps({"runs": before | index}, indent=2) + "\n")
+        yield
+
+
+def _index(out: Path) -> dict[str, Any]:
+    """What sweep.json says of each run, those of earlier grids too."""
+    path = out / SWEEP_FILE
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["runs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RealignerError(f"{path}: not a sweep's; choose another --out") from None
 
 
 def _jobs(runs: Sequence[Planned], out: Path, workers: int) -> list[Job]:
     """The runs as jobs. Threads are settled here: with another number of them a sum's last bits can differ."""
-    place, share = out.resolve(), max(1, (os.cpu_count() or 1) // workers)
+    place, share = out.resolve(), max(1, _cores() // workers)
     jobs = []
     for run in runs:
         threads = run.recipe.threads or share
         file = place / "recipes" / f"{run.name}.yaml"
-        write_text(file, to_yaml(run.recipe.changed(threads=threads)))
+        write_text(file, to_yaml(_anywhere(run.recipe).changed(threads=threads)))
         jobs.append(Job(run.name, str(file), str(place / run.name), str(place / "logs" / f"{run.name}.log"), threads))
     return jobs
+
+
+def _cores() -> int:
+    """The cores that this process may use (a scheduler may have given it some of the machine's)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _anywhere(recipe: Recipe) -> Recipe:
+    """The recipe with whole paths: a worker may be in another folder."""
+    host = str(Path(recipe.host).resolve()) if recipe.host and Path(recipe.host).exists() else None
+    data = str(Path(recipe.data).resolve()) if recipe.data and recipe.data != "authored" else None
+    return recipe.changed(host=host, data=data)
 
 
 @contextmanager

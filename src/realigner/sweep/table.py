@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 import realigner.training.folder as folder
 from realigner.console import console, say
+from realigner.errors import RealignerError
 from realigner.sweep.grid import Planned
 
 _STYLES = {"done": "green", "running": "cyan", "failed": "red", "lost, again": "yellow", "stopped": "yellow"}
+_ORDER = ("running", "lost, again", "failed", "stopped", "waiting", "done")
 
 
 class StateTable:
@@ -31,6 +34,7 @@ class StateTable:
         self.runs, self.out, self.quiet = runs, out, quiet
         self.states = {run.name: "waiting" for run in runs}
         self.workers = 1
+        self._totals: dict[str, int] = {}
         self._labels = {run.name: run.label for run in runs}
         self._live = Live(console=console(), get_renderable=self._table, refresh_per_second=1)
         self._screen = console().is_terminal and not quiet
@@ -54,27 +58,32 @@ class StateTable:
 
     def _table(self) -> Table:
         progress = {run.name: self._progress(run) for run in self.runs}
-        table = Table(caption=self._caption(progress), box=None, header_style="bold")
+        table = Table(title=self._summary(progress), title_justify="left", box=None, header_style="bold")
         keys = list(dict.fromkeys(key for run in self.runs for key in run.varies))
         for name in ("run", *keys, "state", "step", "loss", "left"):
             table.add_column(name)
-        for run in self.runs:
+        shown: Sequence[Planned] = self.runs
+        if len(shown) + 3 > console().height:  # what does not fit is cut off below: first what moves
+            shown = sorted(shown, key=lambda run: _ORDER.index(self.states[run.name]))
+        for run in shown:
             state, (step, loss, left) = self.states[run.name], progress[run.name]
-            values = [str(run.varies.get(key, "")) for key in keys]
+            values = [escape(str(run.varies.get(key, ""))) for key in keys]
             style = _STYLES.get(state, "dim")
             table.add_row(
                 run.name, *values, f"[{style}]{state}[/{style}]", step, loss, _time(left) if state == "running" else ""
             )
         return table
 
-    def _caption(self, progress: dict[str, tuple[str, str, float | None]]) -> str:
+    def _summary(self, progress: dict[str, tuple[str, str, float | None]]) -> str:
+        """How many are done, and the time left: the slowest running one's, then the waiting ones at the pace so far."""
         done = sum(state == "done" for state in self.states.values())
+        trained = [run for run in self.runs if run.recipe.steps != 0]  # baselines take no time to speak of
         left = [seconds for name, (_, _, seconds) in progress.items() if self.states[name] == "running" and seconds is not None]
-        waiting = sum(state == "waiting" for state in self.states.values())
-        finished = [seconds for run in self.runs if (seconds := _seconds(self.out / run.name)) is not None]
-        if not left and not finished:
+        waiting = sum(self.states[run.name] == "waiting" for run in trained)
+        took = [seconds for run in trained if (seconds := _seconds(self.out / run.name)) is not None]
+        if not left and not took:
             return f"{done}/{len(self.runs)} done"
-        each = sum(finished) / len(finished) if finished else max(left)
+        each = sum(took) / len(took) if took else max(left)
         return f"{done}/{len(self.runs)} done, about {_time(max(left, default=0.0) + waiting * each / self.workers)} left"
 
     def _progress(self, run: Planned) -> tuple[str, str, float | None]:
@@ -83,10 +92,21 @@ class StateTable:
             entry = _last_line(place / folder.METRICS_FILE)
             if entry is not None:
                 loss = entry.get("loss", entry.get("validation_loss"))
-                total, step = run.recipe.steps, int(entry["step"])
+                total, step = self._total(run, place), int(entry["step"])
                 left = entry["seconds"] / step * (total - step) if total and step else None
                 return f"{step}/{total}" if total else str(step), "" if loss is None else f"{loss:.2f}", left
         return "", "", None
+
+    def _total(self, run: Planned, place: Path) -> int | None:
+        """The steps of a run; where its recipe counts epochs, its first checkpoint says."""
+        if run.recipe.steps is not None:
+            return run.recipe.steps
+        if run.name not in self._totals:
+            try:
+                self._totals[run.name] = int(folder.checkpoint_state(folder.checkpoints(place)[-1])["max_steps"])
+            except (IndexError, KeyError, RealignerError):  # none yet, or just being replaced
+                return None
+        return self._totals[run.name]
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:
@@ -102,7 +122,10 @@ def _last_line(path: Path) -> dict[str, Any] | None:
 
 
 def _seconds(run: Path) -> float | None:
-    return folder.read_run(run).get("seconds") if run.is_dir() else None
+    try:
+        return folder.read_run(run).get("seconds")
+    except RealignerError:
+        return None
 
 
 def _time(seconds: float | None) -> str:

@@ -11,12 +11,17 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import realigner.training.folder as folder
 from realigner.errors import RealignerError
 
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
+_PATIENCE = 60.0  # seconds that a run's last process is given to be gone
 
 
 class WorkerLostError(RealignerError):
@@ -45,39 +50,60 @@ class Job:
         return [sys.executable, "-m", "realigner.sweep.work", str(os.getpid()), self.recipe, self.out]
 
 
-def work(job: Job, devices: str = "") -> str:
-    """Train a run in a child process; returns ``done`` or ``stopped`` (a signal came).
+def never() -> bool:
+    """On Ray a worker is not asked to stop but interrupted."""
+    return False
+
+
+def work(job: Job, devices: str = "", stopping: Callable[[], bool] = never) -> str:
+    """Train a run in a child process; returns ``done``, or ``stopped`` where `stopping` said so.
 
     Args:
         job: the run.
         devices: the GPUs it may use (``CUDA_VISIBLE_DEVICES``); empty: those that its parent may.
+        stopping: asked now and then; once true, the training saves a checkpoint and ends. An interrupt does the same.
 
     Raises:
         RealignerError: with the run's own message, when it failed and would fail again.
-        WorkerLostError: when the process died.
+        WorkerLostError: when the process died, or something else had it stop.
     """
     Path(job.log).parent.mkdir(parents=True, exist_ok=True)
+    threads = str(job.threads)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    if devices:
+        environment["CUDA_VISIBLE_DEVICES"] = devices
     with Path(job.log).open("ab") as log:
         start = log.tell()
-        threads = str(job.threads)
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-        if devices:
-            environment["CUDA_VISIBLE_DEVICES"] = devices
         process = subprocess.Popen(
             job.command(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
         )
-        try:
-            code = process.wait()
-        except BaseException:  # Ray cancels by an interrupt: have a checkpoint saved
-            process.send_signal(signal.SIGTERM)
-            process.wait()
-            raise
+        code, asked = _wait(process, stopping)
+    if Path(job.out).is_dir():
+        return "done"
+    if asked and code <= 0:
+        return "stopped"
     if code < 0:
         raise WorkerLostError(f"its process was killed by {signal.Signals(-code).name}")
     if code:
         said = Path(job.log).read_bytes()[start:].decode(errors="replace").strip().splitlines()
         raise RealignerError(said[-1].removeprefix("realigner: ") if said else f"exit code {code}")
-    return "done" if Path(job.out).is_dir() else "stopped"
+    raise WorkerLostError("its process was told to stop by a signal")
+
+
+def _wait(process: subprocess.Popen[bytes], stopping: Callable[[], bool]) -> tuple[int, bool]:
+    """The exit code of a training, and whether it was asked to stop: once, for a second signal could hit it while it ends."""
+    asked = False
+    try:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=0.5), asked
+            if not asked and stopping():
+                asked = True
+                process.terminate()
+    except BaseException:  # Ray cancels by an interrupt
+        process.terminate()
+        process.wait()
+        raise
 
 
 def die_with(parent: int) -> None:
@@ -88,12 +114,31 @@ def die_with(parent: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def wait_until_free(run: Path, seconds: float = _PATIENCE) -> None:
+    """Wait while another process holds an unfinished run: a worker of a driver that was killed takes a moment to be gone.
+
+    Raises:
+        RealignerError: when it is still held after that time.
+    """
+    deadline = time.monotonic() + seconds
+    while run.is_dir():
+        try:
+            with folder.locked(run):
+                return
+        except RealignerError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
 def main() -> None:
     """The child's side."""
     parent, recipe, out = sys.argv[1:4]
     die_with(int(parent))
+    with suppress(RealignerError, OSError):  # what is still held is refused by the training, in a line of its own
+        wait_until_free(folder.unfinished(Path(out)))
     sys.argv = ["realigner", "train", "--recipe", recipe, "--out", out, "--resume"]
-    runpy.run_module("realigner", run_name="__main__")
+    runpy.run_module("realigner", run_name="__main__")  # the command itself, from below: nothing here imports upward
 
 
 if __name__ == "__main__":
