@@ -321,6 +321,7 @@ def test_killed_workers_and_drivers(place: Path, tmp_path: Path, on: str) -> Non
 
 
 @pytest.mark.parametrize("on", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_ctrl_c_saves_and_goes_on(place: Path, tmp_path: Path, on: str) -> None:
     out = tmp_path / "out"
     process = driver(place, out, "--on", on)

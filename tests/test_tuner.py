@@ -359,9 +359,20 @@ def config_values(draw: st.DrawFn) -> dict[str, Any]:
     return values
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(config_values())
 def test_a_config_round_trips_or_is_a_named_error(values: dict[str, Any]) -> None:
+    round_trip(values)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(config_values())
+def test_a_thousand_configs(values: dict[str, Any]) -> None:
+    round_trip(values)
+
+
+def round_trip(values: dict[str, Any]) -> None:
     """Valid: attached, saved and loaded again, it gives the same logits, and the same config. Invalid: an error with a name."""
     refusal = ""
     try:

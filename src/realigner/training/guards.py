@@ -144,8 +144,9 @@ class Memory:
     def line(self) -> str:
         """One line for people."""
         free = "" if self.free is None else f"; {_gib(self.free)} free"
+        host = f"host {_gib(self.host)}; " if self.host else ""  # none: it is in memory already
         return (
-            f"memory: about {_gib(self.total)} (host {_gib(self.host)}; IRM of {self.irm_parameters:,} parameters with its "
+            f"memory: about {_gib(self.total)} ({host}IRM of {self.irm_parameters:,} parameters with its "
             f"gradients and optimizer {_gib(self.irm)}; activations {_gib(self.activations)}){free}"
         )
 
