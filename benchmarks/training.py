@@ -33,8 +33,8 @@ replies after 60% of them. Then `compact` and `padded` are each trained with eac
 those replies is there, or until they took 3 times the steps that `compact` took first; the best of each counts. Three,
 because with the recipe's own (1e-2) padding does not learn slowly but diverges, and to be faster than that says nothing of
 padding. Rates are held constant, so that no run depends on when it is stopped. Evaluations do not count. These trainings come
-one after the other, so a slow moment hits one of them: what is judged is steps times `ms/step` of the table, where a moment
-hits all. One seed, an evaluation every 4 steps: a difference of a step or two of these is nothing.
+one after the other, so a slow moment hits one of them; `by steps` is steps times `ms/step` of the table, where a moment hits
+all. One seed, an evaluation every 4 steps: a difference of a step or two of these is nothing.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ from realigner.training.folder import versions
 from realigner.training.guards import Prepared, prepare
 from realigner.training.loss import row_losses
 from realigner.training.recipe import Recipe
-from realigner.training.trainer import IRMTrainer, trainer_arguments
+from realigner.training.trainer import IRMTrainer, products_dtype, trainer_arguments
 from realigner.tuner import TEMPLATES, tuner_of
 
 HERE = Path(__file__).resolve().parent
@@ -265,6 +265,7 @@ def make_steps(job: Job, settings: Sequence[str], folder: str) -> dict[str, Step
         if setting in GOALS:
             shape = tuner_of(trainer.model).peft_config["default"]
             network = shape.build(job.host.config.hidden_size, job.host.config.num_hidden_layers)
+            network.training_dtype = products_dtype(RECIPE, job.host)
             steps[setting + ALONE] = alone_step(network, job.host.config.hidden_size, job.host.dtype)
     return steps
 
@@ -419,23 +420,24 @@ def judge(rows: dict[str, dict[str, Any]], to_loss: dict[str, Any] | None) -> li
 
 
 def judge_to_loss(rows: dict[str, dict[str, Any]], to_loss: dict[str, Any]) -> list[str]:
-    """What each training took, and the best of compact beside the best of padded."""
+    """What each training took; padded beside compact at the recipe's own rate, and each at its best."""
     lines = [f"to a validation loss of {to_loss['target']:.3f} on replies:"]
-    best: dict[str, tuple[bool, float]] = {}  # setting -> whether it was not reached, and the seconds it took
+    costs: dict[tuple[str, float], tuple[bool, float, float]] = {}  # whether it was not reached; seconds by the clock, by steps
     for one in to_loss["trained"]:
-        setting = one["setting"]
-        cost = one["steps"] * (rows[setting]["ms_per_step"] / 1000 if setting in rows else one["seconds"] / one["steps"])
-        took = f"{one['steps']} steps, {cost:.0f} s by steps, {one['seconds']:.0f} s by the clock"
+        setting, rate = one["setting"], one["rate"]
+        by_steps = one["steps"] * (rows[setting]["ms_per_step"] / 1000 if setting in rows else one["seconds"] / one["steps"])
+        took = f"{one['steps']} steps, {one['seconds']:.0f} s by the clock, {by_steps:.0f} s by steps"
         said = took if one["reached"] else f"not reached in {took} (best {one['best_loss']:.2f})"
-        lines.append(f"  {setting:<8} rate {one['rate']:<6g} {said}")
-        best[setting] = min(best.get(setting, (True, float("inf"))), (not one["reached"], cost))
-    times = best["padded"][1] / best["compact"][1]
-    if best["padded"][0]:
-        most = max(one["steps"] for one in to_loss["trained"] if one["setting"] == "padded")
-        lines.append(f"compact: padded did not reach it at any rate in {most} steps; goal {SOONER:g}: not decided")
-    else:
+        lines.append(f"  {setting:<8} rate {rate:<6g} {said}")
+        costs[setting, rate] = (not one["reached"], one["seconds"], by_steps)
+    own = {setting: costs[setting, RATES[0]] for setting in ("compact", "padded")}
+    best = {setting: min(costs[setting, rate] for rate in RATES) for setting in ("compact", "padded")}
+    for name, pair in (("at the recipe's rate", own), ("each at its best rate", best)):
+        clock, steps = (pair["padded"][part] / pair["compact"][part] for part in (1, 2))
+        more = "more than " if pair["padded"][0] else ""
+        met = "met" if clock >= SOONER else "missed"
         lines.append(
-            f"compact: {times:.1f} times sooner than padded, goal {SOONER:g}: {'met' if times >= SOONER else 'missed'}"
+            f"compact, {name}: {more}{clock:.1f} times sooner than padded (by steps {steps:.1f}), goal {SOONER:g}: {met}"
         )
     return lines
 

@@ -190,6 +190,10 @@ class IRM(nn.Module):
         output_std: initial standard deviation of the output weights; None keeps PyTorch's default.
         input_norm: scale h0 to a root mean square of 1, token by token.
 
+    Attributes:
+        training_dtype: what the matrix products of training are computed in; None: in the weights' own dtype, as everything
+            else always is. Not saved.
+
     Example:
         >>> irm = IRM(hidden_size=8, layers=(0, 3), widths=(16,), rank=4, output_std=1e-3)
         >>> irm(torch.zeros(2, 5, 8)).shape
@@ -209,6 +213,7 @@ class IRM(nn.Module):
         self.hidden_size = hidden_size
         self.layers = tuple(layers)
         self.input_norm = input_norm
+        self.training_dtype: torch.dtype | None = None
         trunk: list[nn.Module] = []
         width = hidden_size
         for next_width in widths:
@@ -225,6 +230,12 @@ class IRM(nn.Module):
 
     def forward(self, h0: torch.Tensor) -> torch.Tensor:
         """Deltas of all chosen layers for residuals ``h0 [..., neuron]``, computed in the network's own dtype."""
+        if self.training_dtype is None or not self.training:
+            return self._deltas(h0)
+        with torch.autocast(h0.device.type, dtype=self.training_dtype):
+            return self._deltas(h0)
+
+    def _deltas(self, h0: torch.Tensor) -> torch.Tensor:
         h0 = h0.to(self.output.weight.dtype)
         if self.input_norm:
             h0 = torch.nn.functional.rms_norm(h0, (self.hidden_size,), eps=1e-6)

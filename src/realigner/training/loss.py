@@ -57,7 +57,7 @@ class DeltaSum:
 
     def __call__(self, active: ActiveIRM, delta: torch.Tensor) -> None:
         """An observer of the injector: delta ``[batch, position, layer, neuron]``."""
-        size = delta.abs().sum(dim=(-2, -1))
+        size = delta.abs().sum(dim=(-2, -1), dtype=torch.float32)
         own = (size if self.mask is None else size * self.mask).sum()
         self.total = own if self.total is None else self.total + own
         self.layers = len(active.irm.layers)

@@ -34,7 +34,7 @@ class Recipe(BaseModel):
 
     Attributes:
         host: the embedded default, a hub id, a folder or a ``.gguf`` file; null: it was made in Python.
-        dtype: of the host: ``auto``, ``float32``, ``bfloat16``, ``float16``. The IRM is always float32.
+        dtype: of the host: ``auto``, ``float32``, ``bfloat16``, ``float16``. The IRM's weights are always float32.
         device: ``auto``, ``cpu``, ``cuda``, ...; or ``balanced``: the host's layers over all devices (``device_map``).
         threads: CPU threads; null: as many as PyTorch takes. Another number can change the last bits of a sum.
         data: a JSONL file of rows, or ``authored``; null: the rows were given in Python.
@@ -74,9 +74,12 @@ class Recipe(BaseModel):
         samples: tokens of each reply to the paper's seven prompts at each evaluation; 0: none.
         report_to: ``tensorboard``, ``wandb``, ``trackio``; Trainer's own callbacks.
 
+        irm_products: what the IRM's matrix products are computed in while it is trained: ``bfloat16`` (two to three times faster
+            on hardware that has it), ``float32``, or ``auto``: bfloat16 where the host is. Its weights, gradients and optimiser
+            are float32 all the same, and so is everything about it in validation and afterwards.
         gradient_checkpointing: compute layers twice instead of keeping what is inside them.
         compile: torch.compile the host and the IRM.
-        tf32: on NVIDIA GPUs, multiply the IRM's float32 numbers in TF32 (about 8 times faster; 10 bits of mantissa).
+        tf32: on NVIDIA GPUs, multiply float32 numbers in TF32 (about 8 times faster; 10 bits of mantissa).
 
     Example:
         >>> Recipe(steps=10).learning_rate
@@ -130,6 +133,7 @@ class Recipe(BaseModel):
     samples: int = Field(default=40, ge=0)
     report_to: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_as_list)] = ["tensorboard"]
 
+    irm_products: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
     tf32: bool = True

@@ -35,7 +35,7 @@ from realigner.training.card import card
 from realigner.training.curve import save_curve
 from realigner.training.guards import Prepared, check_memory, estimate_memory, prepare
 from realigner.training.recipe import Recipe, read_recipe, to_yaml
-from realigner.training.trainer import IRMTrainer, trainer_arguments
+from realigner.training.trainer import IRMTrainer, products_dtype, trainer_arguments
 from realigner.training.watch import DivergenceGuard, Log, StopSignal
 from realigner.tuner import IRMConfig, tuner_of
 
@@ -171,6 +171,7 @@ def resolve(recipe: Recipe, host: nn.Module, rows: Sequence[Row]) -> Recipe:
         "data": data,
         "tone": rows[0].tone,
         "threads": recipe.threads or torch.get_num_threads(),
+        "irm_products": "float32" if products_dtype(recipe, host) is None else "bfloat16",
     }
     return Recipe.model_validate(recipe.model_dump() | settled)
 
@@ -392,6 +393,7 @@ def _fit(
             trainer.remove_callback(unwanted)
         stop.accelerator = trainer.accelerator
         stack.enter_context(stop.listening())
+        stack.callback(setattr, tuner_of(model).bank.network("default"), "training_dtype", None)
         trainer.train(resume_from_checkpoint=str(good[-1]) if good else None)
     return stop.received.name if stop.received is not None and not _complete(folder.checkpoints(work)[-1]) else None
 

@@ -111,6 +111,14 @@ def trainer_arguments(recipe: Recipe, rows: int, work: Path, cpu: bool, resuming
     return arguments
 
 
+def products_dtype(recipe: Recipe, host: nn.Module) -> torch.dtype | None:
+    """What the IRM's matrix products are computed in while it is trained; None: float32, as its weights are."""
+    wanted = recipe.irm_products
+    if wanted == "auto":
+        wanted = "bfloat16" if next(host.parameters()).dtype == torch.bfloat16 else "float32"
+    return torch.bfloat16 if wanted == "bfloat16" else None
+
+
 class IRMTrainer(Trainer):
     """Trains the IRM of a PEFT model on prepared rows.
 
@@ -127,6 +135,7 @@ class IRMTrainer(Trainer):
         self.step_rows: list[torch.Tensor] = []
         self.tokens: torch.Tensor | int = 0
         self._only_where_needed = takes_logits_to_keep(tuner_of(model).model)
+        tuner_of(model).bank.network("default").training_dtype = products_dtype(recipe, tuner_of(model).model)
         self._deltas = DeltaSum(tuner_of(model)) if recipe.l1 else None
         pad = getattr(tokenizer, "pad_token_id", None) or 0
         self.lr_scheduler: Any = None
