@@ -279,3 +279,24 @@ def test_losses_fall_under_the_paper_recipe(tmp_path: Path) -> None:
     run = train(host, tokenizer, some_rows(60, groups=20), tmp_path / "run", recipe, quiet=True)
     losses = run.record["validation_loss"]
     assert losses[-1] < losses[0] - 0.2
+
+
+def test_the_irms_products_are_bfloat16_only_while_it_is_trained_on_such_a_host(tmp_path: Path) -> None:
+    for dtype, products in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
+        host, tokenizer = tiny_pair()
+        host = host.to(dtype)
+        run = train(
+            host, tokenizer, some_rows(), tmp_path / products, steps=3, batch_size=4, samples=0, report_to=[], quiet=True
+        )
+        assert run.record["recipe"]["irm_products"] == products
+        network = tuner_of(run.model).bank.network("default")
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+        h0 = torch.randn(2, 5, host.config.hidden_size)
+        assert network.train()(h0).dtype == torch.float32  # trained, it is as any other
+        network.training_dtype = torch.bfloat16
+        assert network(h0).dtype == torch.bfloat16
+        network(h0).float().square().mean().backward()
+        assert {parameter.grad.dtype for parameter in network.parameters() if parameter.grad is not None} == {torch.float32}
+        exact = network.eval()(h0)
+        assert exact.dtype == torch.float32  # validation
+        assert torch.allclose(network.train()(h0).float(), exact, rtol=0.05, atol=0.02 * float(exact.abs().max()))

@@ -74,8 +74,8 @@ class Recipe(BaseModel):
         samples: tokens of each reply to the paper's seven prompts at each evaluation; 0: none.
         report_to: ``tensorboard``, ``wandb``, ``trackio``; Trainer's own callbacks.
 
-        irm_products: what the IRM's matrix products are computed in while it is trained: ``bfloat16`` (two to three times faster
-            on hardware that has it), ``float32``, or ``auto``: bfloat16 where the host is. Its weights, gradients and optimiser
+        irm_products: what the IRM's matrix products are computed in while it is trained: ``bfloat16`` (over twice as fast on
+            hardware that has it), ``float32``, or ``auto``: bfloat16 where the host is. Its weights, gradients and optimiser
             are float32 all the same, and so is everything about it in validation and afterwards.
         gradient_checkpointing: compute layers twice instead of keeping what is inside them.
         compile: torch.compile the host and the IRM.
