@@ -173,7 +173,7 @@ def test_the_papers_loss_is_the_one_computed_by_hand(
     loss = trainer.compute_loss(model, batch, num_items_in_batch=items).item()
 
     sizes: list[torch.Tensor] = []
-    tuner_of(model).injector.observers.append(lambda _, delta: sizes.append(delta))
+    tuner_of(model).injector.observers.append(lambda _, __, delta: sizes.append(delta))
     total, count, deltas = 0.0, 0, 0.0
     for row in rows:
         assert (

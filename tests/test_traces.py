@@ -1,7 +1,13 @@
-"""Recording, against deltas computed apart from the forward pass; storing; the maps made of them."""
+"""Recording, against deltas computed apart from the forward pass; summaries, storing, replay, the reference's folders."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +15,17 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from peft import get_peft_model
 
 import realigner as ra
-from realigner.analysis import chosen_tokens, leading_indices, mean_map
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer, encode_prompts
+from realigner.traces import RunLabel, texts_of, verify_trace
+from realigner.traces.layout import text_dataset
+from realigner.traces.summary import BatchSummary, summarise
 from realigner.tuner import IRMConfig, tuner_of
 from tests.reference import first
 from tests.tiny import tiny_pair
@@ -51,10 +62,11 @@ def test_generation_is_recorded_exactly(model: Any) -> None:
     """Left-padded batch, cached: each prompt's tokens, positions and deltas are those of its text alone."""
     tokenizer = model.realigner.tokenizer
     inputs = encode_prompts(tokenizer, PROMPTS, torch.device("cpu"))
-    with ra.strength(model, 0.5), ra.record(model) as trace:
+    with ra.strength(model, 0.5), ra.record(model, keep="raw", questions=PROMPTS) as trace:
         assert not trace
         out = model.generate(**inputs, max_new_tokens=7, do_sample=False, eos_token_id=None)
-    assert trace["delta"].dims == ("run", "token", "layer", "neuron")
+    assert trace["delta"].dims == ("token", "layer", "neuron")
+    assert trace["text_question"].values.tolist() == PROMPTS
     assert trace["layer"].values.tolist() == [0, 2]
     width = inputs["input_ids"].shape[1]
     for n in range(len(PROMPTS)):
@@ -63,11 +75,11 @@ def test_generation_is_recorded_exactly(model: Any) -> None:
         assert part["token_id"].values.tolist() == text
         assert part["position"].values.tolist() == list(range(len(text)))
         assert int(part["is_generated"].sum()) == out.shape[1] - width - 1
-        assert [str(t) for t in part["text"].values] == [tokenizer.decode([t]) for t in text]
+        assert [str(t) for t in part["token_text"].values] == [tokenizer.decode([t]) for t in text]
         # h0 of a realigned text depends on the text alone: layer 0's attention is upstream of every delta.
         want = 0.5 * expected(model, text)
-        assert np.allclose(part["delta"].values[0], want.numpy(), atol=1e-5)
-    assert trace.attrs["strength"] == {"default": 0.5}
+        assert np.allclose(part["delta"].values, want.numpy(), atol=1e-5)
+    assert trace.attrs["runs"]["default"]["strength"] == 0.5
 
 
 def test_several_calls_are_several_prompts(model: Any) -> None:
@@ -97,12 +109,16 @@ def test_recording_changes_nothing_and_ends(model: Any) -> None:
 def test_two_irms_are_two_runs(model: Any) -> None:
     model.add_adapter("second", IRMConfig(layers=[1]))
     model.base_model.set_adapter(["default", "second"])
-    with ra.record(model) as trace:
+    with ra.record(model, keep="raw") as trace:
         model(input_ids=torch.arange(2, 9)[None])
-    assert trace["run"].values.tolist() == ["default", "second"]
+    assert trace["text_run"].values.tolist() == ["default", "second"]
+    assert trace["run"].values.tolist() == ["default"] * 7 + ["second"] * 7
     assert trace["layer"].values.tolist() == [0, 1, 2]
-    assert np.isnan(trace["delta"].sel(run="second", layer=0)).all()
-    assert not np.isnan(trace["delta"].sel(run="second", layer=1)).any()
+    second = trace.isel(token=slice(7, None), text=[1])
+    for name in ("delta", "energy", "sum"):
+        assert np.isnan(second[name].sel(layer=[0, 2])).all()
+        assert not np.isnan(second[name].sel(layer=1)).any()
+    assert set(second["top_layer"].values.ravel().tolist()) == {1, -1}
 
 
 def test_what_cannot_be_recorded_is_refused(model: Any) -> None:
@@ -114,13 +130,21 @@ def test_what_cannot_be_recorded_is_refused(model: Any) -> None:
         pass
 
 
-def test_zarr_round_trip(model: Any, tmp_path: Path) -> None:
-    with ra.record(model) as trace:
+@pytest.mark.parametrize("keep", ["summary", "raw", "replay"])
+def test_zarr_round_trip(model: Any, tmp_path: Path, keep: Any) -> None:
+    with ra.record(model, keep=keep) as trace:
         answer(model, model.realigner.tokenizer, PROMPTS, max_new_tokens=4)
-    path = ra.save_trace(trace, tmp_path / "t.zarr")
-    assert ra.load_trace(path).identical(trace)
-    plain = xr.open_zarr(path, consolidated=False)  # without us
-    assert np.array_equal(plain["delta"].values, trace["delta"].values)
+    path = ra.save_trace(trace, tmp_path / "t.zarr", dtype="float32")
+    xr.testing.assert_identical(ra.load_trace(path).astype(object), trace.astype(object))
+    plain = xr.open_zarr(path)  # without us
+    assert plain["run"].values.tolist() == trace["run"].values.tolist()
+    if keep == "raw":
+        assert np.array_equal(plain["delta"].values, trace["delta"].values)
+        ra.save_trace(trace, tmp_path / "half.zarr")
+        half = ra.load_trace(tmp_path / "half.zarr")["delta"]
+        assert half.dtype == np.float16
+        assert np.allclose(half.values, trace["delta"].values, rtol=1e-3, atol=1e-6)
+        shutil.rmtree(tmp_path / "half.zarr")
     with pytest.raises(RealignerError, match="exists already"):
         ra.save_trace(trace, path)
     ra.save_trace(trace, path, force=True)
@@ -140,54 +164,11 @@ def test_broken_traces_are_refused(tmp_path: Path) -> None:
         ra.save_trace(xr.Dataset(), tmp_path / "x")
 
 
-# --- maps -------------------------------------------------------------------------------------------------------------------
-
-
-def planted(prompt_tokens: int = 4, generated: int = 20, layers: int = 6, neurons: int = 50) -> xr.Dataset:
-    rng = np.random.default_rng(0)
-    tokens = prompt_tokens + generated
-    delta = rng.normal(size=(1, 2 * tokens, layers, neurons)).astype(np.float32)
-    delta[..., 17] += 5.0
-    position = np.tile(np.arange(tokens), 2)
-    return xr.Dataset(
-        {"delta": (("run", "token", "layer", "neuron"), delta)},
-        coords={
-            "run": ["a"],
-            "layer": range(layers),
-            "neuron": range(neurons),
-            "prompt": ("token", np.repeat([0, 1], tokens)),
-            "position": ("token", position),
-            "is_generated": ("token", position >= prompt_tokens),
-            "token_id": ("token", position),
-        },
-    )
-
-
-def test_means_are_over_prompt_and_first_ten_generated() -> None:
-    trace = planted()
-    chosen = chosen_tokens(trace)
-    assert chosen.sizes["token"] == 2 * (4 + 10)
-    assert int(chosen["position"].max()) == 13
-    keep = np.concatenate([np.arange(14), 24 + np.arange(14)])
-    want = trace["delta"].values[0, keep]
-    assert np.allclose(mean_map(trace).values[0], want.mean(0), atol=1e-6)
-    assert np.allclose(mean_map(trace, absolute=True).values[0], abs(want).mean(0), atol=1e-6)
-    assert chosen_tokens(trace, None).sizes["token"] == 48
-
-
-def test_a_planted_index_leads() -> None:
-    leading = leading_indices(mean_map(planted(), absolute=True).isel(run=0))
-    assert leading["neuron"][0] == 17
-    assert leading["layers_in_top"][0] == 6
-    assert leading["ratio"][0] > 3
-    assert leading["ratio"].is_monotonic_decreasing
-
-
 def test_the_strength_noted_is_the_one_that_ran(model: Any) -> None:
     ids = torch.arange(2, 9)[None]
     with ra.record(model) as trace, ra.strength(model, 0.25):
         model(input_ids=ids)
-    assert trace.attrs["strength"] == {"default": 0.25}
+    assert trace.attrs["runs"]["default"]["strength"] == 0.25
     with ra.record(model):
         model(input_ids=ids)
         with ra.strength(model, 0.25), pytest.raises(UsageError, match="record each strength apart"):
@@ -229,20 +210,268 @@ def test_more_that_cannot_be_recorded(model: Any) -> None:
 
 def test_nested_records_both_see(model: Any) -> None:
     ids = torch.arange(2, 9)[None]
-    with ra.record(model) as outer, ra.record(model) as inner:
+    with ra.record(model, keep="raw") as outer, ra.record(model, keep="raw") as inner:
         model.generate(input_ids=ids, max_new_tokens=3)
     assert np.array_equal(outer["delta"].values, inner["delta"].values)
     assert "generate" not in vars(tuner_of(model).model)
 
 
-def test_leading_indices_of_a_run_with_fewer_layers(model: Any) -> None:
-    model.add_adapter("second", IRMConfig(layers=[1]))
-    model.base_model.set_adapter(["default", "second"])
-    with ra.record(model) as trace:
-        model(input_ids=torch.arange(2, 9)[None])
-    magnitude = mean_map(trace, absolute=True)
-    assert leading_indices(magnitude.sel(run="second"))["layers"].tolist() == [1] * 10
-    assert not leading_indices(magnitude.sel(run="second"))["ratio"].isna().any()
-    with pytest.raises(UsageError, match="one run"):
-        leading_indices(magnitude)
-    assert len(leading_indices(magnitude.isel(run=[0]))) == 10
+# --- summaries, against the same numbers from raw deltas -----------------------------------------------------------------
+
+
+def check_summary(trace: xr.Dataset, tolerance: float = 1e-5) -> None:
+    """Every reduction of every text, computed from its deltas in float64."""
+    for text in texts_of(trace):
+        layers = [layer for layer in range(text.sizes["layer"]) if not np.isnan(text["energy"].values[:, layer]).any()]
+        delta = text["delta"].values[:, layers].astype(np.float64)
+        new = text["is_generated"].values
+        nth = np.cumsum(new)
+        where = [~new, new & (nth <= 10), new & (nth > 10)]
+        assert text["count"].values[0].tolist() == [int(w.sum()) for w in where]
+        for part, chosen in enumerate(where):
+            own = delta[chosen]
+            want = {"sum": own.sum(0), "sum_abs": abs(own).sum(0), "sum_sq": (own**2).sum(0)}
+            want["max_abs"] = abs(own).max(0, initial=0)
+            for key, value in want.items():
+                np.testing.assert_allclose(text[key].values[0, part][layers], value, rtol=tolerance, atol=tolerance)
+        for key, value in {"energy": delta**2, "l1": abs(delta), "l4": delta**4, "small": abs(delta) < 1e-4}.items():
+            np.testing.assert_allclose(text[key].values[:, layers], value.sum(-1), rtol=tolerance, atol=1e-12)
+        count = min(delta.size, text.sizes["rank"])
+        top = np.sort(abs(delta), axis=None)[::-1][:count]
+        np.testing.assert_allclose(abs(text["top_value"].values[0][:count]), top, rtol=1e-6)
+        assert np.isnan(text["top_value"].values[0][count:]).all()
+        assert (text["top_position"].values[0][count:] == -1).all()
+        places = [text[key].values[0][:count] for key in ("top_position", "top_layer", "top_neuron")]
+        assert len(set(zip(*places, strict=True))) == count
+        named = text["delta"].sel(layer=xr.DataArray(places[1], dims="r"), neuron=xr.DataArray(places[2], dims="r"))
+        got = named.isel(token=xr.DataArray(places[0], dims="r")).values
+        np.testing.assert_allclose(got, text["top_value"].values[0][:count], rtol=1e-6)
+
+
+@pytest.mark.parametrize("top", [5, 300, 10_000])
+def test_summaries_are_those_of_the_deltas(model: Any, top: int) -> None:
+    with ra.record(model, keep="raw", top=top) as trace:
+        answer(model, model.realigner.tokenizer, PROMPTS, max_new_tokens=37, batch_size=2)
+        model(input_ids=torch.arange(2, 60)[None])
+    check_summary(trace)
+    with ra.record(model, top=top) as alone:
+        answer(model, model.realigner.tokenizer, PROMPTS, max_new_tokens=37, batch_size=2)
+        model(input_ids=torch.arange(2, 60)[None])
+    assert "delta" not in alone
+    xr.testing.assert_identical(alone, trace.drop_vars("delta"))
+
+
+@given(
+    delta=arrays(np.float32, array_shapes(min_dims=3, max_dims=3, max_side=40), elements=st.floats(-50, 50, width=16)),
+    prompt=st.integers(0, 40),
+    top=st.integers(1, 200),
+    block=st.integers(1, 50),
+)
+@settings(max_examples=60, deadline=None)
+def test_summaries_of_anything_in_blocks_of_any_size(delta: np.ndarray, prompt: int, top: int, block: int) -> None:
+    delta = delta + np.linspace(0, 1e-2, delta.size, dtype=np.float32).reshape(delta.shape)  # no ties
+    n = len(delta)
+    tokens = {"position": np.arange(n), "is_generated": np.arange(n) >= prompt, "token_id": np.arange(n)}
+    tokens["token_text"] = np.array([""] * n, dtype=object)
+    summary = summarise(delta, tokens["is_generated"], top, block)
+    text = text_dataset(RunLabel("r"), 0, "", range(delta.shape[1]), tokens, summary, delta)
+    check_summary(text, 1e-3)
+
+
+def test_memory_does_not_grow_with_the_text() -> None:
+    """What a summary holds after 200 and after 2,000 tokens differs by the few numbers that are kept of each token."""
+
+    def held(tokens: int) -> int:
+        batch = BatchSummary(1, top=50)
+        for _ in range(tokens):
+            batch.add(torch.randn(1, 4, 64), np.zeros(1, dtype=np.int64), np.ones(1, dtype=bool))
+        (row,) = batch.rows
+        large = sum(value.numel() for value in row.sums.values()) + sum(part[0].numel() for part in batch._waiting)
+        assert len(row.top if row.top is not None else []) == 50
+        return large + sum(len(part) for part in row.tokens["energy"]) - tokens
+
+    assert held(2000) <= held(200) + 16 * 4 * 64
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_replayed_deltas_are_those_recorded(model: Any, tmp_path: Path, scale: float) -> None:
+    tokenizer = model.realigner.tokenizer
+    with ra.strength(model, scale), ra.record(model, keep="raw") as raw, ra.record(model, keep="replay") as kept:
+        answer(model, tokenizer, PROMPTS, max_new_tokens=6)
+    assert "delta" not in kept
+    kept = ra.load_trace(ra.save_trace(kept, tmp_path / "t.zarr"))
+    network = tuner_of(model).bank.network("default")
+    again = ra.replay(kept, {"default": network})
+    np.testing.assert_allclose(again["delta"].values, raw["delta"].values, rtol=1e-4, atol=1e-6)
+    assert set(again.variables) == set(raw.variables)
+    with torch.no_grad():
+        network.output.bias[3] += 1e-3
+    with pytest.raises(RealignerError, match="recorded with an IRM of sha256"):
+        ra.replay(kept, {"default": network})
+    with pytest.raises(UsageError, match="no network"):
+        ra.replay(kept, {})
+    with pytest.raises(UsageError, match="no h0"):
+        ra.replay(raw, {"default": network})
+
+
+# --- stores that can die, and that are damaged ------------------------------------------------------------------------------
+
+WRITER = """
+import sys
+import numpy as np
+from realigner.traces import RunLabel, TraceWriter
+from realigner.traces.layout import text_dataset
+from realigner.traces.summary import summarise
+with TraceWriter(sys.argv[1], "host", range(3)) as writer:
+    for text in range(10_000):
+        n = 5 + text % 40
+        delta = np.random.default_rng(text).normal(size=(n, 3, 50)).astype(np.float32)
+        tokens = {"position": np.arange(n), "is_generated": np.arange(n) >= 4, "token_id": np.arange(n)}
+        tokens["token_text"] = np.array(["x"] * n, dtype=object)
+        label = RunLabel("a" if text < 5 else "b")
+        summary = summarise(delta, tokens["is_generated"], 20)
+        writer.append(text_dataset(label, text, "?", range(3), tokens, summary, delta), label)
+        print(text, flush=True)
+"""
+
+
+def test_a_killed_recording_leaves_the_finished_prompts(tmp_path: Path) -> None:
+    """SIGKILL at moments that no one chose: what is there is whole, with and without us."""
+    rng = np.random.default_rng(7)
+    for nth in range(6):
+        path = tmp_path / f"{nth}.zarr"
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for _ in range(3 + nth):
+            process.stdout.readline()
+        time.sleep(float(rng.uniform(0, 0.15)))
+        os.kill(process.pid, signal.SIGKILL)
+        said = 3 + nth + len(process.stdout.readlines())
+        process.wait()
+        assert not path.exists()
+        left = tmp_path / f"{nth}.zarr.unfinished"
+        with pytest.raises(RealignerError, match=r"unfinished is there"):
+            ra.load_trace(path)
+        trace = ra.load_trace(left)
+        assert trace.sizes["text"] in (said, said + 1)  # killed between writing a text and saying so
+        check_half(trace)
+        assert xr.open_zarr(left).sizes["text"] == trace.sizes["text"]
+        assert verify_trace(left) > 0
+
+
+def check_half(trace: xr.Dataset) -> None:
+    for number, text in enumerate(texts_of(trace)):
+        want = np.random.default_rng(number).normal(size=(5 + number % 40, 3, 50)).astype(np.float32)
+        np.testing.assert_allclose(text["delta"].values, want, rtol=1e-3, atol=1e-5)
+        assert set(text["prompt"].values.tolist()) == {number}
+    assert set(trace.attrs["runs"]) == set(trace["text_run"].values.tolist()) | {"a"}
+
+
+@pytest.mark.parametrize("name", ["delta", "sum_abs", "token_text", "count", "h0"])
+def test_a_damaged_chunk_is_named(model: Any, tmp_path: Path, name: str) -> None:
+    keep: Any = "replay" if name == "h0" else "raw"
+    with ra.record(model, keep=keep) as trace:
+        answer(model, model.realigner.tokenizer, PROMPTS, max_new_tokens=20)
+    path = ra.save_trace(trace, tmp_path / "t.zarr")
+    assert verify_trace(path) > 10
+    chunk = sorted(p for p in (path / name / "c").rglob("*") if p.is_file())[-1]
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 4
+    chunk.write_bytes(data)
+    with pytest.raises(RealignerError, match=rf"t.zarr: .*{name}"):
+        verify_trace(path)
+    chunk.unlink()
+    with pytest.raises(RealignerError, match=rf"{name}/c/.* is missing"):
+        verify_trace(path)
+
+
+def test_float16_only_where_it_fits(model: Any, tmp_path: Path) -> None:
+    ids = torch.arange(2, 9)[None]
+    for scale, dtype in ((1.0, "float16"), (1e-4, "float32"), (900.0, "float16"), (1000.0, "float16")):
+        with ra.strength(model, scale), ra.record(model, keep="raw") as trace:
+            model(input_ids=ids)
+        if scale == 1000.0:
+            trace = trace.assign({key: trace[key] * 100 for key in ("delta", "max_abs")})
+            dtype = "float32"
+        kept = ra.load_trace(ra.save_trace(trace, tmp_path / "t.zarr", force=True))
+        assert kept["delta"].dtype == dtype, scale
+        np.testing.assert_allclose(kept["delta"].values, trace["delta"].values, rtol=1e-3)
+    with pytest.raises(RealignerError, match="does not fit into float16"):
+        ra.save_trace(trace, tmp_path / "u.zarr", dtype="float16")
+
+
+def test_traces_are_joined(model: Any) -> None:
+    ids = torch.arange(2, 9)[None]
+    parts = []
+    for name in ("a", "b"):
+        with ra.record(model, keep="raw", labels={"default": RunLabel(name, tone=name, seed=7)}) as trace:
+            model(input_ids=ids)
+        parts.append(trace)
+    both = ra.join_traces(parts)
+    assert both["run"].values.tolist() == ["a"] * 7 + ["b"] * 7
+    assert both["tone"].values.tolist() == both["run"].values.tolist()
+    assert set(both["seed"].values.tolist()) == {7}
+    assert set(both.attrs["runs"]) == {"a", "b"}
+    xr.testing.assert_identical(both.isel(token=slice(7), text=[0]).drop_attrs(), parts[0].drop_attrs())
+    with ra.strength(model, 2.0), ra.record(model, keep="raw", labels={"default": RunLabel("a")}) as other:
+        model(input_ids=ids)
+    with pytest.raises(UsageError, match="two runs are named 'a'"):
+        ra.join_traces([parts[0], other])
+    with ra.record(model) as other:
+        model(input_ids=ids)
+    with pytest.raises(UsageError, match="keep different things"):
+        ra.join_traces([parts[0], other])
+
+
+# --- the reference's folders ------------------------------------------------------------------------------------------------
+
+
+def reference_folder(root: Path, delta: np.ndarray, prompt: int, layers: list[int]) -> Path:
+    """What the reference code writes of ``delta [token, layer, neuron]``: the prompt's last token twice."""
+    order = [*range(prompt), *range(prompt - 1, len(delta))]
+    for number in (1, 2):
+        place = root / f"Prompt{number}_CSVs"
+        place.mkdir(parents=True)
+        for file, token in enumerate(order, start=1):
+            rows = [
+                f"{i},{layer},{float(delta[token, at, i])!r}" for at, layer in enumerate(layers) for i in range(delta.shape[2])
+            ]
+            (place / f"index_value_layer_{file}.csv").write_text("index,layer,value\n" + "\n".join(rows) + "\n")
+    return root
+
+
+def test_the_references_folders_are_read(tmp_path: Path) -> None:
+    delta = np.random.default_rng(0).normal(size=(15, 2, 6)).astype(np.float32)
+    folder = reference_folder(tmp_path / "anger_42", delta, 3, [5, 9])
+    trace = ra.import_reference(folder, tone="anger", seed=42)
+    assert trace.sizes["text"] == 2
+    assert trace["layer"].values.tolist() == [5, 9]
+    assert set(trace["run"].values.tolist()) == {"anger_42"}
+    assert np.array_equal(trace["delta"].values, np.concatenate([delta, delta]))
+    assert trace["is_generated"].values.tolist() == 2 * ([False] * 3 + [True] * 12)
+    check_summary(trace)
+    ra.save_trace(trace, tmp_path / "t.zarr")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("index,layer\n0,5\n", "'value' is missing"),
+        ("index,layer,value\n0,5,x\n", ":2: value is 'x'"),
+        ("index,layer,value\n0,5,1\n0,5,2\n", "not one value for each"),
+        ("index,layer,value\n0,5,1\n1,5,2\n0,9,2\n", "cut off"),
+        ("", "cannot be read"),
+        ("index,layer,value\n0,5,1\n", "other layers or neurons"),
+    ],
+)
+def test_broken_reference_folders_are_refused(tmp_path: Path, text: str, fault: str) -> None:
+    delta = np.random.default_rng(0).normal(size=(5, 2, 6)).astype(np.float32)
+    folder = reference_folder(tmp_path / "a", delta, 3, [5, 9])
+    (folder / "Prompt2_CSVs" / "index_value_layer_2.csv").write_text(text)
+    with pytest.raises(RealignerError, match=rf"index_value_layer_2.csv.*{fault}"):
+        ra.import_reference(folder)
+    with pytest.raises(RealignerError, match="no folders of the reference code"):
+        ra.import_reference(tmp_path)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from realigner.irm import IRM
     from realigner.report import build_report
     from realigner.sites import find_sites
-    from realigner.traces import load_trace, record, save_trace
+    from realigner.traces import import_reference, join_traces, load_trace, record, replay, save_trace
     from realigner.training import Recipe, Run, train
     from realigner.tuner import IRMConfig, load_irm, strength
 
@@ -57,6 +57,9 @@ _HOMES = {
     "generation": "",
     "hosts": "",
     "find_sites": "sites",
+    "import_reference": "traces",
+    "join_traces": "traces",
+    "replay": "traces",
     "fingerprint": "hosts",
     "load_host": "hosts",
     "load_irm": "tuner",
@@ -89,11 +92,14 @@ __all__ = [
     "hosts",
     "find_sites",
     "fingerprint",
+    "import_reference",
+    "join_traces",
     "load_host",
     "load_irm",
     "load_trace",
     "read_rows",
     "record",
+    "replay",
     "save_trace",
     "strength",
     "train",

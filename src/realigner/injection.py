@@ -35,7 +35,7 @@ class ActiveIRM(NamedTuple):
     strength: torch.Tensor
 
 
-Observer = Callable[[ActiveIRM, torch.Tensor], None]
+Observer = Callable[[ActiveIRM, torch.Tensor, torch.Tensor], None]
 
 
 class ForwardContext:
@@ -65,7 +65,8 @@ class Injector:
         active: called at the start of every forward; returns the IRMs that take part. None active: the bare host runs.
 
     Attributes:
-        observers: called as ``observer(active, delta)`` with what each IRM adds in a forward, strength included: delta
+        observers: called as ``observer(active, h0, delta)`` with what each IRM reads ``[batch, position, neuron]`` and adds: delta,
+            strength included,
             ``[batch, position, layer, neuron]`` over the layers of ``active.irm``. Used to record traces.
     """
 
@@ -145,7 +146,7 @@ class Injector:
         for active in context.active:
             own = active.irm(h0) * self._by_row(active.strength, h0.shape[0])
             for observer in self.observers:
-                observer(active, own)
+                observer(active, h0, own)
             for layer, delta in zip(active.irm.layers, own.to(h0.dtype).unbind(-2), strict=True):
                 deltas[layer] = deltas[layer] + delta if layer in deltas else delta
         return deltas

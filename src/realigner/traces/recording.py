@@ -1,15 +1,16 @@
-"""Record the deltas of prompt and generated tokens as a labelled `xarray.Dataset`.
+"""Record what IRMs add while a model runs: summaries always; every delta, or what deltas are computed from, on request.
 
-The deltas are taken where they are computed (once per forward, in `injection.Injector.fill`), so recording changes
-nothing of what the model does.
+The deltas are taken where they are computed (once per forward, in `injection.Injector.fill`), so recording changes nothing of
+what the model does. What a batch's texts came to is put into the trace, or written to its store, when the batch is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,22 +20,41 @@ from torch import nn
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import HostInfo
 from realigner.injection import ActiveIRM
-from realigner.tuner import tuner_of
+from realigner.irm import IRM
+from realigner.traces.layout import TOP, RunLabel, join, text_dataset
+from realigner.traces.store import TraceWriter
+from realigner.traces.summary import BatchSummary
+from realigner.tuner import IRMModel, tuner_of
+
+Keep = Literal["summary", "raw", "replay"]
+KEEPS = ("summary", "raw", "replay")
 
 
-@dataclass
-class _Chunk:
-    """What one forward showed: token ids and positions ``[token]``, prompt numbers, and each IRM's delta."""
+def adapter_hash(network: IRM) -> str:
+    """sha256 over an IRM's weights, bit by bit: what a replay checks.
 
-    prompt: np.ndarray
-    position: np.ndarray
-    token_id: np.ndarray
-    is_generated: np.ndarray
-    deltas: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [token, layer, neuron]
+    Example:
+        >>> irm = IRM(hidden_size=8, layers=(0,), widths=(4,), rank=0, output_std=1e-3)
+        >>> adapter_hash(irm) == adapter_hash(irm)
+        True
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager
-def record(model: nn.Module, tokenizer: Any = None) -> Iterator[xr.Dataset]:
+def record(
+    model: nn.Module,
+    tokenizer: Any = None,
+    keep: Keep = "summary",
+    to: TraceWriter | None = None,
+    labels: Mapping[str, RunLabel] | None = None,
+    questions: Sequence[str] = (),
+    top: int = TOP,
+) -> Iterator[xr.Dataset]:
     """Record what the active IRMs add within a block; the dataset is filled when the block ends.
 
     Each call of ``model.generate`` or of the model itself adds its rows as new prompts. Padding is left out, as are
@@ -43,27 +63,31 @@ def record(model: nn.Module, tokenizer: Any = None) -> Iterator[xr.Dataset]:
     Args:
         model: a model with an IRM.
         tokenizer: gives each token its text; by default that of `load_host`, if the host came from there.
+        keep: ``summary``: reductions alone, in memory that does not grow with the text; ``raw``: every delta too;
+            ``replay``: h0 of each token, from which `replay` computes the deltas again (as many times smaller as there are
+            layers).
+        to: a store that each batch's texts are written to when they are done; the dataset then stays empty.
+        labels: adapter name -> what its texts are labelled with; by default the adapter's name.
+        questions: the prompts as asked, in order, to label the texts with.
+        top: how many of a text's largest values to keep.
 
     Yields:
-        A dataset with the variable ``delta [run, token, layer, neuron]`` (float32, strength included) and the coordinates
-        ``run`` (adapter name), ``layer``, ``neuron``, and along ``token``: ``prompt``, ``position`` (0 is the first real
-        token), ``is_generated``, ``token_id``, ``text``. Empty until the block ends.
+        A dataset as `traces.layout` describes it; strength is included in its numbers. Empty until the block ends.
 
     Raises:
-        UsageError: for a model without an IRM.
+        UsageError: for a model without an IRM, or a strength that changes within the block.
         RealignerError: for beam search or assisted decoding, where a row of the batch is not one text.
 
     Example:
-        >>> with record(model) as trace:  # doctest: +SKIP
+        >>> with record(model, keep="raw") as trace:  # doctest: +SKIP
         ...     model.generate(**inputs)
         >>> trace.delta.dims  # doctest: +SKIP
-        ('run', 'token', 'layer', 'neuron')
+        ('token', 'layer', 'neuron')
     """
+    if keep not in KEEPS:
+        raise UsageError(f"record: keep={keep!r}; choose summary, raw or replay")
     tuner = tuner_of(model)
-    info = getattr(tuner.model, "realigner", None)
-    if tokenizer is None and isinstance(info, HostInfo):
-        tokenizer = info.tokenizer
-    recorder = _Recorder()
+    recorder = _Recorder(tuner, tokenizer, keep, to, labels or {}, questions, top)
     trace = xr.Dataset()
     host = tuner.model
     handle = host.register_forward_pre_hook(recorder.begin, with_kwargs=True)
@@ -78,52 +102,89 @@ def record(model: nn.Module, tokenizer: Any = None) -> Iterator[xr.Dataset]:
         del host.generate
         if own_generate is not None:
             host.generate = own_generate
-    recorder.fill(trace, tokenizer)
-    trace.attrs.update(host=tuner.fingerprint.name, strength=recorder.strengths, source="realigner.record")
+    recorder.finish()
+    recorder.fill(trace)
+
+
+@dataclass
+class _Step:
+    """The real tokens of one forward: row and column of each in its batch, and its labels."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    tokens: dict[str, np.ndarray]
+
+
+@dataclass
+class _Seen:
+    """What one IRM added to the texts of the running batch."""
+
+    irm: IRM
+    strength: float
+    summary: BatchSummary
+    steps: list[_Step] = field(default_factory=list)
+    deltas: list[np.ndarray] = field(default_factory=list)
+    h0: list[np.ndarray] = field(default_factory=list)
 
 
 class _Recorder:
     """Follows the rows of the running batch from call to call."""
 
-    def __init__(self) -> None:
-        self.chunks: list[_Chunk] = []
-        self.layers: dict[str, tuple[int, ...]] = {}
-        self.strengths: dict[str, float] = {}
+    def __init__(
+        self,
+        tuner: IRMModel,
+        tokenizer: Any,
+        keep: Keep,
+        to: TraceWriter | None,
+        labels: Mapping[str, RunLabel],
+        questions: Sequence[str],
+        top: int,
+    ) -> None:
+        info = getattr(tuner.model, "realigner", None)
+        self.tokenizer = info.tokenizer if tokenizer is None and isinstance(info, HostInfo) else tokenizer
+        self.tuner, self.keep, self.to, self.questions, self.top = tuner, keep, to, questions, top
+        self.given = labels
+        self.labels: dict[str, RunLabel] = {}  # of the adapters seen
+        self.texts: list[xr.Dataset] = []
+        self.names: dict[int, str] = {}  # what a token id is in words
         self.prompts = 0  # prompts begun before the current batch
-        self.width = 0  # tokens seen of the current batch
-        self.prompt_width: int | None = None  # padded width of the prompts inside generate; None outside
-        self.mask: torch.Tensor | None = None
         self.rows = 0
+        self.prompt_width: int | None = None  # padded width of the prompts inside generate; None outside
         self.ends: list[int] = []  # end tokens of the running generate
-        self.finished = torch.zeros(0, dtype=torch.bool)
+        self._start(0)
+
+    # Which tokens are new, real, and whose.
+
+    def _start(self, rows: int) -> None:
+        """A batch begins; what the one before came to is put away."""
+        self.prompts += self.rows
+        self.rows = rows
+        self.width = 0  # tokens seen of the current batch
+        self.mask: torch.Tensor | None = None
+        self.finished = torch.zeros(rows, dtype=torch.bool)
+        self.seen: dict[str, _Seen] = {}
+        self.step: _Step | None = None
+        self.steps = 0
 
     def around(self, generate: Any, defaults: Any) -> Any:
         """`generate`, telling prompt from generated tokens and refusing what scatters a text over rows."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            settings = kwargs.get("generation_config") or defaults
-
-            def setting(name: str) -> Any:
-                return kwargs[name] if name in kwargs else getattr(settings, name, None)
-
-            for name in ("num_beams", "num_return_sequences"):
-                if (setting(name) or 1) > 1:
-                    raise RealignerError(f"record: {name}={setting(name)} is not supported; a recorded row must be one text")
-            if kwargs.get("past_key_values") is not None:
-                raise RealignerError("record: generate with past_key_values is not supported; give the whole text")
-            if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
-                raise RealignerError("record: assisted decoding is not supported; rejected tokens would be recorded")
             ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-            if ids is None:
-                raise RealignerError("record: generate was called without input_ids")
+            ends = _refuse_scattered(kwargs, defaults, ids)
+            assert ids is not None
+            self.finish()
             self._start(ids.shape[0])
-            self.prompt_width = ids.shape[1]
-            ends = setting("eos_token_id")
-            self.ends = [ends] if isinstance(ends, int) else list(ends or [])
+            self.prompt_width, self.ends = ids.shape[1], ends
             try:
-                return generate(*args, **kwargs)
+                result = generate(*args, **kwargs)
+            except BaseException:
+                self._start(0)  # texts that were not finished are not texts
+                raise
             finally:
                 self.prompt_width = None
+            self.finish()
+            return result
 
         return watched
 
@@ -132,6 +193,7 @@ class _Recorder:
         if ids is None:
             raise RealignerError("record: the host was called without input_ids")
         if self.prompt_width is None:  # a plain call: every row is a new prompt
+            self.finish()
             self._start(ids.shape[0])
         start, stop = self.width, self.width + ids.shape[1]
         mask = kwargs.get("attention_mask")
@@ -139,20 +201,15 @@ class _Recorder:
             self.mask = torch.nn.functional.pad(mask.bool(), (0, max(0, stop - mask.shape[1])), value=True)
         elif self.mask is not None:
             self.mask = torch.nn.functional.pad(self.mask, (0, max(0, stop - self.mask.shape[1])), value=True)
+        ids = ids.cpu()
         real = torch.ones(ids.shape[0], stop, dtype=torch.bool) if self.mask is None else self.mask[:, :stop].cpu()
-        new = real[:, start:] & ~self._after_end(ids.cpu(), start)
-        rows, columns = new.nonzero(as_tuple=True)
+        rows, columns = (real[:, start:] & ~self._after_end(ids, start)).nonzero(as_tuple=True)
         position = (real.long().cumsum(1) - 1)[rows, start + columns]
         generated = (start + columns) >= (self.prompt_width if self.prompt_width is not None else stop)
-        self._rows, self._columns = rows, columns
-        self.chunks.append(
-            _Chunk(
-                prompt=(rows + self.prompts - self.rows).numpy().astype(np.int32),
-                position=position.numpy().astype(np.int32),
-                token_id=ids.cpu()[rows, columns].numpy().astype(np.int64),
-                is_generated=generated.numpy(),
-            )
-        )
+        token_id = ids[rows, columns].numpy().astype(np.int64)
+        tokens = {"position": position.numpy().astype(np.int64), "is_generated": generated.numpy(), "token_id": token_id}
+        self.step = _Step(rows, columns, tokens)
+        self.steps += 1
         self.width = stop
 
     def _after_end(self, ids: torch.Tensor, start: int) -> torch.Tensor:
@@ -165,45 +222,99 @@ class _Recorder:
         self.finished = ended[:, -1]
         return ended
 
-    def observe(self, active: ActiveIRM, delta: torch.Tensor) -> None:
-        name, strength = active.name, float(active.strength)
-        if self.strengths.setdefault(name, strength) != strength:
-            raise UsageError(f"record: the strength of {name!r} changed within the block; record each strength apart")
-        if not self.chunks:
+    # What an IRM adds to them.
+
+    def observe(self, active: ActiveIRM, h0: torch.Tensor, delta: torch.Tensor) -> None:
+        name, step = active.name, self.step
+        if step is None:
             raise RealignerError("record: the decoder was called directly; call the model or its generate")
-        self.layers[name] = active.irm.layers
-        if name not in self.chunks[-1].deltas:  # a recomputed (checkpointed) layer 0 reports twice
-            kept = delta.detach()[self._rows.to(delta.device), self._columns.to(delta.device)]
-            self.chunks[-1].deltas[name] = kept.float().cpu().numpy()
-
-    def _start(self, rows: int) -> None:
-        self.rows = rows
-        self.prompts += rows
-        self.width = 0
-        self.mask = None
-        self.finished = torch.zeros(rows, dtype=torch.bool)
-
-    def fill(self, trace: xr.Dataset, tokenizer: Any) -> None:
-        """Put everything into the dataset, tokens of one prompt together."""
-        chunks = [chunk for chunk in self.chunks if chunk.deltas]
-        if not chunks:
+        if active.strength.dim():
+            raise UsageError(f"record: the strength of {name!r} differs from row to row; record each setting apart")
+        strength = float(active.strength)
+        label = self.labels.get(name)
+        if label is None:
+            label = self.given.get(name, RunLabel(name))
+            self.labels[name] = replace(label, strength=strength, sha256=adapter_hash(active.irm))
+        elif label.strength != strength:
+            raise UsageError(f"record: the strength of {name!r} changed within the block; record each strength apart")
+        if name not in self.seen:
+            self.seen[name] = _Seen(active.irm, strength, BatchSummary(self.rows, self.top))
+        seen = self.seen[name]
+        if seen.steps and seen.steps[-1] is step:  # a recomputed (checkpointed) layer 0 reports twice
             return
-        names = list(dict.fromkeys(name for chunk in chunks for name in chunk.deltas))
-        join = {
-            key: np.concatenate([getattr(c, key) for c in chunks]) for key in ("prompt", "position", "token_id", "is_generated")
-        }
-        order = np.lexsort((join["position"], join["prompt"]))
-        arrays = []
-        for name in names:
-            if any(name not in chunk.deltas for chunk in chunks):
-                raise UsageError(f"record: adapter {name!r} was active for a part of the block only; record each setting apart")
-            delta = np.concatenate([chunk.deltas[name] for chunk in chunks])[order]
-            places = {"run": [name], "layer": list(self.layers[name])}
-            arrays.append(xr.DataArray(delta[None], dims=("run", "token", "layer", "neuron"), coords=places))
-        trace["delta"] = xr.concat(arrays, dim="run", join="outer") if len(arrays) > 1 else arrays[0]
-        trace.coords["neuron"] = np.arange(trace.sizes["neuron"], dtype=np.int32)
-        for key, values in join.items():
-            trace.coords[key] = ("token", values[order])
-        if tokenizer is not None:
-            texts = [tokenizer.decode([int(token)]) for token in join["token_id"][order]]
-            trace.coords["text"] = ("token", np.array(texts, dtype=object))
+        seen.steps.append(step)
+        at = step.rows.to(delta.device), step.columns.to(delta.device)
+        chosen = delta.detach()[at].float()
+        seen.summary.add(chosen, step.rows.numpy(), step.tokens["is_generated"])
+        if self.keep == "raw":
+            seen.deltas.append(chosen.cpu().numpy())
+        elif self.keep == "replay":
+            seen.h0.append(h0.detach()[at].float().cpu().numpy())
+
+    def finish(self) -> None:
+        """Put the running batch's texts away."""
+        for name, seen in self.seen.items():
+            if len(seen.steps) != self.steps:
+                raise UsageError(f"record: adapter {name!r} was active for a part of a text only; record each setting apart")
+            for text in self._texts(name, seen):
+                if self.to is not None:
+                    self.to.append(text, self.labels[name])
+                else:
+                    self.texts.append(text)
+        self.seen = {}
+        self.step = None
+
+    def _texts(self, name: str, seen: _Seen) -> Iterator[xr.Dataset]:
+        rows = np.concatenate([step.rows.numpy() for step in seen.steps])
+        tokens = {key: np.concatenate([step.tokens[key] for step in seen.steps]) for key in seen.steps[0].tokens}
+        tokens["token_text"] = self._words(tokens["token_id"])
+        deltas = np.concatenate(seen.deltas) if seen.deltas else None
+        h0 = np.concatenate(seen.h0) if seen.h0 else None
+        for row, summary in enumerate(seen.summary.results()):
+            if summary is None:
+                continue
+            (own,) = np.nonzero(rows == row)
+            prompt = self.prompts + row
+            yield text_dataset(
+                self.labels[name],
+                prompt,
+                self.questions[prompt] if prompt < len(self.questions) else "",
+                seen.irm.layers,
+                {key: value[own] for key, value in tokens.items()},
+                summary,
+                None if deltas is None else deltas[own],
+                None if h0 is None else h0[own],
+            )
+
+    def _words(self, ids: np.ndarray) -> np.ndarray:
+        for token in set(ids.tolist()) - self.names.keys():
+            self.names[token] = "" if self.tokenizer is None else self.tokenizer.decode([token])
+        return np.array([self.names[token] for token in ids.tolist()], dtype=object)
+
+    def fill(self, trace: xr.Dataset) -> None:
+        """Put everything into the dataset."""
+        if not self.texts:
+            return
+        whole = join(self.texts, self.tuner.fingerprint.name, list(self.labels.values()))
+        trace.update(whole)
+        trace.attrs.update(whole.attrs)
+
+
+def _refuse_scattered(kwargs: Mapping[str, Any], defaults: Any, ids: Any) -> list[int]:
+    """Refuse a `generate` in which a row of the batch is not one text; else its end tokens."""
+    settings = kwargs.get("generation_config") or defaults
+
+    def setting(name: str) -> Any:
+        return kwargs[name] if name in kwargs else getattr(settings, name, None)
+
+    for name in ("num_beams", "num_return_sequences"):
+        if (setting(name) or 1) > 1:
+            raise RealignerError(f"record: {name}={setting(name)} is not supported; a recorded row must be one text")
+    if kwargs.get("past_key_values") is not None:
+        raise RealignerError("record: generate with past_key_values is not supported; give the whole text")
+    if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
+        raise RealignerError("record: assisted decoding is not supported; rejected tokens would be recorded")
+    if ids is None:
+        raise RealignerError("record: generate was called without input_ids")
+    ends = setting("eos_token_id")
+    return [ends] if isinstance(ends, int) else list(ends or [])

@@ -1,66 +1,291 @@
-"""Traces on disk: zarr, readable by `xarray.open_zarr` without realigner."""
+"""Traces on disk: zarr v3, readable by `xarray.open_zarr` without realigner, whole after every text.
+
+A trace is written text by text into ``PATH.unfinished`` and renamed to ``PATH`` at the end. What makes a text count is the
+root's consolidated metadata, one small file that is replaced in one step after everything else is written: whoever opens the
+folder, also after the writer was killed, finds the texts that were finished and nothing else. Chunks carry checksums.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import xarray as xr
 
 from realigner.errors import RealignerError
-from realigner.files import refuse_existing, written_folder
+from realigner.files import refuse_existing, replace_folder, write_text
+from realigner.traces.layout import (
+    ALWAYS,
+    LAYOUT,
+    ON_REQUEST,
+    SOURCE,
+    TEXT_LABELS,
+    TOKEN_LABELS,
+    RunLabel,
+    attributes,
+    labels_of,
+    with_layers,
+)
 
-_SOURCE = "realigner.record"  # every trace of ours says so
-_COORDINATES = ("prompt", "position", "token_id", "is_generated")
+RawType = Literal["auto", "float16", "float32"]
+_CHUNK = {"token": 16, "text": 1, "layer": 32, "neuron": 4096}  # of large arrays
+_LABELS_CHUNK = 4096  # tokens in a chunk of labels
+_NORMAL = float(np.finfo(np.float16).tiny)  # float16 loses digits below
+_HEADROOM = 16.0  # float16 is chosen when later texts may be this many times larger
 
 
-def save_trace(trace: xr.Dataset, path: str | Path, force: bool = False) -> Path:
-    """Write a trace as a zarr folder, aside first and then renamed.
+def unfinished_trace(path: Path) -> Path:
+    """Where a trace lives until it is finished."""
+    return path.with_name(f"{path.name}.unfinished")
+
+
+def raw_dtype(text: xr.Dataset) -> str:
+    """``float16`` where a text's deltas lie well inside its range, else ``float32``."""
+    largest = float(np.nanmax(text["max_abs"].values))
+    typical = float(np.nanmedian(np.sqrt(text["energy"].values / text.sizes["neuron"])))
+    fits = largest * _HEADROOM < float(np.finfo(np.float16).max) and (typical == 0 or typical > 16 * _NORMAL)
+    return "float16" if fits else "float32"
+
+
+class TraceWriter:
+    """A store that texts are appended to, one after the other.
+
+    Args:
+        path: the zarr folder that will be there once `close` is called; until then it is ``PATH.unfinished``.
+        host: the host's name.
+        layers: every layer that any run adds to.
+        dtype: of raw deltas; ``auto``: `raw_dtype` of the first text.
+        force: replace a trace of ours that is there.
+
+    Raises:
+        RealignerError: when the place is taken, cannot be written, or a delta does not fit into the store's dtype.
+
+    Example:
+        >>> with TraceWriter("t.zarr", "tiny", range(4)) as writer, record(model, to=writer):  # doctest: +SKIP
+        ...     model.generate(**inputs)
+    """
+
+    def __init__(
+        self, path: str | Path, host: str, layers: Sequence[int], dtype: RawType = "auto", force: bool = False
+    ) -> None:
+        self.path, self.host, self.dtype = Path(path), host, dtype
+        self.layers = sorted(layers)
+        refuse_trace(self.path, force)
+        self.folder = unfinished_trace(self.path)
+        refuse_existing(self.folder, True, is_trace)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.texts = 0
+        self.labels: list[RunLabel] = []
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self.close()
+
+    def append(self, text: xr.Dataset, label: RunLabel) -> None:
+        """Write a text; when this returns it is there, whatever happens to the process."""
+        if label not in self.labels:
+            self.labels.append(label)
+        text = with_layers(text, self.layers).assign_attrs(_plain(attributes(self.host, self.labels)))
+        import zarr
+
+        if "delta" in text:
+            text = self._narrowed(text)
+        try:
+            # Every chunk is written, also one of zeros: a missing chunk is damage, not a value.
+            with warnings.catch_warnings(), zarr.config.set({"array.write_empty_chunks": True}):
+                warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+                if self.texts:
+                    _append(text, self.folder)
+                else:
+                    self.folder.parent.mkdir(parents=True, exist_ok=True)
+                    options: Any = {"zarr_format": 3, "consolidated": True}
+                    text.to_zarr(self.folder, mode="w", encoding=_encoding(text), **options)
+        except OSError as error:
+            raise RealignerError(f"{self.folder}: cannot be written ({error.strerror or error}){self._kept()}") from error
+        self.texts += 1
+
+    def close(self) -> Path:
+        """Give the finished trace its name.
+
+        Raises:
+            RealignerError: when nothing was recorded.
+        """
+        if not self.texts:
+            raise RealignerError("trace: nothing was recorded; run the model inside the record block")
+        replace_folder(self.folder, self.path)
+        return self.path
+
+    def _narrowed(self, text: xr.Dataset) -> xr.Dataset:
+        if self.dtype == "auto":
+            self.dtype = "float16" if raw_dtype(text) == "float16" else "float32"
+        largest = float(np.nanmax(text["max_abs"].values))
+        if self.dtype == "float16" and largest > float(np.finfo(np.float16).max):
+            raise RealignerError(
+                f"{self.folder}: a delta of {largest:.3g} does not fit into float16; record again with float32{self._kept()}"
+            )
+        return text.assign(delta=text["delta"].astype(self.dtype))
+
+    def _kept(self) -> str:
+        return f"; the {self.texts} texts before are kept there" if self.texts else ""
+
+
+def _encoding(text: xr.Dataset) -> dict[str, Any]:
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
+    encoding: dict[str, Any] = {}
+    for name in map(str, text.variables):
+        sizes = dict(zip(text[name].dims, text[name].shape, strict=True))
+        large = name in (*ALWAYS, *ON_REQUEST) and name not in ("count", "energy", "l1", "l4", "small")
+        chunks = [
+            max(1, min(_CHUNK.get(str(dim), size), size) if large else _LABELS_CHUNK if dim == "token" else size)
+            for dim, size in sizes.items()
+        ]
+        if large and "token" in sizes:
+            chunks[0] = _CHUNK["token"]
+        # Deltas shrink by a tenth at most, which is not worth the time; their checksum is.
+        squeeze = [] if name in ON_REQUEST else [ZstdCodec(level=1)]
+        encoding[name] = {"chunks": tuple(chunks), "compressors": [*squeeze, Crc32cCodec()]}
+    return encoding
+
+
+def _append(text: xr.Dataset, folder: Path) -> None:
+    """Add a text to each array, and then, in one step, to what the root says is there.
+
+    Not by `Dataset.to_zarr(append_dim=...)`: that writes the root's attributes first, without its metadata.
+    """
+    import zarr
+
+    root = folder / "zarr.json"
+    for name in map(str, text.variables):
+        axis = next((at for at, dim in enumerate(text[name].dims) if dim in ("token", "text")), None)
+        if axis is not None:
+            array: Any = zarr.open_array(folder / name, mode="r+")
+            values = text[name].values
+            array.append(values.astype(np.dtypes.StringDType()) if values.dtype == object else values, axis=axis)
+    facts = json.loads(root.read_text(encoding="utf-8"))
+    if facts["attributes"] != text.attrs:
+        write_text(root, json.dumps({**facts, "attributes": text.attrs}))
+    zarr.consolidate_metadata(str(folder), zarr_format=3)
+
+
+def save_trace(trace: xr.Dataset, path: str | Path, force: bool = False, dtype: RawType = "auto") -> Path:
+    """Write a trace as a zarr folder.
+
+    Args:
+        trace: what `record` gave.
+        path: the folder.
+        force: replace a trace of ours that is there.
+        dtype: of raw deltas; ``auto``: float16 where they lie well inside its range.
 
     Raises:
         RealignerError: when the place is taken (see `force`) or cannot be written, or the trace is empty.
     """
-    path = Path(path)
-    refuse_trace(path, force)
-    if "delta" not in trace:
+    refuse_trace(Path(path), force)
+    if "text" not in trace.dims:
         raise RealignerError("trace: nothing was recorded; run the model inside the record block")
-    plain = trace.copy()
-    plain.attrs = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in trace.attrs.items()}
-    sizes = trace.sizes
-    chunks = (1, min(64, sizes["token"]), sizes["layer"], sizes["neuron"])
-    with written_folder(path) as aside:
-        plain.to_zarr(aside.folder, mode="w", zarr_format=3, consolidated=False, encoding={"delta": {"chunks": chunks}})
-    return path
+    labels = {label.run: label for label in labels_of(trace)}
+    with TraceWriter(path, str(trace.attrs["host"]), trace["layer"].values.tolist(), dtype, force) as writer:
+        for text in texts_of(trace):
+            writer.append(text, labels[str(text["text_run"].values[0])])
+    return writer.path
+
+
+def texts_of(trace: xr.Dataset) -> list[xr.Dataset]:
+    """A trace text by text, in order; nothing is read that is not used."""
+    ends = np.cumsum(trace["count"].values.sum(axis=1)).tolist()
+    starts = [0, *ends[:-1]]
+    return [
+        trace.isel(token=slice(int(start), int(end)), text=slice(number, number + 1))
+        for number, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]
+
+
+def is_trace(folder: Path) -> bool:
+    """Whether a folder is a trace of ours."""
+    group = folder / "zarr.json"
+    return group.is_file() and SOURCE in group.read_text(encoding="utf-8", errors="replace")
 
 
 def refuse_trace(path: Path, force: bool) -> None:
     """Raise unless a trace may be written to `path`: it is free, or `force` was given and a trace of ours is there."""
-
-    def ours(folder: Path) -> bool:
-        group = folder / "zarr.json"
-        return group.is_file() and _SOURCE in group.read_text(encoding="utf-8")
-
-    refuse_existing(path, force, ours)
+    refuse_existing(path, force, is_trace)
 
 
 def load_trace(path: str | Path) -> xr.Dataset:
-    """Read a trace; values stay on disk until they are used.
+    """Read a trace; values stay on disk until they are used. An unfinished one gives the texts that were finished.
 
     Raises:
         RealignerError: when there is no trace, or it is not one of ours.
     """
     path = Path(path)
     if not path.is_dir():
-        raise RealignerError(f"{path}: there is no such trace (a zarr folder)")
+        left = unfinished_trace(path)
+        hint = f"; {left} is there, not finished" if left.is_dir() else ""
+        raise RealignerError(f"{path}: there is no such trace (a zarr folder){hint}")
     try:
-        trace: xr.Dataset = xr.open_zarr(path, consolidated=False, chunks=None)
+        trace: xr.Dataset = xr.open_zarr(path, chunks=None)
     except Exception as error:  # zarr raises many kinds for a damaged store
         raise RealignerError(f"{path}: not a readable zarr store ({str(error).splitlines()[0]})") from error
-    if "delta" not in trace or trace["delta"].dims != ("run", "token", "layer", "neuron"):
-        raise RealignerError(f"{path}: not a trace: it has no delta [run, token, layer, neuron]")
-    missing = [name for name in _COORDINATES if name not in trace.coords]
+    if trace.attrs.get("source") == SOURCE and trace.attrs.get("layout") != LAYOUT:
+        raise RealignerError(f"{path}: a trace of another version of realigner; record it again")
+    missing = [name for name in (*TOKEN_LABELS, *TEXT_LABELS, *ALWAYS) if name not in trace.variables]
     if missing:
-        raise RealignerError(f"{path}: not a trace: coordinate {missing[0]!r} is missing")
-    if isinstance(trace.attrs.get("strength"), str):
-        trace.attrs["strength"] = json.loads(trace.attrs["strength"])
-    return trace
+        raise RealignerError(f"{path}: not a trace: {missing[0]!r} is missing")
+    trace.attrs["runs"] = json.loads(trace.attrs["runs"])
+    try:
+        for name in (*TOKEN_LABELS, *TEXT_LABELS, "count"):
+            trace[name].load()
+    except Exception as error:  # codecs raise many kinds
+        _scan(path)
+        raise RealignerError(f"{path}: damaged ({str(error).splitlines()[0]})") from error
+    tokens = int(trace["count"].values.sum())
+    if tokens > trace.sizes["token"]:
+        raise RealignerError(f"{path}: damaged: {trace.sizes['token']} tokens are there where its texts have {tokens}")
+    whole: xr.Dataset = trace.isel(token=slice(0, tokens))  # a text that was being written has tokens but is not a text yet
+    return whole
+
+
+def verify_trace(path: str | Path) -> int:
+    """Read every chunk of a trace and compare its checksum; the number of chunks.
+
+    Raises:
+        RealignerError: naming the first chunk that is missing or damaged.
+    """
+    chunks = _scan(Path(path))
+    load_trace(path)
+    return chunks
+
+
+def _scan(path: Path) -> int:
+    import zarr
+
+    if not (path / "zarr.json").is_file():
+        raise RealignerError(f"{path}: there is no such trace (a zarr folder)")
+    chunks = 0
+    for name, array in zarr.open_group(path, mode="r").arrays():
+        shape, size = array.shape, array.chunks
+        for place in np.ndindex(*(-(-whole // part) for whole, part in zip(shape, size, strict=True))):
+            file = path / name / "c" / "/".join(map(str, place)) if place else path / name / "c"
+            if not file.is_file():
+                raise RealignerError(f"{path}: damaged: the chunk {file.relative_to(path)} is missing; record it again")
+            try:
+                array[tuple(slice(at * part, (at + 1) * part) for at, part in zip(place, size, strict=True))]
+            except Exception as error:  # codecs raise many kinds
+                raise RealignerError(
+                    f"{path}: damaged: the chunk {file.relative_to(path)} cannot be read ({str(error).splitlines()[0]}); "
+                    "record it again"
+                ) from error
+            chunks += 1
+    return chunks
+
+
+def _plain(attrs: dict[str, Any]) -> dict[str, Any]:
+    return {**attrs, "runs": json.dumps(attrs["runs"])}

@@ -55,7 +55,7 @@ class DeltaSum:
         self.total: torch.Tensor | None = None
         self.layers = 1
 
-    def __call__(self, active: ActiveIRM, delta: torch.Tensor) -> None:
+    def __call__(self, active: ActiveIRM, _: torch.Tensor, delta: torch.Tensor) -> None:
         """An observer of the injector: delta ``[batch, position, layer, neuron]``."""
         size = delta.abs().sum(dim=(-2, -1), dtype=torch.float32)
         own = (size if self.mask is None else size * self.mask).sum()

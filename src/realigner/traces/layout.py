@@ -1,0 +1,204 @@
+"""What a trace is: the names and shapes in its `xarray.Dataset`, how one text becomes one, and how several are joined.
+
+A *text* is one run's tokens of one prompt and its reply. All texts lie one after the other on one flat ``token`` axis, because
+runs answer the same prompt at different lengths; every token carries its labels.
+
+============  ===============================================================================================================
+on ``token``  coordinates ``run``, ``tone``, ``seed``, ``prompt``, ``position``, ``is_generated``, ``token_id``, ``token_text``;
+              ``energy``, ``l1``, ``l4`` (sums over neurons of delta^2, ``|delta|``, delta^4) and ``small`` (how many
+              ``|delta|`` are below 1e-4), each ``[token, layer]``; on request ``delta [token, layer, neuron]`` and
+              ``h0 [token, neuron]``
+on ``text``   coordinates ``text_run``, ``text_tone``, ``text_seed``, ``text_prompt``, `X
+              ``sum``, ``sum_abs``, ``sum_sq``, ``max_abs`` of delta ``[text, part, layer, neuron]``; the text's largest values
+              ``top_value``, ``top_position``, ``top_layer``, ``top_neuron [text, rank]``
+others        ``part``: the prompt, the first 10 generated tokens (the paper's choice), the rest; ``layer``; ``neuron``
+attributes    ``source``, ``layout``, ``host``, ``runs`` (run -> tone, seed, strength, irm, sha256, untrained)
+============  ===============================================================================================================
+
+Where a run has no such layer, numbers are NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from realigner.errors import UsageError
+
+SOURCE = "realigner.record"  # every trace of ours says so
+LAYOUT = 2
+PARTS = ("prompt", "opening", "rest")
+OPENING = 10  # generated tokens in the part "opening"
+TOP = 10_000  # largest values kept of a text
+SMALL = 1e-4  # the paper's bound for a value that counts as none ("sparsity")
+UNTRAINED = "untrained"  # the tone of a baseline
+
+TOKEN_LABELS = ("run", "tone", "seed", "prompt", "position", "is_generated", "token_id", "token_text")
+TEXT_LABELS = ("text_run", "text_tone", "text_seed", "text_prompt", "text_question")
+TOKEN_SUMS = ("energy", "l1", "l4", "small")
+TEXT_SUMS = ("sum", "sum_abs", "sum_sq", "max_abs")
+TOPS = ("top_value", "top_position", "top_layer", "top_neuron")
+ALWAYS = (*TOKEN_SUMS, "count", *TEXT_SUMS, *TOPS)
+ON_REQUEST = ("delta", "h0")
+
+
+@dataclass(frozen=True)
+class RunLabel:
+    """Which run a text is of, and what a reader needs to repeat it.
+
+    Attributes:
+        run: its name, one of a kind in a trace.
+        tone: what it was trained for; `UNTRAINED` for a baseline.
+        seed: of its initial weights and its data.
+        strength: at which it ran.
+        irm: its folder.
+        sha256: of the network's weights (`adapter_hash`); replay refuses another.
+    """
+
+    run: str
+    tone: str = ""
+    seed: int = 0
+    strength: float = 1.0
+    irm: str = ""
+    sha256: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the name, as it stands in a trace's attributes."""
+        facts = asdict(self)
+        del facts["run"]
+        return facts | {"untrained": self.tone == UNTRAINED}
+
+
+@dataclass
+class Summary:
+    """The reductions of one text, in numpy; shapes as in the module's table, without the ``text`` axis."""
+
+    count: np.ndarray
+    text_sums: dict[str, np.ndarray]
+    token_sums: dict[str, np.ndarray]
+    top_value: np.ndarray
+    top_position: np.ndarray
+    top_layer: np.ndarray  # offsets into `layers`
+    top_neuron: np.ndarray
+
+
+def parts_of(is_generated: np.ndarray) -> np.ndarray:
+    """Each token's part, as a number in `PARTS`, of one text's tokens in order."""
+    nth = np.cumsum(is_generated)
+    return np.where(is_generated, np.where(nth <= OPENING, 1, 2), 0)
+
+
+def text_dataset(
+    label: RunLabel,
+    prompt: int,
+    question: str,
+    layers: Sequence[int],
+    tokens: Mapping[str, np.ndarray],
+    summary: Summary,
+    delta: np.ndarray | None = None,
+    h0: np.ndarray | None = None,
+) -> xr.Dataset:
+    """One text as a dataset.
+
+    Args:
+        label, prompt, question: whose it is.
+        layers: the layers that the run's IRM adds to.
+        tokens: ``position``, ``is_generated``, ``token_id``, ``token_text``, one value a token.
+        summary: its reductions.
+        delta: ``[token, layer, neuron]``, where raw deltas are kept.
+        h0: ``[token, neuron]``, where they are to be computed again.
+    """
+    n = len(tokens["position"])
+    whose = {"run": label.run, "tone": label.tone, "seed": label.seed, "prompt": prompt}
+    coords: dict[str, Any] = {"layer": np.asarray(layers, dtype=np.int64)}
+    coords["neuron"] = np.arange(summary.text_sums["sum"].shape[-1], dtype=np.int64)
+    coords["part"] = np.array(PARTS, dtype=object)
+    coords |= {key: ("token", _column(value, n)) for key, value in whose.items()}
+    coords |= {key: ("token", value) for key, value in tokens.items()}
+    coords |= {f"text_{key}": ("text", _column(value, 1)) for key, value in (whose | {"question": question}).items()}
+    values: dict[str, Any] = {key: (("token", "layer"), value) for key, value in summary.token_sums.items()}
+    values["count"] = (("text", "part"), summary.count[None])
+    values |= {key: (("text", "part", "layer", "neuron"), value[None]) for key, value in summary.text_sums.items()}
+    named = np.append(coords["layer"], -1).astype(np.int32)  # an offset of -1 is no layer
+    tops = (summary.top_value, summary.top_position, named[summary.top_layer], summary.top_neuron)
+    values |= {key: (("text", "rank"), value[None]) for key, value in zip(TOPS, tops, strict=True)}
+    if delta is not None:
+        values["delta"] = (("token", "layer", "neuron"), delta)
+    if h0 is not None:
+        values["h0"] = (("token", "neuron"), h0)
+    return xr.Dataset(values, coords)
+
+
+def with_layers(trace: xr.Dataset, layers: Sequence[int]) -> xr.Dataset:
+    """The same with more layers, where there is nothing but NaN."""
+    if trace["layer"].values.tolist() == list(layers):
+        return trace
+    return trace.reindex(layer=np.asarray(layers, dtype=np.int64))
+
+
+def join(parts: Sequence[xr.Dataset], host: str, labels: Sequence[RunLabel]) -> xr.Dataset:
+    """Several texts' datasets as one trace, in their order, over all layers that any of them has."""
+    layers = sorted({int(layer) for part in parts for layer in part["layer"].values})
+    wide = [with_layers(part, layers) for part in parts]
+    first = wide[0]
+    names = {str(name): first[name].dims for name in first.variables}
+    joined: dict[str, Any] = {}
+    for name, dims in names.items():
+        axis = next((at for at, dim in enumerate(dims) if dim in ("token", "text")), None)
+        values = [part[name].values for part in wide] if axis is not None else [first[name].values]
+        joined[name] = (dims, np.concatenate(values, axis=axis) if axis is not None else values[0])
+    coords = {name: value for name, value in joined.items() if name in first.coords}
+    trace = xr.Dataset({name: value for name, value in joined.items() if name not in coords}, coords)
+    return trace.assign_attrs(attributes(host, labels))
+
+
+def attributes(host: str, labels: Sequence[RunLabel]) -> dict[str, Any]:
+    """A trace's attributes.
+
+    Raises:
+        UsageError: when two runs have one name and are not the same.
+    """
+    runs: dict[str, Any] = {}
+    for label in labels:
+        if runs.setdefault(label.run, label.facts()) != label.facts():
+            raise UsageError(f"trace: two runs are named {label.run!r}; give one of them another name")
+    return {"source": SOURCE, "layout": LAYOUT, "host": host, "runs": runs}
+
+
+def join_traces(traces: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Several traces of one host as one.
+
+    Raises:
+        UsageError: for traces of several hosts, or that keep different things, or runs of one name that differ.
+
+    Example:
+        >>> both = join_traces([anger, sadness])  # doctest: +SKIP
+    """
+    if not traces:
+        raise UsageError("trace: there is nothing to join")
+    for what, values in (
+        ("are of different hosts", {str(trace.attrs.get("host")) for trace in traces}),
+        ("have different numbers of neurons", {trace.sizes["neuron"] for trace in traces}),
+        ("keep different things (summaries, deltas, h0)", {tuple(sorted(map(str, trace.data_vars))) for trace in traces}),
+        ("keep different numbers of largest values", {trace.sizes["rank"] for trace in traces}),
+    ):
+        if len(values) > 1:
+            raise UsageError(f"trace: these traces {what}: {', '.join(sorted(map(str, values)))}")
+    labels = [label for trace in traces for label in labels_of(trace)]
+    return join(traces, str(traces[0].attrs["host"]), labels)
+
+
+def labels_of(trace: xr.Dataset) -> list[RunLabel]:
+    """The runs in a trace, by its attributes."""
+    facts = ("tone", "seed", "strength", "irm", "sha256")
+    return [RunLabel(run, **{key: given[key] for key in facts}) for run, given in trace.attrs["runs"].items()]
+
+
+def _column(value: Any, n: int) -> np.ndarray:
+    if isinstance(value, str):
+        return np.array([value] * n, dtype=object)
+    return np.full(n, value, dtype=np.int64)

@@ -1,0 +1,154 @@
+"""Streaming reductions of deltas: what is kept of every text, however long it gets.
+
+A batch's deltas come in by forwards. They are gathered until there are enough of them, then reduced at once: a decoding step
+costs one copy, and what is kept does not grow with the text (but for a few numbers a token). Everything is computed where the
+deltas are; only the results are moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from realigner.traces.layout import OPENING, PARTS, SMALL, TEXT_SUMS, TOKEN_SUMS, Summary
+
+_GATHERED = 1 << 22  # values gathered before they are reduced: 16 MiB in float32
+_MOST = 16  # forwards gathered at most
+
+
+@dataclass
+class _Row:
+    """One text's state."""
+
+    generated: int = 0
+    seen: int = 0
+    count: list[int] = field(default_factory=lambda: [0] * len(PARTS))
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)  # [part, layer, neuron]
+    tokens: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {key: [] for key in TOKEN_SUMS})
+    top: torch.Tensor | None = None  # signed values, flat
+    place: torch.Tensor | None = None  # (position * layers + layer) * neurons + neuron
+
+
+class BatchSummary:
+    """Reduces the deltas of one IRM over the texts of one batch.
+
+    Args:
+        rows: texts in the batch.
+        top: how many of the largest values to keep of each text.
+    """
+
+    def __init__(self, rows: int, top: int) -> None:
+        self.top = top
+        self.rows = [_Row() for _ in range(rows)]
+        self._waiting: list[tuple[torch.Tensor, np.ndarray, np.ndarray]] = []
+        self._values = 0
+
+    def add(self, delta: torch.Tensor, rows: np.ndarray, is_generated: np.ndarray) -> None:
+        """Take a forward's deltas of real tokens.
+
+        Args:
+            delta: ``[token, layer, neuron]``, rows after each other, positions in order within a row.
+            rows: each token's row.
+            is_generated: whether it was generated.
+        """
+        self._waiting.append((delta, rows, is_generated))
+        self._values += delta.numel()
+        if self._values >= _GATHERED or len(self._waiting) >= _MOST:
+            self._reduce()
+
+    def _reduce(self) -> None:
+        if not self._waiting:
+            return
+        rows = np.concatenate([waiting[1] for waiting in self._waiting])
+        generated = np.concatenate([waiting[2] for waiting in self._waiting])
+        deltas = torch.cat([waiting[0] for waiting in self._waiting]) if len(self._waiting) > 1 else self._waiting[0][0]
+        self._waiting, self._values = [], 0
+        for number, row in enumerate(self.rows):
+            (chosen,) = np.nonzero(rows == number)
+            if len(chosen):
+                alone = len(chosen) == len(rows)
+                own = deltas if alone else deltas[torch.as_tensor(chosen, device=deltas.device)]
+                self._reduce_row(row, own, generated[chosen])
+
+    def _reduce_row(self, row: _Row, delta: torch.Tensor, generated: np.ndarray) -> None:
+        """Tokens of one row, in order, ``[token, layer, neuron]``."""
+        delta = delta.float()
+        if not row.sums:
+            shape = (len(PARTS), *delta.shape[1:])
+            row.sums = {key: torch.zeros(shape, device=delta.device) for key in TEXT_SUMS}
+        size, square = delta.abs(), delta.square()
+        for key, value in (
+            ("energy", square.sum(-1)),
+            ("l1", size.sum(-1)),
+            ("l4", square.square().sum(-1)),
+            ("small", (size < SMALL).sum(-1, dtype=torch.float32)),
+        ):
+            row.tokens[key].append(value)
+        nth = row.generated + np.cumsum(generated)
+        parts = np.where(generated, np.where(nth <= OPENING, 1, 2), 0)
+        row.generated = int(nth[-1])
+        for part in np.unique(parts):
+            (at,) = np.nonzero(parts == part)
+            where = slice(int(at[0]), int(at[-1]) + 1)  # parts follow each other, so these are neighbours
+            row.count[part] += len(at)
+            row.sums["sum"][part] += delta[where].sum(0)
+            row.sums["sum_abs"][part] += size[where].sum(0)
+            row.sums["sum_sq"][part] += square[where].sum(0)
+            torch.maximum(row.sums["max_abs"][part], size[where].amax(0), out=row.sums["max_abs"][part])
+        self._keep_largest(row, delta.flatten(), size.flatten())
+        row.seen += len(delta)
+
+    def _keep_largest(self, row: _Row, values: torch.Tensor, size: torch.Tensor) -> None:
+        offset = row.seen * row.sums["sum"][0].numel()
+        if row.top is not None and row.place is not None:
+            if len(row.top) >= self.top:  # most values are smaller than the smallest kept: one comparison settles them
+                (at,) = torch.nonzero(size > row.top[-1].abs(), as_tuple=True)
+                values, size = values[at], size[at]
+            else:
+                at = torch.arange(len(values), device=values.device)
+            values = torch.cat([row.top, values])
+            size = torch.cat([row.top.abs(), size])
+            place = torch.cat([row.place, at + offset])
+        else:
+            place = torch.arange(len(values), device=values.device) + offset
+        chosen = size.topk(min(self.top, len(size))).indices
+        row.top, row.place = values[chosen], place[chosen]
+
+    def results(self) -> list[Summary | None]:
+        """Each text's summary, in numpy; None for a row that had no token."""
+        self._reduce()
+        return [self._result(row) if row.seen else None for row in self.rows]
+
+    def _result(self, row: _Row) -> Summary:
+        assert row.top is not None
+        assert row.place is not None
+        _, layers, neurons = row.sums["sum"].shape
+        place, empty = row.place.cpu().numpy(), self.top - len(row.top)
+        position, within = np.divmod(place, layers * neurons)
+        layer, neuron = np.divmod(within, neurons)
+
+        def padded(values: np.ndarray, kind: type, missing: float) -> np.ndarray:
+            return np.pad(values.astype(kind), (0, empty), constant_values=missing)
+
+        return Summary(
+            count=np.array(row.count, dtype=np.int64),
+            text_sums={key: value.cpu().numpy() for key, value in row.sums.items()},
+            token_sums={key: torch.cat(values).cpu().numpy() for key, values in row.tokens.items()},
+            top_value=padded(row.top.cpu().numpy(), np.float32, np.nan),
+            top_position=padded(position, np.int32, -1),
+            top_layer=padded(layer, np.int32, -1),
+            top_neuron=padded(neuron, np.int32, -1),
+        )
+
+
+def summarise(delta: np.ndarray, is_generated: np.ndarray, top: int, block: int = 64) -> Summary:
+    """The summary of one whole text ``[token, layer, neuron]`` (an imported one, or one that is replayed)."""
+    batch = BatchSummary(1, top)
+    for start in range(0, len(delta), block):
+        part = torch.as_tensor(np.ascontiguousarray(delta[start : start + block]))
+        batch.add(part, np.zeros(len(part), dtype=np.int64), is_generated[start : start + block])
+    (result,) = batch.results()
+    assert result is not None  # a text has tokens
+    return result
