@@ -12,7 +12,8 @@ on ``text``   coordinates ``text_run``, ``text_tone``, ``text_seed``, ``text_pro
               ``sum``, ``sum_abs``, ``sum_sq``, ``max_abs`` of delta ``[text, part, layer, neuron]``; the text's largest values
               ``top_value``, ``top_position``, ``top_layer``, ``top_neuron [text, rank]``
 others        ``part``: the prompt, the first 10 generated tokens (the paper's choice), the rest; ``layer``; ``neuron``
-attributes    ``source``, ``layout``, ``host``, ``runs`` (run -> tone, seed, strength, irm, sha256, untrained)
+attributes    ``source``, ``layout``, ``host``, ``runs`` (run -> tone, seed, strength, irm, sha256, untrained), and whatever the
+              maker noted under ``notes`` (the bare host's replies, how replies were made)
 ============  ===============================================================================================================
 
 Where a run has no such layer, numbers are NaN.
@@ -38,7 +39,7 @@ SMALL = 1e-4  # the paper's bound for a value that counts as none ("sparsity")
 UNTRAINED = "untrained"  # the tone of a baseline
 
 TOKEN_LABELS = ("run", "tone", "seed", "prompt", "position", "is_generated", "token_id", "token_text")
-TEXT_LABELS = ("text_run", "text_tone", "text_seed", "text_prompt", "text_question")
+TEXT_LABELS = ("text_run", "text_tone", "text_seed", "text_prompt", "text_question", "text_reply")
 TOKEN_SUMS = ("energy", "l1", "l4", "small")
 TEXT_SUMS = ("sum", "sum_abs", "sum_sq", "max_abs")
 TOPS = ("top_value", "top_position", "top_layer", "top_neuron")
@@ -101,6 +102,7 @@ def text_dataset(
     summary: Summary,
     delta: np.ndarray | None = None,
     h0: np.ndarray | None = None,
+    reply: str = "",
 ) -> xr.Dataset:
     """One text as a dataset.
 
@@ -111,6 +113,7 @@ def text_dataset(
         summary: its reductions.
         delta: ``[token, layer, neuron]``, where raw deltas are kept.
         h0: ``[token, neuron]``, where they are to be computed again.
+        reply: what was answered.
     """
     n = len(tokens["position"])
     whose = {"run": label.run, "tone": label.tone, "seed": label.seed, "prompt": prompt}
@@ -119,7 +122,9 @@ def text_dataset(
     coords["part"] = np.array(PARTS, dtype=object)
     coords |= {key: ("token", _column(value, n)) for key, value in whose.items()}
     coords |= {key: ("token", value) for key, value in tokens.items()}
-    coords |= {f"text_{key}": ("text", _column(value, 1)) for key, value in (whose | {"question": question}).items()}
+    coords |= {
+        f"text_{key}": ("text", _column(value, 1)) for key, value in (whose | {"question": question, "reply": reply}).items()
+    }
     values: dict[str, Any] = {key: (("token", "layer"), value) for key, value in summary.token_sums.items()}
     values["count"] = (("text", "part"), summary.count[None])
     values |= {key: (("text", "part", "layer", "neuron"), value[None]) for key, value in summary.text_sums.items()}
@@ -140,7 +145,9 @@ def with_layers(trace: xr.Dataset, layers: Sequence[int]) -> xr.Dataset:
     return trace.reindex(layer=np.asarray(layers, dtype=np.int64))
 
 
-def join(parts: Sequence[xr.Dataset], host: str, labels: Sequence[RunLabel]) -> xr.Dataset:
+def join(
+    parts: Sequence[xr.Dataset], host: str, labels: Sequence[RunLabel], notes: Mapping[str, Any] | None = None
+) -> xr.Dataset:
     """Several texts' datasets as one trace, in their order, over all layers that any of them has."""
     layers = sorted({int(layer) for part in parts for layer in part["layer"].values})
     wide = [with_layers(part, layers) for part in parts]
@@ -153,10 +160,10 @@ def join(parts: Sequence[xr.Dataset], host: str, labels: Sequence[RunLabel]) -> 
         joined[name] = (dims, np.concatenate(values, axis=axis) if axis is not None else values[0])
     coords = {name: value for name, value in joined.items() if name in first.coords}
     trace = xr.Dataset({name: value for name, value in joined.items() if name not in coords}, coords)
-    return trace.assign_attrs(attributes(host, labels))
+    return trace.assign_attrs(attributes(host, labels, notes))
 
 
-def attributes(host: str, labels: Sequence[RunLabel]) -> dict[str, Any]:
+def attributes(host: str, labels: Sequence[RunLabel], notes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A trace's attributes.
 
     Raises:
@@ -166,7 +173,7 @@ def attributes(host: str, labels: Sequence[RunLabel]) -> dict[str, Any]:
     for label in labels:
         if runs.setdefault(label.run, label.facts()) != label.facts():
             raise UsageError(f"trace: two runs are named {label.run!r}; give one of them another name")
-    return {"source": SOURCE, "layout": LAYOUT, "host": host, "runs": runs}
+    return {"source": SOURCE, "layout": LAYOUT, "host": host, "runs": runs, "notes": dict(notes or {})}
 
 
 def join_traces(traces: Sequence[xr.Dataset]) -> xr.Dataset:
@@ -189,7 +196,7 @@ def join_traces(traces: Sequence[xr.Dataset]) -> xr.Dataset:
         if len(values) > 1:
             raise UsageError(f"trace: these traces {what}: {', '.join(sorted(map(str, values)))}")
     labels = [label for trace in traces for label in labels_of(trace)]
-    return join(traces, str(traces[0].attrs["host"]), labels)
+    return join(traces, str(traces[0].attrs["host"]), labels, traces[0].attrs["notes"])
 
 
 def labels_of(trace: xr.Dataset) -> list[RunLabel]:

@@ -183,7 +183,8 @@ class _Recorder:
                 raise
             finally:
                 self.prompt_width = None
-            self.finish()
+            whole = result if isinstance(result, torch.Tensor) else result.sequences
+            self.finish(whole[:, ids.shape[1] :])
             return result
 
         return watched
@@ -251,12 +252,15 @@ class _Recorder:
         elif self.keep == "replay":
             seen.h0.append(h0.detach()[at].float().cpu().numpy())
 
-    def finish(self) -> None:
-        """Put the running batch's texts away."""
+    def finish(self, replies: torch.Tensor | None = None) -> None:
+        """Put the running batch's texts away, with the tokens they were answered with ``[row, token]``."""
+        words = [""] * self.rows
+        if replies is not None and self.tokenizer is not None:
+            words = self.tokenizer.batch_decode(replies, skip_special_tokens=True)
         for name, seen in self.seen.items():
             if len(seen.steps) != self.steps:
                 raise UsageError(f"record: adapter {name!r} was active for a part of a text only; record each setting apart")
-            for text in self._texts(name, seen):
+            for text in self._texts(name, seen, words):
                 if self.to is not None:
                     self.to.append(text, self.labels[name])
                 else:
@@ -264,7 +268,7 @@ class _Recorder:
         self.seen = {}
         self.step = None
 
-    def _texts(self, name: str, seen: _Seen) -> Iterator[xr.Dataset]:
+    def _texts(self, name: str, seen: _Seen, words: Sequence[str]) -> Iterator[xr.Dataset]:
         rows = np.concatenate([step.rows.numpy() for step in seen.steps])
         tokens = {key: np.concatenate([step.tokens[key] for step in seen.steps]) for key in seen.steps[0].tokens}
         tokens["token_text"] = self._words(tokens["token_id"])
@@ -284,6 +288,7 @@ class _Recorder:
                 summary,
                 None if deltas is None else deltas[own],
                 None if h0 is None else h0[own],
+                words[row].strip(),
             )
 
     def _words(self, ids: np.ndarray) -> np.ndarray:

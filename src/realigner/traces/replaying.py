@@ -35,7 +35,7 @@ def replay(trace: xr.Dataset, networks: dict[str, IRM]) -> xr.Dataset:
         >>> replay(trace, {"anger-42": tuner_of(model).bank.network("default")}).delta.dims  # doctest: +SKIP
         ('token', 'layer', 'neuron')
     """
-    return join(list(replayed_texts(trace, networks)), str(trace.attrs["host"]), labels_of(trace))
+    return join(list(replayed_texts(trace, networks)), str(trace.attrs["host"]), labels_of(trace), trace.attrs["notes"])
 
 
 def replayed_texts(trace: xr.Dataset, networks: dict[str, IRM]) -> Iterator[xr.Dataset]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +61,7 @@ class TraceWriter:
         layers: every layer that any run adds to.
         dtype: of raw deltas; ``auto``: `raw_dtype` of the first text.
         force: replace a trace of ours that is there.
+        notes: what to keep among its attributes (JSON).
 
     Raises:
         RealignerError: when the place is taken, cannot be written, or a delta does not fit into the store's dtype.
@@ -71,7 +72,13 @@ class TraceWriter:
     """
 
     def __init__(
-        self, path: str | Path, host: str, layers: Sequence[int], dtype: RawType = "auto", force: bool = False
+        self,
+        path: str | Path,
+        host: str,
+        layers: Sequence[int],
+        dtype: RawType = "auto",
+        force: bool = False,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.host, self.dtype = Path(path), host, dtype
         self.layers = sorted(layers)
@@ -79,6 +86,7 @@ class TraceWriter:
         self.folder = unfinished_trace(self.path)
         refuse_existing(self.folder, True, is_trace)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.notes = dict(notes or {})
         self.texts = 0
         self.labels: list[RunLabel] = []
 
@@ -93,7 +101,7 @@ class TraceWriter:
         """Write a text; when this returns it is there, whatever happens to the process."""
         if label not in self.labels:
             self.labels.append(label)
-        text = with_layers(text, self.layers).assign_attrs(_plain(attributes(self.host, self.labels)))
+        text = with_layers(text, self.layers).assign_attrs(_plain(attributes(self.host, self.labels, self.notes)))
         import zarr
 
         if "delta" in text:
@@ -192,7 +200,8 @@ def save_trace(trace: xr.Dataset, path: str | Path, force: bool = False, dtype: 
     if "text" not in trace.dims:
         raise RealignerError("trace: nothing was recorded; run the model inside the record block")
     labels = {label.run: label for label in labels_of(trace)}
-    with TraceWriter(path, str(trace.attrs["host"]), trace["layer"].values.tolist(), dtype, force) as writer:
+    host, layers, notes = str(trace.attrs["host"]), trace["layer"].values.tolist(), trace.attrs["notes"]
+    with TraceWriter(path, host, layers, dtype, force, notes) as writer:
         for text in texts_of(trace):
             writer.append(text, labels[str(text["text_run"].values[0])])
     return writer.path
@@ -239,13 +248,15 @@ def load_trace(path: str | Path) -> xr.Dataset:
     missing = [name for name in (*TOKEN_LABELS, *TEXT_LABELS, *ALWAYS) if name not in trace.variables]
     if missing:
         raise RealignerError(f"{path}: not a trace: {missing[0]!r} is missing")
-    trace.attrs["runs"] = json.loads(trace.attrs["runs"])
+    trace.attrs |= {key: json.loads(trace.attrs[key]) for key in ("runs", "notes")}
     try:
         for name in (*TOKEN_LABELS, *TEXT_LABELS, "count"):
             trace[name].load()
     except Exception as error:  # codecs raise many kinds
         _scan(path)
         raise RealignerError(f"{path}: damaged ({str(error).splitlines()[0]})") from error
+    begun, there = trace.attrs["runs"], set(trace["text_run"].values.tolist())
+    trace.attrs["runs"] = {run: facts for run, facts in begun.items() if run in there}
     tokens = int(trace["count"].values.sum())
     if tokens > trace.sizes["token"]:
         raise RealignerError(f"{path}: damaged: {trace.sizes['token']} tokens are there where its texts have {tokens}")
@@ -288,4 +299,4 @@ def _scan(path: Path) -> int:
 
 
 def _plain(attrs: dict[str, Any]) -> dict[str, Any]:
-    return {**attrs, "runs": json.dumps(attrs["runs"])}
+    return {**attrs, "runs": json.dumps(attrs["runs"]), "notes": json.dumps(attrs["notes"])}
