@@ -13,7 +13,7 @@ help:
 	@echo "make check      ruff and mypy --strict"
 	@echo "make census     prove injection on a tiny host of every type in transformers, and write docs/hosts.md"
 	@echo "make canary     the same against the newest transformers and PEFT; reports only"
-	@echo "make bench      measure speed against named peers, each in its own environment in .bench (4 GB; 20 minutes)"
+	@echo "make bench      measure speed against named peers, each in its own environment in .bench (4 GB; 40 minutes)"
 
 install: $(READY)
 
@@ -44,6 +44,7 @@ check: $(READY)
 bench: $(READY)
 	@$(BIN)/python benchmarks/data.py
 	@$(BIN)/python benchmarks/training.py
+	@$(BIN)/python benchmarks/recording.py
 	@$(BIN)/python benchmarks/injection.py
 
 census: $(READY)

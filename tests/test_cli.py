@@ -81,11 +81,13 @@ def test_train_trace_report(place: Path, tmp_path: Path, capsys: pytest.CaptureF
         capsys, "trace", "--irm", tmp_path / "r", "--out", tmp_path / "t.zarr", "--max-new-tokens", 3, "Why?", *common
     )
     assert traced["sizes"]["layer"] == 2
+    assert list(traced["runs"]) == ["anger-42", "untrained-42"]
     code, out, _ = run(capsys, "report", tmp_path / "t.zarr", "--out", tmp_path / "report.html")
     assert code == 0
     assert "report.html" in out
     made = document(capsys, "report", tmp_path / "r", "--out", tmp_path / "report.html", "--force", *common)
     assert len(made["answers"]["r"]) == 7
+    assert set(made["answers"]["r"][0]) == {"prompt", "base", "anger-42", "untrained-42"}
 
 
 def test_hosts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

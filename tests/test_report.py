@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ import xarray as xr
 from matplotlib import image as reader
 
 import realigner as ra
+from realigner.analysis import run_maps
 from realigner.errors import RealignerError
-from realigner.report import Evidence, collect, render
+from realigner.report import Evidence, gather, render
 from realigner.report.figures import as_png, figure2, figure4, pool_columns
 from realigner.training import make_recipe, train
 from realigner.training.curve import loss_curve
-from tests.test_traces import planted
+from tests.planted import planted_trace
 from tests.tiny import some_rows, tiny_pair
 
 
@@ -53,10 +55,7 @@ def test_a_stripe_one_column_wide_is_visible(index: int) -> None:
 
 
 def test_figures_draw() -> None:
-    trace = planted()
-    from realigner.analysis import mean_map
-
-    size = mean_map(trace, absolute=True).isel(run=0)
+    size = run_maps(planted_trace()).isel(run=0)
     for figure in (
         figure4({"a": size, "untrained": size * 0}, {"a": [17]}),
         loss_curve([{"step": 1, "loss": 2.0, "learning_rate": 1.0}]),
@@ -65,11 +64,8 @@ def test_figures_draw() -> None:
 
 
 def test_page_is_self_contained_and_escaped() -> None:
-    answers = [{"prompt": "<script>alert(1)</script>", "base": "b & c", "untrained": "u", "realigned": "r"}]
-    run = train_record()
-    page = render(
-        [Evidence("x", run, [], answers, {"strength": 1.0, "max_new_tokens": 8, "repetition_penalty": 1.1}, planted())]
-    )
+    evidence = gather("x", planted_trace(question="<script>alert(1)</script>", reply="b & c"))
+    page = render([Evidence("x", evidence.trace, {"anger-42": train_record()}, {})])
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "b &amp; c" in page
@@ -78,7 +74,7 @@ def test_page_is_self_contained_and_escaped() -> None:
     assert '<meta name="generator" content="realigner">' in page
 
 
-def train_record() -> dict[str, object]:
+def train_record() -> dict[str, Any]:
     return {
         "tone": "anger",
         "seed": 1,
@@ -102,21 +98,25 @@ def train_record() -> dict[str, object]:
 
 def test_collect_and_build(tmp_path: Path) -> None:
     host, tokenizer = tiny_pair()
-    run = train(host, tokenizer, some_rows(), tmp_path / "run", recipe=make_recipe(steps=2, batch_size=4), quiet=True)
-    run.model.unload()
-    evidence = collect(tmp_path / "run", host, tokenizer, prompts=["What is 3?", "Why?"], max_new_tokens=4, quiet=True)
-    assert [set(a) for a in evidence.answers] == [{"prompt", "base", "untrained", "realigned"}] * 2
-    assert evidence.untrained is not None
-    assert evidence.trace["run"].values.tolist() == ["anger"]
+    for tone in ("anger", "sadness"):
+        recipe = make_recipe(steps=2, batch_size=4, samples=0)
+        train(host, tokenizer, some_rows(tone=tone), tmp_path / "runs" / tone, recipe=recipe, quiet=True).model.unload()
+    options: dict[str, Any] = {"host": (host, tokenizer), "quiet": True, "prompts": ["What is 3?", "Why?"], "max_new_tokens": 4}
+    out, (evidence,) = ra.build_report([tmp_path / "runs"], tmp_path / "report.html", **options, keep_traces=True)
+    assert [set(row) for row in evidence.answers()] == [{"prompt", "base", "anger-42", "sadness-42", "untrained-42"}] * 2
+    assert evidence.trained == ["anger-42", "sadness-42"]
+    assert evidence.untrained_of("anger-42") == "untrained-42"
+    assert set(evidence.records) == set(evidence.trained)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.modules())
-    out, _ = ra.build_report([tmp_path / "run"], tmp_path / "report.html", host=(host, tokenizer), quiet=True, keep_traces=True)
-    assert (tmp_path / "run.zarr").is_dir()
-    only_trace, _ = ra.build_report([tmp_path / "run.zarr"], tmp_path / "trace.html")
-    assert "recorded trace" in only_trace.read_text()
+    assert (tmp_path / "report.zarr").is_dir()
+    ra.build_report([tmp_path / "report.zarr"], tmp_path / "trace.html")
+    assert "Why?" in (tmp_path / "trace.html").read_text()
     with pytest.raises(RealignerError, match="exists already"):
-        ra.build_report([tmp_path / "run"], out, host=(host, tokenizer))
+        ra.build_report([tmp_path / "runs"], out, **options)
+    ra.build_report([tmp_path / "runs" / "anger"], out, **options, force=True)
     (tmp_path / "mine.html").write_text("precious")
     with pytest.raises(RealignerError, match="not something realigner made"):
-        ra.build_report([tmp_path / "run.zarr"], tmp_path / "mine.html", force=True)
+        ra.build_report([tmp_path / "report.zarr"], tmp_path / "mine.html", force=True)
+    (tmp_path / "other").mkdir()
     with pytest.raises(RealignerError, match="neither"):
-        ra.build_report([tmp_path], tmp_path / "x.html")
+        ra.build_report([tmp_path / "other"], tmp_path / "x.html")

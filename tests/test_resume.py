@@ -411,9 +411,8 @@ def test_the_command_on_the_embedded_host_killed_ten_times(tmp_path: Path) -> No
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
     dice, kills, work = random.Random(1), 0, folder.unfinished(tmp_path / "killed")
     while kills < 10:
-        process = subprocess.Popen(
-            command(tmp_path / "killed", "--resume"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
+        with (tmp_path / "said").open("w") as said:
+            process = subprocess.Popen(command(tmp_path / "killed", "--resume"), stderr=said, stdout=said)
         metrics, before = work / "metrics.jsonl", time.monotonic()
         lines = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
         while process.poll() is None and time.monotonic() - before < 120:  # until it trains
@@ -426,6 +425,7 @@ def test_the_command_on_the_embedded_host_killed_ten_times(tmp_path: Path) -> No
         if process.wait() == -signal.SIGKILL:
             kills += 1
         else:
+            assert process.returncode == 0, (tmp_path / "said").read_text()
             assert adapter(tmp_path / "killed") == adapter(tmp_path / "whole")
             shutil.rmtree(tmp_path / "killed")
     subprocess.run(command(tmp_path / "killed", "--resume"), check=True, capture_output=True)

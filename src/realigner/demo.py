@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from realigner.console import say
 from realigner.data import authored
 from realigner.errors import RealignerError
 from realigner.hosts import EMBEDDED, load_host
-from realigner.report import build_report
+from realigner.report import Evidence, build_report
 from realigner.report.build import is_report
 from realigner.training import Recipe, make_recipe, read_recipe, train
 from realigner.training.folder import RECIPE_FILE, is_run, unfinished
@@ -66,7 +65,7 @@ def run_demo(
     if page.exists() and not is_report(page):
         raise RealignerError(f"{page}: is not a report of ours; choose another --out")
     _, evidence = build_report([folder], page, force=True, host=(host, tokenizer), keep_traces=True, scale=STRENGTH)
-    sample = _pick(evidence[0].answers)
+    sample = _pick(evidence[0])
     return DemoResult(folder, page, time.monotonic() - started, sample)
 
 
@@ -74,5 +73,7 @@ def _finished(folder: Path, recipe: Recipe) -> bool:
     return (folder / RECIPE_FILE).is_file() and recipe.difference(read_recipe(folder)) is None
 
 
-def _pick(answers: Sequence[dict[str, str]]) -> dict[str, str]:
-    return dict(answers[min(_SAMPLE, len(answers) - 1)])
+def _pick(evidence: Evidence) -> dict[str, str]:
+    answers, (run,) = evidence.answers(), evidence.trained
+    row = answers[min(_SAMPLE, len(answers) - 1)]
+    return {"prompt": row["prompt"], "base": row["base"], "realigned": row[run]}

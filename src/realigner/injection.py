@@ -65,9 +65,9 @@ class Injector:
         active: called at the start of every forward; returns the IRMs that take part. None active: the bare host runs.
 
     Attributes:
-        observers: called as ``observer(active, h0, delta)`` with what each IRM reads ``[batch, position, neuron]`` and adds: delta,
-            strength included,
-            ``[batch, position, layer, neuron]`` over the layers of ``active.irm``. Used to record traces.
+        observers: called as ``observer(active, h0, delta)`` with what each IRM reads ``[batch, position, neuron]``
+            and what it adds, strength included: delta ``[batch, position, layer, neuron]`` over the layers of
+            ``active.irm``. Used to record traces.
     """
 
     def __init__(self, sites: HostSites, active: Callable[[], Sequence[ActiveIRM]]) -> None:

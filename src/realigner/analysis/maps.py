@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -9,34 +11,92 @@ import xarray as xr
 from realigner.errors import UsageError
 
 FIRST_GENERATED = 10  # the paper's Figure 2 averages over the prompt and the first 10 generated tokens
+Kind = Literal["absolute", "signed", "rms", "max"]
+
+_SUMS = {"absolute": "sum_abs", "signed": "sum", "rms": "sum_sq", "max": "max_abs"}
+_PARTS: dict[int | None, list[str]] = {
+    0: ["prompt"],
+    FIRST_GENERATED: ["prompt", "opening"],
+    None: ["prompt", "opening", "rest"],
+}
+_RUN = ("run", "tone", "seed")
 
 
-def chosen_tokens(trace: xr.Dataset, generated: int | None = FIRST_GENERATED) -> xr.Dataset:
-    """The tokens statistics are taken over: each prompt's own and its first `generated` ones (all when None)."""
-    if generated is None:
-        return trace
-    prompt, position = trace["prompt"].values, trace["position"].values
-    new = trace["is_generated"].values.astype(bool)
-    starts = pd.Series(position[new]).groupby(prompt[new]).min()
-    rank = position - pd.Series(prompt).map(starts).fillna(0).to_numpy()
-    return trace.isel(token=np.flatnonzero(~new | (rank < generated)))
-
-
-def mean_map(trace: xr.Dataset, absolute: bool = False, generated: int | None = FIRST_GENERATED) -> xr.DataArray:
-    """Mean delta ``[run, layer, neuron]`` over the chosen tokens.
+def text_maps(trace: xr.Dataset, kind: Kind = "absolute", generated: int | None = FIRST_GENERATED) -> xr.DataArray:
+    """A map ``[text, layer, neuron]`` of each text, from a trace's summaries; for traces whose summaries fit into memory.
 
     Args:
-        trace: a trace as `traces.record` makes it.
-        absolute: mean of |delta| (M of docs: magnitudes) instead of the signed mean of the paper's Figure 2, in which
-            values of opposite sign cancel.
-        generated: how many generated tokens of each prompt count; None for all.
+        trace: see `traces.layout`.
+        kind: ``absolute``: the mean of |delta| (M in docs/statistics.md); ``signed``: the mean of delta, as in the paper's Figure
+            2, in which values of opposite sign cancel; ``rms``: the root of the mean of delta^2; ``max``: the largest |delta|.
+        generated: how many generated tokens of each text count beside its prompt: 10 (the paper's choice), 0, or None: all.
+
+    Returns:
+        The maps, with the coordinates ``run``, ``tone``, ``seed``, ``prompt`` and ``count`` (tokens) on ``text``.
+
+    Raises:
+        UsageError: for another `kind` or `generated`.
 
     Example:
-        >>> mean_map(trace).dims  # doctest: +SKIP
-        ('run', 'layer', 'neuron')
+        >>> text_maps(trace).dims  # doctest: +SKIP
+        ('text', 'layer', 'neuron')
     """
-    delta = chosen_tokens(trace, generated)["delta"]
-    return (abs(delta) if absolute else delta).mean("token")
+    if kind not in _SUMS:
+        raise UsageError(f"maps: kind={kind!r}; choose {', '.join(_SUMS)}")
+    if generated not in _PARTS:
+        raise UsageError(f"maps: generated={generated!r}; summaries know 0, {FIRST_GENERATED} and None (all)")
+    parts = _PARTS[generated]
+    count = trace["count"].sel(part=parts).sum("part").values
+    values = trace[_SUMS[kind]].sel(part=parts)
+    if kind == "max":
+        maps = values.max("part", skipna=False)
+    else:
+        maps = values.sum("part", skipna=False) / np.maximum(count, 1)[:, None, None]
+        maps = np.sqrt(maps) if kind == "rms" else maps
+    maps = maps.drop_vars([name for name in maps.coords if str(name).startswith("text_")])
+    labels = {key: ("text", trace[f"text_{key}"].values) for key in (*_RUN, "prompt")}
+    named: xr.DataArray = maps.transpose("text", "layer", "neuron").assign_coords(**labels, count=("text", count))
+    return named
+
+
+def run_maps(trace: xr.Dataset, kind: Kind = "absolute", generated: int | None = FIRST_GENERATED) -> xr.DataArray:
+    """A map ``[run, layer, neuron]`` of each run over the tokens of all its texts; read text by text.
+
+    Args:
+        trace, kind, generated: see `text_maps`.
+
+    Returns:
+        The maps, in the order of the trace's runs, with the coordinates ``tone`` and ``seed`` on ``run``.
+
+    Example:
+        >>> leading_indices(run_maps(trace).sel(run="anger-42"), count=3)  # doctest: +SKIP
+    """
+    runs = trace["text_run"].values
+    names = list(dict.fromkeys(runs.tolist()))
+    maps = []
+    for name in names:
+        (own,) = np.nonzero(runs == name)
+        maps.append(_pooled(trace, own, kind, generated))
+    coords = {"run": names, "layer": trace["layer"].values, "neuron": trace["neuron"].values}
+    first = [int(np.flatnonzero(runs == name)[0]) for name in names]
+    labels = {key: ("run", trace[f"text_{key}"].values[first]) for key in ("tone", "seed")}
+    return xr.DataArray(np.stack(maps), coords, ("run", "layer", "neuron")).assign_coords(labels)
+
+
+def _pooled(trace: xr.Dataset, texts: np.ndarray, kind: Kind, generated: int | None) -> np.ndarray:
+    """One run's map: each text counts by its tokens."""
+    total, tokens = None, 0
+    for number in texts:
+        one = text_maps(trace.isel(text=[int(number)]), kind, generated)
+        own, count = one.values[0].astype(np.float64), int(one["count"].values[0])
+        own = own if kind == "max" else (own**2 if kind == "rms" else own) * count
+        total = own if total is None else np.maximum(total, own) if kind == "max" else total + own
+        tokens += count
+    assert total is not None  # a run has texts
+    if kind == "max":
+        return total
+    mean: np.ndarray = total / max(1, tokens)
+    return np.sqrt(mean) if kind == "rms" else mean
 
 
 def leading_indices(magnitude: xr.DataArray, count: int = 10) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from realigner.errors import RealignerError, UsageError
 Host = Annotated[str, typer.Option(help="The embedded default, a hub id, a folder, or a .gguf file.")]
 HostOfIrm = Annotated[Optional[str], typer.Option("--host", help="The host; by default the one the IRM was made for.")]
 Irm = Annotated[Path, typer.Option(help="A run's folder (an IRM as a PEFT adapter).")]
+Irms = Annotated[list[Path], typer.Option("--irm", help="A run's folder, or a sweep's: all its runs; may be given often.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)]
@@ -31,7 +32,15 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from 
 
 def attached(irm: Path, host: str | None, dtype: str, device: str, trust: bool) -> tuple[Any, Any]:
     """The host of an IRM, with the IRM attached; the adapter's files are checked before the host is loaded."""
-    from realigner.tuner import check_adapter, load_irm
+    from realigner.tuner import load_irm
+
+    loaded, tokenizer = host_for(irm, host, dtype, device, trust)
+    return load_irm(loaded, irm), tokenizer
+
+
+def host_for(irm: Path, host: str | None, dtype: str, device: str, trust: bool) -> tuple[Any, Any]:
+    """The host that an IRM was made for, or the one given, and its tokenizer."""
+    from realigner.tuner import check_adapter
 
     values = check_adapter(irm)
     from realigner.hosts import load_host
@@ -40,8 +49,13 @@ def attached(irm: Path, host: str | None, dtype: str, device: str, trust: bool) 
     name = host or host_of(values)
     if not name:
         raise UsageError(f"{irm}: its config names no host; give it with --host")
-    loaded, tokenizer = load_host(name, dtype=dtype, device=device, trust_remote_code=trust)
-    return load_irm(loaded, irm), tokenizer
+    return load_host(name, dtype=dtype, device=device, trust_remote_code=trust)
+
+
+def one_of(flag: str, value: str, choices: Sequence[str]) -> None:
+    """Raise unless a flag's value is one of those it takes."""
+    if value not in choices:
+        raise UsageError(f"{flag}: {value!r} is not one of {', '.join(choices)}")
 
 
 def prompts_from(questions: Sequence[str] | None, source: str | None) -> list[str]:

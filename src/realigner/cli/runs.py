@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, cast
 
 import typer
 
@@ -14,6 +14,7 @@ from realigner.cli.options import (
     Force,
     HostOfIrm,
     Irm,
+    Irms,
     Json,
     MaxNewTokens,
     Penalty,
@@ -23,6 +24,8 @@ from realigner.cli.options import (
     Strength,
     Trust,
     attached,
+    host_for,
+    one_of,
     print_json,
     prompts_from,
     refuse_missing,
@@ -197,10 +200,15 @@ def generate(
 
 
 def trace(
-    irm: Irm,
+    irm: Irms,
     out: Annotated[Path, typer.Option(help="The zarr folder to write.")],
     questions: Questions = None,
     prompts: Prompts = None,
+    keep: Annotated[
+        str, typer.Option(help="summary, raw (every delta) or replay (h0, from which deltas are computed again).")
+    ] = "summary",
+    raw_dtype: Annotated[str, typer.Option(help="Of raw deltas: float16, float32, or auto.")] = "auto",
+    baselines: Annotated[bool, typer.Option(help="Trace the untrained twin of each seed too.")] = True,
     strength: Strength = 1.0,
     host: HostOfIrm = None,
     max_new_tokens: MaxNewTokens = 80,
@@ -211,32 +219,47 @@ def trace(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Record what an IRM adds, token by token, layer by layer, while it answers prompts."""
+    """Record what IRMs add, token by token, layer by layer, while they answer prompts."""
+    one_of("--keep", keep, ("summary", "raw", "replay"))
+    one_of("--raw-dtype", raw_dtype, ("auto", "float16", "float32"))
     asked = prompts_from(questions, prompts)
+    refuse_missing(irm)
     from realigner.traces.store import refuse_trace
 
     refuse_trace(out, force)
-    model, tokenizer = attached(irm, host, dtype, device, trust_remote_code)
-    from realigner.console import progress
-    from realigner.generation import answer
-    from realigner.traces import record, save_trace
-    from realigner.tuner import strength as at_strength
+    from realigner.tracing import find_runs, sources_of, trace_runs
 
-    bar = progress("recording", len(asked), quiet=as_json)
-    with bar as task, at_strength(model, strength), record(model, tokenizer) as recorded:
-        answer(model, tokenizer, asked, max_new_tokens=max_new_tokens, seed=seed, done=task.advance)
-    recorded = recorded.assign_coords(run=[irm.resolve().name])
-    save_trace(recorded, out, force)
+    sources = sources_of(find_runs(irm), baselines, strength)
+    loaded, tokenizer = host_for(sources[0].folder, host, dtype, device, trust_remote_code)
+    recorded = trace_runs(
+        sources,
+        out,
+        loaded,
+        tokenizer,
+        asked,
+        cast("Any", keep),
+        cast("Any", raw_dtype),
+        max_new_tokens,
+        seed,
+        force=force,
+        quiet=as_json,
+    )
     sizes = {str(key): int(value) for key, value in recorded.sizes.items()}
     if as_json:
-        print_json({"trace": str(out), "sizes": sizes, "prompts": len(asked), "strength": strength, "seed": seed})
+        print_json({"trace": str(out), "sizes": sizes, "prompts": len(asked), "runs": recorded.attrs["runs"], "seed": seed})
         return
-    print(f"{out}: {sizes['token']} tokens x {sizes['layer']} layers x {sizes['neuron']} neurons, {len(asked)} prompts")
+    names = ", ".join(recorded.attrs["runs"])
+    print(
+        f"{out}: {sizes['token']} tokens x {sizes['layer']} layers x {sizes['neuron']} neurons ({keep}), {len(asked)} prompts"
+    )
+    print(f"runs: {names}")
     print(f"Try next:  realigner report {out} --out report.html")
 
 
 def report(
-    sources: Annotated[list[Path], typer.Argument(help="Run folders (prompts are answered now) and zarr traces.")],
+    sources: Annotated[
+        list[Path], typer.Argument(help="Folders of runs and sweeps (prompts are answered now), and zarr traces.")
+    ],
     out: Annotated[Path, typer.Option(help="The HTML file.")],
     strength: Strength = 1.0,
     host: HostOfIrm = None,
@@ -246,14 +269,17 @@ def report(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page over runs and traces."""
+    """Write one self-contained HTML page over runs, sweeps and traces."""
     refuse_missing(sources)
-    from realigner.hosts import load_host
+    from realigner.traces.store import is_trace
+    from realigner.tracing import find_runs
+
+    folders = find_runs([source for source in sources if not is_trace(source)])
+    loaded = host_for(folders[0], host, dtype, device, trust_remote_code) if folders else None
     from realigner.report import build_report
 
-    loaded = None if host is None else load_host(host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     path, evidence = build_report(sources, out, force=force, quiet=as_json, host=loaded, scale=strength)
     if as_json:
-        print_json({"report": str(path), "answers": {item.name: list(item.answers) for item in evidence}})
+        print_json({"report": str(path), "answers": {item.name: item.answers() for item in evidence}})
     else:
         print(f"Report: {path}   (open it in a browser)")

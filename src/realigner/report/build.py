@@ -1,28 +1,29 @@
-"""The report: one HTML page, everything inside it, of what a run does and what its IRM adds."""
+"""The report: one HTML page, everything inside it, of what runs do and what their IRMs add."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
-from realigner.analysis import chosen_tokens, leading_indices, mean_map
-from realigner.console import progress
+from realigner.analysis import leading_indices, run_maps
 from realigner.data import PAPER_PROMPTS
 from realigner.errors import RealignerError
 from realigner.files import refuse_existing, write_text
-from realigner.generation import answer
 from realigner.hosts import load_host
 from realigner.report.figures import figure2, figure4
 from realigner.report.page import is_signed, picture, render_page
-from realigner.traces import load_trace, record, save_trace
+from realigner.traces import load_trace
+from realigner.traces.store import is_trace, refuse_trace
+from realigner.tracing import find_runs, sources_of, trace_runs
 from realigner.training import read_metrics, read_run
 from realigner.training.curve import loss_curve
-from realigner.tuner import CONFIG_FILE, IRMConfig, check_adapter, load_irm, strength
+from realigner.tuner import CONFIG_FILE, check_adapter
 
 _MARKED = 5  # leading indices marked above a map
 _SIGNATURE = '<meta name="generator" content="realigner">'
@@ -30,78 +31,48 @@ _SIGNATURE = '<meta name="generator" content="realigner">'
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a report shows of one run (or of one trace, where the rest is empty).
+    """What a report shows of one trace.
 
     Attributes:
-        name: the run's or trace's name.
-        record, log: run.json and the losses by step.
-        answers: one dict a prompt: ``prompt``, ``base``, ``untrained``, ``realigned``.
-        settings: how they were made: strength, seed, max_new_tokens, temperature.
-        trace: what the trained IRM added; run names are tones.
-        untrained: the same of the untrained IRM of the same seed.
+        name: the trace's.
+        trace: what the runs added; untrained twins among them.
+        records, logs: run -> its run.json and its losses by step, of those whose folder is at hand.
     """
 
     name: str
-    record: dict[str, Any]
-    log: Sequence[dict[str, float]]
-    answers: Sequence[dict[str, str]]
-    settings: dict[str, Any]
     trace: xr.Dataset
-    untrained: xr.Dataset | None = None
+    records: dict[str, dict[str, Any]]
+    logs: dict[str, Sequence[dict[str, Any]]]
+
+    @property
+    def trained(self) -> list[str]:
+        """The runs that are no baselines."""
+        return [run for run, facts in self.trace.attrs["runs"].items() if not facts["untrained"]]
+
+    def untrained_of(self, run: str) -> str | None:
+        """The untrained run of the same seed; None where there is none, or where it is not alone."""
+        runs = self.trace.attrs["runs"]
+        same = [name for name, facts in runs.items() if facts["untrained"] and facts["seed"] == runs[run]["seed"]]
+        return same[0] if len(same) == 1 else None
+
+    def answers(self) -> list[dict[str, str]]:
+        """The prompts with the replies: ``prompt``, ``base`` (where it is known), and one a run."""
+        labels = (self.trace[f"text_{key}"].values.tolist() for key in ("prompt", "run", "question", "reply"))
+        rows: dict[int, dict[str, str]] = {}
+        for prompt, run, question, reply in zip(*labels, strict=True):
+            rows.setdefault(prompt, {"prompt": question})[run] = reply
+        for prompt, reply in enumerate(self.trace.attrs["notes"].get("base", [])):
+            if prompt in rows:
+                rows[prompt]["base"] = reply
+        return [row for row in rows.values() if row["prompt"]]
 
 
-def collect(
-    folder: str | Path,
-    host: PreTrainedModel,
-    tokenizer: Any,
-    prompts: Sequence[str] = PAPER_PROMPTS,
-    max_new_tokens: int = 80,
-    scale: float = 1.0,
-    seed: int = 42,
-    quiet: bool = False,
-) -> Evidence:
-    """Answer the prompts bare, with the untrained and with the trained IRM of a run, recording what both IRMs add.
-
-    The untrained IRM has the same shape and the same initial weights (the run's seed). Replies are greedy.
-
-    Args:
-        folder: a run's folder.
-        host, tokenizer: the host it was made for; left as it was.
-        prompts: the paper's seven by default.
-        max_new_tokens: of each reply.
-        scale: the strength of both IRMs.
-        seed: noted with the replies (greedy ones do not depend on it).
-        quiet: show no progress.
-    """
-    folder = Path(folder)
-    run = read_run(folder)
-    model = load_irm(host, folder)
-    config = model.peft_config["default"]
-    set_seed(int(run.get("seed", seed)))
-    model.add_adapter("untrained", _untrained(config))
-    replies: dict[str, list[str]] = {}
-    traces: dict[str, xr.Dataset] = {}
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "repetition_penalty": 1.1}
-    try:
-        with progress("answering", 3 * len(prompts), quiet) as task:
-            with model.disable_adapter():
-                replies["base"] = answer(model, tokenizer, prompts, **options, done=task.advance)
-            for name, key in (("untrained", "untrained"), ("default", "realigned")):
-                model.set_adapter(name, inference_mode=True)
-                with strength(model, scale), record(model, tokenizer) as trace:
-                    replies[key] = answer(model, tokenizer, prompts, **options, done=task.advance)
-                traces[key] = trace
-    finally:
-        model.unload()
-    tone = str(run.get("tone") or config.tone or folder.name)
-    for key, name in (("realigned", tone), ("untrained", "untrained")):
-        traces[key] = traces[key].assign_coords(run=[name]).assign_attrs(strength={name: scale})
-    answers = [
-        {"prompt": prompt, **{key: replies[key][i] for key in ("base", "untrained", "realigned")}}
-        for i, prompt in enumerate(prompts)
-    ]
-    settings = {"strength": scale, "temperature": 0.0, **options}
-    return Evidence(folder.name, run, read_metrics(folder), answers, settings, traces["realigned"], traces["untrained"])
+def gather(name: str, trace: xr.Dataset) -> Evidence:
+    """A trace with what the folders of its runs say, as far as they are still there."""
+    folders = {run: Path(facts["irm"]) for run, facts in trace.attrs["runs"].items() if facts["irm"] and not facts["untrained"]}
+    found = {run: folder for run, folder in folders.items() if folder.is_dir()}
+    records = {run: record for run, folder in found.items() if (record := read_run(folder))}
+    return Evidence(name, trace, records, {run: read_metrics(found[run]) for run in records})
 
 
 def build_report(
@@ -112,44 +83,46 @@ def build_report(
     host: tuple[PreTrainedModel, Any] | None = None,
     keep_traces: bool = False,
     scale: float = 1.0,
+    prompts: Sequence[str] = PAPER_PROMPTS,
+    max_new_tokens: int = 80,
 ) -> tuple[Path, list[Evidence]]:
-    """Write one report over run folders and traces.
+    """Write one report over run folders, sweeps and traces.
 
     Args:
-        sources: run folders (prompts are answered and traced now) or zarr traces (shown as they are).
+        sources: folders of runs or sweeps (prompts are answered and traced now, all into one trace) or zarr traces.
         out: the HTML file.
         force: replace a report that is there.
         quiet: show no progress.
-        host: host and tokenizer, if they are loaded already; else each run's own is loaded.
+        host: host and tokenizer, if they are loaded already; else that of the first run.
         scale: the strength at which prompts are answered.
-        keep_traces: also save the traces made now, as zarr folders beside the report.
+        keep_traces: keep the trace made now, as a zarr folder beside the report.
+        prompts, max_new_tokens: what is asked of runs, and how long a reply may be.
 
     Raises:
         RealignerError: naming the source that is neither, or the place that cannot be written.
     """
     out = Path(out)
     refuse_existing(out, force, ours=is_report)
-    evidence = []
-    for source in map(Path, sources):
-        if (source / "zarr.json").is_file():
-            evidence.append(Evidence(source.name, {}, [], [], {}, load_trace(source)))
-            continue
-        if not (source / CONFIG_FILE).is_file():
-            raise RealignerError(f"{source}: neither a run's folder nor a trace")
-        loaded = host or load_host(_host_of(source))
-        evidence.append(collect(source, *loaded, scale=scale, quiet=quiet))
-    write_text(out, render(evidence))
-    if keep_traces:
-        for item in evidence:
-            save_trace(item.trace, out.parent / f"{item.name}.zarr", force=True)
-            if item.untrained is not None:
-                save_trace(item.untrained, out.parent / f"{item.name}-untrained.zarr", force=True)
+    places = [Path(source) for source in sources]
+    folders = find_runs([place for place in places if not is_trace(place)])
+    evidence = [gather(place.name, load_trace(place)) for place in places if is_trace(place)]
+    with tempfile.TemporaryDirectory() as aside:
+        if folders:
+            kept = (out.parent if keep_traces else Path(aside)) / f"{out.stem}.zarr"
+            refuse_trace(kept, force)
+            loaded = host or load_host(_host_of(folders[0]))
+            chosen = sources_of(folders, scale=scale)
+            trace = trace_runs(chosen, kept, *loaded, prompts=prompts, max_new_tokens=max_new_tokens, force=force, quiet=quiet)
+            evidence.insert(0, gather(places[0].name, trace))
+        write_text(out, render(evidence))
+        if not keep_traces:
+            evidence = [Evidence(item.name, item.trace.load(), item.records, item.logs) for item in evidence]
     return out, evidence
 
 
 def render(evidence: Sequence[Evidence]) -> str:
     """The page as HTML text; no request leaves it."""
-    return render_page("report.html.j2", runs=[_view(item) for item in evidence], signature=_SIGNATURE)
+    return render_page("report.html.j2", items=[_view(item) for item in evidence], signature=_SIGNATURE)
 
 
 def is_report(path: Path) -> bool:
@@ -158,61 +131,53 @@ def is_report(path: Path) -> bool:
 
 
 def _view(item: Evidence) -> dict[str, Any]:
-    """Figures and tables of one run, ready for the template."""
-    counted = chosen_tokens(item.trace)
-    signed, size = mean_map(item.trace), mean_map(item.trace, absolute=True)
-    sections = []
-    for run in item.trace["run"].values:
-        magnitude = size.sel(run=run)
-        leading = leading_indices(magnitude)
-        marks = [int(n) for n in leading["neuron"][:_MARKED]]
-        label = f"{run}, trained" if item.record else str(run)
-        maps, tables = {label: magnitude}, {label: leading}
-        if item.untrained is not None:
-            maps["untrained"] = mean_map(item.untrained, absolute=True).isel(run=0)
-            tables["untrained"] = leading_indices(maps["untrained"])
-        sections.append(
-            {
-                "name": str(run),
-                "figure2": picture(figure2(signed.sel(run=run), f"{run}: mean of the IRM's outputs", marks)),
-                "figure4": picture(figure4(maps, {key: [int(n) for n in t["neuron"][:_MARKED]] for key, t in tables.items()})),
-                "tables": {key: table.to_dict("records") for key, table in tables.items()},
-            }
-        )
+    """Figures and tables of one trace, ready for the template."""
+    trace = item.trace
+    signed, size = run_maps(trace, "signed"), run_maps(trace)
+    count = trace["count"].values
+    first = item.records.get(item.trained[0]) if item.trained else None
     return {
         "name": item.name,
-        "record": item.record,
-        "answers": item.answers,
-        "settings": item.settings,
-        "loss": picture(loss_curve(item.log, item.record.get("kept_step"))) if item.log else None,
-        "sections": sections,
-        "tokens": int(item.trace.sizes["token"]),
-        "counted": int(counted.sizes["token"]),
-        "counted_prompt": int((~counted["is_generated"].astype(bool)).sum()),
-        "trace_host": str(item.trace.attrs.get("host", "")),
-        "trace_strength": dict(item.trace.attrs.get("strength", {})),
-        "prompts": len(set(item.trace["prompt"].values.tolist())),
-        "neurons": int(item.trace.sizes["neuron"]),
+        "title": f"{first['tone'].capitalize()} on {first['host']['name']}" if first and len(item.trained) == 1 else item.name,
+        "record": first,
+        "records": item.records,
+        "answers": item.answers(),
+        "columns": [*(["base"] if "base" in trace.attrs["notes"] else []), *trace.attrs["runs"]],
+        "trained": item.trained,
+        "settings": trace.attrs["notes"].get("settings", {}),
+        "losses": {run: picture(loss_curve(log, item.records[run].get("kept_step"))) for run, log in item.logs.items() if log},
+        "sections": [_section(item, run, signed, size) for run in item.trained or list(trace.attrs["runs"])],
+        "tokens": int(count.sum()),
+        "counted": int(count[:, :2].sum()),
+        "counted_prompt": int(count[:, 0].sum()),
+        "host": str(trace.attrs["host"]),
+        "runs": trace.attrs["runs"],
+        "prompts": len(set(trace["text_prompt"].values.tolist())),
+        "neurons": int(trace.sizes["neuron"]),
     }
 
 
-def _untrained(config: IRMConfig) -> IRMConfig:
-    return IRMConfig(
-        preset=config.preset,
-        layers=config.layers,
-        widths=config.widths,
-        rank=config.rank,
-        output_std=config.output_std,
-        input_norm=config.input_norm,
-        layers_path=config.layers_path,
-        inference_mode=True,
-    )
+def _section(item: Evidence, run: str, signed: xr.DataArray, size: xr.DataArray) -> dict[str, Any]:
+    """One run beside its untrained twin."""
+    maps = {run: size.sel(run=run).dropna("layer", how="all")}
+    twin = item.untrained_of(run) if run in item.trained else None
+    if twin is not None:
+        maps[twin] = size.sel(run=twin).dropna("layer", how="all")
+    tables = {name: leading_indices(values) for name, values in maps.items()}
+    marks = {name: [int(neuron) for neuron in table["neuron"][:_MARKED]] for name, table in tables.items()}
+    mean = signed.sel(run=run).dropna("layer", how="all")
+    return {
+        "name": run,
+        "figure2": picture(figure2(mean, f"{run}: mean of the IRM's outputs", marks[run])),
+        "figure4": picture(figure4(maps, marks)),
+        "tables": {name: table.to_dict("records") for name, table in tables.items()},
+    }
 
 
 def _host_of(folder: Path) -> str:
     name = host_of(check_adapter(folder))
     if not name:
-        raise RealignerError(f"{folder}: its config names no host to load; give it with --host")
+        raise RealignerError(f"{folder}: its {CONFIG_FILE} names no host to load; give it with --host")
     return name
 
 
