@@ -335,7 +335,7 @@ with TraceWriter(sys.argv[1], "host", range(3)) as writer:
         tokens["token_text"] = np.array(["x"] * n, dtype=object)
         label = RunLabel("a" if text < 5 else "b")
         summary = summarise(delta, tokens["is_generated"], 20)
-        writer.append(text_dataset(label, text, "?", range(3), tokens, summary, delta), label)
+        writer.append((text_dataset(label, text, "?", range(3), tokens, summary, delta), label))
         print(text, flush=True)
 """
 

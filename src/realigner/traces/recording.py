@@ -260,11 +260,11 @@ class _Recorder:
         for name, seen in self.seen.items():
             if len(seen.steps) != self.steps:
                 raise UsageError(f"record: adapter {name!r} was active for a part of a text only; record each setting apart")
-            for text in self._texts(name, seen, words):
-                if self.to is not None:
-                    self.to.append(text, self.labels[name])
-                else:
-                    self.texts.append(text)
+            texts = list(self._texts(name, seen, words))
+            if self.to is not None:
+                self.to.append(*((text, self.labels[name]) for text in texts))
+            else:
+                self.texts += texts
         self.seen = {}
         self.step = None
 

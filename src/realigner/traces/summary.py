@@ -14,7 +14,7 @@ import torch
 
 from realigner.traces.layout import OPENING, PARTS, SMALL, TEXT_SUMS, TOKEN_SUMS, Summary
 
-_GATHERED = 1 << 22  # values gathered before they are reduced: 16 MiB in float32
+_GATHERED = 1 << 20  # values gathered before they are reduced: 4 MiB in float32, which a cache holds
 _MOST = 16  # forwards gathered at most
 
 
@@ -143,9 +143,10 @@ class BatchSummary:
         )
 
 
-def summarise(delta: np.ndarray, is_generated: np.ndarray, top: int, block: int = 64) -> Summary:
-    """The summary of one whole text ``[token, layer, neuron]`` (an imported one, or one that is replayed)."""
+def summarise(delta: np.ndarray, is_generated: np.ndarray, top: int, block: int | None = None) -> Summary:
+    """The summary of one whole text ``[token, layer, neuron]`` (an imported one), `block` tokens at a time."""
     batch = BatchSummary(1, top)
+    block = block or max(1, _GATHERED // max(1, delta[0].size))
     for start in range(0, len(delta), block):
         part = torch.as_tensor(np.ascontiguousarray(delta[start : start + block]))
         batch.add(part, np.zeros(len(part), dtype=np.int64), is_generated[start : start + block])
