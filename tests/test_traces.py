@@ -289,7 +289,7 @@ def test_memory_does_not_grow_with_the_text() -> None:
             batch.add(torch.randn(1, 4, 64), np.zeros(1, dtype=np.int64), np.ones(1, dtype=bool))
         (row,) = batch.rows
         large = sum(value.numel() for value in row.sums.values()) + sum(part[0].numel() for part in batch._waiting)
-        assert len(row.top if row.top is not None else []) == 50
+        assert 50 <= row.candidates <= 100
         return large + sum(len(part) for part in row.tokens["energy"]) - tokens
 
     assert held(2000) <= held(200) + 16 * 4 * 64

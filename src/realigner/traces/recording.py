@@ -123,8 +123,8 @@ class _Seen:
     strength: float
     summary: BatchSummary
     steps: list[_Step] = field(default_factory=list)
-    deltas: list[np.ndarray] = field(default_factory=list)
-    h0: list[np.ndarray] = field(default_factory=list)
+    deltas: list[torch.Tensor] = field(default_factory=list)
+    h0: list[torch.Tensor] = field(default_factory=list)
 
 
 class _Recorder:
@@ -248,9 +248,9 @@ class _Recorder:
         chosen = delta.detach()[at].float()
         seen.summary.add(chosen, step.rows.numpy(), step.tokens["is_generated"])
         if self.keep == "raw":
-            seen.deltas.append(chosen.cpu().numpy())
+            seen.deltas.append(chosen.cpu())
         elif self.keep == "replay":
-            seen.h0.append(h0.detach()[at].float().cpu().numpy())
+            seen.h0.append(h0.detach()[at].float().cpu())
 
     def finish(self, replies: torch.Tensor | None = None) -> None:
         """Put the running batch's texts away, with the tokens they were answered with ``[row, token]``."""
@@ -272,8 +272,8 @@ class _Recorder:
         rows = np.concatenate([step.rows.numpy() for step in seen.steps])
         tokens = {key: np.concatenate([step.tokens[key] for step in seen.steps]) for key in seen.steps[0].tokens}
         tokens["token_text"] = self._words(tokens["token_id"])
-        deltas = np.concatenate(seen.deltas) if seen.deltas else None
-        h0 = np.concatenate(seen.h0) if seen.h0 else None
+        deltas = torch.cat(seen.deltas) if seen.deltas else None
+        h0 = torch.cat(seen.h0) if seen.h0 else None
         for row, summary in enumerate(seen.summary.results()):
             if summary is None:
                 continue
@@ -286,8 +286,8 @@ class _Recorder:
                 seen.irm.layers,
                 {key: value[own] for key, value in tokens.items()},
                 summary,
-                None if deltas is None else deltas[own],
-                None if h0 is None else h0[own],
+                None if deltas is None else deltas[torch.from_numpy(own)].numpy(),
+                None if h0 is None else h0[torch.from_numpy(own)].numpy(),
                 words[row].strip(),
             )
 

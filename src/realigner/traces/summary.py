@@ -16,6 +16,7 @@ from realigner.traces.layout import OPENING, PARTS, SMALL, TEXT_SUMS, TOKEN_SUMS
 
 _GATHERED = 1 << 20  # values gathered before they are reduced: 4 MiB in float32, which a cache holds
 _MOST = 16  # forwards gathered at most
+_SAMPLED = 16  # one in so many values is looked at to guess a bound
 
 
 @dataclass
@@ -27,8 +28,10 @@ class _Row:
     count: list[int] = field(default_factory=lambda: [0] * len(PARTS))
     sums: dict[str, torch.Tensor] = field(default_factory=dict)  # [part, layer, neuron]
     tokens: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {key: [] for key in TOKEN_SUMS})
-    top: torch.Tensor | None = None  # signed values, flat
-    place: torch.Tensor | None = None  # (position * layers + layer) * neurons + neuron
+    top: list[torch.Tensor] = field(default_factory=list)  # candidates for the largest values, signed
+    place: list[torch.Tensor] = field(default_factory=list)  # (position * layers + layer) * neurons + neuron
+    candidates: int = 0
+    bound: torch.Tensor | None = None  # values up to it are not among the largest
 
 
 class BatchSummary:
@@ -101,20 +104,23 @@ class BatchSummary:
         row.seen += len(delta)
 
     def _keep_largest(self, row: _Row, values: torch.Tensor, size: torch.Tensor) -> None:
+        """Add to the row's candidates what may be among its largest; sort them out when they are twice too many."""
         offset = row.seen * row.sums["sum"][0].numel()
-        if row.top is not None and row.place is not None:
-            if len(row.top) >= self.top:  # most values are smaller than the smallest kept: one comparison settles them
-                (at,) = torch.nonzero(size > row.top[-1].abs(), as_tuple=True)
-                values, size = values[at], size[at]
-            else:
-                at = torch.arange(len(values), device=values.device)
-            values = torch.cat([row.top, values])
-            size = torch.cat([row.top.abs(), size])
-            place = torch.cat([row.place, at + offset])
-        else:
-            place = torch.arange(len(values), device=values.device) + offset
-        chosen = size.topk(min(self.top, len(size))).indices
-        row.top, row.place = values[chosen], place[chosen]
+        bound = row.bound if row.bound is not None else _bound(size, self.top)
+        at = torch.nonzero(size > bound)[:, 0] if bound is not None else torch.arange(len(size), device=size.device)
+        row.top.append(values[at])
+        row.place.append(at + offset)
+        row.candidates += len(at)
+        if row.candidates >= 2 * self.top:
+            self._sort_out(row)
+
+    def _sort_out(self, row: _Row) -> None:
+        """Keep the largest candidates, in order; nothing up to the smallest of them can be among them any more."""
+        values, place = torch.cat(row.top), torch.cat(row.place)
+        size, chosen = values.abs().topk(min(self.top, len(values)))
+        row.top, row.place, row.candidates = [values[chosen]], [place[chosen]], len(chosen)
+        if len(chosen) == self.top:
+            row.bound = size[-1]
 
     def results(self) -> list[Summary | None]:
         """Each text's summary, in numpy; None for a row that had no token."""
@@ -122,10 +128,10 @@ class BatchSummary:
         return [self._result(row) if row.seen else None for row in self.rows]
 
     def _result(self, row: _Row) -> Summary:
-        assert row.top is not None
-        assert row.place is not None
+        self._sort_out(row)
+        (values,), (places,) = row.top, row.place
         _, layers, neurons = row.sums["sum"].shape
-        place, empty = row.place.cpu().numpy(), self.top - len(row.top)
+        place, empty = places.cpu().numpy(), self.top - len(values)
         position, within = np.divmod(place, layers * neurons)
         layer, neuron = np.divmod(within, neurons)
 
@@ -136,11 +142,21 @@ class BatchSummary:
             count=np.array(row.count, dtype=np.int64),
             text_sums={key: value.cpu().numpy() for key, value in row.sums.items()},
             token_sums={key: torch.cat(values).cpu().numpy() for key, values in row.tokens.items()},
-            top_value=padded(row.top.cpu().numpy(), np.float32, np.nan),
+            top_value=padded(values.cpu().numpy(), np.float32, np.nan),
             top_position=padded(position, np.int32, -1),
             top_layer=padded(layer, np.int32, -1),
             top_neuron=padded(neuron, np.int32, -1),
         )
+
+
+def _bound(size: torch.Tensor, top: int) -> torch.Tensor | None:
+    """A bound that at least `top` of the values are above, from a sample; None where it did not work out, or does not pay."""
+    sample = size[::_SAMPLED]
+    wanted = round(1.3 * top / _SAMPLED) + 10
+    if len(size) < 4 * top or wanted > len(sample):
+        return None
+    bound = sample.topk(wanted).values[-1]
+    return bound if int((size > bound).sum()) >= top else None
 
 
 def summarise(delta: np.ndarray, is_generated: np.ndarray, top: int, block: int | None = None) -> Summary:
