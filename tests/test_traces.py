@@ -23,7 +23,7 @@ from peft import get_peft_model
 import realigner as ra
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer, encode_prompts
-from realigner.traces import RunLabel, texts_of, verify_trace
+from realigner.traces import RunLabel, TraceWriter, texts_of, verify_trace
 from realigner.traces.layout import text_dataset
 from realigner.traces.summary import BatchSummary, summarise
 from realigner.tuner import IRMConfig, tuner_of
@@ -370,6 +370,22 @@ def check_half(trace: xr.Dataset) -> None:
         np.testing.assert_allclose(text["delta"].values, want, rtol=1e-3, atol=1e-5)
         assert set(text["prompt"].values.tolist()) == {number}
     assert set(trace.attrs["runs"]) == set(trace["text_run"].values.tolist())
+
+
+def test_one_process_writes_a_trace(tmp_path: Path) -> None:
+    path = tmp_path / "t.zarr"
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    with pytest.raises(RealignerError, match="another process is writing this trace"):
+        TraceWriter(path, "host", range(3))
+    process.kill()
+    process.wait()
+    assert ra.load_trace(tmp_path / "t.zarr.unfinished").sizes["text"] > 0
+    writer = TraceWriter(path, "host", range(3))  # a dead process holds nothing
+    with pytest.raises(RealignerError, match="nothing was recorded"):
+        writer.close()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["delta", "sum_abs", "token_text", "count", "h0"])

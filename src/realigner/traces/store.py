@@ -12,7 +12,7 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -85,6 +85,7 @@ class TraceWriter:
         refuse_trace(self.path, force)
         self.folder = unfinished_trace(self.path)
         refuse_existing(self.folder, True, is_trace)
+        self._lock = _held(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.notes = dict(notes or {})
         self.texts = 0
@@ -96,6 +97,7 @@ class TraceWriter:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is None:
             self.close()
+        self._release()
 
     def append(self, *texts: tuple[xr.Dataset, RunLabel]) -> None:
         """Write texts; when this returns they are there, whatever happens to the process. Many at a time are cheaper."""
@@ -114,7 +116,6 @@ class TraceWriter:
                 if self.texts:
                     _append(part, self.folder)
                 else:
-                    self.folder.parent.mkdir(parents=True, exist_ok=True)
                     options: Any = {"zarr_format": 3, "consolidated": True}
                     part.to_zarr(self.folder, mode="w", encoding=_encoding(part), **options)
         except OSError as error:
@@ -128,9 +129,16 @@ class TraceWriter:
             RealignerError: when nothing was recorded.
         """
         if not self.texts:
+            self._release()
             raise RealignerError("trace: nothing was recorded; run the model inside the record block")
         replace_folder(self.folder, self.path)
+        self._release()
         return self.path
+
+    def _release(self) -> None:
+        if not self._lock.closed:
+            Path(self._lock.name).unlink(missing_ok=True)
+            self._lock.close()
 
     def _narrowed(self, text: xr.Dataset) -> xr.Dataset:
         if "delta" not in text:
@@ -146,6 +154,23 @@ class TraceWriter:
 
     def _kept(self) -> str:
         return f"; the {self.texts} texts before are kept there" if self.texts else ""
+
+
+def _held(folder: Path) -> IO[str]:
+    """The open lock beside a folder: it is this process's as long as the lock is open."""
+    import fcntl
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_name(f".{folder.name}.lock").open("a")
+    except OSError as error:
+        raise RealignerError(f"{folder}: cannot be written ({error.strerror})") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise RealignerError(f"{folder}: another process is writing this trace; wait for it, or stop it first") from None
+    return lock
 
 
 def _as(values: np.ndarray, dtype: str) -> np.ndarray:
