@@ -82,6 +82,20 @@ def test_train_trace_report(place: Path, tmp_path: Path, capsys: pytest.CaptureF
     )
     assert traced["sizes"]["layer"] == 2
     assert list(traced["runs"]) == ["anger-42", "untrained-42"]
+    quick = ("--permutations", 20, "--resamples", 20)
+    found = document(capsys, "analyze", tmp_path / "t.zarr", *quick)
+    assert {row["run"] for row in found["striation"]} >= {"anger-42", "untrained-42"}
+    assert {verdict["verdict"] for verdict in found["verdicts"]} <= {"supported", "not supported", "cannot tell"}
+    code, out, _ = run(capsys, "analyze", tmp_path / "t.zarr", *quick)
+    assert code == 0
+    assert "Leading indices" in out
+    chunk = next(path for path in (tmp_path / "t.zarr" / "sum_abs" / "c").rglob("*") if path.is_file())
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    code, _, err = run(capsys, "analyze", tmp_path / "t.zarr", *quick)
+    assert code == 1
+    assert "damaged: the chunk sum_abs/c/" in err
+    chunk.write_bytes(whole)
     code, out, _ = run(capsys, "report", tmp_path / "t.zarr", "--out", tmp_path / "report.html")
     assert code == 0
     assert "report.html" in out

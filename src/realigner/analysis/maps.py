@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -27,8 +27,8 @@ def text_maps(trace: xr.Dataset, kind: Kind = "absolute", generated: int | None 
 
     Args:
         trace: see `traces.layout`.
-        kind: ``absolute``: the mean of |delta| (M in docs/statistics.md); ``signed``: the mean of delta, as in the paper's Figure
-            2, in which values of opposite sign cancel; ``rms``: the root of the mean of delta^2; ``max``: the largest |delta|.
+        kind: ``absolute``: the mean of |delta| (M in docs/statistics.md); ``signed``: the mean of delta, as in the paper's
+            Figure 2, in which values of opposite sign cancel; ``rms``: the root of the mean of delta^2; ``max``: the largest |delta|.
         generated: how many generated tokens of each text count beside its prompt: 10 (the paper's choice), 0, or None: all.
 
     Returns:
@@ -54,8 +54,8 @@ def text_maps(trace: xr.Dataset, kind: Kind = "absolute", generated: int | None 
         maps = values.sum("part", skipna=False) / np.maximum(count, 1)[:, None, None]
         maps = np.sqrt(maps) if kind == "rms" else maps
     maps = maps.drop_vars([name for name in maps.coords if str(name).startswith("text_")])
-    labels = {key: ("text", trace[f"text_{key}"].values) for key in (*_RUN, "prompt")}
-    named: xr.DataArray = maps.transpose("text", "layer", "neuron").assign_coords(**labels, count=("text", count))
+    labels: dict[str, Any] = {key: ("text", trace[f"text_{key}"].values) for key in (*_RUN, "prompt")}
+    named: xr.DataArray = maps.transpose("text", "layer", "neuron").assign_coords(labels | {"count": ("text", count)})
     return named
 
 
@@ -96,7 +96,9 @@ def _pooled(trace: xr.Dataset, texts: np.ndarray, kind: Kind, generated: int | N
     if kind == "max":
         return total
     mean: np.ndarray = total / max(1, tokens)
-    return np.sqrt(mean) if kind == "rms" else mean
+    if kind == "rms":
+        mean = np.sqrt(mean)
+    return mean
 
 
 def leading_indices(magnitude: xr.DataArray, count: int = 10) -> pd.DataFrame:

@@ -16,7 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 import realigner
-from realigner.cli import data, hosts, runs, sweeps
+from realigner.cli import data, hosts, reading, runs, sweeps
 from realigner.errors import RealignerError, UsageError
 
 app = typer.Typer(
@@ -33,8 +33,9 @@ for command in (  # in the order of --help
     runs.recipes,
     sweeps.sweep,
     runs.generate,
-    runs.trace,
-    runs.report,
+    reading.trace,
+    reading.analyze,
+    reading.report,
     hosts.hosts,
     hosts.doctor,
 ):

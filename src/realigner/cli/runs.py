@@ -1,10 +1,10 @@
-"""Commands on IRMs: demo, train, generate, trace, report."""
+"""Commands that make and use IRMs: demo, train, recipes, generate."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Optional, cast
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -14,7 +14,6 @@ from realigner.cli.options import (
     Force,
     HostOfIrm,
     Irm,
-    Irms,
     Json,
     MaxNewTokens,
     Penalty,
@@ -24,11 +23,8 @@ from realigner.cli.options import (
     Strength,
     Trust,
     attached,
-    host_for,
-    one_of,
     print_json,
     prompts_from,
-    refuse_missing,
     short,
 )
 from realigner.errors import RealignerError, UsageError
@@ -197,89 +193,3 @@ def generate(
         return
     for result in results:
         print(f"Q: {result['prompt']}\n   base:      {result['base']}\n   realigned: {result['realigned']}\n")
-
-
-def trace(
-    irm: Irms,
-    out: Annotated[Path, typer.Option(help="The zarr folder to write.")],
-    questions: Questions = None,
-    prompts: Prompts = None,
-    keep: Annotated[
-        str, typer.Option(help="summary, raw (every delta) or replay (h0, from which deltas are computed again).")
-    ] = "summary",
-    raw_dtype: Annotated[str, typer.Option(help="Of raw deltas: float16, float32, or auto.")] = "auto",
-    baselines: Annotated[bool, typer.Option(help="Trace the untrained twin of each seed too.")] = True,
-    strength: Strength = 1.0,
-    host: HostOfIrm = None,
-    max_new_tokens: MaxNewTokens = 80,
-    seed: Seed = 42,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Record what IRMs add, token by token, layer by layer, while they answer prompts."""
-    one_of("--keep", keep, ("summary", "raw", "replay"))
-    one_of("--raw-dtype", raw_dtype, ("auto", "float16", "float32"))
-    asked = prompts_from(questions, prompts)
-    refuse_missing(irm)
-    from realigner.traces.store import refuse_trace
-
-    refuse_trace(out, force)
-    from realigner.tracing import find_runs, sources_of, trace_runs
-
-    sources = sources_of(find_runs(irm), baselines, strength)
-    loaded, tokenizer = host_for(sources[0].folder, host, dtype, device, trust_remote_code)
-    recorded = trace_runs(
-        sources,
-        out,
-        loaded,
-        tokenizer,
-        asked,
-        cast("Any", keep),
-        cast("Any", raw_dtype),
-        max_new_tokens,
-        seed,
-        force=force,
-        quiet=as_json,
-    )
-    sizes = {str(key): int(value) for key, value in recorded.sizes.items()}
-    if as_json:
-        print_json({"trace": str(out), "sizes": sizes, "prompts": len(asked), "runs": recorded.attrs["runs"], "seed": seed})
-        return
-    names = ", ".join(recorded.attrs["runs"])
-    print(
-        f"{out}: {sizes['token']} tokens x {sizes['layer']} layers x {sizes['neuron']} neurons ({keep}), {len(asked)} prompts"
-    )
-    print(f"runs: {names}")
-    print(f"Try next:  realigner report {out} --out report.html")
-
-
-def report(
-    sources: Annotated[
-        list[Path], typer.Argument(help="Folders of runs and sweeps (prompts are answered now), and zarr traces.")
-    ],
-    out: Annotated[Path, typer.Option(help="The HTML file.")],
-    strength: Strength = 1.0,
-    host: HostOfIrm = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Write one self-contained HTML page over runs, sweeps and traces."""
-    refuse_missing(sources)
-    from realigner.traces.store import is_trace
-    from realigner.tracing import find_runs
-
-    folders = find_runs([source for source in sources if not is_trace(source)])
-    loaded = host_for(folders[0], host, dtype, device, trust_remote_code) if folders else None
-    from realigner.report import build_report
-
-    path, evidence = build_report(sources, out, force=force, quiet=as_json, host=loaded, scale=strength)
-    if as_json:
-        print_json({"report": str(path), "answers": {item.name: item.answers() for item in evidence}})
-    else:
-        print(f"Report: {path}   (open it in a browser)")

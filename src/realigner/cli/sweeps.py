@@ -61,4 +61,4 @@ def _print(result: Any, labels: dict[str, str]) -> None:
     for name, error in result.errors.items():
         print(f"failed: {name} ({labels[name]}): {error}  [{result.out}/logs/{name}.log]")
     if done:
-        print(f"Try next:  realigner report {result.out / done[0]} --out report.html")
+        print(f"Try next:  realigner trace --irm {result.out} --prompts paper --out {result.out}.zarr")

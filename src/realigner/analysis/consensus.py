@@ -1,0 +1,395 @@
+"""Consensus: do the same indices lead in every run?
+
+Each run ranks the indices by `leading_score`, 1 for the largest. Runs of one tone share their data, so they are one cluster:
+under the null a cluster's runs keep their agreement with each other and are relabelled together, and n counts clusters.
+
+That runs agree is no news where they share a host and prompts; so the same is asked of what is left of the scores after the
+untrained run's (and, where given, the host's own measurements) were regressed out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from scipy.special import betainc, betaincinv, comb
+
+from realigner.analysis.resampling import Relabelling, check_draws, interval, p_value, prompt_weights, ranks
+from realigner.analysis.runs import UNTRAINED, baselines, each_run, layer_scale, leading_score, prompts_of
+from realigner.analysis.tables import ALL
+from realigner.errors import UsageError
+
+TOP = 10  # indices that count as leading
+PERSISTENCE = 0.9  # of rank-biased overlap: the first 10 ranks make up 86% of it
+RESAMPLES = 200  # at most: each ranks every run anew
+TEST = "neuron labels permuted within each tone"
+_DEPTH = 200  # ranks beyond weigh less than 1e-10
+MODELS = ("uniform", "untrained", "host_residual")
+STATISTICS = ("top1_agreement", "in_top", "mean_reciprocal_rank", "rank_biased_overlap")
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """What runs agree on.
+
+    Attributes:
+        table: statistics over the trained runs, a row per statistic and ``model``: what was taken out of the scores before
+            they were ranked: ``uniform`` nothing, ``untrained`` the untrained run of the same seed, ``host_residual`` the
+            host's measurements. Columns as in `tabulate`; ``n`` counts tones, ``untrained`` is the statistic over the
+            untrained runs. Statistics: ``top1_agreement`` (the share of runs in which the commonest leading index leads),
+            ``in_top`` (the largest share of runs that have one index among their 10 leading), ``mean_reciprocal_rank`` (of the
+            index where it is largest) and ``rank_biased_overlap`` (mean over pairs of runs of different tones).
+        indices: a row per index, by p: ``neuron``, ``score`` (mean over runs), ``runs_in_top``, ``runs``,
+            ``mean_reciprocal_rank``, ``best_rank``, ``median_rank``; robust rank aggregation over tones ``p``, ``p_holm``,
+            ``p_bh``, and the same of what is left: ``p_untrained``, ``p_untrained_holm``, ``p_untrained_bh``, ``p_host``, ...
+            (NaN where there is nothing to take out); ``untrained_rank``: the median rank in the untrained runs.
+        pairs: rank-biased overlap of every two runs: ``run_a, run_b, tone_a, tone_b, value, null``.
+    """
+
+    table: pd.DataFrame
+    indices: pd.DataFrame
+    pairs: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that ranks the indices.
+
+    Attributes:
+        run, tone, seed: whose.
+        score: `leading_score` ``[neuron]``.
+        sums: of each prompt ``[prompt, neuron]``: ``|delta|`` over the layer's scale, summed over tokens, averaged over layers.
+        counts: each prompt's tokens ``[prompt]``.
+    """
+
+    run: str
+    tone: str
+    seed: int
+    score: np.ndarray
+    sums: np.ndarray
+    counts: np.ndarray
+
+    def resampled(self, weights: np.ndarray) -> np.ndarray:
+        """The score with prompts counting `weights` times; the layers' scales stay those of all prompts."""
+        return np.asarray(weights @ self.sums / max(1.0, float(weights @ self.counts)))
+
+
+def consensus(
+    source: xr.Dataset | xr.DataArray,
+    host: pd.DataFrame | np.ndarray | None = None,
+    permutations: int = 1000,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Consensus:
+    """What the trained runs agree on, and whether by more than chance, their untrained twins, and the host would have it.
+
+    Args:
+        source: a trace, or what `text_maps` made of it.
+        host: measurements of the host ``[neuron, measurement]``, a row an index of the trace; give logarithms of sizes.
+        permutations: relabellings that p-values of the table are taken from.
+        resamples: bootstrap resamples of prompts for the table's intervals; at most 200.
+        seed: of all draws.
+
+    Raises:
+        UsageError: for a source that is neither, measurements of other indices, or fewer than one draw.
+
+    Returns:
+        See `Consensus`. With fewer than two tones p-values and overlap are NaN: runs of one tone are no independent witnesses.
+        A run whose map is constant ranks nothing and does not count.
+
+    Example:
+        >>> consensus(trace).indices.head(3)  # doctest: +SKIP
+    """
+    check_draws(permutations, resamples)
+    rng = np.random.default_rng(seed)
+    neurons, prompts = source["neuron"].values, prompts_of(source)
+    measured = _measurements(host, len(neurons))
+    runs = list(_runs(source, prompts))
+    trained, untrained = ([run for run in runs if (run.tone == UNTRAINED) == bare] for bare in (False, True))
+    weights = prompt_weights(len(prompts), min(resamples, RESAMPLES), rng)
+    rows, aggregated = [], {}
+    for model in MODELS:
+        own, control = _Model(model, trained, untrained, measured), _Model(model, untrained, [], measured)
+        rows += _rows(own, control, weights, permutations, rng)
+        aggregated[model] = _aggregated(own, len(neurons))
+    return Consensus(pd.DataFrame(rows), _indices(neurons, trained, untrained, aggregated), _pairs(runs))
+
+
+def robust_rank_aggregation(places: np.ndarray) -> np.ndarray:
+    """The exact p-value of an index that several independent lists put early.
+
+    rho is the smallest p-value of an order statistic of its places (Kolde et al. 2012: the k-th smallest of n uniform numbers
+    is Beta(k, n - k + 1)); p is the chance of such a rho, by counting how many places lie below each order statistic's bound.
+
+    Args:
+        places: ``[list, index]``: rank over the number of indices, in (0, 1].
+
+    Returns:
+        ``[index]``; NaN with fewer than two lists.
+    """
+    lists, indices = places.shape
+    if lists < 2:
+        return np.full(indices, np.nan)
+    k = np.arange(1, lists + 1)[:, None]
+    rho = betainc(k, lists - k + 1, np.sort(places, axis=0)).min(axis=0)
+    found, where = np.unique(rho, return_inverse=True)
+    if len(found) > 400:  # p is a smooth function of rho: 400 points of it are exact to 1e-4 of p
+        grid = np.geomspace(found[0], 1.0, 400)
+        return np.asarray(np.exp(np.interp(np.log(rho), np.log(grid), np.log(_chance(grid, lists)))))
+    return np.asarray(_chance(found, lists)[where])
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's adjustment of p-values; NaN stay NaN and do not count."""
+    return _adjusted(p, lambda ordered, m: np.maximum.accumulate(ordered * (m - np.arange(m))))
+
+
+def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+    """Benjamini and Hochberg's adjustment of p-values; NaN stay NaN and do not count."""
+    return _adjusted(p, lambda ordered, m: np.minimum.accumulate((ordered * m / np.arange(1, m + 1))[::-1])[::-1])
+
+
+def rank_biased_overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank-biased overlap at persistence 0.9 of two rankings ``[neuron]`` (ranks from 1), 1 for the same ranking.
+
+    Webber, Moffat and Zobel (2010): (1-p) sum over d of p^(d-1) times the share of the first d that both have. An index adds to
+    all depths from the larger of its two ranks on, so the sum is one over indices.
+    """
+    weight = _overlap_weight(len(a))
+    return float(weight[np.maximum(_depth(a), _depth(b))].sum())
+
+
+def _runs(source: xr.Dataset | xr.DataArray, prompts: np.ndarray) -> Iterator[_Run]:
+    for run in each_run(source):
+        m = run.mean()
+        score = leading_score(m)
+        if score.max() == score.min():
+            continue  # it ranks nothing
+        sums, counts = np.zeros((len(prompts), m.shape[1])), np.zeros(len(prompts))
+        for text, prompt in enumerate(np.searchsorted(prompts, run.prompts)):
+            sums[prompt] += (run.sums[text] / layer_scale(m)).mean(axis=0)
+            counts[prompt] += run.counts[text]
+        yield _Run(run.run, run.tone, run.seed, score, sums, counts)
+
+
+class _Model:
+    """Runs whose scores are ranked after something was taken out of them.
+
+    Args:
+        name: one of `MODELS`.
+        runs: those to rank; what lacks its control is left out.
+        untrained: among which each run's twin is.
+        measured: of the host ``[neuron, measurement]``.
+    """
+
+    def __init__(self, name: str, runs: list[_Run], untrained: list[_Run], measured: np.ndarray | None) -> None:
+        self.name, self.measured = name, measured
+        facts = pd.DataFrame([(r.run, r.tone, r.seed) for r in runs + untrained], columns=["run", "tone", "seed"])
+        by_name, pairs = {run.run: run for run in untrained}, baselines(facts)
+        twins = [by_name.get(pairs.get(run.run, "")) for run in runs]
+        there = [name == "uniform" or (measured if name == "host_residual" else twin) is not None for twin in twins]
+        self.runs = [run for run, kept in zip(runs, there, strict=True) if kept]
+        self.twins = [twin for twin, kept in zip(twins, there, strict=True) if kept]
+        self.tones = np.array([run.tone if run.tone != UNTRAINED else run.run for run in self.runs], dtype=object)
+
+    def scores(self, weights: np.ndarray | None = None) -> np.ndarray:
+        """What is ranked ``[run, neuron]``; of one resample of prompts where its weights are given."""
+
+        def of(run: _Run) -> np.ndarray:
+            return run.score if weights is None else run.resampled(weights)
+
+        if self.name == "uniform" or not self.runs:
+            return np.array([of(run) for run in self.runs])
+        out = [self.measured if twin is None or self.name != "untrained" else _log(of(twin)) for twin in self.twins]
+        return np.array([_residual(_log(of(run)), taken) for run, taken in zip(self.runs, out, strict=True)])
+
+
+def _log(score: np.ndarray) -> np.ndarray:
+    """log of scores; an index with a score of 0 gets half of the smallest other one."""
+    positive = score[score > 0]
+    return np.asarray(np.log(np.maximum(score, positive.min() / 2 if len(positive) else 1.0)))
+
+
+def _residual(y: np.ndarray, x: np.ndarray | None) -> np.ndarray:
+    """y less its least-squares fit on the columns of x and a constant."""
+    assert x is not None  # runs without a control were left out
+    design = np.column_stack([np.ones(len(y)), x])
+    return np.asarray(y - design @ np.linalg.lstsq(design, y, rcond=None)[0])
+
+
+def _measurements(host: pd.DataFrame | np.ndarray | None, neurons: int) -> np.ndarray | None:
+    if host is None:
+        return None
+    values = np.asarray(host, dtype=float)
+    values = values[:, None] if values.ndim == 1 else values
+    if len(values) != neurons or not np.isfinite(values).all():
+        raise UsageError(
+            f"consensus: host measurements are [neuron, measurement], finite, a row for each of the trace's {neurons} indices; "
+            f"these are {list(values.shape)}"
+        )
+    spread = values.std(axis=0)
+    return np.asarray((values - values.mean(axis=0)) / np.where(spread > 0, spread, 1.0))
+
+
+def _rows(
+    own: _Model, control: _Model, weights: np.ndarray, permutations: int, rng: np.random.Generator
+) -> list[dict[str, object]]:
+    """A model's rows of the table."""
+    if not own.runs:
+        return []
+    ranked = ranks(-own.scores())
+    value, bare = _agreement(ranked, own.tones), _overlap_of(control)
+    draws: list[dict[str, float]] = []
+    bare_draws: list[float] = []
+    if np.isfinite(weights).all():
+        draws = [_agreement(ranks(-own.scores(chosen)), own.tones) for chosen in weights]
+        bare_draws = [_overlap_of(control, chosen) for chosen in weights]
+    clusters = np.unique(own.tones, return_inverse=True)[1]
+    nulls: list[dict[str, float]] = []
+    if clusters.max() > 0:
+        relabelling = Relabelling(int(clusters.max()) + 1, ranked.shape[1], permutations, rng)
+        nulls = [_agreement(drawn, own.tones) for drawn in relabelling.each(ranked, clusters)]
+    rows: list[dict[str, object]] = []
+    for statistic in STATISTICS:
+        under_null = np.array([draw[statistic] for draw in nulls])
+        drawn = np.array([draw[statistic] for draw in draws])
+        low, high = interval(value[statistic], drawn, weights.shape[1], (0.0, 1.0))
+        same = statistic == "rank_biased_overlap"  # the others depend on the number of runs: nothing to compare
+        difference = value[statistic] - bare if same else float("nan")
+        apart = drawn - np.array(bare_draws) if same else np.empty(0)
+        lower, higher = interval(difference, apart, weights.shape[1])
+        rows.append(
+            {"run": ALL, "tone": ALL, "seed": -1, "statistic": statistic, "model": own.name, "value": value[statistic]}
+            | {"null": float(under_null.mean()) if len(nulls) else float("nan"), "low": low, "high": high}
+            | {"p": p_value(value[statistic], under_null, rng), "n": int(clusters.max()) + 1, "unit": "tones"}
+            | {"test": TEST if len(nulls) else "", "untrained": bare if same else float("nan"), "difference": difference}
+            | {"difference_low": lower, "difference_high": higher}
+        )
+    return rows
+
+
+def _overlap_of(model: _Model, weights: np.ndarray | None = None) -> float:
+    return _agreement(ranks(-model.scores(weights)), model.tones)["rank_biased_overlap"] if model.runs else float("nan")
+
+
+def _agreement(ranked: np.ndarray, tones: np.ndarray) -> dict[str, float]:
+    """The table's statistics of ranks ``[run, neuron]``."""
+    runs, neurons = ranked.shape
+    weight = _overlap_weight(neurons)[_depth(ranked)]
+    of_tone = [(tones == tone) for tone in np.unique(tones)]
+    pairs = runs * (runs - 1) // 2 - sum(int(own.sum()) * (int(own.sum()) - 1) // 2 for own in of_tone)
+    overlap = _shared(weight) - sum(_shared(weight[own]) for own in of_tone if own.sum() > 1)
+    return {
+        "top1_agreement": float((ranked == 1).sum(axis=0).max() / runs),
+        "in_top": float((ranked <= TOP).sum(axis=0).max() / runs),
+        "mean_reciprocal_rank": float((1 / ranked).sum(axis=0).max() / runs),
+        "rank_biased_overlap": overlap / pairs if pairs else float("nan"),
+    }
+
+
+def _shared(weight: np.ndarray) -> float:
+    """The sum over pairs of rows, and over columns, of the smaller weight."""
+    some = weight[:, (weight > 0).sum(axis=0) > 1]
+    return float((np.sort(some, axis=0) * np.arange(len(some) - 1, -1, -1)[:, None]).sum())
+
+
+def _overlap_weight(neurons: int) -> np.ndarray:
+    """What an index adds to the overlap when the larger of its two ranks is so many (0 is not used): it falls with the rank."""
+    depth = np.arange(1, min(neurons, _DEPTH) + 1)
+    per_depth = (1 - PERSISTENCE) * PERSISTENCE ** (depth - 1) / depth
+    per_depth[-1] += PERSISTENCE ** depth[-1] / depth[-1]  # deeper than we look, lists are taken to agree as they do there
+    return np.concatenate([[0.0], np.cumsum(per_depth[::-1])[::-1], [0.0]])
+
+
+def _depth(ranked: np.ndarray) -> np.ndarray:
+    """Ranks as places in `_overlap_weight`."""
+    return np.asarray(np.minimum(np.ceil(ranked), min(ranked.shape[-1], _DEPTH) + 1)).astype(np.intp)
+
+
+def _aggregated(model: _Model, neurons: int) -> np.ndarray:
+    """Robust rank aggregation over tones ``[neuron]``."""
+    if not model.runs:
+        return np.full(neurons, np.nan)
+    scores = model.scores()
+    lists = np.array([scores[model.tones == tone].mean(axis=0) for tone in np.unique(model.tones)])
+    return robust_rank_aggregation(ranks(-lists) / neurons)
+
+
+def _chance(rho: np.ndarray, lists: int) -> np.ndarray:
+    """The chance that of so many uniform numbers some k-th smallest has a p-value of rho or less.
+
+    Going up the bounds b_1 < b_2 < ...: `below[c]` is the chance that c numbers lie below the bound and no order statistic was
+    early so far. What gets to k numbers below b_k leaves, and is added up: no differences, so tiny chances keep their digits.
+    """
+    bounds = betaincinv(np.arange(1, lists + 1)[:, None], lists - np.arange(lists)[:, None], rho)
+    below, left = np.zeros((lists + 1, len(rho))), np.zeros(len(rho))
+    below[0] = 1.0
+    last = np.zeros(len(rho))
+    for k in range(1, lists + 1):
+        share = np.clip((bounds[k - 1] - last) / np.maximum(1 - last, 1e-300), 0.0, 1.0)
+        moved = np.zeros_like(below)
+        for c in range(k):
+            more = np.arange(lists - c + 1)[:, None]
+            moved[c:] += below[c] * comb(lists - c, more) * share**more * (1 - share) ** (lists - c - more)
+        left += moved[k:].sum(axis=0)
+        moved[k:] = 0.0
+        below, last = moved, bounds[k - 1]
+    return np.asarray(np.minimum(left, 1.0))
+
+
+def _adjusted(p: np.ndarray, adjust: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
+    result = np.full(p.shape, np.nan)
+    there = np.flatnonzero(np.isfinite(p))
+    order = there[np.argsort(p[there], kind="stable")]
+    result[order] = np.minimum(adjust(p[order], len(order)), 1.0)
+    return result
+
+
+def _indices(
+    neurons: np.ndarray, trained: list[_Run], untrained: list[_Run], aggregated: dict[str, np.ndarray]
+) -> pd.DataFrame:
+    nothing = np.full((1, len(neurons)), np.nan)
+    ranked = ranks(-np.array([run.score for run in trained])) if trained else nothing
+    bare = ranks(-np.array([run.score for run in untrained])) if untrained else nothing
+    columns: dict[str, np.ndarray | int] = {
+        "neuron": neurons,
+        "score": np.mean([run.score for run in trained], axis=0) if trained else nothing[0],
+        "runs_in_top": (ranked <= TOP).sum(axis=0),
+        "runs": len(trained),
+        "mean_reciprocal_rank": (1 / ranked).mean(axis=0),
+        "best_rank": ranked.min(axis=0),
+        "median_rank": np.median(ranked, axis=0),
+        "untrained_rank": np.median(bare, axis=0),
+    }
+    for model, name in zip(MODELS, ("p", "p_untrained", "p_host"), strict=True):
+        p = aggregated[model]
+        columns |= {name: p, f"{name}_holm": holm(p), f"{name}_bh": benjamini_hochberg(p)}
+    table = pd.DataFrame(columns)
+    return table.sort_values(["p", "mean_reciprocal_rank"], ascending=[True, False], kind="stable", ignore_index=True)
+
+
+def _pairs(runs: list[_Run]) -> pd.DataFrame:
+    """Every two runs' overlap; `null` is what unrelated rankings have."""
+    ranked = [ranks(-run.score) for run in runs]
+    rows = [
+        {
+            "run_a": runs[a].run,
+            "run_b": runs[b].run,
+            "tone_a": runs[a].tone,
+            "tone_b": runs[b].tone,
+            "value": rank_biased_overlap(ranked[a], ranked[b]),
+            "null": _expected_overlap(len(ranked[a])),
+        }
+        for a, b in combinations(range(len(runs)), 2)
+    ]
+    return pd.DataFrame(rows, columns=["run_a", "run_b", "tone_a", "tone_b", "value", "null"])
+
+
+def _expected_overlap(neurons: int) -> float:
+    """Two unrelated rankings: the larger of two ranks is m in 2m - 1 of D^2 cases."""
+    weight = _overlap_weight(neurons)[1:-1]
+    return float(((2 * np.arange(1, len(weight) + 1) - 1) * weight).sum() / neurons)

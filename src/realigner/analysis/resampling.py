@@ -1,0 +1,232 @@
+"""What every statistic is held against: relabelled neurons, permuted tokens, flipped signs; and how far other prompts move it.
+
+A p-value is ``(1 + number of draws at least as extreme) / (1 + draws)``, ties broken at random (seeded), so that on null data
+it is uniform whatever the statistic. docs/statistics.md has the proofs by simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+from scipy import fft
+from scipy.special import ndtri, stdtrit
+
+from realigner.errors import UsageError
+
+Side = Literal["greater", "less", "both"]
+LEVEL = 0.95  # of every interval
+MIN_PROMPTS = 5  # fewer cannot give a p below 0.05 by flipping signs: 2^-4 at best
+_CIRCULAR = 256  # from so many neurons on, relabellings are drawn from a subgroup that is much cheaper
+_TIE = 1e-9  # relative; sums in another order differ by less
+
+
+def check_draws(permutations: int, resamples: int) -> None:
+    """Raise `UsageError` for numbers of draws that give no p-value or no interval."""
+    if permutations < 1 or resamples < 1:
+        raise UsageError(
+            f"analysis: permutations={permutations}, resamples={resamples}: give 1 or more of each (1000 is usual)"
+        )
+
+
+def p_value(value: float, draws: np.ndarray, rng: np.random.Generator, side: Side = "greater") -> float:
+    """The permutation p-value of `value` among `draws` under the null; NaN when the value is.
+
+    Ties get a random place among themselves: with few distinct values a p that counts ties as extreme would be too large,
+    one that does not too small.
+    """
+    draws = draws[np.isfinite(draws)]
+    if not np.isfinite(value) or not len(draws):
+        return float("nan")
+    if side == "both":
+        value, draws = abs(value), np.abs(draws)
+    elif side == "less":
+        value, draws = -value, -draws
+    tolerance = _TIE * max(abs(value), float(np.abs(draws).max()))
+    beyond, ties = int((draws > value + tolerance).sum()), int((np.abs(draws - value) <= tolerance).sum())
+    return float((1 + beyond + rng.integers(ties + 1)) / (1 + len(draws)))
+
+
+def interval(value: float, draws: np.ndarray, n: int, bounds: tuple[float, float] = (-np.inf, np.inf)) -> tuple[float, float]:
+    """A 95% interval from bootstrap draws; NaN where there is nothing to resample.
+
+    Percentiles about the draws' mean, put about the value and made wider by sqrt(n/(n-1)) t(n-1) / z (Hesterberg 2015): a
+    resample repeats what it draws, so its map is noisier than the value's and the draws sit beside it, and with few prompts
+    they spread too little. docs/statistics.md has how often the interval holds the truth, and how much less plain
+    percentiles do.
+
+    Args:
+        value: of the statistic.
+        draws: ``[resample]``.
+        n: how many prompts, or tones, were resampled.
+        bounds: what the statistic cannot exceed.
+    """
+    draws = draws[np.isfinite(draws)]
+    if not np.isfinite(value) or len(draws) < 2 or n < 2:
+        return float("nan"), float("nan")
+    tail = (1 - LEVEL) / 2
+    wider = np.sqrt(n / (n - 1)) * stdtrit(n - 1, 1 - tail) / ndtri(1 - tail)
+    low, high = value + wider * (np.quantile(draws, [tail, 1 - tail]) - draws.mean())
+    return float(max(low, bounds[0])), float(min(high, bounds[1]))
+
+
+def prompt_weights(prompts: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each prompt is in each bootstrap resample ``[resample, prompt]``; all NaN with one prompt only."""
+    if prompts < 2:
+        return np.full((resamples, prompts), np.nan)
+    return rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples).astype(float)
+
+
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The mean over prompts of every resample; prompts whose value is NaN do not count.
+
+    Args:
+        values: ``[prompt, ...]``.
+        weights: ``[resample, prompt]``.
+
+    Returns:
+        ``[resample, ...]``; NaN where no prompt is left.
+    """
+    flat = values.reshape(len(values), -1)
+    there = np.isfinite(flat)
+    total, weight = weights @ np.where(there, flat, 0.0), weights @ there
+    mean: np.ndarray = total / np.where(weight > 0, weight, np.nan)
+    shaped: np.ndarray = mean.reshape(len(weights), *values.shape[1:])
+    return shaped
+
+
+def mean_over_first(values: np.ndarray) -> np.ndarray:
+    """The mean over the first axis of what is not NaN; NaN where there is nothing."""
+    return np.asarray(weighted_mean(values, np.ones((1, len(values))))[0])
+
+
+def sign_flips(prompts: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Signs ``[draw, prompt]``: every combination but the one that changes nothing where these are few, else random ones."""
+    if 2**prompts <= draws:
+        numbers = np.arange(1, 2**prompts)[:, None]
+        return np.asarray(np.where(numbers >> np.arange(prompts) & 1, -1.0, 1.0))
+    return np.asarray(rng.choice([-1.0, 1.0], size=(draws, prompts)))
+
+
+def sign_flip_p(values: np.ndarray, draws: int, rng: np.random.Generator, side: Side = "both") -> float:
+    """Whether per-prompt values ``[prompt]`` lie to one side of 0. Null: each is as likely as its negative.
+
+    NaN values do not count. NaN with fewer than 5 prompts, which cannot show it, and where all are exactly 0.
+    """
+    values = values[np.isfinite(values)]
+    if len(values) < MIN_PROMPTS or not values.any():
+        return float("nan")
+    return p_value(float(values.mean()), sign_flips(len(values), draws, rng) @ values / len(values), rng, side)
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks along the last axis, 1 for the smallest; ties get their mean rank."""
+    order = np.argsort(values, axis=-1)
+    ordered = np.take_along_axis(values, order, axis=-1)
+    place = np.broadcast_to(np.arange(1.0, values.shape[-1] + 1), values.shape)
+    begins = np.ones(values.shape, dtype=bool)
+    begins[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    if not begins.all():
+        ends = np.ones(values.shape, dtype=bool)
+        ends[..., :-1] = begins[..., 1:]
+        first = np.maximum.accumulate(np.where(begins, place, 0), axis=-1)
+        last = np.minimum.accumulate(np.where(ends, place, np.inf)[..., ::-1], axis=-1)[..., ::-1]
+        place = (first + last) / 2
+    result = np.empty(values.shape)
+    np.put_along_axis(result, order, place, axis=-1)
+    return result
+
+
+class Relabelling:
+    """Random relabellings of the neurons, drawn apart for each row of a matrix ``[row, neuron]``.
+
+    From 256 neurons on a draw shifts each row circularly, after all rows were put into one random order: the shifts of that
+    order are a subgroup of all relabellings, so the p-value is as exact as with all of them, at a thirtieth of the cost. With
+    fewer neurons each draw is a random permutation of each row.
+
+    Args:
+        rows: of the widest matrix; a matrix of fewer says which rows it has, and rows of the same number move together.
+        neurons: columns.
+        draws: how many.
+        rng: what draws them.
+    """
+
+    def __init__(self, rows: int, neurons: int, draws: int, rng: np.random.Generator) -> None:
+        self.neurons, self.draws = neurons, draws
+        self.circular = neurons >= _CIRCULAR
+        if self.circular:
+            self.order = rng.permutation(neurons)
+            self.shifts = rng.integers(neurons, size=(draws, rows))
+        else:
+            unmoved = np.broadcast_to(np.arange(neurons, dtype=np.int16), (draws, rows, neurons))
+            self.places = rng.permuted(unmoved, axis=2)
+
+    def each(self, matrix: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Every draw's relabelled matrix ``[row, neuron]``. It is overwritten by the next one."""
+        drawn = np.empty_like(matrix)
+        if self.circular:
+            twice = self._twice(matrix)
+            for shifts in self.shifts[:, rows].tolist():
+                for row, shift in enumerate(shifts):
+                    drawn[row] = twice[row, shift : shift + self.neurons]
+                yield drawn
+        else:
+            for places in self.places:
+                drawn[...] = np.take_along_axis(matrix, places[rows].astype(np.intp), axis=1)
+                yield drawn
+
+    def sums(self, matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Column sums of every draw's matrix ``[draw, neuron]``."""
+        result = np.zeros((self.draws, self.neurons), dtype=matrix.dtype)
+        if self.circular:
+            twice = self._twice(matrix)
+            for total, shifts in zip(result, self.shifts[:, rows].tolist(), strict=True):
+                for row, shift in enumerate(shifts):
+                    total += twice[row, shift : shift + self.neurons]
+        else:
+            for total, drawn in zip(result, self.each(matrix, rows), strict=True):
+                drawn.sum(axis=0, out=total)
+        return result
+
+    def products(self, matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The rows' inner products in every draw ``[draw, row, row]``.
+
+        With shifts these are the rows' circular cross-correlations at the difference of two shifts: one transform a pair.
+        """
+        own = np.square(matrix).sum(axis=1)
+        result = np.zeros((self.draws, len(matrix), len(matrix)))
+        result[:, np.arange(len(matrix)), np.arange(len(matrix))] = own
+        if not self.circular:
+            for products, drawn in zip(result, self.each(matrix, rows), strict=True):
+                products[...] = drawn @ drawn.T
+            return result
+        spectrum, shifts = fft.rfft(matrix[:, self.order], axis=1), self.shifts[:, rows]
+        for row in range(len(matrix) - 1):
+            correlation = fft.irfft(spectrum[row].conj() * spectrum[row + 1 :], n=self.neurons, axis=1)
+            lag = (shifts[:, row + 1 :] - shifts[:, row : row + 1]) % self.neurons
+            between = correlation[np.arange(len(correlation)), lag]
+            result[:, row, row + 1 :] = between
+            result[:, row + 1 :, row] = between
+        return result
+
+    def take(self, matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Values at given columns of every draw's matrix.
+
+        Args:
+            matrix: ``[row, neuron]``.
+            rows: which rows those are.
+            columns: ``[draw, column]``.
+
+        Returns:
+            ``[draw, row, column]``.
+        """
+        number = np.arange(len(matrix))[:, None]
+        if self.circular:
+            return matrix[number, self.order[(columns[:, None] + self.shifts[:, rows, None]) % self.neurons]]
+        draw = np.arange(self.draws)[:, None, None]
+        return np.asarray(matrix[number, self.places[draw, rows[:, None], columns[:, None]]])
+
+    def _twice(self, matrix: np.ndarray) -> np.ndarray:
+        ordered = matrix[:, self.order]
+        return np.concatenate([ordered, ordered], axis=1)

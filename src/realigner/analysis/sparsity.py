@@ -1,0 +1,172 @@
+"""Sparsity: is what an IRM adds at a token carried by few neurons?
+
+Everything is measured token by token and averaged over a text's tokens, then over prompts: of a layer's values over neurons,
+and (``layer="all"``) of all layers' values together.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from realigner.analysis.resampling import check_draws, prompt_weights, weighted_mean
+from realigner.analysis.runs import prompts_of, text_table
+from realigner.analysis.tables import ALL, Entry, tabulate
+
+STATISTICS = ("hoyer", "gini", "participation", "kurtosis", "small_share")
+_CHUNK = 16  # tokens in a chunk of a trace
+_VALUES = 1 << 21  # read at once, if a chunk has no more: 16 tokens of 32 x 4096
+
+
+def sparsity(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Every run's sparsity, layer by layer and over all layers.
+
+    Args:
+        trace: a trace. The Gini coefficient needs raw deltas, which are read once, a few tokens at a time; it is NaN without.
+        permutations: flips of signs that p-values are taken from.
+        resamples: bootstrap resamples of prompts.
+        seed: of all draws.
+
+    Raises:
+        UsageError: when this is no trace, or for fewer than one draw.
+
+    Returns:
+        A row per run, statistic and ``layer`` (a label, or ``all``: over layers and neurons together), and rows ``run="all"``;
+        columns as in `tabulate`. ``null`` is what Gaussian noise gives. Of n values:
+
+        - ``hoyer``: (sqrt(n) - l1 / l2) / (sqrt(n) - 1); 0 all alike, 1 a single one (Hoyer 2004).
+        - ``gini`` of the absolute values; 0 all alike, 1 - 1/n a single one.
+        - ``participation``: (sum v^2)^2 / (n sum v^4), the share of values that take part; small is sparse.
+        - ``kurtosis``: its inverse, n sum v^4 / (sum v^2)^2, about zero and not about the mean; 3 for Gaussian noise.
+        - ``small_share``: the share of ``|v|`` < 1e-4, the paper's; it depends on the scale, and has no null.
+
+        p: the signs of the differences from the untrained run of the same seed, prompt by prompt, flipped (two-sided); NaN
+        without that run, and with fewer than 5 prompts. Tokens without energy do not count; with one neuron Hoyer is NaN.
+
+    Example:
+        >>> sparsity(trace).query("layer == 'all'")  # doctest: +SKIP
+    """
+    check_draws(permutations, resamples)
+    rng = np.random.default_rng(seed)
+    texts, prompts = text_table(trace), prompts_of(trace)
+    weights = prompt_weights(len(prompts), resamples, rng)
+    layers = [*trace["layer"].values.tolist(), ALL]
+    null = _of_noise(trace.sizes["neuron"], trace.sizes["layer"])
+    entries: list[Entry] = []
+    for run, own in texts.groupby("run", sort=False):
+        found = _per_prompt(trace, own, prompts)
+        value = weighted_mean(found, np.ones((1, len(prompts))))[0]
+        draws = weighted_mean(found, weights) if np.isfinite(weights).all() else np.full((resamples, *value.shape), np.nan)
+        there = np.isfinite(found).sum(axis=0)
+        has = np.append(there[:-1].any(axis=1), True)
+        for at, layer in enumerate(layers):
+            for which, statistic in enumerate(STATISTICS):
+                if has[at]:
+                    entries.append(
+                        Entry(
+                            run=str(run),
+                            tone=str(own["tone"].iloc[0]),
+                            seed=int(own["seed"].iloc[0]),
+                            keys={"statistic": statistic, "layer": layer},
+                            value=float(value[at, which]),
+                            draws=draws[:, at, which],
+                            n=int(there[at, which]),
+                            bounds=(0.0, np.inf if statistic == "kurtosis" else 1.0),
+                            null=null[layer == ALL][which],
+                            per_prompt=found[:, at, which],
+                            flip="untrained",
+                            side="both",
+                        )
+                    )
+    return tabulate(entries, permutations, rng)
+
+
+def _per_prompt(trace: xr.Dataset, own: pd.DataFrame, prompts: np.ndarray) -> np.ndarray:
+    """Of each prompt, the mean over its tokens ``[prompt, layer and all, statistic]``; NaN where the run has nothing."""
+    shape = (len(prompts), trace.sizes["layer"] + 1, len(STATISTICS))
+    total, count = np.zeros(shape), np.zeros(shape)
+    for prompt, start, stop in zip(own["prompt"], own["start"], own["stop"], strict=True):
+        at = np.searchsorted(prompts, prompt)
+        values = _of_tokens(trace, int(start), int(stop))
+        there = np.isfinite(values)
+        total[at] += np.where(there, values, 0.0).sum(axis=0)
+        count[at] += there.sum(axis=0)
+    return np.asarray(np.divide(total, count, out=np.full(shape, np.nan), where=count > 0))
+
+
+def _of_tokens(trace: xr.Dataset, start: int, stop: int) -> np.ndarray:
+    """Every statistic of a text's tokens ``[token, layer and all, statistic]``."""
+    energy, l1, l4, small = (trace[name][start:stop].values.astype(float) for name in ("energy", "l1", "l4", "small"))
+    missing = np.isnan(energy)
+    small = np.where(missing, np.nan, small)
+    n = np.where(missing, 0, trace.sizes["neuron"])
+    energy, l1, l4, n, small = (_with_whole(values) for values in (energy, l1, l4, n, small))
+    ginis = _ginis(trace, start, stop) if "delta" in trace else np.full(energy.shape, np.nan)
+    hoyer, *others = _from_sums(energy, l1, l4, n, small)
+    return np.stack([hoyer, ginis, *others], axis=-1)
+
+
+def _with_whole(values: np.ndarray) -> np.ndarray:
+    """``[token, layer]`` and, last, the sum over layers that are there."""
+    return np.concatenate([values, np.nansum(values, axis=1, keepdims=True)], axis=1)
+
+
+def _from_sums(
+    energy: np.ndarray, l1: np.ndarray, l4: np.ndarray, n: np.ndarray, small: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Hoyer, participation, kurtosis, share of small values; NaN where there is no energy (the last: no values)."""
+    some = (energy > 0) & (l4 > 0)
+
+    def ratio(over: np.ndarray, under: np.ndarray, where: np.ndarray) -> np.ndarray:
+        return np.asarray(np.divide(over, under, out=np.full(energy.shape, np.nan), where=where))
+
+    root = np.sqrt(n)
+    hoyer = ratio(root - ratio(l1, np.sqrt(energy), some), root - 1, some & (n > 1))
+    participation = ratio(energy**2, n * l4, some)
+    return hoyer, participation, ratio(n * l4, energy**2, some), ratio(small, n.astype(float), n > 0)
+
+
+def _ginis(trace: xr.Dataset, start: int, stop: int) -> np.ndarray:
+    """Gini of ``|delta|`` over neurons, and, last, over layers and neurons ``[token, layer and all]``.
+
+    Blocks end where a trace's chunks do, so that each chunk is read once.
+    """
+    block = _CHUNK * max(1, _VALUES // (_CHUNK * trace.sizes["layer"] * trace.sizes["neuron"]))
+    edges = [start, *range((start // block + 1) * block, stop, block), stop]
+    found = []
+    for first, last in pairwise(edges):
+        size = np.abs(trace["delta"][first:last].values)
+        whole = size[:, ~np.isnan(size).all(axis=(0, 2))]
+        found.append(np.concatenate([gini(size), gini(whole.reshape(len(size), whole[0].size))[:, None]], axis=1))
+    return np.concatenate(found)
+
+
+def gini(size: np.ndarray) -> np.ndarray:
+    """The Gini coefficient of non-negative values along the last axis; NaN where they are all 0, or any is NaN.
+
+    With values in order, v_1 <= ... <= v_n: 2 sum(i v_i) / (n sum v_i) - (n + 1) / n.
+    """
+    n = size.shape[-1]
+    if not n:
+        return np.full(size.shape[:-1], np.nan)
+    if size.dtype == np.float16:  # without a sign they sort as 16-bit numbers do: by radix, six times faster
+        ordered = np.sort(size.view(np.uint16), axis=-1, kind="stable").view(np.float16).astype(np.float32)
+    else:
+        ordered = np.sort(size, axis=-1).astype(np.float32, copy=False)
+    total = ordered.sum(axis=-1, dtype=float)
+    placed = (ordered @ np.arange(1, n + 1, dtype=np.float32)).astype(float)
+    some = total > 0  # NaN is not
+    return np.asarray(2 * np.divide(placed, n * total, out=np.full(total.shape, np.nan), where=some) - (n + 1) / n)
+
+
+def _of_noise(neurons: int, layers: int) -> dict[bool, list[float]]:
+    """What Gaussian noise gives, of a layer's values and (True) of all layers': Hoyer, Gini, participation, kurtosis."""
+    found = {}
+    for whole in (False, True):
+        n = neurons * (layers if whole else 1)
+        hoyer = float((np.sqrt(n) - np.sqrt(2 * n / np.pi)) / (np.sqrt(n) - 1)) if n > 1 else float("nan")
+        found[whole] = [hoyer, float(np.sqrt(2) - 1), 1 / 3, 3.0, float("nan")]
+    return found

@@ -1,0 +1,174 @@
+"""How statistics of runs become a table: the untrained value beside the trained one, and a row over all trained runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from realigner.analysis.resampling import Side, interval, mean_over_first, p_value, sign_flip_p
+from realigner.analysis.runs import UNTRAINED, baselines
+
+ALL = "all"  # the name of the row over all trained runs
+_FLIPPED = {
+    "": "",
+    "untrained": "signs of the difference from the untrained run, by prompt",
+    "null": "signs of the difference from the null, by prompt",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One statistic of one run, with what its row in a table is made of.
+
+    Attributes:
+        run, tone, seed: whose.
+        keys: what tells it from the run's other ones: ``statistic`` and more.
+        value: itself.
+        draws: its bootstrap draws ``[resample]``; the same resample means the same prompts in every run.
+        n: what it rests on.
+        unit: what n counts.
+        resampled: how many prompts, or tones, the bootstrap draws are of: `n` when 0.
+        bounds: what the statistic cannot exceed.
+        null: what is expected without an effect.
+        nulls: draws under the null ``[draw]``, which p is taken from where they are there.
+        joint: whether the same draw means the same relabelling in every run, so that draws may be averaged over runs.
+        test: what those draws are.
+        per_prompt: its value of each prompt ``[prompt]``, NaN where a prompt is missing, where it is a mean over prompts.
+        null_per_prompt: what is expected of each prompt.
+        flip: without `nulls`, p is taken from the signs of: the difference from the untrained run, or from the null.
+        side: what counts as extreme.
+    """
+
+    run: str
+    tone: str
+    seed: int
+    keys: dict[str, Any]
+    value: float
+    draws: np.ndarray
+    n: int
+    unit: str = "prompts"
+    resampled: int = 0
+    bounds: tuple[float, float] = (-np.inf, np.inf)
+    null: float = float("nan")
+    nulls: np.ndarray | None = None
+    joint: bool = False
+    test: str = ""
+    per_prompt: np.ndarray | None = None
+    null_per_prompt: np.ndarray | None = None
+    flip: Literal["", "untrained", "null"] = ""
+    side: Side = "greater"
+
+    def minus(self, other: Entry) -> Entry:
+        """The difference from another run, prompt by prompt."""
+        apart = None
+        if self.per_prompt is not None and other.per_prompt is not None:
+            apart = self.per_prompt - other.per_prompt
+        return replace(
+            self,
+            value=self.value - other.value,
+            draws=self.draws - other.draws,
+            n=min(self.n, other.n),
+            bounds=(-np.inf, np.inf),
+            per_prompt=apart,
+            nulls=None,
+        )
+
+    def interval(self) -> tuple[float, float]:
+        """Its 95% interval."""
+        return interval(self.value, self.draws, self.resampled or self.n, self.bounds)
+
+
+def tabulate(entries: list[Entry], flips: int, rng: np.random.Generator) -> pd.DataFrame:
+    """Entries as a tidy table.
+
+    Args:
+        entries: of every run.
+        flips: how many draws of signs.
+        rng: what draws them.
+
+    Returns:
+        ``run, tone, seed``, the entries' keys, ``value, null, low, high, p, n, unit, test`` (what p is held against), then
+        ``untrained`` (the value of the untrained run of the same seed), ``difference`` (value - untrained) and its interval
+        ``difference_low, difference_high``. Intervals are over prompts, which both runs share. The rows ``run="all"`` are over
+        the trained runs: each tone counts the same, n is the number of tones, and intervals are over prompts, then tones.
+    """
+    runs = pd.DataFrame([(entry.run, entry.tone, entry.seed) for entry in entries], columns=["run", "tone", "seed"])
+    base_of = baselines(runs.drop_duplicates())
+    there = {(entry.run, *entry.keys.items()): entry for entry in entries}
+    rows: list[dict[str, Any]] = []
+    trained: dict[tuple[Any, ...], list[tuple[Entry, Entry | None]]] = {}
+    for entry in entries:
+        base = there.get((base_of.get(entry.run, ""), *entry.keys.items()))
+        apart = entry.minus(base) if base is not None else None
+        rows.append(_row(entry, apart, entry.value, flips, rng))
+        if entry.tone != UNTRAINED:
+            trained.setdefault(tuple(entry.keys.items()), []).append((entry, apart))
+    for members in trained.values():
+        whole = _over_runs([entry for entry, _ in members], rng)
+        paired = [(entry, apart) for entry, apart in members if apart is not None]
+        apart = _over_runs([apart for _, apart in paired], rng) if paired else None
+        of_paired = _over_runs([entry for entry, _ in paired], rng).value if paired else float("nan")
+        rows.append(_row(whole, apart, of_paired, flips, rng))
+    return pd.DataFrame(rows)
+
+
+def _row(entry: Entry, apart: Entry | None, paired: float, flips: int, rng: np.random.Generator) -> dict[str, Any]:
+    """A table's row: an entry, its difference from the untrained, and the value that this is the difference of."""
+    low, high = entry.interval()
+    p, test = float("nan"), entry.test or _FLIPPED[entry.flip]
+    if entry.nulls is not None:
+        p = p_value(entry.value, entry.nulls, rng, entry.side)
+    elif entry.flip == "null" and entry.per_prompt is not None and entry.null_per_prompt is not None:
+        p, test = sign_flip_p(entry.per_prompt - entry.null_per_prompt, flips, rng, entry.side), _FLIPPED["null"]
+    elif entry.flip == "untrained" and apart is not None and apart.per_prompt is not None:
+        p = sign_flip_p(apart.per_prompt, flips, rng)
+    row = {"run": entry.run, "tone": entry.tone, "seed": entry.seed, **entry.keys, "value": entry.value, "null": entry.null}
+    row |= {"low": low, "high": high, "p": p, "n": entry.n, "unit": entry.unit, "test": test if np.isfinite(p) else ""}
+    difference = apart.value if apart is not None else float("nan")
+    lower, higher = apart.interval() if apart is not None else (float("nan"), float("nan"))
+    return row | {
+        "untrained": paired - difference,
+        "difference": difference,
+        "difference_low": lower,
+        "difference_high": higher,
+    }
+
+
+def _over_runs(entries: list[Entry], rng: np.random.Generator) -> Entry:
+    """One entry over several runs: the mean over tones of the mean over a tone's runs."""
+    first = entries[0]
+    by_tone = [[entry for entry in entries if entry.tone == tone] for tone in sorted({entry.tone for entry in entries})]
+
+    def of_tones(get: Callable[[Entry], Any]) -> np.ndarray:
+        return np.array([mean_over_first(np.array([get(entry) for entry in runs])) for runs in by_tone])
+
+    def mean(name: str) -> Any:
+        values = [getattr(entry, name) for entry in entries]
+        return None if any(value is None for value in values) else mean_over_first(of_tones(lambda e: getattr(e, name)))
+
+    draws = of_tones(lambda entry: entry.draws)
+    if len(by_tone) > 1:
+        weights = rng.multinomial(len(by_tone), np.full(len(by_tone), 1 / len(by_tone)), size=draws.shape[1])
+        draws = (draws * weights.T).sum(axis=0) / len(by_tone)
+    else:
+        draws = draws[0]
+    return replace(
+        first,
+        run=ALL,
+        tone=ALL,
+        seed=-1,
+        value=float(mean("value")),
+        null=float(mean("null")),
+        draws=draws,
+        n=len(by_tone),
+        unit="tones",
+        resampled=len(by_tone) if len(by_tone) > 1 else min(entry.n for entry in entries),
+        nulls=mean("nulls") if first.joint else None,
+        test=first.test if first.joint else "",
+        per_prompt=mean("per_prompt"),
+        null_per_prompt=mean("null_per_prompt"),
+    )

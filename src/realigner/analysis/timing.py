@@ -1,0 +1,322 @@
+"""Timing: at which tokens an IRM adds most.
+
+The energy of a token is e_t = sum over layers and neurons of delta^2. Values in one token depend on each other, so the null
+permutes whole tokens within each text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from realigner.analysis.resampling import Side, check_draws, prompt_weights
+from realigner.analysis.runs import prompts_of, text_table
+from realigner.analysis.tables import Entry, tabulate
+from realigner.errors import UsageError
+
+LARGEST = (100, 1000, 10_000)  # how many of a run's largest values the paper's Figure 3 counts
+TEST = "whole tokens permuted within each text"
+_PLACED: dict[str, Side] = {"prompt_share": "greater", "first_share": "greater", "centre_of_mass": "less"}
+_SPREAD = ("entropy", "gini", "largest_share")  # the same in whatever order tokens come
+
+
+def timing(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Every run's timing statistics: means over its texts.
+
+    Args:
+        trace: a trace.
+        permutations: of tokens (and of signs) that p-values are taken from.
+        resamples: bootstrap resamples of prompts.
+        seed: of all draws.
+
+    Raises:
+        UsageError: when this is no trace, or for fewer than one draw.
+
+    Returns:
+        A row per run, statistic and ``without`` (0: all tokens; 1: each text's first token left out, which in many hosts is
+        unlike all others), and rows ``run="all"``; columns as in `tabulate`.
+
+        How unevenly energy is spread over tokens: ``entropy`` (over log of the number of tokens; 1 is even), ``gini``,
+        ``largest_share``. They do not depend on the order of tokens; ``null`` is an even spread, and p comes from flipping the
+        signs of the differences from the untrained run of the same seed, prompt by prompt (two-sided; NaN without that run,
+        and with fewer than 5 prompts).
+
+        Where it falls, p one-sided for "early": ``prompt_share`` (the prompt's share of the energy over its share of the
+        tokens; null 1), ``first_share`` (the first token's share; null 1/T), ``centre_of_mass`` (0 the first token, 1 the last;
+        null 1/2), and ``late_share_K`` for K = 100, 1000, 10000 (the share of the run's K largest ``|delta|`` that lies in the
+        second half of its text; null 1/2, a middle token counts half; only where the trace keeps as many values). p of the row
+        ``run="all"``: runs answer the same prompts, so signs of the differences from the null are flipped by prompt; only where
+        these are symmetric, for ``centre_of_mass`` and ``late_share_K``.
+
+        NaN: texts without energy; ``prompt_share`` of texts without prompt or without reply; all but ``largest_share`` and
+        ``first_share`` of texts of one token.
+
+    Example:
+        >>> timing(trace).query("statistic == 'centre_of_mass'")  # doctest: +SKIP
+    """
+    check_draws(permutations, resamples)
+    rng = np.random.default_rng(seed)
+    texts, prompts = text_table(trace), prompts_of(trace)
+    weights = prompt_weights(len(prompts), resamples, rng)
+    entries: list[Entry] = []
+    for run, own in texts.groupby("run", sort=False):
+        of_prompts = np.searchsorted(prompts, own["prompt"])
+        for without in (0, 1):
+            found = [_of_text(text, permutations, rng) for text in _texts(trace, own, without)]
+            for name in found[0]:
+                entry = Entry(
+                    run=str(run),
+                    tone=str(own["tone"].iloc[0]),
+                    seed=int(own["seed"].iloc[0]),
+                    keys={"statistic": name, "without": without},
+                    value=0.0,
+                    draws=np.empty(0),
+                    n=0,
+                )
+                entries.append(_of_run(entry, [text[name] for text in found], of_prompts, weights))
+    return tabulate(entries, permutations, rng)
+
+
+def top_histogram(trace: xr.Dataset, k: int = 1000, bins: int | None = None) -> pd.DataFrame:
+    """Where the k largest ``|delta|`` of each run lie: the paper's Figure 3.
+
+    Args:
+        trace: a trace.
+        k: how many, over all texts of a run together.
+        bins: None: a row per token position; else so many equal bins of the place in the text from 0 (first token) to 1 (last).
+
+    Raises:
+        UsageError: when the trace keeps fewer values of a text.
+
+    Returns:
+        ``run, tone, seed, position, count``, and ``tokens``: how many tokens of the run's texts lie there. ``position`` is the
+        token's, or the middle of the bin. Zeros are in.
+    """
+    rows = []
+    for largest in _largest(trace, k):
+        if bins is None:
+            size = int(largest.tokens.max())
+            place = largest.position
+            every = np.concatenate([np.arange(tokens) for tokens in largest.tokens])
+            labels = np.arange(size, dtype=float)
+        else:
+            size = bins
+            place = _bin(largest.position, largest.tokens[largest.text], bins)
+            every = np.concatenate([_bin(np.arange(tokens), np.full(tokens, tokens), bins) for tokens in largest.tokens])
+            labels = (np.arange(bins) + 0.5) / bins
+        counts = np.bincount(place, minlength=size)
+        facts = {"run": largest.run, "tone": largest.tone, "seed": largest.seed, "position": labels, "count": counts}
+        rows.append(pd.DataFrame(facts | {"tokens": np.bincount(every, minlength=size)}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def layer_counts(trace: xr.Dataset, k: int = 1000) -> pd.DataFrame:
+    """How many of the k largest ``|delta|`` of each run lie in each layer.
+
+    Args and raises: as `top_histogram`.
+
+    Returns:
+        ``run, tone, seed, layer, count``; layers that no run of the trace has are not in, zeros are.
+    """
+    layers, rows = trace["layer"].values, []
+    for largest in _largest(trace, k):
+        count = np.bincount(np.searchsorted(layers, largest.layer), minlength=len(layers))
+        facts = {"run": largest.run, "tone": largest.tone, "seed": largest.seed, "layer": layers, "count": count}
+        rows.append(pd.DataFrame(facts))
+    return pd.concat(rows, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class _Largest:
+    """The largest values of one run: in which of its texts, where, in which layer; and how many tokens those texts have."""
+
+    run: str
+    tone: str
+    seed: int
+    text: np.ndarray
+    position: np.ndarray
+    layer: np.ndarray
+    tokens: np.ndarray
+
+
+def _largest(trace: xr.Dataset, k: int) -> Iterator[_Largest]:
+    texts = text_table(trace)
+    _check_kept(trace, texts, k)
+    for run, own in texts.groupby("run", sort=False):
+        numbers = own.index.to_numpy()
+        text, place = _places(trace, numbers, k)
+        yield _Largest(
+            run=str(run),
+            tone=str(own["tone"].iloc[0]),
+            seed=int(own["seed"].iloc[0]),
+            text=text,
+            position=_rows(trace, "top_position", numbers)[text, place],
+            layer=_rows(trace, "top_layer", numbers)[text, place],
+            tokens=(own["stop"] - own["start"]).to_numpy(),
+        )
+
+
+def _rows(trace: xr.Dataset, name: str, texts: np.ndarray) -> np.ndarray:
+    """Of some texts ``[text, rank]``, read one by one."""
+    return np.stack([trace[name][int(text)].values for text in texts])
+
+
+def _places(trace: xr.Dataset, texts: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where in ``top_value [text, rank]`` the k largest of all these texts' values are."""
+    size = np.nan_to_num(np.abs(_rows(trace, "top_value", texts)), nan=-1.0)
+    chosen = np.argsort(-size, axis=None, kind="stable")[:k]
+    chosen = chosen[size.flat[chosen] >= 0]
+    text, place = np.unravel_index(chosen, size.shape)
+    return np.asarray(text), np.asarray(place)
+
+
+def _check_kept(trace: xr.Dataset, texts: pd.DataFrame, k: int) -> None:
+    if k < 1:
+        raise UsageError(f"timing: k={k}; give the number of largest values to count, e.g. 1000")
+    if k > _kept(trace, texts):
+        raise UsageError(f"timing: the {k} largest values are wanted, and the trace keeps {trace.sizes['rank']} of a text")
+
+
+def _kept(trace: xr.Dataset, texts: pd.DataFrame) -> float:
+    """Up to which k a run's k largest values are surely among those kept."""
+    values = int((texts["stop"] - texts["start"]).max()) * trace.sizes["layer"] * trace.sizes["neuron"]
+    return float("inf") if values <= trace.sizes["rank"] else trace.sizes["rank"]
+
+
+def _bin(position: np.ndarray, tokens: np.ndarray, bins: int) -> np.ndarray:
+    return np.asarray(np.minimum(position * bins // np.maximum(tokens - 1, 1), bins - 1)).astype(np.intp)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One text as timing sees it: each token's energy, whether it was generated, and of the run's largest values how many."""
+
+    energy: np.ndarray
+    is_generated: np.ndarray
+    largest: dict[int, np.ndarray]
+
+
+def _texts(trace: xr.Dataset, own: pd.DataFrame, without: int) -> Iterator[_Text]:
+    numbers = own.index.to_numpy()
+    counts: dict[int, list[np.ndarray]] = {}
+    tokens = (own["stop"] - own["start"]).to_numpy()
+    if "top_value" in trace:
+        for k in LARGEST:
+            if k <= _kept(trace, own):
+                text, place = _places(trace, numbers, k)
+                position = _rows(trace, "top_position", numbers)[text, place]
+                counts[k] = [
+                    np.bincount(position[text == row], minlength=size)[without:].astype(float)
+                    for row, size in enumerate(tokens)
+                ]
+    for row, (start, stop) in enumerate(zip(own["start"], own["stop"], strict=True)):
+        energy = np.nansum(trace["energy"][int(start) : int(stop)].values.astype(float), axis=1)[without:]
+        new = trace["is_generated"][int(start) : int(stop)].values.astype(bool)[without:]
+        yield _Text(energy, new, {k: values[row] for k, values in counts.items()})
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A statistic of one text: its value, what is expected of it, and its draws (empty where order makes no difference)."""
+
+    value: float
+    null: float
+    nulls: np.ndarray
+    side: Side
+    weight: float = 1.0  # of the text in the run's mean
+
+
+def _of_text(text: _Text, permutations: int, rng: np.random.Generator) -> dict[str, _Found]:
+    tokens = len(text.energy)
+    total = text.energy.sum()
+    share = text.energy / total if total > 0 else np.full(tokens, np.nan)
+    order = rng.permuted(np.broadcast_to(np.arange(tokens), (permutations, tokens)), axis=1)
+    found = {
+        name: _Found(value, null, np.empty(0), "both")
+        for name, value, null in zip(_SPREAD, _spread(share), (1.0, 0.0, 1 / tokens if tokens else np.nan), strict=True)
+    }
+    for name, weight in _position_weights(text).items():
+        null = float(weight.mean()) if tokens else float("nan")
+        found[name] = _Found(float(share @ weight), null, share[order] @ weight, _PLACED[name])
+    late = _late(tokens)
+    for k, counts in text.largest.items():
+        # Per text the number in its second half, to be divided by the run's whole number: a mean weighted by how many it has.
+        number = counts.sum()
+        value = counts / number if number else np.full(tokens, np.nan)
+        found[f"late_share_{k}"] = _Found(float(value @ late), 0.5, value[order] @ late, "less", number)
+    return found
+
+
+def _spread(share: np.ndarray) -> tuple[float, float, float]:
+    """Normalised entropy, Gini and the largest share, of shares that sum to 1."""
+    tokens = len(share)
+    if not tokens or not np.isfinite(share).all():
+        return (float("nan"),) * 3
+    if tokens == 1:
+        return float("nan"), float("nan"), 1.0
+    positive = share[share > 0]
+    entropy = -(positive * np.log(positive)).sum() / np.log(tokens)
+    gini = 2 * (np.arange(1, tokens + 1) * np.sort(share)).sum() / tokens - (tokens + 1) / tokens
+    return float(entropy), float(gini), float(share.max())
+
+
+def _position_weights(text: _Text) -> dict[str, np.ndarray]:
+    """Statistics that are a weighted sum over tokens of the share of the energy; the weights' mean is what is expected."""
+    tokens, prompt = len(text.energy), ~text.is_generated
+    both = 0 < prompt.sum() < tokens
+    first = np.zeros(tokens)
+    first[:1] = 1.0
+    return {
+        "prompt_share": prompt / prompt.mean() if both else np.full(tokens, np.nan),
+        "first_share": first,
+        "centre_of_mass": np.arange(tokens) / (tokens - 1) if tokens > 1 else np.full(tokens, np.nan),
+    }
+
+
+def _late(tokens: int) -> np.ndarray:
+    """1 in the second half of a text, 1/2 in the middle of an odd one."""
+    place = 2 * np.arange(tokens) - (tokens - 1)
+    return np.asarray((np.sign(place) + 1) / 2)
+
+
+def _of_run(entry: Entry, found: list[_Found], of_prompts: np.ndarray, weights: np.ndarray) -> Entry:
+    """One statistic of a run: the weighted mean over its texts, those without a value left out.
+
+    A prompt's value is put so that the mean over prompts is the run's: its weighted value over the mean weight.
+    """
+    there = np.array([np.isfinite(text.value) for text in found])
+    size = np.array([text.weight for text in found]) * there
+    prompts = weights.shape[1]
+
+    def per_prompt(values: list[float]) -> np.ndarray:
+        return np.bincount(of_prompts, np.where(there, values, 0.0) * size, minlength=prompts)
+
+    value, null = per_prompt([text.value for text in found]), per_prompt([text.null for text in found])
+    weight = per_prompt([1.0] * len(found))
+    total = weight.sum()
+    if not total:
+        nothing = np.full(prompts, np.nan)
+        return replace(entry, value=float("nan"), draws=np.full(len(weights), np.nan), per_prompt=nothing)
+    drawn = weights @ weight
+    kept = np.where(weight > 0, total / (weight > 0).sum(), np.nan)
+    ordered = [text.nulls * size[row] for row, text in enumerate(found) if there[row] and len(text.nulls)]
+    placed = len(ordered) > 0
+    symmetric = entry.keys["statistic"] == "centre_of_mass" or str(entry.keys["statistic"]).startswith("late_share")
+    return replace(
+        entry,
+        value=float(value.sum() / total),
+        draws=(weights @ value) / np.where(drawn > 0, drawn, np.nan),
+        n=int((weight > 0).sum()),
+        bounds=(0.0, np.inf if entry.keys["statistic"] == "prompt_share" else 1.0),
+        null=float(null.sum() / total),
+        nulls=np.sum(ordered, axis=0) / total if placed else None,
+        test=TEST if placed else "",
+        per_prompt=value / kept,
+        null_per_prompt=null / kept if symmetric else None,
+        flip="null" if symmetric else "" if placed else "untrained",
+        side=found[0].side,
+    )

@@ -1,0 +1,282 @@
+"""Everything that a trace can be asked, and what it says about the paper's claims, in plain words.
+
+The rules are in docs/statistics.md. A claim is supported where chance does not explain it (p, adjusted by Holm for the claims
+asked together) and untrained IRMs of the same seeds do not show it as much (the interval of the difference); where either is
+not to be had, the verdict is "cannot tell".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from realigner.analysis.consensus import Consensus, consensus, holm
+from realigner.analysis.maps import leading_indices
+from realigner.analysis.runs import UNTRAINED, each_run
+from realigner.analysis.sparsity import sparsity
+from realigner.analysis.striation import striation
+from realigner.analysis.tables import ALL
+from realigner.analysis.timing import timing
+
+Verdict = Literal["supported", "not supported", "cannot tell"]
+LEVEL = 0.05
+LEADING = 10  # indices a run
+_NOTHING: dict[str, Any] = dict.fromkeys(
+    ("value", "null", "low", "high", "p", "untrained", "difference", "difference_low", "difference_high"), math.nan
+)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All tables of a trace, and the verdicts.
+
+    Attributes:
+        striation, timing, sparsity: see the functions of these names.
+        consensus: see `Consensus`.
+        leading: each run's 10 leading indices: ``run, tone, seed, rank, neuron, ratio, layers_in_top, layers``.
+        verdicts: one dict a claim: ``claim``, ``verdict`` ("supported", "not supported", "cannot tell"), ``words``, ``value``,
+            ``null``, ``low``, ``high``, ``p``, ``n``; and ``key`` (the claim's short name), ``statistic``, ``p_adjusted``,
+            ``unit``, ``untrained``, ``difference``, ``difference_low``, ``difference_high``.
+    """
+
+    striation: pd.DataFrame
+    consensus: Consensus
+    timing: pd.DataFrame
+    sparsity: pd.DataFrame
+    leading: pd.DataFrame
+    verdicts: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: tables as lists of records, NaN as None."""
+        tables = {"striation": self.striation, "timing": self.timing, "sparsity": self.sparsity, "leading": self.leading}
+        agreed = {"table": self.consensus.table, "indices": self.consensus.indices, "pairs": self.consensus.pairs}
+        return {
+            "verdicts": [{key: _plain(value) for key, value in verdict.items()} for verdict in self.verdicts],
+            **{name: _records(table) for name, table in tables.items()},
+            "consensus": {name: _records(table) for name, table in agreed.items()},
+        }
+
+
+def analyze(
+    trace: xr.Dataset,
+    seed: int = 0,
+    permutations: int = 1000,
+    resamples: int = 1000,
+    host: pd.DataFrame | np.ndarray | None = None,
+) -> Analysis:
+    """Striation, consensus, timing and sparsity of a trace, and verdicts.
+
+    A trace may be larger than memory: it is read run by run, and raw deltas a few tokens at a time.
+
+    Args:
+        trace: a trace, in memory or from `load_trace`.
+        seed: of all draws.
+        permutations, resamples: how many draws p-values and intervals are taken from.
+        host: measurements of the host ``[neuron, measurement]`` (see `consensus`).
+
+    Raises:
+        UsageError: when this is no trace, or for fewer than one draw.
+
+    Example:
+        >>> [(v["claim"], v["verdict"]) for v in analyze(trace).verdicts]  # doctest: +SKIP
+    """
+    draws = {"permutations": permutations, "resamples": resamples, "seed": seed}
+    tables = {"striation": striation(trace, **draws), "timing": timing(trace, **draws), "sparsity": sparsity(trace, **draws)}
+    agreed = consensus(trace, host, **draws)
+    leading = _leading(trace)
+    verdicts = _verdicts(tables["striation"], agreed, tables["timing"], tables["sparsity"], leading)
+    return Analysis(consensus=agreed, leading=leading, verdicts=verdicts, **tables)
+
+
+def _leading(trace: xr.Dataset) -> pd.DataFrame:
+    tables = []
+    for run in each_run(trace):
+        m = xr.DataArray(run.mean(), {"neuron": run.neurons}, ("layer", "neuron"))
+        found = leading_indices(m, LEADING) if m.values.any() else leading_indices(m, 0)
+        found.insert(0, "rank", np.arange(1, len(found) + 1))
+        found.insert(0, "seed", run.seed)
+        found.insert(0, "tone", run.tone)
+        found.insert(0, "run", run.run)
+        tables.append(found)
+    some = [table for table in tables if len(table)]
+    return pd.concat(some, ignore_index=True) if some else tables[0]
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """A claim and its evidence.
+
+    Attributes:
+        key, claim: its short name, and in a sentence.
+        row: of a table, or `_NOTHING`.
+        measure: what the value is, in words.
+        more: whether larger values speak for it.
+        said: what else its words say.
+    """
+
+    key: str
+    claim: str
+    row: dict[str, Any]
+    measure: str
+    more: bool = True
+    said: str = ""
+
+
+def _verdicts(
+    striped: pd.DataFrame, agreed: Consensus, timed: pd.DataFrame, sparse: pd.DataFrame, leading: pd.DataFrame
+) -> list[dict[str, Any]]:
+    claims = [
+        _Claim(
+            "striation",
+            "The same neuron indices stand out in every layer",
+            _find(striped, statistic="icc", without=0),
+            "intraclass correlation over layers",
+        ),
+        _Claim(
+            "many_indices",
+            "Many indices make up the striation, not one",
+            _find(striped, statistic="icc", without=10),
+            "intraclass correlation without the 10 leading indices",
+        ),
+        _Claim(
+            "neuron_over_layer",
+            "What is added goes by neuron index more than by layer",
+            _find(striped, statistic="omega_squared_difference", without=0),
+            "share of variance (omega squared) by neuron less that by layer",
+        ),
+        _Claim(
+            "one_leader", "One index leads in every run", _both(agreed, "top1_agreement"), "share of runs", True, _led(leading)
+        ),
+        _Claim(
+            "shared_indices",
+            "Runs trained for different tones share their leading indices",
+            _both(agreed, "rank_biased_overlap"),
+            "rank-biased overlap between tones",
+        ),
+        _Claim("early", "The largest values fall early in a text", *_timed(timed), more=False),
+        _Claim(
+            "sparser",
+            "Training makes what is added sparser",
+            _find(sparse, statistic="hoyer", layer=ALL),
+            "Hoyer's sparsity of a token's values",
+        ),
+    ]
+    adjusted = holm(np.array([claim.row["p"] for claim in claims], dtype=float))
+    return [_verdict(claim, float(p)) for claim, p in zip(claims, adjusted, strict=True)]
+
+
+def _find(table: pd.DataFrame, **keys: Any) -> dict[str, Any]:
+    """The row over all trained runs."""
+    chosen = table[table["run"] == ALL] if len(table) else table
+    for key, value in keys.items():
+        chosen = chosen[chosen[key] == value] if len(chosen) else chosen
+    rows = _rows(chosen.head(1))
+    return rows[0] if rows else _NOTHING | {"n": 0, "unit": "tones", "statistic": ""}
+
+
+def _both(agreed: Consensus, statistic: str) -> dict[str, Any]:
+    """Agreement, with the larger p of the two nulls: neither chance nor the untrained run may explain it."""
+    row = _find(agreed.table, statistic=statistic, model="uniform")
+    left = _find(agreed.table, statistic=statistic, model="untrained")
+    return row | {"p": max(row["p"], left["p"]) if np.isfinite(left["p"]) else math.nan}
+
+
+def _timed(table: pd.DataFrame) -> tuple[dict[str, Any], str]:
+    row = _find(table, statistic="late_share_1000", without=0)
+    if np.isfinite(row["value"]):
+        return row, "share of the 1,000 largest values in the second half of a text"
+    return _find(table, statistic="centre_of_mass", without=0), "centre of mass of the energy, 0 first token, 1 last"
+
+
+def _led(leading: pd.DataFrame) -> str:
+    first = leading[(leading["rank"] == 1) & (leading["tone"] != UNTRAINED)] if len(leading) else leading
+    if not len(first):
+        return ""
+    counts = first["neuron"].value_counts()
+    index = int(counts.index[counts.to_numpy() == counts.max()].min())
+    return f"Index {index} leads in {int(counts.max())} of {len(first)} runs. "
+
+
+def _verdict(claim: _Claim, p: float) -> dict[str, Any]:
+    row = claim.row
+    verdict, why = _decided(claim, p)
+    shown = f"{claim.said}{claim.measure[:1].upper()}{claim.measure[1:]}: {_number(row['value'])}"
+    facts = [f"expected without an effect {_number(row['null'])}"] if np.isfinite(row["null"]) else []
+    facts += [f"95% interval {_number(row['low'])} to {_number(row['high'])}"] if np.isfinite(row["low"]) else []
+    facts += [f"untrained {_number(row['untrained'])}"] if np.isfinite(row["untrained"]) else []
+    facts += [f"p = {row['p']:.2g}, {p:.2g} after Holm"] if np.isfinite(p) else []
+    unit = row["unit"][:-1] if row["n"] == 1 else row["unit"]
+    facts.append(f"{row['n']} {unit}")
+    words = f"{shown} ({'; '.join(facts)}). {why}" if np.isfinite(row["value"]) else why
+    kept = ("value", "null", "low", "high", "p", "n", "unit", "statistic", "untrained", "difference")
+    return {"key": claim.key, "claim": claim.claim, "verdict": verdict, "words": words, "p_adjusted": p} | {
+        key: row[key] for key in (*kept, "difference_low", "difference_high")
+    }
+
+
+def _decided(claim: _Claim, p: float) -> tuple[Verdict, str]:
+    """The verdict and its reason."""
+    row = claim.row
+    if not np.isfinite(row["value"]):
+        return "cannot tell", "The trace has nothing to measure it by."
+    if claim.key == "neuron_over_layer":
+        return _by_interval(row["low"], row["high"], "The index explains more", "The layer explains more", "prompts and tones")
+    if claim.key == "one_leader" and row["n"] > 1 and row["value"] < 1:
+        return "not supported", "It is not the same index in every run."
+    if not np.isfinite(p):
+        return "cannot tell", _why_no_p(claim, row)
+    if p >= LEVEL:
+        return "not supported", "Chance explains as much."
+    if claim.key == "one_leader":
+        return "supported", "Neither chance nor the untrained IRMs explain it."
+    if not np.isfinite(row["difference_low"]):
+        return (
+            "cannot tell",
+            "It is more than chance, but there is no untrained IRM of the same seed, or one prompt only, to compare.",
+        )
+    low, high = row["difference_low"], row["difference_high"]
+    low, high = (low, high) if claim.more else (-high, -low)
+    return _by_interval(low, high, "Untrained IRMs show less of it", "Untrained IRMs show more of it", "untrained IRMs")
+
+
+def _by_interval(low: float, high: float, above: str, below: str, what: str) -> tuple[Verdict, str]:
+    if low > 0:
+        return "supported", f"{above}."
+    if high < 0:
+        return "not supported", f"{below}."
+    if not np.isfinite(low):
+        return "cannot tell", "One prompt gives no interval."
+    return "cannot tell", f"The interval has 0 in it: {what} leave both open."
+
+
+def _why_no_p(claim: _Claim, row: dict[str, Any]) -> str:
+    if claim.key in ("one_leader", "shared_indices"):
+        return (
+            "It takes runs of two tones or more: runs on the same data are no independent witnesses."
+            if row["n"] < 2
+            else ("There is no untrained IRM of the same seed to compare with.")
+        )
+    return "It takes 5 prompts or more, and an untrained IRM of the same seed."
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{key: _plain(value) for key, value in row.items()} for row in _rows(table)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
