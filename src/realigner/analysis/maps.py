@@ -28,7 +28,8 @@ def text_maps(trace: xr.Dataset, kind: Kind = "absolute", generated: int | None 
     Args:
         trace: see `traces.layout`.
         kind: ``absolute``: the mean of |delta| (M in docs/statistics.md); ``signed``: the mean of delta, as in the paper's
-            Figure 2, in which values of opposite sign cancel; ``rms``: the root of the mean of delta^2; ``max``: the largest |delta|.
+            Figure 2, in which values of opposite sign cancel; ``rms``: the root of the mean of delta^2; ``max``: the largest
+            |delta|.
         generated: how many generated tokens of each text count beside its prompt: 10 (the paper's choice), 0, or None: all.
 
     Returns:
@@ -85,7 +86,8 @@ def run_maps(trace: xr.Dataset, kind: Kind = "absolute", generated: int | None =
 
 def _pooled(trace: xr.Dataset, texts: np.ndarray, kind: Kind, generated: int | None) -> np.ndarray:
     """One run's map: each text counts by its tokens."""
-    total, tokens = None, 0
+    total: np.ndarray | None = None
+    tokens = 0
     for number in texts:
         one = text_maps(trace.isel(text=[int(number)]), kind, generated)
         own, count = one.values[0].astype(np.float64), int(one["count"].values[0])
@@ -95,10 +97,8 @@ def _pooled(trace: xr.Dataset, texts: np.ndarray, kind: Kind, generated: int | N
     assert total is not None  # a run has texts
     if kind == "max":
         return total
-    mean: np.ndarray = total / max(1, tokens)
-    if kind == "rms":
-        mean = np.sqrt(mean)
-    return mean
+    mean = total / max(1, tokens)
+    return np.asarray(np.sqrt(mean)) if kind == "rms" else mean
 
 
 def leading_indices(magnitude: xr.DataArray, count: int = 10) -> pd.DataFrame:
