@@ -47,7 +47,7 @@ def find_runs(places: Sequence[str | Path]) -> list[Path]:
         elif inside:
             found += inside
         else:
-            why = "there is no such folder" if not place.exists() else "neither an IRM's folder nor a sweep's"
+            why = "there is no such folder" if not place.exists() else "neither a run's folder nor a sweep's"
             raise RealignerError(f"{place}: {why}")
     return list(dict.fromkeys(found))
 
