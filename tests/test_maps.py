@@ -15,7 +15,7 @@ from tests.planted import planted_trace
 def test_maps_are_means_over_the_chosen_tokens(generated: int | None) -> None:
     trace = planted_trace(generated=23)
     texts = {
-        kind: text_maps(trace, kind, generated)  # type: ignore[arg-type]
+        kind: text_maps(trace, kind, generated)
         for kind in ("absolute", "signed", "rms", "max")
     }
     chosen = []
