@@ -14,10 +14,7 @@ from tests.planted import planted_trace
 @pytest.mark.parametrize("generated", [0, 10, None])
 def test_maps_are_means_over_the_chosen_tokens(generated: int | None) -> None:
     trace = planted_trace(generated=23)
-    texts = {
-        kind: text_maps(trace, kind, generated)
-        for kind in ("absolute", "signed", "rms", "max")
-    }
+    texts = {kind: text_maps(trace, kind, generated) for kind in ("absolute", "signed", "rms", "max")}
     chosen = []
     for number, text in enumerate(texts_of(trace)):
         new = text["is_generated"].values
