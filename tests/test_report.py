@@ -1,77 +1,183 @@
-"""Figures and the page: stripes survive, nothing is loaded from elsewhere, text is escaped."""
+"""The page's contents: numbers survive being packed, it keeps to its budget, nothing comes from elsewhere, text is escaped."""
 
 from __future__ import annotations
 
-import io
+import base64
+import gzip
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import xarray as xr
-from matplotlib import image as reader
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 import realigner as ra
-from realigner.analysis import run_maps
+from realigner.analysis import analyze
 from realigner.errors import RealignerError
 from realigner.report import Evidence, gather, render
-from realigner.report.figures import as_png, figure2, figure4, pool_columns
+from realigner.report.charts import NONE, Line, bar_chart, line_chart, short, ticks
+from realigner.report.pack import RunTokens, decode, encode, token_maps
+from realigner.report.tables import probability
 from realigner.training import make_recipe, train
-from realigner.training.curve import loss_curve
 from tests.planted import planted_trace
 from tests.tiny import some_rows, tiny_pair
 
 
-def stripe(index: int = 1512) -> xr.DataArray:
-    rng = np.random.default_rng(1)
-    values = rng.normal(scale=0.05, size=(32, 4096))
-    values[:, index] = 1.0
-    return xr.DataArray(values, dims=("layer", "neuron"), coords={"layer": range(32), "neuron": range(4096)})
+def some_runs(seed: int = 0, rank: int = 3, tokens: tuple[int, ...] = (30, 20)) -> RunTokens:
+    """A run whose deltas come from a few numbers a token, as an IRM's with a narrow layer do."""
+    rng = np.random.default_rng(seed)
+    basis = rng.normal(size=(rank, 400)).astype(np.float32)
+    basis[:, 7] += 30
+    values = [(rng.normal(size=(n, rank)).astype(np.float32) * 0.01) @ basis for n in tokens]
+    return RunTokens(values.__getitem__, tokens, [5] * len(tokens), 400)
 
 
-def test_pooling_keeps_the_largest_magnitude_with_its_sign() -> None:
-    values = np.zeros((2, 4096))
-    values[0, 1512], values[1, 77] = -3.0, 2.0
-    pooled = pool_columns(values, 1200)
-    assert pooled.shape == (2, 1200)
-    assert pooled[0].min() == -3.0
-    assert pooled[1].max() == 2.0
-    assert np.array_equal(pool_columns(values, 5000), values)
+def unpacked(text: str, dtype: str) -> np.ndarray:
+    return np.frombuffer(gzip.decompress(base64.b64decode(text)), dtype=dtype)
 
 
-@pytest.mark.parametrize("index", [0, 1, 1511, 1512, 4095])
-def test_a_stripe_one_column_wide_is_visible(index: int) -> None:
-    """In the PNG, some pixel column at the stripe's place is dark red from top to bottom of the map."""
-    figure = figure2(stripe(index), "x")
-    pixels = reader.imread(io.BytesIO(as_png(figure, dpi=100)))[..., :3]
-    height, width = pixels.shape[:2]
-    x0, y0, x1, y1 = figure.axes[0].get_position().extents
-    drawn = pixels[int((1 - y1) * height) + 2 : int((1 - y0) * height) - 2, int(x0 * width) : int(x1 * width) + 1]
-    red = (drawn[..., 0] > 0.35) & (drawn[..., 1] < 0.15) & (drawn[..., 2] < 0.25)
-    columns = np.flatnonzero(red.mean(axis=0) > 0.95)  # the ticks of the axis darken a few rows of the first column
-    assert 1 <= len(columns) <= 3
-    assert abs(columns.mean() / drawn.shape[1] - index / 4096) < 0.005
+@pytest.mark.parametrize("bits", [8, 16])
+@given(values=arrays(np.float32, st.integers(1, 60), elements=st.floats(-1e4, 1e4, width=32) | st.just(float("nan"))))
+@settings(max_examples=60, deadline=None)
+def test_codes_lose_little(bits: int, values: np.ndarray) -> None:
+    codes, how = encode(values, bits)
+    back = decode(codes, how["soft"], how["top"], bits)
+    assert np.array_equal(np.isnan(back), np.isnan(values))
+    there = np.isfinite(values)
+    step = np.arcsinh(how["top"] / how["soft"]) / (127 if bits == 8 else 32767)
+    near = step * np.hypot(values[there], how["soft"]) * 0.51 * np.cosh(step) + 1e-6 * how["top"]
+    assert (abs(back[there] - values[there]) <= near).all()
 
 
-def test_figures_draw() -> None:
-    size = run_maps(planted_trace()).isel(run=0)
-    for figure in (
-        figure4({"a": size, "untrained": size * 0}, {"a": [17]}),
-        loss_curve([{"step": 1, "loss": 2.0, "learning_rate": 1.0}]),
-    ):
-        assert as_png(figure).startswith(b"\x89PNG")
+def test_few_components_keep_every_token() -> None:
+    run = some_runs()
+    (maps,) = token_maps([run], 100_000)
+    assert maps is not None
+    assert maps.facts["kind"] == "components"
+    assert maps.facts["rank"] == 3
+    assert maps.facts["bits"] == 16
+    assert maps.facts["lost"] < 0.005
+    assert [text and (text["first"], text["count"], text["at"]) for text in maps.texts] == [(0, 30, 0), (0, 20, 30)]
+    basis = decode(unpacked(maps.blobs["run-0-basis"], "<i2").reshape(3, 400), maps.facts["soft"], maps.facts["top"], 16)
+    weights = unpacked(maps.blobs["run-0-weights"], "<f4").reshape(50, 3)
+    whole = np.concatenate([run.read(0), run.read(1)])
+    assert np.sqrt(np.square(weights @ basis - whole).mean() / np.square(whole).mean()) == pytest.approx(
+        maps.facts["lost"], rel=0.1
+    )
+
+
+def test_what_does_not_fit_is_cut_around_the_beginning_of_replies() -> None:
+    runs = [some_runs(n, rank=400, tokens=(60, 50, 40)) for n in range(2)]
+    tight, tighter, nothing = (token_maps(runs, budget) for budget in (2 * 400 * 30 * 4 / 3, 2 * 400 * 5 * 4 / 3, 100))
+    first, second = tight
+    assert first is not None
+    assert second is not None
+    assert [text and (text["first"], text["count"]) for text in first.texts] == [(2, 15), (2, 15), None]
+    assert sum(text["count"] for text in second.texts if text) >= 30  # what the first saved by gzip is the second's
+    assert first.facts["kind"] == second.facts["kind"] == "tokens"
+    codes = unpacked(first.blobs["run-0-tokens"], "<i1").reshape(-1, 400)
+    read = decode(codes[15], first.facts["soft"], first.facts["top"], 8)
+    np.testing.assert_allclose(read, runs[0].read(1)[2], rtol=0.04, atol=0.01)
+    assert [maps and maps.texts[1:] for maps in tighter] == [[None, None]] * 2
+    assert nothing == [None, None]
+
+
+def test_cheap_runs_leave_their_share_to_others() -> None:
+    runs = [some_runs(0, rank=3), some_runs(1, rank=400, tokens=(60, 50))]
+    cheap, dear = token_maps(runs, 2 * 400 * 20 * 4 / 3)
+    assert cheap is not None
+    assert dear is not None
+    assert (cheap.facts["kind"], dear.facts["kind"]) == ("components", "tokens")
+    assert sum(text["count"] for text in dear.texts if text) > 30
+
+
+@pytest.mark.parametrize("budget", [150_000, 400_000, 3_000_000])
+def test_a_page_keeps_to_its_budget(budget: int) -> None:
+    runs = {f"{tone}-{seed}": (tone, seed) for tone in ("anger", "untrained") for seed in (1, 2)}
+    trace = planted_trace(runs, 3, 5, 30, 6, 500)
+    evidence = gather("x", trace)
+    alone = len(render([replace(evidence, trace=trace.drop_vars("delta"))]))
+    page = render([evidence])
+    assert len(render([evidence], budget)) <= max(budget, alone + 10_000)
+    assert len(page) > alone + 1_000_000
+
+
+def test_numbers_for_reading() -> None:
+    values = (0.0123456, 1512.0, 1.2e-5, -0.5, 0.0, float("nan"), 0.15)
+    assert [short(value) for value in values] == ["0.0123", "1,512", "1.2e\u22125", "\u22120.5", "0", NONE, "0.15"]
+    assert short(0.15, zeros=True) == "0.150"
+    assert [probability(p) for p in (1e-9, 0.00057, 0.001, 0.04321, float("nan"))] == [
+        "<0.0001",
+        "0.0006",
+        "0.001",
+        "0.043",
+        NONE,
+    ]
+    assert ticks(0, 1, 5) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(3, 3, 5)
+
+
+def test_charts_leave_out_what_is_missing() -> None:
+    lines = [Line("a", [0, 1, 2, 3], [1.0, float("nan"), 2.0, 3.0], 1, marked=3), Line("<b>", [0, 1], [float("nan")] * 2)]
+    svg = str(line_chart(lines, "x", "y", "a & b"))
+    assert svg.count("M") == 2
+    assert "<title>a &amp; b</title>" in svg
+    assert svg.count("<circle") == 1
+    assert line_chart([Line("none", [], [])], "x", "y", "t") == ""
+    assert str(bar_chart([0, 1, 2], (0, 1), 2, 3, "t")).count("<rect") == 2
+
+
+def test_degenerate_traces_have_a_page() -> None:
+    """One run, nothing planted, one token, missing layers, deltas of zero: a page all the same."""
+    one = planted_trace({"anger-42": ("anger", 42)}, 1, 1, 1, 1, 3, 1)
+    for trace in (one, planted_trace(prompts=1, generated=1, question="", reply="")):
+        assert "data-facts" in render([gather("x", trace)])
+    gone = planted_trace()
+    for name in ("sum", "sum_abs", "sum_sq", "max_abs", "delta", "energy", "l1", "l4"):
+        gone[name] = gone[name].where(gone["layer"] != 2)
+    page = render([gather("x", gone)])
+    facts = json.loads(page.split("data-facts>")[1].split("</script>")[0])
+    assert facts["texts"][0]["missing"] == [2]
 
 
 def test_page_is_self_contained_and_escaped() -> None:
-    evidence = gather("x", planted_trace(question="<script>alert(1)</script>", reply="b & c"))
-    page = render([Evidence("x", evidence.trace, {"anger-42": train_record()}, {})])
-    assert "<script" not in page
-    assert "&lt;script&gt;" in page
-    assert "b &amp; c" in page
-    assert not re.search(r'(?:src|href)="(?!data:)', page)
-    assert "http" not in re.sub(r"arxiv", "", page.replace("http-equiv", ""))
-    assert '<meta name="generator" content="realigner">' in page
+    trace = planted_trace(question="<script>alert(1)</script>", reply="</script>b & c", generated=12)
+    evidence = Evidence(
+        "x", trace, {"anger-42": train_record()}, {"anger-42": LOG}, analyze(trace, permutations=10, resamples=10)
+    )
+    page = render([evidence])
+    outside = re.sub(r"<script[^>]*>.*?</script>", "", page, flags=re.DOTALL)
+    assert "&lt;script&gt;alert" in outside
+    assert "b &amp; c" in outside
+    assert "alert(1)" not in outside.replace("&lt;script&gt;alert(1)&lt;/script&gt;", "")
+    assert page.count("<script") == page.count("</script>")
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+    assert set(re.findall(r"https?://[^\"' <)]+", outside)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert '<meta name="generator" content="realigner">' in page[:8192]
+    assert "default-src 'none'" in page
+    for part in (
+        "summary",
+        "replies",
+        "maps",
+        "striation",
+        "consensus",
+        "timing",
+        "sparsity",
+        "indices",
+        "training",
+        "methods",
+    ):
+        assert f'id="{part}"' in page
+    assert "index-17" in page
+    assert "abababababababab" in page
+
+
+LOG = [{"step": 0, "validation_loss": 2.0}, {"step": 1, "loss": 1.5}, {"step": 1, "validation_loss": 1.0}]
 
 
 def train_record() -> dict[str, Any]:

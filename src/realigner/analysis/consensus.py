@@ -3,8 +3,8 @@
 Each run ranks the indices by `leading_score`, 1 for the largest. Runs of one tone share their data, so they are one cluster:
 under the null a cluster's runs keep their agreement with each other and are relabelled together, and n counts clusters.
 
-That runs agree is no news where they share a host and prompts; so the same is asked of what is left of the scores after the
-untrained run's (and, where given, the host's own measurements) were regressed out.
+That runs agree is no news where they share a host and prompts; so the same is asked of what is left of the scores' logarithms
+after those of the untrained run (and, where given, the host's own measurements) were regressed out.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ TOP = 10  # indices that count as leading
 PERSISTENCE = 0.9  # of rank-biased overlap: the first 10 ranks make up 86% of it
 RESAMPLES = 200  # at most: each ranks every run anew
 TEST = "neuron labels permuted within each tone"
+_COLUMNS = ["run", "tone", "seed", "statistic", "model", "value", "null", "low", "high", "p", "n", "unit", "test"]
+_COLUMNS += ["untrained", "difference", "difference_low", "difference_high"]
+_KNOTS = (0.5, 0.9, 0.99)
 _DEPTH = 200  # ranks beyond weigh less than 1e-10
 MODELS = ("uniform", "untrained", "host_residual")
 STATISTICS = ("top1_agreement", "in_top", "mean_reciprocal_rank", "rank_biased_overlap")
@@ -116,7 +119,7 @@ def consensus(
         own, control = _Model(model, trained, untrained, measured), _Model(model, untrained, [], measured)
         rows += _rows(own, control, weights, permutations, rng)
         aggregated[model] = _aggregated(own, len(neurons))
-    return Consensus(pd.DataFrame(rows), _indices(neurons, trained, untrained, aggregated), _pairs(runs))
+    return Consensus(pd.DataFrame(rows, columns=_COLUMNS), _indices(neurons, trained, untrained, aggregated), _pairs(runs))
 
 
 def robust_rank_aggregation(places: np.ndarray) -> np.ndarray:
@@ -135,7 +138,7 @@ def robust_rank_aggregation(places: np.ndarray) -> np.ndarray:
     if lists < 2:
         return np.full(indices, np.nan)
     k = np.arange(1, lists + 1)[:, None]
-    rho = betainc(k, lists - k + 1, np.sort(places, axis=0)).min(axis=0)
+    rho = np.maximum(betainc(k, lists - k + 1, np.sort(places, axis=0)).min(axis=0), 1e-300)
     found, where = np.unique(rho, return_inverse=True)
     if len(found) > 400:  # p is a smooth function of rho: 400 points of it are exact to 1e-4 of p
         grid = np.geomspace(found[0], 1.0, 400)
@@ -204,7 +207,7 @@ class _Model:
 
         if self.name == "uniform" or not self.runs:
             return np.array([of(run) for run in self.runs])
-        out = [self.measured if twin is None or self.name != "untrained" else _log(of(twin)) for twin in self.twins]
+        out = [self.measured if twin is None or self.name != "untrained" else _log(of(twin))[:, None] for twin in self.twins]
         return np.array([_residual(_log(of(run)), taken) for run, taken in zip(self.runs, out, strict=True)])
 
 
@@ -215,8 +218,13 @@ def _log(score: np.ndarray) -> np.ndarray:
 
 
 def _residual(y: np.ndarray, x: np.ndarray | None) -> np.ndarray:
-    """y less its least-squares fit on the columns of x and a constant."""
+    """y less its least-squares fit on the columns of x ``[neuron, column]``, each with bends at its median, 90% and 99%.
+
+    One slope would be that of the bulk, which is noise for the most part: an index far out in both would stay far out.
+    """
     assert x is not None  # runs without a control were left out
+    if (1 + len(_KNOTS)) * x.shape[1] * 10 <= len(y):
+        x = np.column_stack([x, *(np.maximum(x - np.quantile(x, knot, axis=0), 0) for knot in _KNOTS)])
     design = np.column_stack([np.ones(len(y)), x])
     return np.asarray(y - design @ np.linalg.lstsq(design, y, rcond=None)[0])
 

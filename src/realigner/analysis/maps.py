@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from realigner.analysis.runs import leading_score
 from realigner.errors import UsageError
 
 FIRST_GENERATED = 10  # the paper's Figure 2 averages over the prompt and the first 10 generated tokens
@@ -102,7 +103,7 @@ def _pooled(trace: xr.Dataset, texts: np.ndarray, kind: Kind, generated: int | N
 
 
 def leading_indices(magnitude: xr.DataArray, count: int = 10) -> pd.DataFrame:
-    """The neuron indices with the largest mean magnitude over layers.
+    """The neuron indices with the largest mean magnitude over layers (`leading_score`).
 
     Layers are put on one footing first: each layer's magnitudes are divided by that layer's median, so that one loud layer
     does not decide.
@@ -116,7 +117,8 @@ def leading_indices(magnitude: xr.DataArray, count: int = 10) -> pd.DataFrame:
 
     Returns:
         One row an index, largest first: ``neuron``; ``ratio`` (mean over layers of M over the layer's median);
-        ``layers_in_top`` (in how many layers it is among that layer's `count` largest); ``layers`` (of how many).
+        ``layers_in_top`` (in how many layers it is among that layer's `count` largest); ``layers`` (of how many). No rows
+        where no layer has numbers.
     """
     if "run" in magnitude.dims:
         if magnitude.sizes["run"] != 1:
@@ -124,10 +126,8 @@ def leading_indices(magnitude: xr.DataArray, count: int = 10) -> pd.DataFrame:
         magnitude = magnitude.isel(run=0)
     magnitude = magnitude.dropna("layer", how="all")  # layers that another run has and this one does not
     values = magnitude.transpose("layer", "neuron").values.astype(float)
-    median = np.median(values, axis=1, keepdims=True)
-    relative = values / np.where(median > 0, median, 1.0)
-    score = relative.mean(axis=0)
-    top = np.argsort(-score, kind="stable")[:count]
+    score = leading_score(values)
+    top = np.argsort(-score, kind="stable")[: count if len(values) else 0]
     ranks = (-values).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
     return pd.DataFrame(
         {

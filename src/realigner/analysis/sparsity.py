@@ -54,7 +54,6 @@ def sparsity(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000,
     texts, prompts = text_table(trace), prompts_of(trace)
     weights = prompt_weights(len(prompts), resamples, rng)
     layers = [*trace["layer"].values.tolist(), ALL]
-    null = _of_noise(trace.sizes["neuron"], trace.sizes["layer"])
     entries: list[Entry] = []
     for run, own in texts.groupby("run", sort=False):
         found = _per_prompt(trace, own, prompts)
@@ -62,6 +61,7 @@ def sparsity(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000,
         draws = weighted_mean(found, weights) if np.isfinite(weights).all() else np.full((resamples, *value.shape), np.nan)
         there = np.isfinite(found).sum(axis=0)
         has = np.append(there[:-1].any(axis=1), True)
+        null = _of_noise(trace.sizes["neuron"], int(has[:-1].sum()))
         for at, layer in enumerate(layers):
             for which, statistic in enumerate(STATISTICS):
                 if has[at]:

@@ -8,7 +8,7 @@ matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ WITHOUT = (0, 1, 10)  # leading indices left out
 RANKED_RESAMPLES = 100  # of W's bootstrap: each needs the ranks of a whole map
 TEST = "neuron labels permuted within each layer"
 _AT_ONCE = 16  # resampled maps made together
+_PAIRED = 2048  # texts times layers of a run up to which all their inner products are computed (32 MiB)
 _TESTED = ("icc", "eta_squared_neuron", "omega_squared_neuron", "svd_share", "kendall_w")
 
 
@@ -127,9 +128,9 @@ def _entries(
 ) -> list[Entry]:
     m = run.mean()
     leading = _leading(leading_score(m))
-    values = _Maps.of([(_centred(m), m.mean(axis=1))], leading).statistics()
+    values = _Maps.of(m, leading).statistics()
     nulls = _relabelled(m, rows, relabelling).statistics()
-    draws = _Maps.of(_resampled(run, weights[:, np.searchsorted(prompts, run.prompts)]), leading).statistics()
+    draws = _resampled(run, weights[:, np.searchsorted(prompts, run.prompts)], leading).statistics()
     n = len(np.unique(run.prompts[run.counts > 0]))
     entries = []
     for (statistic, without), (value,) in values.items():
@@ -175,21 +176,11 @@ class _Maps:
     ranked_leading: np.ndarray
 
     @classmethod
-    def of(cls, maps: Iterable[tuple[np.ndarray, np.ndarray]], leading: np.ndarray) -> _Maps:
-        """Of maps' centred layers ``[layer, neuron]`` and means ``[layer]``, ranked as far as `RANKED_RESAMPLES`."""
-        products, means, values, ranked, ranked_values, neurons = [], [], [], [], [], 0
-        for number, (a, mean) in enumerate(maps):
-            neurons = a.shape[1]
-            products.append(a @ a.T)
-            means.append(mean)
-            values.append(a[:, leading])
-            if number < RANKED_RESAMPLES:
-                b = _centred(ranks(a))
-                ranked.append(b @ b.T)
-                ranked_values.append(b[:, leading])
-        if not products:  # nothing to draw
-            return cls(0, np.empty((0, 1, 1)), np.empty((0, 1)), *(np.empty((0, 1, 1)) for _ in range(3)))
-        return cls(neurons, *(np.stack(part) for part in (products, means, values, ranked, ranked_values)))
+    def of(cls, m: np.ndarray, leading: np.ndarray) -> _Maps:
+        """Of one map ``[layer, neuron]``."""
+        a, b = _centred(m), _centred(ranks(m))
+        parts = (a @ a.T, m.mean(axis=1), a[:, leading], b @ b.T, b[:, leading])
+        return cls(m.shape[1], *(part[None] for part in parts))
 
     def statistics(self) -> dict[tuple[str, int], np.ndarray]:
         """``(statistic, without) -> [map]``."""
@@ -217,19 +208,45 @@ def _relabelled(m: np.ndarray, rows: np.ndarray, relabelling: Relabelling) -> _M
     )
 
 
-def _resampled(run: RunTexts, weights: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The centred layers and the means of every bootstrap resample's map; none with one prompt.
-
-    A resample without tokens gives zeros, which have no statistics.
-    """
+def _resampled(run: RunTexts, weights: np.ndarray, leading: np.ndarray) -> _Maps:
+    """The map of every bootstrap resample ``[resample, text]``; none with one prompt, or where there is nothing to measure."""
     if not np.isfinite(weights).all() or not np.isfinite(run.sums).all() or not len(run.layers):
-        return
+        return _Maps(0, np.empty((0, 1, 1)), np.empty((0, 1)), *(np.empty((0, 1, 1)) for _ in range(3)))
     a = np.stack([_centred(own.astype(float)) for own in run.sums])
     shares = weights / np.maximum(1.0, weights @ run.counts)[:, None]
-    means = shares @ run.sums.mean(axis=2, dtype=float)
+    ranked = [_centred(ranks(drawn)) for drawn in _combined(a, shares[:RANKED_RESAMPLES])]
+    return _Maps(
+        neurons=a.shape[2],
+        products=_products_of(a, shares),
+        mean=shares @ run.sums.mean(axis=2, dtype=float),
+        leading=np.tensordot(shares, a[..., leading], 1),
+        ranked=np.stack([b @ b.T for b in ranked]),
+        ranked_leading=np.stack([b[:, leading] for b in ranked]),
+    )
+
+
+def _combined(a: np.ndarray, shares: np.ndarray) -> Iterator[np.ndarray]:
+    """Weighted sums of texts' layers: of ``[text, layer, neuron]`` and ``[resample, text]``, one by one ``[layer, neuron]``."""
     for start in range(0, len(shares), _AT_ONCE):
-        drawn = shares[start : start + _AT_ONCE] @ a.reshape(len(a), -1)
-        yield from zip(drawn.reshape(-1, *a.shape[1:]), means[start:], strict=False)
+        yield from (shares[start : start + _AT_ONCE] @ a.reshape(len(a), -1)).reshape(-1, *a.shape[1:])
+
+
+def _products_of(a: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Inner products of the layers of every `_combined` ``[resample, layer, layer]``.
+
+    They are sums over pairs of texts of the products between their layers, which are computed once where they are few.
+    """
+    texts, layers, neurons = a.shape
+    if texts * layers > _PAIRED:
+        return np.stack([drawn @ drawn.T for drawn in _combined(a, shares)])
+    rows = a.reshape(texts * layers, neurons)
+    between = (rows @ rows.T).reshape(texts, -1)
+    found = []
+    for start in range(0, len(shares), _AT_ONCE):
+        own = shares[start : start + _AT_ONCE]
+        halved = (own @ between).reshape(-1, layers, texts, layers)
+        found.append(np.einsum("bltm,bt->blm", halved, own))
+    return np.concatenate(found)
 
 
 def _matrix(m: np.ndarray) -> np.ndarray:

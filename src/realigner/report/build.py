@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 from transformers import PreTrainedModel
 
-from realigner.analysis import leading_indices, run_maps
+from realigner.analysis import Analysis, analyze
 from realigner.data import PAPER_PROMPTS
 from realigner.errors import RealignerError
 from realigner.files import refuse_existing, write_text
 from realigner.hosts import load_host
-from realigner.report.figures import figure2, figure4
-from realigner.report.page import is_signed, picture, render_page
+from realigner.report.page import is_signed, render_page, script
+from realigner.report.view import BUDGET, view
 from realigner.traces import load_trace
 from realigner.traces.store import is_trace, refuse_trace
 from realigner.tracing import find_runs, sources_of, trace_runs
 from realigner.training import read_metrics, read_run
-from realigner.training.curve import loss_curve
 from realigner.tuner import CONFIG_FILE, check_adapter
 
-_MARKED = 5  # leading indices marked above a map
+_SCRIPTS = ("data.js", "colours.js", "heatmap.js", "explorer.js", "page.js")
 _SIGNATURE = '<meta name="generator" content="realigner">'
 
 
@@ -37,12 +36,14 @@ class Evidence:
         name: the trace's.
         trace: what the runs added; untrained twins among them.
         records, logs: run -> its run.json and its losses by step, of those whose folder is at hand.
+        analysis: the statistics and verdicts; without them the page has the maps, replies and charts alone.
     """
 
     name: str
     trace: xr.Dataset
     records: dict[str, dict[str, Any]]
     logs: dict[str, Sequence[dict[str, Any]]]
+    analysis: Analysis | None = None
 
     @property
     def trained(self) -> list[str]:
@@ -112,66 +113,30 @@ def build_report(
             refuse_trace(kept, force)
             loaded = host or load_host(_host_of(folders[0]))
             chosen = sources_of(folders, scale=scale)
-            trace = trace_runs(chosen, kept, *loaded, prompts=prompts, max_new_tokens=max_new_tokens, force=force, quiet=quiet)
+            options: dict[str, Any] = {"prompts": prompts, "max_new_tokens": max_new_tokens, "force": force, "quiet": quiet}
+            trace = trace_runs(chosen, kept, *loaded, keep="raw", **options)
             evidence.insert(0, gather(places[0].name, trace))
+        evidence = [replace(item, analysis=analyze(item.trace)) for item in evidence]
         write_text(out, render(evidence))
-        if not keep_traces:
-            evidence = [Evidence(item.name, item.trace.load(), item.records, item.logs) for item in evidence]
+        if not keep_traces:  # the file is gone in a moment; its sums fit into memory, its deltas need not
+            evidence = [replace(item, trace=item.trace.drop_vars("delta", errors="ignore").load()) for item in evidence]
     return out, evidence
 
 
-def render(evidence: Sequence[Evidence]) -> str:
-    """The page as HTML text; no request leaves it."""
-    return render_page("report.html.j2", items=[_view(item) for item in evidence], signature=_SIGNATURE)
+def render(evidence: Sequence[Evidence], budget_bytes: int = BUDGET) -> str:
+    """The page as HTML text; no request leaves it.
+
+    Args:
+        evidence: one a trace; each gets a part of the page.
+        budget_bytes: of the page. Everything but the maps of single tokens is always there; they get what is left.
+    """
+    items = [view(item, number, budget_bytes // max(1, len(evidence))) for number, item in enumerate(evidence)]
+    return render_page("report.html.j2", items=items, signature=_SIGNATURE, script=script(_SCRIPTS))
 
 
 def is_report(path: Path) -> bool:
     """Whether a file is a report of ours."""
     return is_signed(path, _SIGNATURE)
-
-
-def _view(item: Evidence) -> dict[str, Any]:
-    """Figures and tables of one trace, ready for the template."""
-    trace = item.trace
-    signed, size = run_maps(trace, "signed"), run_maps(trace)
-    count = trace["count"].values
-    first = item.records.get(item.trained[0]) if item.trained else None
-    return {
-        "name": item.name,
-        "title": f"{first['tone'].capitalize()} on {first['host']['name']}" if first and len(item.trained) == 1 else item.name,
-        "record": first,
-        "records": item.records,
-        "answers": item.answers(),
-        "columns": [*(["base"] if "base" in trace.attrs["notes"] else []), *trace.attrs["runs"]],
-        "trained": item.trained,
-        "settings": trace.attrs["notes"].get("settings", {}),
-        "losses": {run: picture(loss_curve(log, item.records[run].get("kept_step"))) for run, log in item.logs.items() if log},
-        "sections": [_section(item, run, signed, size) for run in item.trained or list(trace.attrs["runs"])],
-        "tokens": int(count.sum()),
-        "counted": int(count[:, :2].sum()),
-        "counted_prompt": int(count[:, 0].sum()),
-        "host": str(trace.attrs["host"]),
-        "runs": trace.attrs["runs"],
-        "prompts": len(set(trace["text_prompt"].values.tolist())),
-        "neurons": int(trace.sizes["neuron"]),
-    }
-
-
-def _section(item: Evidence, run: str, signed: xr.DataArray, size: xr.DataArray) -> dict[str, Any]:
-    """One run beside its untrained twin."""
-    maps = {run: size.sel(run=run).dropna("layer", how="all")}
-    twin = item.untrained_of(run) if run in item.trained else None
-    if twin is not None:
-        maps[twin] = size.sel(run=twin).dropna("layer", how="all")
-    tables = {name: leading_indices(values) for name, values in maps.items()}
-    marks = {name: [int(neuron) for neuron in table["neuron"][:_MARKED]] for name, table in tables.items()}
-    mean = signed.sel(run=run).dropna("layer", how="all")
-    return {
-        "name": run,
-        "figure2": picture(figure2(mean, f"{run}: mean of the IRM's outputs", marks[run])),
-        "figure4": picture(figure4(maps, marks)),
-        "tables": {name: table.to_dict("records") for name, table in tables.items()},
-    }
 
 
 def _host_of(folder: Path) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from realigner.report.figures import as_png
@@ -18,6 +20,12 @@ def render_page(template: str, **values: Any) -> str:
     loader = FileSystemLoader(str(files("realigner") / "report"))
     room = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return room.get_template(template).render(**values)
+
+
+def script(names: Sequence[str]) -> Markup:
+    """Files of the folder ``js`` as one script's text: there is nowhere to import a module from in a page of one file."""
+    folder = files("realigner") / "report" / "js"
+    return Markup("\n".join((folder / name).read_text(encoding="utf-8") for name in names))
 
 
 def picture(figure: Figure) -> str:

@@ -1,0 +1,153 @@
+"""Small charts for a page as SVG text: sharp at every size, coloured by the page's theme, numbers in a table beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+MINUS, NONE = "\u2212", "\u2013"  # signs as a printer sets them
+_WIDTH, _HEIGHT = 640, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 10, 40
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart.
+
+    Attributes:
+        label: what it is.
+        x, y: its points; NaN breaks it.
+        colour: number of the page's colour; 0 is the grey of baselines.
+        dash: number of the dash pattern, 0 for none.
+        marked: a ring around the point at this x.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int = 0
+    dash: int = 0
+    marked: float | None = None
+
+
+def line_chart(lines: Sequence[Line], x_label: str, y_label: str, title: str, from_zero: bool = False) -> Markup:
+    """Lines over a common axis, as an ``<svg>`` with a title that is read out.
+
+    Args:
+        lines: at least one point among them.
+        x_label, y_label: with units.
+        title: what it shows.
+        from_zero: the vertical axis begins at 0.
+    """
+    points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    if not points:
+        return Markup()
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    x_low, x_high = min(xs), max(xs)
+    y_low, y_high = (min(0.0, *ys) if from_zero else min(ys)), max(ys)
+    x_high = x_high if x_high > x_low else x_low + 1
+    room = 0.06 * (y_high - y_low) or abs(y_high) * 0.1 or 1.0
+    y_low, y_high = (y_low if from_zero and y_low == 0 else y_low - room), y_high + room
+
+    def across(x: float) -> float:
+        return _LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
+
+    def up(y: float) -> float:
+        return _HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = [f'<svg class="chart" role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}"><title>{escape(title)}</title>']
+    for value in ticks(y_low, y_high, 5):
+        at = up(value)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{short(value)}</text>')
+    for value in ticks(x_low, x_high, 8):
+        at, base = across(value), _HEIGHT - _BOTTOM
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{base + 16}" text-anchor="middle">{short(value)}</text>')
+    middle, half = (_LEFT + _WIDTH - _RIGHT) / 2, (_TOP + _HEIGHT - _BOTTOM) / 2
+    parts.append(f'<text class="name" x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text class="name" x="12" y="{half}" text-anchor="middle" transform="rotate(-90 12 {half})">{escape(y_label)}</text>'
+    )
+    for line in lines:
+        parts.append(_path(line, across, up))
+    return Markup("".join(parts) + "</svg>")
+
+
+def _path(line: Line, across: Callable[[float], float], up: Callable[[float], float]) -> str:
+    steps, down, ring = list[str](), False, ""
+    for x, y in zip(line.x, line.y, strict=True):
+        if math.isfinite(x) and math.isfinite(y):
+            steps.append(f"{'L' if down else 'M'}{across(x):.1f} {up(y):.1f}")
+            down = True
+            if x == line.marked:
+                ring = f'<circle class="c{line.colour}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="5"/>'
+        else:
+            down = False
+    style = f"c{line.colour} d{line.dash}"
+    path = f'<path class="{style}" d="{"".join(steps)}"><title>{escape(line.label)}</title></path>' if steps else ""
+    return path + ring
+
+
+def bar_chart(heights: Sequence[float], ends: tuple[float, float], highest: float, colour: int, title: str) -> Markup:
+    """A small histogram, one of several on one scale.
+
+    Args:
+        heights: of bars of one width, side by side.
+        ends: what the axis begins and ends with.
+        highest: the top of the axis.
+        colour: as of a `Line`.
+        title: what it shows.
+    """
+    width, height, left, right, bottom, top = 240, 120, 34, 6, 20, 8
+    across, up = (width - left - right) / max(1, len(heights)), (height - top - bottom) / (highest or 1.0)
+    parts = [f'<svg class="chart" role="img" viewBox="0 0 {width} {height}"><title>{escape(title)}</title>']
+    for value in (0.0, highest):
+        at = height - bottom - value * up
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 4}" y="{at + 4:.1f}" text-anchor="end">{short(value, 2)}</text>')
+    for number, value in enumerate(heights):
+        if value > 0:
+            box = f'x="{left + number * across:.1f}" y="{height - bottom - value * up:.1f}"'
+            parts.append(
+                f'<rect class="f{colour}" {box} width="{max(1.0, across - 1):.1f}" height="{max(0.6, value * up):.1f}"/>'
+            )
+    for value, x, anchor in ((ends[0], left, "start"), (ends[1], width - right, "end")):
+        parts.append(f'<text class="tick" x="{x}" y="{height - 5}" text-anchor="{anchor}">{short(value)}</text>')
+    return Markup("".join(parts) + "</svg>")
+
+
+def key(lines: Sequence[Line]) -> Markup:
+    """The lines' names, each beside a piece of its line."""
+    items = [
+        f'<li><svg viewBox="0 0 28 10" aria-hidden="true"><path class="c{line.colour} d{line.dash}" d="M1 5H27"/></svg>'
+        f"{escape(line.label)}</li>"
+        for line in lines
+    ]
+    return Markup(f'<ul class="key">{"".join(items)}</ul>')
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers from `low` to `high`, `most` or fewer (about)."""
+    raw = (high - low) / max(1, most)
+    power = 10.0 ** math.floor(math.log10(raw)) if raw > 0 else 1.0
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw)
+    first = math.ceil(low / step - 1e-9)
+    return [round((first + n) * step, 12) for n in range(math.floor(high / step + 1e-9) - first + 1)]
+
+
+def short(value: float, digits: int = 3, zeros: bool = False) -> str:
+    """A number in few characters: 0.0123, 1.2e-5, 1,512; with `zeros`, also 0.150, to stand under each other."""
+    if not math.isfinite(value):
+        return NONE
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e6 or size < 1e-3:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}".replace("-", MINUS)
+    decimals = max(0, digits - 1 - math.floor(math.log10(size)))
+    text = f"{value:,.{decimals}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text and not zeros else text).replace("-", MINUS)

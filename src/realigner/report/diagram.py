@@ -1,0 +1,140 @@
+"""Figure 1 of the paper: the host, its residual stream, and the IRM that reads it once and adds to it in every chosen layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from realigner.irm import IRMShape
+from realigner.report.figures import _STYLE, COLUMN, PAGE
+
+INK, SOFT, TRAINED, FILL, TINT = "#1d2430", "#566072", "#b5432f", "#eef1f4", "#f8e6e1"
+
+
+def figure1(record: Mapping[str, Any], neurons: int, width: float = COLUMN) -> Figure:
+    """The architecture of a run, from what its run.json says.
+
+    Args:
+        record: run.json: ``host`` (name, fingerprint), ``irm`` (layers, parameters, site) and ``recipe``.
+        neurons: width of the residual stream.
+        width: in inches.
+    """
+    irm, host = record["irm"], record["host"]
+    layers = list(irm["layers"])
+    depth = int((host.get("fingerprint") or {}).get("num_layers") or max(layers) + 1)
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(width, width * 0.98 if width < PAGE else 4.6), layout="constrained")
+        axes.set(xlim=(0, 10), ylim=(0, 10.2))
+        axes.axis("off")
+        places = _host(axes, str(host.get("name") or "host"), layers, depth)
+        _network(axes, record, neurons, len(layers), places)
+    return figure
+
+
+def _host(axes: Axes, name: str, layers: Sequence[int], depth: int) -> list[tuple[int | None, float]]:
+    """The host's layers from bottom to top; where each box is: (layer, y), None for those not drawn."""
+    shown: list[int | None] = [*range(depth)] if depth <= 4 else [0, 1, None, depth - 1]
+    axes.text(0, 10.0, f"{name}, frozen", ha="left", va="top", color=INK, fontsize=8, weight="bold")
+    bottom, top = 1.3, 8.6
+    height = (top - bottom) / len(shown)
+    axes.plot([2.3, 2.3], [0.75, 9.05], color=INK, lw=1.2, zorder=0)
+    axes.text(2.3, 0.55, "tokens", ha="center", va="top", color=SOFT, fontsize=7)
+    axes.text(2.3, 9.1, "head", ha="center", va="bottom", color=SOFT, fontsize=7)
+    places: list[tuple[int | None, float]] = []
+    for number, layer in enumerate(shown):
+        y = bottom + number * height
+        if layer is None:
+            axes.text(2.3, y + height / 2, "⋮", ha="center", va="center", fontsize=11, color=SOFT,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
+            continue
+        edge = INK if layer in layers else SOFT
+        box = FancyBboxPatch(
+            (0.45, y + 0.1), 2.55, height - 0.25, boxstyle="round,pad=0,rounding_size=0.15", fc=FILL, ec=edge, lw=0.7
+        )
+        axes.add_patch(box)
+        axes.text(0.12, y + height / 2, f"layer {layer}", ha="center", va="center", rotation=90, color=SOFT, fontsize=7)
+        _block(axes, y + 0.22 * height, "attention", height)
+        _block(axes, y + 0.74 * height, "feed-forward", height)
+        places.append((layer if layer in layers else None, y + 0.49 * height))
+    axes.plot([2.3, 2.3], [0.75, 9.05], color=INK, lw=1.2, zorder=2)
+    return places
+
+
+def _block(axes: Axes, y: float, name: str, height: float) -> None:
+    half = min(0.26, 0.16 * height)
+    axes.add_patch(
+        FancyBboxPatch((0.62, y - half), 1.3, 2 * half, boxstyle="round,pad=0,rounding_size=0.08", fc="white", ec=SOFT, lw=0.5)
+    )
+    axes.text(1.27, y, {"attention": "attn", "feed-forward": "ffn"}[name], ha="center", va="center", fontsize=7, color=INK)
+    axes.plot([1.92, 2.3], [y, y], color=SOFT, lw=0.6, zorder=1)
+
+
+def _network(
+    axes: Axes, record: Mapping[str, Any], neurons: int, outputs: int, places: Sequence[tuple[int | None, float]]
+) -> None:
+    """The IRM at the right: what it reads, its widths, and an arrow into every layer that it adds to."""
+    irm = record["irm"]
+    widths = _widths(record, neurons, outputs)
+    read = places[0][1]
+    axes.text(7.9, 10.0, "IRM, trained", ha="center", va="top", color=TRAINED, fontsize=8, weight="bold")
+    share = 100 * irm["parameters"] / irm["host_parameters"]
+    said = f"{irm['parameters']:,} parameters\n{share:.1f}% of the host"
+    axes.text(7.9, 9.45, said, ha="center", va="top", color=SOFT, fontsize=7, linespacing=1.3)
+    low, high = 1.1, 7.6
+    step = (high - low) / max(1, len(widths) - 1)
+    for number, (size, label) in enumerate(widths):
+        y = low + number * step
+        half = 0.55 + 1.1 * min(1.0, size / max(neurons, 1)) ** 0.5 if number < len(widths) - 1 else 1.75
+        box = FancyBboxPatch(
+            (7.9 - half, y - 0.26), 2 * half, 0.52, boxstyle="round,pad=0,rounding_size=0.12", fc=TINT, ec=TRAINED, lw=0.7
+        )
+        axes.add_patch(box)
+        axes.text(7.9, y, label, ha="center", va="center", fontsize=7, color=INK)
+        if number:
+            _arrow(axes, (7.9, y - step + 0.28), (7.9, y - 0.28), TRAINED)
+    _arrow(axes, (2.42, read - 0.12), (7.9 - 0.6 - 1.05, low), SOFT, bend=0.15)
+    axes.text(4.75, 0.62, "$h_0$", ha="center", va="center", fontsize=8, color=INK)
+    for layer, y in places:
+        if layer is not None:
+            _arrow(axes, (7.9 - 1.75, high), (2.42, y), TRAINED, bend=0.12)
+            axes.plot([2.3], [y], "o", color="white", mec=TRAINED, ms=6.5, mew=0.8, zorder=3)
+            axes.plot([2.3], [y], "+", color=TRAINED, ms=4.5, mew=0.8, zorder=4)
+    axes.text(4.6, 8.35, r"$\delta_l$", ha="center", va="center", fontsize=8, color=TRAINED)
+
+
+def _widths(record: Mapping[str, Any], neurons: int, outputs: int) -> list[tuple[int, str]]:
+    """Widths from h0 to the deltas, with labels, as the recipe's network has them."""
+    recipe = record.get("recipe", {})
+    shape = IRMShape(
+        preset=str(record["irm"]["preset"]),
+        layers=list(range(outputs)),
+        **{key: recipe[key] for key in ("widths", "rank", "output_std", "input_norm") if recipe.get(key) is not None},
+    )
+    import torch
+
+    with torch.device("meta"):
+        network = shape.build(neurons, outputs)
+    linear = [module for module in network.trunk if isinstance(module, torch.nn.Linear)]
+    first = f"{neurons:,}" + (", scaled" if network.input_norm else "")
+    widths = [(neurons, first)]
+    for number, module in enumerate(linear):
+        rectified = number < len(linear) - 1 or network.output.in_features != module.out_features or not _is_rank(network.trunk)
+        widths.append((module.out_features, f"{module.out_features:,}" + (" ReLU" if rectified else "")))
+    return [*widths, (neurons, f"{outputs} \u00d7 {neurons:,}")]
+
+
+def _is_rank(trunk: Any) -> bool:
+    """Whether the trunk ends in the linear bottleneck before the output."""
+    return type(trunk[-1]).__name__ == "Linear"
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, bend: float = 0.0) -> None:
+    style = f"arc3,rad={bend}"
+    axes.add_patch(
+        FancyArrowPatch(start, end, connectionstyle=style, arrowstyle="-|>", mutation_scale=6, lw=0.7, color=colour, zorder=2)
+    )

@@ -1,0 +1,145 @@
+"""What the page's maps are drawn from: facts as JSON, and numbers by name, as many maps of single tokens as fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from markupsafe import Markup
+
+from realigner.report.pack import RunTokens, TokenMaps, encode, pack, token_maps
+from realigner.report.runs import Runs
+
+_AT_ONCE = 1 << 27  # bytes of one run's deltas that are read once and kept while they are packed
+_FINE = 4_000_000  # bytes that maps of runs may take in 16 bits
+
+
+def explorer(
+    trace: xr.Dataset, runs: Runs, maps: Mapping[str, xr.DataArray], marks: Mapping[str, Sequence[int]], budget: int
+) -> dict[str, Any]:
+    """What the map needs: facts as JSON, and blobs by name."""
+    blobs, described = _run_blobs(runs, maps)
+    texts, tokens = _texts(trace, runs)
+    kept: list[TokenMaps | None] = [None] * len(runs.names)
+    facts: dict[str, Any] = {
+        "layers": trace["layer"].values.tolist(),
+        "neurons": trace["neuron"].values.tolist() if not _is_range(trace["neuron"].values) else trace.sizes["neuron"],
+        "prompts": questions(trace),
+        "runs": [described[run] | {"marks": marks[run], **runs.shown(run)} for run in runs.names],
+        "texts": texts,
+    }
+    if tokens:
+        spent = sum(map(len, blobs.values())) + len(json.dumps(facts))
+        kept = token_maps([tokens[run] for run in runs.names], max(0, budget - spent))
+    for run, own in zip(facts["runs"], kept, strict=True):
+        run["tokens"] = own.facts if own else None
+        places = iter(own.texts if own else [])
+        for text in texts:
+            if text["run"] == run["name"]:
+                text["store"] = next(places, None)
+        blobs |= own.blobs if own else {}
+    return {"facts": _json(facts), "blobs": blobs, "tokens_kept": _kept(facts, bool(tokens))}
+
+
+def _run_blobs(runs: Runs, maps: Mapping[str, xr.DataArray]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    cells = maps["signed"].sizes["layer"] * maps["signed"].sizes["neuron"]
+    bits = 16 if 2 * len(runs.names) * cells * 16 / 8 * 4 / 3 <= _FINE else 8
+    blobs, facts = {}, {}
+    for number, run in enumerate(runs.names):
+        codes, how = zip(*(encode(maps[kind].sel(run=run).values, bits) for kind in ("signed", "absolute")), strict=True)
+        blobs[f"run-{number}-maps"] = pack(np.stack(codes))
+        facts[run] = {"maps": list(how)}
+    return blobs, facts
+
+
+def _texts(trace: xr.Dataset, runs: Runs) -> tuple[list[dict[str, Any]], dict[str, RunTokens]]:
+    """Every text's tokens and their energy; and, where deltas are kept, where to read them."""
+    counts = trace["count"].values
+    stops = np.cumsum(counts.sum(axis=1))
+    starts = np.append(0, stops[:-1])
+    words = trace["token_text"].values
+    there = ~np.isnan(trace["max_abs"][:, 0].values).all(axis=2)  # [text, layer]
+    texts: list[dict[str, Any]] = []
+    tokens: dict[str, RunTokens] = {}
+    names = trace["text_run"].values
+    for run in runs.names:
+        (own,) = np.nonzero(names == run)
+        for text in own:
+            span = slice(int(starts[text]), int(stops[text]))
+            energy = np.nansum(trace["energy"][span].values, axis=1)
+            top = float(np.nanmax(trace["max_abs"][int(text)].values, initial=0.0))
+            texts.append(
+                {
+                    "run": run,
+                    "prompt": int(trace["text_prompt"].values[text]),
+                    "words": [str(word) for word in words[span]],
+                    "generated": int(counts[text, 0]),
+                    "energy": [float(f"{value:.3g}") for value in energy],
+                    "top": float(f"{top:.4g}"),
+                    "limit": _limit(trace, span) if "delta" in trace else 0.0,
+                    "missing": np.flatnonzero(~there[text]).tolist(),
+                    "store": None,
+                }
+            )
+        if "delta" in trace:
+            spans = [slice(int(starts[text]), int(stops[text])) for text in own]
+            lengths, asked = [int(counts[text].sum()) for text in own], [int(counts[text, 0]) for text in own]
+            tokens[run] = RunTokens(_reader(trace, spans), lengths, asked, trace.sizes["layer"] * trace.sizes["neuron"])
+    return texts, tokens
+
+
+def _reader(trace: xr.Dataset, spans: Sequence[slice]) -> Any:
+    size = sum(span.stop - span.start for span in spans) * trace.sizes["layer"] * trace.sizes["neuron"] * 4
+
+    def read(text: int) -> np.ndarray:
+        values = trace["delta"][spans[text]].values.astype(np.float32)
+        return np.nan_to_num(values, copy=False).reshape(len(values), -1)
+
+    return lru_cache(len(spans))(read) if size <= _AT_ONCE else read
+
+
+def _limit(trace: xr.Dataset, span: slice) -> float:
+    """The 99.9% quantile of |delta| in a text, from every eighth of its tokens: one colour scale for the slider's whole way."""
+    size = abs(trace["delta"][span].values[::8].astype(np.float32))
+    return float(f"{np.nanquantile(size, 0.999):.4g}")
+
+
+def _kept(facts: Mapping[str, Any], recorded: bool) -> str:
+    """In words, which tokens have a map of their own."""
+    if not recorded:
+        return (
+            "This trace keeps sums, not every token's deltas: the maps are means, and the strip shows how much each token got."
+        )
+    whole = sum(len(text["words"]) for text in facts["texts"])
+    there = sum(text["store"]["count"] for text in facts["texts"] if text["store"])
+    parts = [f"{there:,} of {whole:,} tokens have a map of their own in this page."]
+    rebuilt = [run for run in facts["runs"] if run["tokens"] and run["tokens"]["kind"] == "components"]
+    if rebuilt:
+        ranks, lost = [run["tokens"]["rank"] for run in rebuilt], max(run["tokens"]["lost"] for run in rebuilt)
+        parts.append(
+            f"They are rebuilt from {min(ranks)} to {max(ranks)} components a run; the root mean square error is at most "
+            f"{100 * lost:.2g}% of the run's root mean square."
+        )
+    if there < whole:
+        parts.append("The others did not fit: around the beginning of the replies, first prompts first, they are kept.")
+    return " ".join(parts)
+
+
+def _is_range(labels: np.ndarray) -> bool:
+    return bool((labels == np.arange(len(labels))).all())
+
+
+def _json(value: Any) -> Markup:
+    """JSON that may stand inside a script element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+
+
+def questions(trace: xr.Dataset) -> dict[int, str]:
+    """Prompt -> what was asked."""
+    asked = zip(trace["text_prompt"].values.tolist(), trace["text_question"].values.tolist(), strict=True)
+    return {int(prompt): str(question) or f"prompt {prompt + 1}" for prompt, question in asked}

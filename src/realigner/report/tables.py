@@ -1,0 +1,145 @@
+"""Tables of statistics as a reader wants them: few words, few digits, the null beside the value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from realigner.report.charts import NONE, Line, short
+
+NAMES = {
+    "icc": "ICC(C,1)",
+    "eta_squared_neuron": "η² of neuron",
+    "eta_squared_layer": "η² of layer",
+    "omega_squared_neuron": "ω² of neuron",
+    "omega_squared_layer": "ω² of layer",
+    "omega_squared_difference": "ω², neuron less layer",
+    "svd_share": "rank-1 share",
+    "kendall_w": "Kendall's W",
+    "top1_agreement": "runs with one leading index",
+    "in_top": "runs with one index in the top 10",
+    "mean_reciprocal_rank": "mean reciprocal rank",
+    "rank_biased_overlap": "rank-biased overlap",
+    "entropy": "entropy over tokens",
+    "gini": "Gini",
+    "largest_share": "largest token's share",
+    "prompt_share": "prompt's share",
+    "first_share": "first token's share",
+    "centre_of_mass": "centre of mass",
+    "late_share_100": "late share, 100 largest",
+    "late_share_1000": "late share, 1,000 largest",
+    "late_share_10000": "late share, 10,000 largest",
+    "hoyer": "Hoyer",
+    "participation": "participation ratio",
+    "kurtosis": "kurtosis",
+    "small_share": "share |v| < 0.0001",
+    "model": "taken out first",
+    "null": "null",
+    "low": "95% interval",
+    "difference": "difference from untrained",
+    "difference_low": "95% interval of it",
+    "neuron": "index",
+    "runs_in_top": "in the top 10 of",
+    "best_rank": "best rank",
+    "median_rank": "median rank",
+    "untrained_rank": "untrained rank",
+    "p_holm": "p (Holm)",
+    "p_bh": "p (BH)",
+    "p_untrained": "p, untrained taken out",
+    "p_untrained_holm": "(Holm)",
+    "p_untrained_bh": "(BH)",
+    "test": "p is held against",
+    "ratio": "times the median",
+}
+
+_MODELS = {"uniform": "nothing", "untrained": "the untrained twins' scores", "host_residual": "the host's measurements"}
+
+
+def name_of(key: Any) -> str:
+    """A statistic's or a column's name in words."""
+    return NAMES.get(str(key), str(key).replace("_", " "))
+
+
+def probability(p: Any) -> str:
+    """A p-value."""
+    value = number(p)
+    if math.isnan(value):
+        return NONE
+    return "<0.0001" if value < 1e-4 else f"{value:.4f}".rstrip("0") if value < 1e-3 else short(value, 2)
+
+
+def number(value: Any) -> float:
+    """A float; NaN for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def interval(low: Any, high: Any) -> str:
+    """An interval; empty where there is none."""
+    ends = number(low), number(high)
+    return "" if any(map(math.isnan, ends)) else f"{short(ends[0], zeros=True)} to {short(ends[1], zeros=True)}"
+
+
+def cell(row: Any) -> dict[str, str]:
+    """One statistic of one run, ready to be shown."""
+    difference, null = number(row.get("difference")), number(row.get("null"))
+    return {
+        "value": short(number(row.get("value")), zeros=True),
+        "interval": interval(row.get("low"), row.get("high")),
+        "null": "" if math.isnan(null) else "≈ 0" if 0 < abs(null) < 1e-3 else short(null),
+        "p": "" if math.isnan(number(row.get("p"))) else probability(row.get("p")),
+        "difference": "" if math.isnan(difference) else f"{'+' if difference > 0 else ''}{short(difference, zeros=True)}",
+        "apart": interval(row.get("difference_low"), row.get("difference_high")),
+    }
+
+
+def by_run(table: pd.DataFrame, statistics: Sequence[str], order: Sequence[str]) -> dict[str, Any]:
+    """Runs down in this order, statistics across; the row over all trained runs first."""
+    there = [statistic for statistic in statistics if (table["statistic"] == statistic).any()]
+    rows = []
+    runs = set(table["run"])
+    for run in [name for name in ("all", *order) if name in runs]:
+        own = table[table["run"] == run].drop_duplicates("statistic").set_index("statistic")
+        cells = [cell(own.loc[statistic]) if statistic in own.index else cell({}) for statistic in there]
+        rows.append({"run": run, "cells": cells, "n": _counted(own)})
+    return {"head": [name_of(statistic) for statistic in there], "rows": rows}
+
+
+def _counted(own: pd.DataFrame) -> tuple[str, str]:
+    first = own.iloc[0]
+    return short(number(first["n"])), str(first.get("unit", ""))
+
+
+def plain(table: pd.DataFrame, without: Sequence[str] = ()) -> dict[str, Any]:
+    """Every number of a table, a row a row; an interval is one column; columns that are empty throughout are left out."""
+    columns = [column for column in table.columns if column not in (*without, "seed", "high", "difference_high")]
+    columns = [column for column in columns if not (table[column].isna() | (table[column].astype(str) == "")).all()]
+    rows = [[_shown(column, row) for column in columns] for row in table.to_dict("records")]
+    numeric = [pd.api.types.is_numeric_dtype(table[column]) for column in columns]
+    return {"head": [name_of(column) for column in columns], "rows": rows, "numeric": numeric}
+
+
+def _shown(column: str, row: dict[Any, Any]) -> str:
+    value = row[column]
+    if column in ("low", "difference_low"):
+        return interval(value, row[column.replace("low", "high")])
+    if column == "p" or column.startswith("p_"):
+        return probability(value)
+    if isinstance(value, str):
+        return _MODELS.get(value, value) if column == "model" else NAMES.get(value, value)
+    if column in ("neuron", "without", "n", "runs", "runs_in_top", "layer") and not math.isnan(number(value)):
+        return str(int(value))
+    return short(number(value))
+
+
+def points(lines: Sequence[Line], x: str) -> dict[str, Any]:
+    """A chart's numbers, a row a point of the axis."""
+    across = sorted({value for line in lines for value in line.x})
+    of_line = [dict(zip(line.x, line.y, strict=True)) for line in lines]
+    rows = [[short(at), *(short(values.get(at, math.nan)) for values in of_line)] for at in across]
+    return {"head": [x, *(line.label for line in lines)], "rows": rows, "numeric": [True] * (len(lines) + 1)}

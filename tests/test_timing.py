@@ -1,0 +1,143 @@
+"""Timing against definitions, planted tokens and the summaries' largest values."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+from realigner.analysis import layer_counts, timing, top_histogram
+from realigner.errors import UsageError
+from tests.planted import planted_trace
+from tests.validation import token_trace, with_twins
+
+ONE = [("a", "anger", 1)]
+TWINS = [("a", "anger", 1), ("u", "untrained", 1)]
+
+
+def values(trace: xr.Dataset, run: str = "a", without: int = 0) -> pd.DataFrame:
+    table = timing(trace, 99, 50)
+    return table[(table["run"] == run) & (table["without"] == without)].set_index("statistic")
+
+
+def of_energy(energy: list[float], prompt_tokens: int, runs: list[tuple[str, str, int]] = ONE, prompts: int = 6) -> xr.Dataset:
+    one = np.array(energy).reshape(1, 1, -1, 1)
+    return token_trace({"energy": np.broadcast_to(one, (len(runs), prompts, len(energy), 1)).copy()}, runs, prompt_tokens)
+
+
+def test_values_by_hand() -> None:
+    found = values(of_energy([4, 2, 1, 1], 1))["value"]
+    share = np.array([4, 2, 1, 1]) / 8
+    assert found["entropy"] == pytest.approx(-(share * np.log(share)).sum() / np.log(4))
+    assert found["gini"] == pytest.approx(np.abs(share[:, None] - share).sum() / (2 * 4))
+    assert found["largest_share"] == 0.5
+    assert found["prompt_share"] == pytest.approx(0.5 / 0.25)
+    assert found["first_share"] == 0.5
+    assert found["centre_of_mass"] == pytest.approx((share * [0, 1 / 3, 2 / 3, 1]).sum())
+    without = values(of_energy([4, 2, 1, 1], 1), without=1)["value"]
+    assert without["first_share"] == 0.5
+    assert np.isnan(without["prompt_share"])  # no prompt is left
+
+
+def test_an_even_text_is_what_the_nulls_say() -> None:
+    found = values(of_energy([1.0] * 10, 4))
+    for name in ("entropy", "gini", "largest_share", "prompt_share", "first_share", "centre_of_mass"):
+        assert found["value"][name] == pytest.approx(found["null"][name], abs=1e-12), name
+
+
+def test_energy_planted_early_is_found_and_late_is_not() -> None:
+    fall = list(np.exp(-np.arange(40) / 10))
+    placed = ["prompt_share", "first_share", "centre_of_mass"]
+    early, late = values(of_energy(fall, 12)), values(of_energy(fall[::-1], 12))
+    assert (early["p"][placed] == 0.01).all()
+    assert (late["p"][placed] > 0.9).all()
+    assert early["p"][["entropy", "gini"]].isna().all()  # there is no untrained run
+
+
+def test_against_the_untrained_run() -> None:
+    rng = np.random.default_rng(0)
+    energy = rng.gamma(20, size=(2, 7, 30, 1))
+    energy[0] *= rng.lognormal(size=(7, 30, 1))
+    found = values(token_trace({"energy": energy}, TWINS, 10))
+    assert found["p"]["entropy"] < 0.05
+    assert found["difference"]["entropy"] < found["difference_high"]["entropy"] < 0
+    assert found["difference"]["entropy"] == pytest.approx(found["value"]["entropy"] - found["untrained"]["entropy"])
+    of_all = values(token_trace({"energy": energy}, TWINS, 10), "all")
+    assert of_all["p"]["entropy"] < 0.05
+    assert of_all["p"][["centre_of_mass"]].notna().all()
+    assert of_all["p"][["prompt_share", "first_share"]].isna().all()
+    assert (of_all["unit"] == "tones").all()
+
+
+def test_largest_values_are_those_of_the_raw_deltas() -> None:
+    trace = planted_trace(prompts=3, neurons=40, layers=4)
+    for k in (7, 100):
+        for run in ("anger-42", "untrained-42"):
+            own = trace.isel(token=np.flatnonzero(trace["run"].values == run))
+            size = np.abs(own["delta"].values)
+            chosen = np.unravel_index(np.argsort(-size, axis=None)[:k], size.shape)
+            position = own["position"].values[chosen[0]]
+            table = top_histogram(trace, k)
+            counts = table[table["run"] == run].set_index("position")["count"]
+            np.testing.assert_array_equal(counts.to_numpy(), np.bincount(position, minlength=24))
+            layers = layer_counts(trace, k)
+            np.testing.assert_array_equal(layers[layers["run"] == run]["count"], np.bincount(chosen[1], minlength=4))
+            bins = top_histogram(trace, k, 4)
+            bins = bins[bins["run"] == run]
+            assert bins["position"].tolist() == [0.125, 0.375, 0.625, 0.875]
+            np.testing.assert_array_equal(bins["count"], np.bincount(np.minimum(position * 4 // 23, 3), minlength=4))
+            assert bins["tokens"].sum() == 3 * 24
+            late = timing(trace, 9, 9).set_index(["run", "statistic", "without"])["value"][run, "late_share_100", 0]
+            if k == 100:
+                assert late == pytest.approx(((position > 11.5) + 0.5 * (position == 11.5)).mean())
+
+
+def test_more_values_than_are_kept() -> None:
+    trace = planted_trace(prompts=1)
+    with pytest.raises(UsageError, match="keeps 100 of a text"):
+        top_histogram(trace, 101)
+    with pytest.raises(UsageError, match="k=0"):
+        layer_counts(trace, 0)
+    assert "late_share_1000" not in set(timing(trace, 9, 9)["statistic"])
+    tiny = planted_trace(prompts=2, prompt_tokens=1, generated=1, layers=2, neurons=5, stripe=1)
+    assert top_histogram(tiny, 1000).groupby("run")["count"].sum().tolist() == [40, 40]  # all there are
+
+
+@pytest.mark.parametrize(
+    ("energy", "prompt_tokens", "finite"),
+    [
+        ([0.0] * 6, 3, []),  # no deltas
+        ([1.0], 1, ["largest_share", "first_share"]),  # one token
+        ([1.0] * 6, 6, ["entropy", "gini", "largest_share", "first_share", "centre_of_mass"]),  # nothing was answered
+        ([1.0] * 6, 3, ["entropy", "gini", "largest_share", "prompt_share", "first_share", "centre_of_mass"]),
+    ],
+)
+def test_degenerate_texts(energy: list[float], prompt_tokens: int, finite: list[str]) -> None:
+    for prompts in (1, 6):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = values(of_energy(energy, prompt_tokens, prompts=prompts))
+        assert sorted(found.index[found["value"].notna()]) == sorted(finite)
+        assert found["low"].notna().any() == (prompts > 1 and len(finite) > 0)
+
+
+def test_layers_that_a_run_lacks_count_nothing() -> None:
+    rng = np.random.default_rng(0)
+    energy = rng.random((1, 6, 9, 3))
+    whole = values(token_trace({"energy": energy[..., :2]}, ONE, 3))["value"]
+    energy[..., 2] = np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pd.testing.assert_series_equal(values(token_trace({"energy": energy}, ONE, 3))["value"], whole)
+
+
+def test_rows_and_columns() -> None:
+    table = timing(token_trace({"energy": np.random.default_rng(0).random((4, 5, 9, 2))}, with_twins(), 4), 19, 9)
+    assert list(table.columns[:12]) == (
+        ["run", "tone", "seed", "statistic", "without", "value", "null", "low", "high", "p", "n", "unit"]
+    )
+    assert len(table) == (4 + 1) * 6 * 2
+    assert (table["test"] != "").equals(table["p"].notna())

@@ -1,0 +1,98 @@
+"""Verdicts on traces in which the truth is known."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from realigner.analysis import Analysis, analyze
+from realigner.errors import UsageError
+from realigner.traces import join_traces
+from tests.planted import planted_trace
+from tests.validation import with_twins
+
+KEYS = ["striation", "many_indices", "neuron_over_layer", "one_leader", "shared_indices", "early", "sparser"]
+RUNS = {run: (tone, seed) for run, tone, seed in with_twins(seeds=(1, 2))}
+
+
+def verdicts(found: Analysis) -> dict[str, dict[str, Any]]:
+    assert [verdict["key"] for verdict in found.verdicts] == KEYS
+    return {verdict["key"]: verdict for verdict in found.verdicts}
+
+
+def test_one_planted_stripe() -> None:
+    found = analyze(planted_trace(RUNS, prompts=6, neurons=80, size=3.0), permutations=300, resamples=50)
+    said = verdicts(found)
+    assert {key: said[key]["verdict"] for key in KEYS[:5]} == {
+        "striation": "supported",
+        "many_indices": "not supported",
+        "neuron_over_layer": "supported",
+        "one_leader": "supported",
+        "shared_indices": "supported",
+    }
+    assert said["early"]["verdict"] == "not supported"
+    assert "Index 17 leads in 6 of 6 runs." in said["one_leader"]["words"]
+    assert "3 tones" in said["striation"]["words"]
+    assert found.leading["neuron"][found.leading["rank"] == 1].tolist()[:6] == [17] * 6
+    for verdict in found.verdicts:
+        assert set(verdict) >= {"claim", "verdict", "words", "value", "null", "low", "high", "p", "n"}
+        assert verdict["p"] is None or not verdict["p"] > verdict["p_adjusted"]
+
+
+def test_nothing_planted() -> None:
+    said = verdicts(analyze(planted_trace(RUNS, prompts=6, neurons=80, size=0.0), permutations=300, resamples=50))
+    assert not any(verdict["verdict"] == "supported" for verdict in said.values())
+    assert said["striation"]["verdict"] == "not supported"
+    assert "Chance explains as much." in said["striation"]["words"]
+    assert said["one_leader"]["verdict"] == "not supported"
+
+
+def test_no_baseline_is_cannot_tell() -> None:
+    trained = {run: facts for run, facts in RUNS.items() if facts[0] != "untrained"}
+    said = verdicts(analyze(planted_trace(trained, prompts=6), permutations=300, resamples=20))
+    assert said["striation"]["verdict"] == "cannot tell"
+    assert "no untrained IRM" in said["striation"]["words"]
+    assert said["one_leader"]["verdict"] == "cannot tell"
+    assert said["sparser"]["verdict"] == "cannot tell"
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [
+        planted_trace({"a": ("anger", 1)}, prompts=1, generated=0),
+        planted_trace({"a": ("anger", 1)}, prompts=1, layers=1),
+        planted_trace({"a": ("anger", 1)}, prompts=1, neurons=3, stripe=0),
+        planted_trace({"a": ("anger", 1)}, prompts=1, neurons=1, stripe=0, layers=1, prompt_tokens=1, generated=0),
+        planted_trace({"u": ("untrained", 1)}),
+        planted_trace(keep_delta=False),
+        planted_trace().map(lambda values: values * 0, keep_attrs=True).assign(count=planted_trace()["count"]),
+        join_traces([planted_trace({"deep": ("anger", 1)}), planted_trace({"flat": ("sadness", 1)}, layers=2)]),
+    ],
+)
+def test_degenerate_traces_give_verdicts_json_and_no_warning(trace: xr.Dataset) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = analyze(trace, permutations=9, resamples=9)
+    text = json.dumps(found.to_dict(), allow_nan=False)
+    assert set(json.loads(text)) == {"verdicts", "striation", "timing", "sparsity", "leading", "consensus"}
+    assert all(verdict["verdict"] in ("supported", "not supported", "cannot tell") for verdict in verdicts(found).values())
+
+
+def test_words_are_words() -> None:
+    said = verdicts(analyze(planted_trace(RUNS, prompts=2, neurons=30), permutations=9, resamples=9))
+    for verdict in said.values():
+        assert "nan" not in verdict["words"].lower()
+        assert verdict["words"].endswith(".")
+    assert "5 prompts or more" in said["sparser"]["words"]
+
+
+def test_not_a_trace() -> None:
+    with pytest.raises(UsageError, match="not a trace"):
+        analyze(xr.Dataset({"delta": (("layer", "neuron"), np.ones((2, 3)))}, {"layer": [0, 1], "neuron": [0, 1, 2]}))
+    with pytest.raises(UsageError, match="no texts"):
+        analyze(planted_trace().isel(text=slice(0, 0), token=slice(0, 0)))
