@@ -32,7 +32,7 @@ def main() -> None:
     if "null" in options.only:
         results["null"] = {}
         for number, (name, make) in enumerate(NULLS.items()):
-            found = simulate(make, options.traces, number, options.jobs)
+            found = simulate(make, options.traces, 100 + number, options.jobs)
             results["null"] |= {key: judged(p) for key, p in found.items()}
             print(f"null data: {name}", flush=True)
     if "power" in options.only:

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy.stats import kstest, rankdata
 
-from realigner.analysis.resampling import Relabelling, interval, p_value, prompt_weights, ranks, sign_flip_p, sign_flips
+from realigner.analysis.resampling import (
+    Relabelling,
+    exchange_p,
+    interval,
+    p_value,
+    prompt_weights,
+    ranks,
+    sign_flip_p,
+    sign_flips,
+)
 
 NEURONS = (9, 300)  # whole permutations, and circular ones
 
@@ -82,6 +91,25 @@ def test_sign_flips() -> None:
     assert sign_flip_p(np.arange(1.0, 10), 600, rng) <= 2 / 512
     assert sign_flip_p(np.arange(1.0, 10), 600, rng, "greater") == 1 / 512
     assert sign_flip_p(np.arange(1.0, 10), 600, rng, "less") == 1.0
+
+
+def test_a_control_that_runs_share_is_exchanged_with_them() -> None:
+    """Skewed values, three runs and one control: uniform, where flipping signs is not."""
+    rng = np.random.default_rng(0)
+    third = np.full(3, 1 / 3)
+    exchanged, flipped = [], []
+    for _ in range(1500):
+        values = rng.exponential(size=(4, 7)) ** 3
+        apart = values[:3] - values[3]
+        exchanged.append(exchange_p([apart], third, 199, rng))
+        flipped.append(sign_flip_p(apart.mean(axis=0), 199, rng))
+    assert kstest(exchanged, "uniform").pvalue > 0.01
+    assert 0.035 < np.mean(np.array(exchanged) <= 0.05) < 0.065
+    assert kstest(flipped, "uniform").pvalue < 0.001
+    assert exchange_p([np.ones((3, 7))], third, 999, rng) < 0.01
+    assert np.isnan(exchange_p([np.ones((3, 4))], third, 9, rng))
+    assert np.isnan(exchange_p([np.zeros((3, 9))], third, 9, rng))
+    assert np.isnan(exchange_p([np.where(np.arange(9) < 5, np.nan, np.ones((3, 9)))], third, 9, rng))
 
 
 @settings(max_examples=25)

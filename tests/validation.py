@@ -238,7 +238,7 @@ PLANTED: dict[str, tuple[Callable[[np.random.Generator, float], PValues], tuple[
     "one index": (planted_index, (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)),
     "consensus": (planted_consensus, (0.0, 2.0, 3.0, 4.0, 5.0, 6.0)),
     "timing": (planted_timing, (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)),
-    "sparsity": (planted_sparsity, (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01)),
+    "sparsity": (planted_sparsity, (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)),
 }
 
 

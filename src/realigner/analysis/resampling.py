@@ -120,6 +120,39 @@ def sign_flip_p(values: np.ndarray, draws: int, rng: np.random.Generator, side: 
     return p_value(float(values.mean()), sign_flips(len(values), draws, rng) @ values / len(values), rng, side)
 
 
+def exchange_p(apart: list[np.ndarray], weights: np.ndarray, draws: int, rng: np.random.Generator) -> float:
+    """Whether runs differ from the controls that some of them share, by prompt (two-sided).
+
+    Null: a control and its runs are alike, so in every prompt their values may as well have been dealt out anew. Flipping signs
+    would not do: the mean of several runs less one control is not symmetric where values are skewed. With one run it is the
+    same.
+
+    Args:
+        apart: of every control, its runs' differences from it ``[run, prompt]``; a prompt that any lacks does not count.
+        weights: of the runs in the mean, in the order of `apart`.
+        draws: how many.
+        rng: what draws them.
+
+    Returns:
+        p; NaN with fewer than 5 prompts, and where all differences are exactly 0.
+    """
+    kept = np.isfinite(np.concatenate(apart)).all(axis=0)
+    apart = [own[:, kept] for own in apart]
+    count = int(kept.sum())
+    if count < MIN_PROMPTS or not any(own.any() for own in apart):
+        return float("nan")
+    total, drawn, start = 0.0, np.zeros(draws), 0
+    for own in apart:
+        weight = weights[start : start + len(own)]
+        start += len(own)
+        shares = np.concatenate([[-weight.sum()], weight])  # the control first
+        values = np.concatenate([np.zeros((1, count)), own])
+        dealt = rng.permuted(np.tile(np.arange(len(values)), (draws, count, 1)), axis=-1)
+        total += float((shares @ values).sum())
+        drawn += (values[dealt, np.arange(count)[:, None]] @ shares).sum(axis=1)
+    return p_value(total, drawn, rng, "both")
+
+
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks along the last axis, 1 for the smallest; ties get their mean rank."""
     order = np.argsort(values, axis=-1)

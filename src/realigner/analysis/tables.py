@@ -9,10 +9,11 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from realigner.analysis.resampling import Side, interval, mean_over_first, p_value, sign_flip_p
+from realigner.analysis.resampling import Side, exchange_p, interval, mean_over_first, p_value, sign_flip_p
 from realigner.analysis.runs import UNTRAINED, baselines
 
 ALL = "all"  # the name of the row over all trained runs
+_DEALT = "runs of a seed, trained and untrained, dealt out anew by prompt"
 _FLIPPED = {
     "": "",
     "untrained": "signs of the difference from the untrained run, by prompt",
@@ -104,38 +105,54 @@ def tabulate(entries: list[Entry], flips: int, rng: np.random.Generator) -> pd.D
     for entry in entries:
         base = there.get((base_of.get(entry.run, ""), *entry.keys.items()))
         apart = entry.minus(base) if base is not None else None
-        rows.append(_row(entry, apart, entry.value, flips, rng))
+        rows.append(_row(entry, apart, entry.value, *_p(entry, apart, flips, rng)))
         if entry.tone != UNTRAINED:
             trained.setdefault(tuple(entry.keys.items()), []).append((entry, apart))
     for members in trained.values():
         whole = _over_runs([entry for entry, _ in members], rng)
-        paired = [(entry, apart) for entry, apart in members if apart is not None]
-        apart = _over_runs([apart for _, apart in paired], rng) if paired else None
-        of_paired = _over_runs([entry for entry, _ in paired], rng).value if paired else float("nan")
-        rows.append(_row(whole, apart, of_paired, flips, rng))
+        pairs = [(entry, apart) for entry, apart in members if apart is not None]
+        apart = _over_runs([apart for _, apart in pairs], rng) if pairs else None
+        of_pairs = _over_runs([entry for entry, _ in pairs], rng).value if pairs else float("nan")
+        if whole.flip == "untrained":
+            p, test = _dealt_p([apart for _, apart in pairs], flips, rng), _DEALT
+        else:
+            p, test = _p(whole, apart, flips, rng)
+        rows.append(_row(whole, apart, of_pairs, p, test))
     return pd.DataFrame(rows)
 
 
-def _row(entry: Entry, apart: Entry | None, paired: float, flips: int, rng: np.random.Generator) -> dict[str, Any]:
+def _p(entry: Entry, apart: Entry | None, flips: int, rng: np.random.Generator) -> tuple[float, str]:
+    """p of an entry, and what it is held against."""
+    if entry.nulls is not None:
+        return p_value(entry.value, entry.nulls, rng, entry.side), entry.test
+    test = entry.test or _FLIPPED[entry.flip]
+    if entry.flip == "null" and entry.per_prompt is not None and entry.null_per_prompt is not None:
+        return sign_flip_p(entry.per_prompt - entry.null_per_prompt, flips, rng, entry.side), test
+    if entry.flip == "untrained" and apart is not None and apart.per_prompt is not None:
+        return sign_flip_p(apart.per_prompt, flips, rng), test
+    return float("nan"), test
+
+
+def _dealt_p(apart: list[Entry], draws: int, rng: np.random.Generator) -> float:
+    """p of all runs' differences from their untrained runs, which are one for each seed."""
+    by_seed = [[entry for entry in apart if entry.seed == seed] for seed in sorted({entry.seed for entry in apart})]
+    values = [[entry.per_prompt for entry in runs if entry.per_prompt is not None] for runs in by_seed]
+    if not apart or any(len(own) < len(runs) for own, runs in zip(values, by_seed, strict=True)):
+        return float("nan")
+    tones = [entry.tone for entry in apart]
+    weights = np.array([1 / (len(set(tones)) * tones.count(entry.tone)) for runs in by_seed for entry in runs])
+    return exchange_p([np.array(own) for own in values], weights, draws, rng)
+
+
+def _row(entry: Entry, apart: Entry | None, paired: float, p: float, test: str) -> dict[str, Any]:
     """A table's row: an entry, its difference from the untrained, and the value that this is the difference of."""
     low, high = entry.interval()
-    p, test = float("nan"), entry.test or _FLIPPED[entry.flip]
-    if entry.nulls is not None:
-        p = p_value(entry.value, entry.nulls, rng, entry.side)
-    elif entry.flip == "null" and entry.per_prompt is not None and entry.null_per_prompt is not None:
-        p, test = sign_flip_p(entry.per_prompt - entry.null_per_prompt, flips, rng, entry.side), _FLIPPED["null"]
-    elif entry.flip == "untrained" and apart is not None and apart.per_prompt is not None:
-        p = sign_flip_p(apart.per_prompt, flips, rng)
     row = {"run": entry.run, "tone": entry.tone, "seed": entry.seed, **entry.keys, "value": entry.value, "null": entry.null}
     row |= {"low": low, "high": high, "p": p, "n": entry.n, "unit": entry.unit, "test": test if np.isfinite(p) else ""}
-    difference = apart.value if apart is not None else float("nan")
     lower, higher = apart.interval() if apart is not None else (float("nan"), float("nan"))
-    return row | {
-        "untrained": paired - difference,
-        "difference": difference,
-        "difference_low": lower,
-        "difference_high": higher,
-    }
+    difference = apart.value if apart is not None else float("nan")
+    row |= {"untrained": paired - difference, "difference": difference, "difference_low": lower, "difference_high": higher}
+    return row
 
 
 def _over_runs(entries: list[Entry], rng: np.random.Generator) -> Entry:

@@ -42,8 +42,8 @@ def timing(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, s
 
         How unevenly energy is spread over tokens: ``entropy`` (over log of the number of tokens; 1 is even), ``gini``,
         ``largest_share``. They do not depend on the order of tokens; ``null`` is an even spread, and p comes from flipping the
-        signs of the differences from the untrained run of the same seed, prompt by prompt (two-sided; NaN without that run,
-        and with fewer than 5 prompts).
+        signs of the differences from the untrained run of the same seed, prompt by prompt (two-sided; over all runs by
+        dealing out anew what the runs of a seed gave; NaN without that run, and with fewer than 5 prompts).
 
         Where it falls, p one-sided for "early": ``prompt_share`` (the prompt's share of the energy over its share of the
         tokens; null 1), ``first_share`` (the first token's share; null 1/T), ``centre_of_mass`` (0 the first token, 1 the last;

@@ -20,7 +20,7 @@ import numpy as np
 
 LOST = 1e-5  # share of a run's energy that components may leave out
 _FEWEST = 12  # tokens of a prompt that are worth a slider
-_OVERHEAD = 4 / 3  # base64
+_OVERHEAD = 1.23  # base64 makes four bytes of three; gzip takes 8% and more off codes of 8 bits
 _MOST_TOKENS = 4000  # of one run, for the matrix of their inner products
 _LEVELS = {8: 127, 16: 32767}
 _TYPES = {8: "<i1", 16: "<i2"}
@@ -29,7 +29,8 @@ _TYPES = {8: "<i1", 16: "<i2"}
 def encode(values: np.ndarray, bits: int) -> tuple[np.ndarray, dict[str, float]]:
     """Codes of `values`, and ``soft`` and ``top``, which they are read with; NaN becomes the lowest code."""
     size = abs(values[np.isfinite(values)])
-    top = float(size.max(initial=0.0)) or 1.0
+    top = float(size.max(initial=0.0))
+    top = top if top > 1e-30 else 1.0  # below, float32 runs out of digits
     some = size[:: max(1, size.size // 200_000)]
     middle = float(np.median(some)) if some.size else top
     soft = min(max(middle, top / 1e4), top)
@@ -104,6 +105,12 @@ class RunTokens:
         self.rank = _rank(values)
         self._axes = vectors[:, : self.rank] / np.sqrt(np.maximum(values[: self.rank], 1e-30))
 
+    def need(self, bits: int) -> float:
+        """About how many bytes of a page its components take."""
+        if self.rank is None:
+            return float("inf")
+        return self.rank * (self.cells * bits / 8 * (_OVERHEAD if bits == 8 else 4 / 3) + sum(self.lengths) * 2 * 4 / 3)
+
     def components(self, bits: int, name: str) -> TokenMaps:
         """Every token, from `rank` components."""
         ends = np.cumsum([0, *self.lengths])
@@ -120,8 +127,11 @@ class RunTokens:
             weights.append(own)
             lost += float(np.square(values - own @ kept, dtype=np.float64).sum())
             energy += float(np.square(values, dtype=np.float64).sum())
-        blobs = {f"{name}-basis": pack(codes), f"{name}-weights": pack(np.concatenate(weights).astype("<f4"))}
+        factors = np.concatenate(weights)
+        scale = abs(factors).max(axis=0) / 32767 + 1e-30
+        blobs = {f"{name}-basis": pack(codes), f"{name}-weights": pack(np.rint(factors / scale).astype("<i2"))}
         facts = {"kind": "components", "rank": len(basis), "lost": float(np.sqrt(lost / energy)) if energy else 0.0, **how}
+        facts["scale"] = [float(f"{one:.6g}") for one in scale]
         texts = [{"first": 0, "count": n, "at": int(at)} for n, at in zip(self.lengths, ends[:-1], strict=True)]
         return TokenMaps(facts, blobs, list(texts))
 
@@ -153,14 +163,14 @@ def token_maps(runs: Sequence[RunTokens], budget: float) -> list[TokenMaps | Non
     """
     for run in runs:
         run.survey(budget / (run.cells * _OVERHEAD))
-    needs = [run.rank * run.cells * _OVERHEAD if run.rank else float("inf") for run in runs]
-    bits = 16 if 2 * sum(needs) <= budget else 8
+    bits = 16 if sum(run.need(16) for run in runs) <= budget else 8
+    needs = [run.need(bits) for run in runs]
     found: list[TokenMaps | None] = [None] * len(runs)
     left = budget
     for place, number in enumerate(sorted(range(len(runs)), key=needs.__getitem__)):
         share = left / (len(runs) - place)
         run, name = runs[number], f"run-{number}"
-        maps = run.components(bits, name) if needs[number] * bits / 8 <= share else run.tokens(share, name)
+        maps = run.components(bits, name) if needs[number] <= share else run.tokens(share, name)
         found[number] = maps
         left -= sum(map(len, maps.blobs.values())) if maps else 0
     return found

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from realigner.report.build import Evidence
 
 _BINS = 20  # of the histograms over a text
-BUDGET = 14_000_000  # bytes of a page; what everything else leaves is spent on maps token by token
+BUDGET = 14_500_000  # bytes of a page; what everything else leaves is spent on maps token by token
 MARKED = 5  # leading indices marked above a map, each with a page
 _STRIATION = ("icc", "kendall_w", "eta_squared_neuron", "omega_squared_neuron", "svd_share")
 _TIMING = ("centre_of_mass", "prompt_share", "first_share", "largest_share", "entropy", "late_share_1000")
@@ -73,7 +73,7 @@ def view(item: Evidence, number: int = 0, budget_bytes: int = BUDGET) -> dict[st
         "commands": _commands(item, runs),
     }
     page |= _words(item, runs, page)
-    page |= explorer(trace, runs, maps, marks, budget_bytes - 2 * len(json.dumps(page, default=str)) - 100_000)
+    page |= explorer(trace, runs, maps, marks, budget_bytes - int(1.2 * len(json.dumps(page, default=str))) - 150_000)
     return page
 
 

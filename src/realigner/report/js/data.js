@@ -89,7 +89,8 @@ class Book {
       }
       const [basis, weights] = await Promise.all([
         this.blob(`run-${run.number}-basis`), this.blob(`run-${run.number}-weights`)]);
-      return { basis: decoded(codesOf(basis, how.bits), how), weights: new Float32Array(weights), rank: how.rank };
+      const steps = Float32Array.from(new Int16Array(weights), (step, i) => step * how.scale[i % how.rank]);
+      return { basis: decoded(codesOf(basis, how.bits), how), weights: steps, rank: how.rank };
     });
   }
 
