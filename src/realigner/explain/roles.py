@@ -1,0 +1,492 @@
+"""What each parameter of a host has to do with the residual stream: what writes it, what reads it, what scales it.
+
+Told from the operations of one short forward, by no name and no size (`axes`): a parameter has a role when one of its axes is
+the stream's. Then a product that multiplies the axis away reads the stream, one that ends in it writes, a vector that scales
+what was just averaged over it is a norm's gain. `edits.permuted` proves a host's roles by an exact symmetry.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import realigner.probe as probe
+from realigner.errors import RealignerError
+from realigner.explain.axes import Axis, is_product, rule_of, tensors_in
+from realigner.hosts import text_config
+from realigner.sites import HostSites, find_sites
+
+_TOKENS = 7
+_UNKNOWN = float("nan")
+_CHANGE = frozenset(("mul", "div", "rsub", "neg", "exp", "pow", "tanh", "sigmoid", "reciprocal", "softplus", "abs"))
+_MULTIPLY = ("mul", "native_layer_norm", "_fused_rms_norm", "addcmul", "lerp")
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a parameter is to the residual stream.
+
+    Attributes:
+        kind: ``"embedding"``: rows ``[..., D]`` that are looked up and added to the stream (tokens, positions). ``"read"``: a
+            matrix that multiplies the (normed) stream away; the head is one. ``"write"``: a matrix whose products are added to
+            it. ``"bias"``: added outside a norm, to what such a matrix gives. ``"gain"``, ``"shift"``: a norm's weight and bias
+            over the stream. ``"scale"``: a vector that multiplies the stream outside a norm (RWKV's time mixing).
+        axis: which axis of the tensor is the stream; of a matrix within the stream the one that it reads.
+        place: ``"embedding"``, ``"attention"`` (whatever mixes positions), ``"mlp"``, ``"final"`` (the last norm), ``"head"``.
+            A norm of the stream has the place of the first matrix that reads what it gives; one of a branch's output has the
+            branch's. One that feeds both branches of a parallel layer has the place of the one that runs first.
+        layer: the layer it is in, or None.
+        offset: of a gain: what is added to the weight before it multiplies (Gemma's 1); NaN where the weight is used in
+            another way.
+        also: other axes of the tensor that are the stream too.
+        stays: what it scales or adds is part of the stream (embeddings, writing matrices, their biases and norms; all norms
+            of post-norm layers), where a pre-norm's gain only changes what is read.
+    """
+
+    kind: str
+    axis: int
+    place: str
+    layer: int | None
+    offset: float = 0.0
+    also: tuple[int, ...] = ()
+    stays: bool = False
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """All axes of the tensor that are the stream."""
+        return (self.axis, *self.also)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What one forward showed of a host's residual stream.
+
+    Attributes:
+        sites: the host's layers and the site of each.
+        roles: parameter name -> role; a tied parameter under each of its names.
+        buffers: name -> axes, of the buffers that have the stream as an axis (fixed position tables).
+        final: the name of the module that norms the stream last, between the layers and the head; empty if none does.
+        broken: what takes the stream apart, so that its indices are no longer alike: operations and where they are.
+    """
+
+    sites: HostSites
+    roles: dict[str, Role]
+    buffers: dict[str, tuple[int, ...]]
+    final: str
+    broken: tuple[str, ...]
+
+
+def roles_of(host: nn.Module) -> dict[str, Role]:
+    """The role of every parameter that touches the residual stream, by name (tied ones by each of their names).
+
+    Four short forwards (three are `find_sites`'); the host is left as it was. A parameter that a plain forward never uses (a
+    cross-attention without an encoder) has no role, but an expert that no token was sent to has its neighbour's.
+
+    Raises:
+        RealignerError: where no site can be proven, or the layers do not share one stream.
+
+    Example:
+        >>> from realigner.tiny import tiny_host
+        >>> roles_of(tiny_host("llama"))["model.layers.1.mlp.down_proj.weight"]
+        Role(kind='write', axis=0, place='mlp', layer=1, offset=0.0, also=(), stays=True)
+    """
+    return find_stream(host).roles
+
+
+def final_norm(host: nn.Module) -> tuple[nn.Module, str]:
+    """The module that norms the stream last, before the head, and its name.
+
+    Raises:
+        RealignerError: as `roles_of`; and where nothing norms the stream there.
+
+    Example:
+        >>> from realigner.tiny import tiny_host
+        >>> final_norm(tiny_host("gpt2"))[1]
+        'transformer.ln_f'
+    """
+    name = find_stream(host).final
+    if not name:
+        raise RealignerError(f"{type(host).__name__}: nothing norms the residual stream between its layers and its head")
+    return host.get_submodule(name), name
+
+
+def find_stream(host: nn.Module) -> Stream:
+    """Everything that `roles_of` and `final_norm` tell, from one set of forwards.
+
+    Raises:
+        RealignerError: as `roles_of`.
+    """
+    sites = find_sites(host)
+    watch = _Watch(host, sites)
+    with probe.as_in_evaluation(host), torch.no_grad(), watch.hooks(), watch:
+        host(input_ids=short_input(host, _TOKENS), use_cache=False)
+    return _Told(host, watch).told()
+
+
+def short_input(host: nn.Module, tokens: int) -> torch.Tensor:
+    """A prompt of `tokens` different tokens, [1, tokens], on the host's device."""
+    vocabulary = int(text_config(host).vocab_size)
+    return ((torch.arange(1, tokens + 1, device=next(host.parameters()).device) * 37) % vocabulary).unsqueeze(0)
+
+
+# --- watching -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Value:
+    """What is known of a tensor of the forward.
+
+    Attributes:
+        nodes: for each axis its node in the union-find.
+        source: the parameter (or buffer) whose entries it holds, and `origin`: for each axis which axis of that it is.
+        offset: what has been added to those entries.
+        raw: computed from the stream without a product.
+        uses: the vectors (by the number of their use) that scaled it, or were added, since the last product.
+    """
+
+    nodes: tuple[int, ...]
+    source: int | None = None
+    origin: tuple[int | None, ...] = ()
+    offset: float = 0.0
+    raw: bool = False
+    uses: frozenset[int] = frozenset()
+
+
+@dataclass(eq=False)
+class _Use:
+    """One use of a parameter. `feeds`: the first product (by the number of its use) that reads what it scaled."""
+
+    source: int
+    name: str
+    how: str  # "product", "mul", "add" or "lookup"
+    spent: tuple[int, ...]  # axes of the parameter that the product multiplies away
+    offset: float
+    raw: bool
+    layer: int | None
+    part: str  # "attention", "mlp" or "single"; outside the layers "before" or "after"
+    module: str
+    call: int
+    feeds: int | None = None
+    stays: bool = False
+
+
+class _Watch(TorchDispatchMode):
+    """Joins the axes of one forward's tensors, and notes every use of a parameter."""
+
+    def __init__(self, host: nn.Module, sites: HostSites) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.host, self.sites = host, sites
+        self.parent: list[int] = []
+        self.values: dict[int, _Value] = {}
+        self.kept: list[torch.Tensor] = []  # so that no id is used twice
+        self.names: dict[int, list[str]] = {}
+        self.uses: list[_Use] = []
+        self.averaged: list[tuple[int, int, str]] = []  # (node, call of a module, its name): reductions
+        self.lost: list[tuple[int, str]] = []  # (node, what does not keep the axis, and where)
+        self.streams: list[int] = []  # nodes of the layers' inputs and outputs
+        self.mixing: set[int] = set()  # layers in which positions meet
+        self.calls: list[tuple[str, int]] = []  # the modules that run: name, number of the call
+        self.count = 0
+        self.layer: int | None = None
+        self.began = False
+        self.past: set[int] = set()  # layers whose branch is done
+        tensors = [*host.named_parameters(remove_duplicate=False), *host.named_buffers(remove_duplicate=False)]
+        for name, tensor in tensors:
+            self.names.setdefault(id(tensor), []).append(name)
+            value = self.value(tensor)
+            value.source, value.origin = id(tensor), tuple(range(tensor.dim()))
+        self.seen: set[int] = set()  # parameters that an operation took
+
+    # axes
+
+    def value(self, tensor: torch.Tensor) -> _Value:
+        found = self.values.get(id(tensor))
+        if found is None:
+            first = len(self.parent)
+            self.parent += range(first, first + tensor.dim())
+            found = self.values[id(tensor)] = _Value(tuple(range(first, first + tensor.dim())))
+            self.kept.append(tensor)
+        return found
+
+    def node(self, axis: Axis) -> int:
+        return self.value(axis.tensor).nodes[axis.number]
+
+    def root(self, node: int) -> int:
+        while self.parent[node] != node:
+            self.parent[node] = node = self.parent[self.parent[node]]
+        return node
+
+    # modules
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, module in self.host.named_modules():
+                stack.callback(module.register_forward_pre_hook(lambda _, __, name=name: self._enter(name)).remove)
+            for index, (layer, site) in enumerate(zip(self.sites.layers, self.sites.sites, strict=True)):
+                before = layer.register_forward_pre_hook(
+                    lambda _, args, kwargs, index=index: self._begin(index, args, kwargs), with_kwargs=True
+                )
+                branch = layer.get_submodule(site.branch)
+                done = branch.register_forward_hook(lambda *_, index=index: self.past.add(index))
+                after = layer.register_forward_hook(lambda _, __, output: self._end(output))
+                for handle in (before, done, after):
+                    stack.callback(handle.remove)
+            for module in self.host.modules():
+                stack.callback(module.register_forward_hook(lambda *_: self._leave()).remove)
+            yield
+
+    def _enter(self, name: str) -> None:
+        self.count += 1
+        self.calls.append((name, self.count))
+
+    def _leave(self) -> None:
+        self.calls.pop()
+
+    def _begin(self, layer: int, args: Any, kwargs: Any) -> None:
+        self.layer, self.began = layer, True
+        self._is_stream(probe.first_hidden(args, kwargs))
+
+    def _end(self, output: Any) -> None:
+        self._is_stream(probe.first_tensor(output))
+        self.layer = None
+
+    def _is_stream(self, hidden: torch.Tensor | None) -> None:
+        assert hidden is not None  # find_sites refuses others
+        value = self.value(hidden)
+        value.raw = True
+        self.streams.append(value.nodes[-1])
+        for use in value.uses:
+            self.uses[use].stays = True
+
+    # operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        outs = tensors_in(out)
+        if outs:
+            self._follow(func, args, kwargs or {}, outs)
+        return out
+
+    def _follow(self, func: Any, args: Any, kwargs: dict[str, Any], outs: list[torch.Tensor]) -> None:
+        rule, inputs = rule_of(func), tensors_in((args, kwargs))
+        name = func.overloadpacket.__name__
+        before = [(tensor, self.value(tensor)) for tensor in inputs]
+        self.seen |= {value.source for _, value in before if value.source is not None}
+        pairs, spent = [], []
+        if rule is not None:
+            joined = rule(args, kwargs, outs)
+            pairs, spent = joined.pairs, joined.spent
+        for a, b in pairs:
+            self.parent[self.root(self.node(a))] = self.root(self.node(b))
+        call, module = (self.calls[-1][1], self.calls[-1][0]) if self.calls else (0, "")
+        kept = {(id(axis.tensor), axis.number) for pair in pairs for axis in pair}
+        kept |= {(id(axis.tensor), axis.number) for axis in spent}
+        for tensor, value in before:
+            for number, node in enumerate(value.nodes):
+                if (id(tensor), number) not in kept:
+                    self.lost.append((node, f"{name} in {module or 'the host'}"))
+        if not is_product(rule):
+            self.averaged += [(self.node(axis), call, module) for axis in spent]
+        self._label(name, is_product(rule), args, before, outs, pairs, spent)
+
+    def _label(
+        self,
+        name: str,
+        product: bool,
+        args: Any,
+        before: list[tuple[torch.Tensor, _Value]],
+        outs: list[torch.Tensor],
+        pairs: list[tuple[Axis, Axis]],
+        spent: list[Axis],
+    ) -> None:
+        """Where the results' values come from, and which parameters were used for them."""
+        floating = [(tensor, value) for tensor, value in before if tensor.is_floating_point()]
+        sources = {value.source for _, value in floating}
+        own = [(tensor, value) for tensor, value in floating if value.source is not None]
+        if len(sources) == 1 and own and name != "embedding":
+            self._derive(name, args, own[0], outs, pairs)
+            return
+        raw = any(value.raw for _, value in floating)
+        uses = frozenset().union(*(value.uses for _, value in floating))
+        if product and self.layer is not None and ("attention" in name or "convolution" in name or (not own and name == "bmm")):
+            self.mixing.add(self.layer)
+        if name == "cumsum" and self.layer is not None:
+            self.mixing.add(self.layer)
+        made: set[int] = set()
+        for tensor, value in own:
+            used = self._used(name, product, args, tensor, value, raw, spent)
+            if used.how == "product":
+                for number in uses:
+                    if self.uses[number].feeds is None:
+                        self.uses[number].feeds = len(self.uses) - 1
+            else:
+                made.add(len(self.uses) - 1)
+        for out in outs:
+            value = self.value(out)
+            if value.source is not None:
+                continue  # written into a parameter's own memory; not in a forward
+            value.raw = name == "embedding" or (raw and not product)
+            value.uses = frozenset(made) if product or name == "embedding" else uses | made
+
+    def _derive(
+        self,
+        name: str,
+        args: Any,
+        own: tuple[torch.Tensor, _Value],
+        outs: list[torch.Tensor],
+        pairs: list[tuple[Axis, Axis]],
+    ) -> None:
+        tensor, value = own
+        offset = value.offset
+        numbers = [a for a in args if isinstance(a, int | float) and not isinstance(a, bool)]
+        if name in ("add", "sub") and len(numbers) == 1:
+            offset += numbers[0] if name == "add" else -numbers[0]
+        elif name in _CHANGE:
+            offset = _UNKNOWN
+        for out in outs:
+            if id(out) == id(tensor):
+                continue
+            derived = self.value(out)
+            origin: list[int | None] = [None] * out.dim()
+            for a, b in pairs:
+                for old, new in ((a, b), (b, a)):
+                    if old.tensor is tensor and new.tensor is out:
+                        origin[new.number] = value.origin[old.number]
+            derived.source, derived.origin, derived.offset = value.source, tuple(origin), offset
+
+    def _used(
+        self, name: str, product: bool, args: Any, tensor: torch.Tensor, value: _Value, raw: bool, spent: list[Axis]
+    ) -> _Use:
+        assert value.source is not None
+        gone = [value.origin[axis.number] for axis in spent if axis.tensor is tensor] if product else []
+        how = "lookup" if name == "embedding" else "product" if gone else "add"
+        if any(name.startswith(kind) for kind in _MULTIPLY) and not (len(args) > 3 and args[3] is tensor):  # a norm's shift
+            how = "mul"
+        call, module = (self.calls[-1][1], self.calls[-1][0]) if self.calls else (0, "")
+        axes = tuple(axis for axis in gone if axis is not None)
+        use = _Use(value.source, self._name(value.source), how, axes, value.offset, raw, self.layer, self._part(), module, call)
+        self.uses.append(use)
+        return use
+
+    def _name(self, source: int) -> str:
+        """Of a tied parameter the name by which the module that runs knows it."""
+        running = {name for name, _ in self.calls}
+        own = [name for name in self.names[source] if name.rpartition(".")[0] in running]
+        return max(own, key=len) if own else self.names[source][0]
+
+    def _part(self) -> str:
+        if self.layer is None:
+            return "after" if self.began else "before"
+        site = self.sites.sites[self.layer]
+        if site.kind == "single":
+            return "single"
+        if site.kind == "sequential":
+            return "mlp" if self.layer in self.past else "attention"
+        branch = f"{self.sites.path}.{self.layer}.{site.branch}"
+        return "attention" if any(name == branch for name, _ in self.calls) else "mlp"
+
+
+# --- telling --------------------------------------------------------------------------------------------------------------
+
+
+class _Told:
+    """The roles, from what was watched."""
+
+    def __init__(self, host: nn.Module, watch: _Watch) -> None:
+        self.host, self.watch = host, watch
+        roots = [watch.root(node) for node in watch.streams]
+        if len(set(roots)) != 1:
+            where = next(n for n, root in enumerate(roots) if root != roots[0]) // 2
+            raise RealignerError(f"{type(host).__name__}: layer {where} has another residual stream than layer 0; refused")
+        self.stream = roots[0]
+        norms = [(call, module) for node, call, module in watch.averaged if watch.root(node) == self.stream]
+        self.norms = {call for call, _ in norms}
+        self.last, self.final = norms[-1] if norms else (-1, "")
+
+    def told(self) -> Stream:
+        watch, host = self.watch, self.host
+        roles = {}
+        for name, parameter in host.named_parameters(remove_duplicate=False):
+            role = self._role(name, parameter)
+            if role is not None:
+                roles[name] = role
+        unseen = {
+            name: parameter.shape
+            for name, parameter in host.named_parameters(remove_duplicate=False)
+            if id(parameter) not in watch.seen
+        }
+        roles |= _siblings(unseen, roles, dict(host.named_parameters(remove_duplicate=False)), watch.sites.path)
+        buffers = {
+            name: axes for name, buffer in host.named_buffers(remove_duplicate=False) if (axes := self._axes(id(buffer)))
+        }
+        broken = tuple(dict.fromkeys(what for node, what in watch.lost if watch.root(node) == self.stream))
+        return Stream(watch.sites, roles, buffers, self.final, broken)
+
+    def _axes(self, source: int) -> tuple[int, ...]:
+        nodes = self.watch.values[source].nodes
+        return tuple(axis for axis, node in enumerate(nodes) if self.watch.root(node) == self.stream)
+
+    def _role(self, name: str, parameter: torch.Tensor) -> Role | None:
+        axes = self._axes(id(parameter))
+        uses = [use for use in self.watch.uses if use.source == id(parameter)]
+        if not axes or not uses:
+            return None
+        use = next((use for use in uses if use.name == name), uses[0])
+        kind, axis = self._kind(use, axes)
+        stays = use.stays if use.how in ("mul", "add") else kind != "read"
+        also = tuple(other for other in axes if other != axis)
+        return Role(kind, axis, self._place(use), use.layer, use.offset if kind == "gain" else 0.0, also, stays)
+
+    def _kind(self, use: _Use, axes: tuple[int, ...]) -> tuple[str, int]:
+        read = [axis for axis in axes if axis in use.spent]
+        if use.how == "product":
+            return ("read", read[0]) if read else ("write", axes[0])
+        if use.how == "lookup":
+            return "embedding", axes[-1]
+        if use.call in self.norms:
+            return ("gain" if use.how == "mul" else "shift"), axes[-1]
+        if use.how == "mul":
+            return "scale", axes[-1]
+        return ("embedding" if use.part == "before" else "bias"), axes[-1]
+
+    def _place(self, use: _Use) -> str:
+        if use.part == "before":
+            return "embedding"
+        if use.how in ("mul", "add") and use.call in self.norms:
+            if use.call == self.last:
+                return "final"
+            if use.raw and use.feeds is not None:
+                place = self._place(self.watch.uses[use.feeds])
+                return "mlp" if place == "head" and use.layer is not None else place
+        if use.part == "after":
+            return "head"
+        if use.part == "single":
+            return "attention" if use.layer in self.watch.mixing else "mlp"
+        return use.part
+
+
+def _siblings(
+    unseen: dict[str, torch.Size], roles: dict[str, Role], parameters: dict[str, torch.Tensor], path: str
+) -> dict[str, Role]:
+    """Roles for parameters that no token reached, from those that differ from them in a number only (experts)."""
+    layer_of = re.compile(rf"^{re.escape(path)}\.(\d+)\.")
+    kinds: dict[str, dict[int | None, Role]] = {}
+    for name, role in roles.items():
+        kinds.setdefault(f"{_NUMBER.sub('#', name)} {list(parameters[name].shape)}", {})[role.layer] = role
+    found = {}
+    for name, shape in unseen.items():
+        alike = kinds.get(f"{_NUMBER.sub('#', name)} {list(shape)}")
+        if alike:
+            inside = layer_of.match(name)
+            layer = int(inside[1]) if inside else None
+            found[name] = replace(alike.get(layer) or next(iter(alike.values())), layer=layer)
+    return found
