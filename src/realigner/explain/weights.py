@@ -1,0 +1,227 @@
+"""What a host's weights alone say of every index of its residual stream: gains, the head, the embedding, what layers write.
+
+Works on a host in memory and on a checkpoint that is never loaded (`checkpoint.Tensors`), by the same code. With g the final
+norm's effective gain (Gemma's is 1 + weight), W_U the head ``[vocabulary, D]``, E the token embedding ``[vocabulary, D]``, W a
+matrix that writes ``[D, other]``, and all sums in float64:
+
+- ``final_gain`` g_i, ``head_norm`` ||W_U[:, i]||, ``head_reach`` |g_i| ||W_U[:, i]||, ``embedding_norm`` ||E[:, i]||, over
+  ``neuron``;
+- ``attention_gain``, ``mlp_gain`` |g_i| / median over i of |g_i|, of the norm that feeds a layer's attention, its MLP;
+  ``attention_write``, ``mlp_write`` ||W[i, :]||, of all matrices that write there (a mixture's experts together), over
+  ``layer`` and ``neuron``.
+
+A norm of what a branch gives (OLMo2, Gemma2) does not feed it, and ``*_write`` is before such a norm; one norm that feeds both
+branches of a parallel layer counts as that of the branch that runs first. What a host does not have is NaN.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from realigner.errors import RealignerError
+from realigner.explain.checkpoint import HostTensors, Tensors, open_checkpoint
+from realigner.explain.roles import Role, find_stream, roles_of
+from realigner.hosts import text_config
+from realigner.sites import find_layers
+
+_PLACES = ("attention", "mlp")
+
+
+def weights_of(host: nn.Module | str | Path) -> xr.Dataset:
+    """`measure_weights` of a host in memory, or of a checkpoint's folder.
+
+    Raises:
+        RealignerError: as `open_checkpoint`, `roles_for` and `measure_weights`.
+
+    Example:
+        >>> from realigner.tiny import tiny_host
+        >>> weights_of(tiny_host("llama"))["mlp_write"].shape
+        (3, 32)
+    """
+    source: Tensors = HostTensors(host) if isinstance(host, nn.Module) else open_checkpoint(host)
+    return measure_weights(source, roles_for(source))
+
+
+def measure_weights(source: Tensors, roles: Mapping[str, Role]) -> xr.Dataset:
+    """Every measurement of the module's docstring, of every index.
+
+    Args:
+        source: the tensors, of a host of width D with L layers.
+        roles: the role of each (`roles_for`).
+
+    Raises:
+        RealignerError: naming a tensor that is needed and missing, quantised or unreadable.
+
+    Returns:
+        Variables over ``neuron`` [D] and ``layer`` [L], float64. Attributes: ``host``, ``model_type``, ``tied`` (1 where the
+        head is the token embedding, else 0), ``norm`` (``"rms"``, ``"layer"``, or ``"none"`` where none feeds the head).
+
+    Example:
+        >>> from realigner.tiny import tiny_host
+        >>> source = HostTensors(tiny_host("gemma"))
+        >>> measure_weights(source, roles_for(source)).attrs["norm"]
+        'rms'
+    """
+    embedding = _weight_name(source.host, "get_input_embeddings")
+    head = _weight_name(source.host, "get_output_embeddings")
+    tied = bool(embedding and head) and source.host.get_parameter(embedding) is source.host.get_parameter(head)
+    table = _Table(source, roles)
+    gain = table.gain([name for name, role in roles.items() if role.kind == "gain" and role.place == "final"])
+    norms = table.norms([head] if head in roles else [n for n, role in roles.items() if role.place == "head"])
+    neurons: dict[str, np.ndarray] = {
+        "final_gain": gain,
+        "head_norm": norms,
+        "head_reach": np.abs(gain) * norms,
+        "embedding_norm": table.norms([embedding] if embedding in roles else []),
+    }
+    layers: dict[str, np.ndarray] = {}
+    for place in _PLACES:
+        layers[f"{place}_gain"] = table.by_layer(place, "gain")
+        layers[f"{place}_write"] = table.by_layer(place, "write")
+    return xr.Dataset(
+        {
+            **{name: ("neuron", values) for name, values in neurons.items()},
+            **{name: (("layer", "neuron"), values) for name, values in layers.items()},
+        },
+        coords={"neuron": np.arange(table.width), "layer": np.arange(table.depth)},
+        attrs={
+            "host": source.origin,
+            "model_type": str(getattr(text_config(source.host), "model_type", "")),
+            "tied": int(tied),
+            "norm": norm_kind(source.example),
+        },
+    )
+
+
+class _Table:
+    """The measurements of one host, tensor by tensor."""
+
+    def __init__(self, source: Tensors, roles: Mapping[str, Role]) -> None:
+        self.source, self.roles = source, roles
+        self.depth = len(find_layers(source.host)[1])
+        self.width = _width(source, roles)
+
+    def nothing(self) -> np.ndarray:
+        return np.full(self.width, np.nan)
+
+    def gain(self, names: list[str]) -> np.ndarray:
+        """The effective gain [D] of a norm; of several (a mixture's branches) the first."""
+        if not names:
+            return self.nothing()
+        role = self.roles[names[0]]
+        [block] = self.source.blocks(names[0], role.axis)
+        return np.asarray(block.double().reshape(-1).numpy() + role.offset)
+
+    def norms(self, names: list[str]) -> np.ndarray:
+        """The root of the sum of squares over every axis but the stream's, of all these tensors together [D]."""
+        if not names:
+            return self.nothing()
+        total = torch.zeros(self.width, dtype=torch.float64)
+        for name in names:
+            for block in self.source.blocks(name, self.roles[name].axis):
+                total += torch.linalg.vector_norm(block, dim=0, dtype=torch.float64) ** 2
+        return np.asarray(total.sqrt().numpy())
+
+    def by_layer(self, place: str, kind: str) -> np.ndarray:
+        """[L, D]: norms of the matrices that write there, or the gains over their median of the norms that feed it."""
+        rows = []
+        for layer in range(self.depth):
+            names = [n for n, role in self.roles.items() if (role.kind, role.place, role.layer) == (kind, place, layer)]
+            if kind == "write":
+                rows.append(self.norms(names))
+                continue
+            size = np.abs(self.gain([name for name in names if not self.roles[name].stays]))
+            median = np.median(size)
+            rows.append(size / median if median > 0 else self.nothing())
+        return np.stack(rows)
+
+
+def roles_for(source: Tensors) -> dict[str, Role]:
+    """Each tensor's role: by `roles_of` where the host can run, else carried over from its example, layer by layer.
+
+    Raises:
+        RealignerError: as `roles_of`; and naming the tensor, when the example has none like it, or it does not fit the role.
+
+    Example:
+        >>> from realigner.tiny import tiny_host
+        >>> roles_for(HostTensors(tiny_host("llama")))["lm_head.weight"].place
+        'head'
+    """
+    if source.example is source.host:
+        return roles_of(source.host)
+    known = _by_pattern(source)
+    path = find_layers(source.host)[2]
+    found = {}
+    for name, _ in source.host.named_parameters(remove_duplicate=False):
+        layer, pattern = _pattern(name, path)
+        if pattern not in known:
+            raise RealignerError(f"{source.origin}: no tiny host of its type has a {name}; load the host to measure it")
+        if (role := known[pattern]) is not None:
+            found[name] = replace(role, layer=layer)
+    width = _width(source, found)
+    for name, role in found.items():
+        shape = source.host.get_parameter(name).shape
+        if any(axis >= len(shape) or shape[axis] != width for axis in role.axes):
+            raise RealignerError(f"{source.origin}: {name} is {list(shape)}; its axes {list(role.axes)} should be {width} long")
+    return found
+
+
+def _by_pattern(source: Tensors) -> dict[str, Role | None]:
+    """Of the example: each name without its numbers, and its role in any layer; None for what does not touch the stream."""
+    roles, path = roles_of(source.example), find_layers(source.example)[2]
+    known: dict[str, Role | None] = {}
+    for name, _ in source.example.named_parameters(remove_duplicate=False):
+        pattern = _pattern(name, path)[1]
+        role = replace(roles[name], layer=None) if name in roles else None
+        if known.setdefault(pattern, role) != role:
+            raise RealignerError(f"{source.origin}: {name} has another part in other layers; load the host to measure it")
+    return known
+
+
+def _pattern(name: str, path: str) -> tuple[int | None, str]:
+    """A name's layer (None outside the layers), and the name with ``*`` for each number in it."""
+    match = re.match(rf"{re.escape(path)}\.(\d+)\.", name)
+    return int(match[1]) if match else None, re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def norm_kind(host: nn.Module) -> str:
+    """The norm that feeds a host's head: ``"rms"``, ``"layer"`` (it takes the mean away: adding 3 changes nothing), ``"none"``.
+
+    Raises:
+        RealignerError: as `roles_of`.
+
+    Example:
+        >>> from realigner.tiny import tiny_host
+        >>> norm_kind(tiny_host("gpt2"))
+        'layer'
+    """
+    stream = find_stream(host)
+    if not stream.final:
+        return "none"
+    norm, like = host.get_submodule(stream.final), next(host.parameters())
+    x = torch.randn(1, 4, stream.sites.width, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    with torch.no_grad():
+        first, second = norm(x), norm(x + 3)
+    return "layer" if (first - second).abs().max() < 0.1 * first.abs().max() else "rms"
+
+
+def _width(source: Tensors, roles: Mapping[str, Role]) -> int:
+    if not roles:
+        raise RealignerError(f"{source.origin}: no tensor of it touches the residual stream")
+    name, role = next(iter(roles.items()))
+    return int(source.host.get_parameter(name).shape[role.axis])
+
+
+def _weight_name(host: Any, getter: str) -> str:
+    """The name of the weight of the module that `getter` gives; empty if it gives none."""
+    module = getattr(host, getter, lambda: None)()
+    return next((f"{name}.weight" for name, found in host.named_modules() if found is module), "")
