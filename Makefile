@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check bench census canary install help clean
+.PHONY: demo test test-slow check bench validation census canary install help clean
 
 help:
 	@echo "make demo       train an IRM on the embedded host and open on a report: demo/report.html (about 7 minutes of work)"
@@ -13,7 +13,8 @@ help:
 	@echo "make check      ruff and mypy --strict"
 	@echo "make census     prove injection on a tiny host of every type in transformers, and write docs/hosts.md"
 	@echo "make canary     the same against the newest transformers and PEFT; reports only"
-	@echo "make bench      measure speed against named peers, each in its own environment in .bench (4 GB; 40 minutes)"
+	@echo "make bench      measure speed against named peers, each in its own environment in .bench (9 GB; 50 minutes)"
+	@echo "make validation are the statistics right? p-values on null data, power, intervals; writes docs/statistics.md (25 minutes)"
 
 install: $(READY)
 
@@ -45,7 +46,13 @@ bench: $(READY)
 	@$(BIN)/python benchmarks/data.py
 	@$(BIN)/python benchmarks/training.py
 	@$(BIN)/python benchmarks/recording.py
+	@$(BIN)/python benchmarks/analysis.py
+	@$(BIN)/python benchmarks/report.py
+	@$(BIN)/python benchmarks/weights_only.py
 	@$(BIN)/python benchmarks/injection.py
+
+validation: $(READY)
+	@$(BIN)/python -m benchmarks.validation --jobs 2
 
 census: $(READY)
 	@HF_HUB_OFFLINE=1 $(BIN)/realigner hosts --out docs/hosts.md --force

@@ -1,6 +1,6 @@
 """What recording costs: in generation on the embedded host, and on disk at the paper's shape.
 
-    python benchmarks/recording.py [--repeats 7] [--tokens 80] [--json FILE]
+    python benchmarks/recording.py [--repeats 7] [--tokens 100] [--json FILE]
 
 Generation: the compact IRM (randomly initialised; its numbers do not change the cost) on the embedded host, the paper's seven
 prompts in one batch, greedy, exactly --tokens new tokens each. Baseline of every ratio: the same generation, not recorded.
@@ -186,7 +186,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=80, help="new tokens a prompt")
+    parser.add_argument("--tokens", type=int, default=100, help="new tokens a prompt")
     parser.add_argument("--disk-tokens", type=int, default=100, help="tokens of a text written to disk")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "recording.json", metavar="FILE")
     options = parser.parse_args()

@@ -40,6 +40,21 @@ SHOWN = """(column) => {
 }"""
 
 
+# How far the strongest pixel of the first map's layer numbers is from the page's background, 0 to 255.
+CONTRAST = """() => {
+  const map = document.querySelector("[data-explorer]").explorer.panels[0].map;
+  const { plot, context } = map;
+  const ground = getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number);
+  const { data } = context.getImageData(0, plot.y, plot.x - 2, plot.height);
+  let most = 0;
+  for (let at = 0; at < data.length; at += 4) {
+    const apart = Math.abs(data[at] - ground[0]) + Math.abs(data[at + 1] - ground[1]) + Math.abs(data[at + 2] - ground[2]);
+    most = Math.max(most, apart / 3 * data[at + 3] / 255);
+  }
+  return most;
+}"""
+
+
 def missing(what: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(what)
@@ -214,6 +229,7 @@ def test_summaries_alone(chromium: Any, small: Path, scheme: str) -> None:
     opened = Opened(chromium, small, color_scheme=scheme)
     page = opened.page
     assert page.locator("[data-show]").first.is_disabled()
+    assert page.evaluate(CONTRAST) > 60
     assert page.locator("[data-strip=left] span").count() == 2 * 24
     page.locator("[data-strip=left] span").nth(5).click()
     assert "token 6 of 24 (reply)" in opened.text("token")

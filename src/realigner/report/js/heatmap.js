@@ -55,7 +55,7 @@ class HeatMap {
     this.view = view;
     const style = getComputedStyle(canvas);
     this.ink = style.color;
-    this.soft = style.getPropertyValue("--soft-solid").trim() || style.color;
+    this.soft = style.textDecorationColor; // resolved, as a variable with light-dark() in it would not be
     this.font = style.fontFamily;
     context.clearRect(0, 0, canvas.width, canvas.height);
     if (picture.values) this.cells(picture, view);
