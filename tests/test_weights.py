@@ -18,6 +18,7 @@ import realigner.explain.checkpoint as checkpoint
 from realigner import RealignerError
 from realigner.explain.checkpoint import INDEX, SINGLE, Checkpoint, HostTensors, open_checkpoint
 from realigner.explain.weights import measure_weights, norm_kind, roles_for, weights_of
+from realigner.hosts import embedded_folder
 from realigner.tiny import tiny_host
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,6 +38,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon in sequence": ("falcon", {"parallel_attn": False}),
     "falcon of two norms": ("falcon", {"new_decoder_architecture": True}),
     "mixtral": ("mixtral", {}),
+    "norms that follow": ("openai-gpt", {}),
+    "a switch that is None": ("deepseek_v3", {"q_lora_rank": None}),
 }
 
 
@@ -211,6 +214,14 @@ def test_small_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     xr.testing.assert_allclose(weights_of(tmp_path), wanted, rtol=1e-6, atol=0)
     sizes = [block.numel() for block in open_checkpoint(tmp_path).blocks("model.layers.0.mlp.experts.down_proj", 1)]
     assert max(sizes) <= 100
+
+
+@pytest.mark.host
+def test_the_embedded_host(embedded: tuple[Any, Any]) -> None:
+    wanted, found = weights_of(embedded[0]), weights_of(embedded_folder())
+    xr.testing.assert_allclose(found, wanted, rtol=1e-6, atol=0)
+    assert found.to_array().notnull().all()
+    assert found.attrs == {"host": str(embedded_folder()), "model_type": "llama", "tied": 1, "norm": "rms"}
 
 
 # --- what is wrong with a checkpoint ----------------------------------------------------------------------------------------

@@ -158,14 +158,15 @@ def roles_for(source: Tensors) -> dict[str, Role]:
     """
     if source.example is source.host:
         return roles_of(source.host)
-    known = _by_pattern(source)
-    path = find_layers(source.host)[2]
+    known, last = _by_pattern(source)
+    _, layers, path = find_layers(source.host)
     found = {}
     for name, _ in source.host.named_parameters(remove_duplicate=False):
         layer, pattern = _pattern(name, path)
         if pattern not in known:
             raise RealignerError(f"{source.origin}: no tiny host of its type has a {name}; load the host to measure it")
-        if (role := known[pattern]) is not None:
+        role = last.get(pattern, known[pattern]) if layer == len(layers) - 1 else known[pattern]
+        if role is not None:
             found[name] = replace(role, layer=layer)
     width = _width(source, found)
     for name, role in found.items():
@@ -175,16 +176,22 @@ def roles_for(source: Tensors) -> dict[str, Role]:
     return found
 
 
-def _by_pattern(source: Tensors) -> dict[str, Role | None]:
-    """Of the example: each name without its numbers, and its role in any layer; None for what does not touch the stream."""
+def _by_pattern(source: Tensors) -> tuple[dict[str, Role | None], dict[str, Role]]:
+    """Of the example: each name without its numbers, and its role in any layer; None for what does not touch the stream.
+
+    Where norms follow the branches, the last layer's last one is the final norm: its name is among the second, too.
+    """
     roles, path = roles_of(source.example), find_layers(source.example)[2]
     known: dict[str, Role | None] = {}
+    last: dict[str, Role] = {}
     for name, _ in source.example.named_parameters(remove_duplicate=False):
         pattern = _pattern(name, path)[1]
         role = replace(roles[name], layer=None) if name in roles else None
-        if known.setdefault(pattern, role) != role:
+        if role is not None and role.place == "final" and pattern in known:
+            last[pattern] = role
+        elif known.setdefault(pattern, role) != role:
             raise RealignerError(f"{source.origin}: {name} has another part in other layers; load the host to measure it")
-    return known
+    return known, last
 
 
 def _pattern(name: str, path: str) -> tuple[int | None, str]:
