@@ -1,9 +1,9 @@
 """Which axes of a forward's tensors are the same axis: every operation says which of its axes go together.
 
 A product ``[a, b] x [b, c] -> [a, c]`` joins three pairs, an addition the axes that it aligns, a view those that it keeps.
-`roles` watches every operation of a forward and joins them (union-find). What is then in one
-class with the last axis of a layer's input is the residual stream, whatever a host calls its modules and however it stores
-its matrices; nothing is told from a size. An operation without a rule here joins nothing.
+`roles` watches every operation of a forward and joins them (union-find). What is then in one class with the last axis of a
+layer's input is the residual stream, whatever a host calls its modules and however it stores its matrices; nothing is told
+from a size. An operation without a rule here joins nothing.
 """
 
 from __future__ import annotations
@@ -244,10 +244,8 @@ def _normed(args: Sequence[Any], _: dict[str, Any], outs: Sequence[torch.Tensor]
 def _reduced(args: Sequence[Any], kwargs: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
     x, joined = args[0], Joined()
     given = [kwargs.get("dim"), *(a for a in args[1:] if not isinstance(a, bool))]
-    dims = next((d for d in given if isinstance(d, list | tuple) and d), None)
-    if dims is None:
-        single = [d for d in given if isinstance(d, int)]
-        dims = single[:1] or range(x.dim())
+    numbers = [d for d in given if isinstance(d, int)]
+    dims: Sequence[int] = next((d for d in given if isinstance(d, list | tuple) and d), numbers[:1] or range(x.dim()))
     gone = {d % x.dim() for d in dims} if x.dim() else set()
     for out in outs:
         kept: Sequence[int | None] = (
@@ -263,7 +261,8 @@ def _vector_normed(args: Sequence[Any], kwargs: dict[str, Any], outs: Sequence[t
     return _reduced((args[0], *args[2:]), kwargs, outs)
 
 
-def _nothing(args: Sequence[Any], kwargs: dict[str, Any], _: Sequence[torch.Tensor]) -> Joined:
+def _made(args: Sequence[Any], kwargs: dict[str, Any], _: Sequence[torch.Tensor]) -> Joined:
+    """Tensors that have another's shape and nothing of its values."""
     return _attention(args, kwargs, ())
 
 
@@ -289,7 +288,7 @@ def _rules() -> Iterator[tuple[str, Rule]]:
         _normed: "native_layer_norm _fused_rms_norm",
         _reduced: "sum mean amax amin max min var std logsumexp prod any all argmax argmin var_mean std_mean",
         _vector_normed: "linalg_vector_norm norm",
-        _nothing: "empty_like zeros_like ones_like full_like rand_like new_zeros new_ones new_empty new_full zero fill",
+        _made: "empty_like zeros_like ones_like full_like rand_like new_zeros new_ones new_empty new_full zero fill",
     }
     for rule, names in kinds.items():
         for name in names.split():
@@ -312,3 +311,8 @@ def rule_of(func: Any) -> Rule | None:
 def is_product(rule: Rule | None) -> bool:
     """Whether what an operation returns is a new space: matrices are multiplied in it."""
     return rule in _PRODUCTS
+
+
+def is_made(rule: Rule | None) -> bool:
+    """Whether an operation takes a tensor's shape alone."""
+    return rule is _made

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import realigner.probe as probe
 from realigner.errors import RealignerError
-from realigner.explain.axes import Axis, is_product, rule_of, tensors_in
+from realigner.explain.axes import Axis, Joined, is_made, is_product, rule_of, tensors_in
 from realigner.hosts import text_config
 from realigner.sites import HostSites, find_sites
 
@@ -172,10 +172,27 @@ class _Use:
     raw: bool
     layer: int | None
     part: str  # "attention", "mlp" or "single"; outside the layers "before" or "after"
-    module: str
     call: int
     feeds: int | None = None
     stays: bool = False
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """One operation of the forward, its tensors, and what it does to their axes."""
+
+    name: str
+    product: bool
+    args: Any
+    inputs: list[tuple[torch.Tensor, _Value]]
+    outs: list[torch.Tensor]
+    joined: Joined
+
+    def mixes(self) -> bool:
+        """Whether positions meet in it: attention, a convolution, a scan."""
+        if self.name == "bmm":
+            return all(value.source is None for _, value in self.inputs)
+        return "attention" in self.name or "convolution" in self.name or self.name == "cumsum"
 
 
 class _Watch(TorchDispatchMode):
@@ -189,11 +206,11 @@ class _Watch(TorchDispatchMode):
         self.kept: list[torch.Tensor] = []  # so that no id is used twice
         self.names: dict[int, list[str]] = {}
         self.uses: list[_Use] = []
-        self.averaged: list[tuple[int, int, str]] = []  # (node, call of a module, its name): reductions
+        self.averaged: list[tuple[int, int, str, str]] = []  # (node, call of a module, its name, part): reductions
         self.lost: list[tuple[int, str]] = []  # (node, what does not keep the axis, and where)
         self.streams: list[int] = []  # nodes of the layers' inputs and outputs
         self.mixing: set[int] = set()  # layers in which positions meet
-        self.calls: list[tuple[str, int]] = []  # the modules that run: name, number of the call
+        self.calls = [(0, "")]  # the modules that run: number of the call, name
         self.count = 0
         self.layer: int | None = None
         self.began = False
@@ -246,7 +263,7 @@ class _Watch(TorchDispatchMode):
 
     def _enter(self, name: str) -> None:
         self.count += 1
-        self.calls.append((name, self.count))
+        self.calls.append((self.count, name))
 
     def _leave(self) -> None:
         self.calls.pop()
@@ -277,109 +294,86 @@ class _Watch(TorchDispatchMode):
         return out
 
     def _follow(self, func: Any, args: Any, kwargs: dict[str, Any], outs: list[torch.Tensor]) -> None:
-        rule, inputs = rule_of(func), tensors_in((args, kwargs))
-        name = func.overloadpacket.__name__
-        before = [(tensor, self.value(tensor)) for tensor in inputs]
-        self.seen |= {value.source for _, value in before if value.source is not None}
-        pairs, spent = [], []
-        if rule is not None:
-            joined = rule(args, kwargs, outs)
-            pairs, spent = joined.pairs, joined.spent
-        for a, b in pairs:
+        rule = rule_of(func)
+        joined = Joined() if rule is None else rule(args, kwargs, outs)
+        inputs = [(tensor, self.value(tensor)) for tensor in tensors_in((args, kwargs))]
+        self.seen |= {value.source for _, value in inputs if value.source is not None}
+        op = _Operation(func.overloadpacket.__name__, is_product(rule), args, inputs, outs, joined)
+        self._join(op)
+        floating = [(tensor, value) for tensor, value in inputs if tensor.is_floating_point() and not is_made(rule)]
+        own = [(tensor, value) for tensor, value in floating if value.source is not None]
+        if own and len({value.source for _, value in floating}) == 1 and op.name != "embedding":
+            self._derive(op, *own[0])
+        else:
+            self._use(op, floating, own)
+
+    def _join(self, op: _Operation) -> None:
+        call, module = self.calls[-1]
+        for a, b in op.joined.pairs:
             self.parent[self.root(self.node(a))] = self.root(self.node(b))
-        call, module = (self.calls[-1][1], self.calls[-1][0]) if self.calls else (0, "")
-        kept = {(id(axis.tensor), axis.number) for pair in pairs for axis in pair}
-        kept |= {(id(axis.tensor), axis.number) for axis in spent}
-        for tensor, value in before:
+        axes = [axis for pair in op.joined.pairs for axis in pair] + op.joined.spent
+        kept = {(id(axis.tensor), axis.number) for axis in axes}
+        for tensor, value in op.inputs:
             for number, node in enumerate(value.nodes):
                 if (id(tensor), number) not in kept:
-                    self.lost.append((node, f"{name} in {module or 'the host'}"))
-        if not is_product(rule):
-            self.averaged += [(self.node(axis), call, module) for axis in spent]
-        self._label(name, is_product(rule), args, before, outs, pairs, spent)
-
-    def _label(
-        self,
-        name: str,
-        product: bool,
-        args: Any,
-        before: list[tuple[torch.Tensor, _Value]],
-        outs: list[torch.Tensor],
-        pairs: list[tuple[Axis, Axis]],
-        spent: list[Axis],
-    ) -> None:
-        """Where the results' values come from, and which parameters were used for them."""
-        floating = [(tensor, value) for tensor, value in before if tensor.is_floating_point()]
-        sources = {value.source for _, value in floating}
-        own = [(tensor, value) for tensor, value in floating if value.source is not None]
-        if len(sources) == 1 and own and name != "embedding":
-            self._derive(name, args, own[0], outs, pairs)
-            return
-        raw = any(value.raw for _, value in floating)
-        uses = frozenset().union(*(value.uses for _, value in floating))
-        if product and self.layer is not None and ("attention" in name or "convolution" in name or (not own and name == "bmm")):
+                    self.lost.append((node, f"{op.name} in {module or 'the host'}"))
+        if not op.product:
+            self.averaged += [(self.node(axis), call, module, self._part()) for axis in op.joined.spent]
+        if self.layer is not None and op.mixes():
             self.mixing.add(self.layer)
-        if name == "cumsum" and self.layer is not None:
-            self.mixing.add(self.layer)
-        made: set[int] = set()
-        for tensor, value in own:
-            used = self._used(name, product, args, tensor, value, raw, spent)
-            if used.how == "product":
-                for number in uses:
-                    if self.uses[number].feeds is None:
-                        self.uses[number].feeds = len(self.uses) - 1
-            else:
-                made.add(len(self.uses) - 1)
-        for out in outs:
-            value = self.value(out)
-            if value.source is not None:
-                continue  # written into a parameter's own memory; not in a forward
-            value.raw = name == "embedding" or (raw and not product)
-            value.uses = frozenset(made) if product or name == "embedding" else uses | made
 
-    def _derive(
-        self,
-        name: str,
-        args: Any,
-        own: tuple[torch.Tensor, _Value],
-        outs: list[torch.Tensor],
-        pairs: list[tuple[Axis, Axis]],
-    ) -> None:
-        tensor, value = own
+    def _derive(self, op: _Operation, tensor: torch.Tensor, value: _Value) -> None:
+        """The results hold a parameter's own entries: as they are, as a view, with a number added."""
         offset = value.offset
-        numbers = [a for a in args if isinstance(a, int | float) and not isinstance(a, bool)]
-        if name in ("add", "sub") and len(numbers) == 1:
-            offset += numbers[0] if name == "add" else -numbers[0]
-        elif name in _CHANGE:
+        numbers = [a for a in op.args if isinstance(a, int | float) and not isinstance(a, bool)]
+        if op.name in ("add", "sub") and len(numbers) == 1:
+            offset += numbers[0] if op.name == "add" else -numbers[0]
+        elif op.name in _CHANGE:
             offset = _UNKNOWN
-        for out in outs:
-            if id(out) == id(tensor):
+        for out in op.outs:
+            if out is tensor:
                 continue
-            derived = self.value(out)
             origin: list[int | None] = [None] * out.dim()
-            for a, b in pairs:
+            for a, b in op.joined.pairs:
                 for old, new in ((a, b), (b, a)):
                     if old.tensor is tensor and new.tensor is out:
                         origin[new.number] = value.origin[old.number]
+            derived = self.value(out)
             derived.source, derived.origin, derived.offset = value.source, tuple(origin), offset
 
-    def _used(
-        self, name: str, product: bool, args: Any, tensor: torch.Tensor, value: _Value, raw: bool, spent: list[Axis]
-    ) -> _Use:
+    def _use(self, op: _Operation, floating: list[tuple[torch.Tensor, _Value]], own: list[tuple[torch.Tensor, _Value]]) -> None:
+        """The results come of the stream, or of other activations; notes which parameters were used for them."""
+        raw = any(value.raw for _, value in floating)
+        uses = frozenset().union(*(value.uses for _, value in floating))
+        made: set[int] = set()
+        for tensor, value in own:
+            number, use = len(self.uses), self._used(op, tensor, value, raw)
+            self.uses.append(use)
+            if use.how != "product":
+                made.add(number)
+                continue
+            for earlier in (self.uses[n] for n in uses):
+                earlier.feeds = number if earlier.feeds is None else earlier.feeds
+        anew = op.product or op.name == "embedding"
+        for out in op.outs:
+            value = self.value(out)
+            if value.source is None:
+                value.raw = op.name == "embedding" or (raw and not op.product)
+                value.uses = frozenset(made) if anew else uses | made
+
+    def _used(self, op: _Operation, tensor: torch.Tensor, value: _Value, raw: bool) -> _Use:
         assert value.source is not None
-        gone = [value.origin[axis.number] for axis in spent if axis.tensor is tensor] if product else []
-        how = "lookup" if name == "embedding" else "product" if gone else "add"
-        if any(name.startswith(kind) for kind in _MULTIPLY) and not (len(args) > 3 and args[3] is tensor):  # a norm's shift
+        gone = [value.origin[axis.number] for axis in op.joined.spent if axis.tensor is tensor] if op.product else []
+        how = "lookup" if op.name == "embedding" else "product" if gone else "add"
+        if op.name.startswith(_MULTIPLY) and not (len(op.args) > 3 and op.args[3] is tensor):  # fourth: a norm's shift
             how = "mul"
-        call, module = (self.calls[-1][1], self.calls[-1][0]) if self.calls else (0, "")
-        axes = tuple(axis for axis in gone if axis is not None)
-        use = _Use(value.source, self._name(value.source), how, axes, value.offset, raw, self.layer, self._part(), module, call)
-        self.uses.append(use)
-        return use
+        call, _ = self.calls[-1]
+        spent = tuple(axis for axis in gone if axis is not None)
+        return _Use(value.source, self._name(value.source), how, spent, value.offset, raw, self.layer, self._part(), call)
 
     def _name(self, source: int) -> str:
         """Of a tied parameter the name by which the module that runs knows it."""
-        running = {name for name, _ in self.calls}
+        running = {name for _, name in self.calls}
         own = [name for name in self.names[source] if name.rpartition(".")[0] in running]
         return max(own, key=len) if own else self.names[source][0]
 
@@ -392,7 +386,7 @@ class _Watch(TorchDispatchMode):
         if site.kind == "sequential":
             return "mlp" if self.layer in self.past else "attention"
         branch = f"{self.sites.path}.{self.layer}.{site.branch}"
-        return "attention" if any(name == branch for name, _ in self.calls) else "mlp"
+        return "attention" if any(name == branch for _, name in self.calls) else "mlp"
 
 
 # --- telling --------------------------------------------------------------------------------------------------------------
@@ -408,9 +402,12 @@ class _Told:
             where = next(n for n, root in enumerate(roots) if root != roots[0]) // 2
             raise RealignerError(f"{type(host).__name__}: layer {where} has another residual stream than layer 0; refused")
         self.stream = roots[0]
-        norms = [(call, module) for node, call, module in watch.averaged if watch.root(node) == self.stream]
-        self.norms = {call for call, _ in norms}
-        self.last, self.final = norms[-1] if norms else (-1, "")
+        norms = [(call, module, part) for node, call, module, part in watch.averaged if watch.root(node) == self.stream]
+        self.norms = {call for call, _, _ in norms}
+        self.last, self.final = -1, ""
+        for call, module, part in norms:
+            if part == "after" or self._feeds_the_head(call):
+                self.last, self.final = call, module
 
     def told(self) -> Stream:
         watch, host = self.watch, self.host
@@ -431,6 +428,11 @@ class _Told:
         broken = tuple(dict.fromkeys(what for node, what in watch.lost if watch.root(node) == self.stream))
         return Stream(watch.sites, roles, buffers, self.final, broken)
 
+    def _feeds_the_head(self, norm: int) -> bool:
+        """Whether what a norm within the last layer gives goes through no other product before the head's."""
+        uses = self.watch.uses
+        return any(use.call == norm and use.feeds is not None and uses[use.feeds].part == "after" for use in uses)
+
     def _axes(self, source: int) -> tuple[int, ...]:
         nodes = self.watch.values[source].nodes
         return tuple(axis for axis, node in enumerate(nodes) if self.watch.root(node) == self.stream)
@@ -442,8 +444,8 @@ class _Told:
             return None
         use = next((use for use in uses if use.name == name), uses[0])
         kind, axis = self._kind(use, axes)
-        stays = use.stays if use.how in ("mul", "add") else kind != "read"
         also = tuple(other for other in axes if other != axis)
+        stays = use.stays if use.how in ("mul", "add") else kind != "read" or (bool(also) and use.layer is not None)
         return Role(kind, axis, self._place(use), use.layer, use.offset if kind == "gain" else 0.0, also, stays)
 
     def _kind(self, use: _Use, axes: tuple[int, ...]) -> tuple[str, int]:

@@ -1,0 +1,332 @@
+"""Hosts with one thing changed, as plain transformers models: what an index of the stream does is asked by changing it.
+
+Every edit works on a deep copy, in weights only, and is proven by a forward before it is handed out: the permuted host gives
+the host's logits, a channel that was taken out is zero wherever a layer reads or gives the stream. What cannot be edited
+exactly is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import realigner.probe as probe
+from realigner.errors import RealignerError, UsageError
+from realigner.explain.roles import Role, Stream, find_stream, short_input
+from realigner.files import written_folder
+from realigner.hosts import HostInfo
+
+_TOKENS = 24
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # of the largest logit; else _HALF
+_HALF = 0.15  # rounding, amplified from layer to layer
+_IN_FLOAT64, _IN_FLOAT32 = 300_000_000, 2_000_000_000  # hosts of no more parameters are compared in that precision
+
+
+def permuted(host: PreTrainedModel, permutation: Sequence[int]) -> PreTrainedModel:
+    """The same function with the residual stream's indices in another order: index i becomes ``permutation[i]``.
+
+    In every parameter with a role ``new[..., permutation[i]] = old[..., i]`` along the stream's axis; tied weights stay tied,
+    and the inverse permutation gives the weights back bit for bit.
+
+    Raises:
+        UsageError: when it is no permutation of the host's stream.
+        RealignerError: as `roles_of`; or when the logits of a short input are not the host's: its indices are not alike. Hosts
+            of up to 3e8 parameters are compared in float64 (to 1e-10 of the largest logit), others in float32 (1e-5), those of
+            half precision and more than 2e9 parameters in that (0.15, which finds gross mistakes only).
+
+    Example:
+        >>> from realigner.tiny import tiny_host
+        >>> other = permuted(tiny_host("llama"), list(range(32))[::-1])
+        >>> torch.equal(other.model.norm.weight, tiny_host("llama").model.norm.weight.flip(0))
+        True
+    """
+    stream = _stream_of(host)
+    order = torch.tensor([int(new) for new in permutation])
+    if sorted(order.tolist()) != list(range(stream.sites.width)):
+        raise UsageError(f"permutation: not an order of the host's {stream.sites.width} indices 0 to {stream.sites.width - 1}")
+    _refuse_unsaved(host, stream)
+    edited = _copied(host)
+    old = torch.argsort(order)  # new[j] = old[old[j]]
+    for tensor, axes in _tensors_of_stream(edited, stream):
+        for axis in axes:
+            tensor.copy_(tensor.index_select(axis, old.to(tensor.device)))
+    _prove_same(host, edited, stream)
+    return edited
+
+
+def with_gain(host: PreTrainedModel, index: int, value: float | str = "median") -> PreTrainedModel:
+    """The host with another gain of its final norm at one index.
+
+    Args:
+        host: a transformers causal language model.
+        index: of the residual stream.
+        value: the effective gain (Gemma's weight plus 1), or ``"median"``: that of all indices' sizes, with the sign it has.
+
+    Raises:
+        RealignerError: as `roles_of`; or when the final norm has no gain.
+        UsageError: for an index that the stream lacks.
+
+    Example:
+        >>> from realigner.tiny import tiny_host
+        >>> with_gain(tiny_host("gemma"), 3, 0.5).model.norm.weight[3]
+        tensor(-0.5000)
+    """
+    stream = _stream_of(host)
+    _refuse_index(stream, index)
+    final = [(name, role) for name, role in stream.roles.items() if role.kind == "gain" and role.place == "final"]
+    if not final:
+        raise RealignerError(f"{type(host).__name__}: its final norm has no gain; there is none to change")
+    edited = _copied(host)
+    for name, role in final:
+        _set_gain(name, role, edited.get_parameter(name), index, value)
+    return edited
+
+
+def with_gains(host: PreTrainedModel, index: int) -> PreTrainedModel:
+    """The host with the gain of every norm of the stream at one index set to that norm's median size, with the sign it has.
+
+    Raises:
+        RealignerError, UsageError: as `with_gain`.
+
+    Example:
+        >>> from realigner.tiny import tiny_host
+        >>> edited = with_gains(tiny_host("llama"), 3)
+    """
+    stream = _stream_of(host)
+    _refuse_index(stream, index)
+    gains = {name: role for name, role in stream.roles.items() if role.kind == "gain"}
+    if not gains:
+        raise RealignerError(f"{type(host).__name__}: its norms have no gains; there are none to change")
+    edited = _copied(host)
+    for name, role in gains.items():
+        _set_gain(name, role, edited.get_parameter(name), index, "median")
+    return edited
+
+
+def without_channel(host: PreTrainedModel, index: int) -> PreTrainedModel:
+    """The host whose residual stream is 0 at one index, at every layer: nothing writes there any more.
+
+    Zeroed at the index: the embeddings, what the writing matrices and their biases give, and the gain and shift of norms that
+    are part of the stream. A head tied to the embedding loses its column too, which matters after a LayerNorm only (0 is not
+    its mean).
+
+    Raises:
+        RealignerError: as `roles_of`; or when the stream is not exactly 0 there in a forward.
+        UsageError: for an index that the stream lacks.
+
+    Example:
+        >>> from realigner.tiny import tiny_host
+        >>> without_channel(tiny_host("llama"), 3).model.embed_tokens.weight[:, 3].abs().max()
+        tensor(0.)
+    """
+    stream = _stream_of(host)
+    _refuse_index(stream, index)
+    edited = _copied(host)
+    for name, role in stream.roles.items():
+        if role.stays:
+            parameter = edited.get_parameter(name)
+            axis = role.also[0] if role.kind == "read" else role.axis
+            parameter.select(axis, index).fill_(-role.offset if role.kind == "gain" else 0.0)
+    _prove_silent(edited, stream, index)
+    return edited
+
+
+def randomised(host: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A host of the same config, precision and device with the weights of a host that was never trained.
+
+    Args:
+        host: a transformers causal language model.
+        seed: of transformers' own initialisation of the class.
+
+    Example:
+        >>> from realigner.tiny import tiny_host
+        >>> torch.equal(randomised(tiny_host("llama", seed=1), 5).lm_head.weight, tiny_host("llama", seed=5).lm_head.weight)
+        True
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = type(host)._from_config(copy.deepcopy(host.config), dtype=host.dtype)
+    fresh.generation_config = copy.deepcopy(host.generation_config)
+    fresh = fresh.to(next(host.parameters()).device)
+    info = getattr(host, "realigner", None)
+    if isinstance(info, HostInfo):
+        fresh.realigner = info
+    return _as_edited(cast(PreTrainedModel, fresh))
+
+
+def save_edited(host: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
+    """Write a host and its tokenizer as a folder for `load_host`; beside it first, then renamed, so never half of it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RealignerError: when something is there already, or it cannot be written.
+
+    Example:
+        >>> save_edited(with_gain(host, 1512), tokenizer, "hosts/gain-1512")  # doctest: +SKIP
+    """
+    path = Path(folder).expanduser()
+    if path.exists() or path.is_symlink():
+        raise RealignerError(f"{path}: exists already; choose another place for the edited host")
+    with written_folder(path) as aside:
+        host.save_pretrained(aside.folder)
+        tokenizer.save_pretrained(aside.folder)
+    return path
+
+
+# --- copying and changing -----------------------------------------------------------------------------------------------
+
+
+def _stream_of(host: PreTrainedModel) -> Stream:
+    for name, weight in host.named_parameters():
+        if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.is_floating_point():
+            raise RealignerError(f"{type(host).__name__}: its weights are quantised ({name}); load it in float to edit it")
+    return find_stream(host)
+
+
+def _copied(host: PreTrainedModel) -> PreTrainedModel:
+    """A deep copy to edit, which does not go by the host's name."""
+    info = getattr(host, "realigner", None)
+    return _as_edited(copy.deepcopy(host, {id(info): info}))  # its tokenizer is no part of the edit
+
+
+def _as_edited(host: PreTrainedModel) -> PreTrainedModel:
+    info = getattr(host, "realigner", None)
+    if isinstance(info, HostInfo):
+        host.realigner = HostInfo("", info.tokenizer)
+    host.name_or_path = host.config._name_or_path = ""
+    host.eval().requires_grad_(False)
+    return host
+
+
+def _tensors_of_stream(host: nn.Module, stream: Stream) -> Iterator[tuple[torch.Tensor, tuple[int, ...]]]:
+    """Every parameter and buffer of the stream, tied ones once, with its axes."""
+    done: dict[int, tuple[str, tuple[int, ...]]] = {}
+    axes_of = {**{name: role.axes for name, role in stream.roles.items()}, **stream.buffers}
+    tensors = [*host.named_parameters(remove_duplicate=False), *host.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        axes = axes_of.get(name)
+        if axes is None:
+            continue
+        first, known = done.setdefault(id(tensor), (name, axes))
+        if sorted(known) != sorted(axes):
+            raise RealignerError(f"{type(host).__name__}: {first} and {name} are one tensor with two roles; refused")
+        if first == name:
+            yield tensor.data, axes
+
+
+def _set_gain(name: str, role: Role, parameter: torch.Tensor, index: int, value: float | str) -> None:
+    if role.offset != role.offset:
+        raise RealignerError(f"{name}: its weight does not multiply as it is; refused")
+    gains = parameter.double() + role.offset
+    if value == "median":
+        old = gains.select(role.axis, index)
+        value = float(gains.abs().median()) * (-1.0 if bool((old < 0).all()) else 1.0)
+    elif isinstance(value, str):
+        raise UsageError(f'value: "median" or a number, not {value!r}')
+    parameter.select(role.axis, index).fill_(value - role.offset)
+
+
+# --- refusing and proving -----------------------------------------------------------------------------------------------
+
+
+def _refuse_index(stream: Stream, index: int) -> None:
+    if not 0 <= index < stream.sites.width:
+        raise UsageError(f"index: the host's residual stream has 0 to {stream.sites.width - 1}, not {index}")
+
+
+def _refuse_unsaved(host: nn.Module, stream: Stream) -> None:
+    """A position table that is computed anew whenever the host is loaded cannot be permuted for good."""
+    for name in stream.buffers:
+        owner, _, leaf = name.rpartition(".")
+        if leaf in host.get_submodule(owner)._non_persistent_buffers_set:
+            raise RealignerError(f"{type(host).__name__}: {name} is computed from the config, not stored; refused")
+
+
+def _prove_same(host: PreTrainedModel, edited: PreTrainedModel, stream: Stream) -> None:
+    dtype = _precision(host)
+    want, got = _logits(host, dtype), _logits(edited, dtype)
+    off = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
+    if not off <= _TOLERANCE.get(dtype, _HALF):
+        why = f"; {stream.broken[0]} takes its stream apart" if stream.broken else ""
+        raise RealignerError(f"{type(host).__name__}: permuted, its logits are off by {off:.2g} of the largest{why}; refused")
+
+
+def _precision(host: PreTrainedModel) -> torch.dtype:
+    """The highest precision in which it is no burden to run a copy."""
+    count = sum(parameter.numel() for parameter in host.parameters())
+    if count <= _IN_FLOAT64 and next(host.parameters()).device.type in ("cpu", "cuda"):
+        return torch.float64
+    return torch.float32 if count <= _IN_FLOAT32 and host.dtype not in _TOLERANCE else host.dtype
+
+
+def _logits(host: PreTrainedModel, dtype: torch.dtype) -> torch.Tensor:
+    """The logits of a short input, in float64, of a copy of the host in a precision."""
+    if host.dtype != dtype:
+        host = _copied(host).to(dtype)
+    if dtype != torch.float64:
+        return _forward(host)
+    experts = getattr(host.config, "_experts_implementation", None)
+    try:
+        host.config._experts_implementation = "eager"  # the grouped product has no float64
+        with _InFloat64():  # type: ignore[no-untyped-call]
+            return _forward(host)
+    finally:
+        host.config._experts_implementation = experts
+
+
+def _forward(host: nn.Module) -> torch.Tensor:
+    with probe.as_in_evaluation(host), torch.no_grad():
+        out: torch.Tensor = host(input_ids=short_input(host, _TOKENS), use_cache=False).logits
+    return out.double()
+
+
+class _InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Leaves out casts from float64 to float32: transformers' norms and routers make them whatever the host's precision is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        cast_down = func.overloadpacket is torch.ops.aten._to_copy and kwargs.get("dtype") is torch.float32
+        if cast_down and args[0].dtype is torch.float64:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def _prove_silent(edited: PreTrainedModel, stream: Stream, index: int) -> None:
+    """The stream is exactly 0 at `index` before and after every layer."""
+    loud: list[int] = []
+
+    def check(layer: int, hidden: torch.Tensor | None) -> None:
+        if hidden is None or bool((hidden[..., index] != 0).any()):
+            loud.append(layer)
+
+    with ExitStack() as stack:
+        for number, layer in enumerate(edited.get_submodule(stream.sites.path).children()):
+            stack.enter_context(_observed(layer, number, check))
+        _forward(edited)
+    if loud:
+        raise RealignerError(
+            f"{type(edited).__name__}: index {index} cannot be silenced by weights (layer {min(loud)}); refused"
+        )
+
+
+@contextmanager
+def _observed(layer: nn.Module, number: int, check: Callable[[int, torch.Tensor | None], None]) -> Iterator[None]:
+    before = layer.register_forward_pre_hook(
+        lambda _, args, kwargs: check(number, probe.first_hidden(args, kwargs)), with_kwargs=True
+    )
+    after = layer.register_forward_hook(lambda _, __, output: check(number, probe.first_tensor(output)))
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
