@@ -163,6 +163,15 @@ def test_files_give_what_the_host_gives(kind: str, tmp_path: Path) -> None:
     assert found.attrs == {**wanted.attrs, "host": str(tmp_path)}
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "axk1"])
+def test_files_in_transformers_own_names(model_type: str, tmp_path: Path) -> None:
+    """Experts stacked already; and names that must not be translated a second time (AXK1's post_mlp_layernorm)."""
+    host = lively(model_type)
+    host.save_pretrained(tmp_path, save_original_format=False)
+    assert open_checkpoint(tmp_path).names() == HostTensors(host).names()
+    xr.testing.assert_allclose(weights_of(tmp_path), weights_of(host), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     host = lively("llama").to(dtype)
