@@ -236,6 +236,21 @@ def test_the_host_is_left_as_it_was(family: str) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.modules())
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h", "qwen3_next"])
+def test_how_experts_are_computed_does_not_matter(family: str) -> None:
+    host = tiny_host(family)
+    grouped = roles_of(host)
+    host.config._experts_implementation = "eager"
+    assert roles_of(host) == grouped
+
+
+def test_layers_of_one_branch() -> None:
+    """What mixes positions is attention, whatever it is called; a mixture of experts is not, however it counts its tokens."""
+    roles = roles_of(tiny_host("nemotron_h"))  # a state space, experts, attention, an MLP; all are called mixer
+    places = [roles[f"model.layers.{layer}.norm.weight"].place for layer in range(4)]
+    assert places == ["attention", "mlp", "attention", "mlp"]
+
+
 def test_sizes_do_not_matter() -> None:
     """Every width equal, and as many tokens as indices: nothing is told from a size."""
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 8}

@@ -1,8 +1,8 @@
 """Hosts with one thing changed, as plain transformers models: what an index of the stream does is asked by changing it.
 
-Every edit works on a deep copy, in weights only, and is proven by a forward before it is handed out: the permuted host gives
-the host's logits, a channel that was taken out is zero wherever a layer reads or gives the stream. What cannot be edited
-exactly is refused.
+Every edit works on a deep copy, in weights only. What it claims is proven by a forward before the copy is handed out: a
+permuted host gives the host's logits, a channel that was taken out is 0 wherever a layer reads or gives the stream. What
+cannot be edited exactly is refused.
 """
 
 from __future__ import annotations

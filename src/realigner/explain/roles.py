@@ -26,7 +26,7 @@ from realigner.sites import HostSites, find_sites
 _TOKENS = 7
 _UNKNOWN = float("nan")
 _CHANGE = frozenset(("mul", "div", "rsub", "neg", "exp", "pow", "tanh", "sigmoid", "reciprocal", "softplus", "abs"))
-_MULTIPLY = ("mul", "native_layer_norm", "_fused_rms_norm", "addcmul", "lerp")
+_MULTIPLY = ("mul", "div", "native_layer_norm", "_fused_rms_norm", "addcmul", "lerp")
 _NUMBER = re.compile(r"\d+")
 
 
@@ -187,12 +187,14 @@ class _Operation:
     inputs: list[tuple[torch.Tensor, _Value]]
     outs: list[torch.Tensor]
     joined: Joined
+    averages: bool
 
     def mixes(self) -> bool:
         """Whether positions meet in it: attention, a convolution, a scan."""
         if self.name == "bmm":
             return all(value.source is None for _, value in self.inputs)
-        return "attention" in self.name or "convolution" in self.name or self.name == "cumsum"
+        scan = self.name == "cumsum" and self.outs[0].is_floating_point()  # of whole numbers: experts count their tokens
+        return "attention" in self.name or "convolution" in self.name or scan
 
 
 class _Watch(TorchDispatchMode):
@@ -298,9 +300,10 @@ class _Watch(TorchDispatchMode):
         joined = Joined() if rule is None else rule(args, kwargs, outs)
         inputs = [(tensor, self.value(tensor)) for tensor in tensors_in((args, kwargs))]
         self.seen |= {value.source for _, value in inputs if value.source is not None}
-        op = _Operation(func.overloadpacket.__name__, is_product(rule), args, inputs, outs, joined)
+        product, made = is_product(rule), is_made(rule)
+        op = _Operation(func.overloadpacket.__name__, product, args, inputs, outs, joined, not (product or made))
         self._join(op)
-        floating = [(tensor, value) for tensor, value in inputs if tensor.is_floating_point() and not is_made(rule)]
+        floating = [(tensor, value) for tensor, value in inputs if tensor.is_floating_point() and not made]
         own = [(tensor, value) for tensor, value in floating if value.source is not None]
         if own and len({value.source for _, value in floating}) == 1 and op.name != "embedding":
             self._derive(op, *own[0])
@@ -317,7 +320,7 @@ class _Watch(TorchDispatchMode):
             for number, node in enumerate(value.nodes):
                 if (id(tensor), number) not in kept:
                     self.lost.append((node, f"{op.name} in {module or 'the host'}"))
-        if not op.product:
+        if op.averages:
             self.averaged += [(self.node(axis), call, module, self._part()) for axis in op.joined.spent]
         if self.layer is not None and op.mixes():
             self.mixing.add(self.layer)
@@ -369,7 +372,8 @@ class _Watch(TorchDispatchMode):
             how = "mul"
         call, _ = self.calls[-1]
         spent = tuple(axis for axis in gone if axis is not None)
-        return _Use(value.source, self._name(value.source), how, spent, value.offset, raw, self.layer, self._part(), call)
+        offset = _UNKNOWN if op.name.startswith(("div", "lerp")) else value.offset
+        return _Use(value.source, self._name(value.source), how, spent, offset, raw, self.layer, self._part(), call)
 
     def _name(self, source: int) -> str:
         """Of a tied parameter the name by which the module that runs knows it."""
