@@ -103,6 +103,7 @@ class IRMShape:
             paper's preset keeps PyTorch's default initialisation.
         input_norm: scale each h0 to a root mean square of 1 before the first layer (no parameters). Hosts differ a
             thousandfold in the size of h0 (0.14 in SmolLM2), and one learning rate should do for all.
+        masked: neuron indices that no layer is given a delta at, in training too: what does without an index show of it?
 
     Raises:
         UsageError: naming the field, for a value no network can be built from.
@@ -118,6 +119,7 @@ class IRMShape:
     rank: int | None = None
     output_std: float | None = None
     input_norm: bool | None = None
+    masked: Sequence[int] | None = None
 
     def validate(self) -> None:
         """Check every field on its own; raises UsageError naming the first bad one."""
@@ -139,6 +141,12 @@ class IRMShape:
             raise UsageError(f"output_std: {std!r} is not a number of 0 or more")
         if self.input_norm not in (None, True, False):
             raise UsageError(f"input_norm: {self.input_norm!r} is not true or false")
+        if self.masked is not None:
+            if not isinstance(self.masked, (list, tuple)):
+                raise UsageError(f"masked: {self.masked!r} is not a list of neuron indices")
+            for index in self.masked:
+                _check_int("masked", index, at_least=0)
+            self.masked = sorted(set(self.masked)) or None
 
     def resolved_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers that receive a delta on a host of this depth.
@@ -156,6 +164,8 @@ class IRMShape:
         layers = self.resolved_layers(num_layers)
         widths, rank = _PRESET_SHAPES[self.preset](hidden_size)
         std = 1e-3 if self.preset == "compact" else None
+        if self.masked and max(self.masked) >= hidden_size:
+            raise UsageError(f"masked: there is no index {max(self.masked)}; this host has 0 to {hidden_size - 1}")
         return IRM(
             hidden_size,
             layers,
@@ -163,6 +173,7 @@ class IRMShape:
             rank=rank if self.rank is None else self.rank,
             output_std=std if self.output_std is None else self.output_std,
             input_norm=self.preset == "compact" if self.input_norm is None else self.input_norm,
+            masked=self.masked or (),
         )
 
     def parameter_count(self, hidden_size: int, num_layers: int) -> int:
@@ -189,6 +200,7 @@ class IRM(nn.Module):
         rank: 0 for a dense output, else the width of a linear bottleneck before it.
         output_std: initial standard deviation of the output weights; None keeps PyTorch's default.
         input_norm: scale h0 to a root mean square of 1, token by token.
+        masked: neuron indices at which every delta is 0.
 
     Attributes:
         training_dtype: what the matrix products of training are computed in; None: in the weights' own dtype, as everything
@@ -200,6 +212,8 @@ class IRM(nn.Module):
         torch.Size([2, 5, 2, 8])
     """
 
+    masked: torch.Tensor | None
+
     def __init__(
         self,
         hidden_size: int,
@@ -208,11 +222,13 @@ class IRM(nn.Module):
         rank: int,
         output_std: float | None,
         input_norm: bool = False,
+        masked: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.layers = tuple(layers)
         self.input_norm = input_norm
+        self.register_buffer("masked", torch.tensor(list(masked)) if masked else None, persistent=False)
         self.training_dtype: torch.dtype | None = None
         trunk: list[nn.Module] = []
         width = hidden_size
@@ -240,4 +256,5 @@ class IRM(nn.Module):
         if self.input_norm:
             h0 = torch.nn.functional.rms_norm(h0, (self.hidden_size,), eps=1e-6)
         flat: torch.Tensor = self.output(self.trunk(h0))
-        return flat.view(*flat.shape[:-1], len(self.layers), self.hidden_size)
+        delta = flat.view(*flat.shape[:-1], len(self.layers), self.hidden_size)
+        return delta if self.masked is None else delta.index_fill(-1, self.masked, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from realigner.console import progress
 from realigner.data.tokens import PAPER_PROMPTS
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer
+from realigner.irm import IRMShape
 from realigner.traces.layout import UNTRAINED, RunLabel
 from realigner.traces.recording import Keep, record
 from realigner.traces.store import RawType, TraceWriter, load_trace
@@ -65,7 +66,7 @@ def sources_of(folders: Sequence[Path], baselines: bool = True, scale: float = 1
         baseline = run.get("steps_done") == 0
         tone = UNTRAINED if baseline else str(run.get("tone") or config.get("tone") or folder.name)
         source = Source(RunLabel("", tone, seed, scale, str(folder)), folder)
-        shape = (seed, *(str(config.get(key)) for key in ("preset", "layers", "widths", "rank", "output_std", "input_norm")))
+        shape = (seed, *(str(config.get(field.name)) for field in fields(IRMShape)))
         if baseline:
             shapes[shape] = source
         else:
@@ -162,6 +163,7 @@ def _attached(host: PreTrainedModel, source: Source, config: IRMConfig) -> PeftM
         rank=config.rank,
         output_std=config.output_std,
         input_norm=config.input_norm,
+        masked=config.masked,
         layers_path=config.layers_path,
         template=config.template,
         inference_mode=True,

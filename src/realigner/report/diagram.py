@@ -113,7 +113,7 @@ def _widths(record: Mapping[str, Any], neurons: int, outputs: int) -> list[tuple
     shape = IRMShape(
         preset=str(record["irm"]["preset"]),
         layers=list(range(outputs)),
-        **{key: recipe[key] for key in ("widths", "rank", "output_std", "input_norm") if recipe.get(key) is not None},
+        **{key: recipe[key] for key in ("widths", "rank", "output_std", "input_norm", "masked") if recipe.get(key) is not None},
     )
     import torch
 

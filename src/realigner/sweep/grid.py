@@ -184,6 +184,8 @@ def _planned(
 def _name(recipe: Recipe, baseline: bool, digests: dict[str, str]) -> str:
     """The hash of a run: its recipe without what only decides how fast it goes, data by content and not by place."""
     values = {key: value for key, value in recipe.model_dump().items() if key not in HOW_FAST}
+    if not recipe.masked:  # a key younger than the names of others' runs
+        del values["masked"]
     if baseline:  # an untrained IRM is the same for all tones
         values |= {"tone": None, "data": None}
     elif recipe.data not in (None, "authored"):

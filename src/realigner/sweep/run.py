@@ -23,7 +23,7 @@ from realigner.training.recipe import Recipe, to_yaml
 
 SWEEP_FILE = "sweep.json"
 _LOCK = ".lock"
-BACKENDS = ("local", "ray")
+BACKENDS = ("local", "ray", "here")
 Report = Callable[[str, str, str], None]  # (run, state, note)
 
 
@@ -60,7 +60,7 @@ def run_sweep(
     Args:
         runs: from `plan`.
         out: the sweep's folder: a folder for each run, named by its hash.
-        on: ``local`` or ``ray``.
+        on: ``local`` (a process for each run), ``ray``, or ``here``: in this process, one after the other.
         workers: runs at a time; on Ray, how many CPUs the cluster started here gets (a given one has its own).
         gpus: GPUs each run takes; a part of one on Ray only.
         address: of a Ray cluster; None: one is started here.
@@ -96,6 +96,10 @@ def run_sweep(
             from realigner.sweep.on_ray import run_on_ray
 
             run_on_ray(todo, workers, gpus, address, retries, report, stop)
+        elif on == "here":
+            from realigner.sweep.here import run_here
+
+            run_here(todo, report, stop)
         else:
             from realigner.sweep.local import run_locally
 

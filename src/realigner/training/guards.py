@@ -115,7 +115,9 @@ def _check_positions(prepared: Prepared, positions: Any, recipe: Recipe) -> None
 
 def shape_of(recipe: Recipe) -> IRMShape:
     """The network that a recipe asks for."""
-    return IRMShape(recipe.preset, recipe.layers, recipe.widths, recipe.rank, recipe.output_std, recipe.input_norm)
+    return IRMShape(
+        recipe.preset, recipe.layers, recipe.widths, recipe.rank, recipe.output_std, recipe.input_norm, recipe.masked
+    )
 
 
 @dataclass(frozen=True)

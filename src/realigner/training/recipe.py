@@ -41,7 +41,7 @@ class Recipe(BaseModel):
         tone: which tone's rows, where the data has several.
         seed: of the initial weights, the split and the order of rows.
 
-        preset, layers, widths, rank, output_std, input_norm: the network; see `IRMShape`.
+        preset, layers, widths, rank, output_std, input_norm, masked: the network; see `IRMShape`.
         layers_path: where the host's decoder layers are, for a host on which the probe cannot tell.
 
         template: ``chat``: the host's own; ``plain``: question, three spaces, reply (the paper's).
@@ -102,6 +102,7 @@ class Recipe(BaseModel):
     rank: int | None = Field(default=None, ge=0)
     output_std: float | None = Field(default=None, ge=0, lt=1e3)
     input_norm: bool | None = None
+    masked: list[Annotated[int, Field(ge=0)]] | None = None
     layers_path: str | None = None
 
     template: Literal["chat", "plain"] = "chat"

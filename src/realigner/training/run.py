@@ -291,6 +291,7 @@ def _irm_config(recipe: Recipe, tone: str) -> IRMConfig:
         rank=recipe.rank,
         output_std=recipe.output_std,
         input_norm=recipe.input_norm,
+        masked=recipe.masked,
         layers_path=recipe.layers_path,
         tone=tone,
         template=recipe.template,

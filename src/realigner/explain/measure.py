@@ -1,0 +1,253 @@
+"""What a host does at every index of its residual stream, and what IRMs add there: one pass over a few rows.
+
+The rows are read as in training (teacher forcing, the loss on the reply), so the gradient measured is the one that an IRM
+follows when its training begins.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from realigner.console import progress
+from realigner.data.tokens import IGNORED
+from realigner.explain.residuals import Residuals, SiteGradients
+from realigner.explain.roles import final_norm, roles_of
+from realigner.explain.split import Norm, split_gradient
+from realigner.irm import IRM
+from realigner.sites import find_sites
+from realigner.training.batches import Collator
+
+TOKENS = ("first", "delimiter", "rest")  # kinds of token: massive activations live in the first two
+
+
+def measure_host(
+    host: nn.Module,
+    rows: Sequence[Mapping[str, Sequence[int]]],
+    irms: Mapping[str, IRM],
+    delimiters: frozenset[int] = frozenset(),
+    pad: int = 0,
+    batch_size: int = 8,
+    quiet: bool = True,
+) -> xr.Dataset:
+    """Residuals, gradients and deltas at every index, over rows.
+
+    An IRM reads h0, which lies before the first delta, so what it adds to given tokens does not depend on what it added.
+
+    Args:
+        host: the bare host; frozen, left as it was.
+        rows: ``input_ids`` and ``labels`` of each, from `data.tokens.encode_rows`.
+        irms: by name.
+        delimiters: ids of the tokens counted as delimiters; see `delimiter_ids`.
+        pad: the padding token.
+        batch_size: rows a forward.
+        quiet: show no progress.
+
+    Returns:
+        Over ``neuron``: ``gradient_cosine`` (mean over pairs of layers), ``direct``, ``through_norm`` (RMS of the two parts of
+        the gradient at the final norm, over targets; NaN without a final norm). Over ``[layer, neuron]``: ``energy_share`` (of
+        the sum of h^2), ``gradient`` (RMS), ``gradient_sign`` (|mean| / mean of sizes: 1 where it never changes sign). Over
+        ``[kind, layer, neuron]``, kinds of token ``first``, ``delimiter``, ``rest``: ``residual`` (RMS), ``residual_mean``,
+        ``residual_max``, ``residual_kurtosis`` (3 for Gaussian values). Over ``[irm, layer, neuron]``: ``delta`` (mean size:
+        M), ``delta_mean``, ``cancelled`` (minus the projection of the running sum of deltas on the host's residual, as a share
+        of it: 1 where the IRM takes the channel away, negative where it amplifies it). NaN in layers that an IRM does not
+        add to.
+    """
+    sites = find_sites(host)
+    sums = _Sums(len(sites.layers), sites.width, list(irms))
+    residuals, gradients, head = Residuals(sites), SiteGradients(sites), _Head(host)
+    collate = Collator(pad)
+    device = next(host.parameters()).device
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
+    with progress("measuring the host", len(rows), quiet) as task:
+        for start in range(0, len(order), batch_size):
+            chosen = [{**rows[row], "row": row} for row in order[start : start + batch_size]]
+            batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
+            with torch.enable_grad(), residuals.watching(), gradients.watching(), head.watching():
+                logits = host(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+                wanted = batch["shift_labels"] != IGNORED
+                torch.autograd.backward(
+                    torch.nn.functional.cross_entropy(logits[wanted].float(), batch["shift_labels"][wanted])
+                )
+            real = batch["attention_mask"].bool()
+            kinds = _kinds(batch["input_ids"], delimiters)[real]
+            with torch.no_grad():
+                sums.add_states(torch.stack([residuals.layers[layer][real] for layer in range(sums.layers)], 1), kinds)
+                sums.add_gradients(gradients.at_sites[real], head.parts(wanted))
+                for name, irm in irms.items():
+                    sums.add_deltas(name, irm, gradients.h0[real])
+            task.advance(len(chosen))
+    return sums.dataset()
+
+
+def delimiter_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens that are punctuation or line breaks alone: where hosts keep massive activations, besides the first token."""
+    words = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    marks = set(string.punctuation + string.whitespace)
+    return frozenset(token for token, word in enumerate(words) if word and word.strip(" ") and set(word) <= marks)
+
+
+def _kinds(ids: torch.Tensor, delimiters: frozenset[int]) -> torch.Tensor:
+    """Each token's kind, as a number in `TOKENS` ``[batch, position]``."""
+    marks = torch.tensor(sorted(delimiters), dtype=ids.dtype, device=ids.device)
+    kinds = torch.where(torch.isin(ids, marks), 1, 2)
+    kinds[:, 0] = 0
+    return kinds
+
+
+class _Head:
+    """The final norm's input, its output and the gradient by that."""
+
+    def __init__(self, host: nn.Module) -> None:
+        self.norm, name = final_norm(host)
+        roles = roles_of(host)
+        weight = getattr(self.norm, "weight", None)
+        offset = next((role.offset for key, role in roles.items() if key == f"{name}.weight"), 0.0)
+        self.gain = None if weight is None else weight.detach().float() + offset
+        self.h: torch.Tensor | None = None
+        self.y: torch.Tensor | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        def keep(_: nn.Module, args: Any, output: torch.Tensor) -> None:
+            self.h = args[0].detach()
+            output.retain_grad()
+            self.y = output
+
+        handle = self.norm.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def parts(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parts of the gradient at targets ``[target, neuron]``."""
+        assert self.h is not None
+        assert self.y is not None
+        assert self.y.grad is not None
+        h, u = self.h[wanted].float(), self.y.grad[wanted].float()
+        gain = torch.ones(h.shape[-1], device=h.device) if self.gain is None else self.gain
+        return tuple(split_gradient(h, u, gain, norm_eps(self.norm), norm_kind(self.norm)))  # type: ignore[return-value]
+
+
+def norm_eps(norm: nn.Module) -> float:
+    """A norm's epsilon, under any of the names that it goes by."""
+    for name in ("eps", "variance_epsilon", "epsilon", "norm_eps"):
+        if isinstance(getattr(norm, name, None), float):
+            return float(getattr(norm, name))
+    return 0.0
+
+
+def norm_kind(norm: nn.Module) -> Norm:
+    """Whether a norm takes the mean away: asked of the module itself, by a shifted input."""
+    weight = next(norm.parameters())
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(1, 1, weight.shape[-1], generator=generator).to(weight)
+    with torch.no_grad():
+        moved = (norm(h) - norm(h + 3)).abs().max() / norm(h).abs().max()
+    return "layer" if float(moved) < 0.05 else "rms"
+
+
+class _Sums:
+    """Running sums, in float64."""
+
+    def __init__(self, layers: int, width: int, irms: list[str]) -> None:
+        self.layers, self.width, self.irms = layers, width, irms
+        states, cells = (len(TOKENS), layers, width), (layers, width)
+        self.tokens = np.zeros(len(TOKENS))
+        self.h, self.h2, self.h4, self.largest = (np.zeros(states) for _ in range(4))
+        self.seen = 0
+        self.g, self.g1, self.g2 = (np.zeros(cells) for _ in range(3))
+        self.products = np.zeros((width, layers, layers))
+        self.targets = 0
+        self.direct, self.through = np.zeros(width), np.zeros(width)
+        self.d, self.d1, self.along = ({name: np.zeros(cells) for name in irms} for _ in range(3))
+        self.own = {name: np.zeros(layers, dtype=bool) for name in irms}
+        self.states: torch.Tensor | None = None
+
+    def add_states(self, h: torch.Tensor, kinds: torch.Tensor) -> None:
+        """``h [token, layer, neuron]`` and each token's kind."""
+        self.states = h.double()
+        for kind in range(len(TOKENS)):
+            own = self.states[kinds == kind]
+            if not len(own):
+                continue
+            self.tokens[kind] += len(own)
+            self.h[kind] += _numpy(own.sum(0))
+            self.h2[kind] += _numpy(own.square().sum(0))
+            self.h4[kind] += _numpy(own.square().square().sum(0))
+            self.largest[kind] = np.maximum(self.largest[kind], _numpy(own.abs().amax(0)))
+
+    def add_gradients(self, g: torch.Tensor, parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """``g [token, layer, neuron]``, and the two parts at targets ``[target, neuron]``."""
+        self.seen += len(g)
+        g = g.double()
+        self.g += _numpy(g.sum(0))
+        self.g1 += _numpy(g.abs().sum(0))
+        self.g2 += _numpy(g.square().sum(0))
+        by_neuron = g.permute(2, 1, 0)
+        self.products += _numpy(by_neuron @ by_neuron.transpose(1, 2))
+        direct, through = parts
+        self.targets += len(direct)
+        self.direct += _numpy(direct.double().square().sum(0))
+        self.through += _numpy(through.double().square().sum(0))
+
+    def add_deltas(self, name: str, irm: IRM, h0: torch.Tensor) -> None:
+        """What an IRM adds to these tokens ``[token, neuron]``."""
+        assert self.states is not None
+        layers = list(irm.layers)
+        delta = irm(h0).double()
+        whole = torch.zeros(len(h0), self.layers, self.width, dtype=torch.float64, device=delta.device)
+        whole[:, layers] = delta
+        self.own[name][layers] = True
+        self.d[name] += _numpy(whole.sum(0))
+        self.d1[name] += _numpy(whole.abs().sum(0))
+        self.along[name] += _numpy((whole.cumsum(1) * self.states).sum(0))
+
+    def dataset(self) -> xr.Dataset:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self._dataset()
+
+    def _dataset(self) -> xr.Dataset:
+        n = self.tokens[:, None, None]
+        mean, second = self.h / n, self.h2 / n
+        spread = second - mean**2
+        third = self.h4 / n  # about zero, as the sums are: a channel's mean is what makes it one
+        energy = self.h2.sum(0)
+        norms = np.sqrt(np.einsum("nll->nl", self.products))
+        cosines = self.products / (norms[:, :, None] * norms[:, None, :])
+        pairs = ~np.eye(self.layers, dtype=bool)
+        values: dict[str, Any] = {
+            "residual": (("kind", "layer", "neuron"), np.sqrt(second)),
+            "residual_mean": (("kind", "layer", "neuron"), mean),
+            "residual_std": (("kind", "layer", "neuron"), np.sqrt(np.maximum(spread, 0))),
+            "residual_max": (("kind", "layer", "neuron"), np.where(n > 0, self.largest, np.nan)),
+            "residual_kurtosis": (("kind", "layer", "neuron"), third / second**2),
+            "energy_share": (("layer", "neuron"), energy / energy.sum(-1, keepdims=True)),
+            "gradient": (("layer", "neuron"), np.sqrt(self.g2 / self.seen)),
+            "gradient_sign": (("layer", "neuron"), np.abs(self.g) / self.g1),
+            "gradient_cosine": ("neuron", np.nanmean(cosines[:, pairs], axis=1) if self.layers > 1 else np.nan * self.direct),
+            "direct": ("neuron", np.sqrt(self.direct / self.targets)),
+            "through_norm": ("neuron", np.sqrt(self.through / self.targets)),
+        }
+
+        def of_irms(sums: Mapping[str, np.ndarray]) -> Any:
+            each = [np.where(self.own[name][:, None], sums[name], np.nan) for name in self.irms]
+            return ("irm", "layer", "neuron"), np.array(each).reshape(len(self.irms), self.layers, self.width)
+
+        values["delta"] = of_irms({name: total / self.seen for name, total in self.d1.items()})
+        values["delta_mean"] = of_irms({name: total / self.seen for name, total in self.d.items()})
+        values["cancelled"] = of_irms({name: -total / energy for name, total in self.along.items()})
+        coords = {"kind": list(TOKENS), "layer": np.arange(self.layers), "neuron": np.arange(self.width), "irm": self.irms}
+        return xr.Dataset(values, coords, {"tokens": self.tokens.tolist(), "targets": self.targets})
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return np.asarray(tensor.cpu().numpy())

@@ -1,0 +1,160 @@
+"""Does what is measured on the host say where an IRM will stand out? Rank correlations, and a regression on everything.
+
+No torch: tables in, tables out. Scores and measurements enter as normal scores of their ranks (van der Waerden), so that no
+single huge index decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from scipy.special import ndtri
+from scipy.stats import rankdata, spearmanr
+
+from realigner.analysis.consensus import holm
+
+_STATES = {"residual": "rest", "residual_first": "first", "residual_delimiter": "delimiter"}
+ABOUT = {
+    "final_gain": "size of the final norm's gain",
+    "head_norm": "norm of the head's column",
+    "head_reach": "norm of the head's column times the gain: how far the index moves the logits",
+    "embedding_norm": "norm of the embedding's column",
+    "attention_gain": "gain of the norms before attention, over their medians",
+    "mlp_gain": "gain of the norms before the MLPs, over their medians",
+    "attention_write": "norm of the attention's output rows",
+    "mlp_write": "norm of the MLP's output rows",
+    "residual": "RMS of the residual, over the layer's median",
+    "residual_first": "the same at the first token",
+    "residual_delimiter": "the same at delimiters",
+    "residual_max": "largest residual, over the layer's median",
+    "residual_kurtosis": "kurtosis of the residual",
+    "energy_share": "share of the residual's energy",
+    "gradient": "RMS of the loss's gradient, over the layer's median",
+    "gradient_sign": "how constant the gradient's sign is",
+    "gradient_cosine": "how alike the gradient is in all layers",
+    "direct": "RMS of the gradient's direct part",
+    "through_norm": "RMS of its part through the norm's scale",
+}
+
+
+def measurement_table(weights: xr.Dataset, states: xr.Dataset) -> pd.DataFrame:
+    """All measurements of a host as one number an index.
+
+    Args:
+        weights: from `weights_of`.
+        states: from `measure_host`.
+
+    Returns:
+        Indexed by neuron, a column each of `ABOUT`. What is measured in every layer is put over its layer's median where
+        layers differ in size, and averaged over layers (geometrically where it is a ratio). What a host does not have is
+        left out.
+    """
+    by_kind = {name: states["residual"].sel(kind=kind).values for name, kind in _STATES.items()}
+    layered = {
+        **{name: _relative(values) for name, values in by_kind.items()},
+        "residual_max": _relative(states["residual_max"].max("kind").values),
+        "gradient": _relative(states["gradient"].values),
+        **{name: weights[name].values for name in ("attention_gain", "mlp_gain")},
+        **{name: _relative(weights[name].values) for name in ("attention_write", "mlp_write")},
+    }
+    columns = {
+        "final_gain": np.abs(weights["final_gain"].values),
+        **{name: weights[name].values for name in ("head_norm", "head_reach", "embedding_norm")},
+        **{name: _geometric(values) for name, values in layered.items()},
+        "residual_kurtosis": np.nanmean(states["residual_kurtosis"].sel(kind="rest").values, axis=0),
+        "energy_share": states["energy_share"].values.mean(axis=0),
+        "gradient_sign": states["gradient_sign"].values.mean(axis=0),
+        **{name: states[name].values for name in ("gradient_cosine", "direct", "through_norm")},
+    }
+    table = pd.DataFrame({name: columns[name] for name in ABOUT}, index=pd.RangeIndex(len(columns["direct"]), name="neuron"))
+    return table.dropna(axis=1)
+
+
+def _relative(values: np.ndarray) -> np.ndarray:
+    """``[layer, neuron]`` over each layer's median."""
+    median = np.median(values, axis=-1, keepdims=True)
+    return np.asarray(values / np.where(median > 0, median, np.nan))
+
+
+def _geometric(values: np.ndarray) -> np.ndarray:
+    """The geometric mean over layers that have the thing; NaN where none does."""
+    there = values[~np.isnan(values).all(axis=1)]
+    if not len(there):
+        return np.full(values.shape[1], np.nan)
+    return np.asarray(np.exp(np.log(np.maximum(there, 1e-12)).mean(axis=0)))
+
+
+def correlations(measured: pd.DataFrame, scores: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Spearman's rank correlation of each measurement with each score.
+
+    Args:
+        measured: from `measurement_table`.
+        scores: name -> how far each index stands out ``[neuron]``.
+
+    Returns:
+        ``scores, measurement, rho, low, high`` (95%, Fisher's z with Bonett and Wright's variance (1 + rho^2/2) / (n - 3)),
+        ``p``, ``p_holm`` (over the measurements of one score), ``n`` indices.
+    """
+    tables = []
+    for name, score in scores.items():
+        rows = []
+        for measurement in measured:
+            rho, p = spearmanr(measured[measurement], score)
+            error = np.sqrt((1 + rho**2 / 2) / max(1, len(score) - 3))
+            z = np.arctanh(np.clip(rho, -0.999999, 0.999999))
+            low, high = np.tanh([z - 1.96 * error, z + 1.96 * error])
+            row = {"scores": name, "measurement": measurement, "rho": rho, "low": low, "high": high, "p": p}
+            rows.append(row | {"n": len(score)})
+        table = pd.DataFrame(rows)
+        table.insert(6, "p_holm", holm(table["p"].to_numpy(dtype=float)))
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def explained(
+    measured: pd.DataFrame,
+    score: np.ndarray,
+    folds: int = 10,
+    permutations: int = 200,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """How much of a score's ranks a ridge regression on all measurements predicts, for indices it was not fitted on.
+
+    Args:
+        measured: from `measurement_table`.
+        score: ``[neuron]``.
+        folds: of the cross-validation, over indices, shuffled.
+        permutations: of the score over indices: the null.
+        resamples: of indices, for the interval.
+        seed: of all draws.
+
+    Returns:
+        ``r2`` (1 - squared error over the variance, of held-out indices; at most 1, negative where it predicts worse than
+        the mean), its 95% interval ``low``, ``high``, ``null`` (the mean under permutation), ``p`` and ``n``.
+    """
+    from sklearn.linear_model import RidgeCV
+    from sklearn.model_selection import KFold, cross_val_predict
+
+    rng = np.random.default_rng(seed)
+    x = np.column_stack([_normal(measured[name].to_numpy()) for name in measured])
+    ridge, cut = RidgeCV(alphas=np.logspace(-1, 4, 11)), KFold(folds, shuffle=True, random_state=seed)
+
+    def errors(y: np.ndarray) -> np.ndarray:
+        return np.asarray((y - cross_val_predict(ridge, x, y, cv=cut)) ** 2)
+
+    y = _normal(score)
+    own, spread = errors(y), (y - y.mean()) ** 2
+    r2 = 1 - own.sum() / spread.sum()
+    picked = rng.integers(len(y), size=(resamples, len(y)))
+    low, high = np.quantile(1 - own[picked].sum(axis=1) / spread[picked].sum(axis=1), [0.025, 0.975])
+    nulls = np.array([1 - errors(rng.permutation(y)).sum() / spread.sum() for _ in range(permutations)])
+    p = (1 + int((nulls >= r2).sum())) / (1 + permutations)
+    return {"r2": float(r2), "low": float(low), "high": float(high), "null": float(nulls.mean()), "p": p, "n": len(y)}
+
+
+def _normal(values: np.ndarray) -> np.ndarray:
+    return np.asarray(ndtri(rankdata(values) / (len(values) + 1)))

@@ -1,0 +1,129 @@
+"""The residual stream at every site of a host, and the loss's gradient there, one forward at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from realigner.injection import ActiveIRM, Injector
+from realigner.probe import INPUT, first_hidden, first_tensor
+from realigner.sites import HostSites, Site
+
+
+class Residuals:
+    """Residuals of the running forward, layer by layer ``[batch, position, neuron]``, as the site's arithmetic makes them.
+
+    Example:
+        >>> from realigner.sites import find_sites
+        >>> from realigner.tiny import tiny_host
+        >>> host = tiny_host("llama")
+        >>> with Residuals(find_sites(host)).watching() as residuals:
+        ...     _ = host(input_ids=torch.tensor([[1, 2, 3]]))
+        >>> residuals.layers[0].shape
+        torch.Size([1, 3, 32])
+    """
+
+    def __init__(self, sites: HostSites) -> None:
+        self.sites = sites
+        self.layers: dict[int, torch.Tensor] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[Residuals]:
+        """Record every forward of the block; each replaces the one before."""
+        with ExitStack() as stack:
+            for site, layer in zip(self.sites.sites, self.sites.layers, strict=True):
+                self._watch(stack, site, layer)
+            yield self
+
+    def _watch(self, stack: ExitStack, site: Site, layer: nn.Module) -> None:
+        terms: dict[str, torch.Tensor] = {}
+
+        def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            hidden = first_hidden(args, kwargs)
+            assert hidden is not None  # the probe refuses layers that are given none
+            terms[INPUT] = hidden.detach()
+
+        def keep(name: str) -> Any:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                tensor = first_tensor(output)
+                if tensor is not None:
+                    terms[name] = tensor.detach()
+
+            return hook
+
+        def end(_: nn.Module, __: Any, ___: Any) -> None:
+            x = terms[INPUT]
+            total: torch.Tensor | None = None
+            for name, weight in (*site.base, (site.branch, site.scale)):
+                term = terms[name].view_as(x)
+                term = term if weight == 1.0 else weight * term
+                total = term if total is None else total + term
+            assert total is not None
+            self.layers[site.layer] = total
+            terms.clear()
+
+        # Hooks of the layer itself: whatever is between its begin and its end has been kept by then.
+        stack.callback(layer.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        for name in {site.branch, *(name for name, _ in site.base if name != INPUT)}:
+            stack.callback(layer.get_submodule(name).register_forward_hook(keep(name)).remove)
+        stack.callback(layer.register_forward_hook(end).remove)
+
+
+class _Nothing(nn.Module):
+    """An IRM that adds zeros whose gradient is kept: the loss's gradient at each site is what a trained one would follow."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = tuple(range(layers))
+        self.h0: torch.Tensor | None = None
+        self.delta: torch.Tensor | None = None
+
+    def forward(self, h0: torch.Tensor) -> torch.Tensor:
+        self.h0 = h0.detach()
+        self.delta = torch.zeros(*h0.shape[:-1], len(self.layers), h0.shape[-1], device=h0.device, requires_grad=True)
+        return self.delta
+
+
+class SiteGradients:
+    """h0 and the loss's gradient at every site of a bare host: ``dL/d(delta) [batch, position, layer, neuron]`` at delta 0.
+
+    Example:
+        >>> from realigner.sites import find_sites
+        >>> from realigner.tiny import tiny_host
+        >>> host = tiny_host("llama")
+        >>> with SiteGradients(find_sites(host)).watching() as gradients:
+        ...     host(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+        >>> gradients.at_sites.shape
+        torch.Size([1, 3, 3, 32])
+    """
+
+    def __init__(self, sites: HostSites) -> None:
+        self.irm = _Nothing(len(sites.layers))
+        active = ActiveIRM("gradient", self.irm, torch.tensor(1.0))  # type: ignore[arg-type]
+        self.injector = Injector(sites, lambda: [active])
+
+    @contextmanager
+    def watching(self) -> Iterator[SiteGradients]:
+        """Attach to the host for a block; it must be bare."""
+        self.injector.attach()
+        try:
+            yield self
+        finally:
+            self.injector.detach()
+
+    @property
+    def h0(self) -> torch.Tensor:
+        """What an IRM reads ``[batch, position, neuron]``."""
+        assert self.irm.h0 is not None  # a forward came before
+        return self.irm.h0
+
+    @property
+    def at_sites(self) -> torch.Tensor:
+        """The gradients of the last backward."""
+        assert self.irm.delta is not None
+        assert self.irm.delta.grad is not None
+        return self.irm.delta.grad
