@@ -21,8 +21,9 @@ WIDTH, WORDS, PLANTED = 64, 100, 17
 
 
 def planted_host(seed: int, channel: Channel = "", gain: Gain = "zero", size: float = 5.0) -> Any:
-    """A Llama of 4 layers x 64 neurons with gains of its own, median 1; with a channel, its embedding at `PLANTED` has `size`
-    times the usual size: the same in every token, or with a random sign for each, and the final norm's gain there is 0, 1 or the median."""
+    """A Llama of 4 layers x 64 neurons with gains of its own, median 1. With a channel, its embedding at `PLANTED` has `size`
+    times the usual size, the same in every token or with a random sign for each; the final norm's gain there is 0, 1 or the
+    median."""
     sizes: dict[str, Any] = {
         "vocab_size": WORDS,
         "hidden_size": WIDTH,

@@ -35,6 +35,7 @@ for command in (  # in the order of --help
     runs.generate,
     reading.trace,
     reading.analyze,
+    reading.explain,
     reading.report,
     hosts.hosts,
     hosts.doctor,

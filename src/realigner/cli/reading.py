@@ -1,9 +1,9 @@
-"""Commands that read IRMs: trace, analyze, report."""
+"""Commands that read IRMs: trace, analyze, explain, report."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Optional, cast
 
 import typer
 
@@ -26,6 +26,7 @@ from realigner.cli.options import (
     prompts_from,
     refuse_missing,
 )
+from realigner.errors import UsageError
 
 
 def trace(
@@ -114,6 +115,70 @@ def analyze(
     for run, table in found.leading.groupby("run", sort=False):
         print(f"   {run:24} " + "  ".join(f"{row.neuron} ({row.ratio:.2f})" for row in table.head(5).itertuples()))
     print(f"Try next:  realigner report {traces[0]} --out report.html    (--json has every table)")
+
+
+def explain(
+    irm: Annotated[
+        Optional[list[Path]], typer.Option("--irm", help="A run's folder, or a sweep's: all its runs; may be given often.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder of trials and explain.json; the same one goes on.")] = Path("explain"),
+    index: Annotated[Optional[int], typer.Option(help="Of the residual stream; by default the leading one.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rows, controls and trials of 50 steps: minutes.")] = False,
+    trials: Annotated[bool, typer.Option(help="Train again with one thing changed.")] = True,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Measure --host's weights alone: a folder of safetensors, never loaded.")
+    ] = False,
+    on: Annotated[str, typer.Option(help="Where trials are trained: here, local (processes) or ray.")] = "here",
+    workers: Annotated[int, typer.Option(help="Trials at a time, with --on local or ray.", min=1)] = 1,
+    host: HostOfIrm = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Why this index? Measurements of the host, ablations, trials with one thing changed, and a verdict."""
+    if weights_only:
+        _explain_weights(host, index, as_json)
+        return
+    if not irm:
+        raise UsageError("explain: give a run with --irm, or --weights-only with --host")
+    one_of("--on", on, ("here", "local", "ray"))
+    refuse_missing(irm)
+    from realigner.tracing import find_runs
+
+    folders = find_runs(irm)
+    loaded, tokenizer = host_for(folders[0], host, dtype, device, trust_remote_code)
+    from realigner.explain import explain as ask
+
+    found = ask(folders, out, loaded, tokenizer, index, quick, trials, on, workers, quiet=as_json)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    print(f"\n{found.words}")
+    for conclusion in found.conclusions:
+        print(f"{conclusion.answer.upper():14} {conclusion.question}")
+        print(f"{'':14} {conclusion.words}  n = {conclusion.n} {conclusion.unit}")
+    places = " ".join(str(folder) for folder in irm)
+    print(f"Try next:  realigner report {places} --out report.html    ({out}/explain.json has every table)")
+
+
+def _explain_weights(host: str | None, index: int | None, as_json: bool) -> None:
+    """What weights alone say: of one index, or of those that are furthest out of the ordinary."""
+    if host is None:
+        raise UsageError("explain: --weights-only needs --host, a folder with a model's config.json and safetensors")
+    from realigner.explain import weights_report
+
+    found = weights_report(host, index)
+    if as_json:
+        print_json(found)
+        return
+    print(f"{found['host']}: {found['neurons']:,} indices, {found['layers']} layers, {found['norm']} norm")
+    for entry in found["indices"]:
+        print(f"index {entry['index']}: {entry['words']}")
+        for fact in entry["facts"]:
+            times = "" if fact["times_median"] is None else f", {fact['times_median']:.3g} times the median"
+            print(f"   {fact['about']:48} {fact['value']:.4g}{times} (rank {fact['rank']} of {fact['n']:,})")
+    print("Try next:  realigner explain --irm RUN    (with a trained IRM: what it makes of them)")
 
 
 def report(

@@ -156,13 +156,13 @@ def delta_ablations(
 
 
 def against_controls(table: pd.DataFrame, how: How) -> dict[str, float]:
-    """How an index's ablation compares with its controls': ``change, low, high``, and for each group of controls their
+    """How an index's ablation compares with its controls': ``change, low, high, n``, and for each group of controls their
     mean change and the share ``p`` of them that is at least as large (the index counted as one of them).
 
     Keeping an index alone is the better the smaller its change, so there p counts those at most as large.
     """
     own = table[(table["how"] == how) & (table["group"] == "")].iloc[0]
-    found = {key: float(own[key]) for key in ("change", "low", "high")}
+    found = {key: float(own[key]) for key in ("change", "low", "high", "n")}
     sign = -1.0 if how == "keep" else 1.0
     for group in ("random", "matched"):
         others = table[(table["how"] == how) & (table["group"] == group)]["change"].to_numpy()

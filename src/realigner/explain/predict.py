@@ -40,6 +40,24 @@ ABOUT = {
 }
 
 
+def weight_table(weights: xr.Dataset) -> pd.DataFrame:
+    """What weights alone say, as one number an index: the columns of `measurement_table` that need no forward.
+
+    Args:
+        weights: from `weights_of`.
+    """
+    layered = {
+        **{name: weights[name].values for name in ("attention_gain", "mlp_gain")},
+        **{name: _relative(weights[name].values) for name in ("attention_write", "mlp_write")},
+    }
+    columns = {
+        "final_gain": np.abs(weights["final_gain"].values),
+        **{name: weights[name].values for name in ("head_norm", "head_reach", "embedding_norm")},
+        **{name: _geometric(values) for name, values in layered.items()},
+    }
+    return pd.DataFrame(columns, index=pd.RangeIndex(weights.sizes["neuron"], name="neuron")).dropna(axis=1)
+
+
 def measurement_table(weights: xr.Dataset, states: xr.Dataset) -> pd.DataFrame:
     """All measurements of a host as one number an index.
 
@@ -57,20 +75,18 @@ def measurement_table(weights: xr.Dataset, states: xr.Dataset) -> pd.DataFrame:
         **{name: _relative(values) for name, values in by_kind.items()},
         "residual_max": _relative(states["residual_max"].max("kind").values),
         "gradient": _relative(states["gradient"].values),
-        **{name: weights[name].values for name in ("attention_gain", "mlp_gain")},
-        **{name: _relative(weights[name].values) for name in ("attention_write", "mlp_write")},
     }
+    known = weight_table(weights)
     columns = {
-        "final_gain": np.abs(weights["final_gain"].values),
-        **{name: weights[name].values for name in ("head_norm", "head_reach", "embedding_norm")},
+        **{str(name): known[name].to_numpy() for name in known},
         **{name: _geometric(values) for name, values in layered.items()},
         "residual_kurtosis": np.nanmean(states["residual_kurtosis"].sel(kind="rest").values, axis=0),
         "energy_share": states["energy_share"].values.mean(axis=0),
         "gradient_sign": states["gradient_sign"].values.mean(axis=0),
         **{name: states[name].values for name in ("gradient_cosine", "direct", "through_norm")},
     }
-    table = pd.DataFrame({name: columns[name] for name in ABOUT}, index=pd.RangeIndex(len(columns["direct"]), name="neuron"))
-    return table.dropna(axis=1)
+    there = {name: columns[name] for name in ABOUT if name in columns}
+    return pd.DataFrame(there, index=pd.RangeIndex(len(columns["direct"]), name="neuron")).dropna(axis=1)
 
 
 def _relative(values: np.ndarray) -> np.ndarray:

@@ -1,0 +1,361 @@
+"""From measurements, ablations and trials to conclusions in words, by the rules of docs/explain.md. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from realigner.analysis.resampling import interval, prompt_weights
+from realigner.explain.predict import ABOUT
+
+Answer = Literal["supported", "not supported", "cannot tell"]
+CHANNEL = 4.0  # times the layer's median: from here on an index is called a channel
+UNUSUAL = 3.0  # times the median, or a third of it: a gain, or a head's column, out of the ordinary
+_HALF = 0.5  # of what an index stands out by: less is left when it drops
+CAUSES = {
+    "channel through the norm": "a channel of the host that its head hardly sees: it acts through the final norm's scale",
+    "channel": "a channel of the host",
+    "gain": "the final norm's gain",
+    "head": "the column of the head",
+    "optimiser": "the optimiser",
+    "chance": "chance: this training alone",
+    "not leading": "it does not lead",
+    "none": "none of the causes that were tested",
+    "cannot tell": "cannot tell",
+}
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """One question about an index, answered.
+
+    Attributes:
+        key, question: its short name, and in words.
+        answer: ``"supported"``, ``"not supported"``, ``"cannot tell"``.
+        words: what was found, with effect, interval and n.
+        n: how many runs, trials, rows or indices it rests on, and `unit`: which.
+    """
+
+    key: str
+    question: str
+    answer: Answer
+    words: str
+    n: int
+    unit: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that a verdict is taken from.
+
+    Attributes:
+        index: the index in question, of `width` ones.
+        standings: a row an IRM: ``irm, rank, ratio`` (times the median), ``leader``.
+        facts: from `index_facts`.
+        trials: from `trials.trial_table`; None: none were made.
+        ablated: IRM -> how -> from `ablate.against_controls`.
+        masked: the loss with the index masked less the reference's, paired by row: ``change, low, high, n``, and ``spread``
+            (between references); empty without such trials.
+        explained: of the IRMs and of the untrained ones: from `predict.explained`.
+    """
+
+    index: int
+    width: int
+    standings: pd.DataFrame
+    facts: pd.DataFrame
+    trials: pd.DataFrame | None
+    ablated: Mapping[str, Mapping[str, Mapping[str, float]]]
+    masked: Mapping[str, float]
+    explained: Mapping[str, Mapping[str, float]]
+
+    @property
+    def top(self) -> int:
+        """Up to which rank an index counts as leading: 1% of the indices, at least 3."""
+        return top_ranks(self.width)
+
+
+def top_ranks(width: int) -> int:
+    """Up to which rank an index of so many counts as leading: 1% of them, at least 3."""
+    return max(3, round(width / 100))
+
+
+def index_facts(measured: pd.DataFrame, index: int) -> pd.DataFrame:
+    """What is measured at an index: ``measurement, about, value, times_median, rank`` (1 the largest), ``n``."""
+    rows = []
+    for name in measured:
+        column = measured[name].to_numpy(dtype=float)
+        value, median = float(column[index]), float(np.median(column))
+        rank = int((column > value).sum()) + 1
+        times = value / median if median > 0 else math.nan
+        rows.append({"measurement": name, "about": ABOUT[str(name)], "value": value, "times_median": times, "rank": rank})
+    return pd.DataFrame(rows).assign(n=len(measured))
+
+
+def times_median(facts: pd.DataFrame, *names: str) -> float:
+    """The largest of some measurements, over their medians; NaN where a host has none of them."""
+    values = facts[facts["measurement"].isin(names)]["times_median"].dropna()
+    return float(values.max()) if len(values) else math.nan
+
+
+def is_channel(facts: pd.DataFrame) -> bool:
+    """Whether the host's residual is unusually large there, at any kind of token."""
+    return times_median(facts, "residual", "residual_first", "residual_delimiter") >= CHANNEL
+
+
+def is_unusual(facts: pd.DataFrame, name: str) -> bool:
+    """Whether a measurement is out of the ordinary, large or small."""
+    times = times_median(facts, name)
+    return times >= UNUSUAL or times <= 1 / UNUSUAL
+
+
+def conclude(evidence: Evidence) -> tuple[str, list[Conclusion]]:
+    """The cause (a key of `CAUSES`) and the conclusions behind it."""
+    conclusions = [
+        _leads(evidence),
+        _recurs(evidence),
+        _moves(evidence),
+        _channel(evidence),
+        *_cause_tests(evidence),
+        _optimiser(evidence),
+        *_other_trials(evidence),
+        _needed(evidence),
+        *_matters(evidence),
+        *_foreseen(evidence),
+    ]
+    found = {conclusion.key: conclusion.answer for conclusion in conclusions}
+    return _cause(evidence, found), conclusions
+
+
+def _cause(evidence: Evidence, found: Mapping[str, Answer]) -> str:
+    if found["leads"] == "not supported":
+        return "not leading"
+    if found["recurs"] == "not supported":
+        return "chance"
+    if found["recurs"] == "cannot tell":
+        return "cannot tell"
+    dropped = {key for key in ("no channel", "gain") if found.get(key) == "supported"}
+    unseen = times_median(evidence.facts, "head_reach") <= 1 / UNUSUAL
+    if "no channel" in dropped or (is_channel(evidence.facts) and unseen and "gain" in dropped):
+        return "channel through the norm" if unseen and "gain" in dropped else "channel"
+    if "gain" in dropped:
+        return "gain" if is_unusual(evidence.facts, "final_gain") else "head"
+    if found.get("sgd") == "supported":
+        return "optimiser"
+    return "none" if found["moves"] != "cannot tell" else "cannot tell"
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def _leads(evidence: Evidence) -> Conclusion:
+    table = evidence.standings
+    leading = int((table["rank"] <= evidence.top).sum())
+    answer: Answer = "supported" if 2 * leading >= len(table) else "not supported"
+    places = ", ".join(f"{row['irm']}: rank {row['rank']} ({row['ratio']:.2f} times the median)" for row in _rows(table))
+    words = f"Among the first {evidence.top} of {evidence.width} in {leading} of {len(table)} IRMs. {places}."
+    return Conclusion("leads", "The index leads in the IRMs given", answer, words, len(table), "IRMs")
+
+
+def _of_kind(evidence: Evidence, kind: str) -> pd.DataFrame:
+    return evidence.trials[evidence.trials["kind"] == kind] if evidence.trials is not None else pd.DataFrame()
+
+
+def _standing(evidence: Evidence, table: pd.DataFrame) -> str:
+    return "; ".join(f"rank {row['rank']} of {evidence.width}, {row['ratio']:.2f} times the median" for row in _rows(table))
+
+
+def _recurs(evidence: Evidence) -> Conclusion:
+    question = "It leads again when the training is repeated with other seeds"
+    table = _of_kind(evidence, "reference")
+    if not len(table):
+        return Conclusion("recurs", question, "cannot tell", "No training was repeated.", 0, "trials")
+    again = int((table["rank"] <= evidence.top).sum())
+    answer: Answer = "supported" if again == len(table) else "not supported" if not again else "cannot tell"
+    words = f"In {again} of {len(table)} trainings: {_standing(evidence, table)}."
+    return Conclusion("recurs", question, answer, words, len(table), "trials")
+
+
+def _against(evidence: Evidence, kind: str) -> tuple[list[str], str, int]:
+    """What became of the index in trials of a kind: ``dropped``, ``stayed`` or ``between`` each, in words, and their number.
+
+    Dropped: it is not among the leading ones, and less than half is left of what it stood out by in the reference of the same
+    seed. Stayed: it is among them.
+    """
+    table, references = _of_kind(evidence, kind), _of_kind(evidence, "reference").set_index("seed")["ratio"].to_dict()
+    became = []
+    for row in _rows(table):
+        before = references.get(row["seed"], math.nan) - 1
+        left = (row["ratio"] - 1) / before if before > 0 else math.nan
+        fell = row["rank"] > evidence.top and left < _HALF
+        became.append("dropped" if fell else "stayed" if row["rank"] <= evidence.top else "between")
+    told = [
+        f"rank {row['rank']}, {row['ratio']:.2f} times the median (reference {references.get(row['seed'], math.nan):.2f})"
+        for row in _rows(table)
+    ]
+    return became, "; ".join(told), len(table)
+
+
+def _moves(evidence: Evidence) -> Conclusion:
+    question = (
+        "The host decides which index it is: in a host with its indices in another order, the index leads in its new place"
+    )
+    became, told, n = _against(evidence, "permuted")
+    if not n:
+        return Conclusion("moves", question, "cannot tell", "No such trial was made.", 0, "trials")
+    answer: Answer = "supported" if set(became) == {"stayed"} else "not supported" if "stayed" not in became else "cannot tell"
+    return Conclusion("moves", question, answer, f"In its new place: {told}.", n, "trials")
+
+
+def _channel(evidence: Evidence) -> Conclusion:
+    facts = evidence.facts.set_index("measurement")
+    kinds = [name for name in ("residual", "residual_first", "residual_delimiter") if name in facts.index]
+    times = facts["times_median"].to_dict()
+    told = ", ".join(f"{times[name]:.1f} ({ABOUT[name]})" for name in kinds)
+    answer: Answer = "supported" if is_channel(evidence.facts) else "not supported"
+    words = f"Times the median: {told}. From {CHANNEL:g} on it is called a channel."
+    return Conclusion("channel", "It is a channel of the host", answer, words, evidence.width, "indices")
+
+
+def _cause_tests(evidence: Evidence) -> list[Conclusion]:
+    """Whether it leads because of the channel, and because of the gain: where these are ordinary, they are not the cause."""
+    facts = evidence.facts
+    gain = f"The final norm's gain is {times_median(facts, 'final_gain'):.2g} and the head's column"
+    gain += f" {times_median(facts, 'head_norm'):.2g} times the median."
+    asked = (
+        (
+            "no channel",
+            "It leads because the host's residual is large there",
+            "Its residual is of ordinary size.",
+            is_channel(facts),
+        ),
+        (
+            "gain",
+            "It leads because of how the final norm and the head see it",
+            gain,
+            is_unusual(facts, "final_gain") or is_unusual(facts, "head_norm"),
+        ),
+    )
+    found = []
+    for kind, question, ordinary, unusual in asked:
+        became, told, n = _against(evidence, kind)
+        if not unusual:
+            found.append(Conclusion(kind, question, "not supported", ordinary, evidence.width, "indices"))
+            continue
+        answer: Answer = "cannot tell" if not n or len(set(became)) > 1 or became[0] == "between" else "supported"
+        answer = "not supported" if n and set(became) == {"stayed"} else answer
+        words = f"{'Without it' if kind == 'no channel' else gain + ' With the median'}: {told or 'no trial was made'}."
+        found.append(Conclusion(kind, question, answer, words, n, "trials"))
+    return found
+
+
+def _optimiser(evidence: Evidence) -> Conclusion:
+    question = "It leads because of Adam: with SGD it does not"
+    table = _of_kind(evidence, "sgd")
+    became, told, n = _against(evidence, "sgd")
+    learned = _of_kind(evidence, "reference")["learned"].mean() if n else math.nan
+    if not n:
+        return Conclusion("sgd", question, "cannot tell", "No such trial was made.", 0, "trials")
+    share = float(table["learned"].mean() / learned)
+    words = f"With SGD: {told}; it learned {100 * share:.0f}% of what Adam did."
+    if share < _HALF:
+        return Conclusion("sgd", question, "cannot tell", words + " That is too little to compare.", n, "trials")
+    answer: Answer = (
+        "supported" if set(became) == {"dropped"} else "not supported" if set(became) == {"stayed"} else "cannot tell"
+    )
+    return Conclusion("sgd", question, answer, words, n, "trials")
+
+
+def _other_trials(evidence: Evidence) -> list[Conclusion]:
+    asked = {
+        "one layer": "It takes many layers: with deltas in one layer alone it does not lead",
+        "random host": "It takes a trained host: with random weights it does not lead",
+    }
+    found = []
+    for kind, question in asked.items():
+        became, told, n = _against(evidence, kind)
+        if n:
+            same = set(became)
+            answer: Answer = "supported" if same == {"dropped"} else "not supported" if same == {"stayed"} else "cannot tell"
+            found.append(Conclusion(kind, question, answer, f"{told}.", n, "trials"))
+    return found
+
+
+def _needed(evidence: Evidence) -> Conclusion:
+    question = "Training needs the index: without a delta there, the loss is higher"
+    masked = evidence.masked
+    if not masked:
+        return Conclusion("needed", question, "cannot tell", "No such trial was made.", 0, "rows")
+    words = (
+        f"Loss with the index masked less the reference's: {masked['change']:+.4f} nats per target "
+        f"(95% over rows {masked['low']:+.4f} to {masked['high']:+.4f}; references differ by {masked['spread']:.4f})."
+    )
+    table = _of_kind(evidence, "masked")
+    words += f" Index {int(table['leader'].iloc[0])} leads in its place, {table['leader_ratio'].iloc[0]:.2f} times the median."
+    more = masked["low"] > 0 and masked["change"] > masked["spread"]
+    return Conclusion("needed", question, "supported" if more else "not supported", words, int(masked["n"]), "rows")
+
+
+def _matters(evidence: Evidence) -> list[Conclusion]:
+    found = []
+    for irm, hows in evidence.ablated.items():
+        zero = hows["zero"]
+        words = (
+            f"Without its delta the loss changes by {zero['change']:+.4f} nats per target (95% {zero['low']:+.4f} to "
+            f"{zero['high']:+.4f}); without another index's by {zero['random']:+.4f}, without one of its size by "
+            f"{zero['matched']:+.4f} (p {zero['p_random']:.2g}, {zero['p_matched']:.2g})."
+        )
+        if "keep" in hows:
+            keep, random = hows["keep"], hows["keep"]["random"]
+            words += f" With its delta alone: {keep['change']:+.4f}; with another index's alone: {random:+.4f}."
+        more = zero["low"] > 0 and zero["p_matched"] <= 0.1 and zero["p_random"] <= 0.05
+        answer: Answer = "supported" if more else "not supported"
+        question = f"Its delta matters more than those of its size ({irm})"
+        found.append(Conclusion("matters", question, answer, words, int(zero["n"]), "rows"))
+    return found
+
+
+def _foreseen(evidence: Evidence) -> list[Conclusion]:
+    found = []
+    for what, facts in evidence.explained.items():
+        trained = what != "untrained"
+        subject = "IRMs stand out" if trained else "untrained IRMs stand out"
+        answer: Answer = "supported" if facts["p"] <= 0.05 and facts["low"] > 0 else "not supported"
+        words = (
+            f"Share of the ranks' variance that a regression foresees for indices it has not seen: {facts['r2']:.3f} (95% "
+            f"{facts['low']:.3f} to {facts['high']:.3f}; permuted {facts['null']:.3f}; p {facts['p']:.2g})."
+        )
+        key = "foreseen" if trained else "foreseen untrained"
+        question = f"The host's measurements foresee where {subject}"
+        found.append(Conclusion(key, question, answer, words, int(facts["n"]), "indices"))
+    return found
+
+
+def masked_loss(
+    masked: Sequence[tuple[np.ndarray, np.ndarray]], references: Sequence[np.ndarray], counts: np.ndarray
+) -> dict[str, float]:
+    """The loss with the index masked less the reference's of the same seed, paired by row.
+
+    Args:
+        masked: of each such trial, its rows' summed losses and those of the reference of its seed.
+        references: the rows' summed losses of all references.
+        counts: the rows' targets.
+
+    Returns:
+        ``change, low, high`` (95%, bootstrap over rows), ``n`` rows, ``spread`` (the references' standard deviation).
+    """
+    apart = np.mean([own - reference for own, reference in masked], axis=0)
+    weights = prompt_weights(len(counts), 1000, np.random.default_rng(0))
+    change = float(apart.sum() / counts.sum())
+    low, high = interval(change, (weights @ apart) / (weights @ counts), len(counts))
+    means = [float(own.sum() / counts.sum()) for own in references]
+    spread = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
+    return {"change": change, "low": low, "high": high, "n": len(counts), "spread": spread}

@@ -1,0 +1,170 @@
+"""Why this index: each piece against an independent account, and the whole on a host with a planted cause."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import realigner as ra
+from realigner.data.tokens import encode_rows
+from realigner.errors import UsageError
+from realigner.explain import explain, weights_report
+from realigner.explain.ablate import Rows, delta_ablations, edited_output
+from realigner.explain.measure import measure_host, norm_eps, norm_kind
+from realigner.explain.residuals import Residuals, SiteGradients
+from realigner.explain.roles import final_norm, roles_of
+from realigner.explain.split import split_gradient
+from realigner.irm import IRM
+from realigner.sites import find_sites
+from realigner.tiny import tiny_host
+from realigner.training import train
+from realigner.tuner import tuner_of
+from tests.planted_hosts import PLANTED, markov_rows, planted_folder
+from tests.tiny import some_rows, tiny_pair
+
+IDS = torch.tensor([[5, 9, 2, 31, 7, 44, 3, 18]])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "olmo2", "gpt_neox"])
+def test_the_gradient_split_is_autograds(family: str) -> None:
+    """In float64, to 1e-6 of the largest: the two parts sum to dL/dh, and the closed form of u gives the same."""
+    host = tiny_host(family).double()
+    for parameter in host.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    norm, name = final_norm(host)
+    gain = norm.weight.detach() + roles_of(host)[f"{name}.weight"].offset
+    eps, kind = norm_eps(norm), norm_kind(norm)
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(_: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        kept.update(h=args[0], y=output)
+        args[0].retain_grad()
+        output.retain_grad()
+
+    host.get_input_embeddings().weight.requires_grad_(True)
+    norm.register_forward_hook(keep)
+    logits = host(input_ids=IDS).logits
+    torch.autograd.backward(torch.nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:]))
+    h, y = kept["h"], kept["y"]
+    assert h.grad is not None
+    assert y.grad is not None
+    u = y.grad
+    wrong = logits.detach().softmax(-1)
+    wrong[0, torch.arange(7), IDS[0, 1:]] -= 1
+    wrong[0, 7] = 0
+    closed = wrong @ host.get_output_embeddings().weight.detach() / 7
+    assert (closed - u).abs().max() < 1e-6 * u.abs().max()
+    direct, through = split_gradient(h.detach(), u, gain, eps, kind)
+    assert (direct + through - h.grad).abs().max() < 1e-6 * h.grad.abs().max()
+    assert direct.abs().max() > 0
+    assert through.abs().max() > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "granite"])
+def test_residuals_and_gradients_at_sites(family: str) -> None:
+    """h0 is layer 0's residual; a small delta changes the loss by its product with the gradient."""
+    host = tiny_host(family).double()
+    sites = find_sites(host)
+    residuals, gradients = Residuals(sites), SiteGradients(sites)
+    with residuals.watching(), gradients.watching():
+        host(input_ids=IDS, labels=IDS).loss.backward()
+    assert torch.allclose(residuals.layers[0], gradients.h0, rtol=1e-12, atol=0)
+    step = 1e-3 * torch.randn(*gradients.at_sites.shape, dtype=torch.float64)
+    irm = gradients.irm
+    irm.forward = lambda h0: step  # type: ignore[method-assign]
+    with torch.no_grad(), gradients.watching():
+        moved = host(input_ids=IDS, labels=IDS).loss
+    irm.forward = lambda h0: -step  # type: ignore[method-assign]
+    with torch.no_grad(), gradients.watching():
+        back = host(input_ids=IDS, labels=IDS).loss
+    assert float((moved - back) / 2) == pytest.approx(float((step * gradients.at_sites).sum()), rel=2e-2)  # the loss is float32
+
+
+def test_measurements_by_hand() -> None:
+    """Sums over batches are what numpy makes of all tokens at once; padding does not count."""
+    host, tokenizer = tiny_pair()
+    rows = encode_rows(tokenizer, some_rows(count=5))
+    torch.manual_seed(0)
+    irm = IRM(32, (0, 2), (16,), 0, 0.1)
+    found = measure_host(host, rows, {"a": irm}, frozenset({40}), batch_size=2)
+    h: list[torch.Tensor] = []
+    with torch.no_grad(), Residuals(find_sites(host)).watching() as residuals:
+        for row in rows:
+            host(input_ids=torch.tensor([row["input_ids"]]))
+            h.append(torch.stack([residuals.layers[n][0] for n in range(3)], 1))
+    whole = torch.cat([own[1:] for own in h]).double()
+    ids = np.concatenate([row["input_ids"][1:] for row in rows])
+    rest = whole[torch.from_numpy(ids != 40)].numpy()
+    assert np.allclose(found["residual"].sel(kind="rest"), np.sqrt((rest**2).mean(0)), rtol=1e-4)
+    assert np.allclose(found["residual_kurtosis"].sel(kind="rest"), (rest**4).mean(0) / (rest**2).mean(0) ** 2, rtol=1e-3)
+    everything = torch.cat(h)
+    with torch.no_grad():
+        delta = irm(everything[:, 0]).double().numpy()
+    assert np.allclose(found["delta"].sel(irm="a").values[[0, 2]], np.abs(delta).mean(0), rtol=1e-3)
+    assert np.isnan(found["delta"].sel(irm="a").values[1]).all()
+    sums = np.zeros_like(everything.numpy(), dtype=float)
+    sums[:, 0], sums[:, 1], sums[:, 2] = delta[:, 0], delta[:, 0], delta.sum(1)
+    energy = (everything.numpy() ** 2).sum(0)
+    wanted = -(sums[:, 2] * everything[:, 2].numpy()).sum(0) / energy[2]
+    assert np.allclose(found["cancelled"].sel(irm="a").values[2], wanted, rtol=1e-2, atol=1e-3)
+
+
+def test_ablations() -> None:
+    """The index that carries all of the effect is the one whose ablation takes it away; weights come back bit for bit."""
+    from peft import get_peft_model
+
+    host, tokenizer = tiny_pair()
+    model = get_peft_model(host, ra.IRMConfig())
+    irm = tuner_of(model).bank.network("default")
+    with torch.no_grad():
+        irm.output.weight.zero_()
+        irm.output.bias.view(3, 32)[:, 5] = 0.5
+    before = {name: tensor.clone() for name, tensor in irm.state_dict().items()}
+    rows = Rows(encode_rows(tokenizer, some_rows(count=6)), 0)
+    mean = irm.output.bias.detach().view(3, 32).numpy().copy()
+    table = delta_ablations(model, rows, 5, mean, {"random": [6, 7]})
+    change = table.set_index(["how", "index"])["change"]
+    assert change["zero", 5] == pytest.approx(change["none", -1])
+    assert change["zero", 5] != 0
+    assert change["keep", 5] == 0
+    assert change["mean", 5] == pytest.approx(0, abs=1e-6)
+    assert change["zero", 6] == change["zero", 7] == 0
+    assert change["keep", 6] == pytest.approx(change["none", -1])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in irm.state_dict().items())
+    with pytest.raises(UsageError, match="needs the mean"), edited_output(irm, 5, "mean"):
+        pass
+
+
+def test_masked_indices_get_no_delta_and_no_gradient() -> None:
+    irm = ra.IRMConfig(output_std=0.1, masked=[3, 1, 3]).build(hidden_size=8, num_layers=2)
+    delta = irm(torch.randn(4, 8))
+    assert delta.shape == (4, 2, 8)
+    assert not delta[..., [1, 3]].any()
+    assert delta[..., [0, 2, 4, 5, 6, 7]].all()
+    delta.square().sum().backward()
+    assert irm.output.weight.grad is not None
+    assert not irm.output.weight.grad.view(2, 8, -1)[:, [1, 3]].any()
+    with pytest.raises(UsageError, match="there is no index 9"):
+        ra.IRMConfig(masked=[9]).build(hidden_size=8, num_layers=2)
+
+
+def test_a_planted_gain_is_named_and_no_trial_is_trained_twice(tmp_path: Path) -> None:
+    recipe = planted_folder(tmp_path, 1, "constant", "zero", 5.0)
+    host, tokenizer = ra.load_host(str(recipe.host), "float32")
+    run = train(host, tokenizer, markov_rows(1), tmp_path / "run", recipe, quiet=True)
+    run.model.unload()
+    found = explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, quick=True, quiet=True)
+    assert (found.index, found.cause) == (PLANTED, "gain")  # with the median gain it drops
+    assert json.loads((tmp_path / "why" / "explain.json").read_text())["cause"] == found.cause
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "why" / "runs").glob("*/run.json")}
+    assert len(stamps) == 6
+    again = explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, quick=True, quiet=True)
+    assert again.to_dict() == found.to_dict()
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    assert "gain" in weights_report(host, PLANTED)["indices"][0]["words"]
+    with pytest.raises(UsageError, match="0 to 63"):
+        explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, index=64, quiet=True)
