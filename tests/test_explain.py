@@ -36,7 +36,7 @@ def test_the_gradient_split_is_autograds(family: str) -> None:
     for parameter in host.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     norm, name = final_norm(host)
-    gain = norm.weight.detach() + roles_of(host)[f"{name}.weight"].offset
+    gain = norm.get_parameter("weight").detach() + roles_of(host)[f"{name}.weight"].offset
     eps, kind = norm_eps(norm), norm_kind(norm)
     kept: dict[str, torch.Tensor] = {}
 
@@ -73,7 +73,7 @@ def test_residuals_and_gradients_at_sites(family: str) -> None:
     with residuals.watching(), gradients.watching():
         host(input_ids=IDS, labels=IDS).loss.backward()
     assert torch.allclose(residuals.layers[0], gradients.h0, rtol=1e-12, atol=0)
-    step = 1e-3 * torch.randn(*gradients.at_sites.shape, dtype=torch.float64)
+    step = 1e-2 * torch.randn(*gradients.at_sites.shape, dtype=torch.float64)
     irm = gradients.irm
     irm.forward = lambda h0: step  # type: ignore[method-assign]
     with torch.no_grad(), gradients.watching():
@@ -161,7 +161,7 @@ def test_a_planted_gain_is_named_and_no_trial_is_trained_twice(tmp_path: Path) -
     assert (found.index, found.cause) == (PLANTED, "gain")  # with the median gain it drops
     assert json.loads((tmp_path / "why" / "explain.json").read_text())["cause"] == found.cause
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "why" / "runs").glob("*/run.json")}
-    assert len(stamps) == 6
+    assert len(stamps) == 5
     again = explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, quick=True, quiet=True)
     assert again.to_dict() == found.to_dict()
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
