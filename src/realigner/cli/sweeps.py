@@ -14,7 +14,7 @@ from realigner.errors import RealignerError
 def sweep(
     file: Annotated[str, typer.Argument(help="A YAML file, a recipe and a grid over its keys; 'paper': the paper's 24 runs.")],
     out: Annotated[Path, typer.Option(help="The sweep's folder: one for each run in it.")],
-    on: Annotated[str, typer.Option(help="local (processes here) or ray.")] = "local",
+    on: Annotated[str, typer.Option(help="local (processes here), ray, or here (in this process).")] = "local",
     workers: Annotated[Optional[int], typer.Option(help="Runs at a time.", min=1, show_default="the file's, else 1")] = None,
     gpus: Annotated[Optional[float], typer.Option(help="GPUs a run takes; on Ray also a part of one.", min=0)] = None,
     address: Annotated[
