@@ -14,11 +14,12 @@ import realigner as ra
 from realigner.data.tokens import encode_rows
 from realigner.errors import UsageError
 from realigner.explain import explain, weights_report
-from realigner.explain.ablate import Rows, delta_ablations, edited_output
-from realigner.explain.measure import measure_host, norm_eps, norm_kind
+from realigner.explain.ablate import delta_ablations, edited_output
+from realigner.explain.measure import measure_host
 from realigner.explain.residuals import Residuals, SiteGradients
 from realigner.explain.roles import final_norm, roles_of
-from realigner.explain.split import split_gradient
+from realigner.explain.rows import Rows
+from realigner.explain.split import norm_eps, norm_kind, split_gradient
 from realigner.irm import IRM
 from realigner.sites import find_sites
 from realigner.tiny import tiny_host
@@ -38,7 +39,7 @@ def test_the_gradient_split_is_autograds(family: str) -> None:
         parameter.data += 0.1 * torch.randn_like(parameter)
     norm, name = final_norm(host)
     gain = norm.get_parameter("weight").detach() + roles_of(host)[f"{name}.weight"].offset
-    eps, kind = norm_eps(norm), norm_kind(norm)
+    eps, kind = norm_eps(norm), norm_kind(norm, 32)
     kept: dict[str, torch.Tensor] = {}
 
     def keep(_: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -97,7 +98,7 @@ def test_measurements_by_hand() -> None:
     rows = encode_rows(tokenizer, some_rows(count=5))
     torch.manual_seed(0)
     irm = IRM(32, (0, 2), (16,), 0, 0.1)
-    found = measure_host(host, rows, {"a": irm}, frozenset({40}), batch_size=2)
+    found = measure_host(host, Rows(rows, 0, batch_size=2), {"a": irm}, frozenset({40}))
     h: list[torch.Tensor] = []
     with torch.no_grad(), Residuals(find_sites(host)).watching() as residuals:
         for row in rows:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import realigner.explain.checkpoint as checkpoint
 from realigner import RealignerError
 from realigner.explain.checkpoint import INDEX, SINGLE, Checkpoint, HostTensors, open_checkpoint
-from realigner.explain.weights import measure_weights, norm_kind, roles_for, weights_of
+from realigner.explain.weights import head_norm_kind, measure_weights, roles_for, weights_of
 from realigner.hosts import embedded_folder
 from realigner.tiny import tiny_host
 
@@ -135,7 +135,7 @@ def test_what_a_host_does_not_have_is_nan() -> None:
 
 @pytest.mark.parametrize(("model_type", "kind"), [("llama", "rms"), ("gpt2", "layer"), ("cohere", "layer"), ("gemma", "rms")])
 def test_the_kind_of_norm(model_type: str, kind: str) -> None:
-    assert norm_kind(lively(model_type)) == kind
+    assert head_norm_kind(lively(model_type)) == kind
 
 
 def test_a_planted_gain_stands_out() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -189,3 +190,24 @@ def _over_runs(entries: list[Entry], rng: np.random.Generator) -> Entry:
         per_prompt=mean("per_prompt"),
         null_per_prompt=mean("null_per_prompt"),
     )
+
+
+def table_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table as a dict a row."""
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The same as JSON has it: NaN is None."""
+    return [plain(row) for row in table_rows(table)]
+
+
+def plain(value: Any) -> Any:
+    """A value, and all within it, as JSON has it: numbers of Python, NaN and infinities None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,7 +20,7 @@ from realigner.analysis.maps import leading_indices
 from realigner.analysis.runs import UNTRAINED, each_run
 from realigner.analysis.sparsity import sparsity
 from realigner.analysis.striation import striation
-from realigner.analysis.tables import ALL
+from realigner.analysis.tables import ALL, plain, records, table_rows
 from realigner.analysis.timing import timing
 
 Verdict = Literal["supported", "not supported", "cannot tell"]
@@ -56,9 +56,9 @@ class Analysis:
         tables = {"striation": self.striation, "timing": self.timing, "sparsity": self.sparsity, "leading": self.leading}
         agreed = {"table": self.consensus.table, "indices": self.consensus.indices, "pairs": self.consensus.pairs}
         return {
-            "verdicts": [{key: _plain(value) for key, value in verdict.items()} for verdict in self.verdicts],
-            **{name: _records(table) for name, table in tables.items()},
-            "consensus": {name: _records(table) for name, table in agreed.items()},
+            "verdicts": [{key: plain(value) for key, value in verdict.items()} for verdict in self.verdicts],
+            **{name: records(table) for name, table in tables.items()},
+            "consensus": {name: records(table) for name, table in agreed.items()},
         }
 
 
@@ -175,7 +175,7 @@ def _find(table: pd.DataFrame, **keys: Any) -> dict[str, Any]:
     chosen = table[table["run"] == ALL] if len(table) else table
     for key, value in keys.items():
         chosen = chosen[chosen[key] == value] if len(chosen) else chosen
-    rows = _rows(chosen.head(1))
+    rows = table_rows(chosen.head(1))
     return rows[0] if rows else _NOTHING | {"n": 0, "unit": "tones", "statistic": ""}
 
 
@@ -266,17 +266,3 @@ def _why_no_p(claim: _Claim, row: dict[str, Any]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3f}"
-
-
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{key: _plain(value) for key, value in row.items()} for row in _rows(table)]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,7 +7,7 @@ follows when its training begins.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,23 +18,21 @@ from torch import nn
 
 from realigner.console import progress
 from realigner.data.tokens import IGNORED
+from realigner.errors import RealignerError
 from realigner.explain.residuals import Residuals, SiteGradients
-from realigner.explain.roles import final_norm, roles_of
-from realigner.explain.split import Norm, split_gradient
+from realigner.explain.roles import Stream, find_stream
+from realigner.explain.rows import Rows
+from realigner.explain.split import GradientParts, norm_eps, norm_kind, split_gradient
 from realigner.irm import IRM
-from realigner.sites import find_sites
-from realigner.training.batches import Collator
 
 TOKENS = ("first", "delimiter", "rest")  # kinds of token: massive activations live in the first two
 
 
 def measure_host(
     host: nn.Module,
-    rows: Sequence[Mapping[str, Sequence[int]]],
+    rows: Rows,
     irms: Mapping[str, IRM],
     delimiters: frozenset[int] = frozenset(),
-    pad: int = 0,
-    batch_size: int = 8,
     quiet: bool = True,
 ) -> xr.Dataset:
     """Residuals, gradients and deltas at every index, over rows.
@@ -43,33 +41,32 @@ def measure_host(
 
     Args:
         host: the bare host; frozen, left as it was.
-        rows: ``input_ids`` and ``labels`` of each, from `data.tokens.encode_rows`.
+        rows: what it reads.
         irms: by name.
         delimiters: ids of the tokens counted as delimiters; see `delimiter_ids`.
-        pad: the padding token.
-        batch_size: rows a forward.
         quiet: show no progress.
 
     Returns:
         Over ``neuron``: ``gradient_cosine`` (mean over pairs of layers), ``direct``, ``through_norm`` (RMS of the two parts of
-        the gradient at the final norm, over targets; NaN without a final norm). Over ``[layer, neuron]``: ``energy_share`` (of
+        the gradient at the final norm, over targets). Over ``[layer, neuron]``: ``energy_share`` (of
         the sum of h^2), ``gradient`` (RMS), ``gradient_sign`` (|mean| / mean of sizes: 1 where it never changes sign). Over
         ``[kind, layer, neuron]``, kinds of token ``first``, ``delimiter``, ``rest``: ``residual`` (RMS), ``residual_mean``,
         ``residual_max``, ``residual_kurtosis`` (3 for Gaussian values). Over ``[irm, layer, neuron]``: ``delta`` (mean size:
         M), ``delta_mean``, ``cancelled`` (minus the projection of the running sum of deltas on the host's residual, as a share
         of it: 1 where the IRM takes the channel away, negative where it amplifies it). NaN in layers that an IRM does not
         add to.
+
+    Raises:
+        RealignerError: where no site can be proven, or nothing norms the stream before the head.
     """
-    sites = find_sites(host)
+    stream = find_stream(host)
+    sites = stream.sites
     sums = _Sums(len(sites.layers), sites.width, list(irms))
-    residuals, gradients, head = Residuals(sites), SiteGradients(sites), _Head(host)
-    collate = Collator(pad)
+    residuals, gradients, head = Residuals(sites), SiteGradients(sites), _Head(host, stream)
     device = next(host.parameters()).device
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
-    with progress("measuring the host", len(rows), quiet) as task:
-        for start in range(0, len(order), batch_size):
-            chosen = [{**rows[row], "row": row} for row in order[start : start + batch_size]]
-            batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
+    with progress("measuring the host", len(rows.order), quiet) as task:
+        for held in rows.batches:
+            batch = {name: tensor.to(device) for name, tensor in held.items()}
             with torch.enable_grad(), residuals.watching(), gradients.watching(), head.watching():
                 logits = host(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
                 wanted = batch["shift_labels"] != IGNORED
@@ -83,7 +80,7 @@ def measure_host(
                 sums.add_gradients(gradients.at_sites[real], head.parts(wanted))
                 for name, irm in irms.items():
                     sums.add_deltas(name, irm, gradients.h0[real])
-            task.advance(len(chosen))
+            task.advance(len(real))
     return sums.dataset()
 
 
@@ -105,12 +102,14 @@ def _kinds(ids: torch.Tensor, delimiters: frozenset[int]) -> torch.Tensor:
 class _Head:
     """The final norm's input, its output and the gradient by that."""
 
-    def __init__(self, host: nn.Module) -> None:
-        self.norm, name = final_norm(host)
-        roles = roles_of(host)
-        weight = getattr(self.norm, "weight", None)
-        offset = next((role.offset for key, role in roles.items() if key == f"{name}.weight"), 0.0)
-        self.gain = None if weight is None else weight.detach().float() + offset
+    def __init__(self, host: nn.Module, stream: Stream) -> None:
+        if not stream.final:
+            raise RealignerError(f"{type(host).__name__}: nothing norms the residual stream between its layers and its head")
+        self.norm = host.get_submodule(stream.final)
+        weight, role = getattr(self.norm, "weight", None), stream.roles.get(f"{stream.final}.weight")
+        offset = role.offset if role is not None else 0.0
+        gain = torch.ones(stream.sites.width) if weight is None else weight.detach().float() + offset
+        self.gain, self.eps, self.kind = gain, norm_eps(self.norm), norm_kind(self.norm, stream.sites.width)
         self.h: torch.Tensor | None = None
         self.y: torch.Tensor | None = None
 
@@ -127,32 +126,13 @@ class _Head:
         finally:
             handle.remove()
 
-    def parts(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def parts(self, wanted: torch.Tensor) -> GradientParts:
         """The parts of the gradient at targets ``[target, neuron]``."""
         assert self.h is not None
         assert self.y is not None
         assert self.y.grad is not None
         h, u = self.h[wanted].float(), self.y.grad[wanted].float()
-        gain = torch.ones(h.shape[-1], device=h.device) if self.gain is None else self.gain
-        return tuple(split_gradient(h, u, gain, norm_eps(self.norm), norm_kind(self.norm)))  # type: ignore[return-value]
-
-
-def norm_eps(norm: nn.Module) -> float:
-    """A norm's epsilon, under any of the names that it goes by."""
-    for name in ("eps", "variance_epsilon", "epsilon", "norm_eps"):
-        if isinstance(getattr(norm, name, None), float):
-            return float(getattr(norm, name))
-    return 0.0
-
-
-def norm_kind(norm: nn.Module) -> Norm:
-    """Whether a norm takes the mean away: asked of the module itself, by a shifted input."""
-    weight = next(norm.parameters())
-    generator = torch.Generator().manual_seed(0)
-    h = torch.randn(1, 1, weight.shape[-1], generator=generator).to(weight)
-    with torch.no_grad():
-        moved = (norm(h) - norm(h + 3)).abs().max() / norm(h).abs().max()
-    return "layer" if float(moved) < 0.05 else "rms"
+        return split_gradient(h, u, self.gain.to(h.device), self.eps, self.kind)
 
 
 class _Sums:
@@ -218,7 +198,6 @@ class _Sums:
     def _dataset(self) -> xr.Dataset:
         n = self.tokens[:, None, None]
         mean, second = self.h / n, self.h2 / n
-        spread = second - mean**2
         third = self.h4 / n  # about zero, as the sums are: a channel's mean is what makes it one
         energy = self.h2.sum(0)
         norms = np.sqrt(np.einsum("nll->nl", self.products))
@@ -227,7 +206,6 @@ class _Sums:
         values: dict[str, Any] = {
             "residual": (("kind", "layer", "neuron"), np.sqrt(second)),
             "residual_mean": (("kind", "layer", "neuron"), mean),
-            "residual_std": (("kind", "layer", "neuron"), np.sqrt(np.maximum(spread, 0))),
             "residual_max": (("kind", "layer", "neuron"), np.where(n > 0, self.largest, np.nan)),
             "residual_kurtosis": (("kind", "layer", "neuron"), third / second**2),
             "energy_share": (("layer", "neuron"), energy / energy.sum(-1, keepdims=True)),

@@ -14,11 +14,13 @@ import xarray as xr
 from transformers import PreTrainedModel, set_seed
 
 from realigner.analysis.runs import leading_score
+from realigner.analysis.tables import plain, records
 from realigner.console import say
 from realigner.errors import RealignerError, UsageError
-from realigner.explain.ablate import Rows, against_controls, control_indices, delta_ablations
+from realigner.explain.ablate import against_controls, control_indices, delta_ablations
 from realigner.explain.measure import delimiter_ids, measure_host
 from realigner.explain.predict import correlations, explained, measurement_table, weight_table
+from realigner.explain.rows import Rows
 from realigner.explain.trials import FULL, QUICK, Bench, Outcome, say_budget, trial_table
 from realigner.explain.verdict import (
     CAUSES,
@@ -110,7 +112,7 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; NaN is None."""
         tables = {"facts": self.facts, "standings": self.standings, "correlations": self.correlations}
-        found = {name: _records(table) for name, table in tables.items()}
+        found = {name: records(table) for name, table in tables.items()}
         return {
             "host": self.host,
             "index": self.index,
@@ -119,10 +121,10 @@ class Explanation:
             "quick": self.quick,
             "conclusions": [conclusion.to_dict() for conclusion in self.conclusions],
             **found,
-            "trials": None if self.trials is None else _records(self.trials),
-            "ablations": {irm: _records(table) for irm, table in self.ablations.items()},
-            "explained": _plain(self.explained),
-            "profiles": _plain(self.profiles),
+            "trials": None if self.trials is None else records(self.trials),
+            "ablations": {irm: records(table) for irm, table in self.ablations.items()},
+            "explained": plain(self.explained),
+            "profiles": plain(self.profiles),
         }
 
 
@@ -168,13 +170,13 @@ def explain(
     width = next(iter(irms.values())).hidden_size
     if index is not None and not 0 <= index < width:
         raise UsageError(f"explain: --index {index}: this host has indices 0 to {width - 1}")
+    pad = tokenizer.pad_token_id or 0
     states = measure_host(
         host,
-        [row for rows in encoded.values() for row in rows],
+        Rows([row for rows in encoded.values() for row in rows], pad, batch_size=8),
         {**irms, UNTRAINED: _untrained(host, next(iter(runs.values()))[1])},
         delimiter_ids(tokenizer),
-        tokenizer.pad_token_id or 0,
-        quiet=quiet,
+        quiet,
     )
     measured = measurement_table(weights_of(host), states)
     scores = {str(name): _score(states, str(name)) for name in states["irm"].values}
@@ -185,9 +187,7 @@ def explain(
         say(f"index {chosen}: {together[chosen]:.2f} times the median over {len(runs)} IRMs")
     first = next(iter(runs))
     ablations = {
-        name: _ablated(
-            host, folder, Rows(encoded[name], tokenizer.pad_token_id or 0), chosen, states, scores, name, effort, quiet
-        )
+        name: _ablated(host, folder, Rows(encoded[name], pad), chosen, states, scores, name, effort, quiet)
         for name, (folder, _) in runs.items()
     }
     outcomes: list[Outcome] = []
@@ -197,7 +197,7 @@ def explain(
         asked = bench.trials(_asked(effort, facts))
         if not quiet:
             say_budget(asked, _seconds_a_step(runs[first][0]))
-        outcomes = bench.run(asked, Rows(encoded[first], tokenizer.pad_token_id or 0))
+        outcomes = bench.run(asked, Rows(encoded[first], pad))
     evidence = Evidence(
         chosen,
         width,
@@ -257,7 +257,7 @@ def weights_report(host: PreTrainedModel | str | Path, index: int | None = None,
         odd = facts[(facts["times_median"] >= UNUSUAL) | (facts["times_median"] <= 1 / UNUSUAL)]
         told = [f"{about} {times:.2g} times the median" for about, times in zip(odd["about"], odd["times_median"], strict=True)]
         words = "; ".join(told) or "nothing out of the ordinary"
-        entries.append({"index": number, "words": words, "facts": _records(facts)})
+        entries.append({"index": number, "words": words, "facts": records(facts)})
     facts_of = {key: weights.attrs[key] for key in ("host", "model_type", "norm", "tied")}
     return {**facts_of, "neurons": width, "layers": weights.sizes["layer"], "indices": entries}
 
@@ -389,17 +389,3 @@ def _name(host: PreTrainedModel) -> str:
     from realigner.hosts import host_name
 
     return Path(host_name(host) or type(host).__name__).name
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): _plain(value) for key, value in row.items()} for row in table.to_dict("records")]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 
 Norm = Literal["rms", "layer"]
 
@@ -51,3 +52,20 @@ def split_gradient(h: torch.Tensor, u: torch.Tensor, gain: torch.Tensor, eps: fl
     if norm == "layer":
         through = through - direct.mean(-1, keepdim=True)
     return GradientParts(direct, through)
+
+
+def norm_eps(norm: nn.Module) -> float:
+    """A norm's epsilon, under any of the names that it goes by."""
+    for name in ("eps", "variance_epsilon", "epsilon", "norm_eps"):
+        if isinstance(getattr(norm, name, None), float):
+            return float(getattr(norm, name))
+    return 0.0
+
+
+def norm_kind(norm: nn.Module, width: int) -> Norm:
+    """Whether a norm over `width` neurons takes the mean away: then adding 3 to all of its input changes nothing."""
+    like = next(norm.parameters(), torch.empty(0))
+    x = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    with torch.no_grad():
+        first, second = norm(x), norm(x + 3)
+    return "layer" if (first - second).abs().max() < 0.1 * first.abs().max() else "rms"

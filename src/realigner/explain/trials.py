@@ -20,7 +20,7 @@ import realigner.explain.edits as edits
 from realigner.analysis.runs import leading_score
 from realigner.console import say
 from realigner.errors import RealignerError
-from realigner.explain.ablate import Rows
+from realigner.explain.rows import Rows
 from realigner.hosts import load_host
 from realigner.injection import ActiveIRM
 from realigner.sweep.grid import Planned, Sweep, plan

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from realigner.analysis.resampling import interval, prompt_weights
+from realigner.analysis.tables import table_rows
 from realigner.explain.predict import ABOUT
 
 Answer = Literal["supported", "not supported", "cannot tell"]
@@ -152,15 +153,11 @@ def _cause(evidence: Evidence, found: Mapping[str, Answer]) -> str:
     return "none" if found["moves"] != "cannot tell" else "cannot tell"
 
 
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
-
-
 def _leads(evidence: Evidence) -> Conclusion:
     table = evidence.standings
     leading = int((table["rank"] <= evidence.top).sum())
     answer: Answer = "supported" if 2 * leading >= len(table) else "not supported"
-    places = ", ".join(f"{row['irm']}: rank {row['rank']} ({row['ratio']:.2f} times the median)" for row in _rows(table))
+    places = ", ".join(f"{row['irm']}: rank {row['rank']} ({row['ratio']:.2f} times the median)" for row in table_rows(table))
     words = f"Among the first {evidence.top} of {evidence.width} in {leading} of {len(table)} IRMs. {places}."
     return Conclusion("leads", "The index leads in the IRMs given", answer, words, len(table), "IRMs")
 
@@ -170,7 +167,9 @@ def _of_kind(evidence: Evidence, kind: str) -> pd.DataFrame:
 
 
 def _standing(evidence: Evidence, table: pd.DataFrame) -> str:
-    return "; ".join(f"rank {row['rank']} of {evidence.width}, {row['ratio']:.2f} times the median" for row in _rows(table))
+    return "; ".join(
+        f"rank {row['rank']} of {evidence.width}, {row['ratio']:.2f} times the median" for row in table_rows(table)
+    )
 
 
 def _recurs(evidence: Evidence) -> Conclusion:
@@ -192,14 +191,14 @@ def _against(evidence: Evidence, kind: str) -> tuple[list[str], str, int]:
     """
     table, references = _of_kind(evidence, kind), _of_kind(evidence, "reference").set_index("seed")["ratio"].to_dict()
     became = []
-    for row in _rows(table):
+    for row in table_rows(table):
         before = references.get(row["seed"], math.nan) - 1
         left = (row["ratio"] - 1) / before if before > 0 else math.nan
         fell = row["rank"] > evidence.top and left < _HALF
         became.append("dropped" if fell else "stayed" if row["rank"] <= evidence.top else "between")
     told = [
         f"rank {row['rank']}, {row['ratio']:.2f} times the median (reference {references.get(row['seed'], math.nan):.2f})"
-        for row in _rows(table)
+        for row in table_rows(table)
     ]
     return became, "; ".join(told), len(table)
 

@@ -30,6 +30,7 @@ from torch import nn
 from realigner.errors import RealignerError
 from realigner.explain.checkpoint import HostTensors, Tensors, open_checkpoint
 from realigner.explain.roles import Role, find_stream, roles_of
+from realigner.explain.split import norm_kind
 from realigner.hosts import text_config
 from realigner.sites import find_layers
 
@@ -97,7 +98,7 @@ def measure_weights(source: Tensors, roles: Mapping[str, Role]) -> xr.Dataset:
             "host": source.origin,
             "model_type": str(getattr(text_config(source.host), "model_type", "")),
             "tied": int(tied),
-            "norm": norm_kind(source.example),
+            "norm": head_norm_kind(source.example),
         },
     )
 
@@ -200,25 +201,19 @@ def _pattern(name: str, path: str) -> tuple[int | None, str]:
     return int(match[1]) if match else None, re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def norm_kind(host: nn.Module) -> str:
-    """The norm that feeds a host's head: ``"rms"``, ``"layer"`` (it takes the mean away: adding 3 changes nothing), ``"none"``.
+def head_norm_kind(host: nn.Module) -> str:
+    """The norm that feeds a host's head: ``"rms"``, ``"layer"`` (it takes the mean away), ``"none"``.
 
     Raises:
         RealignerError: as `roles_of`.
 
     Example:
         >>> from realigner.tiny import tiny_host
-        >>> norm_kind(tiny_host("gpt2"))
+        >>> head_norm_kind(tiny_host("gpt2"))
         'layer'
     """
     stream = find_stream(host)
-    if not stream.final:
-        return "none"
-    norm, like = host.get_submodule(stream.final), next(host.parameters())
-    x = torch.randn(1, 4, stream.sites.width, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
-    with torch.no_grad():
-        first, second = norm(x), norm(x + 3)
-    return "layer" if (first - second).abs().max() < 0.1 * first.abs().max() else "rms"
+    return norm_kind(host.get_submodule(stream.final), stream.sites.width) if stream.final else "none"
 
 
 def _width(source: Tensors, roles: Mapping[str, Role]) -> int:
