@@ -12,18 +12,36 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import realigner as ra
+from realigner.explain import explain
 from realigner.tiny import tiny_host
-from realigner.training import Recipe
+from realigner.training import Recipe, train
 
 Channel = Literal["", "constant", "random sign"]
-Gain = Literal["zero", "one", "median"]
+Gain = Literal["", "zero", "one", "median"]
+Cell = tuple[Channel, Gain, float]
 WIDTH, WORDS, PLANTED = 64, 100, 17
+# what is planted -> the verdicts that name it. A channel that the head sees is not led by: its gradient's two parts cancel
+CELLS: dict[Cell, tuple[str, ...]] = {
+    ("", "", 1): ("none", "chance", "cannot tell", "not leading"),
+    ("", "zero", 1): ("gain",),
+    **{(channel, "zero", size): ("channel through the norm",) for channel in ("constant", "random sign") for size in (5, 40)},
+    **{
+        (channel, gain, size): ("channel", "idle channel")
+        for channel in ("constant", "random sign")
+        for gain in ("one", "median")
+        for size in (5, 40)
+    },
+}
 
 
-def planted_host(seed: int, channel: Channel = "", gain: Gain = "zero", size: float = 5.0) -> Any:
-    """A Llama of 4 layers x 64 neurons with gains of its own, median 1. With a channel, its embedding at `PLANTED` has `size`
-    times the usual size, the same in every token or with a random sign for each; the final norm's gain there is 0, 1 or the
-    median."""
+def planted_host(seed: int, channel: Channel = "", gain: Gain = "", size: float = 1.0) -> Any:
+    """A Llama of 4 layers x 64 neurons with gains of its own, median 1.
+
+    Its embedding is of size 1 and its branches add little to it (0.2, as hosts scale theirs down with depth), so that a channel
+    lives through all layers; its head is too sure of itself by far (6), so that training has something to take back. With a
+    channel, the embedding at `PLANTED` has `size` times the usual size, the same in every token or with a random sign for each;
+    with a gain, the final norm's is 0, 1 or the median there.
+    """
     sizes: dict[str, Any] = {
         "vocab_size": WORDS,
         "hidden_size": WIDTH,
@@ -37,10 +55,15 @@ def planted_host(seed: int, channel: Channel = "", gain: Gain = "zero", size: fl
         for name, parameter in host.named_parameters():
             if "norm" in name:
                 parameter.copy_(torch.exp(0.3 * torch.randn(WIDTH, generator=generator)))
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.mul_(0.2)
+        embedding, final = host.model.embed_tokens.weight, host.model.norm.weight
+        embedding.mul_(WIDTH**0.5)
+        host.lm_head.weight.mul_(6)
         if channel:
-            embedding, final = host.model.embed_tokens.weight, host.model.norm.weight
             sign = torch.sign(torch.randn(len(embedding), generator=generator)) if channel == "random sign" else 1.0
-            embedding[:, PLANTED] = size * embedding.square().mean().sqrt() * sign
+            embedding[:, PLANTED] = size * sign
+        if gain:
             final[PLANTED] = {"zero": 0.0, "one": 1.0, "median": float(final.median())}[gain]
     return host
 
@@ -76,7 +99,7 @@ def word_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
-def planted_folder(place: Path, seed: int, channel: Channel = "", gain: Gain = "zero", size: float = 5.0) -> Recipe:
+def planted_folder(place: Path, seed: int, channel: Channel = "", gain: Gain = "", size: float = 1.0) -> Recipe:
     """The same as a host's folder and a file of rows; the recipe that names them."""
     planted_host(seed, channel, gain, size).save_pretrained(place / "host")
     word_tokenizer().save_pretrained(place / "host")
@@ -94,3 +117,14 @@ def planted_folder(place: Path, seed: int, channel: Channel = "", gain: Gain = "
         report_to=[],
         evaluations=1,
     )
+
+
+def verdict_on(cell: Cell, seed: int, place: Path) -> dict[str, Any]:
+    """Train an IRM on a planted host and ask why `PLANTED` leads (a plain host: why the index does that leads)."""
+    recipe = planted_folder(place, seed, *cell)
+    host, tokenizer = ra.load_host(str(recipe.host), "float32")
+    train(host, tokenizer, markov_rows(seed), place / "run", recipe, quiet=True).model.unload()
+    asked = PLANTED if cell[0] or cell[1] else None
+    found = explain([place / "run"], place / "why", host, tokenizer, asked, quick=True, quiet=True, steps=recipe.steps)
+    own = found.standings.iloc[0]
+    return {"cause": found.cause, "leader": int(own["leader"]), "rank": int(own["rank"]), "ratio": float(own["ratio"])}

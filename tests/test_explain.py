@@ -166,10 +166,10 @@ def test_a_planted_gain_is_named_and_no_trial_is_trained_twice(tmp_path: Path) -
     run = train(host, tokenizer, markov_rows(1), tmp_path / "run", recipe, quiet=True)
     run.model.unload()
     found = explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, quick=True, quiet=True)
-    assert (found.index, found.cause) == (PLANTED, "gain")  # with the median gain it drops
+    assert (found.index, found.cause) == (PLANTED, "channel through the norm")
     assert json.loads((tmp_path / "why" / "explain.json").read_text())["cause"] == found.cause
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "why" / "runs").glob("*/run.json")}
-    assert len(stamps) == 5
+    assert len(stamps) == 7
     again = explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, quick=True, quiet=True)
     assert again.to_dict() == found.to_dict()
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())

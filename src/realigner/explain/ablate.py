@@ -93,13 +93,13 @@ def delta_ablations(
         rows: what losses are taken on.
         index: of the residual stream.
         mean: the IRM's mean deltas ``[layer, neuron]``.
-        controls: from `control_indices`.
+        controls: from `control_indices`; an index in several groups is ablated once.
         hows: which ablations.
         seed: of the intervals' resamples.
         quiet: show no progress.
 
     Returns:
-        A row an ablation: ``how``, ``index``, ``group`` ("" for the index itself, "random", "matched"; how "whole" and
+        A row an ablation: ``how``, ``index``, ``group`` ("" for the index itself, "random", "matched", ...; how "whole" and
         "none": the IRM as it is, and the bare host), ``loss`` (nats per target), ``change`` from the whole IRM with its
         95% interval ``low``, ``high`` over rows, and ``n`` rows.
     """
@@ -121,12 +121,16 @@ def delta_ablations(
     with model.disable_adapter():  # type: ignore[operator]
         add("none", -1, "", rows.losses(model)[0])
     wanted = [(index, ""), *((other, group) for group, some in controls.items() for other in some)]
-    with progress("ablating", len(wanted) * len(hows), quiet) as task:
+    numbers = dict.fromkeys(number for number, _ in wanted)
+    with progress("ablating", len(numbers) * len(hows), quiet) as task:
         for how in hows:
-            for number, group in wanted:
+            sums = {}
+            for number in numbers:
                 with edited_output(irm, number, how, mean):
-                    add(how, number, group, rows.losses(model)[0])
+                    sums[number] = rows.losses(model)[0]
                 task.advance()
+            for number, group in wanted:
+                add(how, number, group, sums[number])
     return pd.DataFrame(entries)
 
 

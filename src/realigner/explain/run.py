@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from realigner.explain.verdict import (
     is_unusual,
     masked_loss,
 )
-from realigner.explain.weights import weights_of
+from realigner.explain.weights import head_tokens, weights_of
 from realigner.files import write_text
 from realigner.irm import IRM
 from realigner.training.folder import RECIPE_FILE, read_run
@@ -54,7 +54,7 @@ class Effort:
         rows: of each IRM's own validation rows that are measured on and that losses are taken on.
         random, matched: control indices of each ablation.
         hows: which ablations.
-        trials: trainings of each kind; ``gain`` and ``no channel`` are left out where gain and residual are ordinary.
+        trials: trainings of each kind; edits of a gain and a residual that are ordinary are left out.
         steps: of each trial at most; None: as many as the run took.
     """
 
@@ -67,7 +67,7 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(24, 20, 10, ("zero",), {**QUICK, "no channel": 1}, 50),
+    "quick": Effort(24, 20, 10, ("zero",), QUICK, 50),
     "full": Effort(64, 100, 20, ("zero", "mean", "keep"), FULL, None),
 }
 
@@ -87,6 +87,8 @@ class Explanation:
         explained: see `predict.explained`.
         measured: see `predict.measurement_table`.
         profiles: layer by layer at the index: ``residual``, ``delta`` of each IRM, both over the layer's median, ``cancelled``.
+        pages: the index and other leading ones -> ``facts`` (as of the index), ``up``, ``down`` (see `head_tokens`).
+        irms: name -> folder.
         quick: whether the small effort was made.
     """
 
@@ -102,6 +104,8 @@ class Explanation:
     explained: Mapping[str, Mapping[str, float]]
     measured: pd.DataFrame
     profiles: dict[str, Any]
+    pages: dict[int, dict[str, Any]]
+    irms: dict[str, str]
     quick: bool
 
     @property
@@ -115,6 +119,7 @@ class Explanation:
         found = {name: records(table) for name, table in tables.items()}
         return {
             "host": self.host,
+            "irms": self.irms,
             "index": self.index,
             "cause": self.cause,
             "words": self.words,
@@ -125,6 +130,8 @@ class Explanation:
             "ablations": {irm: records(table) for irm, table in self.ablations.items()},
             "explained": plain(self.explained),
             "profiles": plain(self.profiles),
+            "pages": {str(index): page | {"facts": records(page["facts"])} for index, page in self.pages.items()},
+            "measured": {str(name): plain(self.measured[name].round(12).tolist()) for name in self.measured},
         }
 
 
@@ -139,6 +146,7 @@ def explain(
     on: str = "here",
     workers: int = 1,
     quiet: bool = False,
+    steps: int | None = None,
 ) -> Explanation:
     """Ask why an index leads in IRMs of one host.
 
@@ -153,6 +161,7 @@ def explain(
         trials: whether to train again.
         on, workers: where trials are trained; see `run_sweep`.
         quiet: show no progress.
+        steps: of each trial at most; None: see `EFFORTS`.
 
     Raises:
         RealignerError: when a folder is no run's, its rows are gone, or a trial failed or was interrupted.
@@ -164,6 +173,7 @@ def explain(
         'Index 270 of smollm2-135m-instruct: none of the causes that were tested.'
     """
     effort = EFFORTS["quick" if quick else "full"]
+    effort = effort if steps is None else replace(effort, steps=steps)
     runs = _read(folders)
     irms = {name: _network(host, folder) for name, (folder, _) in runs.items()}
     encoded = {name: _encoded(recipe, tokenizer, host.config, effort.rows) for name, (_, recipe) in runs.items()}
@@ -186,8 +196,9 @@ def explain(
     if not quiet:
         say(f"index {chosen}: {together[chosen]:.2f} times the median over {len(runs)} IRMs")
     first = next(iter(runs))
+    leading = _leading(chosen, {name: scores[name] for name in runs})
     ablations = {
-        name: _ablated(host, folder, Rows(encoded[name], pad), chosen, states, scores, name, effort, quiet)
+        name: _ablated(host, folder, Rows(encoded[name], pad), leading, states, scores, name, effort, quiet)
         for name, (folder, _) in runs.items()
     }
     outcomes: list[Outcome] = []
@@ -222,6 +233,8 @@ def explain(
         explained=evidence.explained,
         measured=measured,
         profiles=_profiles(states, chosen),
+        pages=_pages(host, tokenizer, measured, leading),
+        irms={name: str(folder) for name, (folder, _) in runs.items()},
         quick=quick,
     )
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -315,18 +328,31 @@ def _standings(scores: dict[str, np.ndarray], irms: Sequence[str], index: int) -
     return pd.DataFrame(rows)
 
 
+def _leading(index: int, scores: Mapping[str, np.ndarray], each: int = 5, most: int = 12) -> list[int]:
+    """The index in question, then the leading ones of every IRM, first ranks first."""
+    ranked = [np.argsort(-score, kind="stable")[:each].tolist() for score in scores.values()]
+    return list(dict.fromkeys([index, *(own[place] for place in range(each) for own in ranked if place < len(own))]))[:most]
+
+
+def _pages(host: PreTrainedModel, tokenizer: Any, measured: pd.DataFrame, indices: Sequence[int]) -> dict[int, dict[str, Any]]:
+    words = head_tokens(host, tokenizer, indices)
+    return {index: {"facts": index_facts(measured, index), **words.get(index, {})} for index in indices}
+
+
 def _ablated(
     host: PreTrainedModel,
     folder: Path,
     rows: Rows,
-    index: int,
+    leading: Sequence[int],
     states: xr.Dataset,
     scores: dict[str, np.ndarray],
     name: str,
     effort: Effort,
     quiet: bool,
 ) -> pd.DataFrame:
+    index = leading[0]
     controls = control_indices(scores[name], index, effort.random, effort.matched, np.random.default_rng(index))
+    controls["leading"] = list(leading[1:])
     model = load_irm(host, folder)
     try:
         layers = list(tuner_of(model).bank.network("default").layers)
@@ -338,12 +364,9 @@ def _ablated(
 
 def _asked(effort: Effort, facts: pd.DataFrame) -> dict[str, int]:
     """The trials that can say something about this index."""
-    asked = dict(effort.trials)
-    if not (is_unusual(facts, "final_gain") or is_unusual(facts, "head_norm")):
-        asked.pop("gain", None)
-    if not is_channel(facts):
-        asked.pop("no channel", None)
-    return asked
+    seen, channel = is_unusual(facts, "final_gain") or is_unusual(facts, "head_norm"), is_channel(facts)
+    says = {"gain": seen, "no channel": channel, "ordinary": seen and channel}
+    return {kind: count for kind, count in effort.trials.items() if says.get(kind, True)}
 
 
 def _trial_recipe(recipe: Recipe, effort: Effort) -> Recipe:

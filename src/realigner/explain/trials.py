@@ -38,8 +38,9 @@ KINDS = {
     "one layer": "deltas in the middle layer alone",
     "random host": "a host with random weights",
     "no channel": "a host whose residual is 0 at the index",
+    "ordinary": "both: residual 0 and the median gain",
 }
-QUICK = {"reference": 2, "permuted": 1, "gain": 1, "masked": 1}
+QUICK = {"reference": 2, "permuted": 1, "gain": 1, "masked": 1, "no channel": 1, "ordinary": 1}
 FULL = {**dict.fromkeys(KINDS, 2), "reference": 3, "permuted": 3, "gain": 3, "masked": 3}
 
 
@@ -135,6 +136,7 @@ class Bench:
             "gain": lambda: edits.with_gain(self.host, self.index),
             "random host": lambda: edits.randomised(self.host, seed=0),
             "no channel": lambda: edits.without_channel(self.host, self.index),
+            "ordinary": lambda: edits.with_gain(edits.without_channel(self.host, self.index), self.index),
         }
         if kind not in made:
             return {}

@@ -25,6 +25,7 @@ CAUSES = {
     "head": "the column of the head",
     "optimiser": "the optimiser",
     "chance": "chance: this training alone",
+    "idle channel": "a channel of the host, which these IRMs make no use of: it does not lead, or led by chance",
     "not leading": "it does not lead",
     "none": "none of the causes that were tested",
     "cannot tell": "cannot tell",
@@ -136,21 +137,19 @@ def conclude(evidence: Evidence) -> tuple[str, list[Conclusion]]:
 
 
 def _cause(evidence: Evidence, found: Mapping[str, Answer]) -> str:
-    if found["leads"] == "not supported":
-        return "not leading"
-    if found["recurs"] == "not supported":
-        return "chance"
-    if found["recurs"] == "cannot tell":
-        return "cannot tell"
-    dropped = {key for key in ("no channel", "gain") if found.get(key) == "supported"}
+    if "not supported" in (found["leads"], found["recurs"]):
+        unled = "not leading" if found["leads"] == "not supported" else "chance"
+        return "idle channel" if is_channel(evidence.facts) else unled
+    dropped = {key for key in ("no channel", "gain", "ordinary") if found.get(key) == "supported"}
     unseen = times_median(evidence.facts, "head_reach") <= 1 / UNUSUAL
-    if "no channel" in dropped or (is_channel(evidence.facts) and unseen and "gain" in dropped):
-        return "channel through the norm" if unseen and "gain" in dropped else "channel"
+    by_residual = "no channel" in dropped or ("ordinary" in dropped and "gain" not in dropped)  # or by each of two causes
+    if is_channel(evidence.facts) and (by_residual or (unseen and "gain" in dropped)):
+        return "channel through the norm" if unseen and dropped & {"gain", "ordinary"} else "channel"
     if "gain" in dropped:
         return "gain" if is_unusual(evidence.facts, "final_gain") else "head"
     if found.get("sgd") == "supported":
         return "optimiser"
-    return "none" if found["moves"] != "cannot tell" else "cannot tell"
+    return "cannot tell" if "cannot tell" in (found["recurs"], found["moves"]) else "none"
 
 
 def _leads(evidence: Evidence) -> Conclusion:
@@ -226,34 +225,32 @@ def _channel(evidence: Evidence) -> Conclusion:
 
 def _cause_tests(evidence: Evidence) -> list[Conclusion]:
     """Whether it leads because of the channel, and because of the gain: where these are ordinary, they are not the cause."""
-    facts = evidence.facts
+    facts, channel = evidence.facts, is_channel(evidence.facts)
+    seen = is_unusual(facts, "final_gain") or is_unusual(facts, "head_norm")
     gain = f"The final norm's gain is {times_median(facts, 'final_gain'):.2g} and the head's column"
     gain += f" {times_median(facts, 'head_norm'):.2g} times the median."
-    asked = (
-        (
-            "no channel",
-            "It leads because the host's residual is large there",
-            "Its residual is of ordinary size.",
-            is_channel(facts),
-        ),
-        (
-            "gain",
-            "It leads because of how the final norm and the head see it",
-            gain,
-            is_unusual(facts, "final_gain") or is_unusual(facts, "head_norm"),
-        ),
-    )
-    found = []
-    for kind, question, ordinary, unusual in asked:
-        became, told, n = _against(evidence, kind)
-        if not unusual:
-            found.append(Conclusion(kind, question, "not supported", ordinary, evidence.width, "indices"))
-            continue
-        answer: Answer = "cannot tell" if not n or len(set(became)) > 1 or became[0] == "between" else "supported"
-        answer = "not supported" if n and set(became) == {"stayed"} else answer
-        words = f"{'Without it' if kind == 'no channel' else gain + ' With the median'}: {told or 'no trial was made'}."
-        found.append(Conclusion(kind, question, answer, words, n, "trials"))
+    large, view = "the host's residual is large there", "of how the final norm and the head see it"
+    small = "Its residual is of ordinary size."
+    found = [
+        _dropping(evidence, "no channel", f"It leads because {large}", "Without it" if channel else small, channel),
+        _dropping(evidence, "gain", f"It leads because {view}", f"{gain} With the median" if seen else gain, seen),
+    ]
+    if seen and channel:
+        found.append(_dropping(evidence, "ordinary", f"It leads because {large} or because {view}", "Without both", True))
     return found
+
+
+def _dropping(evidence: Evidence, kind: str, question: str, words: str, asked: bool) -> Conclusion:
+    """Whether the index drops in trials of a kind; not supported where there was nothing to change."""
+    if not asked:
+        return Conclusion(kind, question, "not supported", words, evidence.width, "indices")
+    became, told, n = _against(evidence, kind)
+    return Conclusion(kind, question, _dropped(became), f"{words}: {told or 'no trial was made'}.", n, "trials")
+
+
+def _dropped(became: Sequence[str]) -> Answer:
+    """Whether an index dropped, of what became of it in each trial."""
+    return "supported" if set(became) == {"dropped"} else "not supported" if set(became) == {"stayed"} else "cannot tell"
 
 
 def _optimiser(evidence: Evidence) -> Conclusion:
@@ -267,10 +264,7 @@ def _optimiser(evidence: Evidence) -> Conclusion:
     words = f"With SGD: {told}; it learned {100 * share:.0f}% of what Adam did."
     if share < _HALF:
         return Conclusion("sgd", question, "cannot tell", words + " That is too little to compare.", n, "trials")
-    answer: Answer = (
-        "supported" if set(became) == {"dropped"} else "not supported" if set(became) == {"stayed"} else "cannot tell"
-    )
-    return Conclusion("sgd", question, answer, words, n, "trials")
+    return Conclusion("sgd", question, _dropped(became), words, n, "trials")
 
 
 def _other_trials(evidence: Evidence) -> list[Conclusion]:
@@ -282,9 +276,7 @@ def _other_trials(evidence: Evidence) -> list[Conclusion]:
     for kind, question in asked.items():
         became, told, n = _against(evidence, kind)
         if n:
-            same = set(became)
-            answer: Answer = "supported" if same == {"dropped"} else "not supported" if same == {"stayed"} else "cannot tell"
-            found.append(Conclusion(kind, question, answer, f"{told}.", n, "trials"))
+            found.append(Conclusion(kind, question, _dropped(became), f"{told}.", n, "trials"))
     return found
 
 

@@ -17,7 +17,7 @@ branches of a parallel layer counts as that of the branch that runs first. What 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,36 @@ def head_norm_kind(host: nn.Module) -> str:
     """
     stream = find_stream(host)
     return norm_kind(host.get_submodule(stream.final), stream.sites.width) if stream.final else "none"
+
+
+def head_tokens(host: Any, tokenizer: Any, indices: Sequence[int], count: int = 8) -> dict[int, dict[str, list[str]]]:
+    """The tokens that an index speaks for: whose logits rise (``up``) and fall (``down``) most as it rises.
+
+    What the index is multiplied with on its way to the logits, but for the norm's scale: sign(g_i) W_U[:, i].
+
+    Args:
+        host: in memory.
+        tokenizer: its own.
+        indices: of the residual stream.
+        count: of tokens each way.
+
+    Returns:
+        Index -> ``up``, ``down``, the furthest first; empty where the head does not read the stream directly.
+    """
+    source = HostTensors(host)
+    name, roles = _weight_name(host, "get_output_embeddings"), roles_of(host)
+    if name not in roles:
+        return {}
+    gains = [other for other, role in roles.items() if role.kind == "gain" and role.place == "final"]
+    gain = _Table(source, roles).gain(gains)
+    columns = host.get_parameter(name).detach().movedim(roles[name].axis, 0)
+    found = {}
+    for index in indices:
+        pushed = columns[index].float() * (-1.0 if gain[index] < 0 else 1.0)
+        order = [*pushed.topk(count).indices.tolist(), *(-pushed).topk(count).indices.tolist()]
+        words = tokenizer.batch_decode([[token] for token in order])
+        found[int(index)] = {"up": words[:count], "down": words[count:]}
+    return found
 
 
 def _width(source: Tensors, roles: Mapping[str, Role]) -> int:
