@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +31,7 @@ from realigner.tiny import tiny_host
 from realigner.training import train
 from realigner.tuner import tuner_of
 from tests.planted_hosts import PLANTED, markov_rows, planted_folder
+from tests.processes import in_a_child
 from tests.tiny import some_rows, tiny_pair
 
 IDS = torch.tensor([[5, 9, 2, 31, 7, 44, 3, 18]])
@@ -176,3 +182,33 @@ def test_a_planted_gain_is_named_and_no_trial_is_trained_twice(tmp_path: Path) -
     assert "gain" in weights_report(host, PLANTED)["indices"][0]["words"]
     with pytest.raises(UsageError, match="0 to 63"):
         explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, index=64, quiet=True)
+
+
+def test_killed_it_goes_on_and_repeats_no_finished_trial(tmp_path: Path) -> None:
+    """SIGKILL while hosts are edited, and while the second, fourth and last trial are trained; the result is that of one go."""
+    recipe = planted_folder(tmp_path, 2, "constant", "zero", 5.0).changed(steps=30)
+    host, tokenizer = ra.load_host(str(recipe.host), "float32")
+    train(host, tokenizer, markov_rows(2), tmp_path / "run", recipe, quiet=True).model.unload()
+
+    def ask(out: str) -> dict[str, Any]:
+        return explain([tmp_path / "run"], tmp_path / out, host, tokenizer, PLANTED, quick=True, quiet=True).to_dict()
+
+    def finished() -> dict[Path, int]:
+        runs = (path for path in (tmp_path / "killed" / "runs").glob("*/run.json") if path.parent.suffix != ".unfinished")
+        return {path: path.stat().st_mtime_ns for path in runs}
+
+    moments, stamps = random.Random(0), dict[Path, int]()
+    for wanted in (0, 1, 3, 6):
+        child = in_a_child(partial(ask, "killed"))
+        while len(finished()) < wanted or not (tmp_path / "killed" / "hosts").is_dir():
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was killed"
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.4))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert not (tmp_path / "killed" / "explain.json").exists()
+        assert stamps.items() <= finished().items()
+        stamps = finished()
+    assert len(stamps) >= 6
+    assert ask("killed") == ask("whole")
+    assert stamps.items() <= finished().items()

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from realigner.training.batches import LengthGroupedSampler
 from realigner.training.state import load_tree, save_tree
 from realigner.training.watch import Log
 from realigner.tuner import load_irm
+from tests.processes import in_a_child
 from tests.tiny import some_rows, tiny_folder, tiny_pair
 
 STEPS = 40
@@ -42,21 +42,6 @@ def run_tiny(out: Path, family: str = "llama", recipe: Recipe = QUICK, **options
 
 def adapter(out: Path) -> bytes:
     return (out / "adapter_model.safetensors").read_bytes()
-
-
-def in_a_child(work: Callable[[], object]) -> int:
-    """Run something in a forked process; returns its pid."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 2)
-        work()
-        code = 0
-    finally:
-        os._exit(code)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -123,8 +123,11 @@ def explain(
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder of trials and explain.json; the same one goes on.")] = Path("explain"),
     index: Annotated[Optional[int], typer.Option(help="Of the residual stream; by default the leading one.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer rows, controls and trials of 50 steps: minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rows, controls and trials, of 50 steps: minutes.")] = False,
     trials: Annotated[bool, typer.Option(help="Train again with one thing changed.")] = True,
+    steps: Annotated[
+        Optional[int], typer.Option(help="Of each trial at most; by default as many as the run took, 50 with --quick.", min=1)
+    ] = None,
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Measure --host's weights alone: a folder of safetensors, never loaded.")
     ] = False,
@@ -150,7 +153,7 @@ def explain(
     loaded, tokenizer = host_for(folders[0], host, dtype, device, trust_remote_code)
     from realigner.explain import explain as ask
 
-    found = ask(folders, out, loaded, tokenizer, index, quick, trials, on, workers, quiet=as_json)
+    found = ask(folders, out, loaded, tokenizer, index, quick, trials, on, workers, quiet=as_json, steps=steps)
     if as_json:
         print_json(found.to_dict())
         return
