@@ -396,15 +396,24 @@ def config_scales(host: nn.Module) -> list[float]:
 
 
 def moved_edits(clean: Sequence[LayerRecord], findings: Sequence[Finding]) -> list[Edits]:
-    """Edits for the second forward: a random delta of the branch's size on every branch."""
+    """Edits for the second forward: a random delta of the branch's size on every branch.
 
-    def edit(index: int, size: torch.Tensor) -> Edit:
-        return lambda out: out + (_noise(out, index) * size).to(out.dtype)
+    A layer that is said to have one branch must be the sum of its input and that, whatever its other children give: they are
+    moved by deltas of the input's size. A branch too small for its dtype to show would else be taken for none.
+    """
 
-    return [
-        Edits(outputs={finding.branch: edit(index, record.output(finding.branch).float().pow(2).mean().sqrt())})
-        for index, (record, finding) in enumerate(zip(clean, findings, strict=True))
-    ]
+    def edit(seed: int, size: float) -> Edit:
+        return lambda out: out + (_noise(out, seed) * size).to(out.dtype)
+
+    edits = []
+    for index, (record, finding) in enumerate(zip(clean, findings, strict=True)):
+        outputs = {finding.branch: edit(index, _rms(record.output(finding.branch)))}
+        if finding.kind == "single":
+            assert record.x is not None
+            others = {call.name for call in record.calls if call.output is not None and "." not in call.name}
+            outputs |= {name: edit(10_000 + index, _rms(record.x)) for name in sorted(others - {finding.branch})}
+        edits.append(Edits(outputs=outputs))
+    return edits
 
 
 def _missed(moved: LayerRecord, finding: Finding) -> str | None:
