@@ -36,8 +36,8 @@ def test_known_sites(family: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["lfm2", "lfm2_moe", "jamba"])
 def test_half_precision_finds_the_same_sites_or_none(family: str, dtype: torch.dtype) -> None:
-    """A branch that is too small to show (at their initial weights, convolutions give 5e-6 where the input is 2e-2) is not taken
-    for none: such a host is refused. With branches of a trained host's size the sites are those of float32."""
+    """A branch too small to show (initial weights: convolutions give 5e-6 where the input is 2e-2) is not taken for none: such
+    a host is refused. With branches of a trained host's size the sites are those of float32."""
     host = tiny_host(family)
     with suppress(RealignerError):
         assert find_sites(copy.deepcopy(host).to(dtype)).summary() == find_sites(host).summary()
