@@ -14,7 +14,7 @@ help:
 	@echo "make census     prove injection on a tiny host of every type in transformers, and write docs/hosts.md"
 	@echo "make canary     the same against the newest transformers and PEFT; reports only"
 	@echo "make bench      measure speed against named peers, each in its own environment in .bench (9 GB; 50 minutes)"
-	@echo "make validation are the statistics right? p-values on null data, power, intervals; writes docs/statistics.md (25 minutes)"
+	@echo "make validation are the statistics and verdicts right? null data, planted truth; writes docs/statistics.md and docs/explain.md (1 hour)"
 
 install: $(READY)
 
@@ -32,7 +32,7 @@ demo: $(READY)
 	@$(BIN)/realigner demo --out demo
 
 test: $(READY)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow
@@ -53,6 +53,7 @@ bench: $(READY)
 
 validation: $(READY)
 	@$(BIN)/python -m benchmarks.validation --jobs 2
+	@$(BIN)/python -m benchmarks.verdicts --jobs 2
 
 census: $(READY)
 	@HF_HUB_OFFLINE=1 $(BIN)/realigner hosts --out docs/hosts.md --force

@@ -25,12 +25,13 @@ from realigner.explain.residuals import Residuals, SiteGradients
 from realigner.explain.roles import final_norm, roles_of
 from realigner.explain.rows import Rows
 from realigner.explain.split import norm_eps, norm_kind, split_gradient
+from realigner.explain.weights import head_tokens
 from realigner.irm import IRM
 from realigner.sites import find_sites
 from realigner.tiny import tiny_host
 from realigner.training import train
 from realigner.tuner import tuner_of
-from tests.planted_hosts import PLANTED, markov_rows, planted_folder
+from tests.planted_hosts import CELLS, PLANTED, Cell, markov_rows, planted_folder, verdict_on
 from tests.processes import in_a_child
 from tests.tiny import some_rows, tiny_pair
 
@@ -153,6 +154,24 @@ def test_ablations() -> None:
         pass
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
+def test_head_tokens_are_those_that_a_nudge_moves(family: str) -> None:
+    """The tokens that an index speaks for are those whose logits move most when the normed stream is nudged there."""
+    host, tokenizer = tiny_pair(family)
+    norm, _ = final_norm(host)
+    with torch.no_grad():
+        norm.get_parameter("weight").add_(0.3 * torch.randn(32))
+        norm.get_parameter("weight")[5] = -1.5 if family != "gemma" else -2.5
+        plain = host.lm_head(norm(torch.zeros(1, 1, 32)))
+        nudge = torch.zeros(1, 1, 32)
+        nudge[..., 5] = 1.0
+        moved = host.lm_head(norm(nudge) if family != "gpt2" else norm.bias + nudge * norm.weight) - plain
+    order = moved[0, 0].argsort(descending=True)
+    found = head_tokens(host, tokenizer, [5], count=3)[5]
+    assert found["up"] == tokenizer.batch_decode([[int(token)] for token in order[:3]])
+    assert found["down"] == tokenizer.batch_decode([[int(token)] for token in order.flip(0)[:3]])
+
+
 def test_masked_indices_get_no_delta_and_no_gradient() -> None:
     irm = ra.IRMConfig(output_std=0.1, masked=[3, 1, 3]).build(hidden_size=8, num_layers=2)
     delta = irm(torch.randn(4, 8))
@@ -173,7 +192,10 @@ def test_a_planted_gain_is_named_and_no_trial_is_trained_twice(tmp_path: Path) -
     run.model.unload()
     found = explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, quick=True, quiet=True)
     assert (found.index, found.cause) == (PLANTED, "channel through the norm")
-    assert json.loads((tmp_path / "why" / "explain.json").read_text())["cause"] == found.cause
+    told = json.loads((tmp_path / "why" / "explain.json").read_text())
+    assert told["cause"] == found.cause
+    assert set(told["pages"]["17"]) == {"facts", "up", "down"}
+    assert {entry["index"] for entry in told["ablations"]["anger-1"]} >= {int(index) for index in told["pages"]}
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "why" / "runs").glob("*/run.json")}
     assert len(stamps) == 7
     again = explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, quick=True, quiet=True)
@@ -212,3 +234,22 @@ def test_killed_it_goes_on_and_repeats_no_finished_trial(tmp_path: Path) -> None
     assert len(stamps) >= 6
     assert ask("killed") == ask("whole")
     assert stamps.items() <= finished().items()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_what_was_planted_is_named(cell: Cell, tmp_path: Path) -> None:
+    """One host of each kind; make validation counts 12 of each."""
+    assert verdict_on(cell, 3, tmp_path)["cause"] in CELLS[cell]
+
+
+def test_the_docs_say_how_often_verdicts_are_right() -> None:
+    """The table that make validation wrote: every kind of planted host, 12 seeds or more, the cause named in 90% or more."""
+    text = (Path(__file__).parent.parent / "docs" / "explain.md").read_text(encoding="utf-8")
+    table = text.split("<!-- planted hosts")[1].split("<!-- end")[0]
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|"))
+    assert len(rows) == len(CELLS)
+    for row in rows:
+        told = dict(zip(head, row, strict=True))
+        assert int(told["n"]) >= 12, row[0]
+        assert float(told["named"].rstrip("%")) >= 90, row[0]

@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from realigner.explain.edits import permuted, with_gain, without_channel
+    from realigner.explain.explanation import Explanation
     from realigner.explain.measure import measure_host
     from realigner.explain.roles import roles_of
-    from realigner.explain.run import Explanation, explain, weights_report
+    from realigner.explain.run import explain
     from realigner.explain.weights import weights_of
+    from realigner.explain.weights_only import weights_report
 
 _HOMES = {
-    "Explanation": "run",
+    "Explanation": "explanation",
     "explain": "run",
     "measure_host": "measure",
     "permuted": "edits",
     "roles_of": "roles",
     "weights_of": "weights",
-    "weights_report": "run",
+    "weights_report": "weights_only",
     "with_gain": "edits",
     "without_channel": "edits",
 }

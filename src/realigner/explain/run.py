@@ -2,48 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import xarray as xr
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
-from realigner.analysis.runs import leading_score
-from realigner.analysis.tables import plain, records
 from realigner.console import say
-from realigner.errors import RealignerError, UsageError
-from realigner.explain.ablate import against_controls, control_indices, delta_ablations
-from realigner.explain.measure import delimiter_ids, measure_host
-from realigner.explain.predict import correlations, explained, measurement_table, weight_table
-from realigner.explain.rows import Rows
+from realigner.errors import RealignerError
+from realigner.explain.ablate import against_controls
+from realigner.explain.case import UNTRAINED, Case, read_runs
+from realigner.explain.explanation import Explanation
+from realigner.explain.predict import correlations, explained
 from realigner.explain.trials import FULL, QUICK, Bench, Outcome, say_budget, trial_table
-from realigner.explain.verdict import (
-    CAUSES,
-    UNUSUAL,
-    Conclusion,
-    Evidence,
-    conclude,
-    index_facts,
-    is_channel,
-    is_unusual,
-    masked_loss,
-)
-from realigner.explain.weights import head_tokens, weights_of
-from realigner.files import write_text
-from realigner.irm import IRM
-from realigner.training.folder import RECIPE_FILE, read_run
-from realigner.training.guards import prepare, shape_of
-from realigner.training.recipe import Recipe, read_recipe
-from realigner.training.run import recipe_rows
-from realigner.tuner import load_irm, tuner_of
-
-RESULT_FILE = "explain.json"
-UNTRAINED = "untrained"
+from realigner.explain.verdict import Evidence, conclude, index_facts, is_channel, is_unusual, masked_loss
+from realigner.training.folder import read_run
+from realigner.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -70,69 +46,6 @@ EFFORTS = {
     "quick": Effort(24, 20, 10, ("zero",), QUICK, 50),
     "full": Effort(64, 100, 20, ("zero", "mean", "keep"), FULL, None),
 }
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The answer, and everything it rests on.
-
-    Attributes:
-        host, index, cause: of which host, which index, and why it leads (a key of `verdict.CAUSES`).
-        conclusions: one question each.
-        facts: what is measured at the index; see `verdict.index_facts`.
-        standings: where it stands in each IRM.
-        trials: see `trials.trial_table`; None: no trials were made.
-        ablations: IRM -> see `ablate.delta_ablations`.
-        correlations: see `predict.correlations`.
-        explained: see `predict.explained`.
-        measured: see `predict.measurement_table`.
-        profiles: layer by layer at the index: ``residual``, ``delta`` of each IRM, both over the layer's median, ``cancelled``.
-        pages: the index and other leading ones -> ``facts`` (as of the index), ``up``, ``down`` (see `head_tokens`).
-        irms: name -> folder.
-        quick: whether the small effort was made.
-    """
-
-    host: str
-    index: int
-    cause: str
-    conclusions: list[Conclusion]
-    facts: pd.DataFrame
-    standings: pd.DataFrame
-    trials: pd.DataFrame | None
-    ablations: dict[str, pd.DataFrame]
-    correlations: pd.DataFrame
-    explained: Mapping[str, Mapping[str, float]]
-    measured: pd.DataFrame
-    profiles: dict[str, Any]
-    pages: dict[int, dict[str, Any]]
-    irms: dict[str, str]
-    quick: bool
-
-    @property
-    def words(self) -> str:
-        """The verdict in one sentence."""
-        return f"Index {self.index} of {self.host}: {CAUSES[self.cause]}."
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; NaN is None."""
-        tables = {"facts": self.facts, "standings": self.standings, "correlations": self.correlations}
-        found = {name: records(table) for name, table in tables.items()}
-        return {
-            "host": self.host,
-            "irms": self.irms,
-            "index": self.index,
-            "cause": self.cause,
-            "words": self.words,
-            "quick": self.quick,
-            "conclusions": [conclusion.to_dict() for conclusion in self.conclusions],
-            **found,
-            "trials": None if self.trials is None else records(self.trials),
-            "ablations": {irm: records(table) for irm, table in self.ablations.items()},
-            "explained": plain(self.explained),
-            "profiles": plain(self.profiles),
-            "pages": {str(index): page | {"facts": records(page["facts"])} for index, page in self.pages.items()},
-            "measured": {str(name): plain(self.measured[name].round(12).tolist()) for name in self.measured},
-        }
 
 
 def explain(
@@ -174,54 +87,34 @@ def explain(
     """
     effort = EFFORTS["quick" if quick else "full"]
     effort = effort if steps is None else replace(effort, steps=steps)
-    runs = _read(folders)
-    irms = {name: _network(host, folder) for name, (folder, _) in runs.items()}
-    encoded = {name: _encoded(recipe, tokenizer, host.config, effort.rows) for name, (_, recipe) in runs.items()}
-    width = next(iter(irms.values())).hidden_size
-    if index is not None and not 0 <= index < width:
-        raise UsageError(f"explain: --index {index}: this host has indices 0 to {width - 1}")
-    pad = tokenizer.pad_token_id or 0
-    states = measure_host(
-        host,
-        Rows([row for rows in encoded.values() for row in rows], pad, batch_size=8),
-        {**irms, UNTRAINED: _untrained(host, next(iter(runs.values()))[1])},
-        delimiter_ids(tokenizer),
-        quiet,
-    )
-    measured = measurement_table(weights_of(host), states)
-    scores = {str(name): _score(states, str(name)) for name in states["irm"].values}
-    together = np.exp(np.mean([np.log(scores[name] + 1e-12) for name in runs], axis=0))
-    chosen = int(together.argmax()) if index is None else index
-    facts = index_facts(measured, chosen)
+    case = Case(host, tokenizer, read_runs(folders), effort.rows, quiet)
+    chosen = case.chosen(index)
     if not quiet:
-        say(f"index {chosen}: {together[chosen]:.2f} times the median over {len(runs)} IRMs")
-    first = next(iter(runs))
-    leading = _leading(chosen, {name: scores[name] for name in runs})
-    ablations = {
-        name: _ablated(host, folder, Rows(encoded[name], pad), leading, states, scores, name, effort, quiet)
-        for name, (folder, _) in runs.items()
-    }
+        say(f"index {chosen}: {case.together[chosen]:.2f} times the median over {len(case.runs)} IRMs")
+    leading = case.leading(chosen)
+    ablations = {name: case.ablated(name, leading, effort.random, effort.matched, effort.hows) for name in case.runs}
+    facts = index_facts(case.measured, chosen)
     outcomes: list[Outcome] = []
     if trials:
-        recipe = _trial_recipe(runs[first][1], effort)
-        bench = Bench(Path(out), host, tokenizer, recipe, chosen, on, workers, quiet)
+        bench = Bench(Path(out), host, tokenizer, _trial_recipe(case.first[1], effort), chosen, on, workers, quiet)
         asked = bench.trials(_asked(effort, facts))
         if not quiet:
-            say_budget(asked, _seconds_a_step(runs[first][0]))
-        outcomes = bench.run(asked, Rows(encoded[first], pad))
+            say_budget(asked, _seconds_a_step(case.first[0]))
+        outcomes = bench.run(asked, case.rows(next(iter(case.runs))))
+    scores = {"IRMs": case.together, UNTRAINED: case.scores[UNTRAINED]}
     evidence = Evidence(
-        chosen,
-        width,
-        _standings(scores, list(runs), chosen),
-        facts,
-        trial_table(outcomes) if outcomes else None,
-        {name: {how: against_controls(table, how) for how in effort.hows} for name, table in ablations.items()},
-        _masked(outcomes),
-        {"IRMs": explained(measured, together), UNTRAINED: explained(measured, scores[UNTRAINED])},
+        index=chosen,
+        width=len(case.together),
+        standings=case.standings(chosen),
+        facts=facts,
+        trials=trial_table(outcomes) if outcomes else None,
+        ablated={name: {how: against_controls(table, how) for how in effort.hows} for name, table in ablations.items()},
+        masked=_masked(outcomes),
+        explained={name: explained(case.measured, score) for name, score in scores.items()},
     )
     cause, conclusions = conclude(evidence)
     found = Explanation(
-        host=_name(host),
+        host=case.name,
         index=chosen,
         cause=cause,
         conclusions=conclusions,
@@ -229,137 +122,16 @@ def explain(
         standings=evidence.standings,
         trials=evidence.trials,
         ablations=ablations,
-        correlations=correlations(measured, {"IRMs": together, UNTRAINED: scores[UNTRAINED]}),
+        correlations=correlations(case.measured, scores),
         explained=evidence.explained,
-        measured=measured,
-        profiles=_profiles(states, chosen),
-        pages=_pages(host, tokenizer, measured, leading),
-        irms={name: str(folder) for name, (folder, _) in runs.items()},
+        measured=case.measured,
+        profiles=case.profiles(chosen),
+        pages=case.pages(leading),
+        irms={name: str(folder) for name, (folder, _) in case.runs.items()},
         quick=quick,
     )
-    Path(out).mkdir(parents=True, exist_ok=True)
-    write_text(Path(out) / RESULT_FILE, json.dumps(found.to_dict(), indent=2) + "\n")
+    found.save(out)
     return found
-
-
-def weights_report(host: PreTrainedModel | str | Path, index: int | None = None, count: int = 5) -> dict[str, Any]:
-    """What weights alone say of an index, or of those that are furthest out of the ordinary; a checkpoint is never loaded.
-
-    Args:
-        host: in memory, or a folder with config.json and safetensors.
-        index: None: the `count` indices whose reach (head's column times gain) is furthest from the median, in ratio.
-
-    Returns:
-        ``host, model_type, norm, tied, neurons, layers``, and ``indices``: each with ``index``, ``words`` and ``facts``.
-
-    Raises:
-        RealignerError: naming the file or tensor that is missing or damaged.
-        UsageError: for an index that the host does not have.
-    """
-    weights = weights_of(host)
-    table, width = weight_table(weights), weights.sizes["neuron"]
-    if index is not None and not 0 <= index < width:
-        raise UsageError(f"explain: --index {index}: this host has indices 0 to {width - 1}")
-    looked = next(table[name] for name in ("head_reach", "final_gain", "head_norm", "embedding_norm") if name in table)
-    size = looked.to_numpy(dtype=float)
-    apart = np.abs(np.log(np.maximum(size, 1e-30) / np.median(size)))
-    chosen = [index] if index is not None else np.argsort(-apart, kind="stable")[:count].tolist()
-    entries = []
-    for number in chosen:
-        facts = index_facts(table, number)
-        odd = facts[(facts["times_median"] >= UNUSUAL) | (facts["times_median"] <= 1 / UNUSUAL)]
-        told = [f"{about} {times:.2g} times the median" for about, times in zip(odd["about"], odd["times_median"], strict=True)]
-        words = "; ".join(told) or "nothing out of the ordinary"
-        entries.append({"index": number, "words": words, "facts": records(facts)})
-    facts_of = {key: weights.attrs[key] for key in ("host", "model_type", "norm", "tied")}
-    return {**facts_of, "neurons": width, "layers": weights.sizes["layer"], "indices": entries}
-
-
-def _read(folders: Sequence[str | Path]) -> dict[str, tuple[Path, Recipe]]:
-    """Runs by name, tone and seed, in their order; untrained ones are left out."""
-    found: dict[str, tuple[Path, Recipe]] = {}
-    for folder in map(Path, folders):
-        if not (folder / RECIPE_FILE).is_file():
-            raise RealignerError(f"{folder}: has no {RECIPE_FILE}; explain needs a run's folder, for what it trains again")
-        recipe = read_recipe(folder / RECIPE_FILE)
-        if recipe.steps == 0:
-            continue
-        name = f"{recipe.tone or folder.name}-{recipe.seed}"
-        found[name if name not in found else f"{name}-{folder.resolve().name}"] = (folder, recipe)
-    if not found:
-        raise UsageError("explain: no trained IRM is given")
-    return found
-
-
-def _network(host: PreTrainedModel, folder: Path) -> IRM:
-    model = load_irm(host, folder)
-    network = tuner_of(model).bank.network("default")
-    model.unload()
-    return network.eval()
-
-
-def _untrained(host: PreTrainedModel, recipe: Recipe) -> IRM:
-    """The network of a run as it was before training."""
-    text = host.config.get_text_config(decoder=True)
-    set_seed(recipe.seed)
-    network = shape_of(recipe).build(int(text.hidden_size), int(text.num_hidden_layers))
-    return network.to(next(host.parameters()).device).eval()
-
-
-def _encoded(recipe: Recipe, tokenizer: Any, config: Any, rows: int) -> list[dict[str, list[int]]]:
-    """Some of a run's validation rows, evenly over all of them."""
-    prepared = prepare(recipe_rows(recipe), tokenizer, config, recipe)
-    whole = prepared.validation
-    picked = np.unique(np.linspace(0, len(whole) - 1, min(rows, len(whole))).round().astype(int))
-    return [whole[int(row)] for row in picked]
-
-
-def _score(states: xr.Dataset, irm: str) -> np.ndarray:
-    magnitude = states["delta"].sel(irm=irm).values
-    return leading_score(magnitude[~np.isnan(magnitude).all(axis=1)])
-
-
-def _standings(scores: dict[str, np.ndarray], irms: Sequence[str], index: int) -> pd.DataFrame:
-    rows = []
-    for name in irms:
-        score = scores[name]
-        rank = int((score >= score[index]).sum())
-        rows.append({"irm": name, "rank": rank, "ratio": float(score[index]), "leader": int(score.argmax())})
-    return pd.DataFrame(rows)
-
-
-def _leading(index: int, scores: Mapping[str, np.ndarray], each: int = 5, most: int = 12) -> list[int]:
-    """The index in question, then the leading ones of every IRM, first ranks first."""
-    ranked = [np.argsort(-score, kind="stable")[:each].tolist() for score in scores.values()]
-    return list(dict.fromkeys([index, *(own[place] for place in range(each) for own in ranked if place < len(own))]))[:most]
-
-
-def _pages(host: PreTrainedModel, tokenizer: Any, measured: pd.DataFrame, indices: Sequence[int]) -> dict[int, dict[str, Any]]:
-    words = head_tokens(host, tokenizer, indices)
-    return {index: {"facts": index_facts(measured, index), **words.get(index, {})} for index in indices}
-
-
-def _ablated(
-    host: PreTrainedModel,
-    folder: Path,
-    rows: Rows,
-    leading: Sequence[int],
-    states: xr.Dataset,
-    scores: dict[str, np.ndarray],
-    name: str,
-    effort: Effort,
-    quiet: bool,
-) -> pd.DataFrame:
-    index = leading[0]
-    controls = control_indices(scores[name], index, effort.random, effort.matched, np.random.default_rng(index))
-    controls["leading"] = list(leading[1:])
-    model = load_irm(host, folder)
-    try:
-        layers = list(tuner_of(model).bank.network("default").layers)
-        mean = states["delta_mean"].sel(irm=name).values[layers]
-        return delta_ablations(model, rows, index, mean, controls, effort.hows, quiet=quiet)
-    finally:
-        model.unload()
 
 
 def _asked(effort: Effort, facts: pd.DataFrame) -> dict[str, int]:
@@ -392,23 +164,3 @@ def _masked(outcomes: Sequence[Outcome]) -> dict[str, float]:
     if not pairs:
         return {}
     return masked_loss(pairs, [outcome.losses for outcome in references.values()], outcomes[0].counts)
-
-
-def _profiles(states: xr.Dataset, index: int) -> dict[str, Any]:
-    def over_median(values: np.ndarray) -> list[float]:
-        return [float(row[index] / np.median(row)) for row in values]
-
-    irms = [str(name) for name in states["irm"].values]
-    return {
-        "layer": states["layer"].values.tolist(),
-        "residual": over_median(states["residual"].sel(kind="rest").values),
-        "gradient": over_median(states["gradient"].values),
-        "delta": {name: over_median(states["delta"].sel(irm=name).values) for name in irms},
-        "cancelled": {name: states["cancelled"].sel(irm=name).values[:, index].tolist() for name in irms},
-    }
-
-
-def _name(host: PreTrainedModel) -> str:
-    from realigner.hosts import host_name
-
-    return Path(host_name(host) or type(host).__name__).name
