@@ -19,7 +19,8 @@ import realigner as ra
 from realigner.data.tokens import encode_rows
 from realigner.errors import UsageError
 from realigner.explain import explain, weights_report
-from realigner.explain.ablate import delta_ablations, edited_output
+from realigner.explain.ablate import delta_ablations, edited_output, host_ablations
+from realigner.explain.edits import without_channel
 from realigner.explain.measure import measure_host
 from realigner.explain.residuals import Residuals, SiteGradients
 from realigner.explain.roles import final_norm, roles_of
@@ -158,18 +159,30 @@ def test_ablations() -> None:
 def test_head_tokens_are_those_that_a_nudge_moves(family: str) -> None:
     """The tokens that an index speaks for are those whose logits move most when the normed stream is nudged there."""
     host, tokenizer = tiny_pair(family)
-    norm, _ = final_norm(host)
+    gain, offset = final_norm(host)[0].get_parameter("weight"), 1.0 if family == "gemma" else 0.0
+    nudge = torch.zeros(32)
+    nudge[5] = 1.0
     with torch.no_grad():
-        norm.get_parameter("weight").add_(0.3 * torch.randn(32))
-        norm.get_parameter("weight")[5] = -1.5 if family != "gemma" else -2.5
-        plain = host.lm_head(norm(torch.zeros(1, 1, 32)))
-        nudge = torch.zeros(1, 1, 32)
-        nudge[..., 5] = 1.0
-        moved = host.lm_head(norm(nudge) if family != "gpt2" else norm.bias + nudge * norm.weight) - plain
-    order = moved[0, 0].argsort(descending=True)
+        gain[5] = -1.5 - offset
+        order = host.lm_head(nudge * (gain + offset)).argsort(descending=True)
     found = head_tokens(host, tokenizer, [5], count=3)[5]
     assert found["up"] == tokenizer.batch_decode([[int(token)] for token in order[:3]])
     assert found["down"] == tokenizer.batch_decode([[int(token)] for token in order.flip(0)[:3]])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_what_the_host_loses_without_an_index(family: str) -> None:
+    """The loss is that of `without_channel`; the host's weights come back bit for bit."""
+    host, tokenizer = tiny_pair(family)
+    before = {name: tensor.clone() for name, tensor in host.state_dict().items()}
+    rows = Rows(encode_rows(tokenizer, some_rows(count=6)), 0)
+    table = host_ablations(host, rows, 5, {"random": [6, 7], "leading": [7]}).set_index(["how", "index", "group"])
+    for index, group in ((5, ""), (6, "random"), (7, "random"), (7, "leading")):
+        sums, counts = rows.losses(without_channel(host, index))
+        assert table["loss"]["zero", index, group] == pytest.approx(sums.sum() / counts.sum(), rel=1e-12)
+    assert table["change"]["whole", -1, ""] == 0
+    assert table["change"]["zero", 5, ""] != 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in host.state_dict().items())
 
 
 def test_masked_indices_get_no_delta_and_no_gradient() -> None:

@@ -1,7 +1,8 @@
 """What an index is good for: the loss without its delta, with that delta's mean, with nothing but it, beside other indices.
 
-Every ablation is an edit of the IRM's last layer (the rows that make index i's deltas), undone afterwards; the host is not
-touched. Losses are teacher-forced, per row, so that each comparison is paired.
+Every ablation of a delta is an edit of the IRM's last layer (the rows that make index i's deltas); one of the host, of what
+writes into its residual stream there. Both are undone afterwards. Losses are teacher-forced, per row, so that each comparison
+is paired.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from realigner.analysis.resampling import interval, prompt_weights
 from realigner.console import progress
 from realigner.errors import UsageError
+from realigner.explain.edits import silenced
+from realigner.explain.roles import find_stream
 from realigner.explain.rows import Rows
 from realigner.irm import IRM
 from realigner.tuner import tuner_of
@@ -105,21 +109,9 @@ def delta_ablations(
     """
     tuner = tuner_of(model)
     irm = tuner.bank.network(tuner.bank.names[0])
-    rng = np.random.default_rng(seed)
-    entries: list[dict[str, Any]] = []
-    whole, counts = rows.losses(model)
-    weights = prompt_weights(len(counts), 1000, rng)
-
-    def add(how: str, number: int, group: str, sums: np.ndarray) -> None:
-        change = (sums.sum() - whole.sum()) / counts.sum()
-        draws = (weights @ (sums - whole)) / (weights @ counts)
-        low, high = interval(change, draws, len(counts))
-        entries.append({"how": how, "index": number, "group": group, "loss": sums.sum() / counts.sum()})
-        entries[-1] |= {"change": change, "low": low, "high": high, "n": len(counts)}
-
-    add("whole", -1, "", whole)
+    changes = _Changes(rows.losses(model), seed)
     with model.disable_adapter():  # type: ignore[operator]
-        add("none", -1, "", rows.losses(model)[0])
+        changes.add("none", -1, "", rows.losses(model)[0])
     wanted = [(index, ""), *((other, group) for group, some in controls.items() for other in some)]
     numbers = dict.fromkeys(number for number, _ in wanted)
     with progress("ablating", len(numbers) * len(hows), quiet) as task:
@@ -130,8 +122,71 @@ def delta_ablations(
                     sums[number] = rows.losses(model)[0]
                 task.advance()
             for number, group in wanted:
-                add(how, number, group, sums[number])
-    return pd.DataFrame(entries)
+                changes.add(how, number, group, sums[number])
+    return changes.table()
+
+
+def host_ablations(
+    host: PreTrainedModel,
+    rows: Rows,
+    index: int,
+    controls: Mapping[str, Sequence[int]],
+    seed: int = 0,
+    quiet: bool = True,
+) -> pd.DataFrame:
+    """The bare host's loss with its residual stream 0 at an index, and at others: what the host itself needs there.
+
+    Args:
+        host: without an IRM; left as it was.
+        rows: what losses are taken on.
+        index: of the residual stream.
+        controls: other indices, by group.
+        seed: of the intervals' resamples.
+        quiet: show no progress.
+
+    Returns:
+        As `delta_ablations`, how ``"zero"``, and ``"whole"``: the host as it is.
+
+    Raises:
+        RealignerError: as `find_stream`.
+    """
+    stream = find_stream(host)
+    changes = _Changes(rows.losses(host), seed)
+    wanted = {index: [""]}
+    for group, some in controls.items():
+        for other in some:
+            wanted.setdefault(other, []).append(group)
+    with progress("ablating the host", len(wanted), quiet) as task:
+        for number, groups in wanted.items():
+            with silenced(host, stream, number):
+                sums = rows.losses(host)[0]
+            for group in groups:
+                changes.add("zero", number, group, sums)
+            task.advance()
+    return changes.table()
+
+
+class _Changes:
+    """Losses under ablations, each with its change from the whole."""
+
+    def __init__(self, whole: tuple[np.ndarray, np.ndarray], seed: int) -> None:
+        self.whole, self.counts = whole
+        self.weights = prompt_weights(len(self.counts), 1000, np.random.default_rng(seed))
+        self.entries: list[dict[str, Any]] = []
+        self.add("whole", -1, "", self.whole)
+
+    def add(self, how: str, index: int, group: str, sums: np.ndarray) -> None:
+        """An ablation's summed loss of each row ``[row]``."""
+        total, n = self.counts.sum(), len(self.counts)
+        change = (sums.sum() - self.whole.sum()) / total
+        draws = (self.weights @ (sums - self.whole)) / (self.weights @ self.counts)
+        low, high = interval(change, draws, n)
+        loss = sums.sum() / total
+        entry = {"how": how, "index": index, "group": group, "loss": loss, "change": change, "low": low, "high": high, "n": n}
+        self.entries.append(entry)
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame(self.entries)
 
 
 def against_controls(table: pd.DataFrame, how: How) -> dict[str, float]:
@@ -143,7 +198,7 @@ def against_controls(table: pd.DataFrame, how: How) -> dict[str, float]:
     own = table[(table["how"] == how) & (table["group"] == "")].iloc[0]
     found = {key: float(own[key]) for key in ("change", "low", "high", "n")}
     sign = -1.0 if how == "keep" else 1.0
-    for group in ("random", "matched"):
+    for group in [name for name in ("random", "matched") if (table["group"] == name).any()]:
         others = table[(table["how"] == how) & (table["group"] == group)]["change"].to_numpy()
         found[group] = float(others.mean()) if len(others) else float("nan")
         found[f"p_{group}"] = float((1 + (sign * others >= sign * own["change"]).sum()) / (1 + len(others)))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, set_seed
 
 from realigner.analysis.runs import leading_score
 from realigner.errors import RealignerError, UsageError
-from realigner.explain.ablate import How, control_indices, delta_ablations
+from realigner.explain.ablate import How, control_indices, delta_ablations, host_ablations
 from realigner.explain.measure import delimiter_ids, measure_host
 from realigner.explain.predict import measurement_table
 from realigner.explain.rows import Rows
@@ -137,6 +137,13 @@ class Case:
             return delta_ablations(model, self.rows(run), index, mean, controls, hows, quiet=self.quiet)
         finally:
             model.unload()
+
+    def ablated_host(self, leading: Sequence[int], random: int) -> pd.DataFrame:
+        """`host_ablations` at some leading indices and random ones, on the first run's rows."""
+        index, first = leading[0], next(iter(self.runs))
+        controls = control_indices(self.scores[first], index, random, 0, np.random.default_rng(index))
+        groups = {"random": controls["random"], "leading": leading[1:]}
+        return host_ablations(self.host, self.rows(first), index, groups, quiet=self.quiet)
 
     def profiles(self, index: int) -> dict[str, Any]:
         """An index layer by layer, over each layer's median; ``cancelled`` is a share."""

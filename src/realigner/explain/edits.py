@@ -130,13 +130,48 @@ def without_channel(host: PreTrainedModel, index: int) -> PreTrainedModel:
     stream = _stream_of(host)
     _refuse_index(stream, index)
     edited = _copied(host)
-    for name, role in stream.roles.items():
-        if role.stays:
-            parameter = edited.get_parameter(name)
-            axis = role.also[0] if role.kind == "read" else role.axis
-            parameter.select(axis, index).fill_(-role.offset if role.kind == "gain" else 0.0)
+    for part, silent in _writing(edited, stream, index):
+        part.fill_(silent)
     _prove_silent(edited, stream, index)
     return edited
+
+
+@contextmanager
+def silenced(host: PreTrainedModel, stream: Stream, index: int) -> Iterator[None]:
+    """`without_channel` of the host itself, within a block; its weights come back bit for bit.
+
+    Args:
+        host: a transformers causal language model.
+        stream: from `find_stream`.
+        index: of the residual stream.
+
+    Example:
+        >>> from realigner.tiny import tiny_host
+        >>> host = tiny_host("llama")
+        >>> with silenced(host, find_stream(host), 3):
+        ...     host.model.embed_tokens.weight[:, 3].abs().max().item()
+        0.0
+    """
+    parts = list(_writing(host, stream, index))
+    before = [part.clone() for part, _ in parts]
+    try:
+        for part, silent in parts:
+            part.fill_(silent)
+        yield
+    finally:
+        for (part, _), own in zip(parts, before, strict=True):
+            part.copy_(own)
+
+
+def _writing(host: nn.Module, stream: Stream, index: int) -> Iterator[tuple[torch.Tensor, float]]:
+    """Everything that writes into the stream at an index, and the value with which it writes 0."""
+    done = set[int]()
+    for name, role in stream.roles.items():
+        parameter = host.get_parameter(name)
+        if role.stays and id(parameter) not in done:
+            done.add(id(parameter))
+            axis = role.also[0] if role.kind == "read" else role.axis
+            yield parameter.data.select(axis, index), -role.offset if role.kind == "gain" else 0.0
 
 
 def randomised(host: PreTrainedModel, seed: int) -> PreTrainedModel:

@@ -28,6 +28,7 @@ class Explanation:
         standings: where it stands in each IRM.
         trials: see `trials.trial_table`; None: no trials were made.
         ablations: IRM -> see `ablate.delta_ablations`.
+        host_ablation: see `ablate.host_ablations`.
         correlations: see `predict.correlations`.
         explained: see `predict.explained`.
         measured: see `predict.measurement_table`.
@@ -45,6 +46,7 @@ class Explanation:
     standings: pd.DataFrame
     trials: pd.DataFrame | None
     ablations: dict[str, pd.DataFrame]
+    host_ablation: pd.DataFrame
     correlations: pd.DataFrame
     explained: Mapping[str, Mapping[str, float]]
     measured: pd.DataFrame
@@ -73,6 +75,7 @@ class Explanation:
             **found,
             "trials": None if self.trials is None else records(self.trials),
             "ablations": {irm: records(table) for irm, table in self.ablations.items()},
+            "host_ablation": records(self.host_ablation),
             "explained": plain(self.explained),
             "profiles": plain(self.profiles),
             "pages": {str(index): page | {"facts": records(page["facts"])} for index, page in self.pages.items()},

@@ -93,6 +93,7 @@ def explain(
         say(f"index {chosen}: {case.together[chosen]:.2f} times the median over {len(case.runs)} IRMs")
     leading = case.leading(chosen)
     ablations = {name: case.ablated(name, leading, effort.random, effort.matched, effort.hows) for name in case.runs}
+    host_ablation = case.ablated_host(leading, effort.random)
     facts = index_facts(case.measured, chosen)
     outcomes: list[Outcome] = []
     if trials:
@@ -109,6 +110,7 @@ def explain(
         facts=facts,
         trials=trial_table(outcomes) if outcomes else None,
         ablated={name: {how: against_controls(table, how) for how in effort.hows} for name, table in ablations.items()},
+        host=against_controls(host_ablation, "zero"),
         masked=_masked(outcomes),
         explained={name: explained(case.measured, score) for name, score in scores.items()},
     )
@@ -122,6 +124,7 @@ def explain(
         standings=evidence.standings,
         trials=evidence.trials,
         ablations=ablations,
+        host_ablation=host_ablation,
         correlations=correlations(case.measured, scores),
         explained=evidence.explained,
         measured=case.measured,

@@ -17,6 +17,7 @@ from realigner.explain.predict import ABOUT
 Answer = Literal["supported", "not supported", "cannot tell"]
 CHANNEL = 4.0  # times the layer's median: from here on an index is called a channel
 UNUSUAL = 3.0  # times the median, or a third of it: a gain, or a head's column, out of the ordinary
+_RARE = 0.05  # of random indices, at most so many are like it
 _HALF = 0.5  # of what an index stands out by: less is left when it drops
 CAUSES = {
     "channel through the norm": "a channel of the host that its head hardly sees: it acts through the final norm's scale",
@@ -64,6 +65,7 @@ class Evidence:
         facts: from `index_facts`.
         trials: from `trials.trial_table`; None: none were made.
         ablated: IRM -> how -> from `ablate.against_controls`.
+        host: the same of the bare host with its residual held at 0 there; None: it was not asked.
         masked: the loss with the index masked less the reference's, paired by row: ``change, low, high, n``, and ``spread``
             (between references); empty without such trials.
         explained: of the IRMs and of the untrained ones: from `predict.explained`.
@@ -75,6 +77,7 @@ class Evidence:
     facts: pd.DataFrame
     trials: pd.DataFrame | None
     ablated: Mapping[str, Mapping[str, Mapping[str, float]]]
+    host: Mapping[str, float] | None
     masked: Mapping[str, float]
     explained: Mapping[str, Mapping[str, float]]
 
@@ -130,6 +133,7 @@ def conclude(evidence: Evidence) -> tuple[str, list[Conclusion]]:
         *_other_trials(evidence),
         _needed(evidence),
         *_matters(evidence),
+        *_host_needs(evidence),
         *_foreseen(evidence),
     ]
     found = {conclusion.key: conclusion.answer for conclusion in conclusions}
@@ -307,11 +311,25 @@ def _matters(evidence: Evidence) -> list[Conclusion]:
         if "keep" in hows:
             keep, random = hows["keep"], hows["keep"]["random"]
             words += f" With its delta alone: {keep['change']:+.4f}; with another index's alone: {random:+.4f}."
-        more = zero["low"] > 0 and zero["p_matched"] <= 0.1 and zero["p_random"] <= 0.05
+        more = zero["low"] > 0 and zero["p_matched"] <= 0.1 and zero["p_random"] <= _RARE
         answer: Answer = "supported" if more else "not supported"
         question = f"Its delta matters more than those of its size ({irm})"
         found.append(Conclusion("matters", question, answer, words, int(zero["n"]), "rows"))
     return found
+
+
+def _host_needs(evidence: Evidence) -> list[Conclusion]:
+    """What the host itself needs there, IRM or not."""
+    if evidence.host is None:
+        return []
+    zero = evidence.host
+    words = (
+        f"With its residual held at 0 there, the bare host's loss changes by {zero['change']:+.4f} nats per target (95% "
+        f"{zero['low']:+.4f} to {zero['high']:+.4f}); at another index by {zero['random']:+.4f} (p {zero['p_random']:.2g})."
+    )
+    answer: Answer = "supported" if zero["low"] > 0 and zero["p_random"] <= _RARE else "not supported"
+    question = "The host itself needs the index more than others"
+    return [Conclusion("host needs", question, answer, words, int(zero["n"]), "rows")]
 
 
 def _foreseen(evidence: Evidence) -> list[Conclusion]:
