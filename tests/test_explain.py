@@ -19,7 +19,7 @@ import realigner as ra
 from realigner.data.tokens import encode_rows
 from realigner.errors import UsageError
 from realigner.explain import explain, weights_report
-from realigner.explain.ablate import delta_ablations, edited_output, host_ablations
+from realigner.explain.ablate import against_controls, delta_ablations, edited_output, host_ablations
 from realigner.explain.edits import without_channel
 from realigner.explain.measure import measure_host
 from realigner.explain.residuals import Residuals, SiteGradients
@@ -150,6 +150,7 @@ def test_ablations() -> None:
     assert change["mean", 5] == pytest.approx(0, abs=1e-6)
     assert change["zero", 6] == change["zero", 7] == 0
     assert change["keep", 6] == pytest.approx(change["none", -1])
+    assert against_controls(table, "keep")["none"] == change["none", -1]
     assert all(torch.equal(tensor, before[name]) for name, tensor in irm.state_dict().items())
     with pytest.raises(UsageError, match="needs the mean"), edited_output(irm, 5, "mean"):
         pass

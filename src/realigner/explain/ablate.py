@@ -191,13 +191,17 @@ class _Changes:
 
 def against_controls(table: pd.DataFrame, how: How) -> dict[str, float]:
     """How an index's ablation compares with its controls': ``change, low, high, n``, and for each group of controls their
-    mean change and the share ``p`` of them that is at least as large (the index counted as one of them).
+    mean change and the share ``p`` of them that is at least as large (the index counted as one of them); ``none``: the change
+    with no delta at all, where that was measured.
 
     Keeping an index alone is the better the smaller its change, so there p counts those at most as large.
     """
     own = table[(table["how"] == how) & (table["group"] == "")].iloc[0]
     found = {key: float(own[key]) for key in ("change", "low", "high", "n")}
     sign = -1.0 if how == "keep" else 1.0
+    none = table[table["how"] == "none"]["change"]
+    if len(none):
+        found["none"] = float(none.iloc[0])
     for group in [name for name in ("random", "matched") if (table["group"] == name).any()]:
         others = table[(table["how"] == how) & (table["group"] == group)]["change"].to_numpy()
         found[group] = float(others.mean()) if len(others) else float("nan")

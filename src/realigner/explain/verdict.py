@@ -18,7 +18,7 @@ Answer = Literal["supported", "not supported", "cannot tell"]
 CHANNEL = 4.0  # times the layer's median: from here on an index is called a channel
 UNUSUAL = 3.0  # times the median, or a third of it: a gain, or a head's column, out of the ordinary
 _RARE = 0.05  # of random indices, at most so many are like it
-_HALF = 0.5  # of what an index stands out by: less is left when it drops
+_HALF = 0.5  # of what an index stands out by: less is left when it drops; of what an IRM does: from here on it is enough
 CAUSES = {
     "channel through the norm": "a channel of the host that its head hardly sees: it acts through the final norm's scale",
     "channel": "a channel of the host",
@@ -308,14 +308,26 @@ def _matters(evidence: Evidence) -> list[Conclusion]:
             f"{zero['high']:+.4f}); without another index's by {zero['random']:+.4f}, without one of its size by "
             f"{zero['matched']:+.4f} (p {zero['p_random']:.2g}, {zero['p_matched']:.2g})."
         )
-        if "keep" in hows:
-            keep, random = hows["keep"], hows["keep"]["random"]
-            words += f" With its delta alone: {keep['change']:+.4f}; with another index's alone: {random:+.4f}."
         more = zero["low"] > 0 and zero["p_matched"] <= 0.1 and zero["p_random"] <= _RARE
         answer: Answer = "supported" if more else "not supported"
         question = f"Its delta matters more than those of its size ({irm})"
         found.append(Conclusion("matters", question, answer, words, int(zero["n"]), "rows"))
+        if "keep" in hows:
+            found.append(_enough(irm, hows["keep"]))
     return found
+
+
+def _enough(irm: str, keep: Mapping[str, float]) -> Conclusion:
+    """Whether an index's delta alone does half of what the whole IRM does for the loss."""
+    whole = keep["none"]  # what is lost with no delta at all
+    share, low, high, other = (1 - keep[key] / whole for key in ("change", "high", "low", "random"))
+    words = (
+        f"Of the {whole:+.4f} nats per target between the bare host and the IRM, its delta alone makes {100 * share:.0f}% (95% "
+        f"{100 * low:.0f}% to {100 * high:.0f}%), another index's alone {100 * other:.0f}% (p {keep['p_random']:.2g})."
+    )
+    answer: Answer = "supported" if whole > 0 and low >= _HALF and keep["p_random"] <= _RARE else "not supported"
+    answer = "cannot tell" if whole <= 0 else answer
+    return Conclusion("enough", f"Its delta alone does most of the work ({irm})", answer, words, int(keep["n"]), "rows")
 
 
 def _host_needs(evidence: Evidence) -> list[Conclusion]:
