@@ -1,8 +1,11 @@
-"""Made-up traces in which what is there to be found is known."""
+"""Made-up traces in which what is there to be found is known, and a made-up explanation."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -45,3 +48,69 @@ def planted_trace(
             kept = delta if keep_delta else None
             texts.append(text_dataset(label, prompt, question, range(layers), which, summary, kept, reply=reply))
     return join(texts, "planted", labels, {"base": [reply] * prompts})
+
+
+def planted_explanation(index: int = 17, neurons: int = 50, layers: int = 6, host: str = "planted") -> dict[str, Any]:
+    """An explanation as explain.json has it: three references, one training of two other kinds, two IRMs, controls."""
+    rng = np.random.default_rng(index)
+    others = [n for n in range(neurons) if n != index]
+
+    def facts(of: int) -> list[dict[str, Any]]:
+        ratios = {"final_gain": 0.25, "residual": 5.0, "gradient": None if of != index else 1.5}
+        return [
+            {"measurement": name, "about": f"<i>{name}</i>", "value": of / 10, "times_median": times, "rank": 1, "n": neurons}
+            for name, times in ratios.items()
+        ]
+
+    def ablation(how: str, of: int, group: str) -> dict[str, Any]:
+        change = float(rng.normal(0.3 if of == index else 0.0, 0.1))
+        row = {"how": how, "index": of, "group": group, "loss": 2.0 + change, "change": change}
+        return row | {"low": change - 0.05, "high": change + 0.05, "n": 12}
+
+    groups = {"": [index], "random": others[:20], "matched": others[20:25], "leading": others[25:27]}
+    table = [ablation("whole", -1, ""), ablation("none", -1, "")]
+    table += [ablation(how, of, group) for how in ("zero", "keep") for group, some in groups.items() for of in some]
+    made = [("reference", 1, 9.5), ("reference", 1, 8.25), ("reference", 2, 12.0), ("gain", 20, 0.25), ("masked", neurons, 0.0)]
+    trials = [
+        {"kind": kind, "seed": 43 + n, "place": index, "rank": rank, "ratio": ratio, "leader": 3, "leader_ratio": 9.5}
+        | {"loss": 2.0, "bare_loss": 3.0, "learned": 1.0}
+        for n, (kind, rank, ratio) in enumerate(made)
+    ]
+    correlation = {"measurement": "residual", "rho": 0.4, "low": 0.1, "high": 0.6, "p": 0.01, "p_holm": 0.02, "n": neurons}
+    regression = {"r2": 0.25, "low": 0.125, "high": 0.375, "null": -0.0625, "p": 0.005, "n": neurons}
+    asked = {"question": "It <leads>", "answer": "supported", "words": "In 2 of 2.", "n": 2, "unit": "IRMs"}
+    untried = {"question": "With SGD?", "answer": "cannot tell", "words": "No such trial was made.", "n": 0, "unit": "trials"}
+    flat = [1.0] * layers
+    irms = {"anger-42": "runs/anger-42", "elsewhere-7": "runs/elsewhere-7"}
+    return {
+        "host": host,
+        "irms": irms,
+        "index": index,
+        "words": f"Index {index} of {host}: a <channel> of the host.",
+        "quick": False,
+        "conclusions": [asked, untried],
+        "facts": facts(index),
+        "trials": trials,
+        "ablations": dict.fromkeys(irms, table),
+        "host_ablation": [row for row in table if row["how"] in ("whole", "zero") and row["group"] != "matched"],
+        "correlations": [{"scores": scores, **correlation} for scores in ("IRMs", "untrained")],
+        "explained": {"IRMs": regression, "untrained": regression},
+        "profiles": {
+            "layer": list(range(layers)),
+            "residual": [100.0] * layers,
+            "gradient": flat,
+            "delta": {"anger-42": flat, "untrained": [None, *flat[1:]]},
+            "cancelled": {"anger-42": flat, "untrained": flat},
+        },
+        "pages": {
+            str(of): {"facts": facts(of), "up": ["</script>", " the", "\n"], "down": ["<b>", "&"]}
+            for of in (index, *others[25:27])
+        },
+    }
+
+
+def written_explanation(folder: Path, found: Mapping[str, Any]) -> Path:
+    """The same in its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "explain.json").write_text(json.dumps(found))
+    return folder

@@ -484,6 +484,11 @@ CASES: dict[str, Case] = {
     "trace exists": (1, "exists already", lambda p, t: ("trace", "--irm", p / "run", "--out", p / "run", "Q?")),
     "report of nothing": (1, "no such run or trace", lambda p, t: ("report", t / "none", "--out", t / "r.html")),
     "report of a folder": (1, "neither a run", lambda p, t: ("report", t, "--out", t / "r.html")),
+    "report of a damaged explanation": (
+        1,
+        "explain.json: key 'host' is missing",
+        lambda p, t: ("report", _write(t / "explain.json", "{}").parent, "--out", t / "r.html"),
+    ),
     "report over a file": (
         1,
         "not something realigner made",

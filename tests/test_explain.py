@@ -216,6 +216,8 @@ def test_a_planted_gain_is_named_and_no_trial_is_trained_twice(tmp_path: Path) -
     assert again.to_dict() == found.to_dict()
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     assert "gain" in weights_report(host, PLANTED)["indices"][0]["words"]
+    untried = explain([tmp_path / "run"], tmp_path / "untried", host, tokenizer, quick=True, trials=False, quiet=True)
+    assert (untried.index, untried.cause, untried.trials) == (PLANTED, "cannot tell", None)
     with pytest.raises(UsageError, match="0 to 63"):
         explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, index=64, quiet=True)
 

@@ -19,12 +19,14 @@ from hypothesis.extra.numpy import arrays
 import realigner as ra
 from realigner.analysis import analyze
 from realigner.errors import RealignerError
+from realigner.hosts import HostInfo
 from realigner.report import Evidence, gather, render
-from realigner.report.charts import NONE, Line, bar_chart, line_chart, short, ticks
+from realigner.report.charts import NONE, Axis, Line, bar_chart, line_chart, log_ticks, short, ticks
+from realigner.report.explained import home_of, read_explained
 from realigner.report.pack import RunTokens, decode, encode, token_maps
 from realigner.report.tables import probability
 from realigner.training import make_recipe, train
-from tests.planted import planted_trace
+from tests.planted import planted_explanation, planted_trace, written_explanation
 from tests.tiny import some_rows, tiny_pair
 
 
@@ -130,6 +132,21 @@ def test_charts_leave_out_what_is_missing() -> None:
     assert svg.count("<circle") == 1
     assert line_chart([Line("none", [], [])], "x", "y", "t") == ""
     assert str(bar_chart([0, 1, 2], (0, 1), 2, 3, "t")).count("<rect") == 2
+    log = str(line_chart([Line("a", [0, 1, 2], [0.0, 1.0, 100.0])], "x", "y", "t", log=True))
+    assert log.count("M") == 1
+    assert ">100</text>" in log
+
+
+def test_axes() -> None:
+    axis = Axis.over([0.5, 50.0, 0.0, float("nan")], log=True)
+    assert [axis.at(value) for value in (0.5, 5, 50)] == pytest.approx([10, 52.5, 95])
+    assert axis.at(0) < 10
+    assert axis.ticks() == [0, 1, 3, 10, 30]
+    assert Axis.over([2.0, 4.0]).at(3.0) == pytest.approx(49.5)
+    for values in ([], [0.0], [7.0, 7.0]):
+        for log in (False, True):
+            assert all(0 <= Axis.over(values, log).at(value) <= 100 for value in values)
+    assert log_ticks(0.001, 1e6, 5) == [0.001, 0.1, 10, 1000, 100_000]
 
 
 def test_degenerate_traces_have_a_page() -> None:
@@ -226,3 +243,172 @@ def test_collect_and_build(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(RealignerError, match="neither"):
         ra.build_report([tmp_path / "other"], tmp_path / "x.html")
+
+
+def with_why(tmp_path: Path, **changes: Any) -> Evidence:
+    found = planted_explanation() | changes
+    return replace(gather("x", planted_trace()), explained=(read_explained(written_explanation(tmp_path / "why", found)),))
+
+
+def rows_of_dots(page: str, title: str) -> dict[str, list[tuple[float, bool]]]:
+    """Of a chart of dots: each row's dots, where they lie on its axis in percent, and whether they are filled."""
+    chart = page.split(f'aria-label="{title}')[1].split("dot-name")[0]
+    rows = re.findall(r'<div class="dot-row"><span>(.*?)</span><svg.*?</title>(.*?)</svg>', chart)
+    dots = {name: re.findall(r'<circle class="(.*?)" cx="([0-9.]+)%"', drawn) for name, drawn in rows}
+    return {name: [(float(at), "ring" not in look) for look, at in found] for name, found in dots.items()}
+
+
+def values_of(page: str, title: str, log: bool) -> dict[str, list[float]]:
+    """The same in numbers, read off the first and the last tick above zero of its axis."""
+    chart = page.split(f'aria-label="{title}')[1].split("dot-name")[0].split("dot-axis")[1]
+    found = [(float(at), text.replace("\u2212", "-")) for at, text in re.findall(r'x="([0-9.]+)%".*?>(.*?)</text>', chart)]
+    marks = [(at, np.log10(float(text)) if log else float(text)) for at, text in found if not (log and text == "0")]
+    (left, low), (right, high) = marks[0], marks[-1]
+    dots = rows_of_dots(page, title)
+    read = {name: [low + (at - left) / (right - left) * (high - low) for at, _ in row] for name, row in dots.items()}
+    return {name: [10**value if log else value for value in row] for name, row in read.items()}
+
+
+def test_why_this_index(tmp_path: Path) -> None:
+    """What the chapter draws is what explain.json has."""
+    found = planted_explanation()
+    page = render([with_why(tmp_path)])
+    title = "Index 17 in trainings"
+    filled = rows_of_dots(page, title)
+    assert [is_filled for _, is_filled in filled["as it was"]] == [True] * 3
+    assert filled["no delta at the index"] == [(3.0, False)]  # beside the logarithmic axis
+    read = values_of(page, title, log=True)
+    assert read["as it was"] == pytest.approx([9.5, 8.25, 12.0], rel=0.002)
+    assert read["the final norm&#39;s gain at the index set to the median"] == pytest.approx([0.25], rel=0.002)
+    charts = (("zero", "anger-42: change of the loss without"), ("keep", "anger-42: change of the loss with an"))
+    for how, words in (*charts, ("zero", "the bare host: change of the loss")):
+        read = values_of(page, words, log=False)
+        for name, group in {"index 17": "", "random indices": "random", "the other leading indices": "leading"}.items():
+            own = [row["change"] for row in found["ablations"]["anger-42"] if (row["how"], row["group"]) == (how, group)]
+            assert read[name] == pytest.approx(own, abs=0.001)
+    assert values_of(page, "Rank correlations", log=False)["&lt;i&gt;residual&lt;/i&gt;"] == pytest.approx([0.4, 0.4], abs=1e-3)
+    assert "foresees 0.25 of the variance" in page
+    assert "5 trainings" in page
+    assert '<a href="#why">Why</a>' in page
+    chapter = page.split('id="why-1"')[1].split('<section id="indices"')[0]
+    assert chapter.index("It &lt;leads&gt;") < chapter.index("no trial was made for") < chapter.index("With SGD?")
+    assert chapter.count('<tr class="odd">') == 2
+    assert "realigner explain --irm runs/anger-42 --irm runs/elsewhere-7 --index 17 --out" in page
+    assert "<b>Why this index.</b>" in page
+    assert "<b>Why this index.</b>" not in render([gather("x", planted_trace())])
+
+
+def test_pages_of_indices_say_what_the_host_has(tmp_path: Path) -> None:
+    found = planted_explanation()
+    page = render([with_why(tmp_path)])
+    assert page.count("<script") == page.count("</script>")
+    outside = re.sub(r"<script[^>]*>.*?</script>", "", page, flags=re.DOTALL)
+    assert "<b>&" not in outside
+    assert "<i>" not in outside.split('<section id="methods"')[0]
+    for index in found["pages"]:
+        own = page.split(f'id="index-{index}"')[1].split("</section>")[0]
+        assert '<code class="token">&lt;/script&gt;</code>' in own
+        assert '<code class="token">&lt;b&gt;</code>' in own
+        assert '<code class="token">⏎</code>' in own
+        zero = next(r for r in found["ablations"]["anger-42"] if r["how"] == "zero" and r["index"] == int(index))
+        assert f'<td class="number">{short(zero["change"], zeros=True)}</td>' in own
+        assert "the bare host's loss changes by" in own
+        assert ('href="#why-1"' in own) == (index == "17")
+    assert 'href="#index-17">The page of index 17' in page
+
+
+def test_explanations_that_lack_something_are_shown(tmp_path: Path) -> None:
+    """No trials, no ablations, no head that reads the stream; an index far beyond those that lead."""
+    alone = {"17": {"facts": planted_explanation()["facts"]}}
+    page = render(
+        [
+            with_why(
+                tmp_path, trials=None, ablations={}, host_ablation=[], correlations=[], explained={}, pages=alone, quick=True
+            )
+        ]
+    )
+    assert "no training; losses on 0 rows" in page
+    assert "pushed up" not in page
+    assert "What the host itself needs" not in page
+    assert "realigner explain --irm runs/anger-42 --irm runs/elsewhere-7 --index 17 --quick --no-trials --out" in page
+
+
+def _without(key: str, inner: str) -> dict[str, Any]:
+    found = planted_explanation()
+    rows = found[key]["anger-42"] if key == "ablations" else found[key]
+    (rows if isinstance(rows, dict) else rows[0]).pop(inner)
+    return {key: found[key]}
+
+
+DAMAGED: dict[str, dict[str, Any]] = {
+    "'words' is missing": {"words": ...},
+    "'trials' is missing": {"trials": ...},
+    "'facts' is empty": {"facts": []},
+    "'trials.0.ratio' is missing": _without("trials", "ratio"),
+    "'ablations.anger-42.0.low' is missing": _without("ablations", "low"),
+    "'profiles.residual' is missing": _without("profiles", "residual"),
+    "'profiles' has not one value a layer": {"profiles": planted_explanation()["profiles"] | {"residual": [1.0]}},
+    "'index' .*integer": {"index": "x"},
+    "'pages' is not a table": {"pages": []},
+}
+
+
+@pytest.mark.parametrize("message", DAMAGED)
+def test_damaged_explanations_are_named(tmp_path: Path, message: str) -> None:
+    found = {key: value for key, value in (planted_explanation() | DAMAGED[message]).items() if value is not ...}
+    folder = written_explanation(tmp_path / "why", found)
+    with pytest.raises(RealignerError, match=rf"why/explain.json: key {message}.*; ask again") as caught:
+        ra.build_report([folder], tmp_path / "x.html")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "", "[1]", "[" * 100_000, "\udcff"])
+def test_what_is_no_json_is_named(tmp_path: Path, text: str) -> None:
+    folder = written_explanation(tmp_path / "why", {})
+    (folder / "explain.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(RealignerError, match=r"why/explain.json: not (JSON|an explanation)"):
+        read_explained(folder)
+
+
+def test_explanations_go_to_the_trace_of_their_host(tmp_path: Path) -> None:
+    def read(**changes: Any) -> Any:
+        return read_explained(written_explanation(tmp_path / "why", planted_explanation() | changes))
+
+    def trace(host: str, run: str = "sadness-1", neurons: int = 50) -> Any:
+        return planted_trace({run: (run[:-2], 1)}, 1, neurons=neurons, keep_delta=False).assign_attrs(host=host)
+
+    assert home_of(read(), [trace("other"), trace("a/planted"), trace("planted")]) == 1
+    assert home_of(read(), [trace("planted"), trace("planted", "anger-42")]) == 1
+    assert home_of(read(), [trace("", "anger-42")]) == 0
+    for traces in ([trace("other")], [trace("")], [trace("planted", neurons=49)], []):
+        with pytest.raises(RealignerError, match=r"why: explains index 17 of planted \(50 indices\), and .*; give a trace"):
+            home_of(read(), traces)
+
+
+def test_the_irms_that_were_explained_are_traced(tmp_path: Path) -> None:
+    host, tokenizer = tiny_pair()
+    host.realigner = HostInfo("hosts/tiny", tokenizer)
+    recipe = make_recipe(steps=1, batch_size=4, samples=0)
+    train(host, tokenizer, some_rows(), tmp_path / "anger", recipe=recipe, quiet=True).model.unload()
+    width, depth = host.config.hidden_size, host.config.num_hidden_layers
+    found = planted_explanation(3, max(width, 30), depth, "tiny")
+    assert width >= 30
+    folder = written_explanation(tmp_path / "why", found | {"irms": {"anger-42": str(tmp_path / "anger")}})
+    options: dict[str, Any] = {"host": (host, tokenizer), "quiet": True, "prompts": ["Why?"], "max_new_tokens": 2}
+    out, (evidence,) = ra.build_report([folder], tmp_path / "report.html", **options, keep_traces=True)
+    assert evidence.trained == ["anger-42"]
+    assert evidence.explained[0].index == 3
+    assert 'id="why-1"' in out.read_text()
+    ra.build_report([folder, tmp_path / "report.zarr", folder], tmp_path / "again.html")
+    assert 'id="why-2"' in (tmp_path / "again.html").read_text()
+    written_explanation(folder, found | {"irms": {"anger-42": "gone/anger"}})
+    with pytest.raises(RealignerError, match=r"why/explain.json: its IRM anger-42 was in gone/anger, which is not there"):
+        ra.build_report([folder], tmp_path / "gone.html", **options)
+    ra.build_report([folder, tmp_path / "anger"], tmp_path / "given.html", **options)
+    written_explanation(folder, found | {"host": "other"})
+    with pytest.raises(RealignerError, match=r"why: explains index 3 of other .* the sources are of tiny \("):
+        ra.build_report([folder, tmp_path / "report.zarr"], tmp_path / "other.html")
+    with pytest.raises(RealignerError, match=r"why: explains index 3 of other .* the sources are of tiny;"):
+        ra.build_report([folder, tmp_path / "anger"], tmp_path / "other.html", **options, keep_traces=True)
+    assert not (tmp_path / "other.zarr").exists()  # said before anything is traced
+    assert not (tmp_path / "other.html").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ import pytest
 
 from realigner.analysis import analyze
 from realigner.report import gather, render
-from tests.planted import planted_trace
+from realigner.report.explained import read_explained
+from tests.planted import planted_explanation, planted_trace, written_explanation
 
 STRIPE = 1512
 WIDE = {"anger-42": ("anger", 42), "sadness-42": ("sadness", 42), "untrained-42": ("untrained", 42)}
@@ -88,11 +90,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small trace of summaries alone, analysed; two of them on one page."""
+    """A small trace of summaries alone, analysed, two of its indices explained; two of them on one page."""
     runs = {"anger-42": ("anger", 42), "sadness-7": ("sadness", 7), "untrained-42": ("untrained", 42)}
     trace = planted_trace(runs, keep_delta=False, question="<script>alert(1)</script>", reply="</script><b>&")
-    evidence = replace(gather("small", trace), analysis=analyze(trace, permutations=20, resamples=20))
-    path = tmp_path_factory.mktemp("page") / "small.html"
+    folder = tmp_path_factory.mktemp("page")
+    whys = [read_explained(written_explanation(folder / f"why-{at}", planted_explanation(at))) for at in (17, 3)]
+    found = analyze(trace, permutations=20, resamples=20)
+    evidence = replace(gather("small", trace), analysis=found, explained=tuple(whys))
+    path = folder / "small.html"
     path.write_text(render([evidence, replace(evidence, name="again")]), encoding="utf-8")
     return path
 
@@ -256,4 +261,34 @@ def test_everything_has_a_name_and_nothing_overflows(chromium: Any, small: Path,
     links = opened.page.evaluate("[...document.querySelectorAll('a[href^=\"#\"]')].map((a) => a.hash.slice(1))")
     assert set(links) <= set(ids)
     assert json.loads(opened.page.locator("script[data-facts]").first.text_content())["layers"] == list(range(6))
+    opened.close(small)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_why_this_index(chromium: Any, small: Path, width: int) -> None:
+    """The chapter and the pages of indices fit the screen; dots lie where their numbers are; tokens do nothing."""
+    opened = Opened(chromium, small, viewport={"width": width, "height": 844})
+    page = opened.page
+    page.locator("nav a", has_text="Why").click()
+    assert page.locator("#why").is_visible()
+    at = """(row) => { const whole = row.querySelector("svg").getBoundingClientRect();
+      return [...row.querySelectorAll("circle")].map((dot) => { const box = dot.getBoundingClientRect();
+        return (box.x + box.width / 2 - whole.x) / whole.width }) }"""
+    places = page.locator("#why-1 .dots").first.locator(".dot-row").first.evaluate(at)
+    low, high = 0.25, 12.0  # of all trainings above zero; the axis is logarithmic and runs from 10% to 95%
+    expected = [0.1 + 0.85 * math.log(ratio / low) / math.log(high / low) for ratio in (9.5, 8.25, 12.0)]
+    assert places == pytest.approx(expected, abs=0.003)
+    outside = """[...document.querySelectorAll("#why .dots circle, #why .dots text, #why .dots span")].filter((e) => {
+      const box = e.getBoundingClientRect(); return box.width && (box.left < 0 || box.right > innerWidth) }).length"""
+    assert page.evaluate(outside) == 0
+    heights = page.locator("#why-1 .dot-row").evaluate_all("(rows) => rows.map((row) => row.clientHeight)")
+    assert max(heights) < 90
+    page.locator("#why-2 a", has_text="The page of index 3").click()
+    page.wait_for_selector("#index-3.here")
+    assert page.locator("#index-3 .token", has_text="</script>").count() == 1
+    assert page.locator("#index-3 h3", has_text="Without its delta").is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.locator("#index-3 a", has_text="Why this index?").click()
+    page.wait_for_selector("body:not(.at-index)")
+    assert page.locator("#why-2").is_visible()
     opened.close(small)

@@ -161,8 +161,8 @@ def explain(
     for conclusion in found.conclusions:
         print(f"{conclusion.answer.upper():14} {conclusion.question}")
         print(f"{'':14} {conclusion.words}  n = {conclusion.n} {conclusion.unit}")
-    places = " ".join(str(folder) for folder in irm)
-    print(f"Try next:  realigner report {places} --out report.html    ({out}/explain.json has every table)")
+    named = f" --host {host}" if host else ""
+    print(f"Try next:  realigner report {out}{named} --out report.html    ({out}/explain.json has every table)")
 
 
 def _explain_weights(host: str | None, index: int | None, as_json: bool) -> None:
@@ -186,7 +186,8 @@ def _explain_weights(host: str | None, index: int | None, as_json: bool) -> None
 
 def report(
     sources: Annotated[
-        list[Path], typer.Argument(help="Folders of runs and sweeps (prompts are answered now), and zarr traces.")
+        list[Path],
+        typer.Argument(help="Folders of runs and sweeps (prompts are answered now), zarr traces, folders of explain."),
     ],
     out: Annotated[Path, typer.Option(help="The HTML file.")],
     strength: Strength = 1.0,
@@ -197,12 +198,11 @@ def report(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page over runs, sweeps and traces."""
+    """Write one self-contained HTML page over runs, sweeps, traces and explanations."""
     refuse_missing(sources)
-    from realigner.traces.store import is_trace
-    from realigner.tracing import find_runs
+    from realigner.report.build import runs_in
 
-    folders = find_runs([source for source in sources if not is_trace(source)])
+    folders = runs_in(sources)
     loaded = host_for(folders[0], host, dtype, device, trust_remote_code) if folders else None
     from realigner.report import build_report
 

@@ -21,6 +21,7 @@ from realigner.analysis.runs import leading_score
 from realigner.console import say
 from realigner.errors import RealignerError
 from realigner.explain.rows import Rows
+from realigner.explain.verdict import KINDS
 from realigner.hosts import load_host
 from realigner.injection import ActiveIRM
 from realigner.sweep.grid import Planned, Sweep, plan
@@ -29,17 +30,6 @@ from realigner.training.recipe import Recipe
 from realigner.tuner import load_irm, tuner_of
 
 SGD_RATE = 100.0  # times Adam's learning rate: with gradients scaled down to a norm of 1, SGD's steps are as long as that
-KINDS = {
-    "reference": "as it was",
-    "permuted": "the host's indices in another order, the same function",
-    "gain": "the final norm's gain at the index set to the median",
-    "masked": "no delta at the index",
-    "sgd": "SGD in place of Adam",
-    "one layer": "deltas in the middle layer alone",
-    "random host": "a host with random weights",
-    "no channel": "a host whose residual is 0 at the index",
-    "ordinary": "both: residual 0 and the median gain",
-}
 QUICK = {"reference": 2, "permuted": 1, "gain": 1, "masked": 1, "no channel": 1, "ordinary": 1}
 FULL = {**dict.fromkeys(KINDS, 2), "reference": 3, "permuted": 3, "gain": 3, "masked": 3}
 

@@ -31,6 +31,17 @@ CAUSES = {
     "none": "none of the causes that were tested",
     "cannot tell": "cannot tell",
 }
+KINDS = {  # of trials
+    "reference": "as it was",
+    "permuted": "the host's indices in another order, the same function",
+    "gain": "the final norm's gain at the index set to the median",
+    "masked": "no delta at the index",
+    "sgd": "SGD in place of Adam",
+    "one layer": "deltas in the middle layer alone",
+    "random host": "a host with random weights",
+    "no channel": "a host whose residual is 0 at the index",
+    "ordinary": "both: residual 0 and the median gain",
+}
 
 
 @dataclass(frozen=True)
@@ -192,15 +203,16 @@ def _against(evidence: Evidence, kind: str) -> tuple[list[str], str, int]:
     Dropped: it is not among the leading ones, and less than half is left of what it stood out by in the reference of the same
     seed. Stayed: it is among them.
     """
-    table, references = _of_kind(evidence, kind), _of_kind(evidence, "reference").set_index("seed")["ratio"].to_dict()
+    table, references = _of_kind(evidence, kind), _of_kind(evidence, "reference")
+    before_of = {row["seed"]: row["ratio"] for row in table_rows(references)}
     became = []
     for row in table_rows(table):
-        before = references.get(row["seed"], math.nan) - 1
+        before = before_of.get(row["seed"], math.nan) - 1
         left = (row["ratio"] - 1) / before if before > 0 else math.nan
         fell = row["rank"] > evidence.top and left < _HALF
         became.append("dropped" if fell else "stayed" if row["rank"] <= evidence.top else "between")
     told = [
-        f"rank {row['rank']}, {row['ratio']:.2f} times the median (reference {references.get(row['seed'], math.nan):.2f})"
+        f"rank {row['rank']}, {row['ratio']:.2f} times the median (reference {before_of.get(row['seed'], math.nan):.2f})"
         for row in table_rows(table)
     ]
     return became, "; ".join(told), len(table)

@@ -15,7 +15,8 @@ from realigner.analysis import Analysis, analyze
 from realigner.data import PAPER_PROMPTS
 from realigner.errors import RealignerError
 from realigner.files import refuse_existing, write_text
-from realigner.hosts import load_host
+from realigner.hosts import host_name, load_host
+from realigner.report.explained import Explained, home_of, irms_of, is_explained, read_explained, refuse_strangers
 from realigner.report.page import is_signed, render_page, script
 from realigner.report.view import BUDGET, view
 from realigner.traces import load_trace
@@ -37,6 +38,7 @@ class Evidence:
         trace: what the runs added; untrained twins among them.
         records, logs: run -> its run.json and its losses by step, of those whose folder is at hand.
         analysis: the statistics and verdicts; without them the page has the maps, replies and charts alone.
+        explained: why indices of its host lead.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Evidence:
     records: dict[str, dict[str, Any]]
     logs: dict[str, Sequence[dict[str, Any]]]
     analysis: Analysis | None = None
+    explained: tuple[Explained, ...] = ()
 
     @property
     def trained(self) -> list[str]:
@@ -87,10 +90,11 @@ def build_report(
     prompts: Sequence[str] = PAPER_PROMPTS,
     max_new_tokens: int = 80,
 ) -> tuple[Path, list[Evidence]]:
-    """Write one report over run folders, sweeps and traces.
+    """Write one report over run folders, sweeps, traces and explanations.
 
     Args:
-        sources: folders of runs or sweeps (prompts are answered and traced now, all into one trace) or zarr traces.
+        sources: folders of runs or sweeps (prompts are answered and traced now, all into one trace), zarr traces, and folders
+            of `explain`, each shown with the trace of its host; with those alone, the IRMs that they name are traced.
         out: the HTML file.
         force: replace a report that is there.
         quiet: show no progress.
@@ -100,27 +104,51 @@ def build_report(
         prompts, max_new_tokens: what is asked of runs, and how long a reply may be.
 
     Raises:
-        RealignerError: naming the source that is neither, or the place that cannot be written.
+        RealignerError: naming the source that is none of these, the explanation that is damaged or fits no trace, or the
+            place that cannot be written.
     """
     out = Path(out)
     refuse_existing(out, force, ours=is_report)
     places = [Path(source) for source in sources]
-    folders = find_runs([place for place in places if not is_trace(place)])
+    folders = runs_in(places)
+    explained = [read_explained(place) for place in places if is_explained(place)]
     evidence = [gather(place.name, load_trace(place)) for place in places if is_trace(place)]
     with tempfile.TemporaryDirectory() as aside:
         if folders:
             kept = (out.parent if keep_traces else Path(aside)) / f"{out.stem}.zarr"
             refuse_trace(kept, force)
             loaded = host or load_host(_host_of(folders[0]))
+            refuse_strangers(explained, [host_name(loaded[0]), *(item.trace.attrs["host"] for item in evidence)])
             chosen = sources_of(folders, scale=scale)
             options: dict[str, Any] = {"prompts": prompts, "max_new_tokens": max_new_tokens, "force": force, "quiet": quiet}
             trace = trace_runs(chosen, kept, *loaded, keep="raw", **options)
-            evidence.insert(0, gather(places[0].name, trace))
+            name = next((place.name for place in places if not is_explained(place)), folders[0].name)
+            evidence.insert(0, gather(name, trace))
+        evidence = _with_explained(evidence, explained)
         evidence = [replace(item, analysis=analyze(item.trace)) for item in evidence]
         write_text(out, render(evidence))
         if not keep_traces:  # the file is gone in a moment; its sums fit into memory, its deltas need not
             evidence = [replace(item, trace=item.trace.drop_vars("delta", errors="ignore").load()) for item in evidence]
     return out, evidence
+
+
+def runs_in(places: Sequence[Path]) -> list[Path]:
+    """The folders of runs that a report over these sources traces; where they are all explanations, of the IRMs explained.
+
+    Raises:
+        RealignerError: naming a source that is no run, sweep, trace or explanation, or an explained IRM that is gone.
+    """
+    explained = [place for place in places if is_explained(place)]
+    if explained and len(explained) == len(places):
+        return find_runs(irms_of([read_explained(place) for place in explained]))
+    return find_runs([place for place in places if not is_trace(place) and place not in explained])
+
+
+def _with_explained(evidence: Sequence[Evidence], explained: Sequence[Explained]) -> list[Evidence]:
+    """Each explanation in the part of the page that its host has."""
+    homes = [home_of(item, [part.trace for part in evidence]) for item in explained]
+    own = [tuple(item for item, home in zip(explained, homes, strict=True) if home == at) for at in range(len(evidence))]
+    return [replace(part, explained=items) for part, items in zip(evidence, own, strict=True)]
 
 
 def render(evidence: Sequence[Evidence], budget_bytes: int = BUDGET) -> str:

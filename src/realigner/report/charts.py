@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup, escape
 
@@ -33,7 +33,126 @@ class Line:
     marked: float | None = None
 
 
-def line_chart(lines: Sequence[Line], x_label: str, y_label: str, title: str, from_zero: bool = False) -> Markup:
+@dataclass(frozen=True)
+class Dot:
+    """One dot of a row of dots.
+
+    Attributes:
+        x: where; NaN leaves it out.
+        title: what is said of it.
+        colour: as of a `Line`.
+        filled: or a ring.
+        low, high: the ends of its interval.
+        small: one of many.
+        down: where in the height of its row, in percent.
+    """
+
+    x: float
+    title: str
+    colour: int = 0
+    filled: bool = True
+    low: float = math.nan
+    high: float = math.nan
+    small: bool = False
+    down: int = 50
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A horizontal axis, in percent of its width; a logarithmic one has its zeros beside it, at the left.
+
+    Attributes:
+        low, high: the values at its ends.
+        log: whether it is logarithmic.
+        zeros: whether there are any to be set beside it.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    zeros: bool = False
+
+    @classmethod
+    def over(cls, values: Sequence[float], log: bool = False) -> Axis:
+        """An axis that all finite values fit on."""
+        finite = [value for value in values if math.isfinite(value)]
+        there = [value for value in finite if value > 0] if log else finite
+        low, high = min(there, default=1.0), max(there, default=1.0)
+        if low == high:
+            low, high = (low / 2, high * 2) if log else (low - (abs(low) or 1.0), high + (abs(high) or 1.0))
+        return cls(low, high, log, log and len(there) < len(finite))
+
+    def at(self, value: float) -> float:
+        """Where a value lies."""
+        if self.log and value <= 0:
+            return 3.0
+        start, end = 10.0 if self.zeros else 4.0, 95.0
+        low, high, value = (math.log10(part) if self.log else part for part in (self.low, self.high, value))
+        return start + (value - low) / (high - low) * (end - start)
+
+    def ticks(self, most: int = 6) -> list[float]:
+        """Round numbers on it."""
+        if self.log:
+            return [*([0.0] if self.zeros else []), *log_ticks(self.low, self.high, most)]
+        return ticks(self.low, self.high, most)
+
+
+def dot_chart(
+    rows: Sequence[tuple[str, Sequence[Dot]]], axis: Axis, x_label: str, title: str, lines: Sequence[tuple[float, str]] = ()
+) -> Markup:
+    """Dots over a common axis, a row for each name, as HTML: names wrap, and dots keep their size on every screen.
+
+    Args:
+        rows: name and dots.
+        axis: see `Axis.over`.
+        x_label: with units.
+        title: what it shows.
+        lines: vertical ones through all rows: value, and colour and dash as ``"c2 d1"``.
+    """
+    across = [(axis.at(value), value) for value in axis.ticks()]
+    upright = [(at, "grid") for at, _ in across] + [(axis.at(value), f"{look} through") for value, look in lines]
+    grid = "".join(f'<line class="{look}" x1="{at:.2f}%" x2="{at:.2f}%" y1="0" y2="100%"/>' for at, look in upright)
+    parts = [f'<div class="dots" role="group" aria-label="{escape(title)}">']
+    for label, dots in rows:
+        there = [dot for dot in dots if math.isfinite(dot.x)]
+        said = f"{escape(label)}: {_said([dot.x for dot in there])}"
+        marks = "".join(_dot(dot, axis) for dot in there)
+        drawn = f'<svg role="img"><title>{said}</title>{grid}{marks}</svg>'
+        parts.append(f'<div class="dot-row"><span>{escape(label)}</span>{drawn}</div>')
+    numbers = "".join(
+        f'<text class="tick" x="{at:.2f}%" y="12" text-anchor="middle">{short(value)}</text>' for at, value in across
+    )
+    parts.append(f'<div class="dot-row dot-axis"><span></span><svg aria-hidden="true">{numbers}</svg></div>')
+    parts.append(f'<div class="dot-row dot-name"><span></span><span>{escape(x_label)}</span></div>')
+    return Markup("".join(parts) + "</div>")
+
+
+def _dot(dot: Dot, axis: Axis) -> str:
+    interval = ""
+    if math.isfinite(dot.low) and math.isfinite(dot.high):
+        ends = f'x1="{axis.at(dot.low):.2f}%" x2="{axis.at(dot.high):.2f}%"'
+        interval = f'<line class="c{dot.colour} interval" {ends} y1="{dot.down}%" y2="{dot.down}%"/>'
+    look = f"c{dot.colour}{f' f{dot.colour}' if dot.filled else ' ring'}{' many' if dot.small else ''}"
+    circle = f'<circle class="{look}" cx="{axis.at(dot.x):.2f}%" cy="{dot.down}%" r="{3 if dot.small else 5}">'
+    return f"{interval}{circle}<title>{escape(dot.title)}</title></circle>"
+
+
+def _said(values: Sequence[float]) -> str:
+    """A few values, or how many there are from where to where."""
+    if len(values) > 6:
+        return f"{len(values)} from {short(min(values))} to {short(max(values))}"
+    return ", ".join(map(short, values)) or "none"
+
+
+def spans_much(values: Sequence[float]) -> bool:
+    """Whether positive values are better seen on a logarithmic axis."""
+    there = [value for value in values if math.isfinite(value) and value > 0]
+    return bool(there) and max(there) > 20 * min(there)
+
+
+def line_chart(
+    lines: Sequence[Line], x_label: str, y_label: str, title: str, from_zero: bool = False, log: bool = False
+) -> Markup:
     """Lines over a common axis, as an ``<svg>`` with a title that is read out.
 
     Args:
@@ -41,7 +160,10 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, title: str, fr
         x_label, y_label: with units.
         title: what it shows.
         from_zero: the vertical axis begins at 0.
+        log: the vertical axis is logarithmic; what is not positive is left out.
     """
+    if log:
+        lines = [replace(line, y=[math.log10(y) if y > 0 else math.nan for y in line.y]) for line in lines]
     points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
     if not points:
         return Markup()
@@ -59,8 +181,8 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, title: str, fr
         return _HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [f'<svg class="chart" role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}"><title>{escape(title)}</title>']
-    for value in ticks(y_low, y_high, 5):
-        at = up(value)
+    for value in log_ticks(10**y_low, 10**y_high, 5) if log else ticks(y_low, y_high, 5):
+        at = up(math.log10(value) if log else value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{short(value)}</text>')
     for value in ticks(x_low, x_high, 8):
@@ -136,6 +258,17 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw)
     first = math.ceil(low / step - 1e-9)
     return [round((first + n) * step, 12) for n in range(math.floor(high / step + 1e-9) - first + 1)]
+
+
+def log_ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers from `low` to `high` on a logarithmic axis, `most` or fewer (about): 1, 2, 5, 10, ... or powers of ten."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        found = [factor * 10.0**power for power in powers for factor in factors]
+        found = [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+        if len(found) <= most:
+            break
+    return found[:: max(1, math.ceil(len(found) / most))] or [low, high]
 
 
 def short(value: float, digits: int = 3, zeros: bool = False) -> str:

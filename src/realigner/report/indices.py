@@ -13,8 +13,10 @@ import xarray as xr
 from realigner.analysis import Consensus
 from realigner.report import charts
 from realigner.report.charts import Line, short
+from realigner.report.explained import Explained
 from realigner.report.runs import Runs
 from realigner.report.tables import number, points, probability
+from realigner.report.whys import on_page
 
 _MOST_PAGES = 40
 
@@ -26,8 +28,9 @@ def index_pages(
     maps: Mapping[str, xr.DataArray],
     leading: Mapping[str, pd.DataFrame],
     marks: Mapping[str, Sequence[int]],
+    explained: Sequence[Explained] = (),
 ) -> list[dict[str, Any]]:
-    """A page for each index that leads in a trained run, those that lead in most runs first."""
+    """A page for each index that leads in a trained run, those that lead in most runs first; then for others explained."""
     place = {run: {int(index): at for at, index in enumerate(table["neuron"], 1)} for run, table in leading.items()}
     candidates = {index for run in runs.trained for index in marks[run]}
 
@@ -36,6 +39,7 @@ def index_pages(
         return -sum(rank <= 10 for rank in ranks), sum(ranks)
 
     chosen = sorted(candidates, key=order)[:_MOST_PAGES]
+    chosen = list(dict.fromkeys([*chosen, *(index for item in explained for index in item.pages)]))
     tokens = _largest_tokens(trace, chosen)
     pages = []
     for index in chosen:
@@ -58,6 +62,7 @@ def index_pages(
                 "of": len(runs.trained),
                 "agreement": agreement,
                 "rows": rows,
+                "host": on_page(explained, index),
                 "profiles": [_profile(runs, maps[kind], index, kind) for kind in ("absolute", "signed")],
             }
         )

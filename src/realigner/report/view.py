@@ -16,9 +16,11 @@ from markupsafe import Markup
 from realigner.analysis import leading_indices, run_maps
 from realigner.report import charts, tables
 from realigner.report.charts import Line, short
+from realigner.report.explained import Explained
 from realigner.report.indices import index_pages
 from realigner.report.maps import explorer, questions
 from realigner.report.runs import Runs
+from realigner.report.whys import MARKS, whys
 
 if TYPE_CHECKING:
     from realigner.report.build import Evidence
@@ -30,7 +32,6 @@ _STRIATION = ("icc", "kendall_w", "eta_squared_neuron", "omega_squared_neuron", 
 _TIMING = ("centre_of_mass", "prompt_share", "first_share", "largest_share", "entropy", "late_share_1000")
 _SPARSITY = ("hoyer", "participation", "kurtosis", "gini", "small_share")
 _FIGURES = re.compile(r" \((?:expected|95%)[^()]*\)")  # the page shows them by themselves
-_MARKS = {"supported": "yes", "not supported": "no", "cannot tell": "unknown"}
 
 
 def view(item: Evidence, number: int = 0, budget_bytes: int = BUDGET) -> dict[str, Any]:
@@ -63,9 +64,10 @@ def view(item: Evidence, number: int = 0, budget_bytes: int = BUDGET) -> dict[st
         "consensus": _consensus(item, runs.names),
         "timing": _timing(item, runs),
         "sparsity": _sparsity(item, runs),
+        "whys": whys(item.explained, runs),
         "training": _training(item, runs),
         "records": {run: item.records[run] for run in runs.names if run in item.records},
-        "indices": index_pages(trace, _found(item, "consensus", None), runs, maps, leading, marks),
+        "indices": index_pages(trace, _found(item, "consensus", None), runs, maps, leading, marks, item.explained),
         "marked": MARKED,
         "prompts": questions(trace),
         "has_tokens": "delta" in trace,
@@ -102,6 +104,7 @@ def _words(item: Evidence, runs: Runs, page: Mapping[str, Any]) -> dict[str, Any
         ("consensus", "Consensus", page["consensus"]),
         ("timing", "Timing", True),
         ("sparsity", "Sparsity", True),
+        ("why", "Why", page["whys"]),
         ("indices", "Indices", page["indices"]),
         ("training", "Training", page["training"]),
         ("methods", "Methods", True),
@@ -161,8 +164,15 @@ def _commands(item: Evidence, runs: Runs) -> list[str]:
         *lines,
         f"realigner trace {irms} --out trace.zarr{keep}{options}",
         "realigner analyze trace.zarr",
-        "realigner report trace.zarr --out report.html",
+        *(_explain_command(found) for found in item.explained),
+        f"realigner report {' '.join(['trace.zarr', *(str(found.folder) for found in item.explained)])} --out report.html",
     ]
+
+
+def _explain_command(found: Explained) -> str:
+    irms = " ".join(f"--irm {folder}" for folder in found.irms.values())
+    untried = "" if found.trials else " --no-trials"
+    return f"realigner explain {irms} --index {found.index}{' --quick' * found.quick}{untried} --out {found.folder}"
 
 
 def _found(item: Evidence, name: str, otherwise: Any) -> Any:
@@ -185,7 +195,7 @@ def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "claim": verdict["claim"],
         "verdict": verdict["verdict"],
-        "mark": _MARKS.get(verdict["verdict"], "unknown"),
+        "mark": MARKS.get(verdict["verdict"], "unknown"),
         "words": _FIGURES.sub("", verdict["words"]),
         "p_adjusted": "" if math.isnan(tables.number(verdict.get("p_adjusted"))) else tables.probability(verdict["p_adjusted"]),
         "n": verdict.get("n"),

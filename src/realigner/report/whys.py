@@ -1,0 +1,250 @@
+"""The chapter "Why this index?": explanations drawn and put into words, and what they say on the pages of indices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from realigner.explain.verdict import KINDS, UNUSUAL, top_ranks
+from realigner.report import charts, tables
+from realigner.report.charts import Axis, Dot, Line, short
+from realigner.report.explained import UNTRAINED, Ablation, Explained, Fact, Regression, Trial
+from realigner.report.runs import COLOURS, Runs
+
+MARKS = {"supported": "yes", "not supported": "no", "cannot tell": "unknown"}
+_INDEX, _HOST = 2, 3  # colours: of the index in question, and of what is measured of the host's gradient
+_HOWS = {
+    "zero": ("Without a delta", "the loss without an index's delta"),
+    "mean": ("With its mean in place of a delta", "the loss with an index's mean delta in place of its deltas"),
+    "keep": ("With one delta alone", "the loss with an index's delta and no other"),
+}
+_HOST_HOWS = {"zero": ("With the residual held at 0", "the loss with the residual held at 0 at an index")}
+_GROUPS = {"": "index {}", "leading": "the other leading indices", "matched": "indices of its size", "random": "random indices"}
+
+
+def whys(items: Sequence[Explained], runs: Runs) -> list[dict[str, Any]]:
+    """What the chapter shows, an entry an explanation."""
+    return [_why(item, number, runs) for number, item in enumerate(items, 1)]
+
+
+def _why(item: Explained, number: int, runs: Runs) -> dict[str, Any]:
+    conclusions = [
+        {"mark": MARKS[told.answer], **told.model_dump(), "unit": told.unit[:-1] if told.n == 1 else told.unit}
+        for told in item.conclusions
+    ]
+    return {
+        "id": f"why-{number}",
+        "index": item.index,
+        "words": item.words,
+        "done": _done(item),
+        "conclusions": [told for told in conclusions if told["n"]],
+        "untried": [told for told in conclusions if not told["n"]],
+        "trials": _trials(item),
+        "ablations": [_ablations(item.index, irm, own, _HOWS) for irm, own in item.ablations.items()],
+        "host": _ablations(item.index, "the bare host", item.host_ablation, _HOST_HOWS) if item.host_ablation else None,
+        "facts": facts_table(item.facts),
+        "profiles": _profiles(item, runs),
+        "correlations": _correlations(item),
+        "foreseen": [_foreseen(name, found) for name, found in item.explained.items()],
+    }
+
+
+def _done(item: Explained) -> str:
+    """How much was done."""
+    effort = "The quick, smaller effort" if item.quick else "The full effort"
+    trials = _number(len(item.trials), "training") + " with one thing changed or none" if item.trials else "no training"
+    rows = [row.n for table in item.ablations.values() for row in table]
+    most = f"{min(rows)} to {max(rows)}" if rows and min(rows) < max(rows) else str(max(rows, default=0))
+    irms = f"{_number(len(item.irms), 'IRM')} ({', '.join(item.irms)})"
+    return f"{effort}: {trials}; losses on {most} rows of each of {irms}; {item.width:,} indices measured."
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+def _trials(item: Explained) -> dict[str, Any] | None:
+    """The index in each training, a row a kind of it, and the same in numbers."""
+
+    if not item.trials:
+        return None
+    first = top_ranks(item.width)
+    ratios = [trial.ratio for trial in item.trials]
+    references = [trial.ratio for trial in item.trials if trial.kind == "reference"]
+    mean = sum(references) / len(references) if references else math.nan
+
+    def dot(trial: Trial) -> Dot:
+        title = f"seed {trial.seed}: {short(trial.ratio)} times the median, rank {trial.rank}; index {trial.leader} leads"
+        return Dot(trial.ratio, title, _INDEX, trial.rank <= first)
+
+    kinds = dict.fromkeys(trial.kind for trial in item.trials)
+    rows = [(KINDS.get(kind, kind), [dot(trial) for trial in item.trials if trial.kind == kind]) for kind in kinds]
+    axis = Axis.over([*ratios, 1.0], charts.spans_much(ratios))
+    lines = [(1.0, "c0"), *([(mean, f"c{_INDEX} d1")] if math.isfinite(mean) else [])]
+    title = f"Index {item.index} in trainings with one thing changed"
+    head = ["trained", "seed", "rank", "times the median", "leader", "loss, nats per target", "learned"]
+    numbers = [
+        (KINDS.get(t.kind, t.kind), t.seed, t.rank, short(t.ratio), t.leader, short(t.loss, 4), short(t.learned, 4))
+        for t in item.trials
+    ]
+    return {
+        "chart": charts.dot_chart(rows, axis, "times the median" + " (log)" * axis.log, title, lines),
+        "first": first,
+        "mean": "" if math.isnan(mean) else short(mean),
+        "table": {"head": head, "rows": numbers, "numeric": [False] + [True] * 6},
+    }
+
+
+def _ablations(index: int, whose: str, own: Sequence[Ablation], hows: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """Of an IRM or the host: a chart for each kind of ablation, and the same in numbers."""
+    by_how = {how: rows for how in hows if (rows := [row for row in own if row.how == how])}
+    numbers = [
+        (hows[how][0], row.index, _which(row), short(row.loss, 4), short(row.change), tables.interval(row.low, row.high))
+        for how, rows in by_how.items()
+        for row in rows
+    ]
+    losses = {row.how: short(row.loss, 4) for row in own}
+    head = ["ablation", "index", "which", "loss", "change", "95% interval"]
+    return {
+        "whose": whose,
+        "n": max((row.n for row in own), default=0),
+        "losses": [losses.get(how, "") for how in ("whole", "none")],
+        "charts": [
+            {
+                "name": hows[how][0],
+                "chart": _ablation_chart(index, f"{whose}: change of {hows[how][1]}, beside other indices", rows),
+            }
+            for how, rows in by_how.items()
+        ],
+        "table": {"head": head, "rows": numbers, "numeric": [False, True, False, True, True, True]},
+    }
+
+
+def _which(row: Ablation) -> str:
+    return _GROUPS.get(row.group, row.group).format(row.index)
+
+
+def _ablation_chart(index: int, title: str, own: Sequence[Ablation]) -> Markup:
+    def dot(row: Ablation) -> Dot:
+        title = f"index {row.index}: {short(row.change)} ({tables.interval(row.low, row.high)})"
+        if row.group:
+            return Dot(row.change, title, 0, False, small=True)
+        return Dot(row.change, title, _INDEX, True, row.low, row.high)
+
+    rows = [
+        (name.format(index), [dot(row) for row in own if row.group == group])
+        for group, name in _GROUPS.items()
+        if any(row.group == group for row in own)
+    ]
+    ends = [end for row in own if not row.group for end in (row.low, row.high)]
+    axis = Axis.over([*(row.change for row in own), *ends, 0.0])
+    return charts.dot_chart(rows, axis, "change of loss, nats per target", title, [(0.0, "c0")])
+
+
+def facts_table(facts: Iterable[Fact]) -> list[dict[str, Any]]:
+    """What is measured at an index; `odd`: far above (1) or below (-1) the median."""
+    return [
+        {
+            "about": fact.about,
+            "value": short(fact.value),
+            "times": short(fact.times_median),
+            "rank": f"{fact.rank:,} of {fact.n:,}",
+            "odd": 1 if fact.times_median >= UNUSUAL else -1 if fact.times_median <= 1 / UNUSUAL else 0,
+        }
+        for fact in facts
+    ]
+
+
+def _profiles(item: Explained, runs: Runs) -> list[dict[str, Any]]:
+    """The index layer by layer: in the host, in the IRMs' deltas, and what these cancel of the host's residual."""
+    found = item.profiles
+    host = [Line("residual", found.layer, found.residual, _INDEX), Line("gradient", found.layer, found.gradient, _HOST)]
+    over, cancelled = "over the median", "share cancelled"
+    drawn = [
+        (host, over, f"The host's residual and the loss's gradient at index {item.index}, over the layer's median"),
+        (_of_irms(found.layer, found.delta, runs), over, "Mean |delta| there, over the layer's median"),
+        (
+            _of_irms(found.layer, found.cancelled, runs),
+            cancelled,
+            "What the deltas so far take off the host's residual there, as a share of it: 1 takes it away, negative adds to it",
+        ),
+    ]
+    entries = []
+    for lines, name, words in drawn:
+        log = name == over and charts.spans_much([y for line in lines for y in line.y])
+        chart = charts.line_chart(lines, "layer", name + " (log)" * log, words, not log, log)
+        entries.append({"chart": chart, "words": words, "key": charts.key(lines), "table": tables.points(lines, "layer")})
+    return entries
+
+
+def _of_irms(layers: Sequence[float], values: Mapping[str, Sequence[float]], runs: Runs) -> list[Line]:
+    """A line an IRM, in the page's colours where it knows the run."""
+    lines = []
+    for number, (irm, line) in enumerate(values.items()):
+        known = irm in runs.names
+        colour = 0 if irm == UNTRAINED else runs.colour(irm) if known else number % COLOURS + 1
+        lines.append(Line(irm, layers, line, colour, runs.dash(irm) if known else number // COLOURS % 4))
+    return lines
+
+
+def _correlations(item: Explained) -> dict[str, Any] | None:
+    """Each measurement's rank correlation with the scores, of trained and of untrained IRMs."""
+    if not item.correlations:
+        return None
+    about = {fact.measurement: fact.about for fact in item.facts}
+    measurements = dict.fromkeys(row.measurement for row in item.correlations)
+    rows = []
+    for name in measurements:
+        own = [row for row in item.correlations if row.measurement == name]
+        dots = []
+        for row in own:
+            trained = row.scores != UNTRAINED
+            title = f"{'trained' if trained else UNTRAINED}: {short(row.rho)} ({tables.interval(row.low, row.high)})"
+            dots.append(Dot(row.rho, title, _INDEX if trained else 0, trained, row.low, row.high, down=36 if trained else 66))
+        rows.append((about.get(name, name), dots))
+    table = pd.DataFrame([row.model_dump() for row in item.correlations])
+    table["measurement"] = table["measurement"].map(lambda name: about.get(name, name))
+    return {
+        "chart": charts.dot_chart(rows, Axis(-1.0, 1.0), "Spearman's rho", "Rank correlations of measurements", [(0.0, "c0")]),
+        "table": tables.plain(table, ("n",)),
+        "n": f"{item.correlations[0].n:,}",
+    }
+
+
+def _foreseen(name: str, found: Regression) -> str:
+    """What a regression on all measurements foresees, in words."""
+    whose = "untrained IRMs" if name == UNTRAINED else "the trained IRMs"
+    return (
+        f"Where {whose} stand out: a ridge regression on all measurements foresees {short(found.r2)} of the variance of the "
+        f"ranks of indices that it was not fitted on (95% {tables.interval(found.low, found.high)}; with the scores permuted "
+        f"{short(found.null)}; p {tables.probability(found.p)}; n {found.n:,} indices)."
+    )
+
+
+def on_page(items: Sequence[Explained], index: int) -> dict[str, Any] | None:
+    """What explanations say of an index, for its page; None where they say nothing of it."""
+    known = [item.pages[index] for item in items if index in item.pages]
+    if not known:
+        return None
+    deltas, host = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
+    for item in items:
+        for losses, of in ((deltas, item.ablations), (host, {"": item.host_ablation})):
+            for name, table in of.items():
+                row = next((row for row in table if row.how == "zero" and row.index == index), None)
+                if row is not None:
+                    change, interval = short(row.change, zeros=True), tables.interval(row.low, row.high)
+                    losses.setdefault(name, {"irm": name, "change": change, "interval": interval, "n": row.n})
+    return {
+        "facts": facts_table(known[0].facts),
+        "up": known[0].up,
+        "down": known[0].down,
+        "losses": list(deltas.values()),
+        "host_loss": host.get(""),
+        "chapters": [
+            {"id": f"why-{number}", "words": item.words} for number, item in enumerate(items, 1) if item.index == index
+        ],
+    }
