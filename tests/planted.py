@@ -88,6 +88,7 @@ def planted_explanation(index: int = 17, neurons: int = 50, layers: int = 6, hos
         "index": index,
         "words": f"Index {index} of {host}: a <channel> of the host.",
         "quick": False,
+        "dtype": "float32",
         "conclusions": [asked, untried],
         "facts": facts(index),
         "trials": trials,

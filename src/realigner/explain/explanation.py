@@ -35,6 +35,7 @@ class Explanation:
         profiles: layer by layer at the index: ``residual``, ``delta`` of each IRM, both over the layer's median, ``cancelled``.
         pages: the index and other leading ones -> ``facts`` (as of the index), ``up``, ``down`` (see `head_tokens`).
         irms: name -> folder.
+        dtype: of the host while it was measured and ablated.
         quick: whether the small effort was made.
     """
 
@@ -53,6 +54,7 @@ class Explanation:
     profiles: dict[str, Any]
     pages: dict[int, dict[str, Any]]
     irms: dict[str, str]
+    dtype: str
     quick: bool
 
     @property
@@ -71,6 +73,7 @@ class Explanation:
             "cause": self.cause,
             "words": self.words,
             "quick": self.quick,
+            "dtype": self.dtype,
             "conclusions": [conclusion.to_dict() for conclusion in self.conclusions],
             **found,
             "trials": None if self.trials is None else records(self.trials),

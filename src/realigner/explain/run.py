@@ -131,6 +131,7 @@ def explain(
         profiles=case.profiles(chosen),
         pages=case.pages(leading),
         irms={name: str(folder) for name, (folder, _) in case.runs.items()},
+        dtype=str(host.dtype).removeprefix("torch."),
         quick=quick,
     )
     found.save(out)

@@ -185,7 +185,8 @@ def line_chart(
         at = up(math.log10(value) if log else value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{short(value)}</text>')
-    for value in ticks(x_low, x_high, 8):
+    whole = all(x == int(x) for x in xs)  # layers and steps have no halves
+    for value in [tick for tick in ticks(x_low, x_high, 8) if not whole or tick == int(tick)]:
         at, base = across(value), _HEIGHT - _BOTTOM
         parts.append(f'<text class="tick" x="{at:.1f}" y="{base + 16}" text-anchor="middle">{short(value)}</text>')
     middle, half = (_LEFT + _WIDTH - _RIGHT) / 2, (_TOP + _HEIGHT - _BOTTOM) / 2

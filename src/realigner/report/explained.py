@@ -127,6 +127,7 @@ class Explained(_Part):
         host, index, words: of which host, which index, and the verdict.
         irms: name -> folder.
         quick: whether the small effort was made.
+        dtype: of the host while it was measured.
         trials: None: none were made.
         ablations: IRM -> its ablations.
         host_ablation: those of the bare host; empty: not asked.
@@ -139,6 +140,7 @@ class Explained(_Part):
     index: int
     words: str
     quick: bool
+    dtype: str = ""
     irms: dict[str, str]
     conclusions: list[Conclusion]
     facts: Annotated[list[Fact], Field(min_length=1)]

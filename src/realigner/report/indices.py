@@ -88,7 +88,7 @@ def _profile(runs: Runs, maps: xr.DataArray, index: int, kind: str) -> dict[str,
         typical = np.sqrt(np.nanmean(np.square(maps.sel(run=run).values))) or 1.0
         lines.append(Line(run, layers, (values / typical).tolist(), runs.colour(run), runs.dash(run)))
     name = "mean |delta|" if kind == "absolute" else "mean delta"
-    label = f"{name} / RMS of the map"
+    label = f"{name} / map's RMS"
     title = f"Index {index} through the layers: {name} of each run over the root mean square of the run's map"
     chart = charts.line_chart(lines, "layer", label, title, kind == "absolute")
     return {"kind": kind, "chart": chart, "key": charts.key(lines), "table": points(lines, "layer")}

@@ -59,8 +59,9 @@ def _done(item: Explained) -> str:
     trials = _number(len(item.trials), "training") + " with one thing changed or none" if item.trials else "no training"
     rows = [row.n for table in item.ablations.values() for row in table]
     most = f"{min(rows)} to {max(rows)}" if rows and min(rows) < max(rows) else str(max(rows, default=0))
+    dtype = f" in {item.dtype}" if item.dtype else ""
     irms = f"{_number(len(item.irms), 'IRM')} ({', '.join(item.irms)})"
-    return f"{effort}: {trials}; losses on {most} rows of each of {irms}; {item.width:,} indices measured."
+    return f"{effort}: {trials}; losses{dtype} on {most} rows of each of {irms}; {item.width:,} indices measured."
 
 
 def _number(count: int, thing: str) -> str:
