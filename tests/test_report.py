@@ -317,6 +317,17 @@ def test_pages_of_indices_say_what_the_host_has(tmp_path: Path) -> None:
     assert 'href="#index-17">The page of index 17' in page
 
 
+def test_an_index_that_everything_hangs_on_does_not_press_the_others_into_a_point(tmp_path: Path) -> None:
+    """It is named beside the axis; the others lie where their values are."""
+    table = planted_explanation()["host_ablation"]
+    far = next(row for row in table if row["group"] == "random")
+    page = render([with_why(tmp_path, host_ablation=[row | {"change": 900.5} if row is far else row for row in table])])
+    drawn = values_of(page, "the bare host: change of", log=False)["random indices"]
+    assert f"beyond the axis: index {far['index']} ({short(900.5)})" in page
+    rest = [row["change"] for row in table if row["group"] == "random" and row is not far]
+    assert drawn == pytest.approx(rest, abs=2e-3)
+
+
 def test_explanations_that_lack_something_are_shown(tmp_path: Path) -> None:
     """No trials, no ablations, no head that reads the stream; an index far beyond those that lead."""
     alone = {"17": {"facts": planted_explanation()["facts"]}}
@@ -327,7 +338,7 @@ def test_explanations_that_lack_something_are_shown(tmp_path: Path) -> None:
             )
         ]
     )
-    assert "no training; losses on 0 rows" in page
+    assert "no training; losses in float32 on 0 rows" in page
     assert "pushed up" not in page
     assert "What the host itself needs" not in page
     assert "realigner explain --irm runs/anger-42 --irm runs/elsewhere-7 --index 17 --quick --no-trials --out" in page

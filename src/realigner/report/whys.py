@@ -136,14 +136,20 @@ def _ablation_chart(index: int, title: str, own: Sequence[Ablation]) -> Markup:
             return Dot(row.change, title, 0, False, small=True)
         return Dot(row.change, title, _INDEX, True, row.low, row.high)
 
+    ends = [end for row in own if not row.group for end in (row.low, row.high)]
+    sizes = sorted(abs(value) for value in [*(row.change for row in own), *ends])
+    edge = 5 * sizes[int(0.9 * (len(sizes) - 1))]  # one index that everything hangs on would press all others into a point
+    far = {row.index: row for row in own if row.group and abs(row.change) > edge}
+    shown = [row for row in own if row.index not in far]
     rows = [
-        (name.format(index), [dot(row) for row in own if row.group == group])
+        (name.format(index), [dot(row) for row in shown if row.group == group])
         for group, name in _GROUPS.items()
         if any(row.group == group for row in own)
     ]
-    ends = [end for row in own if not row.group for end in (row.low, row.high)]
-    axis = Axis.over([*(row.change for row in own), *ends, 0.0])
-    return charts.dot_chart(rows, axis, "change of loss, nats per target", title, [(0.0, "c0")])
+    axis = Axis.over([*(row.change for row in shown), *ends, 0.0])
+    beyond = ", ".join(f"index {row.index} ({short(row.change)})" for row in far.values())
+    label = "change of loss, nats per target" + (f"; beyond the axis: {beyond}" if far else "")
+    return charts.dot_chart(rows, axis, label, title, [(0.0, "c0")])
 
 
 def facts_table(facts: Iterable[Fact]) -> list[dict[str, Any]]:
