@@ -104,6 +104,22 @@ def test_train_trace_report(place: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert set(made["answers"]["r"][0]) == {"prompt", "base", "anger-42", "untrained-42"}
 
 
+def test_explain(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, here = ("--data", place / "rows.jsonl"), ("--dtype", "float32")
+    document(capsys, "train", "--host", place / "host", *rows, "--out", tmp_path / "r", "--steps", 2, *here)
+    asked = ("explain", "--irm", tmp_path / "r", "--out", tmp_path / "why", "--quick", *here)
+    told = document(capsys, *asked, "--index", "5")
+    assert told == json.loads((tmp_path / "why" / "explain.json").read_text())
+    assert (told["index"], told["quick"], told["dtype"]) == (5, True, "float32")
+    assert {"reference", "permuted", "masked"} <= {trial["kind"] for trial in told["trials"]}
+    assert all(conclusion["answer"] in ("supported", "not supported", "cannot tell") for conclusion in told["conclusions"])
+    code, out, _ = run(capsys, *asked)
+    assert code == 0
+    assert f"realigner report {tmp_path / 'why'} --out report.html" in out
+    whole = document(capsys, "explain", "--weights-only", "--host", place / "host", "--index", "5")
+    assert [entry["index"] for entry in whole["indices"]] == [5]
+
+
 def test_hosts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     types = ("--type", "llama", "--type", "gpt2", "--type", "xlm")
     code, out, _ = run(capsys, "hosts", *types, "--out", tmp_path / "hosts.md")
@@ -482,6 +498,16 @@ CASES: dict[str, Case] = {
     ),
     "no tokens": (2, "max-new-tokens", lambda p, t: ("generate", "--irm", p / "run", "--max-new-tokens", "0", "Q?")),
     "trace exists": (1, "exists already", lambda p, t: ("trace", "--irm", p / "run", "--out", p / "run", "Q?")),
+    "explain nothing": (2, "give a run with --irm", lambda p, t: ("explain",)),
+    "explain a missing run": (1, "no such run", lambda p, t: ("explain", "--irm", t / "none")),
+    "explain elsewhere": (2, "--on", lambda p, t: ("explain", "--irm", p / "run", "--on", "mars")),
+    "explain an index too far": (
+        2,
+        "--index 32: this host has indices 0 to 31",
+        lambda p, t: ("explain", "--irm", p / "run", "--index", "32", "--dtype", "float32", "--out", t / "why"),
+    ),
+    "explain weights of nothing": (2, "--weights-only needs --host", lambda p, t: ("explain", "--weights-only")),
+    "explain weights of an empty folder": (1, "config.json", lambda p, t: ("explain", "--weights-only", "--host", t)),
     "report of nothing": (1, "no such run or trace", lambda p, t: ("report", t / "none", "--out", t / "r.html")),
     "report of a folder": (1, "neither a run", lambda p, t: ("report", t, "--out", t / "r.html")),
     "report of a damaged explanation": (

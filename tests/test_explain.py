@@ -26,6 +26,7 @@ from realigner.explain.residuals import Residuals, SiteGradients
 from realigner.explain.roles import final_norm, roles_of
 from realigner.explain.rows import Rows
 from realigner.explain.split import norm_eps, norm_kind, split_gradient
+from realigner.explain.trials import FULL
 from realigner.explain.weights import head_tokens
 from realigner.irm import IRM
 from realigner.sites import find_sites
@@ -250,6 +251,21 @@ def test_killed_it_goes_on_and_repeats_no_finished_trial(tmp_path: Path) -> None
     assert len(stamps) >= 6
     assert ask("killed") == ask("whole")
     assert stamps.items() <= finished().items()
+
+
+@pytest.mark.slow
+def test_the_full_effort_makes_every_trial_and_ablation(tmp_path: Path) -> None:
+    recipe = planted_folder(tmp_path, 1, "constant", "zero", 5.0)
+    host, tokenizer = ra.load_host(str(recipe.host), "float32")
+    train(host, tokenizer, markov_rows(1), tmp_path / "run", recipe, quiet=True).model.unload()
+    found = explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, quiet=True)
+    assert (found.index, found.cause) == (PLANTED, "channel through the norm")
+    assert found.trials is not None
+    assert found.trials["kind"].value_counts().to_dict() == FULL
+    assert set(found.ablations["anger-1"]["how"]) == {"whole", "none", "zero", "mean", "keep"}
+    answers = {conclusion.key: conclusion.answer for conclusion in found.conclusions}
+    assert answers["sgd"] == answers["one layer"] == "not supported"  # it leads there too
+    assert answers["random host"] == "supported"  # whose gain is 1
 
 
 @pytest.mark.slow

@@ -157,19 +157,18 @@ def explained(
 
     rng = np.random.default_rng(seed)
     x = np.column_stack([_normal(measured[name].to_numpy()) for name in measured])
-    ridge, cut = RidgeCV(alphas=np.logspace(-1, 4, 11)), KFold(folds, shuffle=True, random_state=seed)
-
-    def errors(y: np.ndarray) -> np.ndarray:
-        return np.asarray((y - cross_val_predict(ridge, x, y, cv=cut)) ** 2)
-
+    ridge = RidgeCV(alphas=np.logspace(-1, 4, 11), alpha_per_target=True)
     y = _normal(score)
-    own, spread = errors(y), (y - y.mean()) ** 2
-    r2 = 1 - own.sum() / spread.sum()
+    targets = np.column_stack([y, *(rng.permutation(y) for _ in range(permutations))])
+    cut = KFold(folds, shuffle=True, random_state=seed)
+    errors = (targets - cross_val_predict(ridge, x, targets, cv=cut)) ** 2
+    spread = (y - y.mean()) ** 2
+    own = errors[:, 0]
+    r2, *nulls = 1 - errors.sum(axis=0) / spread.sum()
     picked = rng.integers(len(y), size=(resamples, len(y)))
     low, high = np.quantile(1 - own[picked].sum(axis=1) / spread[picked].sum(axis=1), [0.025, 0.975])
-    nulls = np.array([1 - errors(rng.permutation(y)).sum() / spread.sum() for _ in range(permutations)])
-    p = (1 + int((nulls >= r2).sum())) / (1 + permutations)
-    return {"r2": float(r2), "low": float(low), "high": float(high), "null": float(nulls.mean()), "p": p, "n": len(y)}
+    p = (1 + sum(bool(null >= r2) for null in nulls)) / (1 + permutations)
+    return {"r2": float(r2), "low": float(low), "high": float(high), "null": float(np.mean(nulls)), "p": p, "n": len(y)}
 
 
 def _normal(values: np.ndarray) -> np.ndarray:
