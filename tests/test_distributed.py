@@ -126,6 +126,7 @@ def test_fsdp2_gradients(tmp_path: Path) -> None:
     assert max(float(value.abs().max()) for value in got.values()) > 1e-4
 
 
+@pytest.mark.slow
 def test_fsdp2_by_accelerate(tmp_path: Path) -> None:
     """The command line under what `accelerate launch --use_fsdp` sets: trains, and the file is a plain adapter."""
     host, rows = tiny_folder(tmp_path / "host"), tmp_path / "rows.jsonl"
