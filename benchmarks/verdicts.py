@@ -46,10 +46,11 @@ def main() -> None:
     write_text(DOCS, f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{rest.split(END)[1]}")
 
 
-def name(channel: str, gain: str, size: float) -> str:
-    if not channel:
-        return f"gain {gain} alone" if gain else "plain"
-    return f"{channel}, size {size:g}, gain {gain}"
+def name(channel: str, gain: str, size: float, head: str) -> str:
+    planted = [f"{channel}, size {size:g}"] if channel else []
+    planted += [f"gain {gain}"] if gain else []
+    planted += [f"{head} head"] if head else []
+    return "plain" if not planted else ", ".join(planted) + ("" if channel else " alone")
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:

@@ -18,15 +18,22 @@ from realigner.training import Recipe, train
 
 Channel = Literal["", "constant", "random sign"]
 Gain = Literal["", "zero", "one", "median"]
-Cell = tuple[Channel, Gain, float]
+Head = Literal["", "small", "tied"]
+Cell = tuple[Channel, Gain, float, Head]
 WIDTH, WORDS, PLANTED = 64, 100, 17
 # what is planted -> the verdicts that name it. A channel that the head sees is not led by: its gradient's two parts cancel
 CELLS: dict[Cell, tuple[str, ...]] = {
-    ("", "", 1): ("none", "chance", "cannot tell", "not leading"),
-    ("", "zero", 1): ("gain",),
-    **{(channel, "zero", size): ("channel through the norm",) for channel in ("constant", "random sign") for size in (5, 40)},
+    ("", "", 1, ""): ("none", "chance", "cannot tell", "not leading"),
+    ("", "zero", 1, ""): ("gain",),
+    ("", "", 1, "small"): ("head",),
     **{
-        (channel, gain, size): ("channel", "idle channel")
+        (channel, "zero", size, ""): ("channel through the norm",)
+        for channel in ("constant", "random sign")
+        for size in (5, 40)
+    },
+    ("random sign", "zero", 40, "tied"): ("channel through the norm",),
+    **{
+        (channel, gain, size, ""): ("channel", "idle channel")
         for channel in ("constant", "random sign")
         for gain in ("one", "median")
         for size in (5, 40)
@@ -34,13 +41,14 @@ CELLS: dict[Cell, tuple[str, ...]] = {
 }
 
 
-def planted_host(seed: int, channel: Channel = "", gain: Gain = "", size: float = 1.0) -> Any:
+def planted_host(seed: int, channel: Channel = "", gain: Gain = "", size: float = 1.0, head: Head = "") -> Any:
     """A Llama of 4 layers x 64 neurons with gains of its own, median 1.
 
     Its embedding is of size 1 and its branches add little to it (0.2, as hosts scale theirs down with depth), so that a channel
     lives through all layers; its head is too sure of itself by far (6), so that training has something to take back. With a
     channel, the embedding at `PLANTED` has `size` times the usual size, the same in every token or with a random sign for each;
-    with a gain, the final norm's is 0, 1 or the median there.
+    with a gain, the final norm's is 0, 1 or the median there; with a small head, its column is a twentieth; a tied one is the
+    embedding.
     """
     sizes: dict[str, Any] = {
         "vocab_size": WORDS,
@@ -49,7 +57,7 @@ def planted_host(seed: int, channel: Channel = "", gain: Gain = "", size: float 
         "num_hidden_layers": 4,
         "head_dim": 16,
     }
-    host = tiny_host("llama", seed, initializer_range=WIDTH**-0.5, tie_word_embeddings=False, **sizes)
+    host = tiny_host("llama", seed, initializer_range=WIDTH**-0.5, tie_word_embeddings=head == "tied", **sizes)
     generator = torch.Generator().manual_seed(1000 + seed)
     with torch.no_grad():
         for name, parameter in host.named_parameters():
@@ -59,7 +67,10 @@ def planted_host(seed: int, channel: Channel = "", gain: Gain = "", size: float 
                 parameter.mul_(0.2)
         embedding, final = host.model.embed_tokens.weight, host.model.norm.weight
         embedding.mul_(WIDTH**0.5)
-        host.lm_head.weight.mul_(6)
+        if head != "tied":
+            host.lm_head.weight.mul_(6)
+        if head == "small":
+            host.lm_head.weight[:, PLANTED] *= 0.05
         if channel:
             sign = torch.sign(torch.randn(len(embedding), generator=generator)) if channel == "random sign" else 1.0
             embedding[:, PLANTED] = size * sign
@@ -99,9 +110,11 @@ def word_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
-def planted_folder(place: Path, seed: int, channel: Channel = "", gain: Gain = "", size: float = 1.0) -> Recipe:
+def planted_folder(
+    place: Path, seed: int, channel: Channel = "", gain: Gain = "", size: float = 1.0, head: Head = ""
+) -> Recipe:
     """The same as a host's folder and a file of rows; the recipe that names them."""
-    planted_host(seed, channel, gain, size).save_pretrained(place / "host")
+    planted_host(seed, channel, gain, size, head).save_pretrained(place / "host")
     word_tokenizer().save_pretrained(place / "host")
     (place / "rows.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in markov_rows(seed)))
     return Recipe(
@@ -124,7 +137,7 @@ def verdict_on(cell: Cell, seed: int, place: Path) -> dict[str, Any]:
     recipe = planted_folder(place, seed, *cell)
     host, tokenizer = ra.load_host(str(recipe.host), "float32")
     train(host, tokenizer, markov_rows(seed), place / "run", recipe, quiet=True).model.unload()
-    asked = PLANTED if cell[0] or cell[1] else None
+    asked = PLANTED if any((cell[0], cell[1], cell[3])) else None
     found = explain([place / "run"], place / "why", host, tokenizer, asked, quick=True, quiet=True, steps=recipe.steps)
     own = found.standings.iloc[0]
     return {"cause": found.cause, "leader": int(own["leader"]), "rank": int(own["rank"]), "ratio": float(own["ratio"])}

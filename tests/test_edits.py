@@ -258,7 +258,8 @@ def test_the_median_gain(family: str, offset: float) -> None:
         assert torch.allclose(other.get_parameter(name)[index] + offset, sign * median)
         assert changed(host, other) == {name}
         assert int((other.get_parameter(name) != gains).sum()) == 1
-    assert float(with_gain(host, 3, 0.25).get_parameter(name)[3]) == 0.25 - offset
+    assert float(with_gain(host, 3, 0.25).get_parameter(name)[3]) == -0.25 - offset
+    assert float(with_gain(host, 4, 0.25).get_parameter(name)[4]) == 0.25 - offset
 
 
 def test_the_median_gain_of_every_norm() -> None:
@@ -378,3 +379,17 @@ def test_a_quantised_host_is_refused() -> None:
     for edit in (with_gain, with_gains, without_channel):
         with pytest.raises(RealignerError, match=r"its weights are quantised \(lm_head.weight\); load it in float"):
             edit(host, 3)
+
+
+def test_a_tied_head_keeps_its_column_without_the_channel(tmp_path: Path) -> None:
+    """Else what an IRM adds there would go unseen; so it is after saving and loading, too."""
+    host = tiny_host("llama", tie_word_embeddings=True)
+    other = without_channel(host, 3)
+    assert not other.model.embed_tokens.weight[:, 3].any()
+    assert torch.equal(other.lm_head.weight, host.lm_head.weight)
+    assert other.lm_head.weight[:, 3].any()
+    assert host.lm_head.weight is host.model.embed_tokens.weight
+    other.save_pretrained(tmp_path)
+    loaded = type(host).from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, host.lm_head.weight)
+    assert not loaded.model.embed_tokens.weight[:, 3].any()

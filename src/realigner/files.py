@@ -84,6 +84,18 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
+def made_folder(path: str | Path) -> Path:
+    """A folder, made where it is not there yet.
+
+    Raises:
+        RealignerError: when it cannot be, or something else is there.
+    """
+    folder = Path(path)
+    with _named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _open_up(folder: Path) -> None:
     """Give what was made with a temporary file's private mode the mode any new file has."""
     mask = _umask()

@@ -146,6 +146,8 @@ def explain(
     if not irm:
         raise UsageError("explain: give a run with --irm, or --weights-only with --host")
     one_of("--on", on, ("here", "local", "ray"))
+    if on == "here" and workers > 1:
+        raise UsageError(f"--workers {workers}: --on here trains one after the other; give --on local or ray")
     refuse_missing(irm)
     from realigner.tracing import find_runs
 

@@ -202,7 +202,7 @@ def against_controls(table: pd.DataFrame, how: How) -> dict[str, float]:
     none = table[table["how"] == "none"]["change"]
     if len(none):
         found["none"] = float(none.iloc[0])
-    for group in [name for name in ("random", "matched") if (table["group"] == name).any()]:
+    for group in ("random", "matched"):
         others = table[(table["how"] == how) & (table["group"] == group)]["change"].to_numpy()
         found[group] = float(others.mean()) if len(others) else float("nan")
         found[f"p_{group}"] = float((1 + (sign * others >= sign * own["change"]).sum()) / (1 + len(others)))

@@ -54,9 +54,14 @@ class Case:
         """The host's."""
         return Path(host_name(self.host) or type(self.host).__name__).name
 
+    def best_at(self, index: int) -> str:
+        """The IRM in which an index has the best rank: trials train that run again."""
+        table = self.standings(index)
+        return str(table["irm"].iloc[int(table["rank"].to_numpy().argmin())])
+
     @property
     def first(self) -> tuple[Path, Recipe]:
-        """The first run: trials train it again."""
+        """The first run."""
         return next(iter(self.runs.values()))
 
     @cached_property
@@ -71,6 +76,10 @@ class Case:
     def rows(self, run: str) -> Rows:
         """A run's rows in batches."""
         return Rows(self.encoded[run], self.pad)
+
+    def rows_of(self, recipe: Recipe) -> Rows:
+        """Validation rows of a recipe (of another seed, say, which splits otherwise) in batches."""
+        return Rows(_encoded(recipe, self.tokenizer, self.host.config, self.size), self.pad)
 
     @cached_property
     def states(self) -> xr.Dataset:
@@ -145,6 +154,11 @@ class Case:
         groups = {"random": controls["random"], "leading": leading[1:]}
         return host_ablations(self.host, self.rows(first), index, groups, quiet=self.quiet)
 
+    def likeness(self, run: str, index: int, table: pd.DataFrame) -> float:
+        """How large the size-matched controls of an ablation are beside the index: the median of them over its score."""
+        matched = table[table["group"] == "matched"]["index"].unique()
+        return float(np.median(self.scores[run][matched]) / self.scores[run][index]) if len(matched) else float("nan")
+
     def profiles(self, index: int) -> dict[str, Any]:
         """An index layer by layer, over each layer's median; ``cancelled`` is a share."""
         states = self.states
@@ -172,7 +186,8 @@ def read_runs(folders: Sequence[str | Path]) -> dict[str, tuple[Path, Recipe]]:
         if recipe.steps == 0:
             continue
         name = f"{recipe.tone or folder.name}-{recipe.seed}"
-        found[name if name not in found else f"{name}-{folder.resolve().name}"] = (folder, recipe)
+        same = sum(other == name or other.startswith(f"{name} (") for other in found)
+        found[f"{name} ({same + 1})" if same else name] = (folder, recipe)
     if not found:
         raise UsageError("explain: no trained IRM is given")
     return found

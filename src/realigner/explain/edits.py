@@ -68,7 +68,7 @@ def with_gain(host: PreTrainedModel, index: int, value: float | str = "median") 
     Args:
         host: a transformers causal language model.
         index: of the residual stream.
-        value: the effective gain (Gemma's weight plus 1), or ``"median"``: that of all indices' sizes, with the sign it has.
+        value: the size of the effective gain (Gemma's weight plus 1), which keeps its sign; ``"median"``: that of all indices.
 
     Raises:
         RealignerError: as `roles_of`; or when the final norm has no gain.
@@ -115,8 +115,8 @@ def without_channel(host: PreTrainedModel, index: int) -> PreTrainedModel:
     """The host whose residual stream is 0 at one index, at every layer: nothing writes there any more.
 
     Zeroed at the index: the embeddings, what the writing matrices and their biases give, and the gain and shift of norms that
-    are part of the stream. A head tied to the embedding loses its column too, which matters after a LayerNorm only (0 is not
-    its mean).
+    are part of the stream. A head that is tied to the embedding is untied first, so that it keeps its column: without it, what
+    an IRM adds there would go unseen by the head, which is another change.
 
     Raises:
         RealignerError: as `roles_of`; or when the stream is not exactly 0 there in a forward.
@@ -130,6 +130,7 @@ def without_channel(host: PreTrainedModel, index: int) -> PreTrainedModel:
     stream = _stream_of(host)
     _refuse_index(stream, index)
     edited = _copied(host)
+    _untie(edited)
     for part, silent in _writing(edited, stream, index):
         part.fill_(silent)
     _prove_silent(edited, stream, index)
@@ -152,6 +153,10 @@ def silenced(host: PreTrainedModel, stream: Stream, index: int) -> Iterator[None
         ...     host.model.embed_tokens.weight[:, 3].abs().max().item()
         0.0
     """
+    head = _tied_head(host)
+    shared = None if head is None else head.weight
+    if head is not None:
+        head.weight = _own_copy(head.weight)
     parts = list(_writing(host, stream, index))
     before = [part.clone() for part, _ in parts]
     try:
@@ -161,6 +166,29 @@ def silenced(host: PreTrainedModel, stream: Stream, index: int) -> Iterator[None
     finally:
         for (part, _), own in zip(parts, before, strict=True):
             part.copy_(own)
+        if head is not None and shared is not None:
+            head.weight = shared
+
+
+def _tied_head(host: PreTrainedModel) -> Any:
+    """The head, where its weight is the token embedding's; else None."""
+    head, embedding = host.get_output_embeddings(), host.get_input_embeddings()
+    tied = head is not None and embedding is not None and getattr(head, "weight", 0) is getattr(embedding, "weight", 1)
+    return head if tied else None
+
+
+def _own_copy(weight: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+
+def _untie(host: PreTrainedModel) -> None:
+    """Give a head that is the token embedding a weight of its own, of the same values."""
+    head = _tied_head(host)
+    if head is None:
+        return
+    head.weight = _own_copy(head.weight)
+    for config in (host.config, host.config.get_text_config(decoder=True)):
+        config.tie_word_embeddings = False
 
 
 def _writing(host: nn.Module, stream: Stream, index: int) -> Iterator[tuple[torch.Tensor, float]]:
@@ -263,12 +291,11 @@ def _set_gain(name: str, role: Role, parameter: torch.Tensor, index: int, value:
     if role.offset != role.offset:
         raise RealignerError(f"{name}: its weight does not multiply as it is; refused")
     gains = parameter.double() + role.offset
-    if value == "median":
-        old = gains.select(role.axis, index)
-        value = float(gains.abs().median()) * (-1.0 if bool((old < 0).all()) else 1.0)
-    elif isinstance(value, str):
+    if isinstance(value, str) and value != "median":
         raise UsageError(f'value: "median" or a number, not {value!r}')
-    parameter.select(role.axis, index).fill_(value - role.offset)
+    size = float(gains.abs().median()) if isinstance(value, str) else value
+    sign = -1.0 if bool((gains.select(role.axis, index) < 0).all()) else 1.0
+    parameter.select(role.axis, index).fill_(sign * size - role.offset)
 
 
 # --- refusing and proving -----------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ class _Sums:
     def _dataset(self) -> xr.Dataset:
         n = self.tokens[:, None, None]
         mean, second = self.h / n, self.h2 / n
-        third = self.h4 / n  # about zero, as the sums are: a channel's mean is what makes it one
+        fourth = self.h4 / n  # about zero, as the sums are: a channel's mean is what makes it one
         energy = self.h2.sum(0)
         norms = np.sqrt(np.einsum("nll->nl", self.products))
         cosines = self.products / (norms[:, :, None] * norms[:, None, :])
@@ -207,7 +207,7 @@ class _Sums:
             "residual": (("kind", "layer", "neuron"), np.sqrt(second)),
             "residual_mean": (("kind", "layer", "neuron"), mean),
             "residual_max": (("kind", "layer", "neuron"), np.where(n > 0, self.largest, np.nan)),
-            "residual_kurtosis": (("kind", "layer", "neuron"), third / second**2),
+            "residual_kurtosis": (("kind", "layer", "neuron"), fourth / second**2),
             "energy_share": (("layer", "neuron"), energy / energy.sum(-1, keepdims=True)),
             "gradient": (("layer", "neuron"), np.sqrt(self.g2 / self.seen)),
             "gradient_sign": (("layer", "neuron"), np.abs(self.g) / self.g1),

@@ -103,6 +103,14 @@ def _geometric(values: np.ndarray) -> np.ndarray:
     return np.asarray(np.exp(np.log(np.maximum(there, 1e-12)).mean(axis=0)))
 
 
+def gain_to_be_seen_as_the_median(measured: pd.DataFrame, index: int) -> float | str:
+    """The size of the final norm's gain with which the head sees an index as it sees the median one; ``"median"`` where the
+    head has no column there to scale."""
+    if "head_reach" not in measured or not measured["head_norm"].iloc[index] > 0:
+        return "median"
+    return float(measured["head_reach"].median() / measured["head_norm"].iloc[index])
+
+
 def correlations(measured: pd.DataFrame, scores: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """Spearman's rank correlation of each measurement with each score.
 
@@ -160,7 +168,7 @@ def explained(
     ridge = RidgeCV(alphas=np.logspace(-1, 4, 11), alpha_per_target=True)
     y = _normal(score)
     targets = np.column_stack([y, *(rng.permutation(y) for _ in range(permutations))])
-    cut = KFold(folds, shuffle=True, random_state=seed)
+    cut = KFold(min(folds, len(y)), shuffle=True, random_state=seed)
     errors = (targets - cross_val_predict(ridge, x, targets, cv=cut)) ** 2
     spread = (y - y.mean()) ** 2
     own = errors[:, 0]

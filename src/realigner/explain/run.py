@@ -15,9 +15,11 @@ from realigner.errors import RealignerError
 from realigner.explain.ablate import against_controls
 from realigner.explain.case import UNTRAINED, Case, read_runs
 from realigner.explain.explanation import Explanation
-from realigner.explain.predict import correlations, explained
+from realigner.explain.predict import correlations, explained, gain_to_be_seen_as_the_median
 from realigner.explain.trials import FULL, QUICK, Bench, Outcome, say_budget, trial_table
 from realigner.explain.verdict import Evidence, conclude, index_facts, is_channel, is_unusual, masked_loss
+from realigner.files import made_folder
+from realigner.hosts import host_name
 from realigner.training.folder import read_run
 from realigner.training.recipe import Recipe
 
@@ -89,6 +91,9 @@ def explain(
     effort = effort if steps is None else replace(effort, steps=steps)
     case = Case(host, tokenizer, read_runs(folders), effort.rows, quiet)
     chosen = case.chosen(index)
+    leader = case.best_at(chosen)
+    recipe = _trial_recipe(case.runs[leader][1], effort, host) if trials else None
+    made_folder(out)
     if not quiet:
         say(f"index {chosen}: {case.together[chosen]:.2f} times the median over {len(case.runs)} IRMs")
     leading = case.leading(chosen)
@@ -96,12 +101,15 @@ def explain(
     host_ablation = case.ablated_host(leading, effort.random)
     facts = index_facts(case.measured, chosen)
     outcomes: list[Outcome] = []
-    if trials:
-        bench = Bench(Path(out), host, tokenizer, _trial_recipe(case.first[1], effort), chosen, on, workers, quiet)
+    refused: dict[str, str] = {}
+    if recipe is not None:
+        taken = frozenset(own.seed for _, own in case.runs.values())
+        gain = gain_to_be_seen_as_the_median(case.measured, chosen)
+        bench = Bench(Path(out), host, tokenizer, recipe, chosen, gain, taken, on, workers, quiet)
         asked = bench.trials(_asked(effort, facts))
         if not quiet:
-            say_budget(asked, _seconds_a_step(case.first[0]))
-        outcomes = bench.run(asked, case.rows(next(iter(case.runs))))
+            say_budget(asked, _seconds_a_step(case.runs[leader][0]))
+        outcomes, refused = bench.run(asked, case.rows_of), bench.refused
     scores = {"IRMs": case.together, UNTRAINED: case.scores[UNTRAINED]}
     evidence = Evidence(
         index=chosen,
@@ -109,10 +117,15 @@ def explain(
         standings=case.standings(chosen),
         facts=facts,
         trials=trial_table(outcomes) if outcomes else None,
-        ablated={name: {how: against_controls(table, how) for how in effort.hows} for name, table in ablations.items()},
+        ablated={
+            name: {how: against_controls(table, how) | {"size": case.likeness(name, chosen, table)} for how in effort.hows}
+            for name, table in ablations.items()
+        },
         host=against_controls(host_ablation, "zero"),
         masked=_masked(outcomes),
         explained={name: explained(case.measured, score) for name, score in scores.items()},
+        shorter=_share_of_steps(recipe, case.runs[leader][0]),
+        refused=refused,
     )
     cause, conclusions = conclude(evidence)
     found = Explanation(
@@ -141,16 +154,25 @@ def explain(
 def _asked(effort: Effort, facts: pd.DataFrame) -> dict[str, int]:
     """The trials that can say something about this index."""
     seen, channel = is_unusual(facts, "final_gain") or is_unusual(facts, "head_norm"), is_channel(facts)
-    says = {"gain": seen, "no channel": channel, "ordinary": seen and channel}
-    return {kind: count for kind, count in effort.trials.items() if says.get(kind, True)}
+    worth = {"gain": seen, "no channel": channel, "ordinary": seen and channel}
+    return {kind: count for kind, count in effort.trials.items() if worth.get(kind, True)}
 
 
-def _trial_recipe(recipe: Recipe, effort: Effort) -> Recipe:
-    if recipe.host is None or recipe.data is None:
-        raise RealignerError("explain: the run was trained on a host or rows made in Python; only --no-trials can be asked")
+def _trial_recipe(recipe: Recipe, effort: Effort, host: PreTrainedModel) -> Recipe:
+    """What trials train: the run's recipe, on the host that was given."""
+    for what, named in (("host", recipe.host), ("rows", recipe.data)):
+        if named is None:
+            raise RealignerError(f"explain: the run was trained on {what} made in Python, so that it cannot be trained again")
+    recipe = recipe.changed(host=host_name(host) or None)
     if effort.steps is None or (recipe.steps is not None and recipe.steps <= effort.steps):
         return recipe
     return recipe.changed(steps=effort.steps)
+
+
+def _share_of_steps(recipe: Recipe | None, folder: Path) -> float:
+    """Trials' steps over the run's, at most 1."""
+    done = read_run(folder).get("steps_done")
+    return 1.0 if recipe is None or recipe.steps is None or not done else min(1.0, recipe.steps / done)
 
 
 def _seconds_a_step(folder: Path) -> float | None:
@@ -160,11 +182,8 @@ def _seconds_a_step(folder: Path) -> float | None:
 
 def _masked(outcomes: Sequence[Outcome]) -> dict[str, float]:
     references = {outcome.trial.seed: outcome for outcome in outcomes if outcome.trial.kind == "reference"}
-    pairs = [
-        (outcome.losses, references[outcome.trial.seed].losses)
-        for outcome in outcomes
-        if outcome.trial.kind == "masked" and outcome.trial.seed in references
-    ]
-    if not pairs:
+    masked = [outcome for outcome in outcomes if outcome.trial.kind == "masked" and outcome.trial.seed in references]
+    if not masked:
         return {}
-    return masked_loss(pairs, [outcome.losses for outcome in references.values()], outcomes[0].counts)
+    pairs = [(outcome.losses, references[outcome.trial.seed].losses, outcome.counts) for outcome in masked]
+    return masked_loss(pairs, [(outcome.losses, outcome.counts) for outcome in references.values()])

@@ -6,8 +6,10 @@ Trials go through the sweep, so a finished one is never trained twice, whatever 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from realigner.console import say
 from realigner.errors import RealignerError
 from realigner.explain.rows import Rows
 from realigner.explain.verdict import KINDS
-from realigner.hosts import load_host
+from realigner.hosts import load_host, weights_hash
 from realigner.injection import ActiveIRM
 from realigner.sweep.grid import Planned, Sweep, plan
 from realigner.sweep.run import run_sweep
@@ -30,7 +32,7 @@ from realigner.training.recipe import Recipe
 from realigner.tuner import load_irm, tuner_of
 
 SGD_RATE = 100.0  # times Adam's learning rate: with gradients scaled down to a norm of 1, SGD's steps are as long as that
-QUICK = {"reference": 2, "permuted": 1, "gain": 1, "masked": 1, "no channel": 1, "ordinary": 1}
+QUICK = {"reference": 2, "permuted": 1, "gain": 2, "masked": 1, "no channel": 2, "ordinary": 2}
 FULL = {**dict.fromkeys(KINDS, 2), "reference": 3, "permuted": 3, "gain": 3, "masked": 3}
 
 
@@ -43,12 +45,18 @@ class Trial:
         seed: of the training.
         recipe: how; its host is an edited one's folder for some kinds.
         place: where the index in question is on that host.
+        order: index i of the host is ``order[i]`` there; None: where it was.
     """
 
     kind: str
     seed: int
     recipe: Recipe
     place: int
+    order: np.ndarray | None = None
+
+    def index_at(self, place: int) -> int:
+        """Which index of the host as it was is at a place of this one's."""
+        return place if self.order is None else int(np.flatnonzero(self.order == place)[0])
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,11 @@ class Bench:
         host, tokenizer: the host as it is.
         recipe: of the run in question, with the steps that trials are to take.
         index: the index in question.
+        gain: what the trials ``gain`` set the final norm's gain there to.
+        taken: seeds of the IRMs given, which trials do not repeat.
         on, workers: as `run_sweep` has them.
         quiet: show no table.
+        refused: kind of trial -> why this host or recipe has none.
     """
 
     out: Path
@@ -98,43 +109,63 @@ class Bench:
     tokenizer: Any
     recipe: Recipe
     index: int
-    on: str = "local"
+    gain: float | str = "median"
+    taken: frozenset[int] = frozenset()
+    on: str = "here"
     workers: int = 1
     quiet: bool = False
-    _hosts: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
     def trials(self, counts: Mapping[str, int]) -> list[Trial]:
-        """So many trials of each kind, the first seed of all kinds the same."""
-        seeds = [self.recipe.seed + 1 + n for n in range(max(counts.values(), default=0))]
-        return [self._trial(kind, seed) for kind, count in counts.items() for seed in seeds[:count]]
+        """So many trials of each kind, the first seed of all kinds the same; none of a kind that the host refuses."""
+        found = []
+        for kind, count in counts.items():
+            try:
+                found += [self._trial(kind, seed) for seed in self._seeds(count)]
+            except RealignerError as error:
+                self.refused[kind] = str(error)
+        return found
+
+    def _seeds(self, count: int) -> list[int]:
+        after = ((self.recipe.seed + n) % 2**32 for n in itertools.count(1))
+        return list(itertools.islice((seed for seed in after if seed not in self.taken), count))
 
     def _trial(self, kind: str, seed: int) -> Trial:
-        place = int(self.order()[self.index]) if kind == "permuted" else self.index
         recipe = self.recipe.changed(seed=seed, samples=0, report_to=[], evaluations=1, keep="last", **self._changes(kind))
-        return Trial(kind, seed, recipe, place)
+        if kind != "permuted":
+            return Trial(kind, seed, recipe, self.index)
+        order = self.order()
+        return Trial(kind, seed, recipe, int(order[self.index]), order)
 
     def _changes(self, kind: str) -> dict[str, Any]:
         depth = int(self.host.config.get_text_config(decoder=True).num_hidden_layers)
+        masked = self.recipe.masked or []
         if kind == "masked":
-            return {"masked": [self.index]}
+            return {"masked": sorted({*masked, self.index})}
         if kind == "one layer":
             return {"layers": [depth // 2]}
         if kind == "sgd":
             return {"optimizer": "sgd", "learning_rate": min(999.0, SGD_RATE * self.recipe.learning_rate)}
         made: dict[str, Callable[[], PreTrainedModel]] = {
             "permuted": lambda: edits.permuted(self.host, self.order().tolist()),
-            "gain": lambda: edits.with_gain(self.host, self.index),
+            "gain": lambda: edits.with_gain(self.host, self.index, self.gain),
             "random host": lambda: edits.randomised(self.host, seed=0),
             "no channel": lambda: edits.without_channel(self.host, self.index),
-            "ordinary": lambda: edits.with_gain(edits.without_channel(self.host, self.index), self.index),
+            "ordinary": lambda: edits.with_gain(edits.without_channel(self.host, self.index), self.index, self.gain),
         }
         if kind not in made:
             return {}
         name = kind.replace(" ", "-") + ("" if kind == "random host" else f"-{self.index}")
-        folder = self.out / "hosts" / name
+        folder = self.out / "hosts" / self.hashed / name
         if not folder.is_dir():
             edits.save_edited(made[kind](), self.tokenizer, folder)
-        return {"host": str(folder.resolve())}
+        moved = {"masked": sorted(int(self.order()[index]) for index in masked)} if kind == "permuted" and masked else {}
+        return {"host": str(folder.resolve()), **moved}
+
+    @cached_property
+    def hashed(self) -> str:
+        """Which host this is, in which precision, in few characters: hosts made of another one are not taken for its."""
+        return f"{weights_hash(self.host)[:8]}-{str(self.host.dtype).removeprefix('torch.')}"
 
     def order(self) -> np.ndarray:
         """The permutation of the trials ``permuted``: index i becomes ``order[i]``, and the one in question moves."""
@@ -145,26 +176,34 @@ class Bench:
             if width < 2 or order[self.index] != self.index:
                 return np.asarray(order)
 
-    def run(self, trials: Sequence[Trial], rows: Rows) -> list[Outcome]:
-        """Train what is not trained yet, and look at all.
+    def run(self, trials: Sequence[Trial], rows_of: Callable[[Recipe], Rows]) -> list[Outcome]:
+        """Train what is not trained yet, and look at all; a kind of which one failed is left out, and `refused`.
+
+        Args:
+            trials: from `trials`.
+            rows_of: the validation rows of a recipe, which its training does not see.
 
         Raises:
-            RealignerError: naming the trial that failed, or when it was interrupted (the same call goes on).
+            RealignerError: when references fail, or when it was interrupted (the same call goes on).
         """
         planned = [_planned(trial) for trial in trials]
-        result = run_sweep(planned, self.out / "runs", self.on, self.workers, quiet=self.quiet)
+        folder = self.out / "runs" / _planned(Trial("", 0, self.recipe, 0)).name
+        result = run_sweep(planned, folder, self.on, self.workers, quiet=self.quiet)
         for trial, run in zip(trials, planned, strict=True):
             if run.name in result.errors:
-                raise RealignerError(f"explain: the trial {trial.kind!r}, seed {trial.seed}: {result.errors[run.name]}")
-        if not result.finished:
+                self.refused[trial.kind] = f"seed {trial.seed}: {result.errors[run.name]}"
+        if "reference" in self.refused:
+            raise RealignerError(f"explain: the run cannot be trained again: {self.refused['reference']}")
+        made = [(trial, run) for trial, run in zip(trials, planned, strict=True) if trial.kind not in self.refused]
+        if any(not (folder / run.name).is_dir() for _, run in made):
             raise RealignerError("explain: interrupted; the same command goes on from there")
-        return [self._outcome(trial, run, rows) for trial, run in zip(trials, planned, strict=True)]
+        return [self._outcome(trial, folder / run.name, rows_of(trial.recipe)) for trial, run in made]
 
-    def _outcome(self, trial: Trial, run: Planned, rows: Rows) -> Outcome:
+    def _outcome(self, trial: Trial, run: Path, rows: Rows) -> Outcome:
         host = self.host
         if trial.recipe.host and Path(trial.recipe.host).is_relative_to((self.out / "hosts").resolve()):
             host, _ = load_host(trial.recipe.host, str(self.host.dtype).removeprefix("torch."), str(self.host.device))
-        model = load_irm(host, self.out / "runs" / run.name)
+        model = load_irm(host, run)
         try:
             magnitude, losses, counts = magnitude_and_losses(model, rows)
             with model.disable_adapter():
@@ -202,8 +241,9 @@ def magnitude_and_losses(model: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray
 
 
 def trial_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    """A row a trial: ``kind, seed, place, rank, ratio`` (the index's score, times the median), ``leader, leader_ratio``,
-    ``loss``, ``bare_loss`` (nats per target), and ``learned`` (what training took off the loss)."""
+    """A row a trial: ``kind, seed, place, rank, ratio`` (the index's score, times the median), ``leader`` (by its number in the
+    host as it was), ``leader_ratio``, ``loss``, ``bare_loss`` (nats per target, of rows that this trial was not trained on),
+    and ``learned`` (what training took off the loss)."""
     entries = []
     for outcome in outcomes:
         score, total = outcome.score, outcome.counts.sum()
@@ -214,7 +254,7 @@ def trial_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
                 "place": outcome.trial.place,
                 "rank": outcome.rank,
                 "ratio": float(score[outcome.trial.place]),
-                "leader": int(score.argmax()),
+                "leader": outcome.trial.index_at(int(score.argmax())),
                 "leader_ratio": float(score.max()),
                 "loss": float(outcome.losses.sum() / total),
                 "bare_loss": float(outcome.bare.sum() / total),

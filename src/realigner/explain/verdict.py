@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +26,7 @@ CAUSES = {
     "head": "the column of the head",
     "optimiser": "the optimiser",
     "chance": "chance: this training alone",
-    "idle channel": "a channel of the host, which these IRMs make no use of: it does not lead, or led by chance",
+    "idle channel": "a channel of the host that these IRMs do not lead by: it does not lead, or led by chance",
     "not leading": "it does not lead",
     "none": "none of the causes that were tested",
     "cannot tell": "cannot tell",
@@ -34,13 +34,13 @@ CAUSES = {
 KINDS = {  # of trials
     "reference": "as it was",
     "permuted": "the host's indices in another order, the same function",
-    "gain": "the final norm's gain at the index set to the median",
+    "gain": "the final norm's gain set so that the head sees the index as it sees the median",
     "masked": "no delta at the index",
     "sgd": "SGD in place of Adam",
     "one layer": "deltas in the middle layer alone",
     "random host": "a host with random weights",
     "no channel": "a host whose residual is 0 at the index",
-    "ordinary": "both: residual 0 and the median gain",
+    "ordinary": "both: residual 0, and that gain",
 }
 
 
@@ -77,6 +77,8 @@ class Evidence:
         trials: from `trials.trial_table`; None: none were made.
         ablated: IRM -> how -> from `ablate.against_controls`.
         host: the same of the bare host with its residual held at 0 there; None: it was not asked.
+        shorter: trials' steps as a share of the run's, where they took fewer; else 1.
+        refused: kind of trial -> why there is none.
         masked: the loss with the index masked less the reference's, paired by row: ``change, low, high, n``, and ``spread``
             (between references); empty without such trials.
         explained: of the IRMs and of the untrained ones: from `predict.explained`.
@@ -91,6 +93,8 @@ class Evidence:
     host: Mapping[str, float] | None
     masked: Mapping[str, float]
     explained: Mapping[str, Mapping[str, float]]
+    shorter: float = 1.0
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def top(self) -> int:
@@ -159,7 +163,7 @@ def _cause(evidence: Evidence, found: Mapping[str, Answer]) -> str:
     unseen = times_median(evidence.facts, "head_reach") <= 1 / UNUSUAL
     by_residual = "no channel" in dropped or ("ordinary" in dropped and "gain" not in dropped)  # or by each of two causes
     if is_channel(evidence.facts) and (by_residual or (unseen and "gain" in dropped)):
-        return "channel through the norm" if unseen and dropped & {"gain", "ordinary"} else "channel"
+        return "channel through the norm" if unseen and ("gain" in dropped or dropped == {"ordinary"}) else "channel"
     if "gain" in dropped:
         return "gain" if is_unusual(evidence.facts, "final_gain") else "head"
     if found.get("sgd") == "supported":
@@ -194,6 +198,11 @@ def _recurs(evidence: Evidence) -> Conclusion:
     again = int((table["rank"] <= evidence.top).sum())
     answer: Answer = "supported" if again == len(table) else "not supported" if not again else "cannot tell"
     words = f"In {again} of {len(table)} trainings: {_standing(evidence, table)}."
+    given = int((evidence.standings["rank"] <= evidence.top).sum())
+    if answer == "not supported" and evidence.shorter < 1:
+        answer, words = "cannot tell", f"{words} They took {100 * evidence.shorter:.0f}% of the run's steps."
+    if answer == "not supported" and given > 1:
+        answer, words = "cannot tell", f"{words} But it leads in {given} of the IRMs given."
     return Conclusion("recurs", question, answer, words, len(table), "trials")
 
 
@@ -201,21 +210,20 @@ def _against(evidence: Evidence, kind: str) -> tuple[list[str], str, int]:
     """What became of the index in trials of a kind: ``dropped``, ``stayed`` or ``between`` each, in words, and their number.
 
     Dropped: it is not among the leading ones, and less than half is left of what it stood out by in the reference of the same
-    seed. Stayed: it is among them.
+    seed. Stayed: it is among them. Trials whose reference did not lead are left out: there was nothing to drop from.
     """
-    table, references = _of_kind(evidence, kind), _of_kind(evidence, "reference")
-    before_of = {row["seed"]: row["ratio"] for row in table_rows(references)}
+    references = {row["seed"]: row for row in table_rows(_of_kind(evidence, "reference"))}
+    led = {seed: row["ratio"] for seed, row in references.items() if row["rank"] <= evidence.top}
+    rows = [row for row in table_rows(_of_kind(evidence, kind)) if row["seed"] in led]
     became = []
-    for row in table_rows(table):
-        before = before_of.get(row["seed"], math.nan) - 1
-        left = (row["ratio"] - 1) / before if before > 0 else math.nan
-        fell = row["rank"] > evidence.top and left < _HALF
+    for row in rows:
+        before = led[row["seed"]] - 1
+        fell = row["rank"] > evidence.top and before > 0 and (row["ratio"] - 1) / before < _HALF
         became.append("dropped" if fell else "stayed" if row["rank"] <= evidence.top else "between")
-    told = [
-        f"rank {row['rank']}, {row['ratio']:.2f} times the median (reference {before_of.get(row['seed'], math.nan):.2f})"
-        for row in table_rows(table)
-    ]
-    return became, "; ".join(told), len(table)
+    told = [f"rank {row['rank']}, {row['ratio']:.2f} times the median (reference {led[row['seed']]:.2f})" for row in rows]
+    why = evidence.refused.get(kind, "")
+    none = "no training to compare: the references of these seeds do not lead" if references else "no trial was made"
+    return became, "; ".join(told) or (f"no trial: {why}" if why else none), len(rows)
 
 
 def _moves(evidence: Evidence) -> Conclusion:
@@ -224,8 +232,10 @@ def _moves(evidence: Evidence) -> Conclusion:
     )
     became, told, n = _against(evidence, "permuted")
     if not n:
-        return Conclusion("moves", question, "cannot tell", "No such trial was made.", 0, "trials")
-    answer: Answer = "supported" if set(became) == {"stayed"} else "not supported" if "stayed" not in became else "cannot tell"
+        return Conclusion("moves", question, "cannot tell", f"{told[:1].upper()}{told[1:]}.", 0, "trials")
+    answer: Answer = (
+        "supported" if set(became) == {"stayed"} else "not supported" if set(became) == {"dropped"} else "cannot tell"
+    )
     return Conclusion("moves", question, answer, f"In its new place: {told}.", n, "trials")
 
 
@@ -249,7 +259,13 @@ def _cause_tests(evidence: Evidence) -> list[Conclusion]:
     small = "Its residual is of ordinary size."
     found = [
         _dropping(evidence, "no channel", f"It leads because {large}", "Without it" if channel else small, channel),
-        _dropping(evidence, "gain", f"It leads because {view}", f"{gain} With the median" if seen else gain, seen),
+        _dropping(
+            evidence,
+            "gain",
+            f"It leads because {view}",
+            f"{gain} With a gain that makes the head see it as the median" if seen else gain,
+            seen,
+        ),
     ]
     if seen and channel:
         found.append(_dropping(evidence, "ordinary", f"It leads because {large} or because {view}", "Without both", True))
@@ -261,7 +277,7 @@ def _dropping(evidence: Evidence, kind: str, question: str, words: str, asked: b
     if not asked:
         return Conclusion(kind, question, "not supported", words, evidence.width, "indices")
     became, told, n = _against(evidence, kind)
-    return Conclusion(kind, question, _dropped(became), f"{words}: {told or 'no trial was made'}.", n, "trials")
+    return Conclusion(kind, question, _dropped(became), f"{words}: {told}.", n, "trials")
 
 
 def _dropped(became: Sequence[str]) -> Answer:
@@ -273,9 +289,9 @@ def _optimiser(evidence: Evidence) -> Conclusion:
     question = "It leads because of Adam: with SGD it does not"
     table = _of_kind(evidence, "sgd")
     became, told, n = _against(evidence, "sgd")
-    learned = _of_kind(evidence, "reference")["learned"].mean() if n else math.nan
     if not n:
-        return Conclusion("sgd", question, "cannot tell", "No such trial was made.", 0, "trials")
+        return Conclusion("sgd", question, "cannot tell", f"{told[:1].upper()}{told[1:]}.", 0, "trials")
+    learned = _of_kind(evidence, "reference")["learned"].mean()
     share = float(table["learned"].mean() / learned)
     words = f"With SGD: {told}; it learned {100 * share:.0f}% of what Adam did."
     if share < _HALF:
@@ -308,7 +324,7 @@ def _needed(evidence: Evidence) -> Conclusion:
     table = _of_kind(evidence, "masked")
     words += f" Index {int(table['leader'].iloc[0])} leads in its place, {table['leader_ratio'].iloc[0]:.2f} times the median."
     more = masked["low"] > 0 and masked["change"] > masked["spread"]
-    return Conclusion("needed", question, "supported" if more else "not supported", words, int(masked["n"]), "rows")
+    return Conclusion("needed", question, _known(masked, more), words, int(masked["n"]), "rows")
 
 
 def _matters(evidence: Evidence) -> list[Conclusion]:
@@ -317,11 +333,14 @@ def _matters(evidence: Evidence) -> list[Conclusion]:
         zero = hows["zero"]
         words = (
             f"Without its delta the loss changes by {zero['change']:+.4f} nats per target (95% {zero['low']:+.4f} to "
-            f"{zero['high']:+.4f}); without another index's by {zero['random']:+.4f}, without one of its size by "
-            f"{zero['matched']:+.4f} (p {zero['p_random']:.2g}, {zero['p_matched']:.2g})."
+            f"{zero['high']:+.4f}); without another index's by {zero['random']:+.4f}, without one of about its size by "
+            f"{zero['matched']:+.4f} (p {zero['p_random']:.2g}, {zero['p_matched']:.2g}; "
+            f"these are {zero['size']:.2f} times as large)."
         )
         more = zero["low"] > 0 and zero["p_matched"] <= 0.1 and zero["p_random"] <= _RARE
-        answer: Answer = "supported" if more else "not supported"
+        answer = _known(zero, more)
+        if more and zero["size"] < _HALF:
+            answer = "cannot tell"  # it is larger than all that it is held against
         question = f"Its delta matters more than those of its size ({irm})"
         found.append(Conclusion("matters", question, answer, words, int(zero["n"]), "rows"))
         if "keep" in hows:
@@ -331,15 +350,21 @@ def _matters(evidence: Evidence) -> list[Conclusion]:
 
 def _enough(irm: str, keep: Mapping[str, float]) -> Conclusion:
     """Whether an index's delta alone does half of what the whole IRM does for the loss."""
-    whole = keep["none"]  # what is lost with no delta at all
+    whole, question = keep["none"], f"Its delta alone does most of the work ({irm})"  # what is lost with no delta at all
+    if not whole > 0:
+        return Conclusion("enough", question, "cannot tell", "The IRM takes nothing off the loss.", int(keep["n"]), "rows")
     share, low, high, other = (1 - keep[key] / whole for key in ("change", "high", "low", "random"))
     words = (
         f"Of the {whole:+.4f} nats per target between the bare host and the IRM, its delta alone makes {100 * share:.0f}% (95% "
         f"{100 * low:.0f}% to {100 * high:.0f}%), another index's alone {100 * other:.0f}% (p {keep['p_random']:.2g})."
     )
-    answer: Answer = "supported" if whole > 0 and low >= _HALF and keep["p_random"] <= _RARE else "not supported"
-    answer = "cannot tell" if whole <= 0 else answer
-    return Conclusion("enough", f"Its delta alone does most of the work ({irm})", answer, words, int(keep["n"]), "rows")
+    answer = _known(keep, low >= _HALF and keep["p_random"] <= _RARE)
+    return Conclusion("enough", question, answer, words, int(keep["n"]), "rows")
+
+
+def _known(found: Mapping[str, float], so: bool) -> Answer:
+    """An answer from losses; with a single row there is no interval, and none."""
+    return "cannot tell" if math.isnan(found["low"]) else "supported" if so else "not supported"
 
 
 def _host_needs(evidence: Evidence) -> list[Conclusion]:
@@ -351,7 +376,7 @@ def _host_needs(evidence: Evidence) -> list[Conclusion]:
         f"With its residual held at 0 there, the bare host's loss changes by {zero['change']:+.4f} nats per target (95% "
         f"{zero['low']:+.4f} to {zero['high']:+.4f}); at another index by {zero['random']:+.4f} (p {zero['p_random']:.2g})."
     )
-    answer: Answer = "supported" if zero["low"] > 0 and zero["p_random"] <= _RARE else "not supported"
+    answer = _known(zero, zero["low"] > 0 and zero["p_random"] <= _RARE)
     question = "The host itself needs the index more than others"
     return [Conclusion("host needs", question, answer, words, int(zero["n"]), "rows")]
 
@@ -373,22 +398,23 @@ def _foreseen(evidence: Evidence) -> list[Conclusion]:
 
 
 def masked_loss(
-    masked: Sequence[tuple[np.ndarray, np.ndarray]], references: Sequence[np.ndarray], counts: np.ndarray
+    masked: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], references: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> dict[str, float]:
     """The loss with the index masked less the reference's of the same seed, paired by row.
 
     Args:
-        masked: of each such trial, its rows' summed losses and those of the reference of its seed.
-        references: the rows' summed losses of all references.
-        counts: the rows' targets.
+        masked: of each such trial, its rows' summed losses, those of the reference of its seed, and their targets.
+        references: of all of them, the rows' summed losses and targets.
 
     Returns:
-        ``change, low, high`` (95%, bootstrap over rows), ``n`` rows, ``spread`` (the references' standard deviation).
+        ``change, low, high`` (95%, bootstrap over rows), ``n`` rows, ``spread`` (the references' standard deviation; each has
+        rows of its own, so that it is rather too large).
     """
-    apart = np.mean([own - reference for own, reference in masked], axis=0)
+    apart = np.concatenate([own - reference for own, reference, _ in masked])
+    counts = np.concatenate([targets for _, _, targets in masked])
     weights = prompt_weights(len(counts), 1000, np.random.default_rng(0))
     change = float(apart.sum() / counts.sum())
     low, high = interval(change, (weights @ apart) / (weights @ counts), len(counts))
-    means = [float(own.sum() / counts.sum()) for own in references]
+    means = [float(own.sum() / targets.sum()) for own, targets in references]
     spread = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
     return {"change": change, "low": low, "high": high, "n": len(counts), "spread": spread}
