@@ -504,7 +504,13 @@ CASES: dict[str, Case] = {
     "explain an index too far": (
         2,
         "--index 32: this host has indices 0 to 31",
-        lambda p, t: ("explain", "--irm", p / "run", "--index", "32", "--dtype", "float32", "--out", t / "why"),
+        lambda p, t: ("explain", "--irm", p / "run", "--index", "32", "--dtype", "float32", "--no-trials", "--out", t / "why"),
+    ),
+    "explain workers here": (2, "--workers 2", lambda p, t: ("explain", "--irm", p / "run", "--workers", "2")),
+    "explain what Python made": (
+        1,
+        "was trained on",
+        lambda p, t: ("explain", "--irm", p / "run", "--dtype", "float32", "--out", t / "why"),
     ),
     "explain weights of nothing": (2, "--weights-only needs --host", lambda p, t: ("explain", "--weights-only")),
     "explain weights of an empty folder": (1, "config.json", lambda p, t: ("explain", "--weights-only", "--host", t)),

@@ -14,6 +14,7 @@ import xarray as xr
 from transformers import PreTrainedModel, set_seed
 
 from realigner.analysis.runs import leading_score
+from realigner.data import rows_hash
 from realigner.errors import RealignerError, UsageError
 from realigner.explain.ablate import How, control_indices, delta_ablations, host_ablations
 from realigner.explain.measure import delimiter_ids, measure_host
@@ -23,7 +24,7 @@ from realigner.explain.verdict import index_facts
 from realigner.explain.weights import head_tokens, weights_of
 from realigner.hosts import host_name
 from realigner.irm import IRM
-from realigner.training.folder import RECIPE_FILE
+from realigner.training.folder import RECIPE_FILE, read_run
 from realigner.training.guards import prepare, shape_of
 from realigner.training.recipe import Recipe, read_recipe
 from realigner.training.run import recipe_rows
@@ -67,7 +68,11 @@ class Case:
     @cached_property
     def encoded(self) -> dict[str, list[dict[str, list[int]]]]:
         """Each run's rows."""
-        return {name: _encoded(recipe, self.tokenizer, self.host.config, self.size) for name, (_, recipe) in self.runs.items()}
+        found = {}
+        for name, (folder, recipe) in self.runs.items():
+            _refuse_other_rows(folder, recipe)
+            found[name] = _encoded(recipe, self.tokenizer, self.host.config, self.size)
+        return found
 
     @property
     def pad(self) -> int:
@@ -206,6 +211,14 @@ def _untrained(host: PreTrainedModel, recipe: Recipe) -> IRM:
     set_seed(recipe.seed)
     network = shape_of(recipe).build(int(text.hidden_size), int(text.num_hidden_layers))
     return network.to(next(host.parameters()).device).eval()
+
+
+def _refuse_other_rows(folder: Path, recipe: Recipe) -> None:
+    if recipe.data is None:
+        raise RealignerError(f"{folder}: was trained on rows made in Python; explain needs a run on a file of rows")
+    sha256 = (read_run(folder).get("data") or {}).get("sha256")
+    if sha256 not in (None, rows_hash(recipe_rows(recipe))):
+        raise RealignerError(f"{recipe.data}: not the rows that {folder} was trained on; put those there to explain it")
 
 
 def _encoded(recipe: Recipe, tokenizer: Any, config: Any, rows: int) -> list[dict[str, list[int]]]:

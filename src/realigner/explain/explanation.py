@@ -32,7 +32,8 @@ class Explanation:
         correlations: see `predict.correlations`.
         explained: see `predict.explained`.
         measured: see `predict.measurement_table`.
-        profiles: layer by layer at the index: ``residual``, ``delta`` of each IRM, both over the layer's median, ``cancelled``.
+        profiles: layer by layer at the index: ``residual``, ``gradient``, ``delta`` of each IRM, all over the layer's median;
+            ``cancelled``.
         pages: the index and other leading ones -> ``facts`` (as of the index), ``up``, ``down`` (see `head_tokens`).
         irms: name -> folder.
         dtype: of the host while it was measured and ablated.

@@ -90,10 +90,12 @@ def explain(
     effort = EFFORTS["quick" if quick else "full"]
     effort = effort if steps is None else replace(effort, steps=steps)
     case = Case(host, tokenizer, read_runs(folders), effort.rows, quiet)
+    if trials and any(recipe.host is None for _, recipe in case.runs.values()):
+        raise RealignerError("explain: a run was trained on a host made in Python and cannot be trained again; see --no-trials")
+    made_folder(out)
     chosen = case.chosen(index)
     leader = case.best_at(chosen)
     recipe = _trial_recipe(case.runs[leader][1], effort, host) if trials else None
-    made_folder(out)
     if not quiet:
         say(f"index {chosen}: {case.together[chosen]:.2f} times the median over {len(case.runs)} IRMs")
     leading = case.leading(chosen)
@@ -160,9 +162,6 @@ def _asked(effort: Effort, facts: pd.DataFrame) -> dict[str, int]:
 
 def _trial_recipe(recipe: Recipe, effort: Effort, host: PreTrainedModel) -> Recipe:
     """What trials train: the run's recipe, on the host that was given."""
-    for what, named in (("host", recipe.host), ("rows", recipe.data)):
-        if named is None:
-            raise RealignerError(f"explain: the run was trained on {what} made in Python, so that it cannot be trained again")
     recipe = recipe.changed(host=host_name(host) or None)
     if effort.steps is None or (recipe.steps is not None and recipe.steps <= effort.steps):
         return recipe

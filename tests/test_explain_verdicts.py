@@ -1,0 +1,142 @@
+"""The rules of docs/explain.md on made-up evidence: what drops, what only seems to, what cannot be told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from realigner.explain.predict import gain_to_be_seen_as_the_median
+from realigner.explain.verdict import Conclusion, Evidence, conclude, index_facts, masked_loss
+
+WIDTH, INDEX = 100, 7  # so that the first 3 lead
+STOOD, FELL, STAYED = (1, 6.0), (40, 1.2), (1, 5.0)  # rank, times the median
+
+
+def asked(
+    trials: Mapping[str, Sequence[tuple[int, float]]],
+    channel: float = 1.0,
+    gain: float = 1.0,
+    head: float = 1.0,
+    ranks: Sequence[int] = (1,),
+    **more: Any,
+) -> tuple[str, dict[str, Conclusion]]:
+    """The cause and the conclusions, of trials (kind -> rank and ratio of each, seed by seed) and of what is measured there."""
+    measured = pd.DataFrame(1.0, index=range(WIDTH), columns=["final_gain", "head_norm", "head_reach", "residual"])
+    measured.loc[INDEX] = [gain, head, gain * head, channel]
+    rows = [
+        {"kind": kind, "seed": seed, "rank": rank, "ratio": ratio, "leader": 3, "leader_ratio": 9.0, "learned": 1.0}
+        for kind, own in trials.items()
+        for seed, (rank, ratio) in enumerate(own)
+    ]
+    standings = [{"irm": f"a-{n}", "rank": rank, "ratio": 6.0, "leader": 3} for n, rank in enumerate(ranks)]
+    explained = {"r2": 0.0, "low": -0.1, "high": 0.1, "null": 0.0, "p": 0.5, "n": WIDTH}
+    values: dict[str, Any] = {"ablated": {}, "host": None, "masked": {}, "explained": {"IRMs": explained}} | more
+    table = pd.DataFrame(rows) if rows else None
+    cause, found = conclude(Evidence(INDEX, WIDTH, pd.DataFrame(standings), index_facts(measured, INDEX), table, **values))
+    return cause, {conclusion.key: conclusion for conclusion in found}
+
+
+UNSEEN = {"channel": 9.0, "gain": 0.0}
+BASE = {"reference": [STOOD, STOOD], "permuted": [STAYED]}
+
+
+@pytest.mark.parametrize(
+    ("cause", "trials", "facts"),
+    [
+        ("none", {}, {}),
+        ("gain", {"gain": [FELL, FELL]}, {"gain": 0.0}),
+        ("head", {"gain": [FELL, FELL]}, {"head": 0.05}),
+        ("none", {"gain": [STAYED, STAYED]}, {"gain": 0.0}),
+        ("none", {"gain": [FELL, STAYED]}, {"gain": 0.0}),
+        ("channel", {"no channel": [FELL, FELL]}, {"channel": 9.0}),
+        ("channel", {"no channel": [FELL], "gain": [STAYED], "ordinary": [FELL]}, UNSEEN),
+        ("channel through the norm", {"no channel": [STAYED], "gain": [FELL]}, UNSEEN),
+        (
+            "channel through the norm",
+            {"no channel": [STAYED], "gain": [STAYED], "ordinary": [FELL]},
+            {"channel": 9.0, "gain": 0.0},
+        ),
+        ("gain", {"no channel": [STAYED], "gain": [FELL], "ordinary": [FELL]}, {"channel": 9.0, "gain": 9.0}),
+        ("optimiser", {"sgd": [FELL, FELL]}, {}),
+    ],
+)
+def test_what_drops_is_the_cause(cause: str, trials: Any, facts: Any) -> None:
+    assert asked({**BASE, **trials}, **facts)[0] == cause
+
+
+def test_a_drop_from_a_reference_that_did_not_lead_is_none() -> None:
+    """The first reference is nothing special, and so is the training with the gain changed."""
+    dull = (20, 1.1)
+    cause, found = asked({"reference": [dull, STOOD], "permuted": [dull], "gain": [(30, 1.04)]}, gain=0.0)
+    assert cause == "cannot tell"
+    assert found["gain"].answer == "cannot tell"
+    assert "do not lead" in found["gain"].words
+    assert asked({"reference": [dull, STOOD], "permuted": [dull], "gain": [dull, FELL]}, gain=0.0)[0] == "gain"
+
+
+def test_chance_is_said_of_one_irm_and_trainings_as_long_as_its_own() -> None:
+    fell = {"reference": [FELL, FELL], "permuted": [FELL]}
+    assert asked(fell)[0] == "chance"
+    assert asked(fell, channel=9.0)[0] == "idle channel"
+    assert asked(fell, ranks=(50, 40))[0] == "not leading"
+    cause, found = asked(fell, shorter=0.25)
+    assert cause == "cannot tell"
+    assert "25% of the run's steps" in found["recurs"].words
+    assert asked(fell, ranks=(1, 2, 50))[0] == "cannot tell"
+
+
+def test_without_trials_and_with_a_refused_one() -> None:
+    cause, found = asked({})
+    assert (cause, found["gain"].answer) == ("cannot tell", "not supported")
+    _, found = asked(BASE, gain=0.0, refused={"gain": "its final norm has no gain"})
+    assert found["gain"].answer == "cannot tell"
+    assert "its final norm has no gain" in found["gain"].words
+
+
+def test_losses() -> None:
+    """What is enough, what cannot be told of one row, and of peers that are much smaller."""
+    zero = {
+        "change": 0.3,
+        "low": 0.2,
+        "high": 0.4,
+        "n": 9.0,
+        "random": 0.0,
+        "matched": 0.0,
+        "p_random": 0.01,
+        "p_matched": 0.05,
+    }
+    keep = {"change": 0.1, "low": 0.05, "high": 0.2, "n": 9.0, "random": 0.9, "p_random": 0.01, "none": 1.0}
+
+    def answer(key: str, **changes: Any) -> str:
+        hows = {"zero": {**zero, "size": 0.9, **changes}, "keep": {**keep, **changes}}
+        return asked(BASE, ablated={"a-0": hows})[1][key].answer
+
+    assert answer("matters") == answer("enough") == "supported"
+    assert answer("matters", size=0.3) == "cannot tell"
+    assert answer("enough", none=0.0) == "cannot tell"
+    assert answer("matters", low=float("nan")) == answer("enough", low=float("nan")) == "cannot tell"
+    assert answer("matters", p_matched=0.4) == "not supported"
+
+
+def test_masked_losses_are_paired_by_row() -> None:
+    """Two seeds with rows of their own: the change is over all of them, per target."""
+    rng = np.random.default_rng(0)
+    counts = [rng.integers(5, 20, size=30), rng.integers(5, 20, size=30)]
+    references = [(3.0 * own + rng.normal(size=30), own) for own in counts]
+    found = masked_loss([(losses + 0.25 * own, losses, own) for losses, own in references], references)
+    assert found["change"] == pytest.approx(0.25)
+    assert found["n"] == 60
+    assert [found["low"], found["high"]] == pytest.approx([0.25, 0.25])
+    means = [losses.sum() / own.sum() for losses, own in references]
+    assert found["spread"] == pytest.approx(np.std(means, ddof=1))
+
+
+def test_the_gain_with_which_the_head_sees_an_index_as_the_median() -> None:
+    measured = pd.DataFrame({"head_norm": [1.0, 0.05, 0.0], "head_reach": [0.5, 0.05, 0.0]})
+    assert gain_to_be_seen_as_the_median(measured, 1) == pytest.approx(1.0)  # 0.05 / 0.05
+    assert gain_to_be_seen_as_the_median(measured, 2) == "median"
+    assert gain_to_be_seen_as_the_median(measured.drop(columns="head_reach"), 0) == "median"
