@@ -71,6 +71,18 @@ def interval(value: float, draws: np.ndarray, n: int, bounds: tuple[float, float
     return float(max(low, bounds[0])), float(min(high, bounds[1]))
 
 
+def change_per_target(apart: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
+    """A difference of losses per target, paired by row, and its 95% interval over rows.
+
+    Args:
+        apart: each row's summed loss less that of the other ``[row]``.
+        counts: each row's targets.
+        weights: from `prompt_weights`, of rows.
+    """
+    change = float(apart.sum() / counts.sum())
+    return change, *interval(change, (weights @ apart) / (weights @ counts), len(counts))
+
+
 def prompt_weights(prompts: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """How often each prompt is in each bootstrap resample ``[resample, prompt]``; all NaN with one prompt only."""
     if prompts < 2:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from realigner.analysis.resampling import interval, prompt_weights
+from realigner.analysis.resampling import change_per_target, prompt_weights
 from realigner.console import progress
 from realigner.errors import UsageError
 from realigner.explain.edits import silenced
@@ -111,18 +111,14 @@ def delta_ablations(
     irm = tuner.bank.network(tuner.bank.names[0])
     changes = _Changes(rows.losses(model), seed)
     with model.disable_adapter():  # type: ignore[operator]
-        changes.add("none", -1, "", rows.losses(model)[0])
-    wanted = [(index, ""), *((other, group) for group, some in controls.items() for other in some)]
-    numbers = dict.fromkeys(number for number, _ in wanted)
-    with progress("ablating", len(numbers) * len(hows), quiet) as task:
+        changes.add("none", -1, [""], rows.losses(model)[0])
+    groups = _groups(index, controls)
+    with progress("ablating", len(groups) * len(hows), quiet) as task:
         for how in hows:
-            sums = {}
-            for number in numbers:
+            for number, own in groups.items():
                 with edited_output(irm, number, how, mean):
-                    sums[number] = rows.losses(model)[0]
+                    changes.add(how, number, own, rows.losses(model)[0])
                 task.advance()
-            for number, group in wanted:
-                changes.add(how, number, group, sums[number])
     return changes.table()
 
 
@@ -152,18 +148,22 @@ def host_ablations(
     """
     stream = find_stream(host)
     changes = _Changes(rows.losses(host), seed)
-    wanted = {index: [""]}
-    for group, some in controls.items():
-        for other in some:
-            wanted.setdefault(other, []).append(group)
-    with progress("ablating the host", len(wanted), quiet) as task:
-        for number, groups in wanted.items():
+    groups = _groups(index, controls)
+    with progress("ablating the host", len(groups), quiet) as task:
+        for number, own in groups.items():
             with silenced(host, stream, number):
-                sums = rows.losses(host)[0]
-            for group in groups:
-                changes.add("zero", number, group, sums)
+                changes.add("zero", number, own, rows.losses(host)[0])
             task.advance()
     return changes.table()
+
+
+def _groups(index: int, controls: Mapping[str, Sequence[int]]) -> dict[int, list[str]]:
+    """Every index to be ablated, once, with the groups that it is in; that of the index in question is ""."""
+    groups = {index: [""]}
+    for group, some in controls.items():
+        for other in some:
+            groups.setdefault(other, []).append(group)
+    return groups
 
 
 class _Changes:
@@ -173,17 +173,13 @@ class _Changes:
         self.whole, self.counts = whole
         self.weights = prompt_weights(len(self.counts), 1000, np.random.default_rng(seed))
         self.entries: list[dict[str, Any]] = []
-        self.add("whole", -1, "", self.whole)
+        self.add("whole", -1, [""], self.whole)
 
-    def add(self, how: str, index: int, group: str, sums: np.ndarray) -> None:
-        """An ablation's summed loss of each row ``[row]``."""
-        total, n = self.counts.sum(), len(self.counts)
-        change = (sums.sum() - self.whole.sum()) / total
-        draws = (self.weights @ (sums - self.whole)) / (self.weights @ self.counts)
-        low, high = interval(change, draws, n)
-        loss = sums.sum() / total
-        entry = {"how": how, "index": index, "group": group, "loss": loss, "change": change, "low": low, "high": high, "n": n}
-        self.entries.append(entry)
+    def add(self, how: str, index: int, groups: Sequence[str], sums: np.ndarray) -> None:
+        """An ablation's summed loss of each row ``[row]``, as a row of each group that the index is in."""
+        change, low, high = change_per_target(sums - self.whole, self.counts, self.weights)
+        found = {"loss": sums.sum() / self.counts.sum(), "change": change, "low": low, "high": high, "n": len(self.counts)}
+        self.entries += [{"how": how, "index": index, "group": group, **found} for group in groups]
 
     def table(self) -> pd.DataFrame:
         return pd.DataFrame(self.entries)

@@ -14,23 +14,22 @@ import xarray as xr
 from transformers import PreTrainedModel, set_seed
 
 from realigner.analysis.runs import leading_score
-from realigner.data import rows_hash
+from realigner.data import Row, rows_hash
 from realigner.errors import RealignerError, UsageError
 from realigner.explain.ablate import How, control_indices, delta_ablations, host_ablations
 from realigner.explain.measure import delimiter_ids, measure_host
 from realigner.explain.predict import measurement_table
 from realigner.explain.rows import Rows
-from realigner.explain.verdict import index_facts
+from realigner.explain.verdict import index_facts, refuse_index
 from realigner.explain.weights import head_tokens, weights_of
 from realigner.hosts import host_name
 from realigner.irm import IRM
+from realigner.traces.layout import UNTRAINED
 from realigner.training.folder import RECIPE_FILE, read_run
 from realigner.training.guards import prepare, shape_of
 from realigner.training.recipe import Recipe, read_recipe
 from realigner.training.run import recipe_rows
 from realigner.tuner import load_irm, tuner_of
-
-UNTRAINED = "untrained"
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,19 @@ class Case:
         """Each run's rows."""
         found = {}
         for name, (folder, recipe) in self.runs.items():
-            _refuse_other_rows(folder, recipe)
-            found[name] = _encoded(recipe, self.tokenizer, self.host.config, self.size)
+            if recipe.data is None:
+                raise RealignerError(f"{folder}: was trained on rows made in Python; explain needs a run on a file of rows")
+            rows = recipe_rows(recipe)
+            if (read_run(folder).get("data") or {}).get("sha256") not in (None, rows_hash(rows)):
+                raise RealignerError(f"{recipe.data}: not the rows that {folder} was trained on; put those there to explain it")
+            found[name] = self._some(rows, recipe)
         return found
+
+    def _some(self, rows: Sequence[Row], recipe: Recipe) -> list[dict[str, list[int]]]:
+        """Some of a recipe's validation rows, evenly over all of them."""
+        whole = prepare(rows, self.tokenizer, self.host.config, recipe).validation
+        picked = np.unique(np.linspace(0, len(whole) - 1, min(self.size, len(whole))).round().astype(int))
+        return [whole[int(row)] for row in picked]
 
     @property
     def pad(self) -> int:
@@ -84,7 +93,7 @@ class Case:
 
     def rows_of(self, recipe: Recipe) -> Rows:
         """Validation rows of a recipe (of another seed, say, which splits otherwise) in batches."""
-        return Rows(_encoded(recipe, self.tokenizer, self.host.config, self.size), self.pad)
+        return Rows(self._some(recipe_rows(recipe), recipe), self.pad)
 
     @cached_property
     def states(self) -> xr.Dataset:
@@ -116,8 +125,7 @@ class Case:
             UsageError: for an index that the host does not have.
         """
         width = int(self.host.config.get_text_config(decoder=True).hidden_size)
-        if index is not None and not 0 <= index < width:
-            raise UsageError(f"explain: --index {index}: this host has indices 0 to {width - 1}")
+        refuse_index(index, width)
         return int(self.together.argmax()) if index is None else index
 
     def standings(self, index: int) -> pd.DataFrame:
@@ -211,22 +219,6 @@ def _untrained(host: PreTrainedModel, recipe: Recipe) -> IRM:
     set_seed(recipe.seed)
     network = shape_of(recipe).build(int(text.hidden_size), int(text.num_hidden_layers))
     return network.to(next(host.parameters()).device).eval()
-
-
-def _refuse_other_rows(folder: Path, recipe: Recipe) -> None:
-    if recipe.data is None:
-        raise RealignerError(f"{folder}: was trained on rows made in Python; explain needs a run on a file of rows")
-    sha256 = (read_run(folder).get("data") or {}).get("sha256")
-    if sha256 not in (None, rows_hash(recipe_rows(recipe))):
-        raise RealignerError(f"{recipe.data}: not the rows that {folder} was trained on; put those there to explain it")
-
-
-def _encoded(recipe: Recipe, tokenizer: Any, config: Any, rows: int) -> list[dict[str, list[int]]]:
-    """Some of a run's validation rows, evenly over all of them."""
-    prepared = prepare(recipe_rows(recipe), tokenizer, config, recipe)
-    whole = prepared.validation
-    picked = np.unique(np.linspace(0, len(whole) - 1, min(rows, len(whole))).round().astype(int))
-    return [whole[int(row)] for row in picked]
 
 
 def _score(states: xr.Dataset, irm: str) -> np.ndarray:

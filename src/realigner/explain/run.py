@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 from realigner.console import say
 from realigner.errors import RealignerError
 from realigner.explain.ablate import against_controls
-from realigner.explain.case import UNTRAINED, Case, read_runs
+from realigner.explain.case import Case, read_runs
 from realigner.explain.explanation import Explanation
 from realigner.explain.predict import correlations, explained, gain_to_be_seen_as_the_median
 from realigner.explain.trials import FULL, QUICK, Bench, Outcome, say_budget, trial_table
-from realigner.explain.verdict import Evidence, conclude, index_facts, is_channel, is_unusual, masked_loss
+from realigner.explain.verdict import Evidence, conclude, index_facts, is_channel, is_seen_oddly, masked_loss
 from realigner.files import made_folder
 from realigner.hosts import host_name
+from realigner.traces.layout import UNTRAINED
 from realigner.training.folder import read_run
 from realigner.training.recipe import Recipe
 
@@ -68,7 +69,7 @@ def explain(
     Finished trials in `out` are not trained again, so the same call goes on where it was killed.
 
     Args:
-        folders: of trained runs (from `train`): their recipes say what to train again, the first one's which rows.
+        folders: of trained runs (from `train`); the one in which the index has its best rank is trained again.
         out: the folder of trials, and of ``explain.json``.
         host, tokenizer: the bare host that they were made for.
         index: of the residual stream; None: the one that leads over all of them.
@@ -155,7 +156,7 @@ def explain(
 
 def _asked(effort: Effort, facts: pd.DataFrame) -> dict[str, int]:
     """The trials that can say something about this index."""
-    seen, channel = is_unusual(facts, "final_gain") or is_unusual(facts, "head_norm"), is_channel(facts)
+    seen, channel = is_seen_oddly(facts), is_channel(facts)
     worth = {"gain": seen, "no channel": channel, "ordinary": seen and channel}
     return {kind: count for kind, count in effort.trials.items() if worth.get(kind, True)}
 

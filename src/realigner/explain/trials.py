@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -186,8 +186,8 @@ class Bench:
         Raises:
             RealignerError: when references fail, or when it was interrupted (the same call goes on).
         """
-        planned = [_planned(trial) for trial in trials]
-        folder = self.out / "runs" / _planned(Trial("", 0, self.recipe, 0)).name
+        planned = [replace(_planned(trial.recipe), varies={"trial": trial.kind, "seed": trial.seed}) for trial in trials]
+        folder = self.out / "runs" / _planned(self.recipe).name
         result = run_sweep(planned, folder, self.on, self.workers, quiet=self.quiet)
         for trial, run in zip(trials, planned, strict=True):
             if run.name in result.errors:
@@ -197,25 +197,34 @@ class Bench:
         made = [(trial, run) for trial, run in zip(trials, planned, strict=True) if trial.kind not in self.refused]
         if any(not (folder / run.name).is_dir() for _, run in made):
             raise RealignerError("explain: interrupted; the same command goes on from there")
-        return [self._outcome(trial, folder / run.name, rows_of(trial.recipe)) for trial, run in made]
+        rows = {trial.seed: rows_of(trial.recipe) for trial, _ in made}  # trials of a seed split alike
+        outcomes = []
+        for name, group in itertools.groupby(made, key=lambda pair: pair[0].recipe.host):
+            host = self._loaded(name)
+            outcomes += [_outcome(host, trial, folder / run.name, rows[trial.seed]) for trial, run in group]
+        return outcomes
 
-    def _outcome(self, trial: Trial, run: Path, rows: Rows) -> Outcome:
-        host = self.host
-        if trial.recipe.host and Path(trial.recipe.host).is_relative_to((self.out / "hosts").resolve()):
-            host, _ = load_host(trial.recipe.host, str(self.host.dtype).removeprefix("torch."), str(self.host.device))
-        model = load_irm(host, run)
-        try:
-            magnitude, losses, counts = magnitude_and_losses(model, rows)
-            with model.disable_adapter():
-                bare, _ = rows.losses(model)
-        finally:
-            model.unload()
-        return Outcome(trial, magnitude, losses, counts, bare)
+    def _loaded(self, name: str | None) -> PreTrainedModel:
+        """The host of a trial, edited or not."""
+        if not name or not Path(name).is_relative_to((self.out / "hosts").resolve()):
+            return self.host
+        return load_host(name, str(self.host.dtype).removeprefix("torch."), str(self.host.device))[0]
 
 
-def _planned(trial: Trial) -> Planned:
-    (run,) = plan(Sweep(set=trial.recipe.model_dump()), Path())
-    return Planned(run.name, run.recipe, {"trial": trial.kind, "seed": trial.seed})
+def _outcome(host: PreTrainedModel, trial: Trial, run: Path, rows: Rows) -> Outcome:
+    model = load_irm(host, run)
+    try:
+        magnitude, losses, counts = magnitude_and_losses(model, rows)
+        with model.disable_adapter():
+            bare, _ = rows.losses(model)
+    finally:
+        model.unload()
+    return Outcome(trial, magnitude, losses, counts, bare)
+
+
+def _planned(recipe: Recipe) -> Planned:
+    (run,) = plan(Sweep(set=recipe.model_dump()), Path())
+    return run
 
 
 def magnitude_and_losses(model: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,9 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from realigner.analysis.resampling import interval, prompt_weights
+from realigner.analysis.resampling import change_per_target, prompt_weights
 from realigner.analysis.tables import table_rows
+from realigner.errors import UsageError
 from realigner.explain.predict import ABOUT
+from realigner.traces.layout import UNTRAINED
 
 Answer = Literal["supported", "not supported", "cannot tell"]
 CHANNEL = 4.0  # times the layer's median: from here on an index is called a channel
@@ -107,6 +109,12 @@ def top_ranks(width: int) -> int:
     return max(3, round(width / 100))
 
 
+def refuse_index(index: int | None, width: int) -> None:
+    """Raise UsageError for an index that a host of this width does not have; None is any."""
+    if index is not None and not 0 <= index < width:
+        raise UsageError(f"explain: --index {index}: this host has indices 0 to {width - 1}")
+
+
 def index_facts(measured: pd.DataFrame, index: int) -> pd.DataFrame:
     """What is measured at an index: ``measurement, about, value, times_median, rank`` (1 the largest), ``n``."""
     rows = []
@@ -130,10 +138,14 @@ def is_channel(facts: pd.DataFrame) -> bool:
     return times_median(facts, "residual", "residual_first", "residual_delimiter") >= CHANNEL
 
 
-def is_unusual(facts: pd.DataFrame, name: str) -> bool:
-    """Whether a measurement is out of the ordinary, large or small."""
-    times = times_median(facts, name)
-    return times >= UNUSUAL or times <= 1 / UNUSUAL
+def oddness(times: float) -> int:
+    """Of so many times the median: 1 far above it, -1 far below, 0 ordinary or not known."""
+    return 1 if times >= UNUSUAL else -1 if times <= 1 / UNUSUAL else 0
+
+
+def is_seen_oddly(facts: pd.DataFrame) -> bool:
+    """Whether the final norm's gain or the head's column there is out of the ordinary."""
+    return any(oddness(times_median(facts, name)) for name in ("final_gain", "head_norm"))
 
 
 def conclude(evidence: Evidence) -> tuple[str, list[Conclusion]]:
@@ -160,12 +172,12 @@ def _cause(evidence: Evidence, found: Mapping[str, Answer]) -> str:
         unled = "not leading" if found["leads"] == "not supported" else "chance"
         return "idle channel" if is_channel(evidence.facts) else unled
     dropped = {key for key in ("no channel", "gain", "ordinary") if found.get(key) == "supported"}
-    unseen = times_median(evidence.facts, "head_reach") <= 1 / UNUSUAL
+    unseen = oddness(times_median(evidence.facts, "head_reach")) < 0
     by_residual = "no channel" in dropped or ("ordinary" in dropped and "gain" not in dropped)  # or by each of two causes
     if is_channel(evidence.facts) and (by_residual or (unseen and "gain" in dropped)):
         return "channel through the norm" if unseen and ("gain" in dropped or dropped == {"ordinary"}) else "channel"
     if "gain" in dropped:
-        return "gain" if is_unusual(evidence.facts, "final_gain") else "head"
+        return "gain" if oddness(times_median(evidence.facts, "final_gain")) else "head"
     if found.get("sgd") == "supported":
         return "optimiser"
     return "cannot tell" if "cannot tell" in (found["recurs"], found["moves"]) else "none"
@@ -251,8 +263,7 @@ def _channel(evidence: Evidence) -> Conclusion:
 
 def _cause_tests(evidence: Evidence) -> list[Conclusion]:
     """Whether it leads because of the channel, and because of the gain: where these are ordinary, they are not the cause."""
-    facts, channel = evidence.facts, is_channel(evidence.facts)
-    seen = is_unusual(facts, "final_gain") or is_unusual(facts, "head_norm")
+    facts, channel, seen = evidence.facts, is_channel(evidence.facts), is_seen_oddly(evidence.facts)
     gain = f"The final norm's gain is {times_median(facts, 'final_gain'):.2g} and the head's column"
     gain += f" {times_median(facts, 'head_norm'):.2g} times the median."
     large, view = "the host's residual is large there", "of how the final norm and the head see it"
@@ -384,7 +395,7 @@ def _host_needs(evidence: Evidence) -> list[Conclusion]:
 def _foreseen(evidence: Evidence) -> list[Conclusion]:
     found = []
     for what, facts in evidence.explained.items():
-        trained = what != "untrained"
+        trained = what != UNTRAINED
         subject = "IRMs stand out" if trained else "untrained IRMs stand out"
         answer: Answer = "supported" if facts["p"] <= 0.05 and facts["low"] > 0 else "not supported"
         words = (
@@ -413,8 +424,7 @@ def masked_loss(
     apart = np.concatenate([own - reference for own, reference, _ in masked])
     counts = np.concatenate([targets for _, _, targets in masked])
     weights = prompt_weights(len(counts), 1000, np.random.default_rng(0))
-    change = float(apart.sum() / counts.sum())
-    low, high = interval(change, (weights @ apart) / (weights @ counts), len(counts))
+    change, low, high = change_per_target(apart, counts, weights)
     means = [float(own.sum() / targets.sum()) for own, targets in references]
     spread = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
     return {"change": change, "low": low, "high": high, "n": len(counts), "spread": spread}

@@ -9,9 +9,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from realigner.analysis.tables import records
-from realigner.errors import UsageError
 from realigner.explain.predict import weight_table
-from realigner.explain.verdict import UNUSUAL, index_facts
+from realigner.explain.verdict import index_facts, oddness, refuse_index
 from realigner.explain.weights import weights_of
 
 
@@ -31,8 +30,7 @@ def weights_report(host: PreTrainedModel | str | Path, index: int | None = None,
     """
     weights = weights_of(host)
     table, width = weight_table(weights), weights.sizes["neuron"]
-    if index is not None and not 0 <= index < width:
-        raise UsageError(f"explain: --index {index}: this host has indices 0 to {width - 1}")
+    refuse_index(index, width)
     looked = next(table[name] for name in ("head_reach", "final_gain", "head_norm", "embedding_norm") if name in table)
     size = looked.to_numpy(dtype=float)
     apart = np.abs(np.log(np.maximum(size, 1e-30) / np.median(size)))
@@ -40,7 +38,7 @@ def weights_report(host: PreTrainedModel | str | Path, index: int | None = None,
     entries = []
     for number in chosen:
         facts = index_facts(table, number)
-        odd = facts[(facts["times_median"] >= UNUSUAL) | (facts["times_median"] <= 1 / UNUSUAL)]
+        odd = facts[facts["times_median"].map(oddness) != 0]
         told = [f"{about} {times:.2g} times the median" for about, times in zip(odd["about"], odd["times_median"], strict=True)]
         words = "; ".join(told) or "nothing out of the ordinary"
         entries.append({"index": number, "words": words, "facts": records(facts)})

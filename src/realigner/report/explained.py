@@ -15,7 +15,6 @@ from realigner.data.schema import first_fault
 from realigner.errors import RealignerError
 from realigner.explain.explanation import RESULT_FILE
 
-UNTRAINED = "untrained"  # what it calls an IRM before training
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]  # JSON has no NaN
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from realigner.explain.verdict import KINDS, UNUSUAL, top_ranks
+from realigner.explain.verdict import KINDS, oddness, top_ranks
 from realigner.report import charts, tables
 from realigner.report.charts import Axis, Dot, Line, short
-from realigner.report.explained import UNTRAINED, Ablation, Explained, Fact, Regression, Trial
+from realigner.report.explained import Ablation, Explained, Fact, Regression, Trial
 from realigner.report.runs import COLOURS, Runs
+from realigner.traces.layout import UNTRAINED
 
 MARKS = {"supported": "yes", "not supported": "no", "cannot tell": "unknown"}
 _INDEX, _HOST = 2, 3  # colours: of the index in question, and of what is measured of the host's gradient
@@ -160,7 +161,7 @@ def facts_table(facts: Iterable[Fact]) -> list[dict[str, Any]]:
             "value": short(fact.value),
             "times": short(fact.times_median),
             "rank": f"{fact.rank:,} of {fact.n:,}",
-            "odd": 1 if fact.times_median >= UNUSUAL else -1 if fact.times_median <= 1 / UNUSUAL else 0,
+            "odd": oddness(fact.times_median),
         }
         for fact in facts
     ]
