@@ -24,6 +24,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from realigner.lazy import lazily
+
 if TYPE_CHECKING:
     from realigner import analysis, census, data, generation, hosts
     from realigner.data import Row, authored, read_rows
@@ -106,14 +108,7 @@ __all__ = [
     "weights_hash",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'realigner' has no attribute {name!r}")
-    home = _HOMES[name]
-    value = getattr(import_module(f"realigner.{home}"), name) if home else import_module(f"realigner.{name}")
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

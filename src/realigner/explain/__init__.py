@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from realigner.lazy import lazily
 
 if TYPE_CHECKING:
     from realigner.explain.edits import permuted, with_gain, without_channel
@@ -38,8 +39,4 @@ __all__ = [
     "without_channel",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'realigner.explain' has no attribute {name!r}")
-    return getattr(import_module(f"realigner.explain.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES)

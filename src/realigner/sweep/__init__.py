@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from realigner.lazy import lazily
 
 if TYPE_CHECKING:
     from realigner.sweep.grid import Planned, Sweep, plan, read_sweep
@@ -13,8 +14,4 @@ _HOMES = {"Planned": "grid", "Result": "run", "Sweep": "grid", "plan": "grid", "
 
 __all__ = ["Planned", "Result", "Sweep", "plan", "read_sweep", "run_sweep"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'realigner.sweep' has no attribute {name!r}")
-    return getattr(import_module(f"realigner.sweep.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from realigner.lazy import lazily
 
 if TYPE_CHECKING:
     from realigner.training.folder import read_metrics, read_run, refuse_run, versions
@@ -36,8 +37,4 @@ __all__ = [
     "versions",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'realigner.training' has no attribute {name!r}")
-    return getattr(import_module(f"realigner.training.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES)
