@@ -17,7 +17,7 @@ from realigner import probe
 from realigner.errors import RealignerError, UsageError
 from realigner.explain.edits import permuted, randomised, save_edited, with_gain, with_gains, without_channel
 from realigner.explain.roles import find_stream, roles_of
-from realigner.sites import find_sites
+from realigner.locate import find_sites
 from realigner.tiny import MODEL_TYPES, UNBUILDABLE, tiny_host
 from tests.tiny import tiny_pair, tiny_tokenizer
 

@@ -29,7 +29,7 @@ from realigner.explain.split import norm_eps, norm_kind, split_gradient
 from realigner.explain.trials import FULL
 from realigner.explain.weights import head_tokens
 from realigner.irm import IRM
-from realigner.sites import find_sites
+from realigner.locate import find_sites
 from realigner.tiny import tiny_host
 from realigner.training import train
 from realigner.tuner import tuner_of
@@ -136,7 +136,7 @@ def test_ablations() -> None:
 
     host, tokenizer = tiny_pair()
     model = get_peft_model(host, ra.IRMConfig())
-    irm = tuner_of(model).bank.network("default")
+    irm = tuner_of(model).registry.network("default")
     with torch.no_grad():
         irm.output.weight.zero_()
         irm.output.bias.view(3, 32)[:, 5] = 0.5

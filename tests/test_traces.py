@@ -54,7 +54,7 @@ def expected(model: Any, ids: list[int]) -> torch.Tensor:
     for handle in handles:
         handle.remove()
     with torch.no_grad():
-        deltas: torch.Tensor = tuner_of(model).bank.network("default")(seen["x"] + seen["o"])[0]
+        deltas: torch.Tensor = tuner_of(model).registry.network("default")(seen["x"] + seen["o"])[0]
     return deltas
 
 
@@ -305,7 +305,7 @@ def test_replayed_deltas_are_those_recorded(model: Any, tmp_path: Path, scale: f
         answer(model, tokenizer, PROMPTS, max_new_tokens=6)
     assert "delta" not in kept
     kept = ra.load_trace(ra.save_trace(kept, tmp_path / "t.zarr"))
-    network = tuner_of(model).bank.network("default")
+    network = tuner_of(model).registry.network("default")
     again = ra.replay(kept, {"default": network})
     np.testing.assert_allclose(again["delta"].values, raw["delta"].values, rtol=1e-4, atol=1e-6)
     assert set(again.variables) == set(raw.variables)

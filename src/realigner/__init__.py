@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from realigner.generation import answer
     from realigner.hosts import Fingerprint, fingerprint, load_host, weights_hash
     from realigner.irm import IRM
+    from realigner.locate import find_sites
     from realigner.report import build_report
-    from realigner.sites import find_sites
     from realigner.traces import import_reference, join_traces, load_trace, record, replay, save_trace
     from realigner.training import Recipe, Run, train
     from realigner.tuner import IRMConfig, load_irm, strength
@@ -58,7 +58,7 @@ _HOMES = {
     "census": "",
     "generation": "",
     "hosts": "",
-    "find_sites": "sites",
+    "find_sites": "locate",
     "import_reference": "traces",
     "join_traces": "traces",
     "replay": "traces",

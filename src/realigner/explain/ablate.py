@@ -108,7 +108,7 @@ def delta_ablations(
         95% interval ``low``, ``high`` over rows, and ``n`` rows.
     """
     tuner = tuner_of(model)
-    irm = tuner.bank.network(tuner.bank.names[0])
+    irm = tuner.registry.network(tuner.registry.names[0])
     changes = _Changes(rows.losses(model), seed)
     with model.disable_adapter():  # type: ignore[operator]
         changes.add("none", -1, [""], rows.losses(model)[0])

@@ -154,7 +154,7 @@ class Case:
         controls["leading"] = list(leading[1:])
         model = load_irm(self.host, self.runs[run][0])
         try:
-            layers = list(tuner_of(model).bank.network("default").layers)
+            layers = list(tuner_of(model).registry.network("default").layers)
             mean = self.states["delta_mean"].sel(irm=run).values[layers]
             return delta_ablations(model, self.rows(run), index, mean, controls, hows, quiet=self.quiet)
         finally:
@@ -208,7 +208,7 @@ def read_runs(folders: Sequence[str | Path]) -> dict[str, tuple[Path, Recipe]]:
 
 def _network(host: PreTrainedModel, folder: Path) -> IRM:
     model = load_irm(host, folder)
-    network = tuner_of(model).bank.network("default")
+    network = tuner_of(model).registry.network("default")
     model.unload()
     return network.eval()
 

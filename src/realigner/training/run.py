@@ -394,7 +394,7 @@ def _fit(
             trainer.remove_callback(unwanted)
         stop.accelerator = trainer.accelerator
         stack.enter_context(stop.listening())
-        stack.callback(setattr, tuner_of(model).bank.network("default"), "training_dtype", None)
+        stack.callback(setattr, tuner_of(model).registry.network("default"), "training_dtype", None)
         trainer.train(resume_from_checkpoint=str(good[-1]) if good else None)
     return stop.received.name if stop.received is not None and not _complete(folder.checkpoints(work)[-1]) else None
 
@@ -473,10 +473,10 @@ def _finish(model: PeftModel, work: Path, out: Path, record: dict[str, Any], rec
 def _load(model: PeftModel, out: Path) -> None:
     """Put the kept weights into the model in memory."""
     tuner = tuner_of(model)
-    if _sharded(tuner.bank):
+    if _sharded(tuner.registry):
         return
     weights = load_file(out / folder.ADAPTER_FILES[1])
-    tuner.bank.network("default").load_state_dict({key.removeprefix("irm."): value for key, value in weights.items()})
+    tuner.registry.network("default").load_state_dict({key.removeprefix("irm."): value for key, value in weights.items()})
 
 
 def _sharded(module: nn.Module) -> bool:
@@ -506,7 +506,7 @@ def _drop_if_nothing_was_done(work: Path) -> Callable[..., bool]:
 def irm_facts(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
     """The IRM's preset, layers and size, and the host it is attached to, for run.json and reports."""
     tuner = tuner_of(model)
-    network = tuner.bank.network(adapter)
+    network = tuner.registry.network(adapter)
     config = tuner.peft_config[adapter]
     return {
         "preset": config.preset,
