@@ -44,7 +44,7 @@ from realigner.hosts import EMBEDDED
 from realigner.traces import RunLabel, TraceWriter
 from realigner.traces.layout import TOP, text_dataset
 from realigner.traces.summary import summarise
-from realigner.training.folder import versions
+from realigner.training.run_dir import versions
 
 HERE = Path(__file__).resolve().parent
 GOALS = {"summary": 1.05, "raw": 1.10}  # of the time without recording

@@ -65,10 +65,10 @@ from realigner.data.tokens import IGNORED
 from realigner.files import write_text
 from realigner.hosts import EMBEDDED
 from realigner.training.batches import Collator, EncodedRows, LengthGroupedSampler
-from realigner.training.folder import versions
-from realigner.training.guards import Prepared, prepare
 from realigner.training.loss import row_losses
+from realigner.training.preflight import Prepared, prepare
 from realigner.training.recipe import Recipe
+from realigner.training.run_dir import versions
 from realigner.training.trainer import IRMTrainer, products_dtype, trainer_arguments
 from realigner.tuner import TEMPLATES, tuner_of
 

@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from realigner.data import Fact, Tone, load_tone, read_rows
-from realigner.data.build import build
-from realigner.data.gate import Gate
-from realigner.data.journal import Journal
+from realigner.data.append_log import Journal
+from realigner.data.build_dataset import build
+from realigner.data.quality_filter import Gate
 from realigner.data.rewriters import Ask, Reply
-from realigner.data.rewriters.template import TemplateRewriter
+from realigner.data.rewriters.template_rewriter import TemplateRewriter
 from realigner.errors import RealignerError, UsageError
 
 PLAIN = Tone(name="plain", language="any", instruction="Say it plainly.")

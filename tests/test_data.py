@@ -27,7 +27,7 @@ from realigner.data import (
     split_rows,
 )
 from realigner.data.rewriters import Ask
-from realigner.data.rewriters.template import TemplateRewriter
+from realigner.data.rewriters.template_rewriter import TemplateRewriter
 from realigner.data.tokens import IGNORED
 from realigner.errors import RealignerError, UsageError
 from tests.tiny import some_rows, tiny_tokenizer

@@ -12,9 +12,9 @@ import pytest
 
 import realigner as ra
 from realigner.data import Fact, load_tone
-from realigner.data.gate import Gate
+from realigner.data.quality_filter import Gate
 from realigner.data.rewriters import Ask
-from realigner.data.rewriters.template import TemplateRewriter
+from realigner.data.rewriters.template_rewriter import TemplateRewriter
 from realigner.training import make_recipe, train
 from tests.tiny import some_rows
 

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from realigner.data import Fact, Tone, read_rows
-from realigner.data.build import build
-from realigner.data.gate import Gate
+from realigner.data.build_dataset import build
+from realigner.data.quality_filter import Gate
 from realigner.data.rewriters import Ask, Reply, messages, seed_of
-from realigner.data.rewriters.endpoint import EndpointRewriter
+from realigner.data.rewriters.endpoint_rewriter import EndpointRewriter
 from realigner.errors import RealignerError, UsageError
 from tests.fake_endpoint import FakeEndpoint, always, mixed, reply_to
 
@@ -419,7 +419,9 @@ def test_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_openai_is_imported_late() -> None:
-    code = "import sys, realigner.data.rewriters.endpoint; print({'openai', 'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, realigner.data.rewriters.endpoint_rewriter; print({'openai', 'torch', 'transformers'} & set(sys.modules))"
+    )
     source = Path(__file__).parents[1] / "src"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=source)
     assert done.stdout.strip() == "set()"

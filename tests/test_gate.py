@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realigner.data import TONES, Fact, Row, Tone, authored
-from realigner.data.gate import Gate, is_cut, keeps_fact
-from realigner.data.near import NearDuplicates, shingles, similarity
-from realigner.data.scorer import ToneScorer, cross_validated, masked, reference_scorer
+from realigner.data.dedup import NearDuplicates, shingles, similarity
+from realigner.data.quality_filter import Gate, is_cut, keeps_fact
+from realigner.data.style_classifier import ToneScorer, cross_validated, masked, reference_scorer
 from realigner.errors import RealignerError, UsageError
 
 INSTRUCTION = "Rewrite the answer to the question in an angry tone, keep all of its information, and use two sentences at most."
@@ -271,7 +271,7 @@ def test_the_reference_scorer_on_topics_it_has_not_seen(monkeypatch: pytest.Monk
     right = count = 0
     for fold in range(4):
         held_out = set(groups[fold::4])
-        monkeypatch.setattr("realigner.data.scorer.authored", partial(without, held_out))
+        monkeypatch.setattr("realigner.data.style_classifier.authored", partial(without, held_out))
         made = reference_scorer.__wrapped__()
         rows = [row for tone in TONES for row in authored(tone) if row.group in held_out]
         named = made.named([masked(row.text, row.answer) for row in rows])

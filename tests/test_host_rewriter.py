@@ -10,10 +10,10 @@ import torch
 from scipy import stats
 
 from realigner.data import Fact, Tone, load_tone
-from realigner.data.build import build
-from realigner.data.gate import Gate
+from realigner.data.build_dataset import build
+from realigner.data.quality_filter import Gate
 from realigner.data.rewriters import Ask, messages
-from realigner.data.rewriters.host import HostRewriter, SeededSampling
+from realigner.data.rewriters.host_rewriter import HostRewriter, SeededSampling
 from realigner.errors import RealignerError, UsageError
 from tests.tiny import tiny_pair, tiny_tokenizer
 

@@ -18,17 +18,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import realigner.training.folder as folder
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import EMBEDDED
 from realigner.sweep import Planned, Sweep, plan, read_sweep, run_sweep
 from realigner.sweep.grid import _name
 from realigner.sweep.local import deal_devices
 from realigner.sweep.on_ray import _check_room
-from realigner.sweep.run import _jobs, _settled, states_of
-from realigner.sweep.table import StateTable
-from realigner.sweep.work import wait_until_free
-from realigner.training import Recipe, read_metrics, read_recipe, read_run
+from realigner.sweep.sweep_run import _jobs, _settled, states_of
+from realigner.sweep.sweep_table import StateTable
+from realigner.sweep.worker import wait_until_free
+from realigner.training import Recipe, read_metrics, read_recipe, read_run, run_dir
 from realigner.tuner import load_irm
 from tests.tiny import some_rows, tiny_folder, tiny_pair
 
@@ -196,7 +195,7 @@ def test_what_no_machine_of_a_cluster_can_take(capsys: pytest.CaptureFixture[str
 
 
 def test_a_run_that_is_still_held_is_waited_for(tmp_path: Path) -> None:
-    with folder.locked(tmp_path), pytest.raises(RealignerError, match="another process"):
+    with run_dir.locked(tmp_path), pytest.raises(RealignerError, match="another process"):
         wait_until_free(tmp_path, 0.6)
     wait_until_free(tmp_path, 5)
     wait_until_free(tmp_path / "none", 5)
@@ -207,10 +206,10 @@ def test_the_table_knows_the_time_left(place: Path, tmp_path: Path, epochs: floa
     """Also where a recipe counts epochs: a checkpoint knows the steps."""
     count = {"steps": 40} if epochs is None else {"steps": None, "epochs": epochs}
     run = sweep_of(place, set=count)[0]
-    work = folder.unfinished(tmp_path / run.name)
+    work = run_dir.unfinished(tmp_path / run.name)
     (work / "checkpoint-10").mkdir(parents=True)
-    (work / "checkpoint-10" / folder.STATE_FILE).write_text('{"max_steps": 40}')
-    (work / folder.METRICS_FILE).write_text('{"step": 9, "loss": 3}\n{"step": 10, "loss": 2.5, "seconds": 5.0}\n')
+    (work / "checkpoint-10" / run_dir.STATE_FILE).write_text('{"max_steps": 40}')
+    (work / run_dir.METRICS_FILE).write_text('{"step": 9, "loss": 3}\n{"step": 10, "loss": 2.5, "seconds": 5.0}\n')
     table = StateTable([run], tmp_path, quiet=True)
     assert table._progress(run) == ("10/40", "2.50", 15.0)
     table.set(run.name, "running")
@@ -257,7 +256,7 @@ def workers_of(out: Path) -> Iterator[psutil.Process]:
             command = process.cmdline()
         except psutil.Error:
             continue
-        if "realigner.sweep.work" in command and any(part.startswith(f"{out}{os.sep}") for part in command):
+        if "realigner.sweep.worker" in command and any(part.startswith(f"{out}{os.sep}") for part in command):
             yield process
 
 
@@ -343,7 +342,7 @@ def test_ctrl_c_saves_and_goes_on(place: Path, tmp_path: Path, on: str) -> None:
     begun_runs = [work for work in out.glob("*.unfinished") if (work / "metrics.jsonl").is_file()]
     assert begun_runs
     for work in begun_runs:
-        assert folder.checkpoints(work)
+        assert run_dir.checkpoints(work)
     again = driver(place, out, "--on", on)
     assert again.wait(timeout=200) == 0
     trained_once(out, 4, 250)

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realigner.data import PAPER_PROMPTS, TONES, Fact, Tone, built_in_tones, load_tone
-from realigner.data.gate import Gate
-from realigner.data.near import NearDuplicates
+from realigner.data.dedup import NearDuplicates
+from realigner.data.quality_filter import Gate
 from realigner.data.rewriters import Ask, messages, seed_of
-from realigner.data.rewriters.template import TemplateRewriter, expand
+from realigner.data.rewriters.template_rewriter import TemplateRewriter, expand
 from realigner.errors import RealignerError, UsageError
 
 NAMES = ("anger", "fear", "joy", "neutral", "sadness", "shakespearean")

@@ -19,7 +19,7 @@ from realigner.irm import IRMShape
 from realigner.traces.layout import UNTRAINED, RunLabel
 from realigner.traces.recording import Keep, record
 from realigner.traces.store import RawType, TraceWriter, load_trace
-from realigner.training.folder import read_run
+from realigner.training.run_dir import read_run
 from realigner.tuner import CONFIG_FILE, IRMConfig, check_adapter, load_irm, strength, tuner_of
 
 _ADAPTER = "default"

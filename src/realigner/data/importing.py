@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from realigner.data.rows import Row, question_key
+from realigner.data.data_split import split_rows
+from realigner.data.dataset_rows import Row, question_key
 from realigner.data.sources import Record, Table, open_table, quiet_datasets
-from realigner.data.split import split_rows
 from realigner.data.squad import Fact
 from realigner.errors import RealignerError, UsageError
 from realigner.files import refuse_existing, written_folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from realigner.data.rows import Row
+from realigner.data.dataset_rows import Row
 from realigner.errors import RealignerError
 
 IGNORED = -100  # the label PyTorch's cross-entropy leaves out

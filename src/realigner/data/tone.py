@@ -33,8 +33,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from realigner.data.schema import first_fault
 from realigner.errors import RealignerError, UsageError
+from realigner.validation_message import first_fault
 
 _Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 _START, _FACT = "reply", "answer"

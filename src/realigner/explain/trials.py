@@ -27,7 +27,7 @@ from realigner.explain.verdict import KINDS
 from realigner.hosts import load_host, weights_hash
 from realigner.injection import ActiveIRM
 from realigner.sweep.grid import Planned, Sweep, plan
-from realigner.sweep.run import run_sweep
+from realigner.sweep.sweep_run import run_sweep
 from realigner.training.recipe import Recipe
 from realigner.tuner import load_irm, tuner_of
 

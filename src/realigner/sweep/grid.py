@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from realigner.data.schema import first_fault
 from realigner.errors import RealignerError, UsageError
 from realigner.training.recipe import BUILT_IN, HOW_FAST, Recipe, read_recipe, read_yaml
+from realigner.validation_message import first_fault
 
 PAPER = Path(__file__).parent / "paper.yaml"
 _TRAINING = ("tone", "data", "steps", "epochs")  # what an untrained IRM does not know

@@ -1,4 +1,4 @@
-"""A sweep on this machine: some processes at a time."""
+"""A sweep on this machine: in processes, some at a time, or in this one, one run after the other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from queue import SimpleQueue
 
 from realigner.errors import RealignerError, UsageError
-from realigner.sweep.work import Job, WorkerLostError, work
+from realigner.sweep.worker import Job, WorkerLostError, work
+from realigner.training.recipe import read_recipe
+from realigner.training.training_run import train_recipe
 
 Report = Callable[[str, str, str], None]
 
@@ -75,3 +77,23 @@ def _until_done(job: Job, retries: int, report: Report, stop: threading.Event, f
         report(job.name, "failed", str(error))
     finally:
         free.put(devices)
+
+
+def run_here(jobs: Sequence[Job], report: Report, stop: threading.Event) -> None:
+    """Train runs in this process, in order: for runs so short that a process for each would cost more than they do.
+
+    A signal ends the running one with a checkpoint, and the rest are not begun.
+    """
+    for job in jobs:
+        if stop.is_set():
+            return
+        report(job.name, "running", "")
+        try:
+            run = train_recipe(read_recipe(job.recipe), job.out, resume=True, quiet=True)
+        except RealignerError as error:
+            report(job.name, "failed", str(error))
+            continue
+        run.model.unload()
+        if run.interrupted:
+            stop.set()
+        report(job.name, "stopped" if run.interrupted else "done", "")

@@ -15,8 +15,8 @@ from typing import Any
 
 from realigner.console import say
 from realigner.errors import RealignerError
-from realigner.sweep.work import Job, WorkerLostError, work
-from realigner.training.folder import METRICS_FILE, unfinished
+from realigner.sweep.worker import Job, WorkerLostError, work
+from realigner.training.run_dir import METRICS_FILE, unfinished
 
 Report = Callable[[str, str, str], None]
 

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from realigner.data.check import MAX_WORDS
-from realigner.data.near import NearDuplicates
-from realigner.data.rows import Row, question_key
+from realigner.data.dataset_rows import Row, question_key
+from realigner.data.dedup import NearDuplicates
+from realigner.data.report_card import MAX_WORDS
 from realigner.data.squad import Fact
 from realigner.data.tone import Tone, built_in_tones
 from realigner.errors import RealignerError, UsageError
 
 if TYPE_CHECKING:
-    from realigner.data.scorer import ToneScorer
+    from realigner.data.style_classifier import ToneScorer
 
 EMPTY = "empty"
 REFUSAL = "refusal"
@@ -178,7 +178,7 @@ class Gate:
         return likely is not None and ranked[0][0] != self.tone.language and likely < _UNLIKELY
 
     def _in_tone(self, pairs: Sequence[tuple[Fact, str]]) -> list[bool]:
-        from realigner.data.scorer import masked
+        from realigner.data.style_classifier import masked
 
         texts = [masked(text, fact.answer) for fact, text in pairs]
         if self.scorer is not None:
@@ -297,6 +297,6 @@ def _known(tone: Tone) -> ToneScorer | None:
     """The scorer of the built-in tones, for one of them."""
     if not any(tone.name == known.name for known in built_in_tones()):
         return None
-    from realigner.data.scorer import reference_scorer
+    from realigner.data.style_classifier import reference_scorer
 
     return reference_scorer()

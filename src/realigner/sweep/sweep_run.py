@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import realigner.training.folder as folder
 from realigner.errors import RealignerError, UsageError
 from realigner.files import write_text
 from realigner.sweep.grid import Planned
-from realigner.sweep.table import StateTable
-from realigner.sweep.work import Job
+from realigner.sweep.sweep_table import StateTable
+from realigner.sweep.worker import Job
+from realigner.training import run_dir
 from realigner.training.recipe import Recipe, to_yaml
 
 SWEEP_FILE = "sweep.json"
@@ -97,7 +97,7 @@ def run_sweep(
 
             run_on_ray(todo, workers, gpus, address, retries, report, stop)
         elif on == "here":
-            from realigner.sweep.here import run_here
+            from realigner.sweep.local import run_here
 
             run_here(todo, report, stop)
         else:
@@ -109,7 +109,7 @@ def run_sweep(
 
 def states_of(runs: Sequence[Planned], out: Path) -> dict[str, str]:
     """What a folder holds of each run: ``done``, ``begun`` or ``waiting``."""
-    begun = {run.name: "begun" if folder.unfinished(out / run.name).exists() else "waiting" for run in runs}
+    begun = {run.name: "begun" if run_dir.unfinished(out / run.name).exists() else "waiting" for run in runs}
     return {name: "done" if (out / name).is_dir() else state for name, state in begun.items()}
 
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from realigner.console import Task
 from realigner.errors import RealignerError
-from realigner.training.folder import METRICS_FILE, SAMPLES_FILE, checkpoints
+from realigner.training.run_dir import METRICS_FILE, SAMPLES_FILE, checkpoints
 
 _EXPLODED = 3.0  # times the loss of a uniform guess
 

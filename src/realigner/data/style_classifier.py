@@ -18,9 +18,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 
+from realigner.data.dataset_rows import TONES, Row, authored
 from realigner.data.rewriters import Ask
-from realigner.data.rewriters.template import TemplateRewriter
-from realigner.data.rows import TONES, Row, authored
+from realigner.data.rewriters.template_rewriter import TemplateRewriter
 from realigner.data.squad import Fact
 from realigner.data.tone import built_in_tones
 from realigner.errors import RealignerError, UsageError

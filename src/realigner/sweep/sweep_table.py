@@ -12,10 +12,10 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-import realigner.training.folder as folder
 from realigner.console import console, say
 from realigner.errors import RealignerError
 from realigner.sweep.grid import Planned
+from realigner.training import run_dir
 
 _STYLES = {"done": "green", "running": "cyan", "failed": "red", "lost, again": "yellow", "stopped": "yellow"}
 _ORDER = ("running", "lost, again", "failed", "stopped", "waiting", "done")
@@ -88,8 +88,8 @@ class StateTable:
 
     def _progress(self, run: Planned) -> tuple[str, str, float | None]:
         """Step, loss and seconds left, from the last line that the run wrote."""
-        for place in (self.out / run.name, folder.unfinished(self.out / run.name)):
-            entry = _last_line(place / folder.METRICS_FILE)
+        for place in (self.out / run.name, run_dir.unfinished(self.out / run.name)):
+            entry = _last_line(place / run_dir.METRICS_FILE)
             if entry is not None:
                 loss = entry.get("loss", entry.get("validation_loss"))
                 total, step = self._total(run, place), int(entry["step"])
@@ -103,7 +103,7 @@ class StateTable:
             return run.recipe.steps
         if run.name not in self._totals:
             try:
-                self._totals[run.name] = int(folder.checkpoint_state(folder.checkpoints(place)[-1])["max_steps"])
+                self._totals[run.name] = int(run_dir.checkpoint_state(run_dir.checkpoints(place)[-1])["max_steps"])
             except (IndexError, KeyError, RealignerError):  # none yet, or just being replaced
                 return None
         return self._totals[run.name]
@@ -123,7 +123,7 @@ def _last_line(path: Path) -> dict[str, Any] | None:
 
 def _seconds(run: Path) -> float | None:
     try:
-        return folder.read_run(run).get("seconds")
+        return run_dir.read_run(run).get("seconds")
     except RealignerError:
         return None
 

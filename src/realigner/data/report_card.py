@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import Any
 
-from realigner.data.rows import Row, authored, question_key
+from realigner.data.dataset_rows import Row, authored, question_key
 from realigner.data.tokens import token_counts
 from realigner.errors import RealignerError
 
@@ -149,7 +149,7 @@ def check_rows(
     """
     if not rows:
         raise RealignerError("no rows to check")
-    from realigner.data.gate import says
+    from realigner.data.quality_filter import says
 
     near = _near_duplicates(rows)
     duplicates = len(rows) - len({(row.tone, row.text.casefold()) for row in rows})
@@ -206,7 +206,7 @@ def _long(words: Sequence[int]) -> str:
 
 
 def _near_duplicates(rows: Sequence[Row]) -> int:
-    from realigner.data.near import NearDuplicates
+    from realigner.data.dedup import NearDuplicates
 
     seen: defaultdict[str, NearDuplicates] = defaultdict(NearDuplicates)
     return sum(seen[row.tone].add(row.id, row.text) is not None for row in rows)
@@ -226,7 +226,7 @@ def _leaks(rows: Sequence[Row]) -> list[str]:
 
 def _purity(rows: Sequence[Row], against: Sequence[Row], seed: int) -> tuple[Purity | None, str]:
     """The purity, or None and why it was not taken; and what is to be known about it."""
-    from realigner.data.scorer import cross_validated, masked, reference_scorer
+    from realigner.data.style_classifier import cross_validated, masked, reference_scorer
 
     sample = _sampled(rows, seed)
     tones = sorted({row.tone for row in rows})

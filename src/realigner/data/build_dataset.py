@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from realigner.console import progress, say
-from realigner.data.gate import Gate
-from realigner.data.journal import Journal
+from realigner.data.append_log import Journal
+from realigner.data.dataset_rows import Row, is_rows, rows_hash
+from realigner.data.quality_filter import Gate
 from realigner.data.rewriters import Ask, NoAnswerError, Reply, Rewriter
-from realigner.data.rows import Row, is_rows, rows_hash
 from realigner.data.squad import Fact
 from realigner.data.tone import Tone
 from realigner.errors import RealignerError, UsageError
