@@ -14,8 +14,9 @@ import realigner as ra
 SOURCE = Path(ra.__file__).parent
 # From the cellar up; a room may import rooms named before it.
 FLOORS = [
-    "lazy", "errors", "validation_message", "files", "console", "irm", "hosts", "probe", "sites", "injection", "bank", "tuner", "oracle", "tiny",
-    "census", "data", "generation", "training", "sweep", "traces", "tracing", "analysis", "explain", "report", "demo", "cli",
+    "lazy", "errors", "prompts", "files", "console", "irm", "hosts", "probe", "sites", "injection", "bank", "tuner",
+    "generation", "oracle", "tiny", "census", "validation_message", "data", "training", "sweep", "traces", "tracing",
+    "analysis", "explain", "report", "demo", "cli",
 ]  # fmt: skip
 
 

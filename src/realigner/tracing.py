@@ -12,10 +12,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
 from realigner.console import progress
-from realigner.data.tokens import PAPER_PROMPTS
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer
 from realigner.irm import IRMShape
+from realigner.prompts import PAPER_PROMPTS
 from realigner.traces.layout import UNTRAINED, RunLabel
 from realigner.traces.recording import Keep, record
 from realigner.traces.store import RawType, TraceWriter, load_trace

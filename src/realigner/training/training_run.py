@@ -25,11 +25,12 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from realigner.console import progress, say
-from realigner.data import PAPER_PROMPTS, Row, authored, read_rows, rows_hash
+from realigner.data import Row, authored, read_rows, rows_hash
 from realigner.errors import RealignerError, UsageError
 from realigner.files import write_text
 from realigner.generation import answer
 from realigner.hosts import fingerprint, host_name, load_config, load_host, load_tokenizer, weights_hash
+from realigner.prompts import PAPER_PROMPTS
 from realigner.training import run_dir
 from realigner.training.callbacks import DivergenceGuard, Log, StopSignal
 from realigner.training.loss_plot import save_curve
