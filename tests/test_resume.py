@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from realigner.errors import RealignerError
 from realigner.hosts import EMBEDDED
 from realigner.training import Recipe, make_recipe, read_metrics, read_run, run_dir, train
-from realigner.training.batches import LengthGroupedSampler
+from realigner.training.batches import SeededLengthSampler
 from realigner.training.callbacks import Log
 from realigner.training.checkpoint_io import load_tree, save_tree
 from realigner.tuner import load_irm
@@ -241,7 +241,7 @@ def test_resume_refuses_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         stopped_at(5, signal.SIGTERM, patch)
         run_tiny(tmp_path / "run")
     work = run_dir.unfinished(tmp_path / "run")
-    with pytest.raises(RealignerError, match="go on with --resume, or throw it away with --force"):
+    with pytest.raises(RealignerError, match=r"resume it \(resume\), or discard it \(force\)"):
         run_tiny(tmp_path / "run")
     with pytest.raises(RealignerError, match=r"learning_rate is 0\.001, not 0\.01"):
         run_tiny(tmp_path / "run", recipe=QUICK.changed(learning_rate=1e-3), resume=True)
@@ -309,7 +309,7 @@ def test_trees_come_back_to_the_bit(tree: Any, tmp_path_factory: pytest.TempPath
 )
 def test_the_order_of_rows(lengths: list[int], batch: int, seed: int, epoch: int) -> None:
     """Each row at most once, whole batches, the same for the same seed and epoch whatever the global random state."""
-    sampler = LengthGroupedSampler(lengths, batch, seed, lambda: epoch)
+    sampler = SeededLengthSampler(lengths, batch, seed, lambda: epoch)
     order = list(sampler)
     assert len(order) == len(set(order)) == len(sampler)
     assert len(order) % batch == 0
@@ -321,10 +321,10 @@ def test_the_order_of_rows(lengths: list[int], batch: int, seed: int, epoch: int
 def test_batches_hold_rows_of_like_length() -> None:
     generator = random.Random(0)
     lengths = [generator.randint(10, 200) for _ in range(1000)]
-    order = list(LengthGroupedSampler(lengths, 8, 42, lambda: 0))
+    order = list(SeededLengthSampler(lengths, 8, 42, lambda: 0))
     padded = sum(8 * max(lengths[row] for row in order[at : at + 8]) for at in range(0, len(order), 8))
     assert padded < 1.06 * sum(lengths[row] for row in order)
-    other = list(LengthGroupedSampler(lengths, 8, 42, lambda: 1))
+    other = list(SeededLengthSampler(lengths, 8, 42, lambda: 1))
     assert order != other
     first = [max(lengths[row] for row in order[at : at + 8]) for at in range(0, len(order), 8)]
     assert first != sorted(first, reverse=True)  # not from long to short

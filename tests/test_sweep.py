@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import EMBEDDED
-from realigner.sweep import Planned, Sweep, plan, read_sweep, run_sweep
+from realigner.sweep import RunSpec, Sweep, plan, read_sweep, run_sweep
 from realigner.sweep.grid import _name
 from realigner.sweep.local import deal_devices
 from realigner.sweep.on_ray import _check_room
@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def sweep_of(place: Path, **changes: Any) -> list[Planned]:
+def sweep_of(place: Path, **changes: Any) -> list[RunSpec]:
     values: dict[str, Any] = {
         "set": {**QUICK, "host": str(place / "host"), **changes.pop("set", {})},
         "grid": {"tone": ["anger", "joy"], "seed": [1, 2]},
@@ -53,7 +53,7 @@ def sweep_of(place: Path, **changes: Any) -> list[Planned]:
     return plan(Sweep(**{**values, **changes}), place)
 
 
-def adapters(out: Path, runs: list[Planned]) -> dict[str, bytes]:
+def adapters(out: Path, runs: list[RunSpec]) -> dict[str, bytes]:
     return {run.name: (out / run.name / "adapter_model.safetensors").read_bytes() for run in runs}
 
 
@@ -139,7 +139,7 @@ def test_refusals(place: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(RealignerError, match="is not a sweep's folder"):
         run_sweep(sweep_of(place), tmp_path)
-    with pytest.raises(UsageError, match="--on 'cloud' is none of local, ray"):
+    with pytest.raises(UsageError, match="on='cloud' is none of local, ray"):
         run_sweep(sweep_of(place), tmp_path / "new", on="cloud")
     with pytest.raises(UsageError, match="a part of a GPU"):
         run_sweep(sweep_of(place), tmp_path / "new", gpus=0.5, quiet=True)
@@ -217,10 +217,10 @@ def test_the_table_knows_the_time_left(place: Path, tmp_path: Path, epochs: floa
 
 
 @pytest.fixture(scope="module")
-def local(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Planned], Path]:
+def local(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[RunSpec], Path]:
     """A whole sweep of two tones and two seeds, one of whose runs fails, with baselines."""
     runs = sweep_of(place, baselines=True)
-    broken = Planned("broken", runs[0].recipe.changed(layers="0-77"), {"tone": "anger", "seed": 77})
+    broken = RunSpec("broken", runs[0].recipe.changed(layers="0-77"), {"tone": "anger", "seed": 77})
     out = tmp_path_factory.mktemp("local") / "out"
     result = run_sweep([broken, *runs], out, workers=2, quiet=True)
     assert result.errors == {"broken": "layers: there is no layer 3; this host has layers 0 to 2"}
@@ -229,7 +229,7 @@ def local(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[P
     return runs, out
 
 
-def test_a_failed_run_does_not_stop_the_others(local: tuple[list[Planned], Path]) -> None:
+def test_a_failed_run_does_not_stop_the_others(local: tuple[list[RunSpec], Path]) -> None:
     runs, out = local
     assert "there is no layer 3" in (out / "logs" / "broken.log").read_text()
     for run in runs:
@@ -240,7 +240,7 @@ def test_a_failed_run_does_not_stop_the_others(local: tuple[list[Planned], Path]
     assert len(set(adapters(out, runs).values())) == 4  # two seeds, trained or not; the two tones' rows say the same
 
 
-def test_a_finished_run_is_not_trained_again(local: tuple[list[Planned], Path]) -> None:
+def test_a_finished_run_is_not_trained_again(local: tuple[list[RunSpec], Path]) -> None:
     runs, out = local
     before = {run.name: (out / run.name).stat().st_mtime_ns for run in runs}
     result = run_sweep(runs, out, workers=2, quiet=True)
@@ -348,7 +348,7 @@ def test_ctrl_c_saves_and_goes_on(place: Path, tmp_path: Path, on: str) -> None:
     trained_once(out, 4, 250)
 
 
-def test_ray_gives_the_bytes_of_local(place: Path, local: tuple[list[Planned], Path], tmp_path: Path) -> None:
+def test_ray_gives_the_bytes_of_local(place: Path, local: tuple[list[RunSpec], Path], tmp_path: Path) -> None:
     runs, out = local
     result = run_sweep(runs, tmp_path / "ray", on="ray", workers=2, quiet=True)
     assert result.finished

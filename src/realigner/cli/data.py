@@ -147,7 +147,7 @@ def import_(
     from realigner.data.dataset_rows import is_rows, question_key
     from realigner.data.importing import import_rows, parse_mapping
     from realigner.data.importing import to_hf as write_hf
-    from realigner.data.quality_filter import sift
+    from realigner.data.quality_filter import filter_rows
     from realigner.data.tone import load_tone
     from realigner.files import refuse_existing
 
@@ -161,7 +161,7 @@ def import_(
     known = {question_key(fact.question) for fact in facts or ()}
     found = sum(question_key(row.question) in known for row in rows) if known else None
     if check_replies:
-        rows, bad = sift(rows, own)
+        rows, bad = filter_rows(rows, own)
         rejected = [*rejected, *bad]
     kinds = (re.sub(r" (?:by )?(?:'.*'|\S+:\d+)", "", item["reason"]) for item in rejected)  # a name is not a kind
     reasons = dict(Counter(kinds).most_common())
@@ -300,13 +300,13 @@ def _facts(squad: Path, sample: int | None, seed: int) -> tuple[list[Fact], dict
 
 
 def _gate(tone: Tone, scorer: Path | None) -> Any:
-    from realigner.data.quality_filter import Gate
+    from realigner.data.quality_filter import QualityFilter
 
     if scorer is None:
-        return Gate(tone)
-    from realigner.data.style_classifier import ToneScorer
+        return QualityFilter(tone)
+    from realigner.data.style_classifier import StyleClassifier
 
-    return Gate(tone, ToneScorer.load(scorer))
+    return QualityFilter(tone, StyleClassifier.load(scorer))
 
 
 def _tokenizer(host: str | None, trust: bool) -> tuple[Any, str]:

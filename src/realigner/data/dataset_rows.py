@@ -105,7 +105,7 @@ def authored(tone: str) -> list[Row]:
         360
     """
     if tone not in TONES:
-        raise UsageError(f"tone: the authored set has no {tone!r}; it has {', '.join(TONES)} (others: give --data FILE)")
+        raise UsageError(f"tone: the authored set has no {tone!r}; it has {', '.join(TONES)} (for others, give data a file)")
     return read_rows(Path(str(files("realigner") / "data" / "authored" / f"{tone}.jsonl")))
 
 

@@ -119,7 +119,7 @@ def load_tone(name: str | Path) -> Tone:
     path = Path(name)
     if path.suffix == ".toml" or path.exists():
         return _read(path)
-    raise UsageError(f"--tone: there is no tone {str(name)!r}; built in are {', '.join(built_in)}, others are .toml files")
+    raise UsageError(f"tone: there is no tone {str(name)!r}; built in are {', '.join(built_in)}, others are .toml files")
 
 
 def built_in_tones() -> list[Tone]:

@@ -39,7 +39,7 @@ def deal_devices(gpus: float, workers: int) -> list[str]:
         UsageError: for a part of a GPU, or more GPUs than there are.
     """
     if gpus != int(gpus):
-        raise UsageError(f"sweep: --gpus {gpus}: a part of a GPU is dealt out by Ray only (--on ray)")
+        raise UsageError(f"sweep: gpus={gpus}: only Ray shares out a part of a GPU (on=ray)")
     each = int(gpus)
     if not each:
         return [""] * workers
@@ -50,9 +50,7 @@ def deal_devices(gpus: float, workers: int) -> list[str]:
         visible = ",".join(str(number) for number in range(torch.cuda.device_count()))
     names = [name.strip() for name in visible.split(",") if name.strip()]
     if len(names) < each * workers:
-        raise UsageError(
-            f"sweep: {workers} workers with {each} GPUs each, but there are {len(names)}; lower --workers or --gpus"
-        )
+        raise UsageError(f"sweep: {workers} workers with {each} GPUs each, but there are {len(names)}; lower workers or gpus")
     return [",".join(names[worker * each : (worker + 1) * each]) for worker in range(workers)]
 
 
@@ -71,7 +69,7 @@ def _until_done(job: Job, retries: int, report: Report, stop: threading.Event, f
                 return
             except WorkerLostError as error:
                 lost = str(error)
-                report(job.name, "lost, again", lost)
+                report(job.name, "retrying", lost)
         report(job.name, "failed", f"its worker died {retries + 1} times: {lost}")
     except RealignerError as error:
         report(job.name, "failed", str(error))

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from realigner.errors import RealignerError
-from realigner.training.batches import Collator, EncodedRows, LengthGroupedSampler
+from realigner.training.batches import Collator, EncodedRows, SeededLengthSampler
 from realigner.training.checkpoint_io import load_tree, random_states, save_tree, set_random_states
 from realigner.training.loss import DeltaSum, row_losses, takes_logits_to_keep
 from realigner.training.preflight import Prepared
@@ -153,10 +153,10 @@ class IRMTrainer(Trainer):
 
     # The order of rows and the learning rate.
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> SeededLengthSampler:
         lengths = [len(item["input_ids"]) for item in self.prepared.train]
         every = steps_per_epoch(self.recipe, len(lengths))
-        return LengthGroupedSampler(
+        return SeededLengthSampler(
             lengths, self.recipe.batch_size, self.recipe.seed, epoch=lambda: self.state.global_step // every
         )
 
