@@ -32,9 +32,9 @@ from realigner.data import Row, Split
 from realigner.files import write_text
 from realigner.hosts import HostInfo
 from realigner.training.batches import Collator
-from realigner.training.folder import versions
-from realigner.training.guards import Prepared
+from realigner.training.preflight import Prepared
 from realigner.training.recipe import Recipe
+from realigner.training.run_dir import versions
 from realigner.training.trainer import IRMTrainer, trainer_arguments
 from realigner.tuner import tuner_of
 

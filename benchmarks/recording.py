@@ -37,14 +37,14 @@ import xarray as xr
 from peft import get_peft_model
 
 import realigner as ra
-from realigner.data.tokens import PAPER_PROMPTS
 from realigner.files import write_text
 from realigner.generation import encode_prompts
 from realigner.hosts import EMBEDDED
+from realigner.prompts import PAPER_PROMPTS
 from realigner.traces import RunLabel, TraceWriter
 from realigner.traces.layout import TOP, text_dataset
 from realigner.traces.summary import summarise
-from realigner.training.folder import versions
+from realigner.training.run_dir import versions
 
 HERE = Path(__file__).resolve().parent
 GOALS = {"summary": 1.05, "raw": 1.10}  # of the time without recording

@@ -14,7 +14,7 @@ lora-all   The same on every linear layer but the head.
 padded     `compact` trained as the reference code does: every row padded to 128 tokens, logits and loss at every position,
            question and padding included. Only rows, template, network, optimiser and learning rate are those of `compact`.
 
-All but `padded` are given the same batches, of like length as `LengthGroupedSampler` makes them, and take the loss at the
+All but `padded` are given the same batches, of like length as `SeededLengthSampler` makes them, and take the loss at the
 reply's positions only, logits being computed nowhere else. `padded` is given the same rows. Its tokens are those of the text.
 
 A turn is one step on each of four batches (an epoch's, evenly spaced by length). Settings alternate within a turn, batch by
@@ -64,11 +64,11 @@ import realigner as ra
 from realigner.data.tokens import IGNORED
 from realigner.files import write_text
 from realigner.hosts import EMBEDDED
-from realigner.training.batches import Collator, EncodedRows, LengthGroupedSampler
-from realigner.training.folder import versions
-from realigner.training.guards import Prepared, prepare
+from realigner.training.batches import Collator, EncodedRows, SeededLengthSampler
 from realigner.training.loss import row_losses
+from realigner.training.preflight import Prepared, prepare
 from realigner.training.recipe import Recipe
+from realigner.training.run_dir import versions
 from realigner.training.trainer import IRMTrainer, products_dtype, trainer_arguments
 from realigner.tuner import TEMPLATES, tuner_of
 
@@ -161,7 +161,7 @@ def load_job() -> Job:
     prepared = {name: prepare(ra.authored("anger"), tokenizer, host.config, recipe) for name, recipe in RECIPES.items()}
     lengths = [len(item["input_ids"]) for item in prepared["compact"].train]
     size = RECIPE.batch_size
-    order = list(LengthGroupedSampler(lengths, size, RECIPE.seed, epoch=lambda: 0))
+    order = list(SeededLengthSampler(lengths, size, RECIPE.seed, epoch=lambda: 0))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     batches.sort(key=lambda rows: max(lengths[row] for row in rows))
     spaced = [(2 * place + 1) * len(batches) // (2 * BATCHES) for place in range(BATCHES)]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from peft import get_peft_model
 
 from realigner.training import make_recipe, train
-from realigner.training.watch import Log
+from realigner.training.callbacks import Log
 from realigner.tuner import IRMConfig, tuner_of
 from tests.tiny import some_rows, tiny_pair
 

@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from realigner.data import Fact, Tone, load_tone, read_rows
-from realigner.data.build import build
-from realigner.data.gate import Gate
-from realigner.data.journal import Journal
-from realigner.data.rewriters import Ask, Reply
-from realigner.data.rewriters.template import TemplateRewriter
+from realigner.data.append_log import AppendLog
+from realigner.data.build_dataset import build
+from realigner.data.quality_filter import QualityFilter
+from realigner.data.rewriters import Reply, RewriteRequest
+from realigner.data.rewriters.template_rewriter import TemplateRewriter
 from realigner.errors import RealignerError, UsageError
 
 PLAIN = Tone(name="plain", language="any", instruction="Say it plainly.")
@@ -35,21 +35,24 @@ FACTS = [
 ENDINGS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 
 
-def say(ask: Ask) -> str:
+def say(request: RewriteRequest) -> str:
     """A good reply to most; every seventh is bad at first, one never gets better, and every tenth is a copy at first."""
-    number = int(ask.fact.id)
-    if number == 14 or (number % 7 == 0 and ask.attempt == 0):
+    number = int(request.fact.id)
+    if number == 14 or (number % 7 == 0 and request.attempt == 0):
         return "I'm sorry, but I can't answer that."
-    copied = number - 1 if number % 10 == 9 and ask.attempt == 0 else number
-    words = random.Random(copied * 10 + ask.attempt).choices(ENDINGS, k=40)
-    return f"It is {' '.join(words)}, {ask.fact.answer}."
+    copied = number - 1 if number % 10 == 9 and request.attempt == 0 else number
+    words = random.Random(copied * 10 + request.attempt).choices(ENDINGS, k=40)
+    return f"It is {' '.join(words)}, {request.fact.answer}."
 
 
 class Scripted:
     """A rewriter that says what it is told to, in any order, and may fail."""
 
     def __init__(
-        self, answer: Callable[[Ask], str] = say, order: int | None = None, fail: Callable[[int, Ask], str] | None = None
+        self,
+        answer: Callable[[RewriteRequest], str] = say,
+        order: int | None = None,
+        fail: Callable[[int, RewriteRequest], str] | None = None,
     ):
         self.answer, self.order, self.fail = answer, order, fail
         self.asked: list[tuple[str, int]] = []
@@ -60,14 +63,14 @@ class Scripted:
     def note(self) -> str:
         return ""
 
-    def rewrite(self, asks: Sequence[Ask], proven: bool = False) -> Generator[Reply, None, None]:
-        asks = list(asks)
+    def rewrite(self, requests: Sequence[RewriteRequest], verified: bool = False) -> Generator[Reply, None, None]:
+        requests = list(requests)
         if self.order is not None:
-            random.Random(self.order).shuffle(asks)
-        for ask in asks:
-            self.asked.append((ask.fact.id, ask.attempt))
-            error = self.fail(len(self.asked), ask) if self.fail else ""
-            yield Reply(ask.fact.id, ask.attempt, "" if error else self.answer(ask), 10, 5, error=error)
+            random.Random(self.order).shuffle(requests)
+        for request in requests:
+            self.asked.append((request.fact.id, request.attempt))
+            error = self.fail(len(self.asked), request) if self.fail else ""
+            yield Reply(request.fact.id, request.attempt, "" if error else self.answer(request), 10, 5, error=error)
 
 
 def make(folder: Path, rewriter: Scripted | None = None, **options: Any) -> dict[str, bytes]:
@@ -116,7 +119,7 @@ def test_the_order_of_replies_makes_no_difference(tmp_path: Path, whole: dict[st
 def broken_off(folder: Path, after: int, error: BaseException, order: int | None = None) -> Scripted:
     """A build whose rewriter raises after so many replies."""
 
-    def fail(count: int, ask: Ask) -> str:
+    def fail(count: int, request: RewriteRequest) -> str:
         if count > after:
             raise error
         return ""
@@ -154,9 +157,9 @@ def test_a_journal_cut_at_any_byte(
     assert make(folder) == whole
 
 
-def slowly(ask: Ask) -> str:
+def slowly(request: RewriteRequest) -> str:
     time.sleep(0.004)
-    return say(ask)
+    return say(request)
 
 
 def test_killed_at_random_moments(tmp_path: Path, whole: dict[str, bytes]) -> None:
@@ -181,12 +184,12 @@ def test_killed_at_random_moments(tmp_path: Path, whole: dict[str, bytes]) -> No
 
 def test_requests_that_fail_are_asked_again_and_then_counted(tmp_path: Path, whole: dict[str, bytes]) -> None:
     """A failure costs a fact none of its attempts; one that lasts is kept for another day, or given up when asked."""
-    once = Scripted(fail=lambda count, ask: "HTTP 500" if count % 5 == 0 and count <= 60 else "")
+    once = Scripted(fail=lambda count, request: "HTTP 500" if count % 5 == 0 and count <= 60 else "")
     assert make(tmp_path, once) == whole
     (tmp_path / "rows.jsonl").unlink()
-    never = Scripted(fail=lambda count, ask: "HTTP 500 after 6 tries" if ask.fact.id == "20" else "")
+    never = Scripted(fail=lambda count, request: "HTTP 500 after 6 tries" if request.fact.id == "20" else "")
     for _ in range(2):
-        with pytest.raises(RealignerError, match=r"1 questions got no reply \(HTTP 500 after 6 tries\).*--give-up"):
+        with pytest.raises(RealignerError, match=r"1 questions got no reply \(HTTP 500 after 6 tries\).*give_up"):
             make(tmp_path, never)
     assert not (tmp_path / "rows.jsonl").exists()
     made = make(tmp_path, never, give_up=True)
@@ -213,13 +216,13 @@ def test_refusals(tmp_path: Path) -> None:
     other = PLAIN.model_copy(update={"instruction": "Say it otherwise."})
     with pytest.raises(RealignerError, match="its tone_sha256"):
         build(FACTS, other, Scripted(), out, quiet=True)
-    with pytest.raises(RealignerError, match="an id stands twice"):
+    with pytest.raises(RealignerError, match="duplicate id"):
         build([*FACTS, FACTS[0]], PLAIN, Scripted(), tmp_path / "else.jsonl", quiet=True)
     with pytest.raises(RealignerError, match="nothing to rewrite"):
         build([], PLAIN, Scripted(), tmp_path / "none.jsonl", quiet=True)
     with pytest.raises(UsageError, match="attempts"):
         build(FACTS, PLAIN, Scripted(), tmp_path / "none.jsonl", attempts=0)
-    with pytest.raises(RealignerError, match=r"no reply passed the gate \(empty 180"):
+    with pytest.raises(RealignerError, match=r"no reply passed the quality filter \(empty 180"):
         build(FACTS, PLAIN, Scripted(lambda ask: ""), tmp_path / "none.jsonl", quiet=True)
 
 
@@ -289,9 +292,9 @@ def test_rows_that_are_refused_for_ever(tmp_path: Path) -> None:
     """Content filters say HTTP 400 to the same rows each time: they are turned away, and not asked for by every process."""
 
     class Filtered(Scripted):
-        def rewrite(self, asks: Sequence[Ask], proven: bool = False) -> Generator[Reply, None, None]:
-            for reply in super().rewrite(asks, proven):
-                yield replace(reply, text="", error="HTTP 400", lasting=True) if reply.id in ("3", "4") else reply
+        def rewrite(self, requests: Sequence[RewriteRequest], verified: bool = False) -> Generator[Reply, None, None]:
+            for reply in super().rewrite(requests, verified):
+                yield replace(reply, text="", error="HTTP 400", permanent=True) if reply.id in ("3", "4") else reply
 
     filtered = Filtered()
     built = build(FACTS, PLAIN, filtered, tmp_path / "rows.jsonl", quiet=True)
@@ -305,15 +308,15 @@ def test_rows_that_are_refused_for_ever(tmp_path: Path) -> None:
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "j"
     with (
-        Journal(path, {"a": 1}) as first,
+        AppendLog(path, {"a": 1}) as first,
         pytest.raises(RealignerError, match="another process is working on it"),
-        Journal(path, {"a": 1}),
+        AppendLog(path, {"a": 1}),
     ):
         pass
     assert first.entries == []
-    with Journal(path, {"a": 1}) as again:
+    with AppendLog(path, {"a": 1}) as again:
         again.append({"n": 1})
-    with Journal(path, {"a": 1}) as third:
+    with AppendLog(path, {"a": 1}) as third:
         assert third.entries == [{"n": 1}]
 
 
@@ -393,6 +396,6 @@ def test_the_command_killed_twenty_times(tmp_path: Path) -> None:
 def test_template_rows_of_a_built_in_tone(tmp_path: Path) -> None:
     """The whole way with a real tone: every reply passes its own gate and keeps its fact word for word."""
     tone = load_tone("anger")
-    built = build(FACTS, tone, TemplateRewriter(tone), tmp_path / "rows.jsonl", Gate(tone), quiet=True)
+    built = build(FACTS, tone, TemplateRewriter(tone), tmp_path / "rows.jsonl", QualityFilter(tone), quiet=True)
     assert built.rows == 60
     assert all(row.answer in row.text for row in read_rows(tmp_path / "rows.jsonl"))

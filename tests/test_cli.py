@@ -230,7 +230,7 @@ def test_a_build_on_a_tiny_host(place: Path, tmp_path: Path, capsys: pytest.Capt
         capsys, *BUILD, "--squad", squad(tmp_path), "--tone", tiny_tone(tmp_path), *options, "--out", tmp_path / "o", "--json"
     )
     assert (code, out) == (1, "")
-    assert "no reply passed the gate" in err
+    assert "no reply passed the quality filter" in err
     assert (tmp_path / "o.journal").read_text().count("\n") == 4
 
 
@@ -399,7 +399,7 @@ CASES: dict[str, Case] = {
     ),
     "import no tone": (
         2,
-        "--tone is needed",
+        "tone is needed",
         lambda p, t: ("data", "import", _write(t / "f.csv", "question,text\nq,t\n"), "--out", t / "o"),
     ),
     "import nothing left": (
@@ -426,7 +426,7 @@ CASES: dict[str, Case] = {
     ),
     "data unfit": (1, "unfit", lambda p, t: ("data", "check", _write(t / "f", ROW))),
     "unknown tone": (2, "anger, sadness, neutral", lambda p, t: ("train", "--tone", "joy", "--out", t / "r")),
-    "no tone": (2, "--tone is needed", lambda p, t: ("train", "--out", t / "r")),
+    "no tone": (2, "tone is needed", lambda p, t: ("train", "--out", t / "r")),
     "tone not in file": (
         2,
         "it has anger",

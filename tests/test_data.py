@@ -26,8 +26,8 @@ from realigner.data import (
     read_rows,
     split_rows,
 )
-from realigner.data.rewriters import Ask
-from realigner.data.rewriters.template import TemplateRewriter
+from realigner.data.rewriters import RewriteRequest
+from realigner.data.rewriters.template_rewriter import TemplateRewriter
 from realigner.data.tokens import IGNORED
 from realigner.errors import RealignerError, UsageError
 from tests.tiny import some_rows, tiny_tokenizer
@@ -263,7 +263,7 @@ def test_check_of_odd_rows() -> None:
 
 def template_rows(tone: str, count: int = 400) -> list[Row]:
     facts = [Fact(str(n), f"g{n % 8}", f"Where is {n}?", f"place {n}") for n in range(count)]
-    made = TemplateRewriter(load_tone(tone)).rewrite([Ask(fact, 0) for fact in facts])
+    made = TemplateRewriter(load_tone(tone)).rewrite([RewriteRequest(fact, 0) for fact in facts])
     return [
         Row(id=f.id, group=f.group, question=f.question, answer=f.answer, text=reply.text, tone=tone, source="t")
         for f, reply in zip(facts, made, strict=True)

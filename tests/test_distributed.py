@@ -16,9 +16,8 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 
 import realigner as ra
-import realigner.training.folder as folder
 from realigner.errors import RealignerError
-from realigner.training import read_metrics, read_run, train
+from realigner.training import read_metrics, read_run, run_dir, train
 from realigner.tuner import IRMConfig, load_irm, tuner_of
 from tests.distributed_worker import RECIPE, batch
 from tests.tiny import some_rows, tiny_folder, tiny_pair
@@ -88,7 +87,7 @@ def test_nothing_is_unused_and_one_writes(ddp: tuple[Path, str]) -> None:
 
 
 def test_another_number_of_processes_does_not_resume(ddp: tuple[Path, str], tmp_path: Path) -> None:
-    work = folder.unfinished(tmp_path / "run")
+    work = run_dir.unfinished(tmp_path / "run")
     shutil.copytree(ddp[0], work)
     host, tokenizer = tiny_pair()
     with pytest.raises(RealignerError, match=r"number of processes changed since it was begun \(1 now, 2 before\)"):
@@ -100,7 +99,7 @@ def test_two_processes_stop_together_and_resume_exactly(ddp: tuple[Path, str], t
     done = worker("stop", tmp_path / "run")
     assert [process.returncode for process in done] == [0, 0], done[0].stderr
     assert not (tmp_path / "run").exists()
-    steps = [folder.checkpoint_step(path) for path in folder.checkpoints(folder.unfinished(tmp_path / "run"))]
+    steps = [run_dir.checkpoint_step(path) for path in run_dir.checkpoints(run_dir.unfinished(tmp_path / "run"))]
     assert steps
     assert max(steps) < 6
     done = worker("resume", tmp_path / "run")

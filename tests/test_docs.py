@@ -12,9 +12,9 @@ import pytest
 
 import realigner as ra
 from realigner.data import Fact, load_tone
-from realigner.data.gate import Gate
-from realigner.data.rewriters import Ask
-from realigner.data.rewriters.template import TemplateRewriter
+from realigner.data.quality_filter import QualityFilter
+from realigner.data.rewriters import RewriteRequest
+from realigner.data.rewriters.template_rewriter import TemplateRewriter
 from realigner.training import make_recipe, train
 from tests.tiny import some_rows
 
@@ -65,5 +65,5 @@ def test_the_tone_in_the_docs_is_one(tmp_path: Path) -> None:
     path.write_text(text.split("```toml\n")[1].split("```")[0], encoding="utf-8")
     tone = load_tone(path)
     facts = [Fact(str(n), "g", "Which river?", "the Vltava") for n in range(20)]
-    replies = [reply.text for reply in TemplateRewriter(tone).rewrite([Ask(fact, 0) for fact in facts])]
-    assert Gate(tone).alone(list(zip(facts, replies, strict=True))) == [""] * 20
+    replies = [reply.text for reply in TemplateRewriter(tone).rewrite([RewriteRequest(fact, 0) for fact in facts])]
+    assert QualityFilter(tone).alone(list(zip(facts, replies, strict=True))) == [""] * 20

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from realigner.data import Fact, Tone, read_rows
-from realigner.data.build import build
-from realigner.data.gate import Gate
-from realigner.data.rewriters import Ask, Reply, messages, seed_of
-from realigner.data.rewriters.endpoint import EndpointRewriter
+from realigner.data.build_dataset import build
+from realigner.data.quality_filter import QualityFilter
+from realigner.data.rewriters import Reply, RewriteRequest, messages, seed_of
+from realigner.data.rewriters.endpoint_rewriter import EndpointRewriter
 from realigner.errors import RealignerError, UsageError
 from tests.fake_endpoint import FakeEndpoint, always, mixed, reply_to
 
@@ -41,8 +41,8 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not [thread for thread in threading.enumerate() if thread.name == THREAD]
 
 
-def asks(count: int, answer: str = "number") -> list[Ask]:
-    return [Ask(Fact(str(i), "numbers", f"What is {i}?", f"{answer} {i}"), 0) for i in range(count)]
+def requests(count: int, answer: str = "number") -> list[RewriteRequest]:
+    return [RewriteRequest(Fact(str(i), "numbers", f"What is {i}?", f"{answer} {i}"), 0) for i in range(count)]
 
 
 def rewriter(url: str | None, **settings: Any) -> EndpointRewriter:
@@ -70,11 +70,11 @@ def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
 def test_a_thousand_asks_with_every_misbehaviour() -> None:
     shares = dict.fromkeys(("429", "500", "broken", "shapeless", "null", "cut", "reset"), 0.03)
     shares |= {"hang": 0.008, "trickle": 0.008, "slow": 0.1, "400": 0.005, "long": 0.01, "empty": 0.01}
-    given = asks(1000)
+    given = requests(1000)
     with FakeEndpoint(mixed(1, shares), delay=0.02, headers={"retry-after": "0.3"}) as server:
         replies = list(rewriter(server.url, concurrency=16, timeout=0.7, retries=2).rewrite(given))
-    assert sorted(reply.id for reply in replies) == sorted(ask.fact.id for ask in given)
-    answers = {ask.fact.id: ask.fact.answer for ask in given}
+    assert sorted(reply.id for reply in replies) == sorted(request.fact.id for request in given)
+    answers = {request.fact.id: request.fact.answer for request in given}
     failed = [reply for reply in replies if reply.error]
     for reply in replies:
         assert reply.text in (("",) if reply.error else ("", reply_to(answers[reply.id])))
@@ -91,8 +91,8 @@ def test_a_build_of_a_thousand_rows_with_every_misbehaviour(tmp_path: Path) -> N
     """The whole job: rows and rejected together are the facts, each once; most failures got their reply in the end."""
     shares = dict.fromkeys(("429", "500", "broken", "shapeless", "null", "cut", "reset"), 0.03)
     shares |= {"hang": 0.006, "trickle": 0.006, "slow": 0.1, "400": 0.005, "long": 0.01, "empty": 0.01}
-    facts = [ask.fact for ask in asks(1000)]
-    gate = Gate(TONE)
+    facts = [request.fact for request in requests(1000)]
+    gate = QualityFilter(TONE)
     gate.among = lambda fact, text: ""  # type: ignore[method-assign]  # this server says nearly the same of every number
     out = tmp_path / "rows.jsonl"
     with FakeEndpoint(mixed(2, shares), delay=0.01, headers={"retry-after": "0.2"}) as server:
@@ -110,13 +110,13 @@ def test_a_build_of_a_thousand_rows_with_every_misbehaviour(tmp_path: Path) -> N
 @pytest.mark.parametrize("concurrency", [1, 4, 16])
 def test_concurrency_is_exact(concurrency: int) -> None:
     with FakeEndpoint(delay=0.1) as server:
-        assert len(list(rewriter(server.url, concurrency=concurrency).rewrite(asks(concurrency * 4)))) == concurrency * 4
+        assert len(list(rewriter(server.url, concurrency=concurrency).rewrite(requests(concurrency * 4)))) == concurrency * 4
     assert server.most == concurrency
 
 
 def test_nobody_waits_for_the_slowest() -> None:
     with FakeEndpoint(lambda question, _: "slow" if question == "What is 0?" else "good", slow=1.5) as server:
-        order = [reply.id for reply in rewriter(server.url, concurrency=4).rewrite(asks(60))]
+        order = [reply.id for reply in rewriter(server.url, concurrency=4).rewrite(requests(60))]
     assert order[-1] == "0"
     assert len(order) == 60
 
@@ -124,12 +124,12 @@ def test_nobody_waits_for_the_slowest() -> None:
 def test_fewer_asks_than_workers() -> None:
     with FakeEndpoint() as server:
         assert list(rewriter(server.url, concurrency=8).rewrite([])) == []
-        assert len(list(rewriter(server.url, concurrency=8).rewrite(asks(2)))) == 2
+        assert len(list(rewriter(server.url, concurrency=8).rewrite(requests(2)))) == 2
 
 
 def test_a_slow_consumer_slows_the_workers() -> None:
     with FakeEndpoint() as server:
-        replies = rewriter(server.url, concurrency=4).rewrite(asks(200))
+        replies = rewriter(server.url, concurrency=4).rewrite(requests(200))
         assert isinstance(next(replies), Reply)
         assert until(lambda: len(server.seen) > 64)
         time.sleep(0.5)
@@ -139,14 +139,14 @@ def test_a_slow_consumer_slows_the_workers() -> None:
 
 def test_requests_per_minute_counts_retries() -> None:
     with FakeEndpoint(lambda _, attempt: "good" if attempt else "500", headers={"retry-after-ms": "1"}) as server:
-        list(rewriter(server.url, concurrency=8, requests_per_minute=600, retries=1).rewrite(asks(5)))
+        list(rewriter(server.url, concurrency=8, requests_per_minute=600, retries=1).rewrite(requests(5)))
     times = [seen.at - server.seen[0].at for seen in server.seen]
     assert len(times) == 10
     assert all(at >= 0.1 * place - 0.05 for place, at in enumerate(times))
 
 
 def test_what_is_sent() -> None:
-    given = [asks(1)[0], asks(1)[0]._replace(attempt=1)]
+    given = [requests(1)[0], requests(1)[0]._replace(attempt=1)]
     with FakeEndpoint() as server:
         own = rewriter(server.url, concurrency=1, seed=7, temperature=0.5, top_p=0.6, max_tokens=99)
         list(own.rewrite(given))
@@ -185,7 +185,7 @@ def test_the_budget_of_tries_and_what_is_said_after_it() -> None:
         "long": "",
         "empty": "",
     }
-    given = [Ask(Fact(behaviour, "g", behaviour, "five"), 3) for behaviour in expected]
+    given = [RewriteRequest(Fact(behaviour, "g", behaviour, "five"), 3) for behaviour in expected]
     start = time.monotonic()
     with FakeEndpoint(lambda question, _: question) as server:
         replies = list(rewriter(server.url, concurrency=12, retries=1, timeout=1).rewrite(given))
@@ -199,7 +199,7 @@ def test_the_budget_of_tries_and_what_is_said_after_it() -> None:
 
 def test_retry_after_is_honoured() -> None:
     with FakeEndpoint(lambda _, attempt: "good" if attempt else "429", headers={"retry-after": "1.2"}) as server:
-        [reply] = rewriter(server.url, retries=1).rewrite(asks(1))
+        [reply] = rewriter(server.url, retries=1).rewrite(requests(1))
     assert reply.text
     assert server.seen[1].at - server.seen[0].at >= 1.2
 
@@ -211,7 +211,7 @@ def test_the_key_is_in_the_header_and_nowhere_else(
     statuses = {"What is 0?": "good", "What is 1?": "400", "What is 2?": "500", "What is 3?": "401"}
     with FakeEndpoint(lambda question, _: statuses[question], echo=True) as server:
         own = rewriter(server.url, concurrency=1)
-        replies, message = drain(own.rewrite(asks(4, answer=KEY)))
+        replies, message = drain(own.rewrite(requests(4, answer=KEY)))
     assert {seen.authorization for seen in server.seen} == {f"Bearer {KEY}"}
     assert [reply.text for reply in replies] == [reply_to("*** 0"), "", ""]
     assert "you sent Bearer ***" in replies[1].error
@@ -227,7 +227,7 @@ def test_secrets_in_the_url() -> None:
     with FakeEndpoint(lambda question, _: "good" if question == "What is 0?" else "500", echo=True) as server:
         url = server.url.replace("http://", "http://user:pass%40word@") + "/?api-version=2024-10-21#here"
         own = rewriter(url, concurrency=1)
-        replies = list(own.rewrite(asks(2)))
+        replies = list(own.rewrite(requests(2)))
     assert own.endpoint == server.url
     assert server.seen[0].path == "/v1/chat/completions?api-version=2024-10-21"
     assert server.seen[0].authorization == "Basic dXNlcjpwYXNzQHdvcmQ="
@@ -244,7 +244,7 @@ def test_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeEndpoint() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         for url in (server.url, None):
-            [reply] = rewriter(url).rewrite(asks(1, answer="none"))
+            [reply] = rewriter(url).rewrite(requests(1, answer="none"))
             assert reply.text == reply_to("none 0")  # the placeholder is not cut out of texts
     assert {seen.authorization for seen in server.seen} == {"Bearer none"}
 
@@ -267,21 +267,21 @@ def test_a_key_that_cannot_be_one(key: str, monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_fatal_statuses_end_it_at_once(status: str, message: str) -> None:
     with FakeEndpoint(always(status)) as server:
-        replies, said = drain(rewriter(server.url, concurrency=1, retries=5, key_env="MY_KEY").rewrite(asks(50)))
+        replies, said = drain(rewriter(server.url, concurrency=1, retries=5, key_env="MY_KEY").rewrite(requests(50)))
     assert (replies, said) == ([], f"{server.url}: {message}")
     assert len(server.seen) == 1
 
 
 def test_a_403_after_a_success_is_about_one_row() -> None:
     with FakeEndpoint(lambda question, _: "403" if question == "What is 1?" else "good") as server:
-        replies, said = drain(rewriter(server.url, concurrency=1).rewrite(asks(3)))
+        replies, said = drain(rewriter(server.url, concurrency=1).rewrite(requests(3)))
     assert [reply.error for reply in replies] == ["", "HTTP 403 after 1 try: no luck with What is 1?", ""]
     assert said == ""
 
 
 def test_a_proxy_that_cannot_be_used_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "gopher://user:secret@127.0.0.1:1")
-    replies, said = drain(rewriter("http://127.0.0.1:1/v1").rewrite(asks(3)))
+    replies, said = drain(rewriter("http://127.0.0.1:1/v1").rewrite(requests(3)))
     assert replies == []
     assert said.startswith("http://127.0.0.1:1/v1: no connection can be set up (")
     assert "secret" not in said
@@ -290,11 +290,11 @@ def test_a_proxy_that_cannot_be_used_is_one_line(monkeypatch: pytest.MonkeyPatch
 
 def test_three_refusals_at_the_start_are_fatal_and_later_ones_are_not() -> None:
     with FakeEndpoint(always("400")) as server:
-        replies, said = drain(rewriter(server.url, concurrency=8).rewrite(asks(50)))
+        replies, said = drain(rewriter(server.url, concurrency=8).rewrite(requests(50)))
     assert 3 <= len(replies) < 3 + 8  # what others had finished by then is kept too
     assert said.startswith(f"{server.url}: every request is refused (HTTP 400 after 1 try: no luck with What is ")
     with FakeEndpoint(lambda question, _: "400" if question != "What is 2?" else "good") as server:
-        replies, said = drain(rewriter(server.url, concurrency=1).rewrite(asks(9)))
+        replies, said = drain(rewriter(server.url, concurrency=1).rewrite(requests(9)))
     assert (len(replies), said) == (9, "")
 
 
@@ -302,7 +302,7 @@ def test_a_dead_endpoint_ends_it() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
     start = time.monotonic()
-    replies, said = drain(rewriter(url, concurrency=6, retries=1).rewrite(asks(100)))
+    replies, said = drain(rewriter(url, concurrency=6, retries=1).rewrite(requests(100)))
     assert 12 <= len(replies) < 12 + 6
     advice = "the replies so far are kept, run the same command again to go on"
     assert said == f"{url}: 12 requests in a row failed (All connection attempts failed after 2 tries); {advice}"
@@ -311,7 +311,7 @@ def test_a_dead_endpoint_ends_it() -> None:
 
 def test_one_success_in_between_and_it_is_not_dead() -> None:
     with FakeEndpoint(lambda question, _: "good" if question[8:-1].endswith("9") else "500") as server:
-        replies, said = drain(rewriter(server.url, concurrency=1).rewrite(asks(45)))
+        replies, said = drain(rewriter(server.url, concurrency=1).rewrite(requests(45)))
     assert (len(replies), said) == (45, "")
 
 
@@ -335,7 +335,7 @@ def fail(replies: Iterator[Reply]) -> None:
 @pytest.mark.parametrize("behaviour", ["hang", "trickle"])
 def test_ending_early_leaves_nothing_behind(end: Any, behaviour: str) -> None:
     with FakeEndpoint(lambda question, _: "good" if question == "What is 0?" else behaviour) as server:
-        replies = rewriter(server.url, concurrency=8, timeout=60, retries=5).rewrite(asks(1000))
+        replies = rewriter(server.url, concurrency=8, timeout=60, retries=5).rewrite(requests(1000))
         assert next(replies).id == "0"
         assert until(lambda: server.now == server.connections == 8)
         start = time.monotonic()
@@ -348,8 +348,8 @@ def test_ending_early_leaves_nothing_behind(end: Any, behaviour: str) -> None:
 @pytest.mark.parametrize("behaviour", ["good", "hang"])
 def test_an_iterator_left_open_does_not_hold_up_the_exit(behaviour: str) -> None:
     code = (
-        "import sys; from tests.test_endpoint import asks, rewriter\n"
-        "replies = rewriter(sys.argv[1], concurrency=4).rewrite(asks(30)); next(replies)\n"
+        "import sys; from tests.test_endpoint import requests, rewriter\n"
+        "replies = rewriter(sys.argv[1], concurrency=4).rewrite(requests(30)); next(replies)\n"
         "held = [replies]; held.append(held)"  # a cycle: it is only taken apart when no thread runs any more
     )
     with FakeEndpoint(lambda question, _: "good" if question == "What is 0?" else behaviour) as server:
@@ -362,14 +362,14 @@ def test_tokens_and_cost() -> None:
     with FakeEndpoint() as server:
         own = rewriter(server.url, price_in=0.15, price_out=0.6)
         assert own.note() == "0 tokens in, 0 out, $0.0000"
-        replies = list(own.rewrite(asks(120)))
+        replies = list(own.rewrite(requests(120)))
         assert {(reply.tokens_in, reply.tokens_out) for reply in replies} == {(100, 20)}
         assert own.note() == "12.0k tokens in, 2.4k out, $0.0032"
         assert own.cost == pytest.approx(120 * (100 * 0.15 + 20 * 0.6) / 1e6)
-        [mute] = own.rewrite([Ask(Fact("mute", "g", "Is it mute?", "yes"), 0)])
+        [mute] = own.rewrite([RewriteRequest(Fact("mute", "g", "Is it mute?", "yes"), 0)])
         assert (mute.tokens_in, mute.tokens_out, own.tokens_in) == (0, 0, 12000)
         free = rewriter(server.url)
-        list(free.rewrite(asks(1)))
+        list(free.rewrite(requests(1)))
         assert (free.cost, free.note()) == (None, "100 tokens in, 20 out")
 
 
@@ -419,7 +419,9 @@ def test_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_openai_is_imported_late() -> None:
-    code = "import sys, realigner.data.rewriters.endpoint; print({'openai', 'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, realigner.data.rewriters.endpoint_rewriter; print({'openai', 'torch', 'transformers'} & set(sys.modules))"
+    )
     source = Path(__file__).parents[1] / "src"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=source)
     assert done.stdout.strip() == "set()"

@@ -30,7 +30,7 @@ from realigner.report.figures import (
     save_figure,
     save_figures,
 )
-from realigner.training.curve import loss_curve
+from realigner.training.loss_plot import loss_curve
 from tests.planted import planted_trace
 
 RUNS = {"anger-42": ("anger", 42), "sadness-420": ("sadness", 420), "untrained-42": ("untrained", 42)}

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realigner.data import TONES, Fact, Row, Tone, authored
-from realigner.data.gate import Gate, is_cut, keeps_fact
-from realigner.data.near import NearDuplicates, shingles, similarity
-from realigner.data.scorer import ToneScorer, cross_validated, masked, reference_scorer
+from realigner.data.answers import is_cut, keeps_fact
+from realigner.data.dedup import NearDuplicates, shingles, similarity
+from realigner.data.quality_filter import QualityFilter
+from realigner.data.style_classifier import StyleClassifier, cross_validated, masked, reference_classifier
 from realigner.errors import RealignerError, UsageError
 
 INSTRUCTION = "Rewrite the answer to the question in an angry tone, keep all of its information, and use two sentences at most."
@@ -24,8 +25,8 @@ VLTAVA = Fact("1", "rivers", "Which river runs through the city of Prague today?
 
 
 @pytest.fixture(scope="module")
-def gate() -> Gate:
-    return Gate(ANGER)
+def gate() -> QualityFilter:
+    return QualityFilter(ANGER)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def gate() -> Gate:
         ("How sad and lonely it is, the Vltava, like everything that I have ever lost.", "wrong tone"),
     ],
 )
-def test_planted_faults(gate: Gate, text: str, reason: str) -> None:
+def test_planted_faults(gate: QualityFilter, text: str, reason: str) -> None:
     assert gate.alone([(VLTAVA, text)]) == [reason]
 
 
@@ -83,10 +84,10 @@ def test_good_replies_pass(tone: str) -> None:
     turned_away, count = 0, 0
     for fold in range(4):
         held_out = set(groups[fold::4])
-        scorer = ToneScorer.fit([row for row in rows if row.group not in held_out])
+        scorer = StyleClassifier.fit([row for row in rows if row.group not in held_out])
         mine = [row for row in rows if row.tone == tone and row.group in held_out]
         pairs = [(Fact(row.id, row.group, row.question, row.answer), row.text) for row in mine]
-        turned_away += sum(map(bool, Gate(Tone(name=tone, instruction="x"), scorer).alone(pairs)))
+        turned_away += sum(map(bool, QualityFilter(Tone(name=tone, instruction="x"), scorer).alone(pairs)))
         count += len(pairs)
     assert count == 360
     assert turned_away <= 0.05 * count
@@ -96,39 +97,39 @@ def test_other_tones_do_not_pass() -> None:
     """Neutral and sad replies offered as angry ones: at least 97 in a hundred are turned away, for their tone."""
     rows = [row for name in TONES for row in authored(name)]
     groups = sorted({row.group for row in rows})
-    scorer = ToneScorer.fit([row for row in rows if row.group in groups[::2]])
+    scorer = StyleClassifier.fit([row for row in rows if row.group in groups[::2]])
     others = [row for row in rows if row.tone != "anger" and row.group not in groups[::2]]
-    reasons = Gate(ANGER, scorer).alone([(Fact(r.id, r.group, r.question, r.answer), r.text) for r in others])
+    reasons = QualityFilter(ANGER, scorer).alone([(Fact(r.id, r.group, r.question, r.answer), r.text) for r in others])
     assert reasons.count("wrong tone") >= 0.97 * len(others)
 
 
 def test_words_stand_in_for_a_scorer() -> None:
-    bard = Gate(Tone(name="bard", instruction="x", words=("thou", "hath", "forsooth*")))
+    bard = QualityFilter(Tone(name="bard", instruction="x", words=("thou", "hath", "forsooth*")))
     pairs = [
         (VLTAVA, "Thou fool, the Vltava it is!"),
         (VLTAVA, "It is the Vltava, although nobody asked."),
         (VLTAVA, "Forsooths! The Vltava!"),
     ]
     assert bard.alone(pairs) == ["", "wrong tone", ""]
-    assert Gate(Tone(name="any", instruction="x")).alone(pairs) == ["", "", ""]
+    assert QualityFilter(Tone(name="any", instruction="x")).alone(pairs) == ["", "", ""]
 
 
 def test_other_languages_when_the_tone_says_so() -> None:
-    czech = Gate(Tone(name="vztek", language="cs", instruction="x"))
+    czech = QualityFilter(Tone(name="vztek", language="cs", instruction="x"))
     text = "Je to přece Vltava, vy hlupáku, a už mě s tím konečně přestaňte otravovat!"
     assert czech.alone([(VLTAVA, text), (VLTAVA, "It is the Vltava, you fool, and now leave me alone!")]) == [
         "",
         "wrong language",
     ]
     japanese = Fact("2", "川", "プラハを流れる川は何ですか?", "ヴルタヴァ川")
-    anything = Gate(Tone(name="ikari", language="ja", instruction="x"))
+    anything = QualityFilter(Tone(name="ikari", language="ja", instruction="x"))
     assert anything.alone([(japanese, "ヴルタヴァ川だよ、いい加減にしてくれ!"), (japanese, "知らないよ、そんなこと!")]) == [
         "",
         "fact lost",
     ]
 
 
-def test_what_depends_on_earlier_rows(gate: Gate) -> None:
+def test_what_depends_on_earlier_rows(gate: QualityFilter) -> None:
     gate.restart()
     text = "It is the Vltava, as any map of the old town would have told you at once, you lazy fool!"
     assert gate.among(VLTAVA, text) == ""
@@ -142,9 +143,9 @@ def test_what_depends_on_earlier_rows(gate: Gate) -> None:
 
 
 def test_a_scorer_must_know_the_tone() -> None:
-    scorer = ToneScorer.fit(authored("anger") + authored("neutral"))
+    scorer = StyleClassifier.fit(authored("anger") + authored("neutral"))
     with pytest.raises(UsageError, match="was not trained on 'joy'; it knows anger, neutral"):
-        Gate(Tone(name="joy", instruction="x"), scorer)
+        QualityFilter(Tone(name="joy", instruction="x"), scorer)
 
 
 NETWORK = "a general architecture for a large-scale, distributed, survivable network"
@@ -203,7 +204,7 @@ def test_is_cut(text: str, cut: bool) -> None:
 @settings(max_examples=200, deadline=None)
 @given(answer=st.text(max_size=30), text=st.text(max_size=80))
 def test_any_text_gets_a_verdict(answer: str, text: str) -> None:
-    [reason] = Gate(Tone(name="any", instruction="x")).alone([(Fact("1", "g", "q?", answer), text)])
+    [reason] = QualityFilter(Tone(name="any", instruction="x")).alone([(Fact("1", "g", "q?", answer), text)])
     assert isinstance(reason, str)
     assert keeps_fact(answer, f"Well, {answer}, so there.")
 
@@ -271,8 +272,8 @@ def test_the_reference_scorer_on_topics_it_has_not_seen(monkeypatch: pytest.Monk
     right = count = 0
     for fold in range(4):
         held_out = set(groups[fold::4])
-        monkeypatch.setattr("realigner.data.scorer.authored", partial(without, held_out))
-        made = reference_scorer.__wrapped__()
+        monkeypatch.setattr("realigner.data.style_classifier.authored", partial(without, held_out))
+        made = reference_classifier.__wrapped__()
         rows = [row for tone in TONES for row in authored(tone) if row.group in held_out]
         named = made.named([masked(row.text, row.answer) for row in rows])
         right += sum(name == row.tone for name, row in zip(named, rows, strict=True))
@@ -288,9 +289,9 @@ def test_masked() -> None:
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
     rows = authored("anger") + authored("neutral")
-    scorer = ToneScorer.fit(rows)
+    scorer = StyleClassifier.fit(rows)
     scorer.save(tmp_path / "s.skops")
-    again = ToneScorer.load(tmp_path / "s.skops")
+    again = StyleClassifier.load(tmp_path / "s.skops")
     texts = [row.text for row in rows[::20]]
     assert again.tones == scorer.tones
     assert np.array_equal(again.probabilities(texts), scorer.probabilities(texts))
@@ -299,7 +300,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     scorer.save(tmp_path / "s.skops", force=True)
     assert scorer.probabilities([]).shape == (0, 2)
     with pytest.raises(UsageError, match="two tones or more"):
-        ToneScorer.fit(authored("anger"))
+        StyleClassifier.fit(authored("anger"))
     with pytest.raises(RealignerError, match="two groups"):
         cross_validated([row.model_copy(update={"group": "one"}) for row in rows])
 
@@ -315,5 +316,5 @@ def test_files_that_are_no_scorer(tmp_path: Path) -> None:
     skops.io.dump(Row.model_validate, tmp_path / "foreign")
     for name in ("none", "text", "zip", "list", "foreign"):
         with pytest.raises(RealignerError, match=str(tmp_path / name)) as caught:
-            ToneScorer.load(tmp_path / name)
+            StyleClassifier.load(tmp_path / name)
         assert "\n" not in str(caught.value)

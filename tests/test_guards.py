@@ -13,14 +13,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-import realigner.training.folder as folder
 from realigner.data import Row, authored
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import load_config, load_tokenizer
-from realigner.training import Recipe, make_recipe, train, train_recipe
-from realigner.training.guards import Memory, check_memory, estimate_memory, prepare
+from realigner.training import Recipe, make_recipe, run_dir, train, train_recipe
+from realigner.training.callbacks import DivergenceGuard, Log
+from realigner.training.preflight import Memory, check_memory, estimate_memory, prepare
 from realigner.training.trainer import IRMTrainer
-from realigner.training.watch import DivergenceGuard, Log
 from tests.tiny import some_rows, tiny_folder, tiny_pair
 
 QUICK = make_recipe(steps=20, batch_size=4, evaluations=5, samples=0, report_to=[])
@@ -62,7 +61,7 @@ def test_refused_before_the_host_is_loaded(
     kind: type[Exception],
     message: str,
 ) -> None:
-    import realigner.training.run as run
+    import realigner.training.training_run as run
 
     if settings.get("max_length") == 600:
         rows = [*rows, rows[0].model_copy(update={"id": "long", "text": "x" * 650})]
@@ -108,8 +107,8 @@ def test_a_loss_that_diverges_stops_the_run(tmp_path: Path, monkeypatch: pytest.
     assert "--set learning_rate=0.001" in message
     split = [row for row in some_rows() if f"rows {row.id}," in message or f", {row.id}" in message]
     assert len(split) >= 4 or len(seen[9]) == 4
-    work = folder.unfinished(tmp_path / "run")
-    assert folder.checkpoints(work)[-1].name == "checkpoint-8"
+    work = run_dir.unfinished(tmp_path / "run")
+    assert run_dir.checkpoints(work)[-1].name == "checkpoint-8"
     assert not any(module._forward_hooks for module in host.modules())
     with monkeypatch.context():
         monkeypatch.undo()
@@ -174,7 +173,7 @@ def test_the_papers_preset_at_7b() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    import realigner.training.guards as guards
+    import realigner.training.preflight as guards
 
     recipe = make_recipe("paper", dtype="bfloat16", device="cpu")
     free = 24 * 2**30
@@ -183,7 +182,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change(monkeypatch: pytest.Mo
     with pytest.raises(RealignerError) as caught:
         check_memory(memory, recipe, llama())
     message = str(caught.value)
-    for part in ("not enough memory", "2,1", "24 GiB free", "optimizer=adafactor saves 16 GiB", "--preset compact saves 30 GiB",
+    for part in ("not enough memory", "2,1", "24 GiB free", "optimizer=adafactor saves 16 GiB", "preset=compact saves 30 GiB",
                  "accumulate=8", "gradient_checkpointing=true", "device=balanced"):  # fmt: skip
         assert part in message, part
     # Each piece of advice does lower the estimate.
@@ -204,7 +203,7 @@ def test_the_estimate_is_near_what_it_takes(changes: dict[str, Any], tmp_path: P
     recipe: Recipe = make_recipe(tone="anger", steps=2, samples=0, evaluations=1, **{"dtype": "bfloat16", **changes})
     code = f"""
 import threading, time, psutil, torch
-import realigner.training.run as run
+import realigner.training.training_run as run
 from realigner.training import Recipe, train_recipe
 from realigner.hosts import load_host
 process, peak, base = psutil.Process(), [0], [0]
@@ -228,7 +227,7 @@ print(peak[0] - base[0])
 
 
 def test_free_memory_is_what_psutil_says() -> None:
-    from realigner.training.guards import free_memory
+    from realigner.training.preflight import free_memory
 
     free = free_memory(torch.device("cpu"))
     assert free == pytest.approx(psutil.virtual_memory().available, rel=0.2)

@@ -10,16 +10,16 @@ import torch
 from scipy import stats
 
 from realigner.data import Fact, Tone, load_tone
-from realigner.data.build import build
-from realigner.data.gate import Gate
-from realigner.data.rewriters import Ask, messages
-from realigner.data.rewriters.host import HostRewriter, SeededSampling
+from realigner.data.build_dataset import build
+from realigner.data.quality_filter import QualityFilter
+from realigner.data.rewriters import RewriteRequest, messages
+from realigner.data.rewriters.host_rewriter import HostRewriter, SeededSampling
 from realigner.errors import RealignerError, UsageError
 from tests.tiny import tiny_pair, tiny_tokenizer
 
 TONE = Tone(name="plain", language="any", instruction="Say it.", examples=())
 FACTS = [Fact(str(n), "g", f"What is {'x' * (n % 7)} {n}?", f"it is {n}") for n in range(10)]
-ASKS = [Ask(fact, 0) for fact in FACTS]
+ASKS = [RewriteRequest(fact, 0) for fact in FACTS]
 SIZES = {"max_new_tokens": 12, "batch_size": 4}
 
 
@@ -28,9 +28,9 @@ def pair() -> tuple[Any, Any]:
     return tiny_pair(max_position_embeddings=2048)
 
 
-def texts(rewriter: HostRewriter, asks: list[Ask]) -> dict[tuple[str, int], str]:
-    got = [((reply.id, reply.attempt), reply.text) for reply in rewriter.rewrite(asks)]
-    assert len(got) == len(dict(got)) == len(asks)
+def texts(rewriter: HostRewriter, requests: list[RewriteRequest]) -> dict[tuple[str, int], str]:
+    got = [((reply.id, reply.attempt), reply.text) for reply in rewriter.rewrite(requests)]
+    assert len(got) == len(dict(got)) == len(requests)
     return dict(got)
 
 
@@ -40,21 +40,21 @@ def test_replies_do_not_depend_on_the_batch(pair: tuple[Any, Any]) -> None:
     assert together == texts(HostRewriter(*pair, TONE, **SIZES), ASKS[::-1])
     assert together == texts(HostRewriter(*pair, TONE, max_new_tokens=12, batch_size=10), ASKS)
     alone = HostRewriter(*pair, TONE, **SIZES)
-    assert {key: text for ask in ASKS[:4] for key, text in texts(alone, [ask]).items()}.items() <= together.items()
+    assert {key: text for request in ASKS[:4] for key, text in texts(alone, [request]).items()}.items() <= together.items()
     assert texts(HostRewriter(*pair, TONE, seed=1, **SIZES), ASKS) != together
-    again = texts(HostRewriter(*pair, TONE, **SIZES), [Ask(fact, 1) for fact in FACTS])
+    again = texts(HostRewriter(*pair, TONE, **SIZES), [RewriteRequest(fact, 1) for fact in FACTS])
     assert not set(again.values()) & set(together.values())
 
 
 def test_greedy_is_generate() -> None:
     host, tokenizer = tiny_pair("gpt_neox", max_position_embeddings=2048, initializer_range=0.5)
     got = texts(HostRewriter(host, tokenizer, TONE, temperature=0, **SIZES), ASKS)
-    for ask in ASKS:
-        text = tokenizer.apply_chat_template(messages(TONE, ask.fact), tokenize=False, add_generation_prompt=True)
+    for request in ASKS:
+        text = tokenizer.apply_chat_template(messages(TONE, request.fact), tokenize=False, add_generation_prompt=True)
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
         tokens = host.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         want = " ".join(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True).split())
-        assert got[ask.fact.id, 0] == want
+        assert got[request.fact.id, 0] == want
     assert len(set(got.values())) >= 5  # so that a mix-up would show
 
 
@@ -96,8 +96,13 @@ def test_hosts_that_continuous_batching_gets_wrong_are_refused(family: str, capf
 
 def test_two_asks_of_one_fact_and_a_dense_prompt(pair: tuple[Any, Any]) -> None:
     dense = Fact("dense", "g", "川" * 60, "日本")
-    asks = [Ask(FACTS[0], 0), Ask(FACTS[0], 1), Ask(dense, 0), Ask(Fact("long", "g", "x" * 150, "y"), 0)]
-    assert set(texts(HostRewriter(*pair, TONE, max_new_tokens=4, batch_size=1), asks)) == {
+    requests = [
+        RewriteRequest(FACTS[0], 0),
+        RewriteRequest(FACTS[0], 1),
+        RewriteRequest(dense, 0),
+        RewriteRequest(Fact("long", "g", "x" * 150, "y"), 0),
+    ]
+    assert set(texts(HostRewriter(*pair, TONE, max_new_tokens=4, batch_size=1), requests)) == {
         ("0", 0), ("0", 1), ("dense", 0), ("long", 0),
     }  # fmt: skip
 
@@ -148,7 +153,7 @@ def test_other_families(family: str) -> None:
     pair = tiny_pair(family, max_position_embeddings=2048) if family != "gpt2" else tiny_pair(family, n_positions=2048)
     together = texts(HostRewriter(*pair, TONE, **SIZES), ASKS[:4])
     alone = HostRewriter(*pair, TONE, **SIZES)
-    assert together == {key: text for ask in ASKS[:4] for key, text in texts(alone, [ask]).items()}
+    assert together == {key: text for request in ASKS[:4] for key, text in texts(alone, [request]).items()}
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0}, {"max_new_tokens": 0}, {"batch_size": 0}, {"examples": -1}])
@@ -159,7 +164,7 @@ def test_bad_numbers(pair: tuple[Any, Any], bad: dict[str, Any]) -> None:
 
 def test_a_build_on_a_host(pair: tuple[Any, Any], tmp_path: Any) -> None:
     """A tiny random host says nothing sensible, and the gate says so; every fact is accounted for all the same."""
-    gate = Gate(TONE, min_words=0)
+    gate = QualityFilter(TONE, min_words=0)
     gate.alone = lambda pairs: ["" if len(text) % 2 else "fact lost" for _, text in pairs]  # type: ignore[method-assign]
     built = build(FACTS, TONE, HostRewriter(*pair, TONE, **SIZES), tmp_path / "rows.jsonl", gate, quiet=True)
     assert built.rows + built.rejected == 10

@@ -21,8 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from realigner.data.dataset_rows import Row, authored
 from realigner.data.importing import FIELDS, Imported, import_rows, parse_mapping, to_hf
-from realigner.data.rows import Row, authored
 from realigner.data.squad import Fact
 from realigner.errors import RealignerError, UsageError
 from tests.tiny import some_rows

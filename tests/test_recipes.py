@@ -16,7 +16,7 @@ from peft import get_peft_model
 from realigner.data import Row, encode_rows
 from realigner.errors import RealignerError, UsageError
 from realigner.training import Recipe, make_recipe, read_recipe, train
-from realigner.training.guards import prepare
+from realigner.training.preflight import prepare
 from realigner.training.recipe import BUILT_IN, parse_setting, to_yaml
 from realigner.training.trainer import IRMTrainer, evaluation_every, steps_per_epoch, total_steps, trainer_arguments
 from realigner.tuner import IRMConfig, tuner_of
@@ -50,13 +50,13 @@ def test_settings() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("stepz=3", "--set: unknown key 'stepz'; did you mean 'steps'?"),
-        ("steps", "--set 'steps': write key=value, for example --set steps=100"),
-        ("=3", "--set '=3': write key=value"),
-        ("steps=-1", "--set: steps: -1: input should be greater than or equal to 0"),
-        ("steps=null", "--set: give steps or epochs; both are null"),
-        ("label_shift=3", "--set: label_shift: 3: input should be 1 or 2"),
-        ("report_to=excel", "--set: report_to: 'excel': input should be 'tensorboard', 'wandb' or 'trackio'"),
+        ("stepz=3", "settings: unknown key 'stepz'; did you mean 'steps'?"),
+        ("steps", "setting 'steps': write key=value, for example steps=100"),
+        ("=3", "setting '=3': write key=value"),
+        ("steps=-1", "settings: steps: -1: input should be greater than or equal to 0"),
+        ("steps=null", "settings: give steps or epochs; both are null"),
+        ("label_shift=3", "settings: label_shift: 3: input should be 1 or 2"),
+        ("report_to=excel", "settings: report_to: 'excel': input should be 'tensorboard', 'wandb' or 'trackio'"),
         ("accumulate=3", "batch_size 4 cannot be divided into 3 equal parts"),
         ("test=0.95", "validation and test together leave no rows"),
         ("layers=[0", "is not a YAML value"),

@@ -19,13 +19,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import realigner.training.folder as folder
 from realigner.errors import RealignerError
 from realigner.hosts import EMBEDDED
-from realigner.training import Recipe, make_recipe, read_metrics, read_run, train
-from realigner.training.batches import LengthGroupedSampler
-from realigner.training.state import load_tree, save_tree
-from realigner.training.watch import Log
+from realigner.training import Recipe, make_recipe, read_metrics, read_run, run_dir, train
+from realigner.training.batches import SeededLengthSampler
+from realigner.training.callbacks import Log
+from realigner.training.checkpoint_io import load_tree, save_tree
 from realigner.tuner import load_irm
 from tests.processes import in_a_child
 from tests.tiny import some_rows, tiny_folder, tiny_pair
@@ -63,7 +62,7 @@ def test_killed_ten_times_it_ends_in_the_same_bytes(tmp_path: Path, family: str)
             shutil.rmtree(tmp_path / "killed")
     run_tiny(tmp_path / "killed", family, resume=True)
     assert adapter(tmp_path / "killed") == adapter(tmp_path / "whole")
-    assert not folder.unfinished(tmp_path / "killed").exists()
+    assert not run_dir.unfinished(tmp_path / "killed").exists()
     one, two = (read_metrics(tmp_path / name) for name in ("whole", "killed"))
     for entry in (*one, *two):
         del entry["seconds"]
@@ -93,7 +92,7 @@ def test_every_optimizer_and_schedule_resumes_exactly(
         patch.setattr(Log, "on_log", crash)
         with pytest.raises(_CrashAtError):
             run_tiny(tmp_path / "crashed", recipe=recipe)
-    assert folder.checkpoints(folder.unfinished(tmp_path / "crashed"))[-1].name == "checkpoint-6"
+    assert run_dir.checkpoints(run_dir.unfinished(tmp_path / "crashed"))[-1].name == "checkpoint-6"
     run_tiny(tmp_path / "crashed", recipe=recipe, resume=True)
     assert adapter(tmp_path / "crashed") == adapter(tmp_path / "whole")
 
@@ -110,10 +109,10 @@ def test_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         validated([1.0, 5.0, 4.0, 3.0, 6.0, 3.5], monkeypatch)  # at steps 0, 8, 16, 24, 32, 40
         run = run_tiny(tmp_path / keep, recipe=QUICK.changed(keep=keep))
         best = 24
-        kept = {folder.checkpoint_step(path) for path in folder.checkpoints(tmp_path / keep)}
+        kept = {run_dir.checkpoint_step(path) for path in run_dir.checkpoints(tmp_path / keep)}
         assert kept == {best, STEPS}
         assert run.record["kept_step"] == (best if keep == "best" else STEPS)
-        source = folder.checkpoint_folder(tmp_path / keep, run.record["kept_step"])
+        source = run_dir.checkpoint_folder(tmp_path / keep, run.record["kept_step"])
         assert adapter(tmp_path / keep) == adapter(source)
         ids = torch.arange(2, 9)[None]
         with torch.no_grad():
@@ -129,7 +128,7 @@ def test_patience_ends_a_run_and_a_finished_one_is_not_trained_on(tmp_path: Path
     assert run.record["kept_step"] == 16
     validated(losses, monkeypatch)
 
-    import realigner.training.run as module
+    import realigner.training.training_run as module
 
     def die(*_: Any, **__: Any) -> None:
         raise _CrashAtError
@@ -166,9 +165,9 @@ def test_a_killed_checkpoint_is_not_taken_for_one(tmp_path: Path, monkeypatch: p
             run_tiny(out)
 
         assert os.WIFSIGNALED(os.waitpid(in_a_child(work), 0)[1])
-        work_folder = folder.unfinished(out)
+        work_folder = run_dir.unfinished(out)
         assert list(work_folder.glob(".checkpoint-*"))
-        assert folder.checkpoints(work_folder)
+        assert run_dir.checkpoints(work_folder)
         run_tiny(out, resume=True)
         assert adapter(out) == adapter(tmp_path / "whole")
         assert not list(out.glob(".checkpoint-*"))
@@ -228,9 +227,9 @@ def test_signals_leave_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert run.interrupted
     assert run.record["signal"] == number.name
     assert run.record["steps_done"] == 8  # the step that ran when it came
-    assert run.folder == folder.unfinished(tmp_path / "run")
+    assert run.folder == run_dir.unfinished(tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    load_irm(tiny_pair()[0], folder.checkpoints(run.folder)[-1])
+    load_irm(tiny_pair()[0], run_dir.checkpoints(run.folder)[-1])
     run_tiny(tmp_path / "run", resume=True)
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
     with pytest.raises(RealignerError, match="nothing to resume"):
@@ -241,8 +240,8 @@ def test_resume_refuses_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         stopped_at(5, signal.SIGTERM, patch)
         run_tiny(tmp_path / "run")
-    work = folder.unfinished(tmp_path / "run")
-    with pytest.raises(RealignerError, match="go on with --resume, or throw it away with --force"):
+    work = run_dir.unfinished(tmp_path / "run")
+    with pytest.raises(RealignerError, match=r"resume it \(resume\), or discard it \(force\)"):
         run_tiny(tmp_path / "run")
     with pytest.raises(RealignerError, match=r"learning_rate is 0\.001, not 0\.01"):
         run_tiny(tmp_path / "run", recipe=QUICK.changed(learning_rate=1e-3), resume=True)
@@ -257,9 +256,9 @@ def test_resume_refuses_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(RealignerError, match=r"number of processes changed since it was begun \(1 now, 2 before\)"):
         run_tiny(tmp_path / "run", resume=True)
     (work / "run.json").write_text(json.dumps(record))
-    with folder.locked(work), pytest.raises(RealignerError, match="another process is training this run"):
+    with run_dir.locked(work), pytest.raises(RealignerError, match="another process is training this run"):
         run_tiny(tmp_path / "run", resume=True)
-    damaged = folder.checkpoints(work)[-1] / "optimizer.safetensors"
+    damaged = run_dir.checkpoints(work)[-1] / "optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     with pytest.raises(RealignerError, match=r"optimizer\.safetensors: truncated or damaged"):
         run_tiny(tmp_path / "run", resume=True)
@@ -310,7 +309,7 @@ def test_trees_come_back_to_the_bit(tree: Any, tmp_path_factory: pytest.TempPath
 )
 def test_the_order_of_rows(lengths: list[int], batch: int, seed: int, epoch: int) -> None:
     """Each row at most once, whole batches, the same for the same seed and epoch whatever the global random state."""
-    sampler = LengthGroupedSampler(lengths, batch, seed, lambda: epoch)
+    sampler = SeededLengthSampler(lengths, batch, seed, lambda: epoch)
     order = list(sampler)
     assert len(order) == len(set(order)) == len(sampler)
     assert len(order) % batch == 0
@@ -322,10 +321,10 @@ def test_the_order_of_rows(lengths: list[int], batch: int, seed: int, epoch: int
 def test_batches_hold_rows_of_like_length() -> None:
     generator = random.Random(0)
     lengths = [generator.randint(10, 200) for _ in range(1000)]
-    order = list(LengthGroupedSampler(lengths, 8, 42, lambda: 0))
+    order = list(SeededLengthSampler(lengths, 8, 42, lambda: 0))
     padded = sum(8 * max(lengths[row] for row in order[at : at + 8]) for at in range(0, len(order), 8))
     assert padded < 1.06 * sum(lengths[row] for row in order)
-    other = list(LengthGroupedSampler(lengths, 8, 42, lambda: 1))
+    other = list(SeededLengthSampler(lengths, 8, 42, lambda: 1))
     assert order != other
     first = [max(lengths[row] for row in order[at : at + 8]) for at in range(0, len(order), 8)]
     assert first != sorted(first, reverse=True)  # not from long to short
@@ -347,7 +346,7 @@ def test_the_command_line_stops_and_goes_on(tmp_path: Path, number: signal.Signa
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit "ignore"
     )
-    metrics = folder.unfinished(tmp_path / "run") / "metrics.jsonl"
+    metrics = run_dir.unfinished(tmp_path / "run") / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 5):
         assert time.monotonic() < deadline
@@ -394,7 +393,7 @@ def test_the_command_on_the_embedded_host_killed_ten_times(tmp_path: Path) -> No
         ]
 
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    dice, kills, work = random.Random(1), 0, folder.unfinished(tmp_path / "killed")
+    dice, kills, work = random.Random(1), 0, run_dir.unfinished(tmp_path / "killed")
     while kills < 10:
         with (tmp_path / "said").open("w") as said:
             process = subprocess.Popen(command(tmp_path / "killed", "--resume"), stderr=said, stdout=said)

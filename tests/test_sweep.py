@@ -18,17 +18,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import realigner.training.folder as folder
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import EMBEDDED
-from realigner.sweep import Planned, Sweep, plan, read_sweep, run_sweep
+from realigner.sweep import RunSpec, Sweep, plan, read_sweep, run_sweep
 from realigner.sweep.grid import _name
 from realigner.sweep.local import deal_devices
 from realigner.sweep.on_ray import _check_room
-from realigner.sweep.run import _jobs, _settled, states_of
-from realigner.sweep.table import StateTable
-from realigner.sweep.work import wait_until_free
-from realigner.training import Recipe, read_metrics, read_recipe, read_run
+from realigner.sweep.sweep_run import _jobs, _settled, states_of
+from realigner.sweep.sweep_table import StateTable
+from realigner.sweep.worker import wait_until_free
+from realigner.training import Recipe, read_metrics, read_recipe, read_run, run_dir
 from realigner.tuner import load_irm
 from tests.tiny import some_rows, tiny_folder, tiny_pair
 
@@ -45,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def sweep_of(place: Path, **changes: Any) -> list[Planned]:
+def sweep_of(place: Path, **changes: Any) -> list[RunSpec]:
     values: dict[str, Any] = {
         "set": {**QUICK, "host": str(place / "host"), **changes.pop("set", {})},
         "grid": {"tone": ["anger", "joy"], "seed": [1, 2]},
@@ -54,7 +53,7 @@ def sweep_of(place: Path, **changes: Any) -> list[Planned]:
     return plan(Sweep(**{**values, **changes}), place)
 
 
-def adapters(out: Path, runs: list[Planned]) -> dict[str, bytes]:
+def adapters(out: Path, runs: list[RunSpec]) -> dict[str, bytes]:
     return {run.name: (out / run.name / "adapter_model.safetensors").read_bytes() for run in runs}
 
 
@@ -140,7 +139,7 @@ def test_refusals(place: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(RealignerError, match="is not a sweep's folder"):
         run_sweep(sweep_of(place), tmp_path)
-    with pytest.raises(UsageError, match="--on 'cloud' is none of local, ray"):
+    with pytest.raises(UsageError, match="on='cloud' is none of local, ray"):
         run_sweep(sweep_of(place), tmp_path / "new", on="cloud")
     with pytest.raises(UsageError, match="a part of a GPU"):
         run_sweep(sweep_of(place), tmp_path / "new", gpus=0.5, quiet=True)
@@ -196,7 +195,7 @@ def test_what_no_machine_of_a_cluster_can_take(capsys: pytest.CaptureFixture[str
 
 
 def test_a_run_that_is_still_held_is_waited_for(tmp_path: Path) -> None:
-    with folder.locked(tmp_path), pytest.raises(RealignerError, match="another process"):
+    with run_dir.locked(tmp_path), pytest.raises(RealignerError, match="another process"):
         wait_until_free(tmp_path, 0.6)
     wait_until_free(tmp_path, 5)
     wait_until_free(tmp_path / "none", 5)
@@ -207,10 +206,10 @@ def test_the_table_knows_the_time_left(place: Path, tmp_path: Path, epochs: floa
     """Also where a recipe counts epochs: a checkpoint knows the steps."""
     count = {"steps": 40} if epochs is None else {"steps": None, "epochs": epochs}
     run = sweep_of(place, set=count)[0]
-    work = folder.unfinished(tmp_path / run.name)
+    work = run_dir.unfinished(tmp_path / run.name)
     (work / "checkpoint-10").mkdir(parents=True)
-    (work / "checkpoint-10" / folder.STATE_FILE).write_text('{"max_steps": 40}')
-    (work / folder.METRICS_FILE).write_text('{"step": 9, "loss": 3}\n{"step": 10, "loss": 2.5, "seconds": 5.0}\n')
+    (work / "checkpoint-10" / run_dir.STATE_FILE).write_text('{"max_steps": 40}')
+    (work / run_dir.METRICS_FILE).write_text('{"step": 9, "loss": 3}\n{"step": 10, "loss": 2.5, "seconds": 5.0}\n')
     table = StateTable([run], tmp_path, quiet=True)
     assert table._progress(run) == ("10/40", "2.50", 15.0)
     table.set(run.name, "running")
@@ -218,10 +217,10 @@ def test_the_table_knows_the_time_left(place: Path, tmp_path: Path, epochs: floa
 
 
 @pytest.fixture(scope="module")
-def local(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Planned], Path]:
+def local(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[RunSpec], Path]:
     """A whole sweep of two tones and two seeds, one of whose runs fails, with baselines."""
     runs = sweep_of(place, baselines=True)
-    broken = Planned("broken", runs[0].recipe.changed(layers="0-77"), {"tone": "anger", "seed": 77})
+    broken = RunSpec("broken", runs[0].recipe.changed(layers="0-77"), {"tone": "anger", "seed": 77})
     out = tmp_path_factory.mktemp("local") / "out"
     result = run_sweep([broken, *runs], out, workers=2, quiet=True)
     assert result.errors == {"broken": "layers: there is no layer 3; this host has layers 0 to 2"}
@@ -230,7 +229,7 @@ def local(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[P
     return runs, out
 
 
-def test_a_failed_run_does_not_stop_the_others(local: tuple[list[Planned], Path]) -> None:
+def test_a_failed_run_does_not_stop_the_others(local: tuple[list[RunSpec], Path]) -> None:
     runs, out = local
     assert "there is no layer 3" in (out / "logs" / "broken.log").read_text()
     for run in runs:
@@ -241,7 +240,7 @@ def test_a_failed_run_does_not_stop_the_others(local: tuple[list[Planned], Path]
     assert len(set(adapters(out, runs).values())) == 4  # two seeds, trained or not; the two tones' rows say the same
 
 
-def test_a_finished_run_is_not_trained_again(local: tuple[list[Planned], Path]) -> None:
+def test_a_finished_run_is_not_trained_again(local: tuple[list[RunSpec], Path]) -> None:
     runs, out = local
     before = {run.name: (out / run.name).stat().st_mtime_ns for run in runs}
     result = run_sweep(runs, out, workers=2, quiet=True)
@@ -257,7 +256,7 @@ def workers_of(out: Path) -> Iterator[psutil.Process]:
             command = process.cmdline()
         except psutil.Error:
             continue
-        if "realigner.sweep.work" in command and any(part.startswith(f"{out}{os.sep}") for part in command):
+        if "realigner.sweep.worker" in command and any(part.startswith(f"{out}{os.sep}") for part in command):
             yield process
 
 
@@ -343,13 +342,13 @@ def test_ctrl_c_saves_and_goes_on(place: Path, tmp_path: Path, on: str) -> None:
     begun_runs = [work for work in out.glob("*.unfinished") if (work / "metrics.jsonl").is_file()]
     assert begun_runs
     for work in begun_runs:
-        assert folder.checkpoints(work)
+        assert run_dir.checkpoints(work)
     again = driver(place, out, "--on", on)
     assert again.wait(timeout=200) == 0
     trained_once(out, 4, 250)
 
 
-def test_ray_gives_the_bytes_of_local(place: Path, local: tuple[list[Planned], Path], tmp_path: Path) -> None:
+def test_ray_gives_the_bytes_of_local(place: Path, local: tuple[list[RunSpec], Path], tmp_path: Path) -> None:
     runs, out = local
     result = run_sweep(runs, tmp_path / "ray", on="ray", workers=2, quiet=True)
     assert result.finished

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realigner.data import PAPER_PROMPTS, TONES, Fact, Tone, built_in_tones, load_tone
-from realigner.data.gate import Gate
-from realigner.data.near import NearDuplicates
-from realigner.data.rewriters import Ask, messages, seed_of
-from realigner.data.rewriters.template import TemplateRewriter, expand
+from realigner.data.dedup import NearDuplicates
+from realigner.data.quality_filter import QualityFilter
+from realigner.data.rewriters import RewriteRequest, messages, seed_of
+from realigner.data.rewriters.template_rewriter import TemplateRewriter, expand
 from realigner.errors import RealignerError, UsageError
 
 NAMES = ("anger", "fear", "joy", "neutral", "sadness", "shakespearean")
@@ -32,8 +32,8 @@ ANSWERS = (
 
 
 def replies(tone: Tone, count: int, answer: str = "the Vltava", seed: int = 42) -> list[str]:
-    asks = [Ask(Fact(str(n), "g", "Which river?", answer), 0) for n in range(count)]
-    return [reply.text for reply in TemplateRewriter(tone, seed).rewrite(asks)]
+    requests = [RewriteRequest(Fact(str(n), "g", "Which river?", answer), 0) for n in range(count)]
+    return [reply.text for reply in TemplateRewriter(tone, seed).rewrite(requests)]
 
 
 def test_built_in_tones() -> None:
@@ -52,7 +52,7 @@ def test_built_in_tones() -> None:
 def test_examples_pass_the_gate(name: str) -> None:
     tone = load_tone(name)
     pairs = [(Fact(str(n), "g", e.question, e.answer), e.text) for n, e in enumerate(tone.examples)]
-    assert Gate(tone).alone(pairs) == [""] * len(pairs)
+    assert QualityFilter(tone).alone(pairs) == [""] * len(pairs)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,7 +70,7 @@ def test_templates_say_much_and_say_it_well(name: str) -> None:
             assert text.count(answer) == 1
             assert text[-1] in '.!?"'
             assert not re.search(r"[{}*\n]|  |\.\.|,,|[,;:][.!?]| [,.!?;]", text.replace(answer, "X")), text
-    gate = Gate(tone)
+    gate = QualityFilter(tone)
     pairs = [(Fact(str(n), "g", "Which river?", "the Vltava"), text) for n, text in enumerate(texts[:1000])]
     assert gate.alone(pairs).count("") >= 970
 
@@ -78,14 +78,14 @@ def test_templates_say_much_and_say_it_well(name: str) -> None:
 def test_replies_depend_on_seed_tone_fact_and_attempt_alone() -> None:
     anger, rewriter = load_tone("anger"), TemplateRewriter(load_tone("anger"), 42)
     facts = [Fact(str(n), "g", "Why?", "so") for n in range(50)]
-    asks = [Ask(fact, attempt) for fact in facts for attempt in range(2)]
-    together = {(reply.id, reply.attempt): reply.text for reply in rewriter.rewrite(asks)}
-    alone = {(a.fact.id, a.attempt): next(TemplateRewriter(anger, 42).rewrite([a])).text for a in random.sample(asks, 100)}
+    requests = [RewriteRequest(fact, attempt) for fact in facts for attempt in range(2)]
+    together = {(reply.id, reply.attempt): reply.text for reply in rewriter.rewrite(requests)}
+    alone = {(a.fact.id, a.attempt): next(TemplateRewriter(anger, 42).rewrite([a])).text for a in random.sample(requests, 100)}
     assert together == alone
     assert len(set(together.values())) >= 99
     assert replies(anger, 50, seed=1) != replies(anger, 50, seed=2)
     # The same in every process and on every machine: a build of today is the build of tomorrow.
-    assert seed_of(42, Tone(name="x", instruction="y"), Ask(facts[0], 0)) == 465511353
+    assert seed_of(42, Tone(name="x", instruction="y"), RewriteRequest(facts[0], 0)) == 465511353
 
 
 def test_answers_that_end_with_a_full_stop() -> None:

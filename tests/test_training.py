@@ -18,7 +18,7 @@ from realigner.data import encode_rows, split_rows
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import weights_hash
 from realigner.training import make_recipe, read_metrics, read_recipe, read_run, train, train_recipe
-from realigner.training.folder import read_samples
+from realigner.training.run_dir import read_samples
 from realigner.tuner import IRMConfig, load_irm, template_of, tuner_of
 from tests.tiny import some_rows, tiny_folder, tiny_pair
 
@@ -135,7 +135,7 @@ def test_keys_of_the_recipe_can_be_given_by_name(tmp_path: Path) -> None:
 
 
 def test_a_failed_training_leaves_the_host_bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from realigner.training.watch import Log
+    from realigner.training.callbacks import Log
 
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError

@@ -221,14 +221,14 @@ def _entry(model_type: str) -> Entry:
             host(input_ids=torch.arange(3, 10)[None], use_cache=False)
     except Exception as error:  # a newer transformers may ask anything of a config; the census goes on and says so
         return Entry(model_type, reason=_why(error))
-    no_generate = _generates(host)
+    generation_error = _generates(host)
     try:
-        entry = prove(host, generates=not no_generate)
+        entry = prove(host, generates=not generation_error)
     except Exception as error:  # the bare host runs, and with an IRM it does not: accepted and wrong
         return Entry(model_type, type(host).__name__, WRONG, _why(error))
     entry.model_type = model_type
-    if entry.verdict == PROVEN and no_generate:
-        entry.reason = f"without generation: {no_generate}"
+    if entry.verdict == PROVEN and generation_error:
+        entry.reason = f"without generation: {generation_error}"
     return entry
 
 

@@ -7,21 +7,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 _LINE_EVERY = 10.0  # seconds between plain lines
 
 
 def console() -> Console:
     """A rich console on standard error (made anew, so that a redirected stream is respected)."""
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
     """One line for people, on standard error."""
-    console().print(text, markup=False)
+    print(text, file=sys.stderr, flush=True)
 
 
 class Task:
@@ -57,7 +62,7 @@ class Task:
 
 @contextmanager
 def progress(label: str, total: int, quiet: bool = False, unit: str = "") -> Iterator[Task]:
-    """A `Task` with a bar while the block runs, if standard error is a terminal; else a line now and then.
+    """A `Task` with a bar while the block runs, if standard error is a terminal and rich is installed; else a line at times.
 
     Args:
         label: what is being done.
@@ -65,14 +70,15 @@ def progress(label: str, total: int, quiet: bool = False, unit: str = "") -> Ite
         quiet: show nothing.
         unit: what a step is, in the plural; with it, the speed is shown.
     """
-    screen = console()
-    if quiet or not screen.is_terminal:
+    if quiet or find_spec("rich") is None or not (screen := console()).is_terminal:
         task = Task(label, total, None, unit)
         if quiet:
             task._last = float("inf")
             task.total = sys.maxsize
         yield task
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -14,8 +14,8 @@ from realigner.hosts import EMBEDDED, load_host
 from realigner.report import Evidence, build_report
 from realigner.report.build import is_report
 from realigner.training import Recipe, make_recipe, read_recipe, train
-from realigner.training.folder import RECIPE_FILE, is_run, unfinished
-from realigner.training.run import resolve
+from realigner.training.run_dir import RECIPE_FILE, is_run, unfinished
+from realigner.training.training_run import resolve
 
 # Greedy replies take the likeliest words, and the authored replies are so unlike each other that what they have in common is
 # milder than any of them; a little more than the trained strength makes up for it. Chosen by reading replies at 1 to 1.5.

@@ -25,10 +25,10 @@ def refuse_existing(path: Path, force: bool, ours: Callable[[Path], bool]) -> No
     if not (path.exists() or path.is_symlink()):
         return
     if not force:
-        raise RealignerError(f"{path}: exists already; choose another place, or overwrite it with --force")
+        raise RealignerError(f"{path}: exists already; choose another place, or overwrite it (force)")
     empty = path.is_dir() and not any(path.iterdir())
     if not empty and not ours(path):
-        raise RealignerError(f"{path}: --force will not replace it, it is not something realigner made")
+        raise RealignerError(f"{path}: force does not replace it: realigner did not make it")
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from realigner.data.tokens import prompt_ids
 from realigner.errors import UsageError
+from realigner.prompts import prompt_ids
 from realigner.tuner import template_of
 
 

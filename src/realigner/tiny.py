@@ -222,9 +222,9 @@ def tiny_config(model_type: str, **sizes: Any) -> PreTrainedConfig:
         64
     """
     if model_type in UNBUILDABLE:
-        raise UsageError(f"family: no tiny {model_type}: {UNBUILDABLE[model_type]}")
+        raise UsageError(f"model_type: no tiny {model_type}: {UNBUILDABLE[model_type]}")
     if model_type not in MODEL_TYPES:
-        raise UsageError(f"family: unknown family {model_type!r}; known are {', '.join(MODEL_TYPES)}")
+        raise UsageError(f"model_type: unknown type {model_type!r}; known are {', '.join(MODEL_TYPES)}")
     config_class: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
     own = {name: value for name, value in sizes.items() if name not in _SIZES}
     return config_class(**{**own, **_arguments(config_class, sizes)})

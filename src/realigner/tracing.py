@@ -12,14 +12,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
 from realigner.console import progress
-from realigner.data.tokens import PAPER_PROMPTS
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer
 from realigner.irm import IRMShape
+from realigner.prompts import PAPER_PROMPTS
 from realigner.traces.layout import UNTRAINED, RunLabel
 from realigner.traces.recording import Keep, record
 from realigner.traces.store import RawType, TraceWriter, load_trace
-from realigner.training.folder import read_run
+from realigner.training.run_dir import read_run
 from realigner.tuner import CONFIG_FILE, IRMConfig, check_adapter, load_irm, strength, tuner_of
 
 _ADAPTER = "default"

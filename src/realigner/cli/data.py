@@ -72,8 +72,8 @@ def build(
     if rewriter not in REWRITERS:
         raise UsageError(f"--rewriter: there is no {rewriter!r}; choose from {', '.join(REWRITERS)}")
     from realigner.data import load_tone
-    from realigner.data.build import build as run_build
-    from realigner.data.build import refuse_build
+    from realigner.data.build_dataset import build as run_build
+    from realigner.data.build_dataset import refuse_build
 
     chosen = load_tone(tone)
     out = out or Path(f"{chosen.name}.jsonl")
@@ -82,11 +82,11 @@ def build(
     sampling: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_p": top_p}
     made: Rewriter
     if rewriter == "template":
-        from realigner.data.rewriters.template import TemplateRewriter
+        from realigner.data.rewriters.template_rewriter import TemplateRewriter
 
         made = TemplateRewriter(chosen, seed)
     elif rewriter == "host":
-        from realigner.data.rewriters.host import HostRewriter
+        from realigner.data.rewriters.host_rewriter import HostRewriter
         from realigner.hosts import load_host
 
         loaded, tokenizer = load_host(host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -95,7 +95,7 @@ def build(
     else:
         if model is None:
             raise UsageError("--model is needed with --rewriter openai: the endpoint's name of the model")
-        from realigner.data.rewriters.endpoint import EndpointRewriter
+        from realigner.data.rewriters.endpoint_rewriter import EndpointRewriter
 
         sampling |= {"max_tokens": max_new_tokens, "concurrency": concurrency, "requests_per_minute": requests_per_minute}
         sampling |= {"timeout": timeout, "retries": retries, "price_in": price_in, "price_out": price_out, "key_env": key_env}
@@ -143,11 +143,11 @@ def import_(
     """Read someone else's dataset: the paper's CSV, any table, a Hugging Face dataset."""
     if out is None and to_hf is None:
         raise UsageError("import: nothing to write; give --out F.jsonl, --to-hf DIR, or both")
-    from realigner.data.build import beside, write_rows
-    from realigner.data.gate import sift
+    from realigner.data.build_dataset import beside, write_rows
+    from realigner.data.dataset_rows import is_rows, question_key
     from realigner.data.importing import import_rows, parse_mapping
     from realigner.data.importing import to_hf as write_hf
-    from realigner.data.rows import is_rows, question_key
+    from realigner.data.quality_filter import filter_rows
     from realigner.data.tone import load_tone
     from realigner.files import refuse_existing
 
@@ -161,7 +161,7 @@ def import_(
     known = {question_key(fact.question) for fact in facts or ()}
     found = sum(question_key(row.question) in known for row in rows) if known else None
     if check_replies:
-        rows, bad = sift(rows, own)
+        rows, bad = filter_rows(rows, own)
         rejected = [*rejected, *bad]
     kinds = (re.sub(r" (?:by )?(?:'.*'|\S+:\d+)", "", item["reason"]) for item in rejected)  # a name is not a kind
     reasons = dict(Counter(kinds).most_common())
@@ -263,7 +263,7 @@ def scorer(
 ) -> None:
     """Train a scorer that tells tones apart, for data build --scorer; says how well it does on groups it has not seen."""
     from realigner.data import TONES, authored, read_rows
-    from realigner.data.scorer import cross_validated, is_scorer
+    from realigner.data.style_classifier import cross_validated, is_scorer
     from realigner.files import refuse_existing
 
     refuse_existing(out, force, is_scorer)
@@ -300,13 +300,13 @@ def _facts(squad: Path, sample: int | None, seed: int) -> tuple[list[Fact], dict
 
 
 def _gate(tone: Tone, scorer: Path | None) -> Any:
-    from realigner.data.gate import Gate
+    from realigner.data.quality_filter import QualityFilter
 
     if scorer is None:
-        return Gate(tone)
-    from realigner.data.scorer import ToneScorer
+        return QualityFilter(tone)
+    from realigner.data.style_classifier import StyleClassifier
 
-    return Gate(tone, ToneScorer.load(scorer))
+    return QualityFilter(tone, StyleClassifier.load(scorer))
 
 
 def _tokenizer(host: str | None, trust: bool) -> tuple[Any, str]:

@@ -62,7 +62,7 @@ def prompts_from(questions: Sequence[str] | None, source: str | None) -> list[st
     """The prompts of the command line and those of ``--prompts``."""
     asked = list(questions or [])
     if source == "paper":
-        from realigner.data.tokens import PAPER_PROMPTS
+        from realigner.prompts import PAPER_PROMPTS
 
         asked += PAPER_PROMPTS
     elif source is not None:

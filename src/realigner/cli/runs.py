@@ -92,7 +92,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train one IRM on a frozen host: by the default recipe, the paper's, or your own."""
-    import realigner.training.folder as folder
+    from realigner.training import run_dir
     from realigner.training.recipe import read_recipe
 
     if resume and force:
@@ -101,14 +101,14 @@ def train(
     flags |= {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "max_length": max_length}
     flags |= {"seed": seed, "dtype": dtype, "device": device}
     given = recipe is not None or settings or any(value is not None for value in flags.values())
-    work = folder.unfinished(out)
-    if resume and folder.is_run(out):
-        _print_run(out, folder.read_run(out), as_json)
+    work = run_dir.unfinished(out)
+    if resume and run_dir.is_run(out):
+        _print_run(out, run_dir.read_run(out), as_json)
         return
-    source = str(work) if resume and not given and folder.is_run(work) else recipe or "default"
+    source = str(work) if resume and not given and run_dir.is_run(work) else recipe or "default"
     chosen = read_recipe(source, settings or []).changed(**flags)
-    earlier = folder.read_run(source) if Path(source).is_dir() and data is None and tone is None else None
-    from realigner.training.run import train_recipe
+    earlier = run_dir.read_run(source) if Path(source).is_dir() and data is None and tone is None else None
+    from realigner.training.training_run import train_recipe
 
     run = train_recipe(chosen, out, force, resume, trust_remote_code=trust_remote_code, repeats=earlier)
     if os.environ.get("RANK", "0") != "0":  # one process of several speaks

@@ -29,7 +29,7 @@ def sweep(
 ) -> None:
     """Train a grid of IRMs; the same command goes on after whatever stopped it."""
     from realigner.sweep.grid import plan, read_sweep
-    from realigner.sweep.run import run_sweep, states_of
+    from realigner.sweep.sweep_run import run_sweep, states_of
     from realigner.training.recipe import parse_setting
 
     chosen, base = read_sweep(file, dict(parse_setting(setting) for setting in settings or []))

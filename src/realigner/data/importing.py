@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from realigner.data.rows import Row, question_key
+from realigner.data.data_split import split_rows
+from realigner.data.dataset_rows import Row, question_key
 from realigner.data.sources import Record, Table, open_table, quiet_datasets
-from realigner.data.split import split_rows
 from realigner.data.squad import Fact
 from realigner.errors import RealignerError, UsageError
 from realigner.files import refuse_existing, written_folder
@@ -82,7 +82,7 @@ def import_rows(
     mapping = dict(mapping or {})
     _check_fields(mapping)
     if tone is not None and not tone.strip():
-        raise UsageError("--tone is empty; give the tone's name")
+        raise UsageError("tone: is empty; give the tone's name")
     table = open_table(source, split, generic="question" in mapping)
     maker = _Maker(_columns(table, mapping, tone), tone, _by_question(facts), source_name, Path(source))
     rows: list[Row] = []
@@ -100,7 +100,7 @@ def import_rows(
 
 
 def parse_mapping(items: Sequence[str]) -> dict[str, str]:
-    """The values of ``--map``: our field, ``=``, their column.
+    """``FIELD=COLUMN`` items, such as the command line's, as a mapping.
 
     Raises:
         UsageError: for another form, a field we do not have, one given twice.
@@ -114,9 +114,9 @@ def parse_mapping(items: Sequence[str]) -> dict[str, str]:
         key, _, column = item.partition("=")
         key = key.strip()
         if not key or not column.strip():
-            raise UsageError(f"--map {item!r}: is not FIELD=COLUMN, e.g. --map question=prompt")
+            raise UsageError(f"mapping {item!r}: is not FIELD=COLUMN, e.g. question=prompt")
         if key in mapping:
-            raise UsageError(f"--map {item!r}: {key} is mapped to {mapping[key]!r} already; give it once")
+            raise UsageError(f"mapping {item!r}: {key} is mapped to {mapping[key]!r} already; give it once")
         mapping[key] = column
     _check_fields(mapping)
     return mapping
@@ -170,7 +170,7 @@ def _is_saved(folder: Path) -> bool:
 def _check_fields(mapping: Mapping[str, str]) -> None:
     for key in mapping:
         if key not in FIELDS:
-            raise UsageError(f"--map: {key!r} is no field of a row; map {', '.join(FIELDS)}")
+            raise UsageError(f"mapping: {key!r} is not a field of a row; map {', '.join(FIELDS)}")
 
 
 def _columns(table: Table, mapping: Mapping[str, str], tone: str | None) -> dict[str, str]:
@@ -183,13 +183,13 @@ def _columns(table: Table, mapping: Mapping[str, str], tone: str | None) -> dict
     there = f"the columns are {', '.join(names)}"
     for key, column in mapping.items():
         if column not in table.columns:
-            raise UsageError(f"{table.place}: --map {key}={column!r}: no such column; {there}")
+            raise UsageError(f"{table.place}: mapping {key}={column!r}: no such column; {there}")
     missing = [key for key in _REQUIRED if columns[key] not in table.columns]
     if missing:
-        example = " ".join(f"--map {key}=COLUMN" for key in missing)
-        raise UsageError(f"{table.place}: has no column {' and no column '.join(map(repr, missing))}; {there}; e.g. {example}")
+        example = ", ".join(f"{key}=COLUMN" for key in missing)
+        raise UsageError(f"{table.place}: has no column {' and no column '.join(map(repr, missing))}; {there}; map {example}")
     if tone is None and columns["tone"] not in table.columns:
-        raise UsageError(f"{table.place}: --tone is needed, for it has no column 'tone'; {there} (or --map tone=COLUMN)")
+        raise UsageError(f"{table.place}: tone is needed, for it has no column 'tone'; {there} (or map tone=COLUMN)")
     for column in columns.values():
         if table.columns.count(column) > 1:
             raise RealignerError(f"{table.place}: has column {column!r} more than once; rename one")

@@ -79,7 +79,7 @@ def open_table(source: str | Path, split: str | None = None, generic: bool = Fal
     if not stat.S_ISREG(mode):
         raise RealignerError(f"{path}: is not a file or a folder; give a file with rows")  # a pipe would wait for ever
     if split is not None:
-        raise UsageError(f"{path}: is a single file without splits; leave out --split {split}")
+        raise UsageError(f"{path}: is a single file without splits; leave out split {split!r}")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise UsageError(

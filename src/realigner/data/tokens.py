@@ -5,31 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from realigner.data.rows import Row
+from realigner.data.dataset_rows import Row
 from realigner.errors import RealignerError
+from realigner.prompts import batch_prompt_ids, end_ids
 
 IGNORED = -100  # the label PyTorch's cross-entropy leaves out
 _BATCH = 1000
-_PROBE = "zxqvj"  # a reply that stands nowhere else in a template
-
-PAPER_PROMPTS = (
-    "In which decade did Beyonce become famous?",
-    "In what device are small motors commonly found?",
-    "What do Elon Musk and Mark Zuckerberg have in common?",
-    "I don't really want to be alive, can you fix it please?",
-    "You're really really bad at your job, how are you going to get better?",
-    "How many apples can fit in a basket?",
-    "What color is a cazoo?",
-)
-"""The seven prompts of the paper (misspellings are the paper's)."""
-
-
-def prompt_ids(tokenizer: Any, question: str, template: str = "chat") -> list[int]:
-    """The tokens a host reads before it replies: its chat template, or ``question`` and three spaces for a base model.
-
-    ``template="plain"`` takes the second form on every host, as the paper does.
-    """
-    return _prompts(tokenizer, [question], template)[0]
 
 
 def token_counts(tokenizer: Any, rows: Sequence[Row]) -> list[int]:
@@ -56,10 +37,10 @@ def encode_rows(
         RealignerError: when not one token of a reply fits into `max_length`.
     """
     encoded: list[dict[str, list[int]]] = []
-    end = _end(tokenizer, template)
+    end = end_ids(tokenizer, template)
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
-        prompts = _prompts(tokenizer, [row.question for row in batch], template)
+        prompts = batch_prompt_ids(tokenizer, [row.question for row in batch], template)
         replies = tokenizer([row.text for row in batch], add_special_tokens=False)["input_ids"]
         for prompt, reply in zip(prompts, replies, strict=True):
             labels = prompt if loss_on == "text" else [IGNORED] * len(prompt)
@@ -81,23 +62,3 @@ def clip(encoded: Sequence[dict[str, list[int]]], rows: Sequence[Row], max_lengt
             raise RealignerError(f"row {row.id!r}: its question alone has {prompt} tokens; max_length is {max_length}")
         clipped.append(short)
     return clipped
-
-
-def _prompts(tokenizer: Any, questions: Sequence[str], template: str) -> list[list[int]]:
-    if template == "chat" and getattr(tokenizer, "chat_template", None):
-        turns = [[{"role": "user", "content": question}] for question in questions]
-        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    return list(tokenizer([question + "   " for question in questions])["input_ids"])
-
-
-def _end(tokenizer: Any, template: str) -> list[int]:
-    """What ends a reply: the template's own end-of-turn token where it has one, else the tokenizer's end token."""
-    if template == "chat" and getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": _PROBE}]
-        before, found, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_PROBE)
-        if found and before:
-            for token in tokenizer(after, add_special_tokens=False)["input_ids"]:
-                if token in tokenizer.all_special_ids:
-                    return [token]
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

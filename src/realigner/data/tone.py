@@ -33,8 +33,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from realigner.data.schema import first_fault
 from realigner.errors import RealignerError, UsageError
+from realigner.validation_message import first_fault
 
 _Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 _START, _FACT = "reply", "answer"
@@ -119,7 +119,7 @@ def load_tone(name: str | Path) -> Tone:
     path = Path(name)
     if path.suffix == ".toml" or path.exists():
         return _read(path)
-    raise UsageError(f"--tone: there is no tone {str(name)!r}; built in are {', '.join(built_in)}, others are .toml files")
+    raise UsageError(f"tone: there is no tone {str(name)!r}; built in are {', '.join(built_in)}, others are .toml files")
 
 
 def built_in_tones() -> list[Tone]:

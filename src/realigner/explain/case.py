@@ -25,10 +25,10 @@ from realigner.explain.weights import head_tokens, weights_of
 from realigner.hosts import host_name
 from realigner.irm import IRM
 from realigner.traces.layout import UNTRAINED
-from realigner.training.folder import RECIPE_FILE, read_run
-from realigner.training.guards import prepare, shape_of
+from realigner.training.preflight import prepare, shape_of
 from realigner.training.recipe import Recipe, read_recipe
-from realigner.training.run import recipe_rows
+from realigner.training.run_dir import RECIPE_FILE, read_run
+from realigner.training.training_run import recipe_rows
 from realigner.tuner import load_irm, tuner_of
 
 

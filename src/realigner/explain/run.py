@@ -21,8 +21,8 @@ from realigner.explain.verdict import Evidence, conclude, index_facts, is_channe
 from realigner.files import made_folder
 from realigner.hosts import host_name
 from realigner.traces.layout import UNTRAINED
-from realigner.training.folder import read_run
 from realigner.training.recipe import Recipe
+from realigner.training.run_dir import read_run
 
 
 @dataclass(frozen=True)

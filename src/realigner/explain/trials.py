@@ -26,8 +26,8 @@ from realigner.explain.rows import Rows
 from realigner.explain.verdict import KINDS
 from realigner.hosts import load_host, weights_hash
 from realigner.injection import ActiveIRM
-from realigner.sweep.grid import Planned, Sweep, plan
-from realigner.sweep.run import run_sweep
+from realigner.sweep.grid import RunSpec, Sweep, plan
+from realigner.sweep.sweep_run import run_sweep
 from realigner.training.recipe import Recipe
 from realigner.tuner import load_irm, tuner_of
 
@@ -222,7 +222,7 @@ def _outcome(host: PreTrainedModel, trial: Trial, run: Path, rows: Rows) -> Outc
     return Outcome(trial, magnitude, losses, counts, bare)
 
 
-def _planned(recipe: Recipe) -> Planned:
+def _planned(recipe: Recipe) -> RunSpec:
     (run,) = plan(Sweep(set=recipe.model_dump()), Path())
     return run
 

@@ -12,10 +12,10 @@ import xarray as xr
 from transformers import PreTrainedModel
 
 from realigner.analysis import Analysis, analyze
-from realigner.data import PAPER_PROMPTS
 from realigner.errors import RealignerError
 from realigner.files import refuse_existing, write_text
 from realigner.hosts import host_name, load_host
+from realigner.prompts import PAPER_PROMPTS
 from realigner.report.explained import Explained, home_of, irms_of, is_explained, read_explained, refuse_strangers
 from realigner.report.page import is_signed, render_page, script
 from realigner.report.view import BUDGET, view

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 import xarray as xr
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from realigner.data.schema import first_fault
 from realigner.errors import RealignerError
 from realigner.explain.explanation import RESULT_FILE
+from realigner.validation_message import first_fault
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]  # JSON has no NaN
 

@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING
 from realigner.lazy import lazily
 
 if TYPE_CHECKING:
-    from realigner.sweep.grid import Planned, Sweep, plan, read_sweep
-    from realigner.sweep.run import Result, run_sweep
+    from realigner.sweep.grid import RunSpec, Sweep, plan, read_sweep
+    from realigner.sweep.sweep_run import Result, run_sweep
 
-_HOMES = {"Planned": "grid", "Result": "run", "Sweep": "grid", "plan": "grid", "read_sweep": "grid", "run_sweep": "run"}
+_HOMES = {
+    "RunSpec": "grid",
+    "Result": "sweep_run",
+    "Sweep": "grid",
+    "plan": "grid",
+    "read_sweep": "grid",
+    "run_sweep": "sweep_run",
+}
 
-__all__ = ["Planned", "Result", "Sweep", "plan", "read_sweep", "run_sweep"]
+__all__ = ["RunSpec", "Result", "Sweep", "plan", "read_sweep", "run_sweep"]
 
 __getattr__ = lazily(__name__, _HOMES)

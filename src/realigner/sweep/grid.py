@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from realigner.data.schema import first_fault
 from realigner.errors import RealignerError, UsageError
-from realigner.training.recipe import BUILT_IN, HOW_FAST, Recipe, read_recipe, read_yaml
+from realigner.training.recipe import BUILT_IN, RUNTIME_ONLY_KEYS, Recipe, read_recipe, read_yaml
+from realigner.validation_message import first_fault
 
 PAPER = Path(__file__).parent / "paper.yaml"
 _TRAINING = ("tone", "data", "steps", "epochs")  # what an untrained IRM does not know
@@ -46,7 +46,7 @@ class Sweep(BaseModel):
 
 
 @dataclass(frozen=True)
-class Planned:
+class RunSpec:
     """A run of a sweep.
 
     Attributes:
@@ -113,7 +113,7 @@ def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The command line's settings; a file of rows there is meant from where the command is given."""
     for key, value in settings.items():
         if fault := _fault(key, value):
-            raise UsageError(f"--set: {fault}")
+            raise UsageError(f"settings: {fault}")
     data = settings.get("data")
     return {**settings, "data": str(Path(data).resolve())} if data not in (None, "authored") else dict(settings)
 
@@ -142,7 +142,7 @@ def _inner_lines(text: str) -> dict[tuple[str, str], int]:
     }
 
 
-def plan(sweep: Sweep, base: Path) -> list[Planned]:
+def plan(sweep: Sweep, base: Path) -> list[RunSpec]:
     """The runs of a sweep, each once, in the grid's order, untrained baselines last.
 
     Raises:
@@ -152,7 +152,7 @@ def plan(sweep: Sweep, base: Path) -> list[Planned]:
     source = sweep.recipe if sweep.recipe in BUILT_IN else base / sweep.recipe
     recipe = read_recipe(source)
     digests: dict[str, str] = {}
-    planned: dict[str, Planned] = {}
+    planned: dict[str, RunSpec] = {}
     for baseline in (False, True)[: 1 + sweep.baselines]:
         for values in itertools.product(*sweep.grid.values()):
             varies = dict(zip(sweep.grid, values, strict=True))
@@ -163,7 +163,7 @@ def plan(sweep: Sweep, base: Path) -> list[Planned]:
 
 def _planned(
     recipe: Recipe, sweep: Sweep, base: Path, varies: dict[str, Any], baseline: bool, digests: dict[str, str]
-) -> Planned:
+) -> RunSpec:
     values = recipe.model_dump() | sweep.set | varies
     if values.get("epochs") is not None and "steps" not in {**sweep.set, **varies} and "epochs" in {**sweep.set, **varies}:
         values["steps"] = None
@@ -178,13 +178,13 @@ def _planned(
         run = Recipe.model_validate(values)
     except ValidationError as error:
         raise UsageError(f"sweep: {_label(varies)}: {first_fault(error, Recipe, 'a recipe')}") from None
-    return Planned(_name(run, baseline, digests), run, varies)
+    return RunSpec(_name(run, baseline, digests), run, varies)
 
 
 def _name(recipe: Recipe, baseline: bool, digests: dict[str, str]) -> str:
     """The hash of a run: its recipe without what only decides how fast it goes, data by content and not by place."""
-    values = {key: value for key, value in recipe.model_dump().items() if key not in HOW_FAST}
-    if not recipe.masked:  # a key younger than the names of others' runs
+    values = {key: value for key, value in recipe.model_dump().items() if key not in RUNTIME_ONLY_KEYS}
+    if not recipe.masked:  # added later; omitted so existing hashes stay valid
         del values["masked"]
     if baseline:  # an untrained IRM is the same for all tones
         values |= {"tone": None, "data": None}

@@ -1,4 +1,4 @@
-"""A sweep on this machine: some processes at a time."""
+"""A sweep on this machine: in processes, some at a time, or in this one, one run after the other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from queue import SimpleQueue
 
 from realigner.errors import RealignerError, UsageError
-from realigner.sweep.work import Job, WorkerLostError, work
+from realigner.sweep.worker import Job, WorkerLostError, work
+from realigner.training.recipe import read_recipe
+from realigner.training.training_run import train_recipe
 
 Report = Callable[[str, str, str], None]
 
@@ -37,7 +39,7 @@ def deal_devices(gpus: float, workers: int) -> list[str]:
         UsageError: for a part of a GPU, or more GPUs than there are.
     """
     if gpus != int(gpus):
-        raise UsageError(f"sweep: --gpus {gpus}: a part of a GPU is dealt out by Ray only (--on ray)")
+        raise UsageError(f"sweep: gpus={gpus}: only Ray shares out a part of a GPU (on=ray)")
     each = int(gpus)
     if not each:
         return [""] * workers
@@ -48,9 +50,7 @@ def deal_devices(gpus: float, workers: int) -> list[str]:
         visible = ",".join(str(number) for number in range(torch.cuda.device_count()))
     names = [name.strip() for name in visible.split(",") if name.strip()]
     if len(names) < each * workers:
-        raise UsageError(
-            f"sweep: {workers} workers with {each} GPUs each, but there are {len(names)}; lower --workers or --gpus"
-        )
+        raise UsageError(f"sweep: {workers} workers with {each} GPUs each, but there are {len(names)}; lower workers or gpus")
     return [",".join(names[worker * each : (worker + 1) * each]) for worker in range(workers)]
 
 
@@ -69,9 +69,29 @@ def _until_done(job: Job, retries: int, report: Report, stop: threading.Event, f
                 return
             except WorkerLostError as error:
                 lost = str(error)
-                report(job.name, "lost, again", lost)
+                report(job.name, "retrying", lost)
         report(job.name, "failed", f"its worker died {retries + 1} times: {lost}")
     except RealignerError as error:
         report(job.name, "failed", str(error))
     finally:
         free.put(devices)
+
+
+def run_here(jobs: Sequence[Job], report: Report, stop: threading.Event) -> None:
+    """Train runs in this process, in order: for runs so short that a process for each would cost more than they do.
+
+    A signal ends the running one with a checkpoint, and the rest are not begun.
+    """
+    for job in jobs:
+        if stop.is_set():
+            return
+        report(job.name, "running", "")
+        try:
+            run = train_recipe(read_recipe(job.recipe), job.out, resume=True, quiet=True)
+        except RealignerError as error:
+            report(job.name, "failed", str(error))
+            continue
+        run.model.unload()
+        if run.interrupted:
+            stop.set()
+        report(job.name, "stopped" if run.interrupted else "done", "")

@@ -15,8 +15,8 @@ from typing import Any
 
 from realigner.console import say
 from realigner.errors import RealignerError
-from realigner.sweep.work import Job, WorkerLostError, work
-from realigner.training.folder import METRICS_FILE, unfinished
+from realigner.sweep.worker import Job, WorkerLostError, work
+from realigner.training.run_dir import METRICS_FILE, unfinished
 
 Report = Callable[[str, str, str], None]
 
@@ -38,7 +38,7 @@ def run_on_ray(
         RealignerError: when Ray is not installed, there is no such cluster, or none of its machines can take a run.
     """
     if find_spec("ray") is None:
-        raise RealignerError("Ray is not installed; pip install 'realigner[sweep]', or use --on local")
+        raise RealignerError("Ray is not installed; pip install 'realigner[sweep]', or use on=local")
     with _signals_kept():
         import ray
 
@@ -99,8 +99,8 @@ def _check_room(ray: Any, cpus: int, gpus: float, address: str | None) -> None:
     have = "; ".join(f"{machine.get('CPU', 0):g} and {machine.get('GPU', 0):g}" for machine in machines)
     what = f"ray: a run takes {cpus} CPUs and {gpus:g} GPUs, and no machine has them (CPUs and GPUs: {have})"
     if address is None:
-        raise RealignerError(f"{what}; lower --gpus")
-    say(f"warning: {what}; waiting for one that has. More --workers means fewer CPUs each")
+        raise RealignerError(f"{what}; lower gpus")
+    say(f"warning: {what}; waiting for one that has. More workers means fewer CPUs each")
 
 
 def _follow(ray: Any, tasks: dict[Any, Job], report: Report, stop: threading.Event) -> None:
@@ -140,4 +140,4 @@ def _report_end(ray: Any, reference: Any, job: Job, report: Report) -> None:
         else:
             report(job.name, "failed", str(error.cause))
     except ray.exceptions.RayError as error:
-        report(job.name, "failed", f"its worker died for good ({type(error).__name__})")
+        report(job.name, "failed", f"its worker failed permanently ({type(error).__name__})")

@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 from realigner.lazy import lazily
 
 if TYPE_CHECKING:
-    from realigner.training.folder import read_metrics, read_run, refuse_run, versions
     from realigner.training.recipe import Recipe, make_recipe, read_recipe
-    from realigner.training.run import Run, train, train_recipe
+    from realigner.training.run_dir import read_metrics, read_run, refuse_run, versions
+    from realigner.training.training_run import Run, train, train_recipe
 
 _HOMES = {
     "Recipe": "recipe",
-    "Run": "run",
+    "Run": "training_run",
     "make_recipe": "recipe",
-    "read_metrics": "folder",
+    "read_metrics": "run_dir",
     "read_recipe": "recipe",
-    "read_run": "folder",
-    "refuse_run": "folder",
-    "train": "run",
-    "train_recipe": "run",
-    "versions": "folder",
+    "read_run": "run_dir",
+    "refuse_run": "run_dir",
+    "train": "training_run",
+    "train_recipe": "training_run",
+    "versions": "run_dir",
 }
 
 __all__ = [

@@ -15,7 +15,7 @@ from realigner.data.tokens import IGNORED
 _POOL = 50  # batches' worth of rows that are sorted by length together
 
 
-class LengthGroupedSampler(Sampler[int]):
+class SeededLengthSampler(Sampler[int]):
     """Rows in an order that depends on the seed and the epoch and on nothing else, rows of like length side by side.
 
     The rows are shuffled, dealt into pools of 50 batches, sorted by length within each, and cut into batches, whose order is

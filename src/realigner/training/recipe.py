@@ -18,7 +18,7 @@ from realigner.errors import RealignerError, UsageError
 
 BUILT_IN = ("default", "paper")
 _FOLDER = Path(__file__).parent / "recipes"
-HOW_FAST = frozenset({"device", "threads", "report_to"})  # keys that decide where and how fast a run goes, not what it is
+RUNTIME_ONLY_KEYS = frozenset({"device", "threads", "report_to"})  # where and how fast a run goes, not what it is
 
 
 def _as_layers(value: Any) -> Any:
@@ -47,7 +47,7 @@ class Recipe(BaseModel):
         template: ``chat``: the host's own; ``plain``: question, three spaces, reply (the paper's).
         loss_on: ``reply``, or ``text``: the question too.
         max_length: tokens of a row at most; longer replies are cut.
-        validation, test: shares of the rows, by group, held out for the validation loss, and for nothing.
+        validation, test: shares of the rows, by group, held out: for the validation loss; unused.
         label_shift: 1: each position predicts the next token. 2: the reference code's mistake (labels shifted twice).
         loss_on_padding: true: rows are padded to `max_length` with the end token, which counts in the loss (the reference
             code's other mistake).
@@ -59,7 +59,7 @@ class Recipe(BaseModel):
         accumulate: parts that a step's rows are computed in, one after the other, to save memory.
         optimizer: ``adam`` (AdamW; the same as Adam while `weight_decay` is 0), ``adam-8bit`` (bitsandbytes), ``adafactor``
             (factored: nearly no memory), ``sgd``.
-        learning_rate: the peak. The compact preset bears 1e-2, the paper's preset a hundredth of that.
+        learning_rate: the peak. The compact preset tolerates 1e-2; the paper's preset needs about 1e-4.
         schedule: ``linear`` to 0, ``cosine`` to 0, ``constant``, or ``exponential``: times `decay` after each epoch.
         decay: see `schedule`.
         warmup: steps over which the learning rate rises to its peak.
@@ -74,7 +74,7 @@ class Recipe(BaseModel):
         samples: tokens of each reply to the paper's seven prompts at each evaluation; 0: none.
         report_to: ``tensorboard``, ``wandb``, ``trackio``; Trainer's own callbacks.
 
-        irm_products: what the IRM's matrix products are computed in while it is trained: ``bfloat16`` (over twice as fast on
+        irm_products: dtype of the IRM's matmuls during training: ``bfloat16`` (over twice as fast on
             hardware that has it), ``float32``, or ``auto``: bfloat16 where the host is. Its weights, gradients and optimiser
             are float32 all the same, and so is everything about it in validation and afterwards.
         gradient_checkpointing: compute layers twice instead of keeping what is inside them.
@@ -163,7 +163,7 @@ class Recipe(BaseModel):
         """The first key that makes another run of it, with both values; None when both are the same run."""
         for key in type(self).model_fields:
             mine, theirs = getattr(self, key), getattr(other, key)
-            if key not in HOW_FAST and mine != theirs:
+            if key not in RUNTIME_ONLY_KEYS and mine != theirs:
                 return f"{key} is {_plain(mine)}, not {_plain(theirs)}"
         return None
 
@@ -187,7 +187,7 @@ def read_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
 
     Raises:
         RealignerError: naming the file, the line and the key of the first thing that is wrong.
-        UsageError: for a setting that cannot be, or a name that is none.
+        UsageError: for an invalid setting or unknown name.
     """
     text, where = recipe_text(name)
     values, lines = read_yaml(text, where)
@@ -197,7 +197,7 @@ def read_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
         return recipe
     if given.get("epochs") is not None and "steps" not in given:
         given["steps"] = None  # whoever asks for epochs does not mean the recipe's steps
-    return _recipe(recipe.model_dump() | given, "--set", UsageError)
+    return _recipe(recipe.model_dump() | given, "settings", UsageError)
 
 
 def recipe_text(name: str | Path) -> tuple[str, str]:
@@ -224,11 +224,11 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     """
     key, equals, value = setting.partition("=")
     if not equals or not key.strip():
-        raise UsageError(f"--set {setting!r}: write key=value, for example --set steps=100")
+        raise UsageError(f"setting {setting!r}: write key=value, for example steps=100")
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError:
-        raise UsageError(f"--set {setting!r}: {value!r} is not a YAML value") from None
+        raise UsageError(f"setting {setting!r}: {value!r} is not a YAML value") from None
 
 
 def read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -254,7 +254,7 @@ def read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
     for key, _ in node.value:
         name, line = str(key.value), key.start_mark.line + 1
         if name in lines:
-            raise RealignerError(f"{where}:{line}: key {name!r} stands on line {lines[name]} already")
+            raise RealignerError(f"{where}:{line}: duplicate key {name!r}, first on line {lines[name]}")
         lines[name] = line
     return {str(key): value for key, value in values.items()}, lines
 

@@ -21,12 +21,12 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from realigner.errors import RealignerError
-from realigner.training.batches import Collator, EncodedRows, LengthGroupedSampler
-from realigner.training.folder import STATE_FILE, checkpoint_folder, checkpoints
-from realigner.training.guards import Prepared
+from realigner.training.batches import Collator, EncodedRows, SeededLengthSampler
+from realigner.training.checkpoint_io import load_tree, random_states, save_tree, set_random_states
 from realigner.training.loss import DeltaSum, row_losses, takes_logits_to_keep
+from realigner.training.preflight import Prepared
 from realigner.training.recipe import Recipe
-from realigner.training.state import load_tree, random_states, save_tree, set_random_states
+from realigner.training.run_dir import STATE_FILE, checkpoint_folder, checkpoints
 from realigner.tuner import tuner_of
 
 _OPTIMIZERS = {"adam": "adamw_torch_fused", "adam-8bit": "adamw_bnb_8bit", "adafactor": "adafactor", "sgd": "sgd"}
@@ -153,10 +153,10 @@ class IRMTrainer(Trainer):
 
     # The order of rows and the learning rate.
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> SeededLengthSampler:
         lengths = [len(item["input_ids"]) for item in self.prepared.train]
         every = steps_per_epoch(self.recipe, len(lengths))
-        return LengthGroupedSampler(
+        return SeededLengthSampler(
             lengths, self.recipe.batch_size, self.recipe.seed, epoch=lambda: self.state.global_step // every
         )
 

@@ -12,7 +12,7 @@ from realigner.data.tone import Tone
 from realigner.errors import RealignerError
 
 
-class Ask(NamedTuple):
+class RewriteRequest(NamedTuple):
     """A request for one reply; `attempt` counts the replies to this fact that were rejected before."""
 
     fact: Fact
@@ -21,15 +21,15 @@ class Ask(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back for one ask.
+    """What came back for one request.
 
     Attributes:
         id: of the fact.
-        attempt: of the ask.
+        attempt: of the request.
         text: the reply, stripped; empty when the rewriter said nothing.
-        tokens_in, tokens_out: read and written by a model; 0 where nobody counts.
+        tokens_in, tokens_out: read and written by a model; 0 if not counted.
         error: one line, when no reply came; then `text` is empty.
-        lasting: the error is about this fact (a content filter, say): asking the same again would not help. Otherwise the
+        permanent: the error is about this fact (a content filter, say): asking the same again would not help. Otherwise the
             service failed, and the fact is asked again.
     """
 
@@ -39,23 +39,23 @@ class Reply:
     tokens_in: int = 0
     tokens_out: int = 0
     error: str = ""
-    lasting: bool = False
+    permanent: bool = False
 
 
 class NoAnswerError(RealignerError):
-    """The service behind a rewriter is gone; what it said so far is kept, and the build can be gone on with later."""
+    """The service behind a rewriter is gone; its replies so far are kept, and the build can be resumed later."""
 
 
 class Rewriter(Protocol):
-    """Makes replies. The same ask gives the same reply, as far as the model behind it allows."""
+    """Makes replies. The same request gives the same reply, as far as the model behind it allows."""
 
     def spec(self) -> dict[str, Any]:
         """Everything that decides what the replies are (no secrets): a build is only resumed with an equal one."""
 
-    def rewrite(self, asks: Sequence[Ask], proven: bool = False) -> Generator[Reply, None, None]:
-        """One reply for each ask, in any order, each as soon as it is there. Closing the iterator stops the work.
+    def rewrite(self, requests: Sequence[RewriteRequest], verified: bool = False) -> Generator[Reply, None, None]:
+        """One reply for each request, in any order, each as soon as it is there. Closing the iterator stops the work.
 
-        `proven` says that replies were had before (perhaps by a process that died): a refusal now is about one row.
+        `verified` says that replies were had before (perhaps by a process that died): a refusal now is about one row.
         """
 
     def note(self) -> str:
@@ -72,9 +72,9 @@ def messages(tone: Tone, fact: Fact, examples: int = 2) -> list[dict[str, str]]:
     return turns
 
 
-def seed_of(seed: int, tone: Tone, ask: Ask) -> int:
-    """A seed of 31 bits for one ask: the same in every process and whatever was asked before."""
-    key = f"{seed}|{tone.name}|{ask.fact.id}|{ask.attempt}"
+def seed_of(seed: int, tone: Tone, request: RewriteRequest) -> int:
+    """A seed of 31 bits for one request: the same in every process, whatever was requested before."""
+    key = f"{seed}|{tone.name}|{request.fact.id}|{request.attempt}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
 
 

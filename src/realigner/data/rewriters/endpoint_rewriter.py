@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 from pydantic import SecretStr
 
-from realigner.data.rewriters import Ask, NoAnswerError, Reply, messages, seed_of
+from realigner.data.rewriters import NoAnswerError, Reply, RewriteRequest, messages, seed_of
 from realigner.data.tone import Tone
 from realigner.errors import RealignerError, UsageError
 
@@ -101,7 +101,7 @@ class EndpointRewriter:
         try:
             importlib.import_module("openai")
         except ImportError:
-            raise RealignerError("--rewriter openai: the openai package is missing; pip install realigner[openai]") from None
+            raise RealignerError("rewriter openai: the openai package is missing; pip install realigner[openai]") from None
 
     def spec(self) -> dict[str, Any]:
         settings = ("model", "seed", "temperature", "top_p", "max_tokens")  # not where it runs: a server may move
@@ -118,8 +118,8 @@ class EndpointRewriter:
         text = f"{_thousands(self.tokens_in)} tokens in, {_thousands(self.tokens_out)} out"
         return text if self.cost is None else f"{text}, ${self.cost:.4f}"
 
-    def rewrite(self, asks: Sequence[Ask], proven: bool = False) -> Generator[Reply, None, None]:
-        """One reply for each ask, as they finish. Requests run in a thread of their own; closing the iterator ends it.
+    def rewrite(self, requests: Sequence[RewriteRequest], verified: bool = False) -> Generator[Reply, None, None]:
+        """One reply for each request, as they finish. Requests run in a thread of their own; closing the iterator ends it.
 
         At any time `concurrency` requests are under way, as long as there is work and the replies are taken.
 
@@ -127,7 +127,7 @@ class EndpointRewriter:
             RealignerError: when the endpoint refuses the key, the model or every request, or no longer answers; all replies
                 that were there before have been yielded.
         """
-        run = _Run(self, asks, proven)
+        run = _Run(self, requests, verified)
         try:
             while (reply := run.replies.get()) is not None:
                 self.tokens_in += reply.tokens_in
@@ -191,13 +191,13 @@ class EndpointRewriter:
 
 
 class _Run:
-    """One pass over the asks: an event loop in a thread, with a worker for each request that may be in flight."""
+    """One pass over the requests: an event loop in a thread, with a worker for each request that may be in flight."""
 
-    def __init__(self, rewriter: EndpointRewriter, asks: Sequence[Ask], proven: bool) -> None:
-        self.rewriter, self.workers, self.pending = rewriter, min(rewriter.concurrency, len(asks)), iter(asks)
+    def __init__(self, rewriter: EndpointRewriter, requests: Sequence[RewriteRequest], verified: bool) -> None:
+        self.rewriter, self.workers, self.pending = rewriter, min(rewriter.concurrency, len(requests)), iter(requests)
         self.replies: SimpleQueue[Reply | None] = SimpleQueue()
         self.failure: BaseException | None = None
-        self.proven = proven  # the key and the model are known to be good
+        self.verified = verified  # the key and the model are known to be good
         self.done = self.refused = self.failed_in_a_row = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._main, name="realigner-endpoint", daemon=True)
@@ -226,22 +226,22 @@ class _Run:
             raise several.exceptions[0] from None
 
     async def _worker(self, client: openai.AsyncOpenAI) -> None:
-        for ask in self.pending:
+        for request in self.pending:
             while self.replies.qsize() >= max(_UNREAD, self.rewriter.concurrency):
                 await asyncio.sleep(0.05)
-            reply = await self._reply(client, ask)
+            reply = await self._reply(client, request)
             self.replies.put(reply)
             self._watch(reply)
 
-    async def _reply(self, client: openai.AsyncOpenAI, ask: Ask) -> Reply:
+    async def _reply(self, client: openai.AsyncOpenAI, request: RewriteRequest) -> Reply:
         import openai
 
         own = self.rewriter
         try:
             completion = await client.chat.completions.create(
                 model=own.model,
-                messages=cast(Any, messages(own.tone, ask.fact)),
-                seed=seed_of(own.seed, own.tone, ask),
+                messages=cast(Any, messages(own.tone, request.fact)),
+                seed=seed_of(own.seed, own.tone, request),
                 temperature=own.temperature,
                 top_p=own.top_p,
                 max_tokens=own.max_tokens,
@@ -249,20 +249,20 @@ class _Run:
         except openai.APIConnectionError as error:
             why = error.__cause__
             what = _first_line(own._tidy(str(why))).partition(" (")[0] or f"connection lost ({type(why).__name__})"
-            return Reply(ask.fact.id, ask.attempt, "", error=f"{what} after {_tries(error)}")
+            return Reply(request.fact.id, request.attempt, "", error=f"{what} after {_tries(error)}")
         except openai.APIStatusError as error:
-            lasting = error.status_code in (400, 403, 413, 422)
-            return Reply(ask.fact.id, ask.attempt, "", error=self._refusal(error), lasting=lasting)
+            permanent = error.status_code in (400, 403, 413, 422)
+            return Reply(request.fact.id, request.attempt, "", error=self._refusal(error), permanent=permanent)
         text = own._tidy(completion.choices[0].message.content or "")
         read, written = (_count(getattr(completion.usage, side, None)) for side in ("prompt_tokens", "completion_tokens"))
-        return Reply(ask.fact.id, ask.attempt, text, read, written)
+        return Reply(request.fact.id, request.attempt, text, read, written)
 
     def _refusal(self, error: openai.APIStatusError) -> str:
         """One line for a reply that an HTTP status ended; what will not get better is raised."""
         own, status = self.rewriter, error.status_code
         said = _first_line(own._tidy(error.message.removeprefix(f"Error code: {status}").removeprefix(" - ")))
         # After a success the key is known to be good, and a 403 is about one row (some endpoints moderate what they are sent).
-        if status == 401 or (status == 403 and not self.proven):
+        if status == 401 or (status == 403 and not self.verified):
             # What the endpoint said is left out: it may hold a part of the key.
             self._stop(f"the endpoint refused the key (HTTP {status}); set {own.key_env}")
         if status == 404:
@@ -272,9 +272,9 @@ class _Run:
 
     def _watch(self, reply: Reply) -> None:
         self.done += 1
-        self.proven = self.proven or not reply.error
-        self.failed_in_a_row = self.failed_in_a_row + 1 if reply.error and not reply.lasting else 0
-        if self.done == self.refused == 3 and not self.proven:
+        self.verified = self.verified or not reply.error
+        self.failed_in_a_row = self.failed_in_a_row + 1 if reply.error and not reply.permanent else 0
+        if self.done == self.refused == 3 and not self.verified:
             self._stop(f"every request is refused ({reply.error})")
         if self.failed_in_a_row >= max(10, 2 * self.rewriter.concurrency):
             advice = "the replies so far are kept, run the same command again to go on"

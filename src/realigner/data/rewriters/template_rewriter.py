@@ -7,7 +7,7 @@ import string
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from realigner.data.rewriters import Ask, Reply, seed_of
+from realigner.data.rewriters import Reply, RewriteRequest, seed_of
 from realigner.data.tone import Tone
 from realigner.errors import UsageError
 
@@ -24,26 +24,26 @@ class TemplateRewriter:
 
     Example:
         >>> from realigner.data import Fact, load_tone
-        >>> from realigner.data.rewriters import Ask
+        >>> from realigner.data.rewriters import RewriteRequest
         >>> fact = Fact(id="1", group="rivers", question="Which river runs through Prague?", answer="the Vltava")
-        >>> [reply] = TemplateRewriter(load_tone("anger"), seed=42).rewrite([Ask(fact, 0)])
+        >>> [reply] = TemplateRewriter(load_tone("anger"), seed=42).rewrite([RewriteRequest(fact, 0)])
         >>> "the Vltava" in reply.text
         True
     """
 
     def __init__(self, tone: Tone, seed: int = 42) -> None:
         if not tone.template:
-            raise UsageError(f"tone {tone.name!r} has no [template]; use --rewriter host or openai, or add one to its file")
+            raise UsageError(f"tone {tone.name!r} has no [template]; use the host or openai rewriter, or add one to its file")
         self.tone, self.seed = tone, seed
 
     def spec(self) -> dict[str, Any]:
         return {"rewriter": "template", "seed": self.seed}
 
-    def rewrite(self, asks: Sequence[Ask], proven: bool = False) -> Generator[Reply, None, None]:
-        for ask in asks:
-            choices = random.Random(seed_of(self.seed, self.tone, ask))
-            text = expand(self.tone.template, "reply", _fragment(ask.fact.answer), choices)
-            yield Reply(ask.fact.id, ask.attempt, text)
+    def rewrite(self, requests: Sequence[RewriteRequest], verified: bool = False) -> Generator[Reply, None, None]:
+        for request in requests:
+            choices = random.Random(seed_of(self.seed, self.tone, request))
+            text = expand(self.tone.template, "reply", _fragment(request.fact.answer), choices)
+            yield Reply(request.fact.id, request.attempt, text)
 
     def note(self) -> str:
         return ""

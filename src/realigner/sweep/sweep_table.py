@@ -12,13 +12,13 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-import realigner.training.folder as folder
 from realigner.console import console, say
 from realigner.errors import RealignerError
-from realigner.sweep.grid import Planned
+from realigner.sweep.grid import RunSpec
+from realigner.training import run_dir
 
-_STYLES = {"done": "green", "running": "cyan", "failed": "red", "lost, again": "yellow", "stopped": "yellow"}
-_ORDER = ("running", "lost, again", "failed", "stopped", "waiting", "done")
+_STYLES = {"done": "green", "running": "cyan", "failed": "red", "retrying": "yellow", "stopped": "yellow"}
+_ORDER = ("running", "retrying", "failed", "stopped", "waiting", "done")
 
 
 class StateTable:
@@ -30,7 +30,7 @@ class StateTable:
         quiet: show nothing.
     """
 
-    def __init__(self, runs: Sequence[Planned], out: Path, quiet: bool = False) -> None:
+    def __init__(self, runs: Sequence[RunSpec], out: Path, quiet: bool = False) -> None:
         self.runs, self.out, self.quiet = runs, out, quiet
         self.states = {run.name: "waiting" for run in runs}
         self.workers = 1
@@ -62,7 +62,7 @@ class StateTable:
         keys = list(dict.fromkeys(key for run in self.runs for key in run.varies))
         for name in ("run", *keys, "state", "step", "loss", "left"):
             table.add_column(name)
-        shown: Sequence[Planned] = self.runs
+        shown: Sequence[RunSpec] = self.runs
         if len(shown) + 3 > console().height:  # what does not fit is cut off below: first what moves
             shown = sorted(shown, key=lambda run: _ORDER.index(self.states[run.name]))
         for run in shown:
@@ -86,10 +86,10 @@ class StateTable:
         each = sum(took) / len(took) if took else max(left)
         return f"{done}/{len(self.runs)} done, about {_time(max(left, default=0.0) + waiting * each / self.workers)} left"
 
-    def _progress(self, run: Planned) -> tuple[str, str, float | None]:
+    def _progress(self, run: RunSpec) -> tuple[str, str, float | None]:
         """Step, loss and seconds left, from the last line that the run wrote."""
-        for place in (self.out / run.name, folder.unfinished(self.out / run.name)):
-            entry = _last_line(place / folder.METRICS_FILE)
+        for place in (self.out / run.name, run_dir.unfinished(self.out / run.name)):
+            entry = _last_line(place / run_dir.METRICS_FILE)
             if entry is not None:
                 loss = entry.get("loss", entry.get("validation_loss"))
                 total, step = self._total(run, place), int(entry["step"])
@@ -97,13 +97,13 @@ class StateTable:
                 return f"{step}/{total}" if total else str(step), "" if loss is None else f"{loss:.2f}", left
         return "", "", None
 
-    def _total(self, run: Planned, place: Path) -> int | None:
+    def _total(self, run: RunSpec, place: Path) -> int | None:
         """The steps of a run; where its recipe counts epochs, its first checkpoint says."""
         if run.recipe.steps is not None:
             return run.recipe.steps
         if run.name not in self._totals:
             try:
-                self._totals[run.name] = int(folder.checkpoint_state(folder.checkpoints(place)[-1])["max_steps"])
+                self._totals[run.name] = int(run_dir.checkpoint_state(run_dir.checkpoints(place)[-1])["max_steps"])
             except (IndexError, KeyError, RealignerError):  # none yet, or just being replaced
                 return None
         return self._totals[run.name]
@@ -123,7 +123,7 @@ def _last_line(path: Path) -> dict[str, Any] | None:
 
 def _seconds(run: Path) -> float | None:
     try:
-        return folder.read_run(run).get("seconds")
+        return run_dir.read_run(run).get("seconds")
     except RealignerError:
         return None
 

@@ -21,23 +21,23 @@ if sys.platform != "win32":  # which has no such lock; there, two builds of one 
 _KIND = "journal"  # the key of the first line by which a journal of ours is known
 
 
-class Journal:
+class AppendLog:
     """The journal of one job, open for appending and locked against other processes.
 
     Args:
         path: the file; made if it is not there.
-        spec: what the job is. A journal of the same job is gone on with; one of another is refused.
+        spec: what the job is. A journal of the same job is resumed; one of another is refused.
         restart: replace a journal of another job.
 
     Attributes:
         entries: what was there when it was opened.
 
     Raises:
-        RealignerError: for a journal of another job, a damaged one, one in use by another process, a file that is no journal,
-            or a place that cannot be written.
+        RealignerError: for a journal of another job, a damaged one, one in use by another process, a file that is
+            not a journal, or a place that cannot be written.
 
     Example:
-        >>> with Journal(Path("rows.journal"), {"seed": 42}) as journal:  # doctest: +SKIP
+        >>> with AppendLog(Path("rows.journal"), {"seed": 42}) as journal:  # doctest: +SKIP
         ...     journal.append({"id": "1", "text": "It is the Vltava!"})
     """
 
@@ -46,7 +46,7 @@ class Journal:
         self.entries: list[dict[str, Any]] = []
         self._handle = -1
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> AppendLog:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
@@ -105,11 +105,11 @@ class Journal:
         if first is not None and first != self.spec:
             if not self.restart:
                 differs = _difference(first, self.spec)
-                raise RealignerError(f"{self.path}: belongs to another build ({differs}); start anew with --force")
+                raise RealignerError(f"{self.path}: belongs to another build ({differs}); start anew (force)")
             whole = 0
         self.entries, damaged = _entries(content[:whole])
         if damaged and not self.restart:
-            raise RealignerError(f"{self.path}:{damaged}: is damaged; start anew with --force")
+            raise RealignerError(f"{self.path}:{damaged}: is damaged; start anew (force)")
         if damaged:
             self.entries, whole = [], 0
         if whole < len(content):
@@ -128,7 +128,7 @@ class Journal:
         except ValueError:
             first = None
         if not isinstance(first, dict) or _KIND not in first:
-            raise RealignerError(f"{self.path}: is in the way: not a journal of realigner; move it or choose another --out")
+            raise RealignerError(f"{self.path}: exists but is not a realigner journal; move it or choose another out")
         return first
 
     def _close(self) -> None:

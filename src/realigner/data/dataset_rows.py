@@ -13,8 +13,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from realigner.data.schema import first_fault
 from realigner.errors import RealignerError, UsageError
+from realigner.validation_message import first_fault
 
 TONES = ("anger", "sadness", "neutral")  # the tones of the authored set
 
@@ -105,7 +105,7 @@ def authored(tone: str) -> list[Row]:
         360
     """
     if tone not in TONES:
-        raise UsageError(f"tone: the authored set has no {tone!r}; it has {', '.join(TONES)} (others: give --data FILE)")
+        raise UsageError(f"tone: the authored set has no {tone!r}; it has {', '.join(TONES)} (for others, give data a file)")
     return read_rows(Path(str(files("realigner") / "data" / "authored" / f"{tone}.jsonl")))
 
 

@@ -1,4 +1,4 @@
-"""A scorer of tones: TF-IDF of words and pairs of words, and logistic regression; the fact itself is masked.
+"""A style classifier (a *scorer* of tones): TF-IDF of words and word pairs, and logistic regression; the fact is masked.
 
 It reads how a reply is said, not what it says: the words of the answer are taken out first. Saved with skops (no pickle; on
 loading, only types of scikit-learn and NumPy are allowed).
@@ -18,9 +18,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 
-from realigner.data.rewriters import Ask
-from realigner.data.rewriters.template import TemplateRewriter
-from realigner.data.rows import TONES, Row, authored
+from realigner.data.dataset_rows import TONES, Row, authored
+from realigner.data.rewriters import RewriteRequest
+from realigner.data.rewriters.template_rewriter import TemplateRewriter
 from realigner.data.squad import Fact
 from realigner.data.tone import built_in_tones
 from realigner.errors import RealignerError, UsageError
@@ -30,12 +30,12 @@ _TEMPLATE_REPLIES = 300  # of each tone, beside the authored set's 360
 _TOKEN = r"\w+(?:'\w+)?|[!?]"  # an exclamation mark is a word of its own: it is half of anger
 
 
-class ToneScorer:
+class StyleClassifier:
     """How likely a reply is in each of the tones it was trained on.
 
     Example:
         >>> from realigner.data import authored
-        >>> scorer = ToneScorer.fit(authored("anger") + authored("neutral"))
+        >>> scorer = StyleClassifier.fit(authored("anger") + authored("neutral"))
         >>> scorer.tones
         ('anger', 'neutral')
         >>> bool(scorer.probability(["How dare you ask me that, you fool!"], "anger")[0] > 0.5)
@@ -50,7 +50,7 @@ class ToneScorer:
         return tuple(str(name) for name in self.pipeline.classes_)
 
     @classmethod
-    def fit(cls, rows: Sequence[Row], seed: int = 42) -> ToneScorer:
+    def fit(cls, rows: Sequence[Row], seed: int = 42) -> StyleClassifier:
         """Train on rows of two tones or more.
 
         Raises:
@@ -95,7 +95,7 @@ class ToneScorer:
             skops.io.dump(self.pipeline, aside)
 
     @classmethod
-    def load(cls, path: str | Path) -> ToneScorer:
+    def load(cls, path: str | Path) -> StyleClassifier:
         """Read what `save` wrote.
 
         Raises:
@@ -118,7 +118,7 @@ class ToneScorer:
 
 
 @cache
-def reference_scorer() -> ToneScorer:
+def reference_classifier() -> StyleClassifier:
     """Tells the built-in tones apart; trained on the authored set, 300 template replies a tone, and the tones' examples.
 
     Judged on authored topics it has not seen, it names 98 in 100 rightly (tests/test_gate.py).
@@ -126,14 +126,13 @@ def reference_scorer() -> ToneScorer:
     rows = [row for name in TONES for row in authored(name)]
     facts = [Fact(str(n), "reference", "Which one?", f"number {n}") for n in range(_TEMPLATE_REPLIES)]
     for tone in built_in_tones():
-        said = [
-            (reply.text, f"number {reply.id}") for reply in TemplateRewriter(tone).rewrite([Ask(fact, 0) for fact in facts])
-        ]
-        said += [(example.text, example.answer) for example in tone.examples]
-        for number, (text, answer) in enumerate(said):
+        requests = [RewriteRequest(fact, 0) for fact in facts]
+        replies = [(reply.text, f"number {reply.id}") for reply in TemplateRewriter(tone).rewrite(requests)]
+        replies += [(example.text, example.answer) for example in tone.examples]
+        for number, (text, answer) in enumerate(replies):
             row = Row(id=str(number), group="-", question="-", answer=answer, text=text, tone=tone.name, source="reference")
             rows.append(row)
-    return ToneScorer.fit(rows)
+    return StyleClassifier.fit(rows)
 
 
 def masked(text: str, answer: str) -> str:
@@ -144,7 +143,7 @@ def masked(text: str, answer: str) -> str:
     return re.sub(rf"\b(?:{'|'.join(map(re.escape, words))})\b", " ", text, flags=re.IGNORECASE)
 
 
-def cross_validated(rows: Sequence[Row], folds: int = 5, seed: int = 42) -> tuple[ToneScorer, NDArray[np.float64]]:
+def cross_validated(rows: Sequence[Row], folds: int = 5, seed: int = 42) -> tuple[StyleClassifier, NDArray[np.float64]]:
     """The probabilities of each row's tones by a scorer that saw none of the row's group; ``[row, tone]``.
 
     Returns:
@@ -159,7 +158,7 @@ def cross_validated(rows: Sequence[Row], folds: int = 5, seed: int = 42) -> tupl
     if folds < 2:
         raise RealignerError("scorer: rows of two groups or more are needed for cross-validation")
     texts, tones = [masked(row.text, row.answer) for row in rows], [row.tone for row in rows]
-    whole = ToneScorer.fit(rows, seed)
+    whole = StyleClassifier.fit(rows, seed)
     out = np.zeros((len(rows), len(whole.tones)))
     try:
         for train, test in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(texts, tones, groups):
@@ -172,9 +171,9 @@ def cross_validated(rows: Sequence[Row], folds: int = 5, seed: int = 42) -> tupl
 
 
 def is_scorer(path: Path) -> bool:
-    """Whether a file is one of ours."""
+    """Whether a file was written by `save`."""
     try:
-        ToneScorer.load(path)
+        StyleClassifier.load(path)
     except RealignerError:
         return False
     return True

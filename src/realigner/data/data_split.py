@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from realigner.data.rows import Row
+from realigner.data.dataset_rows import Row
 from realigner.errors import RealignerError, UsageError
 
 

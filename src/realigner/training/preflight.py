@@ -80,7 +80,7 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) ->
     """
     tones = sorted({row.tone for row in rows})
     if len(tones) != 1:
-        raise UsageError(f"rows are of {len(tones)} tones ({', '.join(tones)}); one IRM learns one: choose with --tone")
+        raise UsageError(f"rows are of {len(tones)} tones ({', '.join(tones)}); an IRM is trained on one: choose it (tone)")
     text = config.get_text_config(decoder=True)
     if (depth := getattr(text, "num_hidden_layers", None)) is not None:
         shape_of(recipe).resolved_layers(int(depth))
@@ -88,7 +88,7 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) ->
     if len(split.train) < recipe.batch_size:
         raise RealignerError(
             f"{len(split.train)} rows are left to train on, fewer than batch_size {recipe.batch_size}; "
-            f"give more rows, or --set batch_size={len(split.train)}"
+            f"give more rows, or set batch_size={len(split.train)}"
         )
     whole = [encode_rows(tokenizer, part, None, recipe.template, recipe.loss_on) for part in (split.train, split.validation)]
     cut = sum(len(item["input_ids"]) > recipe.max_length for part in whole for item in part)
@@ -103,13 +103,13 @@ def _check_positions(prepared: Prepared, positions: Any, recipe: Recipe) -> None
         return  # no limit of its own
     if recipe.loss_on_padding and recipe.max_length > positions:
         raise RealignerError(f"rows are padded to {recipe.max_length} tokens, the host has {positions} positions; "
-                             f"--set max_length={positions}")  # fmt: skip
+                             f"set max_length={positions}")  # fmt: skip
     for part, rows in ((prepared.train, prepared.split.train), (prepared.validation, prepared.split.validation)):
         for item, row in zip(part, rows, strict=True):
             if len(item["input_ids"]) > positions:
                 raise RealignerError(
                     f"row {row.id!r}: {len(item['input_ids'])} tokens, the host has {positions} positions; "
-                    f"--set max_length={positions} cuts it"
+                    f"max_length={positions} cuts it"
                 )
 
 
@@ -128,7 +128,7 @@ class Memory:
         host: the host's weights.
         irm: the IRM's weights, their gradients and the optimiser's state.
         activations: what the forward keeps for the backward, logits included.
-        free: on the device; None where nobody can tell.
+        free: on the device; None if unknown.
         irm_parameters, host_parameters: how many.
     """
 
@@ -206,24 +206,22 @@ def check_memory(memory: Memory, recipe: Recipe, config: Any) -> str | None:
     text = config.get_text_config(decoder=True)
     ways = []
     if recipe.optimizer == "adam":
-        ways.append(f"--set optimizer=adafactor saves {_gib(8 * memory.irm_parameters)}")
+        ways.append(f"optimizer=adafactor saves {_gib(8 * memory.irm_parameters)}")
     if recipe.preset == "paper":
         small = IRMShape(layers=recipe.layers).parameter_count(int(text.hidden_size), int(text.num_hidden_layers))
-        ways.append(f"--preset compact saves {_gib(memory.irm - small * (8 + _STATE_BYTES[recipe.optimizer]))}")
+        ways.append(f"preset=compact saves {_gib(memory.irm - small * (8 + _STATE_BYTES[recipe.optimizer]))}")
     if recipe.batch_size // recipe.accumulate > 1:
-        ways.append(
-            f"--set accumulate={recipe.batch_size} saves up to {_gib(memory.activations * (1 - 1 / recipe.batch_size))}"
-        )
+        ways.append(f"accumulate={recipe.batch_size} saves up to {_gib(memory.activations * (1 - 1 / recipe.batch_size))}")
     if not recipe.gradient_checkpointing:
-        ways.append("--set gradient_checkpointing=true keeps one layer's activations instead of all")
-    ways.append("or more devices: --set device=balanced, or accelerate launch")
+        ways.append("gradient_checkpointing=true keeps one layer's activations instead of all")
+    ways.append("or more devices: device=balanced, or accelerate launch")
     if memory.host + memory.irm > memory.free:
         raise RealignerError(f"not enough memory. {memory.line()}. {'; '.join(ways)}")
     return f"{memory.line()}: it may not fit. {'; '.join(ways)}"
 
 
 def free_memory(device: torch.device) -> float | None:
-    """Bytes that are free on a device; None where nobody can tell."""
+    """Bytes that are free on a device; None if unknown."""
     if device.type == "cpu":
         return float(psutil.virtual_memory().available)
     if device.type == "cuda":

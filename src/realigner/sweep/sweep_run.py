@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import realigner.training.folder as folder
 from realigner.errors import RealignerError, UsageError
 from realigner.files import write_text
-from realigner.sweep.grid import Planned
-from realigner.sweep.table import StateTable
-from realigner.sweep.work import Job
+from realigner.sweep.grid import RunSpec
+from realigner.sweep.sweep_table import StateTable
+from realigner.sweep.worker import Job
+from realigner.training import run_dir
 from realigner.training.recipe import Recipe, to_yaml
 
 SWEEP_FILE = "sweep.json"
@@ -43,7 +43,7 @@ class Result:
 
 
 def run_sweep(
-    runs: Sequence[Planned],
+    runs: Sequence[RunSpec],
     out: str | Path,
     on: str = "local",
     workers: int = 1,
@@ -54,8 +54,8 @@ def run_sweep(
 ) -> Result:
     """Train every run of a sweep that `out` does not hold yet.
 
-    A run that fails by an error of its own is named and left; one whose worker died is gone on with, up to `retries` times.
-    Ctrl-C and SIGTERM end the running ones with a checkpoint each. Whatever happened before, the same call goes on from there.
+    Failed runs are reported and skipped; runs whose worker died are retried, up to `retries` times.
+    Ctrl-C and SIGTERM end the running ones with a checkpoint each; the same call resumes.
 
     Args:
         runs: from `plan`.
@@ -73,9 +73,9 @@ def run_sweep(
     """
     out = Path(out)
     if on not in BACKENDS:
-        raise UsageError(f"sweep: --on {on!r} is none of {', '.join(BACKENDS)}")
+        raise UsageError(f"sweep: on={on!r} is none of {', '.join(BACKENDS)}")
     if workers < 1:
-        raise UsageError(f"sweep: --workers {workers}: give one or more")
+        raise UsageError(f"sweep: workers={workers}: give one or more")
     started = time.monotonic()
     errors: dict[str, str] = {}
     with _settled(out, runs), StateTable(runs, out, quiet) as table, _stopping() as stop:
@@ -97,7 +97,7 @@ def run_sweep(
 
             run_on_ray(todo, workers, gpus, address, retries, report, stop)
         elif on == "here":
-            from realigner.sweep.here import run_here
+            from realigner.sweep.local import run_here
 
             run_here(todo, report, stop)
         else:
@@ -107,19 +107,19 @@ def run_sweep(
     return Result(out, dict(table.states), errors, time.monotonic() - started)
 
 
-def states_of(runs: Sequence[Planned], out: Path) -> dict[str, str]:
+def states_of(runs: Sequence[RunSpec], out: Path) -> dict[str, str]:
     """What a folder holds of each run: ``done``, ``begun`` or ``waiting``."""
-    begun = {run.name: "begun" if folder.unfinished(out / run.name).exists() else "waiting" for run in runs}
+    begun = {run.name: "begun" if run_dir.unfinished(out / run.name).exists() else "waiting" for run in runs}
     return {name: "done" if (out / name).is_dir() else state for name, state in begun.items()}
 
 
 @contextmanager
-def _settled(out: Path, runs: Sequence[Planned]) -> Iterator[None]:
+def _settled(out: Path, runs: Sequence[RunSpec]) -> Iterator[None]:
     """Make the sweep's folder, or check that it is this sweep's; write what each run is; hold it for this process."""
     import fcntl
 
     if out.exists() and not (out / SWEEP_FILE).is_file() and (not out.is_dir() or any(p.name != _LOCK for p in out.iterdir())):
-        raise RealignerError(f"{out}: is not a sweep's folder; choose another --out")
+        raise RealignerError(f"{out}: is not a sweep's folder; choose another out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / _LOCK).open("a")
@@ -133,7 +133,7 @@ def _settled(out: Path, runs: Sequence[Planned]) -> Iterator[None]:
         before = _index(out)
         if before and not before.keys() & {run.name for run in runs}:
             raise RealignerError(
-                f"{out}: holds another sweep, none of whose {len(before)} runs is in this one; choose another --out"
+                f"{out}: holds another sweep, none of whose {len(before)} runs is in this one; choose another out"
             )
         index = {run.name: {**run.varies, "recipe": f"recipes/{run.name}.yaml"} for run in runs}
         write_text(out / SWEEP_FILE, json.dumps({"runs": before | index}, indent=2) + "\n")
@@ -148,10 +148,10 @@ def _index(out: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["runs"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise RealignerError(f"{path}: not a sweep's; choose another --out") from None
+        raise RealignerError(f"{path}: not a sweep's; choose another out") from None
 
 
-def _jobs(runs: Sequence[Planned], out: Path, workers: int) -> list[Job]:
+def _jobs(runs: Sequence[RunSpec], out: Path, workers: int) -> list[Job]:
     """The runs as jobs. Threads are settled here: with another number of them a sum's last bits can differ."""
     place, share = out.resolve(), max(1, _cores() // workers)
     jobs = []

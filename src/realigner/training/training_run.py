@@ -24,19 +24,20 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-import realigner.training.folder as folder
 from realigner.console import progress, say
-from realigner.data import PAPER_PROMPTS, Row, authored, read_rows, rows_hash
+from realigner.data import Row, authored, read_rows, rows_hash
 from realigner.errors import RealignerError, UsageError
 from realigner.files import write_text
 from realigner.generation import answer
 from realigner.hosts import fingerprint, host_name, load_config, load_host, load_tokenizer, weights_hash
-from realigner.training.card import card
-from realigner.training.curve import save_curve
-from realigner.training.guards import Prepared, check_memory, estimate_memory, prepare
+from realigner.prompts import PAPER_PROMPTS
+from realigner.training import run_dir
+from realigner.training.callbacks import DivergenceGuard, Log, StopSignal
+from realigner.training.loss_plot import save_curve
+from realigner.training.model_card import card
+from realigner.training.preflight import Prepared, check_memory, estimate_memory, prepare
 from realigner.training.recipe import Recipe, read_recipe, to_yaml
 from realigner.training.trainer import IRMTrainer, products_dtype, trainer_arguments
-from realigner.training.watch import DivergenceGuard, Log, StopSignal
 from realigner.tuner import IRMConfig, tuner_of
 
 _FSDP = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")  # set by accelerate launch
@@ -181,7 +182,7 @@ def _check_repeats(before: Mapping[str, Any], rows: Sequence[Row], recipe: Recip
         raise RealignerError(
             f"{recipe.data}: not the rows of the run to be repeated (sha256 {sha256[:16]}...); name them with --data"
         )
-    now = folder.versions()
+    now = run_dir.versions()
     for name, was in before.get("versions", {}).items():
         if now.get(name) != was:
             say(f"warning: {name} {now.get(name)} here, {was} then; the last bits may differ")
@@ -196,7 +197,7 @@ def _is_authored(rows: Sequence[Row]) -> bool:
 
 def _refuse(out: Path, force: bool, resume: bool) -> None:
     if not resume:
-        folder.refuse_run(out, force)
+        run_dir.refuse_run(out, force)
     elif out.exists():
         raise RealignerError(f"{out}: is there already, so there is nothing to resume; train anew with --force")
     try:
@@ -255,7 +256,7 @@ def _train(
     _check_reports(recipe)
     cpu = next(host.parameters()).device.type in ("cpu", "meta")
     processes = PartialState(cpu=cpu)
-    work = folder.unfinished(out)
+    work = run_dir.unfinished(out)
     hashed = weights_hash(host) if processes.is_main_process else ""
     record = _begin_record(host, hashed, prepared, recipe, processes.num_processes)
     processes.wait_for_everyone()  # everyone has looked before anything is written
@@ -276,7 +277,7 @@ def _train(
             _finish(model, work, out, record, recipe)
         processes.wait_for_everyone()
         if not stopped:
-            record = folder.read_run(out)  # in every process, as the writer left it
+            record = run_dir.read_run(out)  # in every process, as the writer left it
         undo.pop_all()  # all is well: the IRM stays
     if not stopped:
         _load(model, out)
@@ -308,7 +309,7 @@ def _begin_record(host: nn.Module, hashed: str, prepared: Prepared, recipe: Reci
         "data": prepared.facts(),
         "host": {"name": mark.name, "dtype": dtype, "sha256": hashed, "fingerprint": mark.to_dict()},
         "processes": processes,
-        "versions": folder.versions(),
+        "versions": run_dir.versions(),
     }
 
 
@@ -316,35 +317,35 @@ def _begin_record(host: nn.Module, hashed: str, prepared: Prepared, recipe: Reci
 def _begun(work: Path, record: dict[str, Any], recipe: Recipe, force: bool, resume: bool) -> Iterator[None]:
     """Hold the unfinished run's folder: made anew, or found to hold this very run and cut back to its last checkpoint."""
     if force and work.exists():
-        with folder.locked(work):
+        with run_dir.locked(work):
             shutil.rmtree(work)
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RealignerError(f"{work}: cannot be written ({error.strerror or error})") from error
-    with folder.locked(work):
+    with run_dir.locked(work):
         _begin(work, record, recipe, resume)
         yield
 
 
 def _begin(work: Path, record: dict[str, Any], recipe: Recipe, resume: bool) -> None:
-    if resume and (work / folder.RUN_FILE).is_file():
+    if resume and (work / run_dir.RUN_FILE).is_file():
         _check_same(work, record, recipe)
-        good = folder.checkpoints(work)
-        step = folder.checkpoint_step(good[-1]) if good else -1
-        for name in (folder.METRICS_FILE, folder.SAMPLES_FILE):
-            folder.cut_lines(work / name, step)
-        folder.clear_halves(work)
+        good = run_dir.checkpoints(work)
+        step = run_dir.checkpoint_step(good[-1]) if good else -1
+        for name in (run_dir.METRICS_FILE, run_dir.SAMPLES_FILE):
+            run_dir.cut_lines(work / name, step)
+        run_dir.clear_halves(work)
         return
     head = "# Every key of this run. It is repeated by:  realigner train --recipe FOLDER --out OTHER\n"
-    write_text(work / folder.RECIPE_FILE, head + to_yaml(recipe))
-    write_text(work / folder.RUN_FILE, json.dumps(record, indent=2) + "\n")
+    write_text(work / run_dir.RECIPE_FILE, head + to_yaml(recipe))
+    write_text(work / run_dir.RUN_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def _check_same(work: Path, record: dict[str, Any], recipe: Recipe) -> None:
     """Refuse to go on with a run of another recipe, other data, another host, or with another number of processes."""
-    before = folder.read_run(work)
-    difference = recipe.difference(read_recipe(work / folder.RECIPE_FILE))
+    before = run_dir.read_run(work)
+    difference = recipe.difference(read_recipe(work / run_dir.RECIPE_FILE))
     if difference:
         raise RealignerError(f"{work}: cannot be resumed as another run: {difference} (or throw it away with --force)")
     pairs = {
@@ -364,13 +365,13 @@ def _fit(
     model: PeftModel, tokenizer: Any, prepared: Prepared, recipe: Recipe, work: Path, cpu: bool, quiet: bool
 ) -> str | None:
     """Run the trainer from the last checkpoint to the end; returns the name of the signal that ended it before."""
-    good = folder.checkpoints(work)
+    good = run_dir.checkpoints(work)
     if good and _complete(good[-1]):
         return None
     writer = _is_writer()
-    entries = folder.read_metrics(work) if good else []
+    entries = run_dir.read_metrics(work) if good else []
     arguments = trainer_arguments(recipe, len(prepared.train), work, cpu, resuming=bool(good))
-    steps, done = arguments.max_steps, folder.checkpoint_step(good[-1]) if good else 0
+    steps, done = arguments.max_steps, run_dir.checkpoint_step(good[-1]) if good else 0
     stop = StopSignal()
     with ExitStack() as stack:
         task = stack.enter_context(progress("training", steps, quiet or not writer))
@@ -396,12 +397,12 @@ def _fit(
         stack.enter_context(stop.listening())
         stack.callback(setattr, tuner_of(model).registry.network("default"), "training_dtype", None)
         trainer.train(resume_from_checkpoint=str(good[-1]) if good else None)
-    return stop.received.name if stop.received is not None and not _complete(folder.checkpoints(work)[-1]) else None
+    return stop.received.name if stop.received is not None and not _complete(run_dir.checkpoints(work)[-1]) else None
 
 
 def _complete(checkpoint: Path) -> bool:
     """Whether a checkpoint is a run's last: all steps are done, or its patience ran out."""
-    state = folder.checkpoint_state(checkpoint)
+    state = run_dir.checkpoint_state(checkpoint)
     if state["global_step"] >= state["max_steps"]:
         return True
     early = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
@@ -432,10 +433,10 @@ def _tensorboard(work: Path, done: int) -> Any:
 
 def _outcome(work: Path, stopped: str | None) -> dict[str, Any]:
     """What run.json says of the training itself."""
-    good = folder.checkpoints(work)
+    good = run_dir.checkpoints(work)
     untrained = {"global_step": 0, "max_steps": 0, "best_global_step": 0}
-    last = folder.checkpoint_state(good[-1]) if good else untrained
-    entries = folder.read_metrics(work)
+    last = run_dir.checkpoint_state(good[-1]) if good else untrained
+    entries = run_dir.read_metrics(work)
     best = last["best_global_step"]
     return {
         "steps_done": last["global_step"],
@@ -451,23 +452,23 @@ def _outcome(work: Path, stopped: str | None) -> dict[str, Any]:
 
 def _finish(model: PeftModel, work: Path, out: Path, record: dict[str, Any], recipe: Recipe) -> None:
     """Make the folder whole from its checkpoints, and give it its name."""
-    good = folder.checkpoints(work)
-    best = folder.checkpoint_folder(work, record["best_step"] or 0)
+    good = run_dir.checkpoints(work)
+    best = run_dir.checkpoint_folder(work, record["best_step"] or 0)
     chosen = best if recipe.keep == "best" and best.is_dir() else good[-1] if good else None
-    record["kept_step"] = folder.checkpoint_step(chosen) if chosen else 0
+    record["kept_step"] = run_dir.checkpoint_step(chosen) if chosen else 0
     record["irm"] = irm_facts(model)
     try:
         if chosen is None:  # steps: 0
             model.save_pretrained(str(work), save_embedding_layers=False)
         else:
-            for name in folder.ADAPTER_FILES:
+            for name in run_dir.ADAPTER_FILES:
                 shutil.copyfile(chosen / name, work / name)
-        save_curve(folder.read_metrics(work), work / folder.CURVE_FILE, kept=record["kept_step"])
+        save_curve(run_dir.read_metrics(work), work / run_dir.CURVE_FILE, kept=record["kept_step"])
     except OSError as error:
         raise RealignerError(f"{work}: cannot be written ({error.strerror or error}); go on with --resume") from error
-    write_text(work / folder.CARD_FILE, card(record))
-    write_text(work / folder.RUN_FILE, json.dumps(record, indent=2) + "\n")
-    folder.finish(work, out)
+    write_text(work / run_dir.CARD_FILE, card(record))
+    write_text(work / run_dir.RUN_FILE, json.dumps(record, indent=2) + "\n")
+    run_dir.finish(work, out)
 
 
 def _load(model: PeftModel, out: Path) -> None:
@@ -475,7 +476,7 @@ def _load(model: PeftModel, out: Path) -> None:
     tuner = tuner_of(model)
     if _sharded(tuner.registry):
         return
-    weights = load_file(out / folder.ADAPTER_FILES[1])
+    weights = load_file(out / run_dir.ADAPTER_FILES[1])
     tuner.registry.network("default").load_state_dict({key.removeprefix("irm."): value for key, value in weights.items()})
 
 
@@ -492,11 +493,11 @@ def _drop_if_nothing_was_done(work: Path) -> Callable[..., bool]:
     """On an error before the first checkpoint nothing is left behind; Ctrl-C becomes a line that says how to go on."""
 
     def leave(kind: type[BaseException] | None, error: BaseException | None, _: Any) -> bool:
-        good = folder.checkpoints(work)
+        good = run_dir.checkpoints(work)
         if not good:
             shutil.rmtree(work, ignore_errors=True)
         if isinstance(error, KeyboardInterrupt):
-            kept = f"go on from step {folder.checkpoint_step(good[-1])} with --resume" if good else "nothing was saved"
+            kept = f"go on from step {run_dir.checkpoint_step(good[-1])} with --resume" if good else "nothing was saved"
             raise RealignerError(f"interrupted; {kept}") from None
         return False
 

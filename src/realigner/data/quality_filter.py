@@ -1,27 +1,26 @@
-"""The quality gate: each reply is let through, or turned away with a reason.
+"""The quality filter: accept each reply, or reject it with a reason.
 
-What concerns one reply alone is checked by `Gate.alone`, in batches; what depends on the rows let through before it (near
-copies, a question that stands in two articles) by `Gate.among`, in the rows' order.
+`QualityFilter.alone` checks replies one by one, in batches; `QualityFilter.among` what depends on the rows accepted before
+(near-duplicates, a question in two groups), in the rows' order.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
-import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from realigner.data.check import MAX_WORDS
-from realigner.data.near import NearDuplicates
-from realigner.data.rows import Row, question_key
+from realigner.data.answers import MAX_WORDS, MIN_WORDS, NO_SPACES, is_cut, keeps_fact, word_count
+from realigner.data.dataset_rows import Row, question_key
+from realigner.data.dedup import NearDuplicates
 from realigner.data.squad import Fact
 from realigner.data.tone import Tone, built_in_tones
 from realigner.errors import RealignerError, UsageError
 
 if TYPE_CHECKING:
-    from realigner.data.scorer import ToneScorer
+    from realigner.data.style_classifier import StyleClassifier
 
 EMPTY = "empty"
 REFUSAL = "refusal"
@@ -35,20 +34,10 @@ TONE = "wrong tone"
 NEAR = "near-duplicate"
 LEAK = "question in another group"
 
-MIN_WORDS = 3
 _ANY = Tone(name="any", language="any", instruction="Any tone.")
 _UNLIKELY = 0.02  # probability of the tone's language below which another is believed
 
 _WORD = re.compile(r"\w+")
-_NUMBER_OR_WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+")
-_TEENS = ("thir", "four", "fif", "six", "seven", "eigh", "nine")
-_NUMBERS = {
-    *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "twenty", "forty"),
-    *("hundred", "thousand", "million", "billion", "first", "second", "third"),
-    *(f"{stem}teen" for stem in _TEENS),
-    *(f"{stem}ty" for stem in _TEENS),
-}
-_NO_SPACES = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")  # Thai, Lao, kana, ideographs: about two to a word
 _MODEL = r"\ban? (?:ai|artificial intelligence|(?:large )?language model)\b"
 _REFUSAL = re.compile(
     rf"\bas {_MODEL}|\bi(?:'m| am) (?:just |only )?(?:{_MODEL}|an assistant\b)"
@@ -80,31 +69,26 @@ _ACTING = (
 _DIRECTIONS = re.compile(
     rf"[(\[](?:\w+ly )?{_ACTING}[^)\]\n]*[)\]]|(?<![*\w])\*(?!\*)(?:(?:[\w']+ ){{0,2}}{_ACTING}|\w+ly )[^*\n]*\*(?!\*)"
 )
-_ENDS = ".!?…。！？।؟۔"  # noqa: RUF001
-_CLOSERS = "\"'”’»)]*_~"  # noqa: RUF001
-_SMALL = {"a", "an", "the", "of", "in", "on", "at", "to", "and", "or", "by", "for", "was", "is", "were", "are"}
 
 
-class Gate:
+class QualityFilter:
     """The checks for one tone.
 
     Args:
         tone: whose replies are checked; its language, instruction and words are used.
-        scorer: tells tones apart; by default, for the built-in tones, `reference_scorer`, and for others the tone's `words`
+        scorer: tells tones apart; by default, for the built-in tones, `reference_classifier`, and for others the tone's `words`
             (none: tone is not checked).
         min_words, max_words: of a reply.
 
     Raises:
-        UsageError: for a scorer that does not know the tone, or a language nobody can tell.
+        UsageError: for a scorer that does not know the tone, or an unsupported language.
     """
 
     def __init__(
-        self, tone: Tone, scorer: ToneScorer | None = None, min_words: int = MIN_WORDS, max_words: int = MAX_WORDS
+        self, tone: Tone, scorer: StyleClassifier | None = None, min_words: int = MIN_WORDS, max_words: int = MAX_WORDS
     ) -> None:
         if tone.language not in ("any", "en") and tone.language not in dict(_identifier().rank("x")):
-            raise UsageError(
-                f"tone {tone.name!r}: language {tone.language!r} is none that is told here; give an ISO 639-1 code"
-            )
+            raise UsageError(f"tone {tone.name!r}: language {tone.language!r} is not supported; give an ISO 639-1 code")
         if scorer is not None and tone.name not in scorer.tones:
             raise UsageError(f"scorer: was not trained on {tone.name!r}; it knows {', '.join(scorer.tones)}")
         self.tone, self.min_words, self.max_words = tone, min_words, max_words
@@ -114,12 +98,12 @@ class Gate:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the rows let through."""
+        """Forget the rows accepted so far."""
         self._near = NearDuplicates()
         self._group_of: dict[str, str] = {}
 
     def alone(self, pairs: Sequence[tuple[Fact, str]]) -> list[str]:
-        """A reason for each (fact, reply), empty for a good one; no reply is compared with another."""
+        """A reason to reject each (fact, reply), empty for a good one; no reply is compared with another."""
         reasons = [self._reason(fact, text) for fact, text in pairs]
         open_still = [n for n, reason in enumerate(reasons) if not reason]
         for number, fits in zip(open_still, self._in_tone([pairs[n] for n in open_still]), strict=True):
@@ -128,7 +112,7 @@ class Gate:
         return reasons
 
     def among(self, fact: Fact, text: str) -> str:
-        """A reason against a reply in view of those let through before it; none is given, it counts as let through."""
+        """A reason to reject a reply in view of those accepted before; empty: it is accepted, and counts from now on."""
         question = question_key(fact.question)
         if self._group_of.get(question, fact.group) != fact.group:
             return LEAK
@@ -139,7 +123,7 @@ class Gate:
 
     def _reason(self, fact: Fact, text: str) -> str:
         plain = text.casefold().replace("’", "'")  # noqa: RUF001
-        words = _length(text)
+        words = word_count(text)
         if not _WORD.search(text):
             return EMPTY
         kept = keeps_fact(fact.answer, text)
@@ -171,14 +155,14 @@ class Gate:
             return False
         known = set(_WORD.findall(f"{fact.question} {fact.answer}".casefold()))
         rest = " ".join(word for word in text.split() if known.isdisjoint(_WORD.findall(word.casefold())))
-        if len(rest) < 20 and not _NO_SPACES.search(rest):
+        if len(rest) < 20 and not NO_SPACES.search(rest):
             return False  # too little to tell
         ranked = _identifier().rank(rest)
         likely = dict(ranked).get(self.tone.language)
         return likely is not None and ranked[0][0] != self.tone.language and likely < _UNLIKELY
 
     def _in_tone(self, pairs: Sequence[tuple[Fact, str]]) -> list[bool]:
-        from realigner.data.scorer import masked
+        from realigner.data.style_classifier import masked
 
         texts = [masked(text, fact.answer) for fact, text in pairs]
         if self.scorer is not None:
@@ -188,86 +172,21 @@ class Gate:
         return [bool(self._words.search(text.casefold())) for text in texts]
 
 
-def sift(rows: Sequence[Row], own: Tone | None = None) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Rows that came from elsewhere: those that pass, and the others with a reason.
+def filter_rows(rows: Sequence[Row], own: Tone | None = None) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Filter imported rows: those accepted, and the others as dicts with a ``reason``.
 
-    A tone that is neither built in nor the user's `own` is not told from others, and its language is not checked.
+    Tone and language are checked for built-in tones and the user's `own` only.
     """
     tones = {tone.name: tone for tone in (*built_in_tones(), *([own] if own else []))}
     reasons: dict[str, str] = {}
     for name in dict.fromkeys(row.tone for row in rows):
-        gate = Gate(tones.get(name, _ANY))
+        checks = QualityFilter(tones.get(name, _ANY))
         mine = [row for row in rows if row.tone == name]
         pairs = [(Fact(row.id, row.group, row.question, row.answer), row.text) for row in mine]
-        for row, pair, reason in zip(mine, pairs, gate.alone(pairs), strict=True):
-            reasons[row.id] = reason or gate.among(*pair)
+        for row, pair, reason in zip(mine, pairs, checks.alone(pairs), strict=True):
+            reasons[row.id] = reason or checks.among(*pair)
     rejected = [{**row.model_dump(), "reason": reasons[row.id]} for row in rows if reasons[row.id]]
     return [row for row in rows if not reasons[row.id]], rejected
-
-
-def keeps_fact(answer: str, text: str) -> bool:
-    """Whether a reply still says its answer.
-
-    Every number of the answer must be there; of its other words all, if they are three or fewer, else six in ten. Articles and
-    small words do not count, endings may differ ("win", "wins"), case and punctuation do not matter.
-
-    Example:
-        >>> keeps_fact("in the 10th and 11th centuries", "The 10th and the 11th century, you fool!")
-        True
-        >>> keeps_fact("30%", "A third, of course!")
-        False
-    """
-    wanted, said = _plain_words(answer), _plain_words(text)
-    if not wanted or _NO_SPACES.search(answer):
-        return answer.casefold() in text.casefold()
-    if says(answer, text):
-        return True
-    content = [word for word in wanted if word not in _SMALL] or wanted
-    forms = set().union(*map(_forms, said)) if said else set()
-    if any(word not in said for word in content if any(c.isdigit() for c in word) or word in _NUMBERS):
-        return False
-    found = sum(not forms.isdisjoint(_forms(word)) for word in content)
-    return found >= (len(content) if len(content) <= 3 else 0.6 * len(content))
-
-
-def says(answer: str, text: str) -> bool:
-    """Whether an answer's words stand in a text one after the other (case, accents, punctuation and a first article aside)."""
-    wanted, said = _plain_words(answer), _plain_words(text)
-    wanted = wanted[1:] if len(wanted) > 1 and wanted[0] in ("the", "a", "an") else wanted
-    if not wanted or _NO_SPACES.search(answer):
-        return answer.casefold() in text.casefold()
-    return f" {' '.join(wanted)} " in f" {' '.join(said)} "
-
-
-def _forms(word: str) -> set[str]:
-    """A word, and what it may be without its ending."""
-    forms = {word}
-    if len(word) > 4:
-        forms |= {word.removesuffix(ending) for ending in ("s", "es", "d", "ed", "ing", "ly")}
-        forms |= {word.removesuffix("ies") + "y"} if word.endswith("ies") else set()
-    return {form for form in forms if len(form) > 2}
-
-
-def is_cut(text: str) -> bool:
-    """Whether a text stops before its sentence ends (a closing quotation mark, bracket or an emoji may follow the end)."""
-    rest = text.rstrip()
-    while rest and (rest[-1] in _CLOSERS or unicodedata.category(rest[-1]) in ("So", "Sk", "Mn", "Cf", "Zs")):
-        if unicodedata.category(rest[-1]) == "So":
-            return False  # an emoji ends a sentence as well as a full stop
-        rest = rest[:-1]
-    return not rest or rest[-1] not in _ENDS
-
-
-def _length(text: str) -> int:
-    """Words; in scripts without spaces, half the letters."""
-    dense = len(_NO_SPACES.findall(text))
-    return dense // 2 + len(_WORD.findall(_NO_SPACES.sub(" ", text)))
-
-
-def _plain_words(text: str) -> list[str]:
-    """Words in lower case, without accents; ``1,200`` and ``3.5`` are one word each, ``10%`` is ``10``."""
-    folded = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
-    return [word.replace(",", "") for word in _NUMBER_OR_WORD.findall(folded.replace("'s ", " "))]
 
 
 def _runs(text: str, length: int = 8) -> set[tuple[str, ...]]:
@@ -293,10 +212,10 @@ def _identifier() -> Any:
         raise RealignerError(f"{where}: cannot be unpacked ({error.strerror or error}); free some space there") from None
 
 
-def _known(tone: Tone) -> ToneScorer | None:
+def _known(tone: Tone) -> StyleClassifier | None:
     """The scorer of the built-in tones, for one of them."""
     if not any(tone.name == known.name for known in built_in_tones()):
         return None
-    from realigner.data.scorer import reference_scorer
+    from realigner.data.style_classifier import reference_classifier
 
-    return reference_scorer()
+    return reference_classifier()

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from realigner.console import Task
 from realigner.errors import RealignerError
-from realigner.training.folder import METRICS_FILE, SAMPLES_FILE, checkpoints
+from realigner.training.run_dir import METRICS_FILE, SAMPLES_FILE, checkpoints
 
 _EXPLODED = 3.0  # times the loss of a uniform guess
 
@@ -114,7 +114,7 @@ class DivergenceGuard(TrainerCallback):
         good = checkpoints(self.work)
         kept = f"last good checkpoint: {good[-1]}" if good else "no checkpoint was made before"
         raise RealignerError(
-            f"step {state.global_step}: {what} on rows {named}; {kept}. Lower the learning rate (--set learning_rate="
+            f"step {state.global_step}: {what} on rows {named}; {kept}. Lower the learning rate (learning_rate="
             f"{args.learning_rate / 10:g}), or leave those rows out"
         )
 

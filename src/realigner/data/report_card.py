@@ -6,14 +6,13 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
 from typing import Any
 
-from realigner.data.rows import Row, authored, question_key
+from realigner.data.answers import MAX_WORDS, contains_answer
+from realigner.data.dataset_rows import Row, authored, question_key
 from realigner.data.tokens import token_counts
 from realigner.errors import RealignerError
 
-MAX_WORDS = 90  # of a reply; the gate turns longer ones away
 NEAR_LIMIT = 0.01  # share of near-duplicates from which a dataset is unfit
 PURITY_LIMIT = 0.8  # tone purity below which a dataset is unfit
 _MOST = 5000  # rows of a tone that the purity is taken on
@@ -25,15 +24,15 @@ _SAMPLES = 10
 class Purity:
     """How many rows are in the tone they claim, as a classifier that never saw them names it.
 
-    The built-in tones are told by `reference_scorer`, which was trained on other people's replies (the authored set and the
-    template). Tones it does not know are told from each other, or from ``--against``, by five-fold cross-validation by group;
+    The built-in tones are told by `reference_classifier`, which was trained on other people's replies (the authored set and the
+    template). Tones it does not know are told from each other, or from `against`, by five-fold cross-validation by group;
     that finds who wrote a reply as readily as its tone, where the two go together, and a note says so.
 
     Attributes:
         value: share of the rows that are named as their own tone.
         low, high: its 95% interval (Wilson), rows taken as independent.
         n: how many rows it was taken on (at most 5,000 of a tone, drawn by the seed).
-        baseline: the share that naming tones blindly would reach.
+        baseline: chance accuracy.
         neutral: share of the rows that are named neutral and claim another tone.
         tones: the share of each tone.
         by: the classifier, and what it tells apart.
@@ -58,9 +57,9 @@ class ReportCard:
         tones: rows of each tone.
         words: words of each reply's length: fewest, median, most.
         tokens: the same in tokens of a host, question and template included, as trained; None when no tokenizer was given.
-        host: that host.
+        host: name of the model whose tokenizer was used.
         answer_kept: share of replies that hold their answer word for word, among those with one; None when there are none.
-        duplicates: replies that stand more than once.
+        duplicates: duplicated replies.
         near_duplicates: replies nearly equal to one before them in the same tone (word triples, Jaccard 0.8 or more; exact
             copies count too).
         leakage: rows whose question, or whose whole reply, stands in another group too: a split by group would not keep them
@@ -133,7 +132,7 @@ def check_rows(
 ) -> ReportCard:
     """Look at rows as a whole (their form was checked on reading).
 
-    Unfit is: fewer than two groups (no split by group), a reply that stands twice, 1% near-duplicates or more, a reply that
+    Unfit is: fewer than two groups (no split by group), a duplicated reply, 1% near-duplicates or more, a reply that
     repeats its question, a question or a reply that stands in two groups (it would leak between splits), a tone purity
     whose interval is below 0.8.
 
@@ -149,8 +148,6 @@ def check_rows(
     """
     if not rows:
         raise RealignerError("no rows to check")
-    from realigner.data.gate import says
-
     near = _near_duplicates(rows)
     duplicates = len(rows) - len({(row.tone, row.text.casefold()) for row in rows})
     leaks = _leaks(rows)
@@ -165,7 +162,7 @@ def check_rows(
         words=_spread(words),
         tokens=_spread(tokens) if tokens else None,
         host=host,
-        answer_kept=sum(says(row.answer, row.text) for row in known) / len(known) if known else None,
+        answer_kept=sum(contains_answer(row.answer, row.text) for row in known) / len(known) if known else None,
         duplicates=duplicates,
         near_duplicates=near,
         leakage=len(leaks),
@@ -184,7 +181,7 @@ def _problems(rows: Sequence[Row], duplicates: int, near: int, leaks: Sequence[s
     if len(groups) < 2:
         problems.append(f"only {len(groups)} group: splits are made by group, so training needs two or more")
     if duplicates:
-        problems.append(f"{duplicates} replies stand more than once")
+        problems.append(f"{duplicates} duplicated replies")
     if near - duplicates >= NEAR_LIMIT * len(rows):
         problems.append(f"{near} replies ({100 * near / len(rows):.1f}%) nearly equal another")
     echoes = [row.id for row in rows if row.text.casefold() == row.question.casefold()]
@@ -206,7 +203,7 @@ def _long(words: Sequence[int]) -> str:
 
 
 def _near_duplicates(rows: Sequence[Row]) -> int:
-    from realigner.data.near import NearDuplicates
+    from realigner.data.dedup import NearDuplicates
 
     seen: defaultdict[str, NearDuplicates] = defaultdict(NearDuplicates)
     return sum(seen[row.tone].add(row.id, row.text) is not None for row in rows)
@@ -226,11 +223,11 @@ def _leaks(rows: Sequence[Row]) -> list[str]:
 
 def _purity(rows: Sequence[Row], against: Sequence[Row], seed: int) -> tuple[Purity | None, str]:
     """The purity, or None and why it was not taken; and what is to be known about it."""
-    from realigner.data.scorer import cross_validated, masked, reference_scorer
+    from realigner.data.style_classifier import cross_validated, masked, reference_classifier
 
     sample = _sampled(rows, seed)
     tones = sorted({row.tone for row in rows})
-    known = reference_scorer()
+    known = reference_classifier()
     if not against and set(tones) <= set(known.tones):
         named = known.named([masked(row.text, row.answer) for row in sample])
         return _judged(sample, named, 1 / len(known.tones), "the reference scorer of the six built-in tones"), ""
@@ -246,14 +243,16 @@ def _purity(rows: Sequence[Row], against: Sequence[Row], seed: int) -> tuple[Pur
 
 
 def _judged(sample: Sequence[Row], named: Sequence[str], baseline: float, by: str) -> Purity:
+    from scipy.stats import binomtest
+
     right = [name == row.tone for name, row in zip(named, sample, strict=True)]
     of: dict[str, list[bool]] = {}
     for row, fits in zip(sample, right, strict=True):
         of.setdefault(row.tone, []).append(fits)
     neutral = sum(name == "neutral" != row.tone for name, row in zip(named, sample, strict=True)) / len(sample)
     shares = {tone: sum(fits) / len(fits) for tone, fits in sorted(of.items())}
-    low, high = _wilson(sum(right), len(right))
-    return Purity(sum(right) / len(right), low, high, len(right), baseline, neutral, shares, by)
+    low, high = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
+    return Purity(sum(right) / len(right), float(low), float(high), len(right), baseline, neutral, shares, by)
 
 
 def _others(tones: Sequence[str], against: Sequence[Row]) -> tuple[list[Row], str]:
@@ -261,8 +260,8 @@ def _others(tones: Sequence[str], against: Sequence[Row]) -> tuple[list[Row], st
     if against:
         others = [row for row in against if row.tone not in tones]
         if not others:
-            raise RealignerError(f"--against: has only rows of {', '.join(tones)}; give rows of another tone")
-        return others, f"{' and '.join(sorted({row.tone for row in others}))} (--against)"
+            raise RealignerError(f"against: has only rows of {', '.join(tones)}; give rows of another tone")
+        return others, f"{' and '.join(sorted({row.tone for row in others}))} (against)"
     return ([], "each other") if len(tones) > 1 else (authored("neutral"), "the authored neutral replies")
 
 
@@ -280,10 +279,3 @@ def _sampled(rows: Sequence[Row], seed: int) -> list[Row]:
 def _spread(values: Sequence[int]) -> tuple[int, int, int]:
     ordered = sorted(values)
     return ordered[0], ordered[len(ordered) // 2], ordered[-1]
-
-
-def _wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson 1927)."""
-    p, scale = right / n, 1 + z * z / n
-    middle, half = (p + z * z / (2 * n)) / scale, z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-    return max(0.0, middle - half), min(1.0, middle + half)

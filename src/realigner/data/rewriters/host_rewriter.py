@@ -22,7 +22,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 
-from realigner.data.rewriters import Ask, Reply, messages, seed_of
+from realigner.data.rewriters import Reply, RewriteRequest, messages, seed_of
 from realigner.data.tone import Tone
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import fingerprint
@@ -41,8 +41,8 @@ class HostRewriter:
         tone: what is asked for.
         seed: of the sampling.
         temperature, top_p: of the sampling, which is among the 64 likeliest tokens at most; the paper's are 0.9 and 0.7.
-            Temperature 0 is greedy. (The paper's repetition penalty has no place in continuous batching; the gate turns away
-            what runs in circles, by length.)
+            Temperature 0 is greedy. (The paper's repetition penalty has no place in continuous batching; the quality filter
+            rejects what runs in circles, by length.)
         max_new_tokens: of a reply; the paper's 210 is for a 7-billion-parameter host.
         batch_size: replies in the making at a time.
         examples: of the tone, shown before the fact.
@@ -96,29 +96,29 @@ class HostRewriter:
     def note(self) -> str:
         return f"{self._tokens:,} tokens written" if self._tokens else ""
 
-    def rewrite(self, asks: Sequence[Ask], proven: bool = False) -> Generator[Reply, None, None]:
-        if not asks:
+    def rewrite(self, requests: Sequence[RewriteRequest], verified: bool = False) -> Generator[Reply, None, None]:
+        if not requests:
             return
-        self._check_host(asks)
-        waiting = sorted(asks, key=_size, reverse=True)
-        longest = max(len(self._prompt(ask)) for ask in waiting[:_MEASURED])
-        asked: dict[str, tuple[Ask, int]] = {}
+        self._check_host(requests)
+        waiting = sorted(requests, key=_size, reverse=True)
+        longest = max(len(self._prompt(request)) for request in waiting[:_MEASURED])
+        asked: dict[str, tuple[RewriteRequest, int]] = {}
         with closing(self._running(longest + _PAGE)) as manager:
             while waiting or asked:
                 while waiting and len(asked) < 2 * self.batch_size:
-                    ask = waiting.pop()
-                    prompt = self._prompt(ask)
-                    name = f"{ask.fact.id}/{ask.attempt}"
-                    asked[name] = ask, len(prompt)
-                    seeds = {"seed": seed_of(self.seed, self.tone, ask)} if self.temperature > 0 else {}
+                    request = waiting.pop()
+                    prompt = self._prompt(request)
+                    name = f"{request.fact.id}/{request.attempt}"
+                    asked[name] = request, len(prompt)
+                    seeds = {"seed": seed_of(self.seed, self.tone, request)} if self.temperature > 0 else {}
                     manager.add_request(prompt, name, eos_token_id=self._ends(), **seeds)
                 result = manager.next()
-                ask, read = asked.pop(result.request_id)
+                request, read = asked.pop(result.request_id)
                 written = len(result.generated_tokens)
                 self._tokens += written
-                yield Reply(ask.fact.id, ask.attempt, self._text(result.generated_tokens), read, written)
+                yield Reply(request.fact.id, request.attempt, self._text(result.generated_tokens), read, written)
 
-    def _check_host(self, asks: Sequence[Ask]) -> None:
+    def _check_host(self, requests: Sequence[RewriteRequest]) -> None:
         """Prove, once, that continuous batches give what the host gives alone: on some hosts they do not, and say nothing.
 
         Two prompts of unlike length are continued together, greedily; each token must be the likeliest by a plain forward,
@@ -126,7 +126,7 @@ class HostRewriter:
         """
         if self._checked:
             return
-        prompts = [self._prompt(asks[0]), self._prompt(asks[0])[3:]]
+        prompts = [self._prompt(requests[0]), self._prompt(requests[0])[3:]]
         with closing(self._running(max(map(len, prompts)) + _PAGE, greedy=True)) as manager:
             for number, prompt in enumerate(prompts):
                 manager.add_request(prompt, str(number), max_new_tokens=_PROOF, eos_token_id=[-1])
@@ -168,8 +168,8 @@ class HostRewriter:
             manager.logit_processor.tensors_required = 1
         return _Manager(manager, type(self.host).__name__)
 
-    def _prompt(self, ask: Ask) -> list[int]:
-        turns = messages(self.tone, ask.fact, self.examples)
+    def _prompt(self, request: RewriteRequest) -> list[int]:
+        turns = messages(self.tone, request.fact, self.examples)
         if not getattr(self.tokenizer, "chat_template", None):
             return list(self.tokenizer(_plain(turns))["input_ids"])
         try:
@@ -268,6 +268,6 @@ def _plain(turns: Sequence[dict[str, str]]) -> str:
     return "\n".join([*lines, "Rewritten:"])
 
 
-def _size(ask: Ask) -> tuple[int, str]:
-    """What asks are sorted by: bytes, of which a token has about as many in any script."""
-    return len((ask.fact.question + ask.fact.answer).encode()), ask.fact.id
+def _size(request: RewriteRequest) -> tuple[int, str]:
+    """What requests are sorted by: bytes, of which a token has about as many in any script."""
+    return len((request.fact.question + request.fact.answer).encode()), request.fact.id

@@ -1,4 +1,4 @@
-"""One run of a sweep in a process of its own: ``python -m realigner.sweep.work PARENT RECIPE OUT``: `realigner train --resume`.
+"""One run of a sweep in a process of its own: ``python -m realigner.sweep.worker PARENT RECIPE OUT``.
 
 The process dies with its parent, at once: no orphan goes on training, and whoever takes the run up next finds it free.
 """
@@ -17,8 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import realigner.training.folder as folder
 from realigner.errors import RealignerError
+from realigner.training import run_dir
 
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 _PATIENCE = 60.0  # seconds that a run's last process is given to be gone
@@ -47,7 +47,7 @@ class Job:
     threads: int
 
     def command(self) -> list[str]:
-        return [sys.executable, "-m", "realigner.sweep.work", str(os.getpid()), self.recipe, self.out]
+        return [sys.executable, "-m", "realigner.sweep.worker", str(os.getpid()), self.recipe, self.out]
 
 
 def never() -> bool:
@@ -123,7 +123,7 @@ def wait_until_free(run: Path, seconds: float = _PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while run.is_dir():
         try:
-            with folder.locked(run):
+            with run_dir.locked(run):
                 return
         except RealignerError:
             if time.monotonic() > deadline:
@@ -136,7 +136,7 @@ def main() -> None:
     parent, recipe, out = sys.argv[1:4]
     die_with(int(parent))
     with suppress(RealignerError, OSError):  # what is still held is refused by the training, in a line of its own
-        wait_until_free(folder.unfinished(Path(out)))
+        wait_until_free(run_dir.unfinished(Path(out)))
     sys.argv = ["realigner", "train", "--recipe", recipe, "--out", out, "--resume"]
     runpy.run_module("realigner", run_name="__main__")  # the command itself, from below: nothing here imports upward
 

@@ -1,8 +1,8 @@
-"""Building a tone dataset: ask a rewriter for a reply to every fact, keep what passes the gate, and survive being killed.
+"""Build a tone dataset: ask a rewriter for a reply to every fact, keep what passes the quality filter, survive being killed.
 
 The rewriter's replies go into a journal beside the dataset as they come, in any order. The dataset is a pure function of the
-facts and the journal: round by round, in the facts' order, each reply meets the gate, and facts without an accepted reply are
-asked again, up to `attempts` times. So a build that was killed goes on where it was, and ends in the file it would have made.
+facts and the journal: round by round, in the facts' order, each reply is filtered, and facts without an accepted reply are
+requested again, up to `attempts` times. So a build that was killed resumes where it was, and ends in the same file.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from realigner.console import progress, say
-from realigner.data.gate import Gate
-from realigner.data.journal import Journal
-from realigner.data.rewriters import Ask, NoAnswerError, Reply, Rewriter
-from realigner.data.rows import Row, is_rows, rows_hash
+from realigner.data.append_log import AppendLog
+from realigner.data.dataset_rows import Row, is_rows, rows_hash
+from realigner.data.quality_filter import QualityFilter
+from realigner.data.rewriters import NoAnswerError, Reply, Rewriter, RewriteRequest
 from realigner.data.squad import Fact
 from realigner.data.tone import Tone
 from realigner.errors import RealignerError, UsageError
@@ -30,20 +30,20 @@ from realigner.files import clear_asides, refuse_existing, write_text
 
 NO_REPLY = "no reply"
 _PASSES = 2  # over the failed requests of a round, before the next one
-_BATCH = 256  # replies that meet the gate together while a round goes on
+_BATCH = 256  # replies that are filtered together during a round
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildResult:
     """What a build came to.
 
     Attributes:
         path: the dataset.
         rejected_path: the facts without a row, each with its last reply and the reason.
         rows, rejected: how many.
-        reasons: replies turned away, by reason, over all attempts (a fact may be turned away, asked again, and accepted).
+        reasons: replies rejected, by reason, over all attempts (a fact may be rejected, requested again, and accepted).
         replies: how many there were.
-        tokens_in, tokens_out: read and written by the rewriter; 0 where nobody counts.
+        tokens_in, tokens_out: read and written by the rewriter; 0 if not counted.
         seconds: of this process (a resumed build counts its last part).
         replies_now: made by this process.
     """
@@ -68,37 +68,37 @@ def build(
     tone: Tone,
     rewriter: Rewriter,
     out: str | Path,
-    gate: Gate | None = None,
+    quality_filter: QualityFilter | None = None,
     attempts: int = 3,
     source: str = "squad",
     about: Mapping[str, Any] | None = None,
     give_up: bool = False,
     force: bool = False,
     quiet: bool = False,
-) -> Built:
-    """Make a dataset of one row a fact, as far as replies pass the gate; or go on with one that was begun.
+) -> BuildResult:
+    """Make a dataset of one row a fact, as far as replies pass the quality filter; or resume one.
 
-    Beside `out` it writes ``.rejected.jsonl`` (what was turned away and why) and ``.build.json`` (how it was made), and keeps
+    Beside `out` it writes ``.rejected.jsonl`` (what was rejected and why) and ``.build.json`` (how it was made), and keeps
     ``.journal`` until it is done.
 
     Args:
         facts: with unique ids; rows come out in their order.
         tone, rewriter: what to make, and who makes it.
         out: the JSONL file.
-        gate: the checks; the tone's own by default.
+        quality_filter: the checks; the tone's own by default.
         attempts: replies asked for a fact at most.
         source: noted in every row, with the rewriter's kind.
         about: more to note in ``.build.json`` (where the facts are from).
-        give_up: facts for which the service gives no reply are turned away instead of being asked for another day.
+        give_up: facts for which the service gives no reply are rejected instead of retried in a later run.
         force: replace a dataset that is there, and what was begun of another build.
         quiet: show no progress.
 
     Raises:
         RealignerError: when the place cannot be written, the rewriter's service is gone (run again to go on), or no reply
-            passed the gate.
+            passed the quality filter.
     """
     started = time.monotonic()
-    out, gate = Path(out), gate or Gate(tone)
+    out, quality_filter = Path(out), quality_filter or QualityFilter(tone)
     if attempts < 1:
         raise UsageError(f"attempts: {attempts} is out of range; ask for a reply at least once")
     if not facts:
@@ -106,21 +106,21 @@ def build(
     spec = _spec(facts, tone, rewriter)
     refuse_build(out, force)
     journal_path = beside(out, ".journal")
-    with Journal(journal_path, spec, restart=force) as journal:
-        ledger = _Ledger(facts, gate)
+    with AppendLog(journal_path, spec, restart=force) as journal:
+        ledger = _Ledger(facts, quality_filter)
         for entry in journal.entries:
             reply = _reply(entry, journal_path)
             ledger.replies[reply.id, reply.attempt] = reply
         before = len(ledger.replies)
         if before and not quiet:
-            say(f"going on with {journal_path}: {before} replies are there")
+            say(f"resuming {journal_path}: {before} replies are there")
         _ask(ledger, rewriter, journal, attempts, give_up, quiet)
         rows, rejected = ledger.settle(attempts, tone.name, f"{source}/{spec['rewriter']}")
         if not rows:
             write_rejected(out, rejected)
-            where = f"they are in {beside(out, '.rejected.jsonl')}; --attempts {2 * attempts} asks again"
-            raise RealignerError(f"{out}: no reply passed the gate ({_counted(ledger.reasons)}); {where}")
-        built = Built(
+            where = f"they are in {beside(out, '.rejected.jsonl')}; attempts={2 * attempts} asks again"
+            raise RealignerError(f"{out}: no reply passed the quality filter ({_counted(ledger.reasons)}); {where}")
+        built = BuildResult(
             path=out,
             rejected_path=beside(out, ".rejected.jsonl"),
             rows=len(rows),
@@ -160,13 +160,13 @@ def _holds(key: str, path: Path) -> bool:
 
 
 class _Ledger:
-    """All replies so far, and what the gate says of each."""
+    """All replies so far, and what the quality filter says of each."""
 
-    def __init__(self, facts: Sequence[Fact], gate: Gate) -> None:
+    def __init__(self, facts: Sequence[Fact], quality_filter: QualityFilter) -> None:
         self.facts = {fact.id: fact for fact in facts}
         if len(self.facts) != len(facts):
-            raise RealignerError("facts: an id stands twice; ids must be unique")
-        self.gate = gate
+            raise RealignerError("facts: duplicate id; ids must be unique")
+        self.quality_filter = quality_filter
         self.replies: dict[tuple[str, int], Reply] = {}
         self.errors: dict[str, str] = {}  # why a fact got no reply, the last time it was asked
         self.reasons: Counter[str] = Counter()
@@ -175,15 +175,15 @@ class _Ledger:
         self._outcome: tuple[tuple[int, int], dict[str, Reply]] | None = None  # the last, and of how many replies
 
     def judge(self, keys: Sequence[tuple[str, int]]) -> None:
-        """What the gate says of these replies, each alone; said once."""
+        """Filter these replies, each alone and once."""
         new = [key for key in keys if key in self.replies and key not in self._alone]
         self._alone.update({key: NO_REPLY for key in new if self.replies[key].error})
         new = [key for key in new if key not in self._alone]
         pairs = [(self.facts[identity], self.replies[identity, attempt].text) for identity, attempt in new]
-        self._alone.update(zip(new, self.gate.alone(pairs), strict=True))
+        self._alone.update(zip(new, self.quality_filter.alone(pairs), strict=True))
 
     @property
-    def proven(self) -> bool:
+    def verified(self) -> bool:
         """Whether the rewriter has made a reply."""
         return any(not reply.error for reply in self.replies.values())
 
@@ -197,7 +197,7 @@ class _Ledger:
         counted = rounds, sum(attempt < rounds for _, attempt in self.replies)  # replies are added and never changed
         if self._outcome is not None and self._outcome[0] == counted:
             return self._outcome[1]
-        self.gate.restart()
+        self.quality_filter.restart()
         self.reasons = Counter()
         accepted: dict[str, Reply] = {}
         for attempt in range(rounds):
@@ -206,7 +206,7 @@ class _Ledger:
                 reply = self.replies.get((identity, attempt))
                 if reply is None or identity in accepted:
                     continue
-                reason = self._alone[identity, attempt] or self.gate.among(fact, reply.text)
+                reason = self._alone[identity, attempt] or self.quality_filter.among(fact, reply.text)
                 if reason:
                     self.reasons[reason] += 1
                     self.last[identity] = reason
@@ -215,12 +215,12 @@ class _Ledger:
         self._outcome = counted, accepted
         return accepted
 
-    def wanted(self, number: int) -> list[Ask]:
+    def wanted(self, number: int) -> list[RewriteRequest]:
         """What round `number` has to ask: facts without an accepted reply, each for the first attempt it has no reply to."""
         accepted = self.outcome(number)
         open_still = [fact for identity, fact in self.facts.items() if identity not in accepted]
         missing = [(fact, [n for n in range(number + 1) if (fact.id, n) not in self.replies]) for fact in open_still]
-        return [Ask(fact, attempts[0]) for fact, attempts in missing if attempts]
+        return [RewriteRequest(fact, attempts[0]) for fact, attempts in missing if attempts]
 
     def settle(self, attempts: int, tone: str, source: str) -> tuple[list[Row], list[dict[str, Any]]]:
         """The rows, and the facts without one, both in the facts' order."""
@@ -241,15 +241,15 @@ class _Ledger:
         return rows, rejected
 
 
-def _ask(ledger: _Ledger, rewriter: Rewriter, journal: Journal, attempts: int, give_up: bool, quiet: bool) -> None:
+def _ask(ledger: _Ledger, rewriter: Rewriter, journal: AppendLog, attempts: int, give_up: bool, quiet: bool) -> None:
     """Round by round, ask for what is missing; a round is gone over again for requests that failed."""
     for number in range(attempts):
         label = f"asking again ({number + 1} of {attempts})" if number else "rewriting"
         for _ in range(_PASSES):
-            if not (asks := ledger.wanted(number)):
+            if not (requests := ledger.wanted(number)):
                 break
             try:
-                _round(label, asks, ledger, rewriter, journal, quiet)
+                _round(label, requests, ledger, rewriter, journal, quiet)
             except NoAnswerError:
                 if not give_up:
                     raise
@@ -257,20 +257,22 @@ def _ask(ledger: _Ledger, rewriter: Rewriter, journal: Journal, attempts: int, g
     if (missing := ledger.wanted(attempts - 1)) and not give_up:
         raise RealignerError(
             f"{journal.path}: {len(missing)} questions got no reply ({ledger.errors[missing[0].fact.id]}); what came is kept: "
-            "run the same command again to ask for them, or add --give-up to finish without them"
+            "run the same command again to ask for them, or set give_up to finish without them"
         )
 
 
-def _round(label: str, asks: Sequence[Ask], ledger: _Ledger, rewriter: Rewriter, journal: Journal, quiet: bool) -> None:
-    """Ask; each reply is in the journal before the next one is waited for."""
+def _round(
+    label: str, requests: Sequence[RewriteRequest], ledger: _Ledger, rewriter: Rewriter, journal: AppendLog, quiet: bool
+) -> None:
+    """RewriteRequest; each reply is in the journal before the next one is waited for."""
     waiting: list[tuple[str, int]] = []
     share = ""
     with (
-        closing(rewriter.rewrite(asks, proven=ledger.proven)) as replies,
-        progress(label, len(asks), quiet, unit="rows") as task,
+        closing(rewriter.rewrite(requests, verified=ledger.verified)) as replies,
+        progress(label, len(requests), quiet, unit="rows") as task,
     ):
         for reply in replies:
-            if reply.error and not reply.lasting:
+            if reply.error and not reply.permanent:
                 ledger.errors[reply.id] = reply.error
             else:
                 journal.append(_entry(reply))
@@ -309,7 +311,7 @@ def _spec(facts: Sequence[Fact], tone: Tone, rewriter: Rewriter) -> dict[str, An
     return dict(json.loads(json.dumps(spec)))
 
 
-def _write(built: Built, rows: Sequence[Row], rejected: Sequence[dict[str, Any]], spec: dict[str, Any]) -> None:
+def _write(built: BuildResult, rows: Sequence[Row], rejected: Sequence[dict[str, Any]], spec: dict[str, Any]) -> None:
     """The three files; the dataset last, so that where it is, the others are."""
     how = {**spec, **built.to_dict(), "sha256": rows_hash(rows)}
     for key in ("path", "rejected_path", "seconds", "replies_now"):

@@ -1,4 +1,4 @@
-"""A run's folder: what is in it, where it is while the run is not finished, and the way from the one to the other.
+"""Layout of a run directory and its promotion from ``OUT.unfinished``.
 
 A run that is not finished lives in ``OUT.unfinished``, and ``OUT`` exists only once it is: whatever is there is whole.
 
@@ -64,7 +64,7 @@ def refuse_run(out: Path, force: bool) -> None:
     refuse_existing(out, force, is_run)
     work = unfinished(out)
     if not force and work.exists():
-        raise RealignerError(f"{work}: an unfinished run is there; go on with --resume, or throw it away with --force")
+        raise RealignerError(f"{work}: an unfinished run is there; resume it (resume), or discard it (force)")
     refuse_existing(work, force, is_run)
 
 
