@@ -15,7 +15,7 @@ SOURCE = Path(ra.__file__).parent
 # From the cellar up; a room may import rooms named before it.
 FLOORS = [
     "lazy", "errors", "files", "console", "irm", "hosts", "probe", "sites", "injection", "bank", "tuner", "oracle", "tiny",
-    "census", "data", "generation", "training", "sweep", "traces", "tracing", "analysis", "explain", "report", "demo", "cli",
+    "census", "data", "generation", "training", "sweep", "traces", "analysis", "explain", "report", "demo", "cli",
 ]  # fmt: skip
 
 

@@ -18,8 +18,8 @@ import pandas as pd
 import xarray as xr
 from scipy.special import betainc, betaincinv, comb
 
+from realigner.analysis.per_run import UNTRAINED, baselines, each_run, layer_scale, leading_score, prompts_of
 from realigner.analysis.resampling import Relabelling, check_draws, interval, p_value, prompt_weights, ranks
-from realigner.analysis.runs import UNTRAINED, baselines, each_run, layer_scale, leading_score, prompts_of
 from realigner.analysis.tables import ALL
 from realigner.errors import UsageError
 

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from realigner.analysis.per_run import prompts_of, text_table
 from realigner.analysis.resampling import check_draws, prompt_weights, weighted_mean
-from realigner.analysis.runs import prompts_of, text_table
 from realigner.analysis.tables import ALL, Entry, tabulate
 
 STATISTICS = ("hoyer", "gini", "participation", "kurtosis", "small_share")

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from realigner.analysis.per_run import prompts_of, text_table
 from realigner.analysis.resampling import Side, check_draws, prompt_weights
-from realigner.analysis.runs import prompts_of, text_table
 from realigner.analysis.tables import Entry, tabulate
 from realigner.errors import UsageError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from realigner.analysis.runs import leading_score
+from realigner.analysis.per_run import leading_score
 from realigner.errors import UsageError
 
 FIRST_GENERATED = 10  # the paper's Figure 2 averages over the prompt and the first 10 generated tokens
