@@ -21,11 +21,11 @@ from realigner.errors import UsageError
 from realigner.explain import explain, weights_report
 from realigner.explain.ablate import against_controls, delta_ablations, edited_output, host_ablations
 from realigner.explain.edits import without_channel
+from realigner.explain.example_batches import Rows
 from realigner.explain.measure import measure_host
+from realigner.explain.norm_gradient import norm_eps, norm_kind, split_gradient
 from realigner.explain.residuals import Residuals, SiteGradients
 from realigner.explain.roles import final_norm, roles_of
-from realigner.explain.rows import Rows
-from realigner.explain.split import norm_eps, norm_kind, split_gradient
 from realigner.explain.trials import FULL
 from realigner.explain.weights import head_tokens
 from realigner.irm import IRM

@@ -25,8 +25,8 @@ from realigner.hosts import HostInfo
 from realigner.report import Evidence, gather, render
 from realigner.report.charts import NONE, Axis, Line, bar_chart, line_chart, log_ticks, short, ticks
 from realigner.report.explained import home_of, read_explained
-from realigner.report.pack import RunTokens, decode, encode, token_maps
-from realigner.report.tables import probability
+from realigner.report.page_tables import probability
+from realigner.report.quantize import RunTokens, decode, encode, token_maps
 from realigner.training import make_recipe, train
 from tests.planted import planted_explanation, planted_trace, written_explanation
 from tests.tiny import some_rows, tiny_pair

@@ -24,7 +24,7 @@ import realigner as ra
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer, encode_prompts
 from realigner.traces import RunLabel, TraceWriter, texts_of, verify_trace
-from realigner.traces.layout import text_dataset
+from realigner.traces.layout import TEXT_SUMS, text_dataset
 from realigner.traces.summary import BatchSummary, summarise
 from realigner.tuner import IRMConfig, tuner_of
 from tests.reference import first
@@ -288,7 +288,8 @@ def test_memory_does_not_grow_with_the_text() -> None:
         for _ in range(tokens):
             batch.add(torch.randn(1, 4, 64), np.zeros(1, dtype=np.int64), np.ones(1, dtype=bool))
         (row,) = batch.rows
-        large = sum(value.numel() for value in row.sums.values()) + sum(part[0].numel() for part in batch._waiting)
+        sums = [getattr(part, key) for part in row.parts if part.count for key in TEXT_SUMS]
+        large = sum(value.numel() for value in sums) + sum(part[0].numel() for part in batch._waiting)
         assert 50 <= row.candidates <= 100
         return large + sum(len(part) for part in row.tokens["energy"]) - tokens
 

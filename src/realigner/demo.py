@@ -12,7 +12,7 @@ from realigner.data import authored
 from realigner.errors import RealignerError
 from realigner.hosts import EMBEDDED, load_host
 from realigner.report import Evidence, build_report
-from realigner.report.build import is_report
+from realigner.report.render import is_report
 from realigner.training import Recipe, make_recipe, read_recipe, train
 from realigner.training.run_dir import RECIPE_FILE, is_run, unfinished
 from realigner.training.training_run import resolve

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from realigner.analysis.per_run import RunTexts, each_run, layer_scale, leading_score, prompts_of
 from realigner.analysis.resampling import Relabelling, check_draws, prompt_weights, ranks
-from realigner.analysis.runs import RunTexts, each_run, layer_scale, leading_score, prompts_of
 from realigner.analysis.tables import Entry, tabulate
 from realigner.errors import UsageError
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from realigner.analysis.per_run import baselines
 from realigner.analysis.resampling import Side, exchange_p, interval, mean_over_first, p_value, sign_flip_p
-from realigner.analysis.runs import UNTRAINED, baselines
+from realigner.traces.layout import UNTRAINED
 
 ALL = "all"  # the name of the row over all trained runs
 _DEALT = "runs of a seed, trained and untrained, dealt out anew by prompt"

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from realigner.analysis.per_run import prompts_of, text_table
 from realigner.analysis.resampling import Side, check_draws, prompt_weights
-from realigner.analysis.runs import prompts_of, text_table
+from realigner.analysis.sparsity import gini
 from realigner.analysis.tables import Entry, tabulate
 from realigner.errors import UsageError
 
@@ -260,8 +261,7 @@ def _spread(share: np.ndarray) -> tuple[float, float, float]:
         return float("nan"), float("nan"), 1.0
     positive = share[share > 0]
     entropy = -(positive * np.log(positive)).sum() / np.log(tokens)
-    gini = 2 * (np.arange(1, tokens + 1) * np.sort(share)).sum() / tokens - (tokens + 1) / tokens
-    return float(entropy), float(gini), float(share.max())
+    return float(entropy), float(gini(share)), float(share.max())
 
 
 def _position_weights(text: _Text) -> dict[str, np.ndarray]:

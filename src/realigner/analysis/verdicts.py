@@ -16,12 +16,13 @@ import pandas as pd
 import xarray as xr
 
 from realigner.analysis.consensus import Consensus, consensus, holm
-from realigner.analysis.maps import leading_indices
-from realigner.analysis.runs import UNTRAINED, each_run
+from realigner.analysis.mean_maps import leading_indices
+from realigner.analysis.per_run import each_run
 from realigner.analysis.sparsity import sparsity
 from realigner.analysis.striation import striation
 from realigner.analysis.tables import ALL, plain, records, table_rows
 from realigner.analysis.timing import timing
+from realigner.traces.layout import UNTRAINED
 
 Verdict = Literal["supported", "not supported", "cannot tell"]
 LEVEL = 0.05

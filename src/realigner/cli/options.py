@@ -44,7 +44,7 @@ def host_for(irm: Path, host: str | None, dtype: str, device: str, trust: bool) 
 
     values = check_adapter(irm)
     from realigner.hosts import load_host
-    from realigner.report.build import host_of
+    from realigner.report.render import host_of
 
     name = host or host_of(values)
     if not name:

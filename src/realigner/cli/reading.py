@@ -57,7 +57,7 @@ def trace(
     from realigner.traces.store import refuse_trace
 
     refuse_trace(out, force)
-    from realigner.tracing import find_runs, sources_of, trace_runs
+    from realigner.traces.collect import find_runs, sources_of, trace_runs
 
     sources = sources_of(find_runs(irm), baselines, strength)
     loaded, tokenizer = host_for(sources[0].folder, host, dtype, device, trust_remote_code)
@@ -149,7 +149,7 @@ def explain(
     if on == "here" and workers > 1:
         raise UsageError(f"--workers {workers}: --on here trains one after the other; give --on local or ray")
     refuse_missing(irm)
-    from realigner.tracing import find_runs
+    from realigner.traces.collect import find_runs
 
     folders = find_runs(irm)
     loaded, tokenizer = host_for(folders[0], host, dtype, device, trust_remote_code)
@@ -202,7 +202,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page over runs, sweeps, traces and explanations."""
     refuse_missing(sources)
-    from realigner.report.build import runs_in
+    from realigner.report.render import runs_in
 
     folders = runs_in(sources)
     loaded = host_for(folders[0], host, dtype, device, trust_remote_code) if folders else None

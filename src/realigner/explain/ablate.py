@@ -21,8 +21,8 @@ from realigner.analysis.resampling import change_per_target, prompt_weights
 from realigner.console import progress
 from realigner.errors import UsageError
 from realigner.explain.edits import silenced
+from realigner.explain.example_batches import Rows
 from realigner.explain.roles import find_stream
-from realigner.explain.rows import Rows
 from realigner.irm import IRM
 from realigner.tuner import tuner_of
 

@@ -19,10 +19,10 @@ from torch import nn
 from realigner.console import progress
 from realigner.data.tokens import IGNORED
 from realigner.errors import RealignerError
+from realigner.explain.example_batches import Rows
+from realigner.explain.norm_gradient import GradientParts, norm_eps, norm_kind, split_gradient
 from realigner.explain.residuals import Residuals, SiteGradients
 from realigner.explain.roles import Stream, find_stream
-from realigner.explain.rows import Rows
-from realigner.explain.split import GradientParts, norm_eps, norm_kind, split_gradient
 from realigner.irm import IRM
 
 TOKENS = ("first", "delimiter", "rest")  # kinds of token: massive activations live in the first two

@@ -19,10 +19,10 @@ import torch
 from transformers import PreTrainedModel
 
 import realigner.explain.edits as edits
-from realigner.analysis.runs import leading_score
+from realigner.analysis.per_run import leading_score
 from realigner.console import say
 from realigner.errors import RealignerError
-from realigner.explain.rows import Rows
+from realigner.explain.example_batches import Rows
 from realigner.explain.verdict import KINDS
 from realigner.hosts import load_host, weights_hash
 from realigner.injection import ActiveIRM

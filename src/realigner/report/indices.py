@@ -14,9 +14,9 @@ from realigner.analysis import Consensus
 from realigner.report import charts
 from realigner.report.charts import Line, short
 from realigner.report.explained import Explained
-from realigner.report.runs import Runs
-from realigner.report.tables import number, points, probability
-from realigner.report.whys import on_page
+from realigner.report.explanation_section import on_page
+from realigner.report.page_tables import number, points, probability
+from realigner.report.run_styles import Runs
 
 _MOST_PAGES = 40
 

@@ -16,12 +16,12 @@ from realigner.errors import RealignerError
 from realigner.files import refuse_existing, write_text
 from realigner.hosts import host_name, load_host
 from realigner.prompts import PAPER_PROMPTS
+from realigner.report.context import BUDGET, view
 from realigner.report.explained import Explained, home_of, irms_of, is_explained, read_explained, refuse_strangers
 from realigner.report.page import is_signed, render_page, script
-from realigner.report.view import BUDGET, view
 from realigner.traces import load_trace
+from realigner.traces.collect import find_runs, sources_of, trace_runs
 from realigner.traces.store import is_trace, refuse_trace
-from realigner.tracing import find_runs, sources_of, trace_runs
 from realigner.training import read_metrics, read_run
 from realigner.tuner import CONFIG_FILE, check_adapter
 

@@ -14,16 +14,17 @@ import xarray as xr
 from markupsafe import Markup
 
 from realigner.analysis import leading_indices, run_maps
-from realigner.report import charts, tables
+from realigner.report import charts
+from realigner.report import page_tables as tables
 from realigner.report.charts import Line, short
 from realigner.report.explained import Explained
+from realigner.report.explanation_section import MARKS, whys
 from realigner.report.indices import index_pages
-from realigner.report.maps import explorer, questions
-from realigner.report.runs import Runs
-from realigner.report.whys import MARKS, whys
+from realigner.report.run_styles import Runs
+from realigner.report.token_maps import explorer, questions
 
 if TYPE_CHECKING:
-    from realigner.report.build import Evidence
+    from realigner.report.render import Evidence
 
 _BINS = 20  # of the histograms over a text
 BUDGET = 14_500_000  # bytes of a page; what everything else leaves is spent on maps token by token

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from realigner.console import say
 from realigner.errors import RealignerError
 from realigner.explain.ablate import against_controls
-from realigner.explain.case import Case, read_runs
 from realigner.explain.explanation import Explanation
+from realigner.explain.index_study import Case, read_runs
 from realigner.explain.predict import correlations, explained, gain_to_be_seen_as_the_median
 from realigner.explain.trials import FULL, QUICK, Bench, Outcome, say_budget, trial_table
 from realigner.explain.verdict import Evidence, conclude, index_facts, is_channel, is_seen_oddly, masked_loss

@@ -13,13 +13,13 @@ import pandas as pd
 import xarray as xr
 from transformers import PreTrainedModel, set_seed
 
-from realigner.analysis.runs import leading_score
+from realigner.analysis.per_run import leading_score
 from realigner.data import Row, rows_hash
 from realigner.errors import RealignerError, UsageError
 from realigner.explain.ablate import How, control_indices, delta_ablations, host_ablations
+from realigner.explain.example_batches import Rows
 from realigner.explain.measure import delimiter_ids, measure_host
 from realigner.explain.predict import measurement_table
-from realigner.explain.rows import Rows
 from realigner.explain.verdict import index_facts, refuse_index
 from realigner.explain.weights import head_tokens, weights_of
 from realigner.hosts import host_name

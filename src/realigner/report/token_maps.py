@@ -11,8 +11,8 @@ import numpy as np
 import xarray as xr
 from markupsafe import Markup
 
-from realigner.report.pack import RunTokens, TokenMaps, encode, pack, token_maps
-from realigner.report.runs import Runs
+from realigner.report.quantize import RunTokens, TokenMaps, encode, pack, token_maps
+from realigner.report.run_styles import Runs
 
 _AT_ONCE = 1 << 27  # bytes of one run's deltas that are read once and kept while they are packed
 _FINE = 4_000_000  # bytes that maps of runs may take in 16 bits

@@ -10,10 +10,11 @@ import pandas as pd
 from markupsafe import Markup
 
 from realigner.explain.verdict import KINDS, oddness, top_ranks
-from realigner.report import charts, tables
+from realigner.report import charts
+from realigner.report import page_tables as tables
 from realigner.report.charts import Axis, Dot, Line, short
 from realigner.report.explained import Ablation, Explained, Fact, Regression, Trial
-from realigner.report.runs import COLOURS, Runs
+from realigner.report.run_styles import COLOURS, Runs
 from realigner.traces.layout import UNTRAINED
 
 MARKS = {"supported": "yes", "not supported": "no", "cannot tell": "unknown"}
