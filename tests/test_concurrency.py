@@ -99,7 +99,7 @@ def test_forwards_in_threads() -> None:
 
     def gradient(strength: float) -> list[torch.Tensor]:
         loss = model(input_ids=prompts(), labels=prompts(), strength=strength).loss
-        trained = [p for p in tuner_of(model).registry.network("anger").parameters()]
+        trained = list(tuner_of(model).registry.network("anger").parameters())
         return [loss, *torch.autograd.grad(loss, trained)]
 
     want = [gradient(s) for s in strengths]
@@ -278,7 +278,8 @@ def test_where_on_a_host_whose_cache_knows_no_length() -> None:
 def test_a_chat_whose_strength_changes_between_turns(family: str) -> None:
     """Three turns on one cache, at 3, 0 and 1: the text of one forward in which each token has its turn's strength."""
     model = two_tones(tiny_host(family))
-    text, strengths, cache = prompts(1), [], None
+    text, cache = prompts(1), None
+    strengths: list[float] = []
     for turn, strength in enumerate((3.0, 0.0, 1.0)):
         out = tokens(model, text, strength=strength, max_new_tokens=5, past_key_values=cache, return_dict_in_generate=True)
         cache, sequences = out.past_key_values, out.sequences

@@ -47,7 +47,7 @@ ROWS: list[Any] = ["__base__", "anger", "sadness", ("anger", "sadness")]
 SCALE = {"anger": 1.0, "sadness": 0.5}
 
 
-def alone(model: Any, row: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+def alone(model: Any, row: Any, ids: torch.Tensor, **options: Any) -> Any:
     """One row by itself, with its IRMs set active in the ordinary way."""
     if row == "__base__":
         with model.disable_adapter():

@@ -108,7 +108,7 @@ class AdapterRegistry(nn.Module, BaseTunerLayer):
         # Strengths follow the IRMs from device to device, but keep their precision.
         for name, value in self.default.strengths.items():
             self.default.strengths[name] = value if value.is_meta else torch.ones((), device=fn(value).device)
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Nothing to do: PEFT asks after loading, and the weights were loaded onto the device already."""

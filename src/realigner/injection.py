@@ -5,8 +5,8 @@ The contract:
 1. Nothing of the host is replaced or changed: hooks are registered, and `Injector.detach` removes them all.
 2. ``residual = x + branch`` becomes ``x + (branch + delta)`` (form A of docs/architecture.md): nothing is mutated, it
    holds for parallel layers, and a delta of zero is bit-exact.
-3. The deltas of a forward live in a `ForwardContext` made for that forward, with the settings it began with. Where gradients are
-   recorded it is handed down as a keyword argument, so that a second forward before the first backward, and a recomputed
+3. The deltas of a forward live in a `ForwardContext` made for that forward, with the settings it began with. Where gradients
+   are recorded it is handed down as a keyword argument, so that a second forward before the first backward, and a recomputed
    (checkpointed) layer, see their own deltas. Where none are, nothing is ever recomputed: it is kept with the thread
    (`settings.ThreadState`) for the length of the forward, and each layer costs one hook.
 4. All deltas are computed once per forward, at layer 0; the other layers add.
@@ -167,7 +167,7 @@ class Injector:
             )
         deltas: dict[int, torch.Tensor] = {}
         for active in context.active:
-            factor = context.settings.factor(active.strength.to(h0.device), *h0.shape[:2], context.start)
+            factor = context.settings.factor(active.strength.to(h0.device), h0.shape[0], h0.shape[1], context.start)
             own = active.irm(h0)
             own = (own * factor).to(own.dtype)  # rounded once, whatever the factor's shape
             for observer in (*self.observers, *context.settings.observers):

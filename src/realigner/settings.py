@@ -80,10 +80,7 @@ class Settings:
                 strength = strength.repeat_interleave(repeats, dim=0)
             elif batch != rows:
                 raise UsageError(f"strength or adapter_names: {rows} given for a batch of {batch} rows; give one for each row")
-        if strength.dim() == 2:
-            strength = self._of_tokens(strength, positions, start)
-        else:
-            strength = strength[..., None]
+        strength = self._of_tokens(strength, positions, start) if strength.dim() == 2 else strength[..., None]
         if self.where != "all":
             strength = strength * self._acts(positions, start, strength.device)
         return strength[..., None, None]
@@ -226,4 +223,4 @@ def _inherit() -> None:
             thread._irm_blocks = tuple(_blocks.open)  # type: ignore[attr-defined]
         start(thread)
 
-    threading.Thread.start = start_with_settings  # type: ignore[method-assign]
+    threading.Thread.start = start_with_settings  # type: ignore[method-assign, assignment]

@@ -359,16 +359,16 @@ register_peft_method(name=PEFT_NAME, config_cls=IRMConfig, model_cls=IRMModel)
 def strength(model: nn.Module, value: Strength = 1.0, adapter: str | None = None, where: Where | None = None) -> Iterator[None]:
     """Scale the deltas of IRMs in the calls of a block: 0 is the bare host, 1 the IRM as trained.
 
-    The block holds for the thread it is in and for threads begun inside it (a streamer's), not for others; a generation keeps the
-    settings it began with. In coroutines, which share a thread, and in pools give ``strength=`` to the call instead.
+    The block holds for the thread it is in and for threads begun inside it (a streamer's), not for others; a generation keeps
+    the settings it began with. In coroutines, which share a thread, and in pools give ``strength=`` to the call instead.
 
     A token's keys and values stay in a cache as they were made. So a text whose cache goes on under other settings is
     the text of one forward with a strength for each token: those of the time when each was read.
 
     Args:
         model: a model with an IRM, wrapped (DataParallel, DDP, compiled) or not.
-        value: a number of at most 1000 either way (negative values push the other way), one for each row of the batch ``[row]``,
-            one for each token ``[row, position]`` (in ``generate`` counted from the prompt's first token; the last
+        value: a number of at most 1000 either way (negative values push the other way), one for each row of the batch
+            ``[row]``, one for each token ``[row, position]`` (in ``generate`` counted from the prompt's first token; the last
             column holds for the rest), or a mapping from an IRM's name to any of these.
         adapter: the IRM to scale, active or not (setting one does not make it active); every loaded one when None.
         where: the tokens that IRMs act on when generating: ``"all"``, ``"prompt"``, ``"reply"``, or a number of tokens from the

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from realigner.injection import ActiveIRM, Injector
-from realigner.probe import INPUT, first_hidden, first_tensor
-from realigner.sites import HostSites, Site
+from realigner.probe import first_hidden, first_tensor
+from realigner.sites import INPUT, HostSites, Site
 
 
 class Residuals:
