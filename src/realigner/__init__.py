@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from realigner import analysis, census, data, generation, hosts
     from realigner.data import Row, authored, read_rows
     from realigner.errors import RealignerError, UsageError
-    from realigner.generation import answer
+    from realigner.generation import answer, stream
     from realigner.hosts import Fingerprint, fingerprint, load_host, weights_hash
     from realigner.irm import IRM
     from realigner.locate import find_sites
     from realigner.report import build_report
+    from realigner.runtime import Runtime, load
     from realigner.traces import import_reference, join_traces, load_trace, record, replay, save_trace
     from realigner.training import Recipe, Run, train
     from realigner.tuner import IRMConfig, load_irm, strength
@@ -49,6 +50,7 @@ _HOMES = {
     "Recipe": "training",
     "Row": "data",
     "Run": "training",
+    "Runtime": "runtime",
     "UsageError": "errors",
     "analysis": "",
     "answer": "generation",
@@ -63,6 +65,7 @@ _HOMES = {
     "join_traces": "traces",
     "replay": "traces",
     "fingerprint": "hosts",
+    "load": "runtime",
     "load_host": "hosts",
     "load_irm": "tuner",
     "load_trace": "traces",
@@ -70,6 +73,7 @@ _HOMES = {
     "record": "traces",
     "save_trace": "traces",
     "strength": "tuner",
+    "stream": "generation",
     "train": "training",
     "weights_hash": "hosts",
 }
@@ -82,6 +86,7 @@ __all__ = [
     "Recipe",
     "Row",
     "Run",
+    "Runtime",
     "UsageError",
     "__version__",
     "analysis",
@@ -96,6 +101,7 @@ __all__ = [
     "fingerprint",
     "import_reference",
     "join_traces",
+    "load",
     "load_host",
     "load_irm",
     "load_trace",
@@ -104,6 +110,7 @@ __all__ = [
     "replay",
     "save_trace",
     "strength",
+    "stream",
     "train",
     "weights_hash",
 ]

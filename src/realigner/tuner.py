@@ -31,7 +31,7 @@ from realigner.hosts import Fingerprint, fingerprint
 from realigner.injection import Injector, refuse_attached
 from realigner.irm import IRMShape
 from realigner.locate import find_layers, find_sites
-from realigner.settings import Generation, Settings, Strength, Where
+from realigner.settings import Generation, Settings, Strength, Where, check_strength
 
 PEFT_NAME = "irm"
 CONFIG_FILE = "adapter_config.json"
@@ -69,6 +69,7 @@ class IRMConfig(PeftConfig, IRMShape):
         layers_path: where the host's decoder layers are, for a host on which the probe cannot tell.
         tone: the tone it was trained for, if any.
         template: how prompts are put to it: ``"chat"``, the host's own way, or ``"plain"``, the paper's.
+        strength: at which it is best used (1: as trained); `runtime.load` goes by it, an IRM attached by PEFT acts at 1.
         host: the fingerprint of the host it belongs to (`hosts.Fingerprint`).
         site: what the probe found on that host (`sites.HostSites.summary`).
 
@@ -83,6 +84,7 @@ class IRMConfig(PeftConfig, IRMShape):
     layers_path: str | None = None
     tone: str | None = None
     template: str = "chat"
+    strength: float = 1.0
     host: dict[str, Any] | None = None
     site: dict[str, Any] | None = None
 
@@ -92,7 +94,9 @@ class IRMConfig(PeftConfig, IRMShape):
         self.peft_type = _PEFT_TYPE
         self.validate()
         if self.template not in TEMPLATES:
-            raise UsageError(f"template: {self.template!r} is none of {', '.join(TEMPLATES)}")
+            raise UsageError(f"template: {self.template!r} is not one of {', '.join(TEMPLATES)}")
+        if check_strength(self.strength).dim():
+            raise UsageError(f"strength: {self.strength!r} is not a number")
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON values; a converted host goes by its name, not by this machine's cache folder."""
@@ -116,18 +120,33 @@ class IRMConfig(PeftConfig, IRMShape):
         return config
 
 
+def adapter_folder(folder: str | Path) -> Path:
+    """The folder that holds the adapter: itself, or its only subfolder that does (PEFT saves a named adapter into one).
+
+    Raises:
+        RealignerError: when there is none, or several, naming them.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RealignerError(f"{folder}: there is no such adapter folder")
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    if len(inside) > 1:
+        raise RealignerError(f"{folder}: holds several adapters; give one of {', '.join(map(str, inside))}")
+    if not inside:
+        raise RealignerError(f"{folder}: not an adapter folder, it has no {CONFIG_FILE}")
+    return inside[0]
+
+
 def check_adapter(folder: str | Path) -> dict[str, Any]:
     """Check an adapter's two files without a host and return its config's values.
 
     Raises:
         RealignerError: when a file is missing, truncated, pickled, or not an IRM's.
     """
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     path = folder / CONFIG_FILE
-    if not folder.is_dir():
-        raise RealignerError(f"{folder}: there is no such adapter folder")
-    if not path.is_file():
-        raise RealignerError(f"{folder}: not an adapter folder, it has no {CONFIG_FILE}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -197,6 +216,53 @@ class IRMModel(BaseTuner):
         settings = self.registry.settings(self.settings, strength, where)
         settings = replace(settings, irms=self.registry.enabled(), generation=Generation(prompt, max(repeats)))
         return self._run(self.model.generate, settings, args, kwargs)
+
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: Any = None,
+        continuous_batching_config: Any = None,
+        strength: Strength | None = None,
+        adapter_names: Sequence[str | tuple[str, ...]] | None = None,
+        where: Where | list[Where] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """The host's ``generate_batch`` (continuous batching), with settings for each request.
+
+        Args:
+            inputs: the prompts as tokens.
+            generation_config, continuous_batching_config: transformers'.
+            strength: a number, or a list with one for each request; or a mapping from IRM to either.
+            adapter_names: the IRMs of each request, as in `generate`.
+            where: of all requests, or a list with one for each.
+            options: of transformers' ``add_request``: ``max_new_tokens``, ``eos_token_id``, ...; its ``warmup``,
+                ``progress_bar`` and ``persistent_manager`` are of no effect.
+
+        Returns:
+            Request id -> transformers' ``GenerationOutput``, in the order of `inputs`.
+        """
+        from realigner.batching import (
+            BatchManager,
+            of_request,
+        )  # imports transformers' continuous batching: for those who use it
+
+        for unused in ("warmup", "progress_bar", "persistent_manager"):
+            options.pop(unused, None)
+        if not inputs:
+            return {}
+        each = {"strength": strength, "irms": None if adapter_names is None else list(adapter_names), "where": where}
+        count = len(inputs)
+        chosen = [{key: of_request(value, n, count, key) for key, value in each.items()} for n in range(count)]
+        longest = max(len(prompt) for prompt in inputs), int(options.get("max_new_tokens") or 0)
+        done: dict[str, Any] = {}
+        with BatchManager(self, generation_config, continuous_batching_config, (*longest, count)) as batch:
+            requests = [batch.add_request(prompt, **own, **options) for prompt, own in zip(inputs, chosen, strict=True)]
+            while len(done) < batch.replies * len(requests):
+                output = batch.next()
+                if output.is_finished():
+                    done[output.request_id] = output
+        order = [[*(f"{name}__child#{n}" for n in range(batch.replies - 1)), name] for name in requests]
+        return {name: done[name] for names in order for name in names}
 
     @property
     def settings(self) -> Settings:
@@ -421,7 +487,9 @@ def template_of(model: nn.Module) -> str:
 def load_irm(host: nn.Module, folder: str | Path, adapter_name: str = "default", trainable: bool = False) -> PeftModel:
     """`PeftModel.from_pretrained` for a local folder, with every refusal a `RealignerError` of one line."""
     check_adapter(folder)
-    model: PeftModel = PeftModel.from_pretrained(host, str(folder), adapter_name=adapter_name, is_trainable=trainable)
+    model: PeftModel = PeftModel.from_pretrained(
+        host, str(adapter_folder(folder)), adapter_name=adapter_name, is_trainable=trainable
+    )
     return model
 
 
