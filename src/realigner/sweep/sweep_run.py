@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from realigner.errors import RealignerError, UsageError
-from realigner.files import write_text
+from realigner.files import locked_file, made_folder, write_text
 from realigner.sweep.grid import RunSpec
 from realigner.sweep.sweep_table import StateTable
 from realigner.sweep.worker import Job
@@ -116,20 +116,10 @@ def states_of(runs: Sequence[RunSpec], out: Path) -> dict[str, str]:
 @contextmanager
 def _settled(out: Path, runs: Sequence[RunSpec]) -> Iterator[None]:
     """Make the sweep's folder, or check that it is this sweep's; write what each run is; hold it for this process."""
-    import fcntl
-
     if out.exists() and not (out / SWEEP_FILE).is_file() and (not out.is_dir() or any(p.name != _LOCK for p in out.iterdir())):
         raise RealignerError(f"{out}: is not a sweep's folder; choose another out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / _LOCK).open("a")
-    except OSError as error:
-        raise RealignerError(f"{out}: cannot be written ({error.strerror or error})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RealignerError(f"{out}: another process is running this sweep; wait for it, or stop it first") from None
+    made_folder(out)
+    with locked_file(out / _LOCK, f"{out}: another process is running this sweep; wait for it, or stop it first"):
         before = _index(out)
         if before and not before.keys() & {run.name for run in runs}:
             raise RealignerError(
