@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,11 @@ from realigner.sweep.grid import RunSpec
 from realigner.sweep.sweep_table import StateTable
 from realigner.sweep.worker import Job
 from realigner.training import run_dir
-from realigner.training.recipe import Recipe, to_yaml
+from realigner.training.recipe import to_yaml
 
 SWEEP_FILE = "sweep.json"
 _LOCK = ".lock"
 BACKENDS = ("local", "ray", "here")
-Report = Callable[[str, str, str], None]  # (run, state, note)
 
 
 @dataclass(frozen=True)
@@ -142,13 +141,18 @@ def _index(out: Path) -> dict[str, Any]:
 
 
 def _jobs(runs: Sequence[RunSpec], out: Path, workers: int) -> list[Job]:
-    """The runs as jobs. Threads are settled here: with another number of them a sum's last bits can differ."""
+    """The runs as jobs, with absolute paths: a worker may be in another folder.
+
+    Threads are settled here: with another number of them a sum's last bits can differ.
+    """
     place, share = out.resolve(), max(1, _cores() // workers)
     jobs = []
     for run in runs:
-        threads = run.recipe.threads or share
+        host, data, threads = run.recipe.host, run.recipe.data, run.recipe.threads or share
+        host = str(Path(host).resolve()) if host and Path(host).exists() else host
+        data = str(Path(data).resolve()) if data and data != "authored" else data
         file = place / "recipes" / f"{run.name}.yaml"
-        write_text(file, to_yaml(_anywhere(run.recipe).changed(threads=threads)))
+        write_text(file, to_yaml(run.recipe.model_copy(update={"host": host, "data": data, "threads": threads})))
         jobs.append(Job(run.name, str(file), str(place / run.name), str(place / "logs" / f"{run.name}.log"), threads))
     return jobs
 
@@ -156,13 +160,6 @@ def _jobs(runs: Sequence[RunSpec], out: Path, workers: int) -> list[Job]:
 def _cores() -> int:
     """The cores that this process may use (a scheduler may have given it some of the machine's)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _anywhere(recipe: Recipe) -> Recipe:
-    """The recipe with whole paths: a worker may be in another folder."""
-    host = str(Path(recipe.host).resolve()) if recipe.host and Path(recipe.host).exists() else None
-    data = str(Path(recipe.data).resolve()) if recipe.data and recipe.data != "authored" else None
-    return recipe.changed(host=host, data=data)
 
 
 @contextmanager

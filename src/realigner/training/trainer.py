@@ -56,7 +56,7 @@ def evaluation_every(recipe: Recipe, rows: int) -> int:
 
 
 def trainer_arguments(recipe: Recipe, rows: int, work: Path, cpu: bool, resuming: bool) -> TrainingArguments:
-    """The recipe in Trainer's words.
+    """The recipe as Trainer's arguments.
 
     Raises:
         RealignerError: when a step's rows cannot be shared evenly among the processes.

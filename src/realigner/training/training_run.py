@@ -45,7 +45,7 @@ _FSDP = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is finished or was interrupted: its folder, the model with the IRM attached, and what run.json says."""
+    """A run that is finished or was interrupted: its folder, the model with the IRM attached, and its run.json."""
 
     folder: Path
     model: PeftModel
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def interrupted(self) -> bool:
-        """Whether a signal ended it; `train` with ``resume=True`` goes on."""
+        """Whether a signal ended it; `train` with ``resume=True`` continues it."""
         return bool(self.record.get("interrupted"))
 
 
