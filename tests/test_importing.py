@@ -394,21 +394,21 @@ def test_mappings() -> None:
     assert parse_mapping([]) == {}
     assert parse_mapping(["question=a=b", " text = c "]) == {"question": "a=b", "text": " c "}
     for bad in ("question", "question=", "=prompt", "", "question= "):
-        refused(lambda bad=bad: parse_mapping([bad]), "--map question=prompt", UsageError)  # type: ignore[misc]
+        refused(lambda bad=bad: parse_mapping([bad]), r"e\.g\. question=prompt", UsageError)  # type: ignore[misc]
     refused(lambda: parse_mapping(["text=a", "text=b"]), "mapped to 'a' already", UsageError)
-    refused(lambda: parse_mapping(["source=a"]), f"'source' is no field of a row; map {', '.join(FIELDS)}", UsageError)
+    refused(lambda: parse_mapping(["source=a"]), f"'source' is not a field of a row; map {', '.join(FIELDS)}", UsageError)
 
 
 @pytest.mark.parametrize("name", ["c.csv", "c.jsonl", "c.json", "c.parquet", "c"])
 def test_columns_that_are_not_there(tmp_path: Path, name: str) -> None:
     path = save(tmp_path / name, CHATS)
     there = "the columns are 'prompt', 'response', 'topic'"
-    assert there in refused(lambda: import_rows(path, "a"), "--map question=COLUMN --map text=COLUMN", UsageError)
-    refused(lambda: import_rows(path, "a", {"question": "prompt"}), "no column 'text'.*--map text=COLUMN$", UsageError)
+    assert there in refused(lambda: import_rows(path, "a"), "map question=COLUMN, text=COLUMN", UsageError)
+    refused(lambda: import_rows(path, "a", {"question": "prompt"}), "no column 'text'.*map text=COLUMN$", UsageError)
     assert there in refused(lambda: import_rows(path, "a", {**AS_OURS, "id": "nr"}), "no such column", UsageError)
-    refused(lambda: import_rows(path, mapping=AS_OURS), "--tone is needed", UsageError)
-    refused(lambda: import_rows(path, " ", AS_OURS), "--tone is empty", UsageError)
-    refused(lambda: import_rows(path, "a", {"txt": "prompt"}), "'txt' is no field", UsageError)
+    refused(lambda: import_rows(path, mapping=AS_OURS), "tone is needed", UsageError)
+    refused(lambda: import_rows(path, " ", AS_OURS), "tone: is empty", UsageError)
+    refused(lambda: import_rows(path, "a", {"txt": "prompt"}), "'txt' is not a field", UsageError)
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def _entry(model_type: str) -> Entry:
             host(input_ids=torch.arange(3, 10)[None], use_cache=False)
     except Exception as error:  # a newer transformers may ask anything of a config; the census goes on and says so
         return Entry(model_type, reason=_why(error))
-    generation_error = _generates(host)
+    generation_error = _generation_error(host)
     try:
         entry = prove(host, generates=not generation_error)
     except Exception as error:  # the bare host runs, and with an IRM it does not: accepted and wrong
@@ -232,7 +232,7 @@ def _entry(model_type: str) -> Entry:
     return entry
 
 
-def _generates(host: Any) -> str:
+def _generation_error(host: Any) -> str:
     """Empty when the bare host generates with a cache; else why not."""
     ids = torch.arange(3, 10)[None]
     try:

@@ -25,7 +25,7 @@ from realigner.explain.weights import head_tokens, weights_of
 from realigner.hosts import host_name
 from realigner.irm import IRM
 from realigner.traces.layout import UNTRAINED
-from realigner.training.preflight import prepare, shape_of
+from realigner.training.batches import prepare
 from realigner.training.recipe import Recipe, read_recipe
 from realigner.training.run_dir import RECIPE_FILE, read_run
 from realigner.training.training_run import recipe_rows
@@ -217,7 +217,7 @@ def _untrained(host: PreTrainedModel, recipe: Recipe) -> IRM:
     """The network of a run as it was before training."""
     text = host.config.get_text_config(decoder=True)
     set_seed(recipe.seed)
-    network = shape_of(recipe).build(int(text.hidden_size), int(text.num_hidden_layers))
+    network = recipe.shape.build(int(text.hidden_size), int(text.num_hidden_layers))
     return network.to(next(host.parameters()).device).eval()
 
 

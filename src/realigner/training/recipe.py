@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from realigner.errors import RealignerError, UsageError
+
+if TYPE_CHECKING:
+    from realigner.irm import IRMShape
 
 BUILT_IN = ("default", "paper")
 _FOLDER = Path(__file__).parent / "recipes"
@@ -148,6 +152,13 @@ class Recipe(BaseModel):
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} cannot be divided into {self.accumulate} equal parts (accumulate)")
         return self
+
+    @property
+    def shape(self) -> IRMShape:
+        """The network that it asks for."""
+        from realigner.irm import IRMShape
+
+        return IRMShape(**{field.name: getattr(self, field.name) for field in fields(IRMShape)})
 
     def changed(self, **values: Any) -> Recipe:
         """Another recipe with these values, those that are None left as they are.
