@@ -100,7 +100,7 @@ def explain(
     budget = budget if steps is None else replace(budget, steps=steps)
     runs = read_runs(folders)
     if trials and any(recipe.host is None for _, recipe in runs.values()):
-        raise RealignerError("explain: a run's host was made in Python, so it cannot be trained again; use trials=False")
+        raise RealignerError("explain: a run's host was made in Python, so it cannot be trained again (trials=False leaves trials out)")
     check_index(index, int(host.config.get_text_config(decoder=True).hidden_size))
     made_folder(out)
 
@@ -137,7 +137,7 @@ def explain(
     scores = {"IRMs": mean_score, UNTRAINED: study.scores[UNTRAINED]}
     predicted = {name: cross_validated_r2(study.measured, score) for name, score in scores.items()}
     results = trial_results(outcomes) or None
-    ablated = {
+    ablated: dict[str, dict[str, dict[str, float]]] = {
         name: {how: against_controls(own, how) | {"size": study.size_ratio(name, index, own)} for how in budget.hows}
         for name, own in ablations.items()
     }

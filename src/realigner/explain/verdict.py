@@ -88,7 +88,7 @@ def top_ranks(width: int) -> int:
 def check_index(index: int | None, width: int) -> None:
     """Raise UsageError for an index that a host of this width does not have."""
     if index is not None and not 0 <= index < width:
-        raise UsageError(f"explain: index={index}: this host has indices 0 to {width - 1}")
+        raise UsageError(f"explain: index {index}: this host has indices 0 to {width - 1}")
 
 
 def index_facts(measured: pd.DataFrame, index: int) -> list[IndexFact]:
