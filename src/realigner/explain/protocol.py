@@ -100,7 +100,9 @@ def explain(
     budget = budget if steps is None else replace(budget, steps=steps)
     runs = read_runs(folders)
     if trials and any(recipe.host is None for _, recipe in runs.values()):
-        raise RealignerError("explain: a run's host was made in Python, so it cannot be trained again (trials=False leaves trials out)")
+        raise RealignerError(
+            "explain: a run's host was made in Python, so it cannot be trained again (trials=False leaves trials out)"
+        )
     check_index(index, int(host.config.get_text_config(decoder=True).hidden_size))
     made_folder(out)
 
