@@ -288,7 +288,7 @@ def test_memory_does_not_grow_with_the_text() -> None:
         for _ in range(tokens):
             batch.add(torch.randn(1, 4, 64), np.zeros(1, dtype=np.int64), np.ones(1, dtype=bool))
         (row,) = batch.rows
-        sums = [getattr(part, key) for part in row.parts if part.count for key in TEXT_SUMS]
+        sums: list[torch.Tensor] = [getattr(part, key) for part in row.parts if part.count for key in TEXT_SUMS]
         large = sum(value.numel() for value in sums) + sum(part[0].numel() for part in batch._waiting)
         assert 50 <= row.candidates <= 100
         return large + sum(len(part) for part in row.tokens["energy"]) - tokens
