@@ -14,7 +14,8 @@ import realigner as ra
 SOURCE = Path(ra.__file__).parent
 # From the cellar up; a room may import rooms named before it.
 FLOORS = [
-    "lazy", "errors", "files", "console", "irm", "hosts", "probe", "sites", "injection", "bank", "tuner", "oracle", "tiny",
+    "lazy", "errors", "files", "console", "irm", "gguf_cache", "hosts", "probe", "sites", "fingerprints", "injection", "bank",
+    "tuner", "oracle", "tiny",
     "census", "data", "generation", "training", "sweep", "traces", "tracing", "analysis", "explain", "report", "demo", "cli",
 ]  # fmt: skip
 

@@ -27,7 +27,8 @@ from torch import nn
 
 from realigner.bank import IRMBank, Strength, strength_tensors
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import Fingerprint, fingerprint
+from realigner.fingerprints import Fingerprint, fingerprint
+from realigner.hosts import folder_of
 from realigner.injection import Injector, refuse_attached
 from realigner.irm import IRMShape
 from realigner.sites import find_layers, find_sites
@@ -68,7 +69,7 @@ class IRMConfig(PeftConfig, IRMShape):
         layers_path: where the host's decoder layers are, for a host on which the probe cannot tell.
         tone: the tone it was trained for, if any.
         template: how prompts are put to it: ``"chat"``, the host's own way, or ``"plain"``, the paper's.
-        host: the fingerprint of the host it belongs to (`hosts.Fingerprint`).
+        host: the fingerprint of the host it belongs to (`fingerprints.Fingerprint`).
         site: what the probe found on that host (`sites.HostSites.summary`).
 
     Raises:
@@ -112,6 +113,8 @@ class IRMConfig(PeftConfig, IRMShape):
             check_adapter(folder)
         config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         assert isinstance(config, IRMConfig)
+        if config.base_model_name_or_path:
+            config.base_model_name_or_path = folder_of(config.base_model_name_or_path)
         return config
 
 
@@ -405,7 +408,8 @@ def _bind(config: IRMConfig, host: Fingerprint, site: dict[str, Any]) -> None:
 def _same_site(saved: Any, found: Any) -> bool:
     """Equal, but for numbers that the probe fitted (in another precision they come out a little different)."""
     if isinstance(saved, dict) and isinstance(found, dict):
-        return saved.keys() == found.keys() and all(_same_site(saved[key], found[key]) for key in saved)
+        # Where the layers are depends on the class (text-only, multimodal); that they are the same the fingerprint tells.
+        return saved.keys() == found.keys() and all(_same_site(saved[key], found[key]) for key in saved if key != "layers")
     if isinstance(saved, list) and isinstance(found, list):
         return len(saved) == len(found) and all(_same_site(*pair) for pair in zip(saved, found, strict=True))
     if isinstance(saved, float) and isinstance(found, float):

@@ -24,7 +24,8 @@ from realigner.console import say
 from realigner.errors import RealignerError
 from realigner.explain.rows import Rows
 from realigner.explain.verdict import KINDS
-from realigner.hosts import load_host, weights_hash
+from realigner.fingerprints import weights_hash
+from realigner.hosts import load_host
 from realigner.injection import ActiveIRM
 from realigner.sweep.grid import Planned, Sweep, plan
 from realigner.sweep.run import run_sweep

@@ -29,8 +29,9 @@ from realigner.console import progress, say
 from realigner.data import PAPER_PROMPTS, Row, authored, read_rows, rows_hash
 from realigner.errors import RealignerError, UsageError
 from realigner.files import write_text
+from realigner.fingerprints import fingerprint, weights_hash
 from realigner.generation import answer
-from realigner.hosts import fingerprint, host_name, load_config, load_host, load_tokenizer, weights_hash
+from realigner.hosts import host_name, load_config, load_host, load_tokenizer
 from realigner.training.card import card
 from realigner.training.curve import save_curve
 from realigner.training.guards import Prepared, check_memory, estimate_memory, prepare
