@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 import realigner as ra
 from realigner.data import encode_rows, split_rows
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import weights_hash
+from realigner.fingerprints import weights_hash
 from realigner.training import make_recipe, read_metrics, read_recipe, read_run, train, train_recipe
 from realigner.tuner import IRMConfig, load_irm, template_of, tuner_of
 from tests.tiny import some_rows, tiny_folder, tiny_pair

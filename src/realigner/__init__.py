@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from realigner import analysis, census, data, generation, hosts
     from realigner.data import Row, authored, read_rows
     from realigner.errors import RealignerError, UsageError
+    from realigner.fingerprints import Fingerprint, fingerprint, weights_hash
     from realigner.generation import answer, stream
-    from realigner.hosts import Fingerprint, fingerprint, load_host, weights_hash
+    from realigner.hosts import load_host
     from realigner.irm import IRM
     from realigner.locate import find_sites
     from realigner.report import build_report
@@ -45,7 +46,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "IRM": "irm",
     "IRMConfig": "tuner",
-    "Fingerprint": "hosts",
+    "Fingerprint": "fingerprints",
     "RealignerError": "errors",
     "Recipe": "training",
     "Row": "data",
@@ -64,7 +65,7 @@ _HOMES = {
     "import_reference": "traces",
     "join_traces": "traces",
     "replay": "traces",
-    "fingerprint": "hosts",
+    "fingerprint": "fingerprints",
     "load": "runtime",
     "load_host": "hosts",
     "load_irm": "tuner",
@@ -75,7 +76,7 @@ _HOMES = {
     "strength": "tuner",
     "stream": "generation",
     "train": "training",
-    "weights_hash": "hosts",
+    "weights_hash": "fingerprints",
 }
 
 __all__ = [

@@ -27,7 +27,8 @@ from torch import nn
 
 from realigner.adapters import AdapterRegistry
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import Fingerprint, fingerprint
+from realigner.fingerprints import Fingerprint, fingerprint
+from realigner.hosts import folder_of
 from realigner.injection import Injector, refuse_attached
 from realigner.irm import IRMShape
 from realigner.locate import find_layers, find_sites
@@ -70,7 +71,7 @@ class IRMConfig(PeftConfig, IRMShape):
         tone: the tone it was trained for, if any.
         template: how prompts are put to it: ``"chat"``, the host's own way, or ``"plain"``, the paper's.
         strength: at which it is best used (1: as trained); `runtime.load` goes by it, an IRM attached by PEFT acts at 1.
-        host: the fingerprint of the host it belongs to (`hosts.Fingerprint`).
+        host: the fingerprint of the host it belongs to (`fingerprints.Fingerprint`).
         site: what the probe found on that host (`sites.HostSites.summary`).
 
     Raises:
@@ -117,6 +118,8 @@ class IRMConfig(PeftConfig, IRMShape):
             check_adapter(folder)
         config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         assert isinstance(config, IRMConfig)
+        if config.base_model_name_or_path:
+            config.base_model_name_or_path = folder_of(config.base_model_name_or_path)
         return config
 
 
@@ -509,7 +512,8 @@ def _bind(config: IRMConfig, host: Fingerprint, site: dict[str, Any]) -> None:
 def _same_site(saved: Any, found: Any) -> bool:
     """Equal, but for numbers that the probe fitted (in another precision they come out a little different)."""
     if isinstance(saved, dict) and isinstance(found, dict):
-        return saved.keys() == found.keys() and all(_same_site(saved[key], found[key]) for key in saved)
+        # Where the layers are depends on the class (text-only, multimodal); that they are the same the fingerprint tells.
+        return saved.keys() == found.keys() and all(_same_site(saved[key], found[key]) for key in saved if key != "layers")
     if isinstance(saved, list) and isinstance(found, list):
         return len(saved) == len(found) and all(_same_site(*pair) for pair in zip(saved, found, strict=True))
     if isinstance(saved, float) and isinstance(found, float):

@@ -24,7 +24,8 @@ from realigner.errors import RealignerError
 from realigner.explain.example_batches import ExampleBatches
 from realigner.explain.explanation import TrialResult
 from realigner.explain.verdict import KINDS
-from realigner.hosts import load_host, weights_hash
+from realigner.fingerprints import weights_hash
+from realigner.hosts import load_host
 from realigner.injection import ActiveIRM
 from realigner.sweep.grid import RunSpec, Sweep, plan
 from realigner.sweep.sweep_run import run_sweep

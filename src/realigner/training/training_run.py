@@ -27,8 +27,9 @@ from realigner.console import progress, say
 from realigner.data import TONES, Row, authored, read_rows
 from realigner.errors import RealignerError, UsageError
 from realigner.files import made_folder, write_text
+from realigner.fingerprints import fingerprint, weights_hash
 from realigner.generation import answer
-from realigner.hosts import fingerprint, host_name, load_config, load_host, load_tokenizer, weights_hash
+from realigner.hosts import host_name, load_config, load_host, load_tokenizer
 from realigner.prompts import PAPER_PROMPTS
 from realigner.training import run_dir
 from realigner.training.batches import Prepared, prepare
