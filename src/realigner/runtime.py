@@ -99,13 +99,9 @@ def load(
     )
     folders = {name: find_irm(source) for name, source in given.items()}
     configs = {name: check_adapter(folder) for name, folder in folders.items()}
-    if configs and host is None:
-        first = next(iter(configs))
-        host = host_of(configs[first])
-        if not host:
-            raise UsageError(f"{folders[first]}: its config names no host; give it with host=")
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "revision": revision}
-    base, tokenizer = load_host(str(host or EMBEDDED), **options)
+    first = next(iter(folders.values()), None)
+    base, tokenizer = load_host(str(host or EMBEDDED), **options) if first is None else load_host_of(first, host, **options)
     model: PreTrainedModel | PeftModel = base
     for name, folder in folders.items():
         if isinstance(model, PeftModel):
@@ -113,6 +109,25 @@ def load(
         else:
             model = load_irm(base, folder, name)
     return Runtime(model, tokenizer, {name: float(config.get("strength", 1.0)) for name, config in configs.items()})
+
+
+def load_host_of(irm: Source, host: Source | None = None, **options: Any) -> tuple[PreTrainedModel, Any]:
+    """The host that an IRM was made for, or the one given, and its tokenizer; the adapter's files are checked first.
+
+    Args:
+        irm: an adapter's folder.
+        host: by default the one that the IRM's config names.
+        options: of `hosts.load_host`.
+
+    Raises:
+        UsageError: when the config names no host and none is given.
+        RealignerError: when the IRM is damaged, or the host is not found.
+    """
+    config = check_adapter(irm)
+    name = host or (config.get("host") or {}).get("name") or config.get("base_model_name_or_path")
+    if not name:
+        raise UsageError(f"{irm}: its config names no host; say which (host)")
+    return load_host(str(name), **options)
 
 
 def find_irm(source: Source) -> Path:
@@ -144,11 +159,6 @@ def ready_made() -> dict[str, Path]:
     """The IRMs that go by a name alone: those in ``irms`` in the cache folder (`hosts.cache_root`)."""
     places = sorted((cache_root() / "irms").glob(f"*/{CONFIG_FILE}"))
     return {path.parent.name: path.parent for path in places}
-
-
-def host_of(config: Mapping[str, Any]) -> str:
-    """The name of the host in an adapter's config values; empty when it has none."""
-    return str((config.get("host") or {}).get("name") or config.get("base_model_name_or_path") or "")
 
 
 def _named(sources: Sequence[Source]) -> dict[str, Source]:

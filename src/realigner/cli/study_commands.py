@@ -21,7 +21,6 @@ from realigner.cli.options import (
     Seed,
     Strength,
     Trust,
-    host_for,
     one_of,
     print_json,
     prompts_from,
@@ -58,10 +57,11 @@ def trace(
     from realigner.traces.store import refuse_trace
 
     refuse_trace(out, force)
+    from realigner.runtime import load_host_of
     from realigner.traces.collect import find_runs, sources_of, trace_runs
 
     sources = sources_of(find_runs(irm), baselines, strength)
-    loaded, tokenizer = host_for(sources[0].folder, host, dtype, device, trust_remote_code)
+    loaded, tokenizer = load_host_of(sources[0].folder, host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     recorded = trace_runs(
         sources,
         out,
@@ -150,10 +150,11 @@ def explain(
     if on == "here" and workers > 1:
         raise UsageError(f"--workers {workers}: --on here trains one after the other; give --on local or ray")
     refuse_missing(irm)
+    from realigner.runtime import load_host_of
     from realigner.traces.collect import find_runs
 
     folders = find_runs(irm)
-    loaded, tokenizer = host_for(folders[0], host, dtype, device, trust_remote_code)
+    loaded, tokenizer = load_host_of(folders[0], host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     from realigner.explain import explain as ask
 
     found = ask(folders, out, loaded, tokenizer, index, quick, trials, on, workers, quiet=as_json, steps=steps)
@@ -212,10 +213,11 @@ def report(
     with tempfile.TemporaryDirectory() as aside:
         if places := untraced(given):
             from realigner.hosts import host_name
+            from realigner.runtime import load_host_of
             from realigner.traces.collect import find_runs, trace_for_report
 
             folders = find_runs(places)
-            loaded, tokenizer = host_for(folders[0], host, dtype, device, trust_remote_code)
+            loaded, tokenizer = load_host_of(folders[0], host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
             check_hosts(given, host_name(loaded))
             made = Path(aside) / (places[0].name if places[0] in given else folders[0].name)
             trace_for_report(folders, made, loaded, tokenizer, strength, quiet=as_json)
