@@ -67,6 +67,8 @@ class BatchManager:
         self._tuner = tuner
         host = tuner.model
         self._host = type(host).__name__
+        if tuner.settings.observers:
+            raise UsageError("record: continuous batches cannot be recorded, their rows are not texts; use generate")
         if getattr(host, "_cached_continuous_batching_manager", None) is not None:
             raise RealignerError(
                 f"{self._host}: keeps an earlier manager; call its destroy_cached_continuous_batching_manager()"
