@@ -17,6 +17,7 @@ Public names are imported when they are first used, so that ``import realigner``
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -123,17 +124,21 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-class _RegisterWithPeft(MetaPathFinder):
-    """Makes IRMs known to PEFT as soon as both are imported, in whichever order, without importing PEFT ourselves.
+class _AfterImport(MetaPathFinder):
+    """Does something as soon as another package's module has run, without importing it ourselves.
 
-    Without it ``PeftModel.from_pretrained`` of an IRM would raise KeyError until `realigner.tuner` is imported. It stays in
-    place until PEFT has really run: others only ask whether PEFT could be found (transformers does).
+    It stays in place until the module has really run: others only ask whether it could be found (transformers does).
     """
 
-    asking = False
+    def __init__(self, name: str, then: Callable[[ModuleType], Any]) -> None:
+        self.name, self.then, self.asking = name, then, False
+        if name in sys.modules:
+            then(sys.modules[name])
+        else:
+            sys.meta_path.insert(0, self)
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "peft" or self.asking:
+        if name != self.name or self.asking:
             return None
         self.asking = True
         try:
@@ -144,17 +149,27 @@ class _RegisterWithPeft(MetaPathFinder):
             return spec
         execute = spec.loader.exec_module
 
-        def execute_and_register(module: ModuleType) -> None:
+        def execute_and_act(module: ModuleType) -> None:
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
             execute(module)
-            import_module("realigner.tuner")
+            self.then(module)
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec
 
 
-if "peft" in sys.modules:
-    import_module("realigner.tuner")
-else:
-    sys.meta_path.insert(0, _RegisterWithPeft())
+def _guard_vllm(module: ModuleType) -> None:
+    """TRL would start the engine, and find out at its first step that an IRM cannot be merged."""
+    start = module.VLLMGeneration.__init__
+
+    def check_and_start(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        import_module("realigner.tuner").refuse_vllm(model)
+        start(self, model, *args, **kwargs)
+
+    module.VLLMGeneration.__init__ = check_and_start
+
+
+# Without this ``PeftModel.from_pretrained`` of an IRM would raise KeyError until `realigner.tuner` is imported.
+_AfterImport("peft", lambda _: import_module("realigner.tuner"))
+_AfterImport("trl.generation.vllm_generation", _guard_vllm)

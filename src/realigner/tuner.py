@@ -21,7 +21,7 @@ import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype
-from peft.utils import PeftType, register_peft_method
+from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -39,6 +39,19 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 TEMPLATES = ("chat", "plain")
+_HOW_TO_LOAD = """
+
+## How to load
+
+PEFT knows injectable realignment models once realigner is imported (`pip install realigner`):
+
+```python
+import realigner
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+"""
 _FILE_PREFIX = "irm."  # tensors in the file are named irm.trunk.0.weight, ..., whatever host and adapter name
 
 
@@ -73,6 +86,7 @@ class IRMConfig(PeftConfig, IRMShape):
         strength: at which it is best used (1: as trained); `runtime.load` goes by it, an IRM attached by PEFT acts at 1.
         host: the fingerprint of the host it belongs to (`fingerprints.Fingerprint`).
         site: what the probe found on that host (`sites.HostSites.summary`).
+        modules_to_save: PEFT's: modules of the host (a head, say) of which a copy is trained and saved beside the IRM.
 
     Raises:
         UsageError: naming the field, for a bad value.
@@ -88,6 +102,7 @@ class IRMConfig(PeftConfig, IRMShape):
     strength: float = 1.0
     host: dict[str, Any] | None = None
     site: dict[str, Any] | None = None
+    modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
         self.task_type: Any = self.task_type or "CAUSAL_LM"
@@ -105,6 +120,13 @@ class IRMConfig(PeftConfig, IRMShape):
         if self.host and self.host.get("name"):
             values["base_model_name_or_path"] = self.host["name"]
         return values
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the config, and into PEFT's model card what it does not know: that realigner must be imported."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")
+        if card.is_file() and "import realigner" not in (text := card.read_text(encoding="utf-8")):
+            card.write_text(text.rstrip() + _HOW_TO_LOAD, encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> IRMConfig:
@@ -335,6 +357,12 @@ class IRMModel(BaseTuner):
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         BaseTunerLayer.enable_adapters(self.registry, enabled)
+        for _, wrapper in self._modules_to_save():
+            wrapper.enable_adapters(enabled)
+
+    def _modules_to_save(self) -> list[tuple[str, Any]]:
+        """The host's modules that stand in a wrapper with their trained copies, by name."""
+        return [(name, module) for name, module in self.model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget one IRM."""
@@ -355,7 +383,10 @@ class IRMModel(BaseTuner):
         cast_adapter_dtype(self.registry, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
     def _check_merge_allowed(self) -> None:
-        raise RealignerError("an IRM depends on its input, so it cannot be merged into weights; keep it attached, or unload()")
+        raise RealignerError(
+            "an IRM depends on its input, so it cannot be merged into weights; keep it attached, or unload(). Trainers that merge to "
+            "send weights to an engine (TRL with use_vllm=True) cannot train one: let transformers generate (use_vllm=False)"
+        )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Refused: see the module's docstring."""
@@ -366,6 +397,8 @@ class IRMModel(BaseTuner):
             self._check_merge_allowed()
         self.injector.detach()
         host: nn.Module = self.model
+        for name, wrapper in self._modules_to_save():
+            host.set_submodule(name, wrapper.original_module)
         if getattr(host, "peft_config", None) is self.peft_config:
             del host.peft_config
         return host
@@ -404,7 +437,11 @@ class IRMModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         tuner = tuner_of(model)
         expected = tuner.registry.network(adapter_name).state_dict()
-        given = {key.removeprefix(_FILE_PREFIX): value for key, value in state_dict.items()}
+        beside = {key: value for key, value in state_dict.items() if f".modules_to_save.{adapter_name}." in key}
+        # PEFT adds the embeddings where the vocabulary was resized; they are the host's, and it has them.
+        copies = {key for key in state_dict if (key.startswith("base_model.") and "embed" in key) or ".lm_head." in key}
+        own = state_dict.keys() - beside.keys() - copies
+        given = {key.removeprefix(_FILE_PREFIX): state_dict[key] for key in sorted(own)}
         where = f"adapter {adapter_name!r}"
         for key, tensor in expected.items():
             if key not in given:
@@ -418,7 +455,7 @@ class IRMModel(BaseTuner):
         for key in given:
             if key not in expected:
                 raise RealignerError(f"{where}: {WEIGHTS_FILE} has a tensor {key!r} that this IRM does not have")
-        return {f"base_model.registry.networks.{adapter_name}.{key}": value for key, value in given.items()}
+        return beside | {f"base_model.registry.networks.{adapter_name}.{key}": value for key, value in given.items()}
 
 
 register_peft_method(name=PEFT_NAME, config_cls=IRMConfig, model_cls=IRMModel)
@@ -479,6 +516,19 @@ def _tuner(model: Any) -> IRMModel | None:
         model = inner
     tuner = model.base_model if isinstance(model, PeftModel) else model
     return tuner if isinstance(tuner, IRMModel) else None
+
+
+def refuse_vllm(model: nn.Module) -> None:
+    """Raise if a model that TRL is about to start vLLM for carries an IRM: vLLM would be sent merged weights.
+
+    Raises:
+        RealignerError: saying what to do.
+    """
+    if _tuner(model) is not None:
+        raise RealignerError(
+            "TRL sends merged weights to vLLM, and an IRM cannot be merged (it depends on its input); let transformers generate: "
+            "use_vllm=False"
+        )
 
 
 def template_of(model: nn.Module) -> str:
