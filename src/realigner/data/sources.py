@@ -209,7 +209,7 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
     except RecursionError:
         raise RealignerError(f"{path}:{line}: JSON nested too deeply; a row is one flat object") from None
     except ValueError as error:  # a number of thousands of digits
-        raise RealignerError(f"{path}:{line}: not JSON that can be read ({_short(error)})") from None
+        raise RealignerError(f"{path}:{line}: not JSON that can be read ({_one_line_text(error)})") from None
 
 
 # --- Arrow --------------------------------------------------------------------------------------------------------------
@@ -317,10 +317,10 @@ def _one_line(message: Callable[[], str]) -> Iterator[None]:
     except RealignerError:
         raise
     except Exception as error:
-        raise RealignerError(f"{message()} ({type(error).__name__}: {_short(error)})") from error
+        raise RealignerError(f"{message()} ({type(error).__name__}: {_one_line_text(error)})") from error
 
 
-def _short(error: BaseException) -> str:
+def _one_line_text(error: BaseException) -> str:
     return " ".join(str(error).split())[:160]
 
 

@@ -206,8 +206,8 @@ def _digest(file: str, digests: dict[str, str]) -> str:
 
 
 def _label(varies: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={_short(value)}" for key, value in varies.items())
+    return " ".join(f"{key}={_value_text(value)}" for key, value in varies.items())
 
 
-def _short(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return json.dumps(value).replace(" ", "") if isinstance(value, (list, dict)) else str(value)

@@ -171,7 +171,7 @@ class HostRewriter:
     def _prompt(self, request: RewriteRequest) -> list[int]:
         turns = messages(self.tone, request.fact, self.examples)
         if not getattr(self.tokenizer, "chat_template", None):
-            return list(self.tokenizer(_plain(turns))["input_ids"])
+            return list(self.tokenizer(_completion_prompt(turns))["input_ids"])
         try:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception:  # a template without a system role raises whatever its author chose
@@ -260,7 +260,7 @@ def _gumbel(seed: int, count: int) -> torch.Tensor:
     return -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12))).float()
 
 
-def _plain(turns: Sequence[dict[str, str]]) -> str:
+def _completion_prompt(turns: Sequence[dict[str, str]]) -> str:
     """The conversation for a base model: instruction, question, answer, and what to go on with."""
     lines = [turns[0]["content"], ""]
     for turn in turns[1:]:
