@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace, preset: str | None) -> dict[str, Any]
                 samples=0, report_to=[], gradient_checkpointing=arguments.checkpointing,
             )  # fmt: skip
             model = get_peft_model(host, ra.IRMConfig(preset=preset))
-            irm = sum(parameter.numel() for parameter in tuner_of(model).bank.parameters())
+            irm = sum(parameter.numel() for parameter in tuner_of(model).registry.parameters())
             settings = trainer_arguments(recipe, arguments.batch, Path(place), cpu=not cuda, resuming=False)
             trainer = IRMTrainer(model, prepared, recipe, settings, tokenizer=None)
             trainer.current_gradient_accumulation_steps = 1

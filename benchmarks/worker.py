@@ -82,7 +82,7 @@ def irm(host: Any, preset: str) -> Setting:
     import realigner as ra
 
     model = get_peft_model(host, ra.IRMConfig(preset=preset, inference_mode=True)).eval()  # as from_pretrained loads one
-    network = model.base_model.bank.network("default")
+    network = model.base_model.registry.network("default")
     if len(network.layers) != host.config.num_hidden_layers:
         raise UnfitError(f"the IRM is on {len(network.layers)} layers, not on all")
     with torch.no_grad():

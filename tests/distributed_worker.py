@@ -42,7 +42,7 @@ def fsdp(out: Path) -> None:
     model = get_peft_model(host, IRMConfig())
     for layer in host.model.layers:
         fully_shard(layer, mesh=mesh)
-    network = tuner_of(model).bank.network("default")
+    network = tuner_of(model).registry.network("default")
     fully_shard(network, mesh=mesh)
     fully_shard(model, mesh=mesh)
     ids, targets = (part[dist.get_rank() * 4 : dist.get_rank() * 4 + 4] for part in batch())

@@ -12,7 +12,7 @@ import transformers
 
 import realigner.oracle as oracle
 from realigner.census import NOT_BUILT, PROVEN, REFUSED, UNPROVEN, WRONG, CensusEntry, census, page, prove, totals
-from realigner.sites import find_layers
+from realigner.locate import find_layers
 from realigner.tiny import MODEL_TYPES, tiny_host
 from tests.reference import FAMILIES, reference_host
 

@@ -67,7 +67,7 @@ def test_two_processes_of_four_rows_are_one_of_eight(ddp: tuple[Path, str], tmp_
     one, two = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "one", ddp[0]))
     assert one.keys() == two.keys()
     assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
-    start = dict(tuner_of(get_peft_model(tiny_pair()[0], IRMConfig())).bank.network("default").named_parameters())
+    start = dict(tuner_of(get_peft_model(tiny_pair()[0], IRMConfig())).registry.network("default").named_parameters())
     assert any(not torch.equal(one[f"irm.{key}"], value) for key, value in start.items())
     first, second = (read_metrics(path) for path in (tmp_path / "one", ddp[0]))
     assert len(first) == len(second) == 9
@@ -119,7 +119,7 @@ def test_fsdp2_gradients(tmp_path: Path) -> None:
     ids, targets = batch()
     logits = model(input_ids=ids, use_cache=False).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()  # type: ignore[no-untyped-call]
-    want = {name: p.grad for name, p in tuner_of(model).bank.network("default").named_parameters()}
+    want = {name: p.grad for name, p in tuner_of(model).registry.network("default").named_parameters()}
     assert got.keys() == want.keys()
     assert max(float((got[key] - want[key]).abs().max()) for key in want if want[key] is not None) < 1e-6
     assert max(float(value.abs().max()) for value in got.values()) > 1e-4
@@ -163,6 +163,6 @@ def test_a_host_spread_over_places_trains_to_the_same_numbers(tmp_path: Path) ->
             host = dispatch_model(host, spread, main_device="cpu", offload_dir=str(tmp_path / "disk"), force_hooks=True)
             assert next(host.model.layers[1].parameters()).device.type == "meta"
         run = train(host, tokenizer, some_rows(), tmp_path / name, RECIPE, steps=3, quiet=True)
-        weights.append(torch.cat([p.detach().flatten().cpu() for p in tuner_of(run.model).bank.parameters()]))
+        weights.append(torch.cat([p.detach().flatten().cpu() for p in tuner_of(run.model).registry.parameters()]))
     assert torch.equal(weights[0], weights[1])
     assert float((weights[0] - weights[2]).abs().max()) < 1e-6

@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 
 import realigner as ra
-from realigner.hosts import weights_hash
+from realigner.fingerprints import weights_hash
 from realigner.tiny import tiny_host
 from realigner.tuner import IRMConfig, tuner_of
 from tests.reference import FAMILIES, reference_host
@@ -36,7 +36,7 @@ def pair(family: str, compact: bool = True, layers: Any = "all") -> tuple[Any, A
     host = tiny_host(family)
     bare = copy.deepcopy(host)
     model = attach(host, compact, layers)
-    network = tuner_of(model).bank.network("default")
+    network = tuner_of(model).registry.network("default")
     weights = {key: value.detach() for key, value in network.state_dict().items()}
     return bare, model, reference_host(bare, family, weights, network.layers, compact, STRENGTH)
 
@@ -55,7 +55,7 @@ def test_full_forward(family: str, compact: bool) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_some_layers_only(family: str) -> None:
     _, model, reference = pair(family, layers=[1])
-    assert tuner_of(model).bank.network("default").output.out_features == 32
+    assert tuner_of(model).registry.network("default").output.out_features == 32
     with torch.no_grad(), ra.strength(model, STRENGTH):
         assert (model(input_ids=ids()).logits - reference(input_ids=ids()).logits).abs().max() < 1e-5
 
@@ -127,7 +127,7 @@ def test_half_precision_strength_zero(family: str, dtype: torch.dtype) -> None:
     model = attach(host)
     with torch.no_grad(), ra.strength(model, 0.0):
         assert torch.equal(model(input_ids=ids()).logits, want)
-    assert tuner_of(model).bank.network("default").output.weight.dtype == torch.float32
+    assert tuner_of(model).registry.network("default").output.weight.dtype == torch.float32
 
 
 # --- the embedded host ----------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_embedded_host(embedded: tuple[Any, Any]) -> None:
     bare = copy.deepcopy(host)
     before = weights_hash(host)
     model = attach(host, std=0.02)
-    network = tuner_of(model).bank.network("default")
+    network = tuner_of(model).registry.network("default")
     reference = reference_host(bare, "llama", network.state_dict(), network.layers, True, STRENGTH)
     batch = ra.generation.encode_prompts(tokenizer, ["How do magnets work?", "Why?"], host.device)
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}

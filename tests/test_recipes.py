@@ -245,7 +245,7 @@ def test_layers_below_the_first_delta_are_not_gone_back_through() -> None:
     model(input_ids=torch.arange(2, 9)[None]).logits.sum().backward()
     assert sorted(set(visited)) == [4, 5]
     assert all(parameter.grad is None for parameter in host.parameters())
-    assert all(parameter.grad is not None for parameter in tuner_of(model).bank.network("default").parameters())
+    assert all(parameter.grad is not None for parameter in tuner_of(model).registry.network("default").parameters())
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_what_saves_memory_changes_no_number(tmp_path: Path, options: dict[str, 
     for name, own in (("plain", recipe), ("other", recipe.changed(**options))):
         host, tokenizer = tiny_pair()
         run = train(host, tokenizer, rows_of(24), tmp_path / name, own, quiet=True)
-        weights.append(torch.cat([p.flatten() for p in tuner_of(run.model).bank.parameters()]))
+        weights.append(torch.cat([p.flatten() for p in tuner_of(run.model).registry.parameters()]))
     assert (weights[0] - weights[1]).abs().max() < 1e-6
 
 
@@ -269,7 +269,7 @@ def test_compiled_training_gives_the_same_numbers(tmp_path: Path) -> None:
     for name in (False, True):
         host, tokenizer = tiny_pair()
         run = train(host, tokenizer, some_rows(), tmp_path / str(name), recipe, compile=name, quiet=True)
-        weights.append(torch.cat([p.flatten() for p in tuner_of(run.model).bank.parameters()]))
+        weights.append(torch.cat([p.flatten() for p in tuner_of(run.model).registry.parameters()]))
     assert (weights[0] - weights[1]).abs().max() < 1e-5
 
 
@@ -289,7 +289,7 @@ def test_the_irms_products_are_bfloat16_only_while_it_is_trained_on_such_a_host(
             host, tokenizer, some_rows(), tmp_path / products, steps=3, batch_size=4, samples=0, report_to=[], quiet=True
         )
         assert run.record["recipe"]["irm_products"] == products
-        network = tuner_of(run.model).bank.network("default")
+        network = tuner_of(run.model).registry.network("default")
         assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
         h0 = torch.randn(2, 5, host.config.hidden_size)
         assert network.train()(h0).dtype == torch.float32  # trained, it is as any other

@@ -32,7 +32,7 @@ def attach(host: Any, **config: Any) -> Any:
 
 
 def reference_of(model: Any, bare: Any, family: str) -> Any:
-    network = tuner_of(model).bank.network("default")
+    network = tuner_of(model).registry.network("default")
     weights = {key: value.detach() for key, value in network.state_dict().items()}
     return reference_host(bare, family, weights, network.layers, True, STRENGTH, in_place=True)
 
@@ -229,7 +229,7 @@ def gradients(model: Any, calls: int = 1, between: bool = False) -> dict[str, to
             with torch.no_grad():
                 model(input_ids=tokens.flip(1))
     sum(losses).backward()
-    bank = tuner_of(model).bank
+    bank = tuner_of(model).registry
     return {name: p.grad.clone() for name, p in bank.named_parameters() if p.grad is not None}
 
 
@@ -250,7 +250,7 @@ def test_checkpointing_is_exact(family: str, calls: int, between: bool) -> None:
 
 def test_gradients_match_the_reference() -> None:
     model = attach(tiny_host("llama"))
-    network = tuner_of(model).bank.network("default")
+    network = tuner_of(model).registry.network("default")
     weights = {key: value.detach().clone().requires_grad_(True) for key, value in network.state_dict().items()}
     reference = reference_host(tiny_host("llama"), "llama", weights, network.layers, True, 1.0)
     reference(input_ids=prompts()["input_ids"], labels=prompts()["input_ids"]).loss.backward()
@@ -262,7 +262,7 @@ def test_gradients_match_the_reference() -> None:
 
 def gradients_of_one(model: Any) -> dict[str, torch.Tensor]:
     model(input_ids=prompts()["input_ids"], labels=prompts()["input_ids"]).loss.backward()
-    network = tuner_of(model).bank.network("default")
+    network = tuner_of(model).registry.network("default")
     return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from realigner.errors import RealignerError
-from realigner.sites import find_layers, find_sites
+from realigner.locate import find_layers, find_sites
 from realigner.tiny import tiny_host
 from tests.reference import FAMILIES
 

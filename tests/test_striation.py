@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from realigner.analysis import eta_squared, icc, kendall_w, omega_squared, striation, svd_share, text_maps
-from realigner.analysis.runs import each_run, leading_score
+from realigner.analysis.per_run import each_run, leading_score
 from realigner.errors import UsageError
 from realigner.traces import join_traces
 from tests.planted import planted_trace

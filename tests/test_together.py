@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import realigner as ra
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import weights_hash
+from realigner.fingerprints import weights_hash
 from realigner.tiny import tiny_host
 from realigner.tuner import IRMConfig, tuner_of
 from tests.tiny import tiny_pair
@@ -35,7 +35,7 @@ def prompts(batch: int = 4, length: int = 7) -> torch.Tensor:
     return torch.randint(3, 100, (batch, length), generator=torch.Generator().manual_seed(5))
 
 
-def tokens(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+def tokens(model: Any, ids: torch.Tensor, **options: Any) -> Any:
     settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mask = torch.ones_like(ids)
     mask[ids == 0] = 0
@@ -47,7 +47,7 @@ ROWS: list[Any] = ["__base__", "anger", "sadness", ("anger", "sadness")]
 SCALE = {"anger": 1.0, "sadness": 0.5}
 
 
-def alone(model: Any, row: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+def alone(model: Any, row: Any, ids: torch.Tensor, **options: Any) -> Any:
     """One row by itself, with its IRMs set active in the ordinary way."""
     if row == "__base__":
         with model.disable_adapter():
@@ -108,7 +108,7 @@ def test_strength_as_an_argument() -> None:
         want, generated = model(input_ids=ids).logits, tokens(model, ids)
     assert torch.equal(model(input_ids=ids, strength=0.25).logits, want)
     assert torch.equal(tokens(model, ids, strength=0.25), generated)
-    assert float(tuner_of(model).bank.strengths["anger"]) == 1.0
+    assert float(tuner_of(model).settings.strengths["anger"]) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,11 @@ def test_strength_as_an_argument() -> None:
         ({"strength": 1e9}, "between"),
         ({"strength": "loud"}, "between"),
         ({"strength": {"nobody": 1.0}}, "nobody"),
-        ({"strength": [[1.0]]}, "between"),
+        ({"strength": [[1.0]]}, "1 given for a batch of 4"),
+        ({"strength": [[1.0] * 3] * 4}, "3 given for 7 tokens"),
+        ({"strength": [[[1.0]]]}, "between"),
+        ({"where": "reply"}, "only generate knows"),
+        ({"where": "everywhere"}, "everywhere"),
         ({"strength": []}, "between"),
     ],
 )
@@ -177,11 +181,11 @@ def test_beside_lora(tmp_path: Path) -> None:
 def trained(trainer: Any) -> None:
     """Train two steps: the host keeps its weights, the IRM changes."""
     model = trainer.model
-    before = {name: p.clone() for name, p in tuner_of(model).bank.named_parameters()}
+    before = {name: p.clone() for name, p in tuner_of(model).registry.named_parameters()}
     host_before = weights_hash(model.get_base_model())
     trainer.train()
     assert weights_hash(model.get_base_model()) == host_before
-    assert any(not torch.equal(p, before[name]) for name, p in tuner_of(model).bank.named_parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in tuner_of(model).registry.named_parameters())
 
 
 def arguments(folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import realigner as ra
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer, encode_prompts
 from realigner.traces import RunLabel, TraceWriter, texts_of, verify_trace
-from realigner.traces.layout import text_dataset
+from realigner.traces.layout import TEXT_SUMS, text_dataset
 from realigner.traces.summary import BatchSummary, summarise
 from realigner.tuner import IRMConfig, tuner_of
 from tests.reference import first
@@ -54,7 +54,7 @@ def expected(model: Any, ids: list[int]) -> torch.Tensor:
     for handle in handles:
         handle.remove()
     with torch.no_grad():
-        deltas: torch.Tensor = tuner_of(model).bank.network("default")(seen["x"] + seen["o"])[0]
+        deltas: torch.Tensor = tuner_of(model).registry.network("default")(seen["x"] + seen["o"])[0]
     return deltas
 
 
@@ -288,7 +288,8 @@ def test_memory_does_not_grow_with_the_text() -> None:
         for _ in range(tokens):
             batch.add(torch.randn(1, 4, 64), np.zeros(1, dtype=np.int64), np.ones(1, dtype=bool))
         (row,) = batch.rows
-        large = sum(value.numel() for value in row.sums.values()) + sum(part[0].numel() for part in batch._waiting)
+        sums: list[torch.Tensor] = [getattr(part, key) for part in row.parts if part.count for key in TEXT_SUMS]
+        large = sum(value.numel() for value in sums) + sum(part[0].numel() for part in batch._waiting)
         assert 50 <= row.candidates <= 100
         return large + sum(len(part) for part in row.tokens["energy"]) - tokens
 
@@ -305,7 +306,7 @@ def test_replayed_deltas_are_those_recorded(model: Any, tmp_path: Path, scale: f
         answer(model, tokenizer, PROMPTS, max_new_tokens=6)
     assert "delta" not in kept
     kept = ra.load_trace(ra.save_trace(kept, tmp_path / "t.zarr"))
-    network = tuner_of(model).bank.network("default")
+    network = tuner_of(model).registry.network("default")
     again = ra.replay(kept, {"default": network})
     np.testing.assert_allclose(again["delta"].values, raw["delta"].values, rtol=1e-4, atol=1e-6)
     assert set(again.variables) == set(raw.variables)

@@ -14,7 +14,7 @@ import realigner as ra
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import load_host
 from realigner.traces import load_trace, texts_of
-from realigner.tracing import find_runs, sources_of, trace_runs
+from realigner.traces.collect import find_runs, sources_of, trace_runs
 from realigner.tuner import load_irm, tuner_of
 from tests.tiny import some_rows, tiny_folder
 
@@ -103,7 +103,7 @@ def test_what_cannot_be_traced(place: Path, pair: tuple[Any, Any], tmp_path: Pat
 def test_an_interrupted_trace_keeps_what_was_finished(
     place: Path, pair: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import realigner.tracing as tracing
+    import realigner.traces.collect as tracing
 
     asked = []
 

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 import realigner as ra
 from realigner.data import encode_rows, split_rows
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import weights_hash
+from realigner.fingerprints import weights_hash
 from realigner.training import make_recipe, read_metrics, read_recipe, read_run, train, train_recipe
 from realigner.tuner import IRMConfig, load_irm, template_of, tuner_of
 from tests.tiny import some_rows, tiny_folder, tiny_pair
@@ -83,10 +83,10 @@ def test_seeds(tmp_path: Path) -> None:
 def test_the_untrained_irm_is_the_runs_own_start(tmp_path: Path) -> None:
     """The report's untrained IRM must be what training began with."""
     _, run = run_tiny(tmp_path / "run", recipe=make_recipe(steps=1, batch_size=4, warmup=1, evaluations=1, samples=0))
-    trained = tuner_of(run.model).bank.network("default").state_dict()  # one step at learning rate 0
+    trained = tuner_of(run.model).registry.network("default").state_dict()  # one step at learning rate 0
     set_seed(42)
     run.model.add_adapter("untrained", IRMConfig())
-    untrained = tuner_of(run.model).bank.network("untrained").state_dict()
+    untrained = tuner_of(run.model).registry.network("untrained").state_dict()
     assert all(torch.equal(trained[key], untrained[key]) for key in trained)
 
 
@@ -234,9 +234,9 @@ def test_trl_directly(tmp_path: Path, mode: str) -> None:
         output_dir=str(tmp_path / "t"), max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True, bf16=False,
         packing=mode == "packing", max_length=64, save_strategy="steps", save_steps=3, disable_tqdm=True, learning_rate=1e-2,
     )  # fmt: skip
-    start = {k: v.clone() for k, v in tuner_of(model).bank.state_dict().items()}
+    start = {k: v.clone() for k, v in tuner_of(model).registry.state_dict().items()}
     SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer).train()
-    assert any(not torch.equal(v, start[k]) for k, v in tuner_of(model).bank.state_dict().items())
+    assert any(not torch.equal(v, start[k]) for k, v in tuner_of(model).registry.state_dict().items())
     assert weights_hash(host) == before
     names = {p.name for p in (tmp_path / "t" / "checkpoint-3").iterdir()}
     assert "adapter_model.safetensors" in names

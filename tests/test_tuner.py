@@ -49,9 +49,9 @@ def test_only_the_irm_is_trainable_and_saved(saved: Path) -> None:
     model = realigned()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable
-    assert all(name.startswith("base_model.bank.networks.default.") for name in trainable)
+    assert all(name.startswith("base_model.registry.networks.default.") for name in trainable)
     names = set(load_file(saved / WEIGHTS_FILE))
-    assert names == {f"irm.{key}" for key in tuner_of(model).bank.network("default").state_dict()}
+    assert names == {f"irm.{key}" for key in tuner_of(model).registry.network("default").state_dict()}
 
 
 def test_round_trip_in_a_fresh_process_is_bit_identical(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_two_irms_sum() -> None:
     """Where both deltas are of the same network, the sum is twice its strength."""
     model = realigned()
     model.add_adapter("twin", IRMConfig(output_std=0.3))
-    bank = tuner_of(model).bank
+    bank = tuner_of(model).registry
     bank.network("twin").load_state_dict(bank.network("default").state_dict())
     with ra.strength(model, 2.0):
         want = logits(model)
@@ -234,8 +234,8 @@ def test_two_irms_sum() -> None:
 def test_strength_is_restored() -> None:
     model = realigned()
     with ra.strength(model, 0.25), ra.strength(model, 3.0):
-        assert float(tuner_of(model).bank.strengths["default"]) == 3.0
-    assert float(tuner_of(model).bank.strengths["default"]) == 1.0
+        assert float(tuner_of(model).settings.strengths["default"]) == 3.0
+    assert float(tuner_of(model).settings.strengths["default"]) == 1.0
     for wrong in (float("nan"), float("inf"), 1e38):
         with pytest.raises(UsageError, match="strength"), ra.strength(model, wrong):
             pass
@@ -248,7 +248,7 @@ def test_strength_is_restored() -> None:
 def test_trainability_follows_peft() -> None:
     model = realigned()
     model.add_adapter("second", IRMConfig())
-    network = tuner_of(model).bank.network
+    network = tuner_of(model).registry.network
     assert all(p.requires_grad for p in network("default").parameters())
     assert not any(p.requires_grad for p in network("second").parameters())
     model.set_adapter("second")
@@ -279,7 +279,7 @@ def test_status_and_counts_work() -> None:
     assert status.enabled is True
     assert status.active_adapters == ["default"]
     trainable, total = model.get_nb_trainable_parameters()
-    assert trainable == sum(p.numel() for p in tuner_of(model).bank.parameters())
+    assert trainable == sum(p.numel() for p in tuner_of(model).registry.parameters())
     assert total == trainable + sum(p.numel() for p in tiny_host("llama").parameters())
 
 

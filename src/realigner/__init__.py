@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from realigner import analysis, census, data, generation, hosts
     from realigner.data import Row, authored, read_rows
     from realigner.errors import RealignerError, UsageError
-    from realigner.generation import answer
-    from realigner.hosts import Fingerprint, fingerprint, load_host, weights_hash
+    from realigner.fingerprints import Fingerprint, fingerprint, weights_hash
+    from realigner.generation import answer, stream
+    from realigner.hosts import load_host
     from realigner.irm import IRM
+    from realigner.locate import find_sites
     from realigner.report import build_report
-    from realigner.sites import find_sites
+    from realigner.runtime import Runtime, load
     from realigner.traces import import_reference, join_traces, load_trace, record, replay, save_trace
     from realigner.training import Recipe, Run, train
     from realigner.tuner import IRMConfig, load_irm, strength
@@ -44,11 +46,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "IRM": "irm",
     "IRMConfig": "tuner",
-    "Fingerprint": "hosts",
+    "Fingerprint": "fingerprints",
     "RealignerError": "errors",
     "Recipe": "training",
     "Row": "data",
     "Run": "training",
+    "Runtime": "runtime",
     "UsageError": "errors",
     "analysis": "",
     "answer": "generation",
@@ -58,11 +61,12 @@ _HOMES = {
     "census": "",
     "generation": "",
     "hosts": "",
-    "find_sites": "sites",
+    "find_sites": "locate",
     "import_reference": "traces",
     "join_traces": "traces",
     "replay": "traces",
-    "fingerprint": "hosts",
+    "fingerprint": "fingerprints",
+    "load": "runtime",
     "load_host": "hosts",
     "load_irm": "tuner",
     "load_trace": "traces",
@@ -70,8 +74,9 @@ _HOMES = {
     "record": "traces",
     "save_trace": "traces",
     "strength": "tuner",
+    "stream": "generation",
     "train": "training",
-    "weights_hash": "hosts",
+    "weights_hash": "fingerprints",
 }
 
 __all__ = [
@@ -82,6 +87,7 @@ __all__ = [
     "Recipe",
     "Row",
     "Run",
+    "Runtime",
     "UsageError",
     "__version__",
     "analysis",
@@ -96,6 +102,7 @@ __all__ = [
     "fingerprint",
     "import_reference",
     "join_traces",
+    "load",
     "load_host",
     "load_irm",
     "load_trace",
@@ -104,6 +111,7 @@ __all__ = [
     "replay",
     "save_trace",
     "strength",
+    "stream",
     "train",
     "weights_hash",
 ]

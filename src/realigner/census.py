@@ -18,7 +18,8 @@ from torch import nn
 
 import realigner.oracle as oracle
 from realigner.errors import RealignerError
-from realigner.sites import HostSites, find_sites
+from realigner.locate import find_sites
+from realigner.sites import HostSites
 from realigner.tiny import MODEL_TYPES, UNBUILDABLE, tiny_host
 from realigner.tuner import IRMConfig, strength, tuner_of
 
@@ -180,7 +181,7 @@ class _Deltas:
 
 
 def _network(model: nn.Module) -> Any:
-    bank = tuner_of(model).bank
+    bank = tuner_of(model).registry
     return bank.network(bank.names[0])
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 class RealignerError(Exception):
-    """Something the user can mend; the message is one line naming the thing, the place and the way out.
+    """An error the user can fix; the message is one line with the object, the place and the remedy.
 
     The command line prints it without a traceback and exits with code 1.
     """
 
 
-class UsageError(RealignerError):
-    """The call itself was wrong (an unknown tone, a bad flag value); the command line exits with code 2."""
+class UsageError(RealignerError, ValueError):
+    """The call itself was wrong (an unknown tone, a number out of range); the command line exits with code 2."""

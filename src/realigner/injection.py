@@ -5,11 +5,12 @@ The contract:
 1. Nothing of the host is replaced or changed: hooks are registered, and `Injector.detach` removes them all.
 2. ``residual = x + branch`` becomes ``x + (branch + delta)`` (form A of docs/architecture.md): nothing is mutated, it
    holds for parallel layers, and a delta of zero is bit-exact.
-3. The deltas of a forward live in a `ForwardContext` made for that forward. Where gradients are recorded it is handed down as a
-   keyword argument, never kept in module state, so that a second forward before the first backward, and a recomputed
-   (checkpointed) layer, see their own deltas. Where none are, nothing is ever recomputed: the injector keeps the context for
-   the length of the forward, and each layer costs one hook.
+3. The deltas of a forward live in a `ForwardContext` made for that forward, with the settings it began with. Where gradients
+   are recorded it is handed down as a keyword argument, so that a second forward before the first backward, and a recomputed
+   (checkpointed) layer, see their own deltas. Where none are, nothing is ever recomputed: it is kept with the thread
+   (`settings.ThreadState`) for the length of the forward, and each layer costs one hook.
 4. All deltas are computed once per forward, at layer 0; the other layers add.
+5. A forward that ends with fewer layers touched than chosen is an error: something kept the hooks from running.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from realigner.errors import RealignerError, UsageError
+from realigner.errors import RealignerError
 from realigner.irm import IRM
-from realigner.probe import CONTEXT_KEY, INPUT, first_hidden, first_tensor, replaced
-from realigner.sites import HostSites, Site
+from realigner.probe import CONTEXT_KEY, first_hidden, first_tensor, replaced
+from realigner.settings import Settings, Threads
+from realigner.sites import INPUT, HostSites, Site
 
 
 class ActiveIRM(NamedTuple):
-    """An IRM that takes part in a forward: its name, the network, and its strength (a scalar tensor, or one number a row)."""
+    """An IRM that takes part in a forward: its name, the network, and its strength (shape [], [row] or [row, position])."""
 
     name: str
     irm: IRM
@@ -43,17 +45,23 @@ class ForwardContext:
 
     Attributes:
         active: the IRMs that take part, in order.
+        settings: those of the call when the forward began.
+        start: the place in its text of the first token.
         x0: layer 0's input ``[batch, position, neuron]``, kept to form h0.
         deltas: layer -> summed, scaled delta ``[batch, position, neuron]``; None until layer 0's site ran.
+        touched: how many layers were given their delta so far.
         grad_enabled: whether gradients were recorded when the forward began.
     """
 
-    __slots__ = ("active", "deltas", "grad_enabled", "x0")
+    __slots__ = ("active", "deltas", "grad_enabled", "settings", "start", "touched", "x0")
 
-    def __init__(self, active: Sequence[ActiveIRM]) -> None:
+    def __init__(self, active: Sequence[ActiveIRM], settings: Settings, start: int | torch.Tensor) -> None:
         self.active = active
+        self.settings = settings
+        self.start = start
         self.x0: torch.Tensor | None = None
         self.deltas: dict[int, torch.Tensor] | None = None
+        self.touched = 0
         self.grad_enabled = torch.is_grad_enabled()
 
 
@@ -61,22 +69,23 @@ class Injector:
     """Hooks on a host that add the deltas of the active IRMs to its residual stream.
 
     Args:
-        sites: what `sites.find_sites` proved of the host.
-        active: called at the start of every forward; returns the IRMs that take part. None active: the bare host runs.
+        sites: what `locate.find_sites` proved of the host.
+        active: called with the settings at the start of every forward; returns the IRMs that take part. None active: the bare
+            host runs.
 
     Attributes:
+        threads: the settings of each thread.
         observers: called as ``observer(active, h0, delta)`` with what each IRM reads ``[batch, position, neuron]``
             and what it adds, strength included: delta ``[batch, position, layer, neuron]`` over the layers of
-            ``active.irm``. Used to record traces.
+            ``active.irm``. Those of a call alone are in its settings.
     """
 
-    def __init__(self, sites: HostSites, active: Callable[[], Sequence[ActiveIRM]]) -> None:
+    def __init__(self, sites: HostSites, active: Callable[[Settings], Sequence[ActiveIRM]]) -> None:
         self.sites = sites
         self.active = active
         self.carries = all(site.carrier for site in sites.sites)  # whether a context reaches every layer as a keyword argument
         self.observers: list[Observer] = []
-        self.repeats = 1  # how often `generate` repeats each row of its batch (beams, several replies)
-        self._state: ForwardContext | None = None  # the running forward's, where none is handed down
+        self.threads = Threads(Settings())
         self._handles: list[RemovableHandle] = []
         self._sites: list[_SiteHooks] = []
         self._carrying = False
@@ -85,7 +94,7 @@ class Injector:
         """Register the hooks: two on the decoder, one on layer 0, one on each layer."""
         decoder, layers = self.sites.decoder, self.sites.layers
         self._handles.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self._handles.append(decoder.register_forward_hook(self._end, always_call=True))
+        self._handles.append(decoder.register_forward_hook(self._end, with_kwargs=True, always_call=True))
         self._handles.append(layers[0].register_forward_pre_hook(self._read_input, with_kwargs=True))
         self._sites = [_SiteHooks(self, site) for site in self.sites.sites]
         for hooks, layer in zip(self._sites, layers, strict=True):
@@ -110,10 +119,13 @@ class Injector:
         self._carrying = False
 
     def _begin(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        active = self.active()
+        state = self.threads.state
+        settings = state.settings
+        active = self.active(settings)
         if not active:
             return None
-        context = ForwardContext(active)
+        state.began = True
+        context = ForwardContext(active, settings, _start(settings, args, kwargs))
         if context.grad_enabled:
             if not self._carrying and not torch.compiler.is_compiling():
                 self.carry()
@@ -124,14 +136,25 @@ class Injector:
                     f"{type(decoder).__name__}: its layers take no keyword arguments, so gradient checkpointing would "
                     "recompute them without their deltas; turn checkpointing off"
                 )
-        self._state = context
+        state.running = context
         return None
 
-    def _end(self, *_: Any) -> None:
-        self._state = None
+    def _end(self, decoder: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> None:
+        state = self.threads.state
+        context = kwargs.get(CONTEXT_KEY, state.running)
+        state.running = state.taken = None
+        state.terms.clear()
+        if context is None or output is None:  # no IRM, or an error is on its way
+            return
+        chosen = len({layer for active in context.active for layer in active.irm.layers})
+        if context.touched < chosen:
+            raise RealignerError(
+                f"{type(decoder).__name__}: {context.touched} of {chosen} layers were given their delta; its forward does not "
+                "call the modules that the IRM is attached to (was it replaced, by a faster one say?)"
+            )
 
     def _read_input(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        context = kwargs.get(CONTEXT_KEY, self._state)
+        context = kwargs.get(CONTEXT_KEY, self.threads.state.running)
         if context is not None:
             context.x0 = first_hidden(args, kwargs)
 
@@ -144,23 +167,34 @@ class Injector:
             )
         deltas: dict[int, torch.Tensor] = {}
         for active in context.active:
-            own = active.irm(h0) * self._by_row(active.strength, h0.shape[0])
-            for observer in self.observers:
+            factor = context.settings.factor(active.strength.to(h0.device), h0.shape[0], h0.shape[1], context.start)
+            own = active.irm(h0)
+            own = (own * factor).to(own.dtype)  # rounded once, whatever the factor's shape
+            for observer in (*self.observers, *context.settings.observers):
                 observer(active, h0, own)
             for layer, delta in zip(active.irm.layers, own.to(h0.dtype).unbind(-2), strict=True):
                 deltas[layer] = deltas[layer] + delta if layer in deltas else delta
         return deltas
 
-    def _by_row(self, strength: torch.Tensor, batch: int) -> torch.Tensor:
-        """The strength in a shape that multiplies ``delta [batch, position, layer, neuron]``."""
-        if strength.dim() == 0:
-            return strength
-        rows = len(strength)
-        if batch == rows * self.repeats:
-            strength = strength.repeat_interleave(self.repeats)
-        elif batch != rows:
-            raise UsageError(f"strength or adapter_names: {rows} given for a batch of {batch} rows; give one for each row")
-        return strength[:, None, None, None]
+
+def _start(settings: Settings, args: Any, kwargs: dict[str, Any]) -> int | torch.Tensor:
+    """The place in its text of a forward's first token; only where settings ask for it, else 0."""
+    generation = settings.generation
+    if generation is None or (settings.where == "all" and all(s.dim() < 2 for s in settings.strengths.values())):
+        return 0
+    try:
+        start: int | torch.Tensor = kwargs["past_key_values"].get_seq_length()
+        if isinstance(start, torch.Tensor):
+            start = start.clone()  # a static cache counts on in place
+    except (KeyError, AttributeError, ValueError):  # no cache, or one that knows no length (Mamba's)
+        start = generation.seen if kwargs.get("use_cache") else 0
+    tokens = next(
+        (value for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if isinstance(value, torch.Tensor)),
+        None,
+    )
+    if tokens is not None:
+        generation.seen += tokens.shape[1]
+    return start
 
 
 def refuse_attached(decoder: nn.Module) -> None:
@@ -170,16 +204,11 @@ def refuse_attached(decoder: nn.Module) -> None:
 
 
 class _SiteHooks:
-    """The hooks of one layer: take the context on the way in if it is handed down, add the delta on the way out.
-
-    What they keep is kept within one call of the layer only; a recomputed layer takes it anew.
-    """
+    """The hooks of one layer: take the context on the way in if it is handed down, add the delta on the way out."""
 
     def __init__(self, injector: Injector, site: Site) -> None:
         self.injector = injector
         self.site = site
-        self.context: ForwardContext | None = None
-        self.terms: dict[str, torch.Tensor] = {}  # layer 0: outputs of the modules in the residual's base
 
     def attach(self, layer: nn.Module) -> list[RemovableHandle]:
         handles = []
@@ -193,23 +222,24 @@ class _SiteHooks:
     def take(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if CONTEXT_KEY not in kwargs:
             return None
-        self.context = kwargs[CONTEXT_KEY]
+        self.injector.threads.state.taken = kwargs[CONTEXT_KEY]
         return args, {key: value for key, value in kwargs.items() if key != CONTEXT_KEY}
 
     def _keeper(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             tensor = first_tensor(output)
             if tensor is not None:
-                self.terms[name] = tensor
+                self.injector.threads.state.terms[name] = tensor
 
         return keep
 
     def add(self, _: nn.Module, __: Any, output: Any) -> Any:
         # The one hook that runs in every layer for every token: kept lean.
-        context = self.context
+        state = self.injector.threads.state
+        context: ForwardContext | None = state.taken
         if context is not None:
-            self.context = None
-        elif (context := self.injector._state) is None:
+            state.taken = None
+        elif (context := state.running) is None:
             return None
         branch = output if isinstance(output, torch.Tensor) else first_tensor(output)
         if branch is None:
@@ -220,6 +250,7 @@ class _SiteHooks:
         delta = deltas.get(self.site.layer)
         if delta is None:
             return None
+        context.touched += 1
         if self.site.scale != 1.0:
             delta = delta / self.site.scale
         if delta.dtype != branch.dtype or delta.device != branch.device:
@@ -229,20 +260,11 @@ class _SiteHooks:
         return replaced(output, branch + delta)
 
     def _deltas(self, context: ForwardContext, branch: torch.Tensor) -> dict[int, torch.Tensor]:
-        if context.x0 is None:
+        x0 = context.x0
+        if x0 is None:
             raise RealignerError("layer 0 ran without hidden states; the IRM has nothing to read")
-        h0 = self._residual(context.x0, branch.view_as(context.x0))
-        deltas = self.injector.fill(context, h0)
+        terms = {**self.injector.threads.state.terms, INPUT: x0, self.site.branch: branch}
+        deltas = self.injector.fill(context, self.site.residual(lambda name: terms[name].view_as(x0)))
         if context.deltas is None:  # a recomputed layer 0 must not replace what later layers already used
             context.deltas = deltas
         return deltas
-
-    def _residual(self, x0: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-        """h0 ``[batch, position, neuron]``: the base and the branch, summed as the layer will sum them."""
-        total: torch.Tensor | None = None
-        for name, weight in self.site.base:
-            term = x0 if name == INPUT else self.terms.pop(name).view_as(x0)
-            term = term if weight == 1.0 else weight * term
-            total = term if total is None else total + term
-        scaled = branch if self.site.scale == 1.0 else self.site.scale * branch
-        return scaled if total is None else total + scaled

@@ -22,38 +22,14 @@ import torch
 from torch import nn
 
 from realigner.hosts import text_config
+from realigner.sites import INPUT, PLAIN_BASE, Site
 
 CONTEXT_KEY = "irm_context"  # the keyword argument that carries a forward's deltas from the decoder to its layers
-INPUT = ""  # in a residual's base: the layer's input
 _TOKENS = 7
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 _STAYS = {torch.float64: 1e-6, torch.float32: 1e-2}  # else 0.3: half precision; a bypass gives 1 or more
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A layer's residual as arithmetic: ``residual == sum(weight * base) + scale * branch``.
-
-    Attributes:
-        kind: ``"sequential"``: a later module (the reader) reads the residual, and all that follows does. ``"parallel"``:
-            ``output == residual + scale * other`` where the other branch does not read it. ``"single"``: the layer has one
-            branch only (Mamba's kind), ``output == residual``.
-        base: the terms that are already there when the branch is computed: (`INPUT` or a module's name, weight).
-        branch: the module whose output completes the residual, and its `scale`.
-        reader: the module that reads the residual; empty unless sequential.
-        which: which of the reader's inputs it is.
-        other: the second branch of a parallel layer.
-    """
-
-    kind: str
-    base: tuple[tuple[str, float], ...]
-    branch: str
-    scale: float
-    reader: str = ""
-    which: int = 0
-    other: str = ""
 
 
 @dataclass(eq=False)
@@ -86,15 +62,6 @@ class LayerRecord:
             raise LookupError(name)
         return found
 
-    def residual(self, finding: Finding) -> torch.Tensor:
-        """The residual by the finding's arithmetic, in this record's numbers."""
-        total: torch.Tensor | None = None
-        for name, weight in (*finding.base, (finding.branch, finding.scale)):
-            term = self.output(name) if weight == 1.0 else weight * self.output(name)
-            total = term if total is None else total + term
-        assert total is not None
-        return total
-
 
 @dataclass(frozen=True)
 class Edits:
@@ -117,6 +84,8 @@ def run(host: nn.Module, decoder: nn.Module, layers: nn.ModuleList, edits: Seque
         for index, (layer, record) in enumerate(zip(layers, records, strict=True)):
             _watch(stack, layer, record, Edits() if edits is None else edits[index])
         arguments: dict[str, Any] = {"input_ids": ids.unsqueeze(0), "use_cache": False}
+        for kind in {"cpu", device.type} - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))  # its roundings would hide the site
         try:
             decoder(**arguments, **{CONTEXT_KEY: records})
         except TypeError as error:
@@ -239,7 +208,7 @@ def _alike(tensor: torch.Tensor, x: torch.Tensor) -> bool:
 # --- finding ------------------------------------------------------------------------------------------------------------
 
 
-def candidates(record: LayerRecord, scales: Sequence[float]) -> Iterator[Finding]:
+def candidates(record: LayerRecord, scales: Sequence[float]) -> Iterator[Site]:
     """The ways in which the layer may make its residual: the simplest arithmetic first, then outer modules, then earlier ones.
 
     Args:
@@ -263,7 +232,7 @@ Bases = Callable[[LayerRecord, Call], Iterator[tuple[tuple[str, float | None], .
 
 
 def _plain_base(_: LayerRecord, __: Call) -> Iterator[tuple[tuple[str, float | None], ...]]:
-    yield ((INPUT, 1.0),)
+    yield PLAIN_BASE
 
 
 def _weighted_base(_: LayerRecord, __: Call) -> Iterator[tuple[tuple[str, float | None], ...]]:
@@ -281,8 +250,8 @@ def _two_term_base(record: LayerRecord, branch: Call) -> Iterator[tuple[tuple[st
         yield ((INPUT, 1.0), (name, None))
 
 
-def _sequential(record: LayerRecord, calls: Sequence[Call], bases: Bases, scales: Sequence[float]) -> list[Finding]:
-    found: list[tuple[float, Finding]] = []
+def _sequential(record: LayerRecord, calls: Sequence[Call], bases: Bases, scales: Sequence[float]) -> list[Site]:
+    found: list[tuple[float, Site]] = []
     for call in calls:
         for base in bases(record, call):
             for reader in record.calls:
@@ -292,7 +261,7 @@ def _sequential(record: LayerRecord, calls: Sequence[Call], bases: Bases, scales
                     fitted = _fit(record, h, base, call, scales)
                     if fitted is not None:
                         error, weights, scale = fitted
-                        found.append((error, Finding("sequential", weights, call.name, scale, reader.name, which)))
+                        found.append((error, Site("sequential", weights, call.name, scale, reader.name, which)))
         if found and "." not in call.name and found[-1][0] == 0.0:
             break  # equal to the bit in a child of the layer: nothing can be better
     # In half precision a branch and its norm are nearly proportional: the best matches before all others.
@@ -300,7 +269,7 @@ def _sequential(record: LayerRecord, calls: Sequence[Call], bases: Bases, scales
     return [finding for error, finding in found if error <= limit] + [finding for error, finding in found if error > limit]
 
 
-def _parallel(record: LayerRecord, calls: Sequence[Call], scales: Sequence[float]) -> Iterator[Finding]:
+def _parallel(record: LayerRecord, calls: Sequence[Call], scales: Sequence[float]) -> Iterator[Site]:
     assert record.x is not None
     assert record.out is not None
     children = [call for call in calls if "." not in call.name]
@@ -312,16 +281,16 @@ def _parallel(record: LayerRecord, calls: Sequence[Call], scales: Sequence[float
             continue
         expected = record.x + scale * (o1.output + o2.output)
         if _error(record.out, expected, scale * o1.output) <= tolerance(record.out):
-            yield Finding("parallel", ((INPUT, 1.0),), o1.name, scale, other=o2.name)
+            yield Site("parallel", PLAIN_BASE, o1.name, scale, other=o2.name)
 
 
-def _single(record: LayerRecord, calls: Sequence[Call], scales: Sequence[float]) -> Iterator[Finding]:
+def _single(record: LayerRecord, calls: Sequence[Call], scales: Sequence[float]) -> Iterator[Site]:
     assert record.out is not None
     if record.streams != 1:
         return  # of several streams (Reformer) the other one may hold what attention made
     for call in calls:
-        if "." not in call.name and (fitted := _fit(record, record.out, ((INPUT, 1.0),), call, scales)) is not None:
-            yield Finding("single", fitted[1], call.name, fitted[2])
+        if "." not in call.name and (fitted := _fit(record, record.out, PLAIN_BASE, call, scales)) is not None:
+            yield Site("single", fitted[1], call.name, fitted[2])
 
 
 def _fit(
@@ -341,9 +310,9 @@ def _fit(
     *fitted, scale = solved
     weights = iter(fitted)
     full = tuple((name, next(weights) if weight is None else weight) for name, weight in base)
-    finding = Finding("", full, branch.name, scale)
+    finding = Site("", full, branch.name, scale)
     parts = [weight * record.output(name) for name, weight in full] + [scale * branch.output]
-    error = _error(h, record.residual(finding), min(parts, key=_rms))
+    error = _error(h, finding.residual(record.output), min(parts, key=_rms))
     return (error, full, scale) if error <= tolerance(h) else None
 
 
@@ -395,7 +364,7 @@ def config_scales(host: nn.Module) -> list[float]:
 # --- proving ------------------------------------------------------------------------------------------------------------
 
 
-def moved_edits(clean: Sequence[LayerRecord], findings: Sequence[Finding]) -> list[Edits]:
+def moved_edits(clean: Sequence[LayerRecord], findings: Sequence[Site]) -> list[Edits]:
     """Edits for the second forward: a random delta of the branch's size on every branch.
 
     A layer that is said to have one branch must be the sum of its input and that, whatever its other children give: they are
@@ -416,11 +385,11 @@ def moved_edits(clean: Sequence[LayerRecord], findings: Sequence[Finding]) -> li
     return edits
 
 
-def _missed(moved: LayerRecord, finding: Finding) -> str | None:
+def _missed(moved: LayerRecord, finding: Site) -> str | None:
     """None when the reader, or the layer's output, moved by exactly the delta; else what missed it."""
     assert moved.x is not None
     assert moved.out is not None
-    residual, branch = moved.residual(finding), moved.output(finding.branch)
+    residual, branch = finding.residual(moved.output), moved.output(finding.branch)
     if finding.kind == "sequential":
         seen = [c.inputs[finding.which] for c in moved.calls if c.name == finding.reader and len(c.inputs) > finding.which]
         return None if min(_error(h, residual, branch) for h in seen) <= tolerance(moved.x) else "its reader"
@@ -428,7 +397,7 @@ def _missed(moved: LayerRecord, finding: Finding) -> str | None:
     return None if _error(moved.out, expected, branch) <= tolerance(moved.x) else "the layer's output"
 
 
-def failure(clean: LayerRecord, moved: LayerRecord, compensated: LayerRecord, finding: Finding) -> str | None:
+def failure(clean: LayerRecord, moved: LayerRecord, compensated: LayerRecord, finding: Site) -> str | None:
     """None when the three forwards prove the finding; else what speaks against it."""
     try:
         missed, whole = _missed(moved, finding), _is_all(clean, compensated, finding)
@@ -439,12 +408,12 @@ def failure(clean: LayerRecord, moved: LayerRecord, compensated: LayerRecord, fi
     return None if whole else f"the output depends on more than the residual after {finding.branch}"
 
 
-def compensated_edits(clean: Sequence[LayerRecord], findings: Sequence[Finding]) -> list[Edits]:
+def compensated_edits(clean: Sequence[LayerRecord], findings: Sequence[Site]) -> list[Edits]:
     """Edits for the third forward: other inputs, the same residual."""
     return [_compensated(index, *pair) for index, pair in enumerate(zip(clean, findings, strict=True))]
 
 
-def _compensated(index: int, record: LayerRecord, finding: Finding) -> Edits:
+def _compensated(index: int, record: LayerRecord, finding: Site) -> Edits:
     if finding.kind != "sequential":
         assert record.x is not None
         return Edits(hidden=_put(record.x))
@@ -467,13 +436,13 @@ def _put(value: torch.Tensor) -> Edit:
     return lambda out: value.to(out.device)
 
 
-def _is_all(clean: LayerRecord, compensated: LayerRecord, finding: Finding) -> bool:
+def _is_all(clean: LayerRecord, compensated: LayerRecord, finding: Site) -> bool:
     """Whether the layer's output is a function of the residual alone (see the module's docstring, 3)."""
     if finding.kind != "sequential":
         return True
     assert clean.out is not None
     assert compensated.out is not None
-    residual = clean.residual(finding).float()
+    residual = finding.residual(clean.output).float()
     change = (compensated.out.float() - clean.out.float()).abs().median()
     later = (clean.out.float() - residual).abs().median()
     limit = _STAYS.get(clean.out.dtype, 0.3)

@@ -1,57 +1,81 @@
-"""Find a host's decoder layers and, in each, the site: the branch whose output the delta is added to.
+"""The injection site of a decoder layer as data: which modules make its post-attention residual, and with which weights.
 
-Names lie (``post_attention_layernorm`` means two opposite things in Llama and Gemma2), so the site is found from numbers and
-proven before anything is added: see `probe`. A layer is sequential (a later module reads the post-attention residual, and all
-that follows does), parallel (GPT-NeoX, Phi: the layer's own MLP does not see the delta) or single (Mamba: one branch only).
-Hybrids have layers of several kinds, so each layer is resolved on its own. A host that fails is refused.
+Nothing here runs a model or registers a hook, so that any engine can use it: `locate.find_sites` finds and proves sites on a
+transformers model, `injection` adds deltas there, and an adapter's config carries them (`HostSites.summary`, `read_sites`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-import realigner.probe as probe
 from realigner.errors import RealignerError
-from realigner.hosts import text_config
 
-_PLAIN_BASE = ((probe.INPUT, 1.0),)
-_TRIES = 6  # candidates of a layer that are put to the proof
-_NOTHING = "has no post-attention residual the probe can prove"
+INPUT = ""  # in a residual's base: the layer's input
+PLAIN_BASE = ((INPUT, 1.0),)
 
 
 @dataclass(frozen=True)
 class Site:
-    """The proven place of one layer where a delta joins the residual stream.
+    """The place in one layer where a delta joins the residual stream.
 
     The residual is ``sum(weight * base) + scale * branch``; for most hosts simply the layer's input plus the branch.
 
     Attributes:
-        layer: index of the layer.
-        branch: the module in the layer whose output the delta is added to.
-        kind: ``"sequential"``, ``"parallel"`` or ``"single"`` (see the module's docstring).
-        scale: the branch's weight in the residual (1 but for Granite's kind); the delta is divided by it.
-        reader: the module that reads the post-attention residual; empty unless sequential.
+        kind: ``"sequential"``: a later module (the reader) reads the residual, and so does all that follows. ``"parallel"``:
+            the layer's output is ``residual + scale * other``, where the other branch does not read the residual (GPT-NeoX,
+            Phi). ``"single"``: the layer has one branch (Mamba) and the residual is its output.
+        base: the terms that are there before the branch is computed: (`INPUT` or a module's name in the layer, weight).
+        branch: the module whose output completes the residual; the delta is added to that output.
+        scale: the branch's weight in the residual (1 except for Granite and its kind); a delta is divided by it.
+        reader: the module that reads the residual; empty unless sequential.
+        which: which of the reader's tensor inputs it is.
+        other: the second branch of a parallel layer.
         carrier: the child that receives the decoder's extra keyword arguments; empty where none does.
-        base: the residual's other terms: (module, weight), where the module ``""`` is the layer's input.
+        layer: index of the layer.
+
+    Example:
+        >>> site = Site("sequential", PLAIN_BASE, "self_attn", 1.0, "post_attention_layernorm")
+        >>> site.residual({INPUT: torch.ones(2), "self_attn": torch.ones(2)}.get)
+        tensor([2., 2.])
     """
 
-    layer: int
-    branch: str
     kind: str
+    base: tuple[tuple[str, float], ...]
+    branch: str
     scale: float
-    reader: str
-    carrier: str
-    base: tuple[tuple[str, float], ...] = _PLAIN_BASE
+    reader: str = ""
+    which: int = 0
+    other: str = ""
+    carrier: str = ""
+    layer: int = 0
+
+    @property
+    def terms(self) -> tuple[tuple[str, float], ...]:
+        """All terms of the residual with their weights, the branch last."""
+        return (*self.base, (self.branch, self.scale))
+
+    def residual(self, output: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """The residual ``[batch, position, neuron]``, summed in the order in which the layer sums it.
+
+        Args:
+            output: gives the output of a module of the layer by name, and the layer's input for `INPUT`.
+        """
+        total: torch.Tensor | None = None
+        for name, weight in self.terms:
+            term = output(name) if weight == 1.0 else weight * output(name)
+            total = term if total is None else total + term
+        assert total is not None  # there is a branch
+        return total
 
 
 @dataclass(frozen=True)
 class HostSites:
-    """The decoder, its layers, the width of its residual stream, and the site of each layer."""
+    """The decoder, its layers and their path in the host, the width of the residual stream, and the site of each layer."""
 
     decoder: nn.Module
     layers: nn.ModuleList
@@ -60,142 +84,46 @@ class HostSites:
     sites: tuple[Site, ...]
 
     def summary(self) -> dict[str, Any]:
-        """The finding as JSON for an adapter's config; one value where all layers agree, else a list."""
+        """The sites as JSON for an adapter's config; one value where all layers agree, else a list."""
         found: dict[str, Any] = {"layers": self.path}
         for key in ("branch", "kind", "scale", "reader"):
             values = [getattr(site, key) for site in self.sites]
             found[key] = values[0] if len(set(values)) == 1 else values
-        if any(site.base != _PLAIN_BASE for site in self.sites):
+        if any(site.base != PLAIN_BASE for site in self.sites):
             found["base"] = [{name: round(weight, 6) for name, weight in site.base} for site in self.sites]
         return found
 
 
-def find_layers(host: nn.Module, path: str | None = None) -> tuple[nn.Module, nn.ModuleList, str]:
-    """The text decoder, its layers and their path within the host.
+def read_sites(summary: Mapping[str, Any], num_layers: int) -> tuple[Site, ...]:
+    """The sites that `HostSites.summary` describes: what an engine without our probe goes by.
 
     Raises:
-        RealignerError: when no ModuleList of the configured number of layers is there; name it with `path`.
-    """
-    count = _layer_count(host)
-    get_decoder = getattr(host, "get_decoder", None)
-    decoder: nn.Module = get_decoder() if callable(get_decoder) else host
-    if path is not None:
-        try:
-            layers = host.get_submodule(path)
-        except AttributeError:
-            raise RealignerError(f"layers_path: the host has no module {path!r}") from None
-        if not isinstance(layers, nn.ModuleList) or len(layers) != count:
-            raise RealignerError(f"layers_path: {path!r} is not a list of the host's {count} layers")
-        return decoder, layers, path
-    for root in (decoder, host):  # a few types give their head, not their decoder, when asked
-        lists = [
-            (-name.count("."), sum(p.numel() for p in module.parameters()), name, module)
-            for name, module in root.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == count
-        ]
-        if lists:
-            break
-    else:
-        raise RealignerError(f"{type(host).__name__}: found no list of {count} decoder layers; name it with layers_path")
-    # The outermost one (the layers of a vision tower lie deeper), then the largest, if one is.
-    lists.sort(key=lambda entry: entry[:2])
-    depth, size, name, module = lists[-1]
-    rivals = [other for other_depth, other_size, other, _ in lists if other_depth == depth and 2 * other_size > size]
-    if len(rivals) > 1:
-        several = ", ".join(sorted(rivals))
-        raise RealignerError(f"{type(host).__name__}: several lists of {count} layers ({several}); name one with layers_path")
-    if root is not decoder:
-        decoder = host.get_submodule(name.rpartition(".")[0])
-    return decoder, module, next(name for name, found in host.named_modules() if found is module)
-
-
-def _layer_count(host: nn.Module) -> int:
-    config = text_config(host)
-    # Decoders of encoder-decoder families count the encoder's layers in num_hidden_layers.
-    names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
-    return int(next(count for name in names if (count := getattr(config, name, None)) is not None))
-
-
-def find_sites(host: nn.Module, path: str | None = None) -> HostSites:
-    """Probe a host and prove the site of every layer (three short forwards; the host is left as it was).
-
-    Args:
-        host: a transformers causal language model.
-        path: where its decoder layers are, when `find_layers` cannot tell.
-
-    Raises:
-        RealignerError: naming the layer and the reason, when a site cannot be proven. Such a host is refused.
+        RealignerError: when the summary lacks a key, or has another number of layers.
 
     Example:
-        >>> from realigner.tiny import tiny_host
-        >>> find_sites(tiny_host("llama")).summary()["branch"]
-        'self_attn'
+        >>> summary = {"layers": "model.layers", "branch": "self_attn", "kind": "sequential", "scale": 1.0, "reader": "mlp"}
+        >>> read_sites(summary, 2)[1].reader
+        'mlp'
     """
-    decoder, layers, path = find_layers(host, path)
-    name = type(host).__name__
-    with probe.as_in_evaluation(host), torch.no_grad():
-        clean = probe.run(host, decoder, layers)
-        for index, record in enumerate(clean):
-            _refuse_odd(f"{name}: layer {index}", record)
-        scales = probe.config_scales(host)
-        ways = [probe.candidates(record, scales) for record in clean]
-        findings = [_next(f"{name}: layer {index}", way, _NOTHING) for index, way in enumerate(ways)]
-        reasons: dict[int, str] = {}  # of the first candidate of each layer that failed
-        for _ in range(_TRIES):
-            failures = _failures(host, decoder, layers, clean, findings)
-            if not failures:
-                break
-            reasons = failures | reasons
-            for index in failures:
-                findings[index] = _next(f"{name}: layer {index}", ways[index], reasons[index])
-        else:
-            first = min(reasons)
-            raise RealignerError(f"{name}: layer {first} {reasons[first]}; refused")
-    sites = tuple(_site(index, *pair) for index, pair in enumerate(zip(clean, findings, strict=True)))
-    return HostSites(decoder, layers, path, _width(clean), sites)
 
+    def of_layer(key: str, layer: int) -> Any:
+        value = summary[key]
+        return value[layer] if isinstance(value, list) else value
 
-def _next(where: str, ways: Iterator[probe.Finding], otherwise: str) -> probe.Finding:
-    finding = next(ways, None)
-    if finding is None:
-        raise RealignerError(f"{where} {otherwise}; refused")
-    return finding
-
-
-def _failures(
-    host: nn.Module, decoder: nn.Module, layers: nn.ModuleList, clean: list[probe.LayerRecord], found: list[probe.Finding]
-) -> dict[int, str]:
-    """Layer -> what is wrong with its finding, after two more forwards; empty when all are proven."""
-    moved = probe.run(host, decoder, layers, probe.moved_edits(clean, found))
-    compensated = probe.run(host, decoder, layers, probe.compensated_edits(clean, found))
-    failures = {}
-    owners: dict[int, int] = {}
-    for index, finding in enumerate(found):
-        first = owners.setdefault(id(layers[index].get_submodule(finding.branch)), index)
-        if first != index:
-            failures[index] = f"shares the module {finding.branch} with layer {first}"
-        elif why := probe.failure(clean[index], moved[index], compensated[index], finding):
-            failures[index] = f"has no site: {why}"
-    return failures
-
-
-def _refuse_odd(where: str, record: probe.LayerRecord) -> None:
-    if record.times != 1:
-        times = f"runs {record.times} times" if record.times else "does not run"
-        raise RealignerError(f"{where} {times} in one forward of the decoder; refused")
-    if record.x is None:
-        raise RealignerError(f"{where} is given no tensor [batch, position, neuron] (it has several streams?); refused")
-    if record.x.dim() != 3 or record.x.shape[0] != 1:
-        shape = list(record.x.shape)
-        raise RealignerError(
-            f"{where}: its residual stream is {shape} for a batch of 1, not [batch, position, neuron]; refused"
+    try:
+        bases = [tuple(base.items()) for base in summary.get("base", [dict(PLAIN_BASE)] * num_layers)]
+        if len(bases) != num_layers:
+            raise IndexError
+        return tuple(
+            Site(
+                of_layer("kind", n),
+                bases[n],
+                of_layer("branch", n),
+                float(of_layer("scale", n)),
+                of_layer("reader", n),
+                layer=n,
+            )
+            for n in range(num_layers)
         )
-
-
-def _width(clean: list[probe.LayerRecord]) -> int:
-    assert clean[0].x is not None  # _refuse_odd
-    return clean[0].x.shape[-1]
-
-
-def _site(index: int, record: probe.LayerRecord, f: probe.Finding) -> Site:
-    return Site(index, f.branch, f.kind, f.scale, f.reader, record.carrier, f.base)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise RealignerError(f"site: not a description of {num_layers} layers ({type(error).__name__}: {error})") from None

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,12 +25,14 @@ from peft.utils import PeftType, register_peft_method
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from realigner.bank import IRMBank, Strength, strength_tensors
+from realigner.adapters import AdapterRegistry
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import Fingerprint, fingerprint
+from realigner.fingerprints import Fingerprint, fingerprint
+from realigner.hosts import folder_of
 from realigner.injection import Injector, refuse_attached
 from realigner.irm import IRMShape
-from realigner.sites import find_layers, find_sites
+from realigner.locate import find_layers, find_sites
+from realigner.settings import Generation, Settings, Strength, Where, check_strength
 
 PEFT_NAME = "irm"
 CONFIG_FILE = "adapter_config.json"
@@ -68,7 +70,8 @@ class IRMConfig(PeftConfig, IRMShape):
         layers_path: where the host's decoder layers are, for a host on which the probe cannot tell.
         tone: the tone it was trained for, if any.
         template: how prompts are put to it: ``"chat"``, the host's own way, or ``"plain"``, the paper's.
-        host: the fingerprint of the host it belongs to (`hosts.Fingerprint`).
+        strength: at which it is best used (1: as trained); `runtime.load` goes by it, an IRM attached by PEFT acts at 1.
+        host: the fingerprint of the host it belongs to (`fingerprints.Fingerprint`).
         site: what the probe found on that host (`sites.HostSites.summary`).
 
     Raises:
@@ -82,6 +85,7 @@ class IRMConfig(PeftConfig, IRMShape):
     layers_path: str | None = None
     tone: str | None = None
     template: str = "chat"
+    strength: float = 1.0
     host: dict[str, Any] | None = None
     site: dict[str, Any] | None = None
 
@@ -91,7 +95,9 @@ class IRMConfig(PeftConfig, IRMShape):
         self.peft_type = _PEFT_TYPE
         self.validate()
         if self.template not in TEMPLATES:
-            raise UsageError(f"template: {self.template!r} is none of {', '.join(TEMPLATES)}")
+            raise UsageError(f"template: {self.template!r} is not one of {', '.join(TEMPLATES)}")
+        if check_strength(self.strength).dim():
+            raise UsageError(f"strength: {self.strength!r} is not a number")
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON values; a converted host goes by its name, not by this machine's cache folder."""
@@ -112,7 +118,28 @@ class IRMConfig(PeftConfig, IRMShape):
             check_adapter(folder)
         config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         assert isinstance(config, IRMConfig)
+        if config.base_model_name_or_path:
+            config.base_model_name_or_path = folder_of(config.base_model_name_or_path)
         return config
+
+
+def adapter_folder(folder: str | Path) -> Path:
+    """The folder that holds the adapter: itself, or its only subfolder that does (PEFT saves a named adapter into one).
+
+    Raises:
+        RealignerError: when there is none, or several, naming them.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RealignerError(f"{folder}: there is no such adapter folder")
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    if len(inside) > 1:
+        raise RealignerError(f"{folder}: holds several adapters; give one of {', '.join(map(str, inside))}")
+    if not inside:
+        raise RealignerError(f"{folder}: not an adapter folder, it has no {CONFIG_FILE}")
+    return inside[0]
 
 
 def check_adapter(folder: str | Path) -> dict[str, Any]:
@@ -121,12 +148,8 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
     Raises:
         RealignerError: when a file is missing, truncated, pickled, or not an IRM's.
     """
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     path = folder / CONFIG_FILE
-    if not folder.is_dir():
-        raise RealignerError(f"{folder}: there is no such adapter folder")
-    if not path.is_file():
-        raise RealignerError(f"{folder}: not an adapter folder, it has no {CONFIG_FILE}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -151,18 +174,22 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
 
 
 class IRMModel(BaseTuner):
-    """The PEFT tuner: holds the bank of IRMs and the injector that hooks the host. The host itself is not changed.
+    """The PEFT tuner: holds the IRMs and the injector that hooks the host. The host itself is not changed.
 
-    Two arguments more than the host's own, in calls and in ``generate``:
+    Three arguments more than the host's own, in calls and in ``generate``; they hold for that call alone:
 
-    - ``strength=``: for this call, anything that `strength` takes.
+    - ``strength=``: anything that `strength` takes.
+    - ``where=``: the tokens that the IRMs act on, as `strength` has it (in ``generate``).
     - ``adapter_names=``: PEFT's, the IRM of each row of the batch: a name, ``"__base__"`` for none, or a tuple of names that
       are summed. With beams or several replies a prompt, give one for each prompt.
+
+    Calls may run in several threads at once: each has its own settings, and a generation keeps those it began with.
+    ``set_adapter`` and ``disable_adapter`` change the model for all calls that begin afterwards.
     """
 
     uses_shared_state = True
     prefix = "irm_"
-    tuner_layer_cls = IRMBank
+    tuner_layer_cls = AdapterRegistry
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
@@ -177,24 +204,86 @@ class IRMModel(BaseTuner):
             if others is not None:
                 model.peft_config = others
 
-    def forward(self, *args: Any, strength: Strength | None = None, **kwargs: Any) -> Any:
-        """The host's forward, at a strength if one is given."""
-        with self._at(strength):
-            return super().forward(*args, **kwargs)
+    def forward(self, *args: Any, strength: Strength | None = None, where: Where | None = None, **kwargs: Any) -> Any:
+        """The host's forward, with settings of its own if any are given."""
+        if strength is None and where is None:
+            return self._run(self.model, None, args, kwargs)
+        return self._run(self.model, self.registry.settings(self.settings, strength, where), args, kwargs)
 
-    def generate(self, *args: Any, strength: Strength | None = None, **kwargs: Any) -> Any:
-        """The host's ``generate``, at a strength if one is given."""
-        settings = kwargs.get("generation_config") or self.model.generation_config
-        numbers = [kwargs.get(key) or getattr(settings, key, None) or 1 for key in ("num_beams", "num_return_sequences")]
-        before, self.injector.repeats = self.injector.repeats, max(numbers)
-        try:
-            with self._at(strength):
-                return self.model.generate(*args, **kwargs)
-        finally:
-            self.injector.repeats = before
+    def generate(self, *args: Any, strength: Strength | None = None, where: Where | None = None, **kwargs: Any) -> Any:
+        """The host's ``generate``, with settings of its own if any are given."""
+        config = kwargs.get("generation_config") or self.model.generation_config
+        repeats = [kwargs.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences")]
+        inputs = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), *args)
+        prompt = next((value.shape[1] for value in inputs if isinstance(value, torch.Tensor)), 0)
+        settings = self.registry.settings(self.settings, strength, where)
+        settings = replace(settings, irms=self.registry.enabled(), generation=Generation(prompt, max(repeats)))
+        return self._run(self.model.generate, settings, args, kwargs)
 
-    def _at(self, value: Strength | None) -> AbstractContextManager[None]:
-        return nullcontext() if value is None else self.bank.scaled(strength_tensors(self.bank, value, None))
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: Any = None,
+        continuous_batching_config: Any = None,
+        strength: Strength | None = None,
+        adapter_names: Sequence[str | tuple[str, ...]] | None = None,
+        where: Where | list[Where] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """The host's ``generate_batch`` (continuous batching), with settings for each request.
+
+        Args:
+            inputs: the prompts as tokens.
+            generation_config, continuous_batching_config: transformers'.
+            strength: a number, or a list with one for each request; or a mapping from IRM to either.
+            adapter_names: the IRMs of each request, as in `generate`.
+            where: of all requests, or a list with one for each.
+            options: of transformers' ``add_request``: ``max_new_tokens``, ``eos_token_id``, ...; its ``warmup``,
+                ``progress_bar`` and ``persistent_manager`` are of no effect.
+
+        Returns:
+            Request id -> transformers' ``GenerationOutput``, in the order of `inputs`.
+        """
+        from realigner.batching import (
+            BatchManager,
+            of_request,
+        )  # imports transformers' continuous batching: for those who use it
+
+        for unused in ("warmup", "progress_bar", "persistent_manager"):
+            options.pop(unused, None)
+        if not inputs:
+            return {}
+        each = {"strength": strength, "irms": None if adapter_names is None else list(adapter_names), "where": where}
+        count = len(inputs)
+        chosen = [{key: of_request(value, n, count, key) for key, value in each.items()} for n in range(count)]
+        longest = max(len(prompt) for prompt in inputs), int(options.get("max_new_tokens") or 0)
+        done: dict[str, Any] = {}
+        with BatchManager(self, generation_config, continuous_batching_config, (*longest, count)) as batch:
+            requests = [batch.add_request(prompt, **own, **options) for prompt, own in zip(inputs, chosen, strict=True)]
+            while len(done) < batch.replies * len(requests):
+                output = batch.next()
+                if output.is_finished():
+                    done[output.request_id] = output
+        order = [[*(f"{name}__child#{n}" for n in range(batch.replies - 1)), name] for name in requests]
+        return {name: done[name] for names in order for name in names}
+
+    @property
+    def settings(self) -> Settings:
+        """What this thread's next call goes by."""
+        return self.injector.threads.state.settings
+
+    def _run(self, call: Any, settings: Settings | None, args: Any, kwargs: Any) -> Any:
+        """Make a call, and refuse its result when no IRM had a part in it though some were to."""
+        state = self.injector.threads.state
+        state.began = False
+        with nullcontext() if settings is None else self.injector.threads.using(settings):
+            result = call(*args, **kwargs)
+            if not state.began and self.registry.active(state.settings):
+                raise RealignerError(
+                    f"{type(self.model).__name__}: the IRM was never run; this model's forward does not call its decoder as a "
+                    "module (was it replaced, or compiled before the IRM was attached?)"
+                )
+        return result
 
     def inject_adapter(
         self,
@@ -207,7 +296,7 @@ class IRMModel(BaseTuner):
         """Attach an IRM under a name: prove the host's sites, check that the config is for this host, build the network."""
         config = self.peft_config[adapter_name]
         _check_name(adapter_name)
-        first = "bank" not in self._modules
+        first = "registry" not in self._modules
         if first:
             self.sites = find_sites(model, config.layers_path)
             self.fingerprint = fingerprint(model)
@@ -216,16 +305,15 @@ class IRMModel(BaseTuner):
             network = config.build(self.sites.width, len(self.sites.layers))
         if first:
             model.requires_grad_(False)
-            self.bank = IRMBank()
-            self.injector = Injector(self.sites, self.bank.active)
+            self.injector = Injector(self.sites, lambda settings: self.registry.active(settings))
+            self.registry = AdapterRegistry(self.injector.threads.default)
             self.injector.attach()
         if not config.inference_mode:
             self.injector.carry()
         device = _device(model)
         if not low_cpu_mem_usage and not any(p.is_meta for p in network.parameters()):
             network.to(device)
-        self.bank.networks[adapter_name] = network
-        self.bank.strengths[adapter_name] = torch.ones((), device=device)
+        self.registry.add(adapter_name, network, device)
         if adapter_name in self.active_adapters:
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         else:
@@ -240,30 +328,31 @@ class IRMModel(BaseTuner):
         """Make one IRM active, or several at once (their deltas are summed)."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
-            if name not in self.bank.networks:
-                raise UsageError(f"adapter {name!r} is not loaded; loaded are {', '.join(self.bank.networks) or 'none'}")
-        BaseTunerLayer.set_adapter(self.bank, names, inference_mode=inference_mode)
+            if name not in self.registry.networks:
+                raise UsageError(f"adapter {name!r} is not loaded; loaded are {', '.join(self.registry.networks) or 'none'}")
+        BaseTunerLayer.set_adapter(self.registry, names, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        BaseTunerLayer.enable_adapters(self.bank, enabled)
+        BaseTunerLayer.enable_adapters(self.registry, enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget one IRM."""
         if adapter_name not in self.peft_config:
             raise UsageError(f"adapter {adapter_name!r} is not loaded")
-        if len(self.bank.networks) == 1:
+        if len(self.registry.networks) == 1:
             raise UsageError(f"adapter {adapter_name!r} is the only one; use model.unload() to get the bare host back")
         del self.peft_config[adapter_name]
-        BaseTunerLayer.delete_adapter(self.bank, adapter_name)
-        self.active_adapter = self.bank.names
+        del self.injector.threads.default.strengths[adapter_name]
+        BaseTunerLayer.delete_adapter(self.registry, adapter_name)
+        self.active_adapter = self.registry.names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make the named IRMs trainable or not."""
-        BaseTunerLayer.set_requires_grad(self.bank, adapter_names, requires_grad)
+        BaseTunerLayer.set_requires_grad(self.registry, adapter_names, requires_grad)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        cast_adapter_dtype(self.bank, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        cast_adapter_dtype(self.registry, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
     def _check_merge_allowed(self) -> None:
         raise RealignerError("an IRM depends on its input, so it cannot be merged into weights; keep it attached, or unload()")
@@ -286,9 +375,7 @@ class IRMModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        if isinstance(adapter_names, str):
-            raise UsageError("adapter_names: give a list with an entry for each row of the batch, or use set_adapter")
-        with self.bank.by_row(adapter_names):
+        with self.injector.threads.using(self.registry.settings(self.settings, rows=adapter_names)):
             yield
 
     # Files: tensors go by irm.<network's own name>; loading is strict.
@@ -303,12 +390,12 @@ class IRMModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # Ours alone: the host may hold LoRA layers, which are another file's.
-        place = f"bank.networks.{adapter_name}."
+        place = f"registry.networks.{adapter_name}."
         return {key: value for key, value in state_dict.items() if place in key}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        _, found, rest = key.partition(f"bank.networks.{adapter_name}.")
+        _, found, rest = key.partition(f"registry.networks.{adapter_name}.")
         return _FILE_PREFIX + rest if found else key
 
     @classmethod
@@ -316,7 +403,7 @@ class IRMModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         tuner = tuner_of(model)
-        expected = tuner.bank.network(adapter_name).state_dict()
+        expected = tuner.registry.network(adapter_name).state_dict()
         given = {key.removeprefix(_FILE_PREFIX): value for key, value in state_dict.items()}
         where = f"adapter {adapter_name!r}"
         for key, tensor in expected.items():
@@ -326,27 +413,36 @@ class IRMModel(BaseTuner):
                 raise RealignerError(
                     f"{where}: tensor {_FILE_PREFIX}{key} has shape {list(given[key].shape)}, not {list(tensor.shape)}"
                 )
+            if not bool(torch.isfinite(given[key]).all()):
+                raise RealignerError(f"{where}: tensor {_FILE_PREFIX}{key} of {WEIGHTS_FILE} has values that are not finite")
         for key in given:
             if key not in expected:
                 raise RealignerError(f"{where}: {WEIGHTS_FILE} has a tensor {key!r} that this IRM does not have")
-        return {f"base_model.bank.networks.{adapter_name}.{key}": value for key, value in given.items()}
+        return {f"base_model.registry.networks.{adapter_name}.{key}": value for key, value in given.items()}
 
 
 register_peft_method(name=PEFT_NAME, config_cls=IRMConfig, model_cls=IRMModel)
 
 
 @contextmanager
-def strength(model: nn.Module, value: Strength, adapter: str | None = None) -> Iterator[None]:
-    """Scale the deltas of the active IRMs (or of one) within a block: 0 is the bare host, 1 the IRM as trained.
+def strength(model: nn.Module, value: Strength = 1.0, adapter: str | None = None, where: Where | None = None) -> Iterator[None]:
+    """Scale the deltas of IRMs in the calls of a block: 0 is the bare host, 1 the IRM as trained.
 
-    Keys cached before the block were made at another strength: start each generation inside it, and never change the
-    strength within one.
+    The block holds for the thread it is in and for threads begun inside it (a streamer's), not for others; a generation keeps
+    the settings it began with. In coroutines, which share a thread, and in pools give ``strength=`` to the call instead.
+
+    A token's keys and values stay in a cache as they were made. So a text whose cache goes on under other settings is
+    the text of one forward with a strength for each token: those of the time when each was read.
 
     Args:
-        model: a model with an IRM.
-        value: a number of at most 1000 either way (negative values push the other way), one for each row of the batch, or a
-            mapping from an IRM's name to either.
-        adapter: the IRM to scale, active or not (setting one does not make it active); all active ones when None.
+        model: a model with an IRM, wrapped (DataParallel, DDP, compiled) or not.
+        value: a number of at most 1000 either way (negative values push the other way), one for each row of the batch
+            ``[row]``, one for each token ``[row, position]`` (in ``generate`` counted from the prompt's first token; the last
+            column holds for the rest), or a mapping from an IRM's name to any of these.
+        adapter: the IRM to scale, active or not (setting one does not make it active); every loaded one when None.
+        where: the tokens that IRMs act on when generating: ``"all"``, ``"prompt"``, ``"reply"``, or a number of tokens from the
+            reply's beginning. A delta at a token changes what is predicted after it: the reply's first token is predicted at
+            the prompt's last.
 
     Raises:
         UsageError: for a value out of range, or an adapter that is not loaded; in the forward, for a batch of another size.
@@ -357,35 +453,46 @@ def strength(model: nn.Module, value: Strength, adapter: str | None = None) -> I
         >>> with strength(model, {"anger": 1.0, "sadness": [0, 0.5]}):  # doctest: +SKIP
         ...     model.generate(**two_rows)
     """
-    bank = tuner_of(model).bank
-    with bank.scaled(strength_tensors(bank, value, adapter)):
+    tuner = tuner_of(model)
+    with tuner.injector.threads.using(tuner.registry.settings(tuner.settings, value, where, adapter=adapter)):
         yield
 
 
 def tuner_of(model: nn.Module) -> IRMModel:
-    """The IRM tuner of a model that `get_peft_model` or `PeftModel.from_pretrained` returned.
+    """The IRM tuner of a model that `get_peft_model` or `PeftModel.from_pretrained` returned, whatever wraps it.
 
     Raises:
         UsageError: when the model carries no IRM.
     """
-    tuner = getattr(model, "base_model", model)
-    if not isinstance(tuner, IRMModel):
+    tuner = _tuner(model)
+    if tuner is None:
         raise UsageError(f"{type(model).__name__} has no IRM; attach one with peft.get_peft_model(host, IRMConfig(...))")
     return tuner
 
 
+def _tuner(model: Any) -> IRMModel | None:
+    while not isinstance(model, (IRMModel, PeftModel)):
+        # DataParallel and DDP keep the model in `module`, torch.compile in `_orig_mod`.
+        inner = next((m for key in ("module", "_orig_mod") if isinstance(m := getattr(model, key, None), nn.Module)), None)
+        if inner is None:
+            return None
+        model = inner
+    tuner = model.base_model if isinstance(model, PeftModel) else model
+    return tuner if isinstance(tuner, IRMModel) else None
+
+
 def template_of(model: nn.Module) -> str:
     """How prompts are put to a model: as its active IRM was trained; as the host's own template has it where there is none."""
-    tuner = getattr(model, "base_model", model)
-    if not isinstance(tuner, IRMModel) or not tuner.bank.names:
-        return "chat"
-    return str(tuner.peft_config[tuner.bank.names[0]].template)
+    tuner = _tuner(model)
+    return "chat" if tuner is None or not tuner.registry.names else str(tuner.peft_config[tuner.registry.names[0]].template)
 
 
 def load_irm(host: nn.Module, folder: str | Path, adapter_name: str = "default", trainable: bool = False) -> PeftModel:
     """`PeftModel.from_pretrained` for a local folder, with every refusal a `RealignerError` of one line."""
     check_adapter(folder)
-    model: PeftModel = PeftModel.from_pretrained(host, str(folder), adapter_name=adapter_name, is_trainable=trainable)
+    model: PeftModel = PeftModel.from_pretrained(
+        host, str(adapter_folder(folder)), adapter_name=adapter_name, is_trainable=trainable
+    )
     return model
 
 
@@ -405,7 +512,8 @@ def _bind(config: IRMConfig, host: Fingerprint, site: dict[str, Any]) -> None:
 def _same_site(saved: Any, found: Any) -> bool:
     """Equal, but for numbers that the probe fitted (in another precision they come out a little different)."""
     if isinstance(saved, dict) and isinstance(found, dict):
-        return saved.keys() == found.keys() and all(_same_site(saved[key], found[key]) for key in saved)
+        # Where the layers are depends on the class (text-only, multimodal); that they are the same the fingerprint tells.
+        return saved.keys() == found.keys() and all(_same_site(saved[key], found[key]) for key in saved if key != "layers")
     if isinstance(saved, list) and isinstance(found, list):
         return len(saved) == len(found) and all(_same_site(*pair) for pair in zip(saved, found, strict=True))
     if isinstance(saved, float) and isinstance(found, float):
@@ -417,11 +525,7 @@ def _check_name(name: str) -> None:
     if not name or hasattr(nn.ModuleDict, name):
         raise UsageError(f"adapter name {name!r} cannot be used: it clashes with the names of PyTorch modules")
     # PEFT tells adapters apart by finding ".name." in tensor names, so a name must not be part of one.
-    if (
-        name in ("bank", "networks", "strengths", "trunk", "output", "weight", "bias", "base_model")
-        or name.isdigit()
-        or "." in name
-    ):
+    if name in ("registry", "networks", "trunk", "output", "weight", "bias", "base_model") or name.isdigit() or "." in name:
         raise UsageError(f"adapter name {name!r} cannot be used: it clashes with the names of tensors")
 
 

@@ -4,7 +4,7 @@
 """
 
 from realigner.analysis.consensus import Consensus, consensus, rank_biased_overlap, robust_rank_aggregation
-from realigner.analysis.maps import FIRST_GENERATED, leading_indices, run_maps, text_maps
+from realigner.analysis.mean_maps import FIRST_GENERATED, leading_indices, run_maps, text_maps
 from realigner.analysis.sparsity import gini, sparsity
 from realigner.analysis.striation import eta_squared, icc, kendall_w, omega_squared, striation, svd_share
 from realigner.analysis.timing import layer_counts, timing, top_histogram

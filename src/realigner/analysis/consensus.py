@@ -9,7 +9,7 @@ after those of the untrained run (and, where given, the host's own measurements)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -17,11 +17,13 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from scipy.special import betainc, betaincinv, comb
+from scipy.stats import false_discovery_control
 
+from realigner.analysis.per_run import baselines, each_run, layer_scale, leading_score, prompts_of
 from realigner.analysis.resampling import Relabelling, check_draws, interval, p_value, prompt_weights, ranks
-from realigner.analysis.runs import UNTRAINED, baselines, each_run, layer_scale, leading_score, prompts_of
 from realigner.analysis.tables import ALL
 from realigner.errors import UsageError
+from realigner.traces.layout import UNTRAINED
 
 TOP = 10  # indices that count as leading
 PERSISTENCE = 0.9  # of rank-biased overlap: the first 10 ranks make up 86% of it
@@ -148,12 +150,18 @@ def robust_rank_aggregation(places: np.ndarray) -> np.ndarray:
 
 def holm(p: np.ndarray) -> np.ndarray:
     """Holm's adjustment of p-values; NaN stay NaN and do not count."""
-    return _adjusted(p, lambda ordered, m: np.maximum.accumulate(ordered * (m - np.arange(m))))
+    result, there = np.full(p.shape, np.nan), np.flatnonzero(np.isfinite(p))
+    order = there[np.argsort(p[there], kind="stable")]
+    result[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1.0)
+    return result
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     """Benjamini and Hochberg's adjustment of p-values; NaN stay NaN and do not count."""
-    return _adjusted(p, lambda ordered, m: np.minimum.accumulate((ordered * m / np.arange(1, m + 1))[::-1])[::-1])
+    result, there = np.full(p.shape, np.nan), np.isfinite(p)
+    if there.any():
+        result[there] = false_discovery_control(p[there])
+    return result
 
 
 def rank_biased_overlap(a: np.ndarray, b: np.ndarray) -> float:
@@ -347,14 +355,6 @@ def _chance(rho: np.ndarray, lists: int) -> np.ndarray:
         moved[k:] = 0.0
         below, last = moved, bounds[k - 1]
     return np.asarray(np.minimum(left, 1.0))
-
-
-def _adjusted(p: np.ndarray, adjust: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
-    result = np.full(p.shape, np.nan)
-    there = np.flatnonzero(np.isfinite(p))
-    order = there[np.argsort(p[there], kind="stable")]
-    result[order] = np.minimum(adjust(p[order], len(order)), 1.0)
-    return result
 
 
 def _indices(

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from realigner.analysis.per_run import prompts_of, text_table
 from realigner.analysis.resampling import check_draws, prompt_weights, weighted_mean
-from realigner.analysis.runs import prompts_of, text_table
-from realigner.analysis.tables import ALL, Entry, tabulate
+from realigner.analysis.tables import ALL, RunStatistic, tabulate
 
 STATISTICS = ("hoyer", "gini", "participation", "kurtosis", "small_share")
 _CHUNK = 16  # tokens in a chunk of a trace
@@ -55,7 +55,7 @@ def sparsity(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000,
     texts, prompts = text_table(trace), prompts_of(trace)
     weights = prompt_weights(len(prompts), resamples, rng)
     layers = [*trace["layer"].values.tolist(), ALL]
-    entries: list[Entry] = []
+    entries: list[RunStatistic] = []
     for run, own in texts.groupby("run", sort=False):
         found = _per_prompt(trace, own, prompts)
         value = weighted_mean(found, np.ones((1, len(prompts))))[0]
@@ -67,7 +67,7 @@ def sparsity(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000,
             for which, statistic in enumerate(STATISTICS):
                 if has[at]:
                     entries.append(
-                        Entry(
+                        RunStatistic(
                             run=str(run),
                             tone=str(own["tone"].iloc[0]),
                             seed=int(own["seed"].iloc[0]),
@@ -156,9 +156,9 @@ def gini(size: np.ndarray) -> np.ndarray:
     if size.dtype == np.float16:  # without a sign they sort as 16-bit numbers do: by radix, six times faster
         ordered = np.sort(size.view(np.uint16), axis=-1, kind="stable").view(np.float16).astype(np.float32)
     else:
-        ordered = np.sort(size, axis=-1).astype(np.float32, copy=False)
+        ordered = np.sort(size, axis=-1)
     total = ordered.sum(axis=-1, dtype=float)
-    placed = (ordered @ np.arange(1, n + 1, dtype=np.float32)).astype(float)
+    placed = (ordered @ np.arange(1, n + 1, dtype=ordered.dtype)).astype(float)
     some = total > 0  # NaN is not
     return np.asarray(2 * np.divide(placed, n * total, out=np.full(total.shape, np.nan), where=some) - (n + 1) / n)
 

@@ -37,6 +37,7 @@ for command in (  # in the order of --help
     reading.analyze,
     reading.explain,
     reading.report,
+    reading.figures,
     hosts.hosts,
     hosts.doctor,
 ):

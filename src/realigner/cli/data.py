@@ -209,7 +209,7 @@ def check(
     from realigner.files import refuse_existing
 
     if html is not None:
-        from realigner.report.card import is_card
+        from realigner.report.dataset_card import is_card
 
         refuse_existing(html, force, is_card)
     rows = (
@@ -218,7 +218,7 @@ def check(
     others = read_rows(against) if against else []
     card = check_rows(rows, *_tokenizer(host, trust_remote_code), others, seed)
     if html is not None:
-        from realigner.report.card import write_card
+        from realigner.report.dataset_card import write_card
 
         write_card(card, str(path), html)
     if as_json:

@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from realigner.explain.edits import permuted, with_gain, without_channel
     from realigner.explain.explanation import Explanation
     from realigner.explain.measure import measure_host
+    from realigner.explain.protocol import explain
     from realigner.explain.roles import roles_of
-    from realigner.explain.run import explain
     from realigner.explain.weights import weights_of
     from realigner.explain.weights_only import weights_report
 
 _HOMES = {
     "Explanation": "explanation",
-    "explain": "run",
+    "explain": "protocol",
     "measure_host": "measure",
     "permuted": "edits",
     "roles_of": "roles",

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from realigner.injection import ActiveIRM, Injector
-from realigner.probe import INPUT, first_hidden, first_tensor
-from realigner.sites import HostSites, Site
+from realigner.probe import first_hidden, first_tensor
+from realigner.sites import INPUT, HostSites, Site
 
 
 class Residuals:
     """Residuals of the running forward, layer by layer ``[batch, position, neuron]``, as the site's arithmetic makes them.
 
     Example:
-        >>> from realigner.sites import find_sites
+        >>> from realigner.locate import find_sites
         >>> from realigner.tiny import tiny_host
         >>> host = tiny_host("llama")
         >>> with Residuals(find_sites(host)).watching() as residuals:
@@ -57,13 +57,7 @@ class Residuals:
 
         def end(_: nn.Module, __: Any, ___: Any) -> None:
             x = terms[INPUT]
-            total: torch.Tensor | None = None
-            for name, weight in (*site.base, (site.branch, site.scale)):
-                term = terms[name].view_as(x)
-                term = term if weight == 1.0 else weight * term
-                total = term if total is None else total + term
-            assert total is not None
-            self.layers[site.layer] = total
+            self.layers[site.layer] = site.residual(lambda name: terms[name].view_as(x))
             terms.clear()
 
         # Hooks of the layer itself: whatever is between its begin and its end has been kept by then.
@@ -92,7 +86,7 @@ class SiteGradients:
     """h0 and the loss's gradient at every site of a bare host: ``dL/d(delta) [batch, position, layer, neuron]`` at delta 0.
 
     Example:
-        >>> from realigner.sites import find_sites
+        >>> from realigner.locate import find_sites
         >>> from realigner.tiny import tiny_host
         >>> host = tiny_host("llama")
         >>> with SiteGradients(find_sites(host)).watching() as gradients:
@@ -104,7 +98,7 @@ class SiteGradients:
     def __init__(self, sites: HostSites) -> None:
         self.irm = _Nothing(len(sites.layers))
         active = ActiveIRM("gradient", self.irm, torch.tensor(1.0))  # type: ignore[arg-type]
-        self.injector = Injector(sites, lambda: [active])
+        self.injector = Injector(sites, lambda _: [active])
 
     @contextmanager
     def watching(self) -> Iterator[SiteGradients]:

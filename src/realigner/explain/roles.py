@@ -21,7 +21,8 @@ import realigner.probe as probe
 from realigner.errors import RealignerError
 from realigner.explain.axes import Axis, Joined, is_made, is_product, rule_of, tensors_in
 from realigner.hosts import text_config
-from realigner.sites import HostSites, find_sites
+from realigner.locate import find_sites
+from realigner.sites import HostSites
 
 _TOKENS = 7
 _UNKNOWN = float("nan")

@@ -29,10 +29,10 @@ from torch import nn
 
 from realigner.errors import RealignerError
 from realigner.explain.checkpoint import HostTensors, Tensors, open_checkpoint
+from realigner.explain.norm_gradient import norm_kind
 from realigner.explain.roles import Role, find_stream, roles_of
-from realigner.explain.split import norm_kind
 from realigner.hosts import text_config
-from realigner.sites import find_layers
+from realigner.locate import find_layers
 
 _PLACES = ("attention", "mlp")
 

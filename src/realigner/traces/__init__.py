@@ -1,10 +1,35 @@
-"""Traces: what an IRM added, at which token, layer and neuron index, recorded while the model runs."""
+"""Traces: what an IRM added, at which token, layer and neuron index, recorded while the model runs.
 
-from realigner.traces.layout import RunLabel, join_traces
-from realigner.traces.recording import adapter_hash, record
-from realigner.traces.reference_folder import import_reference
-from realigner.traces.replaying import replay, replayed_texts
-from realigner.traces.store import TraceWriter, load_trace, save_trace, texts_of, verify_trace
+Names are resolved on first use: reading a trace needs no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from realigner.lazy import lazily
+
+if TYPE_CHECKING:
+    from realigner.traces.layout import RunLabel, join_traces
+    from realigner.traces.recording import adapter_hash, record
+    from realigner.traces.reference_folder import import_reference
+    from realigner.traces.replaying import replay, replayed_texts
+    from realigner.traces.store import TraceWriter, load_trace, save_trace, texts_of, verify_trace
+
+_HOMES = {
+    "RunLabel": "layout",
+    "TraceWriter": "store",
+    "adapter_hash": "recording",
+    "import_reference": "reference_folder",
+    "join_traces": "layout",
+    "load_trace": "store",
+    "record": "recording",
+    "replay": "replaying",
+    "replayed_texts": "replaying",
+    "save_trace": "store",
+    "texts_of": "store",
+    "verify_trace": "store",
+}
 
 __all__ = [
     "RunLabel",
@@ -20,3 +45,5 @@ __all__ = [
     "texts_of",
     "verify_trace",
 ]
+
+__getattr__ = lazily(__name__, _HOMES)

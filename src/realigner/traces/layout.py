@@ -8,7 +8,7 @@ on ``token``  coordinates ``run``, ``tone``, ``seed``, ``prompt``, ``position``,
               ``energy``, ``l1``, ``l4`` (sums over neurons of delta^2, ``|delta|``, delta^4) and ``small`` (how many
               ``|delta|`` are below 1e-4), each ``[token, layer]``; on request ``delta [token, layer, neuron]`` and
               ``h0 [token, neuron]``
-on ``text``   coordinates ``text_run``, ``text_tone``, ``text_seed``, ``text_prompt``, `X
+on ``text``   coordinates ``text_run``, ``text_tone``, ``text_seed``, ``text_prompt``, ``text_question``, ``text_reply``;
               ``sum``, ``sum_abs``, ``sum_sq``, ``max_abs`` of delta ``[text, part, layer, neuron]``; the text's largest values
               ``top_value``, ``top_position``, ``top_layer``, ``top_neuron [text, rank]``
 others        ``part``: the prompt, the first 10 generated tokens (the paper's choice), the rest; ``layer``; ``neuron``
@@ -16,7 +16,7 @@ attributes    ``source``, ``layout``, ``host``, ``runs`` (run -> tone, seed, str
               maker noted under ``notes`` (the bare host's replies, how replies were made)
 ============  ===============================================================================================================
 
-Where a run has no such layer, numbers are NaN.
+Numbers are NaN in layers that a run's IRM does not add to.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ import xarray as xr
 
 from realigner.errors import UsageError
 
-SOURCE = "realigner.record"  # every trace of ours says so
+SOURCE = "realigner.record"  # the attribute that marks a trace of realigner
 LAYOUT = 2
 PARTS = ("prompt", "opening", "rest")
 OPENING = 10  # generated tokens in the part "opening"
 TOP = 10_000  # largest values kept of a text
-SMALL = 1e-4  # the paper's bound for a value that counts as none ("sparsity")
+SMALL = 1e-4  # the paper's threshold for a value that counts as zero ("sparsity")
 UNTRAINED = "untrained"  # the tone of a baseline
 
 TOKEN_LABELS = ("run", "tone", "seed", "prompt", "position", "is_generated", "token_id", "token_text")
@@ -49,15 +49,15 @@ ON_REQUEST = ("delta", "h0")
 
 @dataclass(frozen=True)
 class RunLabel:
-    """Which run a text is of, and what a reader needs to repeat it.
+    """The run that a text belongs to, and what is needed to reproduce it.
 
     Attributes:
-        run: its name, one of a kind in a trace.
-        tone: what it was trained for; `UNTRAINED` for a baseline.
-        seed: of its initial weights and its data.
-        strength: at which it ran.
-        irm: its folder.
-        sha256: of the network's weights (`adapter_hash`); replay refuses another.
+        run: name, unique within a trace.
+        tone: the tone it was trained for; `UNTRAINED` for a baseline.
+        seed: of the initial weights and the data order.
+        strength: the IRM's strength while it was recorded.
+        irm: the IRM's folder.
+        sha256: of the network's weights (`adapter_hash`); `replay` refuses other weights.
     """
 
     run: str
@@ -68,7 +68,7 @@ class RunLabel:
     sha256: str = ""
 
     def facts(self) -> dict[str, Any]:
-        """Everything but the name, as it stands in a trace's attributes."""
+        """Everything but the name, as stored in a trace's attributes."""
         facts = asdict(self)
         del facts["run"]
         return facts | {"untrained": self.tone == UNTRAINED}
@@ -87,10 +87,16 @@ class Summary:
     top_neuron: np.ndarray
 
 
-def parts_of(is_generated: np.ndarray) -> np.ndarray:
-    """Each token's part, as a number in `PARTS`, of one text's tokens in order."""
-    nth = np.cumsum(is_generated)
+def parts_of(is_generated: np.ndarray, generated_before: int = 0) -> np.ndarray:
+    """Each token's part, as a number in `PARTS`, of some of one text's tokens in order, after so many generated ones."""
+    nth = generated_before + np.cumsum(is_generated)
     return np.where(is_generated, np.where(nth <= OPENING, 1, 2), 0)
+
+
+def text_spans(trace: xr.Dataset) -> list[slice]:
+    """Where each text lies on the token axis."""
+    stops = np.cumsum(trace["count"].values.sum(axis=1)).astype(int).tolist()
+    return [slice(start, stop) for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
 
 
 def text_dataset(
@@ -107,23 +113,23 @@ def text_dataset(
     """One text as a dataset.
 
     Args:
-        label, prompt, question: whose it is.
+        label, prompt, question: the run, the prompt's number and its text.
         layers: the layers that the run's IRM adds to.
         tokens: ``position``, ``is_generated``, ``token_id``, ``token_text``, one value a token.
         summary: its reductions.
         delta: ``[token, layer, neuron]``, where raw deltas are kept.
-        h0: ``[token, neuron]``, where they are to be computed again.
-        reply: what was answered.
+        h0: ``[token, neuron]``, where deltas are to be recomputed from it.
+        reply: the generated text.
     """
     n = len(tokens["position"])
-    whose = {"run": label.run, "tone": label.tone, "seed": label.seed, "prompt": prompt}
+    labels = {"run": label.run, "tone": label.tone, "seed": label.seed, "prompt": prompt}
     coords: dict[str, Any] = {"layer": np.asarray(layers, dtype=np.int64)}
     coords["neuron"] = np.arange(summary.text_sums["sum"].shape[-1], dtype=np.int64)
     coords["part"] = np.array(PARTS, dtype=object)
-    coords |= {key: ("token", _column(value, n)) for key, value in whose.items()}
+    coords |= {key: ("token", _column(value, n)) for key, value in labels.items()}
     coords |= {key: ("token", value) for key, value in tokens.items()}
     coords |= {
-        f"text_{key}": ("text", _column(value, 1)) for key, value in (whose | {"question": question, "reply": reply}).items()
+        f"text_{key}": ("text", _column(value, 1)) for key, value in (labels | {"question": question, "reply": reply}).items()
     }
     values: dict[str, Any] = {key: (("token", "layer"), value) for key, value in summary.token_sums.items()}
     values["count"] = (("text", "part"), summary.count[None])
@@ -139,7 +145,7 @@ def text_dataset(
 
 
 def with_layers(trace: xr.Dataset, layers: Sequence[int]) -> xr.Dataset:
-    """The same with more layers, where there is nothing but NaN."""
+    """A trace with more layers, NaN in those that it lacks."""
     if trace["layer"].values.tolist() == list(layers):
         return trace
     return trace.reindex(layer=np.asarray(layers, dtype=np.int64))

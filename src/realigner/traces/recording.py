@@ -6,7 +6,6 @@ what the model does. What a batch's texts came to is put into the trace, or writ
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ import xarray as xr
 from torch import nn
 
 from realigner.errors import RealignerError, UsageError
+from realigner.fingerprints import tensors_hash
 from realigner.hosts import HostInfo
 from realigner.injection import ActiveIRM
 from realigner.irm import IRM
@@ -38,11 +38,7 @@ def adapter_hash(network: IRM) -> str:
         >>> adapter_hash(irm) == adapter_hash(irm)
         True
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_hash(network.state_dict())
 
 
 @contextmanager

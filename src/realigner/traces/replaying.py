@@ -22,7 +22,7 @@ def replay(trace: xr.Dataset, networks: dict[str, IRM]) -> xr.Dataset:
 
     Args:
         trace: recorded with ``keep="replay"``.
-        networks: run -> the network it was recorded with (``tuner_of(model).bank.network(name)``).
+        networks: run -> the network it was recorded with (``tuner_of(model).registry.network(name)``).
 
     Returns:
         The trace with ``delta [token, layer, neuron]`` (float32, strength included) in place of ``h0``.
@@ -32,7 +32,7 @@ def replay(trace: xr.Dataset, networks: dict[str, IRM]) -> xr.Dataset:
         RealignerError: for a network with other weights than the one recorded.
 
     Example:
-        >>> replay(trace, {"anger-42": tuner_of(model).bank.network("default")}).delta.dims  # doctest: +SKIP
+        >>> replay(trace, {"anger-42": tuner_of(model).registry.network("default")}).delta.dims  # doctest: +SKIP
         ('token', 'layer', 'neuron')
     """
     return join(list(replayed_texts(trace, networks)), str(trace.attrs["host"]), labels_of(trace), trace.attrs["notes"])

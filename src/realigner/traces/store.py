@@ -29,6 +29,7 @@ from realigner.traces.layout import (
     RunLabel,
     join,
     labels_of,
+    text_spans,
     with_layers,
 )
 
@@ -245,12 +246,7 @@ def save_trace(trace: xr.Dataset, path: str | Path, force: bool = False, dtype: 
 
 def texts_of(trace: xr.Dataset) -> list[xr.Dataset]:
     """A trace text by text, in order; nothing is read that is not used."""
-    ends = np.cumsum(trace["count"].values.sum(axis=1)).tolist()
-    starts = [0, *ends[:-1]]
-    return [
-        trace.isel(token=slice(int(start), int(end)), text=slice(number, number + 1))
-        for number, (start, end) in enumerate(zip(starts, ends, strict=True))
-    ]
+    return [trace.isel(token=span, text=slice(at, at + 1)) for at, span in enumerate(text_spans(trace))]
 
 
 def is_trace(folder: Path) -> bool:

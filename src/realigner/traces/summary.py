@@ -8,15 +8,52 @@ deltas are; only the results are moved.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from realigner.traces.layout import OPENING, PARTS, SMALL, TEXT_SUMS, TOKEN_SUMS, Summary
+from realigner.traces.layout import PARTS, SMALL, TEXT_SUMS, TOKEN_SUMS, Summary, parts_of
 
-_GATHERED = 1 << 20  # values gathered before they are reduced: 4 MiB in float32, which a cache holds
+_GATHERED = 1 << 20  # values gathered before they are reduced: 4 MiB in float32, which fits a CPU cache
 _MOST = 16  # forwards gathered at most
 _SAMPLED = 16  # one in so many values is looked at to guess a bound
+
+
+class DeltaSums:
+    """Running sums of deltas over tokens, where the deltas are.
+
+    Attributes:
+        count: tokens seen.
+        sum, sum_abs, sum_sq, max_abs: of delta ``[layer, neuron]``; a plain 0 before the first token.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        self.dtype = dtype
+        self.count = 0
+        self.sum: Any = 0.0
+        self.sum_abs: Any = 0.0
+        self.sum_sq: Any = 0.0
+        self.max_abs: Any = 0.0
+
+    def add(self, delta: torch.Tensor, size: torch.Tensor | None = None, square: torch.Tensor | None = None) -> None:
+        """Add tokens ``[token, layer, neuron]``; `size` and `square` are their magnitudes and squares, if at hand."""
+        delta = delta.to(self.dtype)
+        size = delta.abs() if size is None else size
+        self.count += len(delta)
+        self.sum = self.sum + delta.sum(0)
+        self.sum_abs = self.sum_abs + size.sum(0)
+        self.sum_sq = self.sum_sq + (delta.square() if square is None else square).sum(0)
+        largest = size.amax(0)
+        self.max_abs = torch.maximum(self.max_abs, largest) if isinstance(self.max_abs, torch.Tensor) else largest
+
+    def mean(self) -> np.ndarray:
+        """The mean delta ``[layer, neuron]``."""
+        return np.asarray((self.sum / self.count).cpu().numpy())
+
+    def mean_abs(self) -> np.ndarray:
+        """M, the mean of ``|delta|`` ``[layer, neuron]``."""
+        return np.asarray((self.sum_abs / self.count).cpu().numpy())
 
 
 @dataclass
@@ -25,8 +62,8 @@ class _Row:
 
     generated: int = 0
     seen: int = 0
-    count: list[int] = field(default_factory=lambda: [0] * len(PARTS))
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)  # [part, layer, neuron]
+    shape: tuple[int, int] = (0, 0)  # layers, neurons
+    parts: list[DeltaSums] = field(default_factory=lambda: [DeltaSums(torch.float32) for _ in PARTS])
     tokens: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {key: [] for key in TOKEN_SUMS})
     top: list[torch.Tensor] = field(default_factory=list)  # candidates for the largest values, signed
     place: list[torch.Tensor] = field(default_factory=list)  # (position * layers + layer) * neurons + neuron
@@ -78,9 +115,7 @@ class BatchSummary:
     def _reduce_row(self, row: _Row, delta: torch.Tensor, generated: np.ndarray) -> None:
         """Tokens of one row, in order, ``[token, layer, neuron]``."""
         delta = delta.float()
-        if not row.sums:
-            shape = (len(PARTS), *delta.shape[1:])
-            row.sums = {key: torch.zeros(shape, device=delta.device) for key in TEXT_SUMS}
+        row.shape = (delta.shape[1], delta.shape[2])
         size, square = delta.abs(), delta.square()
         for key, value in (
             ("energy", square.sum(-1)),
@@ -89,23 +124,18 @@ class BatchSummary:
             ("small", (size < SMALL).sum(-1, dtype=torch.float32)),
         ):
             row.tokens[key].append(value)
-        nth = row.generated + np.cumsum(generated)
-        parts = np.where(generated, np.where(nth <= OPENING, 1, 2), 0)
-        row.generated = int(nth[-1])
+        parts = parts_of(generated, row.generated)
+        row.generated += int(generated.sum())
         for part in np.unique(parts):
             (at,) = np.nonzero(parts == part)
             where = slice(int(at[0]), int(at[-1]) + 1)  # parts follow each other, so these are neighbours
-            row.count[part] += len(at)
-            row.sums["sum"][part] += delta[where].sum(0)
-            row.sums["sum_abs"][part] += size[where].sum(0)
-            row.sums["sum_sq"][part] += square[where].sum(0)
-            torch.maximum(row.sums["max_abs"][part], size[where].amax(0), out=row.sums["max_abs"][part])
+            row.parts[part].add(delta[where], size[where], square[where])
         self._keep_largest(row, delta.flatten(), size.flatten())
         row.seen += len(delta)
 
     def _keep_largest(self, row: _Row, values: torch.Tensor, size: torch.Tensor) -> None:
         """Add to the row's candidates what may be among its largest; sort them out when they are twice too many."""
-        offset = row.seen * row.sums["sum"][0].numel()
+        offset = row.seen * row.shape[0] * row.shape[1]
         bound = row.bound if row.bound is not None else _bound(size, self.top)
         at = torch.nonzero(size > bound)[:, 0] if bound is not None else torch.arange(len(size), device=size.device)
         row.top.append(values[at])
@@ -130,7 +160,7 @@ class BatchSummary:
     def _result(self, row: _Row) -> Summary:
         self._sort_out(row)
         (values,), (places,) = row.top, row.place
-        _, layers, neurons = row.sums["sum"].shape
+        layers, neurons = row.shape
         place, empty = places.cpu().numpy(), self.top - len(values)
         position, within = np.divmod(place, layers * neurons)
         layer, neuron = np.divmod(within, neurons)
@@ -138,9 +168,12 @@ class BatchSummary:
         def padded(values: np.ndarray, kind: type, missing: float) -> np.ndarray:
             return np.pad(values.astype(kind), (0, empty), constant_values=missing)
 
+        def over_part(part: DeltaSums, key: str) -> np.ndarray:
+            return getattr(part, key).cpu().numpy() if part.count else np.zeros(row.shape, dtype=np.float32)
+
         return Summary(
-            count=np.array(row.count, dtype=np.int64),
-            text_sums={key: value.cpu().numpy() for key, value in row.sums.items()},
+            count=np.array([part.count for part in row.parts], dtype=np.int64),
+            text_sums={key: np.stack([over_part(part, key) for part in row.parts]) for key in TEXT_SUMS},
             token_sums={key: torch.cat(values).cpu().numpy() for key, values in row.tokens.items()},
             top_value=padded(values.cpu().numpy(), np.float32, np.nan),
             top_position=padded(position, np.int32, -1),

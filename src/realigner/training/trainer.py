@@ -134,7 +134,7 @@ class IRMTrainer(Trainer):
         self.step_rows: list[torch.Tensor] = []
         self.tokens: torch.Tensor | int = 0
         self._only_where_needed = takes_logits_to_keep(tuner_of(model).model)
-        tuner_of(model).bank.network("default").training_dtype = products_dtype(recipe, tuner_of(model).model)
+        tuner_of(model).registry.network("default").training_dtype = products_dtype(recipe, tuner_of(model).model)
         self._deltas = DeltaSum(tuner_of(model)) if recipe.l1 else None
         pad = getattr(tokenizer, "pad_token_id", None) or 0
         self.lr_scheduler: Any = None

@@ -28,8 +28,9 @@ from realigner.console import progress, say
 from realigner.data import TONES, Row, authored, read_rows
 from realigner.errors import RealignerError, UsageError
 from realigner.files import made_folder, write_text
+from realigner.fingerprints import fingerprint, weights_hash
 from realigner.generation import answer
-from realigner.hosts import fingerprint, host_name, load_config, load_host, load_tokenizer, weights_hash
+from realigner.hosts import host_name, load_config, load_host, load_tokenizer
 from realigner.prompts import PAPER_PROMPTS
 from realigner.training.batches import Prepared, prepare
 from realigner.training.callbacks import DivergenceGuard, Log, StopSignal
@@ -231,7 +232,7 @@ def _train(
         if not stopped:
             record = run_dir.read_run(out)  # in every process, as the writer left it
         undo.pop_all()
-    bank = tuner_of(model).bank
+    bank = tuner_of(model).registry
     if not stopped and not _sharded(bank):
         weights = load_file(out / run_dir.ADAPTER_FILES[1])
         bank.network("default").load_state_dict({key.removeprefix("irm."): value for key, value in weights.items()})
@@ -333,7 +334,7 @@ def _fit(
             trainer.remove_callback(unwanted)
         stop.accelerator = trainer.accelerator
         stack.enter_context(stop.listening())
-        stack.callback(setattr, tuner_of(model).bank.network("default"), "training_dtype", None)
+        stack.callback(setattr, tuner_of(model).registry.network("default"), "training_dtype", None)
         trainer.train(resume_from_checkpoint=str(good[-1]) if good else None)
     return stop.received.name if stop.received is not None and not _complete(run_dir.checkpoints(work)[-1]) else None
 
@@ -396,7 +397,7 @@ def _sharded(module: nn.Module) -> bool:
 def irm_facts(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
     """The IRM's preset, layers and size, and the host it is attached to, for run.json and reports."""
     tuner = tuner_of(model)
-    network = tuner.bank.network(adapter)
+    network = tuner.registry.network(adapter)
     config = tuner.peft_config[adapter]
     return {
         "preset": config.preset,

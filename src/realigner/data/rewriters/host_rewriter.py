@@ -25,7 +25,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from realigner.data.rewriters import Reply, RewriteRequest, messages, seed_of
 from realigner.data.tone import Tone
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import fingerprint
+from realigner.fingerprints import fingerprint
 
 _NUCLEUS = 64  # never more than the likeliest so many tokens are sampled from, whatever top_p says
 _PAGE = 32  # tokens of a block of the cache

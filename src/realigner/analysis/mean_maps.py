@@ -1,4 +1,4 @@
-"""Layer x neuron maps of a trace, and the neuron indices that lead in them."""
+"""Layer x neuron maps of a trace, and the neuron indices with the largest values in them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from realigner.analysis.runs import leading_score
+from realigner.analysis.per_run import CHOSEN_PARTS, leading_score, mean_over_tokens, text_sums
 from realigner.errors import UsageError
+from realigner.traces.layout import OPENING, PARTS
 
-FIRST_GENERATED = 10  # the paper's Figure 2 averages over the prompt and the first 10 generated tokens
+FIRST_GENERATED = OPENING  # the paper's Figure 2 averages over the prompt and the first 10 generated tokens
 Kind = Literal["absolute", "signed", "rms", "max"]
 
 _SUMS = {"absolute": "sum_abs", "signed": "sum", "rms": "sum_sq", "max": "max_abs"}
-_PARTS: dict[int | None, list[str]] = {
-    0: ["prompt"],
-    FIRST_GENERATED: ["prompt", "opening"],
-    None: ["prompt", "opening", "rest"],
-}
+_PARTS: dict[int | None, int] = {0: 1, FIRST_GENERATED: CHOSEN_PARTS, None: len(PARTS)}
 _RUN = ("run", "tone", "seed")
 
 
@@ -43,22 +40,14 @@ def text_maps(trace: xr.Dataset, kind: Kind = "absolute", generated: int | None 
         >>> text_maps(trace).dims  # doctest: +SKIP
         ('text', 'layer', 'neuron')
     """
-    if kind not in _SUMS:
-        raise UsageError(f"maps: kind={kind!r}; choose {', '.join(_SUMS)}")
-    if generated not in _PARTS:
-        raise UsageError(f"maps: generated={generated!r}; summaries know 0, {FIRST_GENERATED} and None (all)")
-    parts = _PARTS[generated]
-    count = trace["count"].sel(part=parts).sum("part").values
-    values = trace[_SUMS[kind]].sel(part=parts)
-    if kind == "max":
-        maps = values.max("part", skipna=False)
-    else:
-        maps = values.sum("part", skipna=False) / np.maximum(count, 1)[:, None, None]
-        maps = np.sqrt(maps) if kind == "rms" else maps
-    maps = maps.drop_vars([name for name in maps.coords if str(name).startswith("text_")])
+    name, parts = _reduction(kind, generated)
+    values, count = text_sums(trace, np.arange(trace.sizes["text"]), name, parts)
+    maps = values if kind == "max" else values / np.maximum(count, 1)[:, None, None]
+    coords = {"layer": trace["layer"].values, "neuron": trace["neuron"].values}
     labels: dict[str, Any] = {key: ("text", trace[f"text_{key}"].values) for key in (*_RUN, "prompt")}
-    named: xr.DataArray = maps.transpose("text", "layer", "neuron").assign_coords(labels | {"count": ("text", count)})
-    return named
+    labels["count"] = ("text", count.astype(int))
+    maps = np.sqrt(maps) if kind == "rms" else maps
+    return xr.DataArray(maps, coords, ("text", "layer", "neuron")).assign_coords(labels)
 
 
 def run_maps(trace: xr.Dataset, kind: Kind = "absolute", generated: int | None = FIRST_GENERATED) -> xr.DataArray:
@@ -73,40 +62,31 @@ def run_maps(trace: xr.Dataset, kind: Kind = "absolute", generated: int | None =
     Example:
         >>> leading_indices(run_maps(trace).sel(run="anger-42"), count=3)  # doctest: +SKIP
     """
+    name, parts = _reduction(kind, generated)
     runs = trace["text_run"].values
     names = list(dict.fromkeys(runs.tolist()))
     maps = []
-    for name in names:
-        (own,) = np.nonzero(runs == name)
-        maps.append(_pooled(trace, own, kind, generated))
+    for run in names:
+        values, count = text_sums(trace, np.flatnonzero(runs == run), name, parts)
+        pooled = values.max(axis=0) if kind == "max" else mean_over_tokens(values, count)
+        maps.append(np.sqrt(pooled) if kind == "rms" else pooled)
     coords = {"run": names, "layer": trace["layer"].values, "neuron": trace["neuron"].values}
-    first = [int(np.flatnonzero(runs == name)[0]) for name in names]
+    first = [int(np.flatnonzero(runs == run)[0]) for run in names]
     labels = {key: ("run", trace[f"text_{key}"].values[first]) for key in ("tone", "seed")}
     return xr.DataArray(np.stack(maps), coords, ("run", "layer", "neuron")).assign_coords(labels)
 
 
-def _pooled(trace: xr.Dataset, texts: np.ndarray, kind: Kind, generated: int | None) -> np.ndarray:
-    """One run's map: each text counts by its tokens."""
-    total: np.ndarray | None = None
-    tokens = 0
-    for number in texts:
-        one = text_maps(trace.isel(text=[int(number)]), kind, generated)
-        own, count = one.values[0].astype(np.float64), int(one["count"].values[0])
-        own = own if kind == "max" else (own**2 if kind == "rms" else own) * count
-        total = own if total is None else np.maximum(total, own) if kind == "max" else total + own
-        tokens += count
-    assert total is not None  # a run has texts
-    if kind == "max":
-        return total
-    mean = total / max(1, tokens)
-    return np.asarray(np.sqrt(mean)) if kind == "rms" else mean
+def _reduction(kind: Kind, generated: int | None) -> tuple[str, int]:
+    """The trace's variable and the number of parts that a map is made of."""
+    if kind not in _SUMS:
+        raise UsageError(f"maps: kind={kind!r}; choose {', '.join(_SUMS)}")
+    if generated not in _PARTS:
+        raise UsageError(f"maps: generated={generated!r}; summaries have 0, {FIRST_GENERATED} and None (all)")
+    return _SUMS[kind], _PARTS[generated]
 
 
 def leading_indices(magnitude: xr.DataArray, count: int = 10) -> pd.DataFrame:
-    """The neuron indices with the largest mean magnitude over layers (`leading_score`).
-
-    Layers are put on one footing first: each layer's magnitudes are divided by that layer's median, so that one loud layer
-    does not decide.
+    """The neuron indices with the largest relative magnitude (`leading_score`).
 
     Args:
         magnitude: M ``[layer, neuron]``, the mean of |delta|.

@@ -1,4 +1,4 @@
-"""Answer prompts with trained IRMs and their untrained twins, recording what each adds: what analyses and reports read."""
+"""Record traces of several runs: trained IRMs and their untrained twins answer the same prompts."""
 
 from __future__ import annotations
 
@@ -27,18 +27,24 @@ _ADAPTER = "default"
 
 @dataclass(frozen=True)
 class Source:
-    """An IRM to be traced: a trained one in its folder, or the untrained twin of one."""
+    """An IRM to trace.
+
+    Attributes:
+        label: what its texts are labelled with; the strength at which it runs.
+        folder: of the trained IRM.
+        twin: trace the network of `folder`'s config with the seed's initial weights, not the trained ones.
+    """
 
     label: RunLabel
     folder: Path
-    twin: bool = False  # the network of `folder`'s config, with the seed's initial weights
+    twin: bool = False
 
 
 def find_runs(places: Sequence[str | Path]) -> list[Path]:
-    """The folders of IRMs among `places`: a run's or an adapter's folder is itself, a sweep's folder is all its runs.
+    """The folders of IRMs: a run's or an adapter's folder itself, all runs of a sweep's folder.
 
     Raises:
-        RealignerError: naming a place that is neither.
+        RealignerError: naming the first place that is neither.
     """
     found: list[Path] = []
     for place in map(Path, places):
@@ -54,9 +60,14 @@ def find_runs(places: Sequence[str | Path]) -> list[Path]:
 
 
 def sources_of(folders: Sequence[Path], baselines: bool = True, scale: float = 1.0) -> list[Source]:
-    """What to trace: every IRM, and for each seed and shape of network its untrained twin, unless one is given.
+    """Every IRM, and one untrained twin for each seed and network shape that no untrained run is given for.
 
-    A run is named tone-seed; where two would have one name, by its folder too.
+    A run is named ``tone-seed``; runs that would share a name get their folder's name appended.
+
+    Args:
+        folders: from `find_runs`.
+        baselines: make untrained twins.
+        scale: the strength of every source.
     """
     trained: list[Source] = []
     shapes: dict[tuple[Any, ...], Source] = {}
@@ -103,26 +114,26 @@ def trace_runs(
     force: bool = False,
     quiet: bool = False,
 ) -> xr.Dataset:
-    """Answer the prompts with the bare host and with each IRM, and write what each adds to a store.
+    """Answer the prompts with the bare host and with each IRM, and write the deltas of each to a store.
 
-    Replies are greedy. The host is left as it was. Each batch of prompts is on disk when it is answered; should the process
-    die, ``OUT.unfinished`` holds what was finished.
+    Replies are greedy. The host is left unchanged. Each batch of prompts is on disk as soon as it is answered; if the process
+    dies, ``OUT.unfinished`` holds the finished ones.
 
     Args:
         sources: see `sources_of`; each at the strength of its label.
         out: the zarr folder.
-        host, tokenizer: the host that the IRMs were made for.
+        host, tokenizer: the base model that the IRMs were made for.
         prompts: the paper's seven by default.
         keep: see `record`.
         dtype: of raw deltas.
         max_new_tokens, repetition_penalty: of each reply.
-        seed: noted with the replies (greedy ones do not depend on it).
-        force: replace a trace that is there.
+        seed: stored with the replies (greedy ones do not depend on it).
+        force: replace an existing trace.
         quiet: show no progress.
 
     Raises:
-        RealignerError: when the place is taken or cannot be written, or an IRM was made for another host.
-        UsageError: when there is nothing to trace, or IRMs put prompts in different templates (trace them apart).
+        RealignerError: if `out` exists or cannot be written, or an IRM was made for another host.
+        UsageError: if there is nothing to trace, or the IRMs use different prompt templates.
     """
     if not sources:
         raise UsageError("trace: no IRM is given")
@@ -153,20 +164,41 @@ def trace_runs(
     return load_trace(writer.close())
 
 
+def trace_for_report(
+    places: Sequence[str | Path],
+    out: str | Path,
+    host: PreTrainedModel,
+    tokenizer: Any,
+    strength: float = 1.0,
+    **options: Any,
+) -> Path:
+    """Trace runs and their untrained twins with every delta kept, as `realigner.report.build_report` reads them.
+
+    Args:
+        places: folders of runs, adapters or sweeps.
+        out: the zarr folder to write.
+        host, tokenizer: the base model that the IRMs were made for.
+        strength: of every IRM.
+        options: of `trace_runs`: ``prompts``, ``max_new_tokens``, ``force``, ``quiet``, ...
+
+    Returns:
+        The trace's folder.
+
+    Raises:
+        RealignerError, UsageError: as `find_runs` and `trace_runs`.
+
+    Example:
+        >>> trace = trace_for_report(["runs/anger-42"], "anger.zarr", host, tokenizer)  # doctest: +SKIP
+        >>> build_report([trace], "report.html")  # doctest: +SKIP
+    """
+    trace_runs(sources_of(find_runs(places), scale=strength), out, host, tokenizer, keep="raw", **options)
+    return Path(out)
+
+
 def _attached(host: PreTrainedModel, source: Source, config: IRMConfig) -> PeftModel:
     if not source.twin:
         return load_irm(host, source.folder, _ADAPTER)
-    fresh = IRMConfig(
-        preset=config.preset,
-        layers=config.layers,
-        widths=config.widths,
-        rank=config.rank,
-        output_std=config.output_std,
-        input_norm=config.input_norm,
-        masked=config.masked,
-        layers_path=config.layers_path,
-        template=config.template,
-        inference_mode=True,
-    )
+    shape: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(IRMShape)}
+    fresh = IRMConfig(**shape, layers_path=config.layers_path, template=config.template, inference_mode=True)
     set_seed(source.label.seed)
     return PeftModel(host, fresh, adapter_name=_ADAPTER)

@@ -1,6 +1,6 @@
-"""A trace seen run by run: each run's texts, its untrained twin, and which of its indices stand out.
+"""A trace run by run: the sums of each run's texts, its mean map M, its untrained twin, and each index's leading score.
 
-A trace may be larger than memory, so one run's texts are read at a time.
+A trace may be larger than memory, so texts are read one run at a time.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import pandas as pd
 import xarray as xr
 
 from realigner.errors import UsageError
+from realigner.traces.layout import PARTS, UNTRAINED, text_spans
 
-UNTRAINED = "untrained"  # the tone of a baseline
-_CHOSEN = slice(0, 2)  # parts: the prompt and the first 10 generated tokens, which M is the mean over
+CHOSEN_PARTS = PARTS.index("opening") + 1  # M is a mean over the prompt and the first 10 generated tokens
 
 
 @dataclass(frozen=True)
 class RunTexts:
-    """What one run added, text by text, in the layers that it has.
+    """The deltas of one run, text by text, in the layers that its IRM adds to.
 
     Attributes:
-        run, tone, seed: whose.
+        run, tone, seed: the run.
         layers: labels of its layers.
         neurons: labels of the indices.
-        sums: ``[text, layer, neuron]``, the sum of |delta| over the chosen tokens.
-        counts: ``[text]``, how many tokens those are.
+        sums: ``[text, layer, neuron]``, the sum of |delta| over the prompt and the first 10 generated tokens.
+        counts: ``[text]``, the number of those tokens.
         prompts: ``[text]``, the prompt's number.
     """
 
@@ -41,44 +41,68 @@ class RunTexts:
     prompts: np.ndarray
 
     def mean(self) -> np.ndarray:
-        """M ``[layer, neuron]``: the mean over all chosen tokens.
+        """M ``[layer, neuron]``: the mean of |delta| over those tokens.
 
-        Without any layer or token, or with values that are not finite, there is nothing to measure: one layer of zeros.
+        One layer of zeros without any layer or token, or with values that are not finite.
         """
-        tokens = self.counts.sum()
-        if not len(self.layers) or not tokens or not np.isfinite(self.sums).all():
+        if not len(self.layers) or not self.counts.sum() or not np.isfinite(self.sums).all():
             return np.zeros((1, len(self.neurons)))
-        return np.asarray(self.sums.sum(axis=0, dtype=float) / tokens)
+        return mean_over_tokens(self.sums, self.counts)
+
+
+def mean_over_tokens(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The mean over all tokens of several texts ``[layer, neuron]``.
+
+    Args:
+        sums: each text's sum over its tokens ``[text, layer, neuron]``.
+        counts: each text's tokens ``[text]``.
+    """
+    return np.asarray(sums.sum(axis=0, dtype=float) / max(1.0, float(counts.sum())))
+
+
+def text_sums(trace: xr.Dataset, texts: np.ndarray, name: str, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """One of a trace's reductions over the first parts of some texts, read text by text.
+
+    Args:
+        trace: see `traces.layout`.
+        texts: their numbers.
+        name: ``sum``, ``sum_abs`` or ``sum_sq`` (summed over parts), or ``max_abs`` (the largest).
+        parts: how many of `traces.layout.PARTS`, from the first on.
+
+    Returns:
+        ``[text, layer, neuron]``, and the number of tokens ``[text]``.
+    """
+    reduce = np.max if name == "max_abs" else np.sum
+    values = [reduce(trace[name][int(text), :parts].values, axis=0) for text in texts]
+    return np.stack(values), trace["count"].values[texts, :parts].sum(axis=1).astype(float)
 
 
 def text_table(trace: xr.Dataset) -> pd.DataFrame:
     """A row per text: ``run, tone, seed, prompt``, and ``start, stop``, its place on the token axis.
 
     Raises:
-        UsageError: when this is no trace of ours, or it has no texts.
+        UsageError: if this is not a trace, or it has no texts.
     """
     missing = [name for name in ("text_run", "text_tone", "text_seed", "text_prompt", "count") if name not in trace.variables]
     if missing:
         raise UsageError(f"analysis: not a trace ({missing[0]!r} is missing); give what ra.record or load_trace returned")
     if not trace.sizes["text"]:
         raise UsageError("analysis: the trace has no texts; record at least one prompt")
-    stop = np.cumsum(trace["count"].values.sum(axis=1)).astype(int)
+    spans = text_spans(trace)
     return pd.DataFrame(
         {
             "run": [str(run) for run in trace["text_run"].values],
             "tone": [str(tone) for tone in trace["text_tone"].values],
             "seed": trace["text_seed"].values.astype(int),
             "prompt": trace["text_prompt"].values.astype(int),
-            "start": np.append(0, stop[:-1]),
-            "stop": stop,
+            "start": [span.start for span in spans],
+            "stop": [span.stop for span in spans],
         }
     )
 
 
 def each_run(source: xr.Dataset | xr.DataArray) -> Iterator[RunTexts]:
-    """One run after the other, of a trace or of `text_maps` of kind ``absolute``.
-
-    Layers that a run does not have are left out of what it gives.
+    """The runs of a trace, or of `text_maps` of kind ``absolute``, one by one, each in the layers that it has.
 
     Raises:
         UsageError: for anything else.
@@ -110,12 +134,11 @@ def _sums(source: xr.Dataset | xr.DataArray, texts: np.ndarray) -> tuple[np.ndar
         counts = source["count"].values[texts].astype(float)
         maps = source.transpose("text", "layer", "neuron").isel(text=texts).values
         return maps * counts[:, None, None], counts
-    values = [source["sum_abs"][int(text), _CHOSEN].values.sum(axis=0) for text in texts]
-    return np.stack(values), source["count"].values[texts, _CHOSEN].sum(axis=1).astype(float)
+    return text_sums(source, texts, "sum_abs", CHOSEN_PARTS)
 
 
 def baselines(runs: pd.DataFrame) -> dict[str, str]:
-    """The untrained run of the same seed, of every trained run that has one; the first where there are several.
+    """Trained run -> the (first) untrained run of the same seed, of those that have one.
 
     Args:
         runs: columns ``run, tone, seed``.
@@ -126,7 +149,7 @@ def baselines(runs: pd.DataFrame) -> dict[str, str]:
 
 
 def layer_scale(magnitude: np.ndarray) -> np.ndarray:
-    """What each layer of M ``[..., layer, neuron]`` is divided by to be on one footing, ``[..., layer, 1]``: its median.
+    """The median of each layer of M ``[..., layer, neuron]``, by which layers are made comparable, ``[..., layer, 1]``.
 
     1 for a layer whose median is 0.
     """
@@ -135,9 +158,9 @@ def layer_scale(magnitude: np.ndarray) -> np.ndarray:
 
 
 def leading_score(magnitude: np.ndarray) -> np.ndarray:
-    """How far each index stands out, ``[neuron]``: M over its layer's median, averaged over layers.
+    """The relative magnitude of each index ``[neuron]``: M over its layer's median, averaged over layers.
 
-    Layers are put on one footing first, so that one loud layer does not decide.
+    Dividing by the layer's median keeps one layer of large deltas from dominating.
 
     Args:
         magnitude: M ``[layer, neuron]`` without NaN. Without layers the score is 0.
@@ -146,6 +169,6 @@ def leading_score(magnitude: np.ndarray) -> np.ndarray:
 
 
 def prompts_of(source: xr.Dataset | xr.DataArray) -> np.ndarray:
-    """The numbers of all prompts that any run answered, in order; of a trace or of `text_maps`."""
+    """The sorted numbers of all prompts in a trace or in `text_maps`."""
     name = "prompt" if isinstance(source, xr.DataArray) else "text_prompt"
     return np.unique(source[name].values).astype(int) if name in source.coords else np.empty(0, dtype=int)

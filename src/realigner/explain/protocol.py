@@ -1,0 +1,219 @@
+"""Explain an index in one call: measure, ablate, train again with one thing changed, conclude."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from realigner.console import say
+from realigner.errors import RealignerError
+from realigner.explain.ablate import How, against_controls
+from realigner.explain.explanation import Explanation, IndexFact
+from realigner.explain.index_study import IndexStudy, read_runs
+from realigner.explain.predict import correlations, cross_validated_r2, gain_for_median_reach
+from realigner.explain.trials import FULL, QUICK, Outcome, TrialRunner, say_budget, trial_results
+from realigner.explain.verdict import (
+    CAUSES,
+    Evidence,
+    check_index,
+    conclude,
+    has_atypical_readout,
+    index_facts,
+    is_channel,
+    masked_loss,
+)
+from realigner.files import made_folder
+from realigner.hosts import host_name
+from realigner.traces.layout import UNTRAINED
+from realigner.training.recipe import Recipe
+from realigner.training.run_dir import read_run
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is computed.
+
+    Attributes:
+        rows: of each IRM's own validation rows, for measurements and losses.
+        random, matched: control indices of each ablation.
+        hows: which ablations.
+        trials: trainings of each kind; edits of a gain or a residual that is ordinary are left out.
+        steps: of each trial at most; None: as many as the run took.
+    """
+
+    rows: int
+    random: int
+    matched: int
+    hows: tuple[How, ...]
+    trials: dict[str, int]
+    steps: int | None
+
+
+BUDGETS = {
+    "quick": Budget(24, 20, 10, ("zero",), QUICK, 50),
+    "full": Budget(64, 100, 20, ("zero", "mean", "keep"), FULL, None),
+}
+
+
+def explain(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    host: PreTrainedModel,
+    tokenizer: Any,
+    index: int | None = None,
+    quick: bool = False,
+    trials: bool = True,
+    on: str = "here",
+    workers: int = 1,
+    quiet: bool = False,
+    steps: int | None = None,
+) -> Explanation:
+    """Find out why an index has large deltas in IRMs of one host.
+
+    Finished trials in `out` are not trained again, so the same call resumes an interrupted one.
+
+    Args:
+        folders: of trained runs (from `train`); the one in which the index has its best rank is trained again.
+        out: the folder for trials and for ``explain.json``.
+        host, tokenizer: the bare host that they were made for.
+        index: of the residual stream; None: the one with the largest mean score.
+        quick: use the smaller of `BUDGETS`.
+        trials: whether to train again.
+        on, workers: where trials are trained; see `run_sweep`.
+        quiet: show no progress.
+        steps: of each trial at most; None: see `BUDGETS`.
+
+    Raises:
+        RealignerError: if a folder is not a run's, its rows are missing, or a trial failed or was interrupted.
+        UsageError: for an index that the host does not have.
+
+    Example:
+        >>> found = explain(["runs/anger-42"], "why", host, tokenizer, quick=True)  # doctest: +SKIP
+        >>> found.words  # doctest: +SKIP
+        'Index 270 of smollm2-135m-instruct: none of the causes that were tested.'
+    """
+    budget = BUDGETS["quick" if quick else "full"]
+    budget = budget if steps is None else replace(budget, steps=steps)
+    runs = read_runs(folders)
+    if trials and any(recipe.host is None for _, recipe in runs.values()):
+        raise RealignerError(
+            "explain: a run's host was made in Python, so it cannot be trained again (trials=False leaves trials out)"
+        )
+    check_index(index, int(host.config.get_text_config(decoder=True).hidden_size))
+    made_folder(out)
+
+    # Measure the host and the IRMs: forwards and backwards over validation rows.
+    study = IndexStudy.measure(host, tokenizer, runs, budget.rows, quiet)
+    mean_score = study.mean_score
+    index = int(mean_score.argmax()) if index is None else index
+    ranks, facts = study.ranks(index), index_facts(study.measured, index)
+    if not quiet:
+        say(f"index {index}: {mean_score[index]:.2f} times the median over {len(runs)} IRMs")
+
+    # Ablate it in every IRM and in the host.
+    leading = study.leading(index)
+    ablations = {name: study.ablate(name, leading, budget.random, budget.matched, budget.hows) for name in runs}
+    host_ablation = study.ablate_host(leading, budget.random)
+
+    # Train again with one thing changed.
+    folder, recipe = runs[min(ranks, key=lambda own: own.rank).irm]
+    outcomes: list[Outcome] = []
+    refused: dict[str, str] = {}
+    shorter = 1.0
+    if trials:
+        recipe = _trial_recipe(recipe, budget, host)
+        shorter = _share_of_steps(recipe, folder)
+        taken = frozenset(own.seed for _, own in runs.values())
+        gain = gain_for_median_reach(study.measured, index)
+        runner = TrialRunner(Path(out), host, tokenizer, recipe, index, gain, taken, on, workers, quiet)
+        planned = runner.trials(_informative(budget, facts))
+        if not quiet:
+            say_budget(planned, _seconds_per_step(folder))
+        outcomes, refused = runner.run(planned, study.batches_of), runner.refused
+
+    # Conclude.
+    scores = {"IRMs": mean_score, UNTRAINED: study.scores[UNTRAINED]}
+    predicted = {name: cross_validated_r2(study.measured, score) for name, score in scores.items()}
+    results = trial_results(outcomes) or None
+    ablated: dict[str, dict[str, dict[str, float]]] = {
+        name: {how: against_controls(own, how) | {"size": study.size_ratio(name, index, own)} for how in budget.hows}
+        for name, own in ablations.items()
+    }
+    cause, conclusions = conclude(
+        Evidence(
+            index=index,
+            width=len(mean_score),
+            ranks=ranks,
+            facts=facts,
+            trials=results,
+            ablated=ablated,
+            host=against_controls(host_ablation, "zero"),
+            masked=_masked(outcomes),
+            predicted=predicted,
+            shorter=shorter,
+            refused=refused,
+        )
+    )
+    name = Path(host_name(host) or type(host).__name__).name
+    explanation = Explanation(
+        host=name,
+        irms={run: str(folder) for run, (folder, _) in runs.items()},
+        index=index,
+        cause=cause,
+        words=f"Index {index} of {name}: {CAUSES[cause]}.",
+        quick=quick,
+        dtype=str(host.dtype).removeprefix("torch."),
+        conclusions=conclusions,
+        facts=facts,
+        standings=ranks,
+        correlations=correlations(study.measured, scores),
+        trials=results,
+        ablations=ablations,
+        host_ablation=host_ablation,
+        explained=predicted,
+        profiles=study.profiles(index),
+        pages=study.about(leading),
+        measured={str(column): study.measured[column].round(12).tolist() for column in study.measured},
+        folder=Path(out),
+    )
+    explanation.save(out)
+    return explanation
+
+
+def _informative(budget: Budget, facts: Sequence[IndexFact]) -> dict[str, int]:
+    """The trials of a budget that can tell something about this index: an ordinary gain or residual is not edited."""
+    readout, channel = has_atypical_readout(facts), is_channel(facts)
+    changes = {"gain": readout, "no channel": channel, "ordinary": readout and channel}
+    return {kind: count for kind, count in budget.trials.items() if changes.get(kind, True)}
+
+
+def _trial_recipe(recipe: Recipe, budget: Budget, host: PreTrainedModel) -> Recipe:
+    """The run's recipe on the host that was given, with no more steps than the budget has."""
+    recipe = recipe.changed(host=host_name(host) or None)
+    if budget.steps is None or (recipe.steps is not None and recipe.steps <= budget.steps):
+        return recipe
+    return recipe.changed(steps=budget.steps)
+
+
+def _share_of_steps(recipe: Recipe, folder: Path) -> float:
+    """Trials' steps over the run's, at most 1."""
+    done = read_run(folder).get("steps_done")
+    return 1.0 if recipe.steps is None or not done else min(1.0, recipe.steps / done)
+
+
+def _seconds_per_step(folder: Path) -> float | None:
+    run = read_run(folder)
+    return run["seconds"] / run["steps_done"] if run.get("steps_done") else None
+
+
+def _masked(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    references = {outcome.trial.seed: outcome for outcome in outcomes if outcome.trial.kind == "reference"}
+    masked = [outcome for outcome in outcomes if outcome.trial.kind == "masked" and outcome.trial.seed in references]
+    if not masked:
+        return {}
+    pairs = [(outcome.losses, references[outcome.trial.seed].losses, outcome.counts) for outcome in masked]
+    return masked_loss(pairs, [(outcome.losses, outcome.counts) for outcome in references.values()])

@@ -1,0 +1,233 @@
+"""How IRMs act in one call: which, at what strength, in which rows, at which tokens.
+
+Settings belong to the thread that makes the call: a block of `Threads.using` is seen by the calls of its own thread and of
+threads begun inside it, and by no others. A forward takes its settings when it begins, a generation too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from realigner.errors import RealignerError, UsageError
+
+NO_IRM = "__base__"  # PEFT's word for a row without an adapter
+Number = float | Sequence[float] | Sequence[Sequence[float]] | torch.Tensor
+Strength = Number | Mapping[str, Number]
+Where = str | int
+WHERES = ("all", "prompt", "reply")
+
+
+@dataclass(eq=False)
+class Generation:
+    """One call of ``generate``.
+
+    Attributes:
+        prompt: tokens of the prompt, padding included; what comes after is the reply.
+        repeats: how often each row of the batch is repeated (beams, several replies a prompt).
+        seen: tokens that went through the decoder; counted for hosts whose cache does not know its length.
+    """
+
+    prompt: int
+    repeats: int = 1
+    seen: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """How the IRMs of a host act in a call.
+
+    Attributes:
+        strengths: IRM -> its strength, of shape [], [row] or [row, position].
+        rows: IRM -> 1 in the rows of the batch that it acts on, of shape [row]; None: the active IRMs act on all rows.
+        where: ``"all"``, ``"prompt"``, ``"reply"``, or N for the first N tokens of the reply.
+        irms: the IRMs that take part; None: those that are active when a forward begins.
+        generation: the generation that the call is a part of.
+        packed: strengths are of this forward's tokens, which belong to several requests (continuous batching).
+        observers: called with what each IRM adds, as `injection.Injector.observers` are.
+    """
+
+    strengths: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: dict[str, torch.Tensor] | None = None
+    where: Where = "all"
+    irms: tuple[str, ...] | None = None
+    generation: Generation | None = None
+    packed: bool = False
+    observers: tuple[Callable[..., None], ...] = ()
+
+    def factor(self, strength: torch.Tensor, batch: int, positions: int, start: int | torch.Tensor) -> torch.Tensor:
+        """What a delta ``[batch, position, layer, neuron]`` of this forward is multiplied by, in a shape that broadcasts.
+
+        Args:
+            strength: of one IRM, of shape [], [row] or [row, position].
+            batch, positions: of the forward.
+            start: the first token's place in its text.
+
+        Raises:
+            UsageError: for strengths of another number of rows or tokens than the batch has.
+        """
+        if strength.dim() == 0 and self.where == "all":
+            return strength
+        if strength.dim() > 0:
+            rows, repeats = strength.shape[0], 1 if self.generation is None else self.generation.repeats
+            if batch == rows * repeats:
+                strength = strength.repeat_interleave(repeats, dim=0)
+            elif batch != rows:
+                raise UsageError(f"strength or adapter_names: {rows} given for a batch of {batch} rows; give one for each row")
+        strength = self._of_tokens(strength, positions, start) if strength.dim() == 2 else strength[..., None]
+        if self.where != "all":
+            strength = strength * self._acts(positions, start, strength.device)
+        return strength[..., None, None]
+
+    def _of_tokens(self, strength: torch.Tensor, positions: int, start: int | torch.Tensor) -> torch.Tensor:
+        """The columns of ``strength [row, position]`` that this forward's tokens have; the last one holds for the rest."""
+        width = strength.shape[1]
+        if self.packed:
+            return strength[:, :positions]
+        if self.generation is not None:
+            return strength[:, _places(positions, start, strength.device).clamp(max=width - 1)]
+        if width != positions:
+            raise UsageError(f"strength: {width} given for {positions} tokens of a row; give one for each token")
+        return strength
+
+    def _acts(self, positions: int, start: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Whether IRMs act on each token ``[position]``."""
+        if self.generation is None:
+            raise UsageError(f"where={self.where!r}: only generate knows prompt from reply; give a strength for each token")
+        acting: torch.Tensor = acts(self.where, _places(positions, start, device) - self.generation.prompt)
+        return acting
+
+
+def acts(where: Where, after: Any) -> Any:
+    """Whether IRMs act on a token, given how far it is behind the reply's first (a number or a tensor of them)."""
+    if where == "all":
+        return after == after
+    if where == "prompt":
+        return after < 0
+    return (after >= 0) if where == "reply" else (after >= 0) & (after < int(where))
+
+
+def _places(positions: int, start: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.arange(positions, device=device) + (start.to(device) if isinstance(start, torch.Tensor) else start)
+
+
+def check_where(where: Where) -> Where:
+    """Raise UsageError unless `where` is one of `WHERES` or a number of tokens."""
+    if where in WHERES or (isinstance(where, int) and not isinstance(where, bool) and where >= 0):
+        return where
+    raise UsageError(f"where: {where!r} is not one of {', '.join(WHERES)}, or how many tokens of the reply")
+
+
+def check_strength(value: Any, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A strength as a tensor of shape [], [row] or [row, position].
+
+    Raises:
+        UsageError: when it is no such thing, or a number is beyond 1000 either way.
+    """
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float32, device=device).detach()
+    except (TypeError, ValueError, RuntimeError):
+        tensor = torch.tensor(float("nan"))
+    if isinstance(value, bool) or tensor.dim() > 2 or tensor.numel() == 0 or not bool((tensor.abs() <= 1000).all()):
+        raise UsageError(
+            f"strength: {value!r} is not a number between -1000 and 1000, a list with one for each row, or a list of lists "
+            "with one for each token"
+        )
+    return tensor
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------------
+
+
+class ThreadState:
+    """What one thread is about to do, or is doing, with the IRMs of one host.
+
+    Attributes:
+        settings: of the next call.
+        running: the context of the forward that is under way, where none is handed down.
+        taken: a context handed down to the layer that is under way.
+        terms: outputs of layer 0's modules, of which its residual is made.
+        began: whether a forward of the decoder began since this was last set to False.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.running: Any = None
+        self.taken: Any = None
+        self.terms: dict[str, torch.Tensor] = {}
+        self.began = False
+
+
+class Threads(threading.local):
+    """One host's settings, thread by thread.
+
+    Attributes:
+        state: of the calling thread.
+    """
+
+    def __init__(self, default: Settings) -> None:
+        self.default = default
+        settings = next((settings for owner, settings in reversed(_blocks.open) if owner is self), default)
+        self.state = ThreadState(settings)  # an object of its own: the compiler does not follow writes to a thread's locals
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Threads:
+        copied = Threads(Settings({name: value.clone() for name, value in self.default.strengths.items()}))
+        memo[id(self)] = copied
+        return copied
+
+    @contextmanager
+    def using(self, settings: Settings) -> Iterator[None]:
+        """Make these the settings of this thread, and of threads begun in the block.
+
+        Raises:
+            RealignerError: when blocks overlap instead of nesting, as those of two coroutines in one thread can.
+        """
+        _inherit()
+        state = self.state
+        before, state.settings = state.settings, settings
+        opened, entry = _blocks.open, (self, settings)
+        opened.append(entry)
+        try:
+            yield
+        finally:
+            nested = state.settings is settings
+            state.settings = before
+            opened.remove(entry)
+        if not nested:
+            raise RealignerError("blocks of settings overlap in one thread (coroutines?); give strength= to the call instead")
+
+
+class _Blocks(threading.local):
+    """The blocks that a thread is in: its own, and those that it was begun in."""
+
+    def __init__(self) -> None:
+        self.open: list[tuple[Threads, Settings]] = list(getattr(threading.current_thread(), "_irm_blocks", ()))
+
+
+_blocks = _Blocks()
+
+
+@cache
+def _inherit() -> None:
+    """From now on a thread begins with the settings of the block that it is begun in, as a streamer's thread should.
+
+    Python does this for context variables from 3.14 on, where asked to. Workers of a pool are left out: they outlive the block.
+    """
+    start = threading.Thread.start
+
+    def start_with_settings(thread: threading.Thread) -> None:
+        pool = getattr(getattr(thread, "_target", None), "__module__", "") in (
+            "concurrent.futures.thread",
+            "multiprocessing.pool",
+        )
+        if _blocks.open and not pool:
+            thread._irm_blocks = tuple(_blocks.open)  # type: ignore[attr-defined]
+        start(thread)
+
+    threading.Thread.start = start_with_settings  # type: ignore[method-assign, assignment]
