@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
-from realigner.data.schema import first_fault
 from realigner.errors import RealignerError
 from realigner.files import write_text
+from realigner.validation_message import first_fault
 
 RESULT_FILE = "explain.json"
 Answer = Literal["supported", "not supported", "cannot tell"]

@@ -13,7 +13,7 @@ from realigner.analysis import Analysis
 from realigner.errors import RealignerError
 from realigner.explain.explanation import RESULT_FILE, Explanation, is_explanation, read_explanation
 from realigner.traces.store import is_trace, load_trace
-from realigner.training.folder import read_metrics, read_run
+from realigner.training.run_dir import read_metrics, read_run
 
 
 @dataclass(frozen=True)
