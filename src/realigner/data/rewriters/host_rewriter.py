@@ -49,7 +49,7 @@ class HostRewriter:
 
     Raises:
         UsageError: for a number out of range.
-        RealignerError: when replies are asked for, for a host that gives other tokens in continuous batches than alone.
+        RealignerError: when replies are requested: the host gives other tokens in continuous batches than alone.
     """
 
     def __init__(
@@ -102,18 +102,18 @@ class HostRewriter:
         self._check_host(requests)
         waiting = sorted(requests, key=_size, reverse=True)
         longest = max(len(self._prompt(request)) for request in waiting[:_MEASURED])
-        asked: dict[str, tuple[RewriteRequest, int]] = {}
+        in_flight: dict[str, tuple[RewriteRequest, int]] = {}
         with closing(self._running(longest + _PAGE)) as manager:
-            while waiting or asked:
-                while waiting and len(asked) < 2 * self.batch_size:
+            while waiting or in_flight:
+                while waiting and len(in_flight) < 2 * self.batch_size:
                     request = waiting.pop()
                     prompt = self._prompt(request)
                     name = f"{request.fact.id}/{request.attempt}"
-                    asked[name] = request, len(prompt)
+                    in_flight[name] = request, len(prompt)
                     seeds = {"seed": seed_of(self.seed, self.tone, request)} if self.temperature > 0 else {}
                     manager.add_request(prompt, name, eos_token_id=self._ends(), **seeds)
                 result = manager.next()
-                request, read = asked.pop(result.request_id)
+                request, read = in_flight.pop(result.request_id)
                 written = len(result.generated_tokens)
                 self._tokens += written
                 yield Reply(request.fact.id, request.attempt, self._text(result.generated_tokens), read, written)
