@@ -91,7 +91,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train one IRM on a frozen host: by the default recipe, the paper's, or your own."""
-    from realigner.training import run_dir
+    import realigner.training.run_dir as run_dir
     from realigner.training.recipe import read_recipe
 
     if resume and force:

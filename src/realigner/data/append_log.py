@@ -16,7 +16,7 @@ from typing import Any
 from realigner.errors import RealignerError
 from realigner.files import locked_file, made_folder
 
-_KIND = "journal"  # the key of the first line by which a journal of ours is known
+_KIND = "journal"  # the key by which the first line of a journal is recognised
 
 
 class AppendLog:
@@ -119,7 +119,7 @@ class AppendLog:
 
 
 def _entries(content: bytes) -> tuple[list[Any], int]:
-    """What stands after the first line, and the number of the first line that is damaged (0: none is)."""
+    """The entries after the first line, and the number of the first damaged line (0: none)."""
     entries = []
     for number, line in enumerate(content.splitlines()[1:], start=2):
         try:

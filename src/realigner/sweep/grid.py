@@ -1,4 +1,4 @@
-"""The grid: a YAML file that lists values for some keys of a recipe, and the runs that it stands for."""
+"""The grid: a YAML file that lists values for some keys of a recipe, and its runs."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def plan(sweep: Sweep, base: Path) -> list[RunSpec]:
     """The runs of a sweep, each once, in the grid's order, untrained baselines last.
 
     Raises:
-        UsageError: naming the combination that is no recipe.
+        UsageError: naming the combination that is not a valid recipe.
         RealignerError: when a data file is missing.
     """
     source = sweep.recipe if sweep.recipe in BUILT_IN else base / sweep.recipe
@@ -206,8 +206,8 @@ def _digest(file: str, digests: dict[str, str]) -> str:
 
 
 def _label(varies: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={_short(value)}" for key, value in varies.items())
+    return " ".join(f"{key}={_value_text(value)}" for key, value in varies.items())
 
 
-def _short(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return json.dumps(value).replace(" ", "") if isinstance(value, (list, dict)) else str(value)

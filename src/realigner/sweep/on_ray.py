@@ -80,7 +80,7 @@ def _connect(ray: Any, address: str | None, workers: int) -> None:
 
 
 def _knock(address: str | None) -> None:
-    """Find out at once that nobody listens at an address; Ray itself would ask for minutes."""
+    """Find out at once that no cluster listens at an address; Ray itself would retry for minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         try:

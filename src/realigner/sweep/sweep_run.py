@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import realigner.training.run_dir as run_dir
 from realigner.errors import RealignerError, UsageError
 from realigner.files import locked_file, made_folder, write_text
 from realigner.sweep.grid import RunSpec
 from realigner.sweep.sweep_table import StateTable
 from realigner.sweep.worker import Job
-from realigner.training import run_dir
 from realigner.training.recipe import to_yaml
 
 SWEEP_FILE = "sweep.json"

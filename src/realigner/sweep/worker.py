@@ -17,9 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import realigner.training.run_dir as run_dir
 from realigner.errors import RealignerError
 from realigner.files import write_text
-from realigner.training import run_dir
 
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 Report = Callable[[str, str, str], None]  # (run, state, note)

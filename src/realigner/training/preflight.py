@@ -13,12 +13,12 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
+import realigner.training.run_dir as run_dir
 from realigner.console import say
 from realigner.errors import RealignerError
 from realigner.files import made_folder
 from realigner.hosts import resolve_device, resolve_dtype
 from realigner.irm import IRMShape
-from realigner.training import run_dir
 from realigner.training.batches import Prepared
 from realigner.training.recipe import Recipe
 

@@ -175,7 +175,8 @@ class Recipe(BaseModel):
         for key in type(self).model_fields:
             mine, theirs = getattr(self, key), getattr(other, key)
             if key not in RUNTIME_ONLY_KEYS and mine != theirs:
-                return f"{key} is {_plain(mine)}, not {_plain(theirs)}"
+                mine, theirs = ("null" if value is None else value for value in (mine, theirs))
+                return f"{key} is {mine}, not {theirs}"
         return None
 
 
@@ -291,7 +292,3 @@ def _recipe(
         message = first["msg"].removeprefix("Value error, ")
         what = f"{key}: {first['input']!r}: {message[:1].lower()}{message[1:]}" if key else message
         raise kind(f"{place}: {what}") from None
-
-
-def _plain(value: Any) -> str:
-    return "null" if value is None else str(value)

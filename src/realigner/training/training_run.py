@@ -23,6 +23,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+import realigner.training.run_dir as run_dir
 from realigner.console import progress, say
 from realigner.data import TONES, Row, authored, read_rows
 from realigner.errors import RealignerError, UsageError
@@ -31,7 +32,6 @@ from realigner.fingerprints import fingerprint, weights_hash
 from realigner.generation import answer
 from realigner.hosts import host_name, load_config, load_host, load_tokenizer
 from realigner.prompts import PAPER_PROMPTS
-from realigner.training import run_dir
 from realigner.training.batches import Prepared, prepare
 from realigner.training.callbacks import DivergenceGuard, Log, StopSignal
 from realigner.training.loss_plot import save_curve
