@@ -1,4 +1,4 @@
-"""IRMs in the field's tools: PEFT's auto classes, pipelines, wrappers, harnesses, trainers; and hosts that others have changed."""
+"""IRMs in the field's tools: PEFT's auto classes, pipelines, wrappers, harnesses, trainers; hosts that others have changed."""
 
 from __future__ import annotations
 
@@ -78,8 +78,11 @@ def test_a_card_says_what_to_import(saved: Path) -> None:
     assert "KeyError: 'IRM'" in without.stderr
 
 
-@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile, lambda m: torch.nn.DataParallel(torch.compile(m))])
-def test_wrapped_models_have_their_irm(wrap: Callable[[Any], Any]) -> None:
+WRAPPERS: list[Any] = [torch.nn.DataParallel, torch.compile, lambda model: torch.nn.DataParallel(torch.compile(model))]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=["data parallel", "compiled", "both"])
+def test_wrapped_models_have_their_irm(wrap: Any) -> None:
     model = realigned()
     with ra.strength(model, 0.25):
         want = model(input_ids=prompts()).logits
@@ -236,9 +239,14 @@ def test_weights_that_are_not_finite_are_refused(saved: Path, value: float) -> N
 def test_a_host_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import realigner.probe as probe
 
-    forwards = []
+    forwards: list[int] = []
     run = probe.run
-    monkeypatch.setattr(probe, "run", lambda *args, **kwargs: forwards.append(1) or run(*args, **kwargs))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        forwards.append(1)
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(probe, "run", counted)
     host = tiny_host("llama")
     for _ in range(3):
         realigned(host).unload()
@@ -262,4 +270,5 @@ def test_sites_are_read_back_from_a_config() -> None:
 
 
 def test_two_adapters_of_one_model_load_into_wrapped_ones() -> None:
-    assert tuner_of(torch.compile(two_tones())).registry.names == ["anger"]
+    compiled: Any = torch.compile(two_tones())
+    assert tuner_of(compiled).registry.names == ["anger"]

@@ -21,7 +21,7 @@ import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype
-from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
+from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method, set_additional_trainable_modules
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -108,6 +108,8 @@ class IRMConfig(PeftConfig, IRMShape):
         self.task_type: Any = self.task_type or "CAUSAL_LM"
         super().__post_init__()
         self.peft_type = _PEFT_TYPE
+        if self.base_model_name_or_path:
+            self.base_model_name_or_path: str | None = folder_of(self.base_model_name_or_path)
         self.validate()
         if self.template not in TEMPLATES:
             raise UsageError(f"template: {self.template!r} is not one of {', '.join(TEMPLATES)}")
@@ -140,8 +142,6 @@ class IRMConfig(PeftConfig, IRMShape):
             check_adapter(folder)
         config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         assert isinstance(config, IRMConfig)
-        if config.base_model_name_or_path:
-            config.base_model_name_or_path = folder_of(config.base_model_name_or_path)
         return config
 
 
@@ -340,6 +340,12 @@ class IRMModel(BaseTuner):
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         else:
             network.requires_grad_(False)
+        active = adapter_name in self.active_adapters
+        set_additional_trainable_modules(model, config, BaseTuner.get_model_config(self), adapter_name, active)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's; one that cannot generate (a classifier) has none, and PEFT asks for it all the same."""
+        return self.model.prepare_inputs_for_generation(*args, **kwargs)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise RealignerError("an IRM replaces no module of the host; use inject_adapter")
@@ -384,8 +390,8 @@ class IRMModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise RealignerError(
-            "an IRM depends on its input, so it cannot be merged into weights; keep it attached, or unload(). Trainers that merge to "
-            "send weights to an engine (TRL with use_vllm=True) cannot train one: let transformers generate (use_vllm=False)"
+            "an IRM depends on its input, so it cannot be merged into weights; keep it attached, or unload(). A trainer that "
+            "sends merged weights to an engine cannot train one: let transformers generate (in TRL: use_vllm=False)"
         )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -526,8 +532,8 @@ def refuse_vllm(model: nn.Module) -> None:
     """
     if _tuner(model) is not None:
         raise RealignerError(
-            "TRL sends merged weights to vLLM, and an IRM cannot be merged (it depends on its input); let transformers generate: "
-            "use_vllm=False"
+            "TRL sends merged weights to vLLM, and an IRM cannot be merged (it depends on its input); let transformers "
+            "generate: use_vllm=False"
         )
 
 
