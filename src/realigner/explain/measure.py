@@ -18,11 +18,10 @@ from torch import nn
 
 from realigner.console import progress
 from realigner.data.tokens import IGNORED
-from realigner.errors import RealignerError
 from realigner.explain.example_batches import ExampleBatches
 from realigner.explain.norm_gradient import GradientParts, norm_eps, norm_kind, split_gradient
 from realigner.explain.residuals import Residuals, SiteGradients
-from realigner.explain.roles import Stream, find_stream
+from realigner.explain.roles import Stream, final_norm, find_stream
 from realigner.irm import IRM
 from realigner.traces.summary import DeltaSums
 
@@ -104,10 +103,8 @@ class _Head:
     """The final norm's input, its output and the gradient by that."""
 
     def __init__(self, host: nn.Module, stream: Stream) -> None:
-        if not stream.final:
-            raise RealignerError(f"{type(host).__name__}: nothing norms the residual stream between its layers and its head")
-        self.norm = host.get_submodule(stream.final)
-        weight, role = getattr(self.norm, "weight", None), stream.roles.get(f"{stream.final}.weight")
+        self.norm, name = final_norm(host, stream)
+        weight, role = getattr(self.norm, "weight", None), stream.roles.get(f"{name}.weight")
         offset = role.offset if role is not None else 0.0
         gain = torch.ones(stream.sites.width) if weight is None else weight.detach().float() + offset
         self.gain, self.eps, self.kind = gain, norm_eps(self.norm), norm_kind(self.norm, stream.sites.width)

@@ -101,8 +101,8 @@ def roles_of(host: nn.Module) -> dict[str, Role]:
     return find_stream(host).roles
 
 
-def final_norm(host: nn.Module) -> tuple[nn.Module, str]:
-    """The module that norms the stream last, before the head, and its name.
+def final_norm(host: nn.Module, stream: Stream | None = None) -> tuple[nn.Module, str]:
+    """The module that norms the stream last, before the head, and its name; `stream` is the host's, if at hand.
 
     Raises:
         RealignerError: as `roles_of`; and where nothing norms the stream there.
@@ -112,7 +112,7 @@ def final_norm(host: nn.Module) -> tuple[nn.Module, str]:
         >>> final_norm(tiny_host("gpt2"))[1]
         'transformer.ln_f'
     """
-    name = find_stream(host).final
+    name = (stream or find_stream(host)).final
     if not name:
         raise RealignerError(f"{type(host).__name__}: nothing norms the residual stream between its layers and its head")
     return host.get_submodule(name), name

@@ -90,10 +90,13 @@ def _words(item: ReportInput, runs: RunStyles, page: Mapping[str, Any]) -> dict[
     if record:
         share = 100 * record["irm"]["parameters"] / record["irm"]["host_parameters"]
         size = f" of {record['irm']['parameters']:,} parameters ({share:.1f}% of the host)"
-    networks, twins = _number(len(trained), "small network"), _number(len(runs.names) - len(trained), "untrained twin")
+    networks, twins = (
+        tables.counted(len(trained), "small network"),
+        tables.counted(len(runs.names) - len(trained), "untrained twin"),
+    )
     lead = (
         f"A frozen language model, {host}, and {networks}{size} that read its first post-attention residual and add to the "
-        f"residual stream of {counts['layers']} layers; {twins} beside them. {_number(counts['prompts'], 'prompt')}, "
+        f"residual stream of {counts['layers']} layers; {twins} beside them. {tables.counted(counts['prompts'], 'prompt')}, "
         f"{counts['tokens']:,} tokens. Not one of the host's weights was changed."
     )
     menu = [
@@ -139,10 +142,6 @@ def _diagram(record: Mapping[str, Any], neurons: int) -> Markup:
 
 def _list(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def _number(count: int, thing: str) -> str:
-    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def _commands(item: ReportInput, runs: RunStyles) -> list[str]:

@@ -58,16 +58,12 @@ def _section(item: Explanation, number: int, runs: RunStyles) -> dict[str, Any]:
 def _done(item: Explanation) -> str:
     """The computations that the explanation is based on."""
     budget = "The quick, smaller budget" if item.quick else "The full budget"
-    trials = _number(len(item.trials), "training") + " with one thing changed or none" if item.trials else "no training"
+    trials = tables.counted(len(item.trials), "training") + " with one thing changed or none" if item.trials else "no training"
     rows = [row.n for table in item.ablations.values() for row in table]
     most = f"{min(rows)} to {max(rows)}" if rows and min(rows) < max(rows) else str(max(rows, default=0))
     dtype = f" in {item.dtype}" if item.dtype else ""
-    irms = f"{_number(len(item.irms), 'IRM')} ({', '.join(item.irms)})"
+    irms = f"{tables.counted(len(item.irms), 'IRM')} ({', '.join(item.irms)})"
     return f"{budget}: {trials}; losses{dtype} on {most} rows of each of {irms}; {item.width:,} indices measured."
-
-
-def _number(count: int, thing: str) -> str:
-    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def _trials(item: Explanation) -> dict[str, Any] | None:

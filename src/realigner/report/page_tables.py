@@ -71,6 +71,11 @@ def probability(p: Any) -> str:
     return "<0.0001" if value < 1e-4 else f"{value:.4f}".rstrip("0") if value < 1e-3 else fmt(value, 2)
 
 
+def counted(count: int, thing: str) -> str:
+    """A number of things: "1 run", "2 runs"."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def number(value: Any) -> float:
     """A float; NaN for what is none."""
     try:

@@ -6,7 +6,6 @@ what the model does. What a batch's texts came to is put into the trace, or writ
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ import xarray as xr
 from torch import nn
 
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import HostInfo
+from realigner.hosts import HostInfo, weights_hash
 from realigner.injection import ActiveIRM
 from realigner.irm import IRM
 from realigner.traces.layout import TOP, RunLabel, join, text_dataset
@@ -31,18 +30,14 @@ KEEPS = ("summary", "raw", "replay")
 
 
 def adapter_hash(network: IRM) -> str:
-    """sha256 over an IRM's weights, bit by bit: what a replay checks.
+    """sha256 of an IRM's weights, which `replay` checks.
 
     Example:
         >>> irm = IRM(hidden_size=8, layers=(0,), widths=(4,), rank=0, output_std=1e-3)
         >>> adapter_hash(irm) == adapter_hash(irm)
         True
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return weights_hash(network)
 
 
 @contextmanager
