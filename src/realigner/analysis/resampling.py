@@ -239,6 +239,7 @@ class Relabelling:
 
         With shifts these are the rows' circular cross-correlations at the difference of two shifts: one transform a pair.
         """
+        # Relabelling permutes a row's values, so the diagonal (each row's sum of squares) is the same in every draw.
         own = np.square(matrix).sum(axis=1)
         result = np.zeros((self.draws, len(matrix), len(matrix)))
         result[:, np.arange(len(matrix)), np.arange(len(matrix))] = own
@@ -246,9 +247,11 @@ class Relabelling:
             for products, drawn in zip(result, self.each(matrix, rows), strict=True):
                 products[...] = drawn @ drawn.T
             return result
-        spectrum, shifts = fft.rfft(matrix[:, self.order], axis=1), self.shifts[:, rows]
+        spectrum, shifts = fft.rfft(matrix[:, self.order], axis=1), self.shifts[:, rows]  # [row, frequency], [draw, row]
         for row in range(len(matrix) - 1):
+            # Convolution theorem: correlation[k, lag] = sum_n row[n] * later_k[n + lag], with all later rows at once.
             correlation = fft.irfft(spectrum[row].conj() * spectrum[row + 1 :], n=self.neurons, axis=1)
+            # Two rows shifted by s and t line up as unshifted ones at lag t - s  [draw, later row].
             lag = (shifts[:, row + 1 :] - shifts[:, row : row + 1]) % self.neurons
             between = correlation[np.arange(len(correlation)), lag]
             result[:, row, row + 1 :] = between

@@ -286,7 +286,9 @@ def _left(products: np.ndarray, mean: np.ndarray, left_out: np.ndarray, neurons:
         neurons: columns of the whole.
     """
     left = max(1, neurons - left_out.shape[-1])
+    # A centred layer sums to 0, so without the columns its mean over the rest is -sum(left out) / left  [..., layer].
     shift = -left_out.sum(axis=-1) / left
+    # Sum over the rest = whole sum less the columns' part; centring again takes left * shift_l * shift_m off  [..., L, L].
     products = products - left_out @ left_out.swapaxes(-1, -2) - left * shift[..., :, None] * shift[..., None, :]
     return products, mean + shift
 
@@ -296,13 +298,14 @@ def _from_products(products: np.ndarray, mean: np.ndarray, neurons: int) -> dict
     layers, n = products.shape[-1], neurons
     if layers < 2 or n < 2:
         return {name: np.full(products.shape[:-2], np.nan) for name in _STATISTICS[:-1]}
-    within = np.trace(products, axis1=-2, axis2=-1)
-    between = products.sum(axis=(-2, -1)) / layers
-    of_layers = n * mean.var(axis=-1) * layers
+    # Two-way ANOVA without replication, all [...]: with G = products, SS_total = SS_neuron + SS_layer + SS_error.
+    within = np.trace(products, axis1=-2, axis2=-1)  # SS_neuron + SS_error: every layer's sum of squares about its mean
+    between = products.sum(axis=(-2, -1)) / layers  # SS_neuron = 1^T G 1 / L: L times that of the neurons' means
+    of_layers = n * mean.var(axis=-1) * layers  # SS_layer
     total = within + of_layers
-    error = np.maximum(within - between, 0.0) / ((n - 1) * (layers - 1))
-    target = between / (n - 1)
-    largest = np.linalg.eigvalsh(products)[..., -1]
+    error = np.maximum(within - between, 0.0) / ((n - 1) * (layers - 1))  # MS_error; the difference may round below 0
+    target = between / (n - 1)  # MS_neuron
+    largest = np.linalg.eigvalsh(products)[..., -1]  # the largest squared singular value of the centred map
     omega_neuron = _ratio(between - (n - 1) * error, total + error)
     omega_layer = _ratio(of_layers - (layers - 1) * error, total + error)
     uneven = within > 0  # no variance within any layer: there is nothing that could line up

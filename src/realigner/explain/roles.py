@@ -345,7 +345,9 @@ class _Watch(TorchDispatchMode):
             derived.source, derived.origin, derived.offset = value.source, tuple(origin), offset
 
     def _use(self, op: _Operation, floating: list[tuple[torch.Tensor, _Value]], own: list[tuple[torch.Tensor, _Value]]) -> None:
-        """The results come of the stream, or of other activations; notes which parameters were used for them."""
+        """Record which parameters an operation uses, and on what kind of activation; the results inherit it."""
+        # raw: an input comes from the stream with no product in between. uses: the parameters (numbers in self.uses) that
+        # scaled or shifted the inputs since their last product.
         raw = any(value.raw for _, value in floating)
         uses = frozenset().union(*(value.uses for _, value in floating))
         made: set[int] = set()
@@ -355,8 +357,10 @@ class _Watch(TorchDispatchMode):
             if use.how != "product":
                 made.add(number)
                 continue
+            # This product reads what the earlier parameters gave: a norm's gain belongs to the first matrix that it feeds.
             for earlier in (self.uses[n] for n in uses):
                 earlier.feeds = number if earlier.feeds is None else earlier.feeds
+        # After a product or a look-up the history starts anew; a look-up's result is the stream, a product's is not.
         anew = op.product or op.name == "embedding"
         for out in op.outs:
             value = self.value(out)

@@ -77,11 +77,6 @@ class Outcome:
     counts: np.ndarray
     bare: np.ndarray
 
-    @property
-    def score(self) -> np.ndarray:
-        """`leading_score` of each index ``[neuron]``."""
-        return leading_score(self.magnitude)
-
 
 @dataclass
 class TrialRunner:
@@ -245,7 +240,7 @@ def trial_results(outcomes: Sequence[Outcome]) -> list[TrialResult]:
     """The rank of the index and the losses of each trial; ties count against the index."""
     found = []
     for outcome in outcomes:
-        trial, score, targets = outcome.trial, outcome.score, outcome.counts.sum()
+        trial, score, targets = outcome.trial, leading_score(outcome.magnitude), outcome.counts.sum()
         loss, bare = float(outcome.losses.sum() / targets), float(outcome.bare.sum() / targets)
         ratio = float(score[trial.permuted_index])
         found.append(

@@ -90,10 +90,8 @@ def _words(item: ReportInput, runs: RunStyles, page: Mapping[str, Any]) -> dict[
     if record:
         share = 100 * record["irm"]["parameters"] / record["irm"]["host_parameters"]
         size = f" of {record['irm']['parameters']:,} parameters ({share:.1f}% of the host)"
-    networks, twins = (
-        tables.counted(len(trained), "small network"),
-        tables.counted(len(runs.names) - len(trained), "untrained twin"),
-    )
+    networks = tables.counted(len(trained), "small network")
+    twins = tables.counted(len(runs.names) - len(trained), "untrained twin")
     lead = (
         f"A frozen language model, {host}, and {networks}{size} that read its first post-attention residual and add to the "
         f"residual stream of {counts['layers']} layers; {twins} beside them. {tables.counted(counts['prompts'], 'prompt')}, "

@@ -113,7 +113,7 @@ def _ablations(index: int, whose: str, own: Sequence[Ablation], hows: Mapping[st
         (
             hows[how][0],
             row.index,
-            _which(row),
+            _GROUPS.get(row.group, row.group).format(row.index),
             fmt(row.loss, 4),
             fmt(row.change),
             tables.fmt_interval(row.low, row.high),
@@ -136,10 +136,6 @@ def _ablations(index: int, whose: str, own: Sequence[Ablation], hows: Mapping[st
         ],
         "table": {"head": head, "rows": numbers, "numeric": [False, True, False, True, True, True]},
     }
-
-
-def _which(row: Ablation) -> str:
-    return _GROUPS.get(row.group, row.group).format(row.index)
 
 
 def _ablation_chart(index: int, title: str, own: Sequence[Ablation]) -> Markup:
