@@ -1,7 +1,7 @@
-"""Sparsity: is what an IRM adds at a token carried by few neurons?
+"""Sparsity: are a token's deltas concentrated in few neurons?
 
-Everything is measured token by token and averaged over a text's tokens, then over prompts: of a layer's values over neurons,
-and (``layer="all"``) of all layers' values together.
+Statistics are computed for each token, of a layer's values over neurons and (``layer="all"``) of all layers together, then
+averaged over a text's tokens and over prompts.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Striation: does the same neuron index stand out in every layer?
+"""Striation: are deltas large at the same neuron index in every layer?
 
-Statistics of one map M ``[layer, neuron]`` come first, then the table over the runs of a trace. Everything follows from the
+Statistics of one map M ``[layer, neuron]`` come first, then the table over the runs of a trace. All are computed from the
 layers' means and the inner products of the centred layers, ``G = A A^T`` (for W: of their ranks), because the sum of squares
-between neurons is ``1^T G 1 / L`` and the one within layers is ``trace G``. So a thousand relabelled maps are a thousand small
-matrices.
+between neurons is ``1^T G 1 / L`` and the one within layers is ``trace G``. So each relabelled
+map costs one small matrix.
 """
 
 from __future__ import annotations
@@ -265,8 +265,8 @@ def _of_map(m: np.ndarray) -> dict[str, np.ndarray]:
 
 def _centred(m: np.ndarray) -> np.ndarray:
     """Each layer less its mean; a constant layer becomes exactly 0."""
-    apart = m - m[:, :1]
-    return np.asarray(apart - apart.mean(axis=1, keepdims=True))
+    difference = m - m[:, :1]
+    return np.asarray(difference - difference.mean(axis=1, keepdims=True))
 
 
 def _leading(score: np.ndarray) -> np.ndarray:

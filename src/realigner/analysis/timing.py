@@ -1,4 +1,4 @@
-"""Timing: at which tokens an IRM adds most.
+"""Timing: at which tokens deltas are largest.
 
 The energy of a token is e_t = sum over layers and neurons of delta^2. Values in one token depend on each other, so the null
 permutes whole tokens within each text.
@@ -183,7 +183,7 @@ def _check_kept(trace: xr.Dataset, texts: pd.DataFrame, k: int) -> None:
 
 
 def _kept(trace: xr.Dataset, texts: pd.DataFrame) -> float:
-    """Up to which k a run's k largest values are surely among those kept."""
+    """The largest k for which a run's k largest values are certainly among those kept."""
     values = int((texts["stop"] - texts["start"]).max()) * trace.sizes["layer"] * trace.sizes["neuron"]
     return float("inf") if values <= trace.sizes["rank"] else trace.sizes["rank"]
 
@@ -194,7 +194,7 @@ def _bin(position: np.ndarray, tokens: np.ndarray, bins: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Text:
-    """One text as timing sees it: each token's energy, whether it was generated, and of the run's largest values how many."""
+    """One text: each token's energy, whether it was generated, and how many of the run's largest values it has."""
 
     energy: np.ndarray
     is_generated: np.ndarray

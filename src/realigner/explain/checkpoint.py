@@ -1,9 +1,9 @@
-"""Where a host's tensors come from: a host in memory, or the safetensors files of a checkpoint that is never loaded.
+"""The tensors of a host: in memory, or in the safetensors files of a checkpoint that is never loaded.
 
 A checkpoint is opened by reading headers alone; a tensor is then read slice by slice with `pread`, not through a memory map
 (whose pages would count as ours until the file is closed), so memory stays at two blocks whatever the host's size. What its
 tensors are called and how they are shaped is asked of transformers: the host is built from config.json on the meta device,
-without weights, and names on disk are translated to its names as `from_pretrained` would.
+without weights, and names on disk are translated to its names as `from_pretrained` does.
 """
 
 from __future__ import annotations

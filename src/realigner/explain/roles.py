@@ -1,7 +1,7 @@
-"""What each parameter of a host has to do with the residual stream: what writes it, what reads it, what scales it.
+"""The role of each parameter of a host in the residual stream: whether it writes, reads or scales it.
 
-Told from the operations of one short forward, by no name and no size (`axes`): a parameter has a role when one of its axes is
-the stream's. Then a product that multiplies the axis away reads the stream, one that ends in it writes, a vector that scales
+Inferred from the operations of one short forward, not from names or sizes (`axes`): a parameter has a role if one of its axes
+is the stream's. Then a product that multiplies the axis away reads the stream, one that ends in it writes, a vector that scales
 what was just averaged over it is a norm's gain. `edits.permuted` proves a host's roles by an exact symmetry.
 """
 
@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class Role:
-    """What a parameter is to the residual stream.
+    """The role of a parameter in the residual stream.
 
     Attributes:
         kind: ``"embedding"``: rows ``[..., D]`` that are looked up and added to the stream (tokens, positions). ``"read"``: a
@@ -67,7 +67,7 @@ class Role:
 
 @dataclass(frozen=True)
 class Stream:
-    """What one forward showed of a host's residual stream.
+    """A host's residual stream, as found in one forward.
 
     Attributes:
         sites: the host's layers and the site of each.
@@ -119,7 +119,7 @@ def final_norm(host: nn.Module, stream: Stream | None = None) -> tuple[nn.Module
 
 
 def find_stream(host: nn.Module) -> Stream:
-    """Everything that `roles_of` and `final_norm` tell, from one set of forwards.
+    """The stream with its roles, from one set of forwards.
 
     Raises:
         RealignerError: as `roles_of`.
@@ -128,7 +128,7 @@ def find_stream(host: nn.Module) -> Stream:
     watch = _Watch(host, sites)
     with probe.as_in_evaluation(host), torch.no_grad(), watch.hooks(), watch:
         host(input_ids=short_input(host, _TOKENS), use_cache=False)
-    return _Told(host, watch).told()
+    return _Roles(host, watch).stream_found()
 
 
 def short_input(host: nn.Module, tokens: int) -> torch.Tensor:
@@ -397,11 +397,11 @@ class _Watch(TorchDispatchMode):
         return "attention" if any(name == branch for _, name in self.calls) else "mlp"
 
 
-# --- telling --------------------------------------------------------------------------------------------------------------
+# --- inferring --------------------------------------------------------------------------------------------------------------
 
 
-class _Told:
-    """The roles, from what was watched."""
+class _Roles:
+    """Infers the roles from a watched forward."""
 
     def __init__(self, host: nn.Module, watch: _Watch) -> None:
         self.host, self.watch = host, watch
@@ -417,7 +417,7 @@ class _Told:
             if part == "after" or self._feeds_the_head(call):
                 self.last, self.final = call, module
 
-    def told(self) -> Stream:
+    def stream_found(self) -> Stream:
         watch, host = self.watch, self.host
         roles = {}
         for name, parameter in host.named_parameters(remove_duplicate=False):

@@ -198,7 +198,7 @@ def _profiles(item: Explanation, runs: RunStyles) -> list[dict[str, Any]]:
 
 
 def _of_irms(layers: Sequence[float], values: Mapping[str, Sequence[float]], runs: RunStyles) -> list[Line]:
-    """A line an IRM, in the page's colours where it knows the run."""
+    """One line for each IRM, in the page's colour if the run is on the page."""
     lines = []
     for number, (irm, line) in enumerate(values.items()):
         known = irm in runs.names

@@ -1,11 +1,11 @@
-"""Numbers small enough for a page: 8 or 16 bits a value, gzip, base64, and a budget for maps token by token.
+"""Compress numbers for a page: 8 or 16 bits a value, gzip, base64, and a byte budget for maps of single tokens.
 
 Deltas have a narrow bulk and far outliers, so codes are not linear but ``round(levels * asinh(x / soft) / asinh(top / soft))``.
 Small values get even steps of about ``soft * asinh(top / soft) / levels``, large ones the same relative step: 4% and less in
 8 bits, 0.02% in 16. ``report/js/data.js`` reads what is written here.
 
-What an IRM adds at all tokens of a run is often far from full rank: its last layer is fed by a narrow one. So a run's tokens
-are kept as a few components and each token's weights where that loses next to nothing, else as they are, for as many as fit.
+A run's deltas often have low rank, because the IRM's last layer is fed by a narrow one. So tokens are stored as a few
+components and each token's weights where that loses next to nothing, else as they are, as many as fit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def encode(values: np.ndarray, bits: int) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def decode(codes: np.ndarray, soft: float, top: float, bits: int) -> np.ndarray:
-    """What a page makes of codes."""
+    """The values that a page decodes."""
     values = soft * np.sinh(codes.astype(np.float32) * (np.arcsinh(top / soft) / _LEVELS[bits]))
     return np.where(codes == -_LEVELS[bits] - 1, np.float32("nan"), values).astype(np.float32)
 
@@ -68,7 +68,7 @@ class TokenMaps:
 
 @dataclass
 class RunTokens:
-    """Where one run's deltas are read from.
+    """The deltas of one run.
 
     Args:
         read: number of a text -> ``[token, cell]`` float32 without NaN, a cell being a layer's neuron.
