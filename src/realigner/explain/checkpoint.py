@@ -58,12 +58,6 @@ class Tensors(Protocol):
     def origin(self) -> str:
         """What to call the host: the name it was loaded as, or its folder."""
 
-    def names(self) -> list[str]:
-        """Every parameter that is there."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A parameter's shape."""
-
     def blocks(self, name: str, axis: int) -> Iterator[torch.Tensor]:
         """A parameter in float32 blocks ``[other, axis]`` of about 64 MB at most: `axis` last, all other axes flattened."""
 
@@ -82,12 +76,6 @@ class HostTensors:
         self.host = self.example = host
         self.origin = host_name(host)
         self._parameters = dict(host.named_parameters(remove_duplicate=False))
-
-    def names(self) -> list[str]:
-        return list(self._parameters)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._parameters[name].shape)
 
     def blocks(self, name: str, axis: int) -> Iterator[torch.Tensor]:
         """As in `Tensors`; raises RealignerError for a tensor that is not in memory, or is quantised."""
@@ -133,10 +121,11 @@ class Checkpoint:
         return example_host(self.config)
 
     def names(self) -> list[str]:
+        """The parameters that are stored."""
         return [name for name in self._parameters if name in self._parts]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As in `Tensors`; raises RealignerError for a tensor that is in none of the files."""
+        """A parameter's shape; raises RealignerError for a tensor that is in none of the files."""
         self._found(name)
         return tuple(self._parameters[name].shape)
 

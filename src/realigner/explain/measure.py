@@ -188,11 +188,8 @@ class _Sums:
         whole[:, self.own[name]] = delta
         self.along[name] += _numpy((whole.cumsum(1) * self.states).sum(0))
 
+    @np.errstate(divide="ignore", invalid="ignore")
     def dataset(self) -> xr.Dataset:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return self._dataset()
-
-    def _dataset(self) -> xr.Dataset:
         n = self.tokens[:, None, None]
         mean, second = self.h / n, self.h2 / n
         fourth = self.h4 / n  # about zero, as the sums are: a channel's mean is what makes it one
@@ -216,7 +213,7 @@ class _Sums:
         of_irms = np.full((3, len(self.irms), self.layers, self.width), np.nan)
         for at, name in enumerate(self.irms):
             own, sums = self.own[name], self.deltas[name]
-            of_irms[:, at, own] = sums.mean_abs(), sums.mean(), -(self.along[name] / energy)[own]
+            of_irms[:, at, own] = sums.mean(), sums.mean("sum"), -(self.along[name] / energy)[own]
         for name, each in zip(("delta", "delta_mean", "cancelled"), of_irms, strict=True):
             values[name] = ("irm", "layer", "neuron"), each
         coords = {"kind": list(TOKENS), "layer": np.arange(self.layers), "neuron": np.arange(self.width), "irm": self.irms}

@@ -233,7 +233,7 @@ def magnitude_and_losses(model: Any, rows: ExampleBatches) -> tuple[np.ndarray, 
         losses, counts = rows.losses(model)
     finally:
         tuner.injector.observers.remove(observe)
-    return sums.mean_abs(), losses, counts
+    return sums.mean(), losses, counts
 
 
 def trial_results(outcomes: Sequence[Outcome]) -> list[TrialResult]:

@@ -28,8 +28,7 @@ class DeltaSums:
     """
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        self.dtype = dtype
-        self.count = 0
+        self.dtype, self.count = dtype, 0
         self.sum: Any = 0.0
         self.sum_abs: Any = 0.0
         self.sum_sq: Any = 0.0
@@ -46,13 +45,9 @@ class DeltaSums:
         largest = size.amax(0)
         self.max_abs = torch.maximum(self.max_abs, largest) if isinstance(self.max_abs, torch.Tensor) else largest
 
-    def mean(self) -> np.ndarray:
-        """The mean delta ``[layer, neuron]``."""
-        return np.asarray((self.sum / self.count).cpu().numpy())
-
-    def mean_abs(self) -> np.ndarray:
-        """M, the mean of ``|delta|`` ``[layer, neuron]``."""
-        return np.asarray((self.sum_abs / self.count).cpu().numpy())
+    def mean(self, name: str = "sum_abs") -> np.ndarray:
+        """A sum over `count` ``[layer, neuron]``: M, the mean of ``|delta|``, by default."""
+        return np.asarray((getattr(self, name) / self.count).cpu().numpy())
 
 
 @dataclass
