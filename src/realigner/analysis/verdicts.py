@@ -117,7 +117,7 @@ class _Claim:
         row: of a table, or `_NOTHING`.
         measure: description of the value.
         more: whether larger values support it.
-        said: an additional sentence.
+        extra: an additional sentence.
     """
 
     key: str
@@ -125,7 +125,7 @@ class _Claim:
     row: dict[str, Any]
     measure: str
     more: bool = True
-    said: str = ""
+    extra: str = ""
 
 
 def _verdicts(
@@ -206,7 +206,7 @@ def _led(leading: pd.DataFrame) -> str:
 def _verdict(claim: _Claim, p: float) -> dict[str, Any]:
     row = claim.row
     verdict, why = _decided(claim, p)
-    shown = f"{claim.said}{claim.measure[:1].upper()}{claim.measure[1:]}: {_number(row['value'])}"
+    shown = f"{claim.extra}{claim.measure[:1].upper()}{claim.measure[1:]}: {_number(row['value'])}"
     facts = [f"expected without an effect {_number(row['null'])}"] if np.isfinite(row["null"]) else []
     facts += [f"95% interval {_number(row['low'])} to {_number(row['high'])}"] if np.isfinite(row["low"]) else []
     facts += [f"untrained {_number(row['untrained'])}"] if np.isfinite(row["untrained"]) else []

@@ -83,8 +83,8 @@ def _network(
     read = places[0][1]
     axes.text(7.9, 10.0, "IRM, trained", ha="center", va="top", color=TRAINED, fontsize=8, weight="bold")
     share = 100 * irm["parameters"] / irm["host_parameters"]
-    said = f"{irm['parameters']:,} parameters\n{share:.1f}% of the host"
-    axes.text(7.9, 9.45, said, ha="center", va="top", color=SOFT, fontsize=7, linespacing=1.3)
+    text = f"{irm['parameters']:,} parameters\n{share:.1f}% of the host"
+    axes.text(7.9, 9.45, text, ha="center", va="top", color=SOFT, fontsize=7, linespacing=1.3)
     low, high = 1.1, 7.6
     step = (high - low) / max(1, len(widths) - 1)
     for number, (size, label) in enumerate(widths):
