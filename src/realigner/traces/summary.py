@@ -39,9 +39,9 @@ class DeltaSums:
         delta = delta.to(self.dtype)
         size = delta.abs() if size is None else size
         self.count += len(delta)
-        self.sum = self.sum + delta.sum(0)
-        self.sum_abs = self.sum_abs + size.sum(0)
-        self.sum_sq = self.sum_sq + (delta.square() if square is None else square).sum(0)
+        self.sum += delta.sum(0)
+        self.sum_abs += size.sum(0)
+        self.sum_sq += (delta.square() if square is None else square).sum(0)
         largest = size.amax(0)
         self.max_abs = torch.maximum(self.max_abs, largest) if isinstance(self.max_abs, torch.Tensor) else largest
 
