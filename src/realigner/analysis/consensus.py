@@ -188,7 +188,7 @@ def _runs(source: xr.Dataset | xr.DataArray, prompts: np.ndarray) -> Iterator[_R
 
 
 class _Model:
-    """Runs whose scores are ranked after something was taken out of them.
+    """Runs with the scores that are ranked: raw, or residual after regressing out a control.
 
     Args:
         name: one of `MODELS`.
@@ -208,7 +208,7 @@ class _Model:
         self.tones = np.array([run.tone if run.tone != UNTRAINED else run.run for run in self.runs], dtype=object)
 
     def scores(self, weights: np.ndarray | None = None) -> np.ndarray:
-        """What is ranked ``[run, neuron]``; of one resample of prompts where its weights are given."""
+        """The scores that are ranked ``[run, neuron]``; of one resample of prompts if its weights are given."""
 
         def of(run: _Run) -> np.ndarray:
             return run.score if weights is None else run.resampled(weights)
@@ -314,7 +314,7 @@ def _shared(weight: np.ndarray) -> float:
 
 
 def _overlap_weight(neurons: int) -> np.ndarray:
-    """What an index adds to the overlap when the larger of its two ranks is so many (0 is not used): it falls with the rank."""
+    """An index's contribution to the overlap, by the larger of its two ranks (0 is not used); it falls with the rank."""
     depth = np.arange(1, min(neurons, _DEPTH) + 1)
     per_depth = (1 - PERSISTENCE) * PERSISTENCE ** (depth - 1) / depth
     per_depth[-1] += PERSISTENCE ** depth[-1] / depth[-1]  # deeper than we look, lists are taken to agree as they do there

@@ -86,7 +86,7 @@ def kendall_w(m: np.ndarray) -> float:
 def striation(
     source: xr.Dataset | xr.DataArray, permutations: int = 1000, resamples: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Every run's striation statistics, with and without its leading indices.
+    """Striation statistics of every run, with and without its leading indices.
 
     Args:
         source: a trace, or what `text_maps` made of it.
@@ -157,7 +157,7 @@ def _entries(
 
 @dataclass
 class _Maps:
-    """What the statistics of many maps follow from; the same indices lead in all of them, or each has its own.
+    """Sufficient statistics of many maps, which share their leading indices or have their own.
 
     Attributes:
         neurons: columns of the whole maps.

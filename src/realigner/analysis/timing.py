@@ -157,7 +157,7 @@ def _largest(trace: xr.Dataset, k: int) -> Iterator[_Largest]:
 
 
 def _rows(trace: xr.Dataset, name: str, texts: np.ndarray) -> np.ndarray:
-    """Of some texts ``[text, rank]``, read one by one."""
+    """A variable of some texts ``[text, rank]``, read one by one."""
     return np.stack([trace[name][int(text)].values for text in texts])
 
 
@@ -217,7 +217,7 @@ def _texts(trace: xr.Dataset, own: pd.DataFrame, without: int) -> Iterator[_Text
 
 @dataclass(frozen=True)
 class _Found:
-    """A statistic of one text: its value, what is expected of it, and its draws (empty where order makes no difference)."""
+    """A statistic of one text: its value, expected value, and null draws (empty if token order does not matter)."""
 
     value: float
     null: float

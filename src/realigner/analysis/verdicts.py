@@ -53,7 +53,7 @@ class Analysis:
     verdicts: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: tables as lists of records, NaN as None."""
+        """JSON values: tables as lists of records, NaN as None."""
         tables = {"striation": self.striation, "timing": self.timing, "sparsity": self.sparsity, "leading": self.leading}
         agreed = {"table": self.consensus.table, "indices": self.consensus.indices, "pairs": self.consensus.pairs}
         return {
@@ -181,7 +181,7 @@ def _find(table: pd.DataFrame, **keys: Any) -> dict[str, Any]:
 
 
 def _both(agreed: Consensus, statistic: str) -> dict[str, Any]:
-    """Agreement, with the larger p of the two nulls: neither chance nor the untrained run may explain it."""
+    """Agreement, with the larger p of the two nulls: chance, and the untrained run."""
     row = _find(agreed.table, statistic=statistic, model="uniform")
     left = _find(agreed.table, statistic=statistic, model="untrained")
     return row | {"p": max(row["p"], left["p"]) if np.isfinite(left["p"]) else math.nan}

@@ -56,7 +56,7 @@ class Tensors(Protocol):
 
     @property
     def origin(self) -> str:
-        """What to call the host: the name it was loaded as, or its folder."""
+        """The host's name: what it was loaded as, or its folder."""
 
     def blocks(self, name: str, axis: int) -> Iterator[torch.Tensor]:
         """A parameter in float32 blocks ``[other, axis]`` of about 64 MB at most: `axis` last, all other axes flattened."""

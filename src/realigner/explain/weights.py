@@ -178,7 +178,7 @@ def roles_for(source: Tensors) -> dict[str, Role]:
 
 
 def _by_pattern(source: Tensors) -> tuple[dict[str, Role | None], dict[str, Role]]:
-    """Of the example: each name without its numbers, and its role in any layer; None for what does not touch the stream.
+    """Roles in the example by name pattern (numbers as ``*``); None for a parameter that does not touch the stream.
 
     Where norms follow the branches, the last layer's last one is the final norm: its name is among the second, too.
     """

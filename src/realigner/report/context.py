@@ -143,7 +143,7 @@ def _list(words: Sequence[str]) -> str:
 
 
 def _commands(item: ReportInput, runs: RunStyles) -> list[str]:
-    """The commands that make this page again."""
+    """The commands that reproduce this page."""
     folders = list(dict.fromkeys(str(runs.facts[run]["irm"]) for run in runs.names if runs.facts[run]["irm"]))
     settings = item.trace.attrs["notes"].get("settings", {})
     lines = [f"realigner train --recipe {folder}/recipe.yaml --out {folder}" for folder in folders]
@@ -199,7 +199,7 @@ def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _replies(item: ReportInput, runs: RunStyles) -> list[dict[str, Any]]:
-    """Prompt by prompt, the replies side by side; at first one untrained run and the first run of each tone are shown."""
+    """The replies to each prompt; initially one untrained run and the first run of each tone are shown."""
     answers = item.answers()
     columns = [run for run in ["base", *runs.names] if any(run in answer for answer in answers)]
     shown, tones = {"base"}, set[str]()
@@ -331,7 +331,7 @@ def _layers(runs: RunStyles, run: str, own: pd.DataFrame, column: str) -> Line:
 
 
 def _training(item: ReportInput, runs: RunStyles) -> dict[str, Any] | None:
-    """Validation loss of every run by step, the kept one ringed."""
+    """Validation loss of every run by step, with a ring around the step that was kept."""
     lines, bare = [], []
     for run in runs.names:
         log = item.logs.get(run) or []
