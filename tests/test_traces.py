@@ -176,7 +176,7 @@ def test_the_strength_noted_is_the_one_that_ran(model: Any) -> None:
     assert trace.attrs["runs"]["default"]["strength"] == 0.25
     with ra.record(model):
         model(input_ids=ids)
-        with ra.strength(model, 0.25), pytest.raises(UsageError, match="record each strength apart"):
+        with ra.strength(model, 0.25), pytest.raises(UsageError, match="record each strength separately"):
             model(input_ids=ids)
 
 
