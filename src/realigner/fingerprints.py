@@ -104,7 +104,7 @@ class Fingerprint:
         for mine, theirs in ((self.vectors, other.vectors), (self.samples, other.samples)):
             a, b = _decode(mine), _decode(theirs)
             both = sorted(a.keys() & b.keys())
-            if 2 * len(both) < min(len(a), len(b)):
+            if 4 * len(both) < min(len(a), len(b)):
                 return _NAMES_DIFFER
             pairs.append((torch.tensor([a[key] for key in both]), torch.tensor([b[key] for key in both])))
         return _off(*pairs[0]) or (_off_in_sign(*pairs[1]) if by_sign else _off(*pairs[1]))
@@ -197,10 +197,9 @@ class _Weight:
                 plain = type(tensor) in (torch.Tensor, nn.Parameter)  # else sharded
                 return [float(tensor.detach()[index]) if plain else _UNKNOWN for index in at]
             if (state := getattr(tensor, "quant_state", None)) is not None:  # bitsandbytes, 4 bits: two weights a byte
-                if getattr(state, "packing_format_for_cpu", False):
-                    return [_UNKNOWN] * len(places)
-                data = tensor.data.view(torch.uint8).flatten()
-                return [_sign(state.code[int(data[place // 2]) >> (0 if place % 2 else 4) & 15]) for place in places]
+                data, for_cpu = tensor.data.view(torch.uint8).flatten(), getattr(state, "packing_format_for_cpu", False)
+                codes = [_code_for_cpu(data, place, self.shape[1]) if for_cpu else _code(data, place) for place in places]
+                return [_sign(state.code[code]) for code in codes]
             if type(tensor).__name__ == "Int8Params" or _is_float8(tensor):
                 return [_sign(tensor.data[index]) for index in at]
             if not dequantise:
@@ -212,6 +211,19 @@ class _Weight:
             # With a zero point, a weight near 0 can change its sign.
             small = float(dense.abs().mean()) / 2
             return [_sign(dense[index]) if abs(float(dense[index])) > small else _UNKNOWN for index in at]
+
+
+def _code(data: torch.Tensor, place: int) -> int:
+    """The 4 bits of a weight as bitsandbytes packs them."""
+    return int(data[place // 2]) >> (0 if place % 2 else 4) & 15
+
+
+def _code_for_cpu(data: torch.Tensor, place: int, columns: int) -> int:
+    """The same once a forward has packed them anew for a CPU with AVX512: in blocks of 32 rows and 2 columns."""
+    row, column = divmod(place, columns)
+    within = 2 * (row % 32) + column % 2
+    byte = 32 * (row // 32 * (columns // 2) + column // 2) + within % 32
+    return int(data[byte]) >> (4 if within >= 32 else 0) & 15
 
 
 def _weights(root: nn.Module) -> Iterator[_Weight]:
@@ -243,7 +255,8 @@ def _weights(root: nn.Module) -> Iterator[_Weight]:
         for name in sorted(quantised):
             if own[name].dtype in _FLOATS or _is_float8(own[name]):  # else packed: its shape tells nothing
                 yield _Weight(prefix + name, list(own[name].shape), module, own[name], True)
-        if isinstance(bias := getattr(module, "bias", None), torch.Tensor):
+        # Some quantisers give every layer a bias of zeros.
+        if isinstance(bias := getattr(module, "bias", None), torch.Tensor) and (bias.is_meta or bool(bias.any())):
             yield _Weight(f"{prefix}bias", list(bias.shape), module, bias)
 
 
@@ -274,12 +287,16 @@ def _headers(named: Iterable[tuple[str, list[int]]]) -> str:
 
 
 def _sample(weights: Sequence[_Weight], count: int) -> str:
-    """`count` weights, each by a hash of its tensor's name and shape: what two hosts have in common has the same places."""
+    """`count` weights, each by a hash of its tensor's name and shape: what two hosts have in common has the same places.
+
+    Experts are left out: whether they are one tensor or many depends on the quantiser.
+    """
 
     def digest(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()
 
-    chosen = sorted((w for w in weights if math.prod(w.shape)), key=lambda w: digest(f"{w.name} {w.shape}"))[:count]
+    own = [w for w in weights if math.prod(w.shape) and "experts" not in w.name.split(".")]
+    chosen = sorted(own or weights, key=lambda w: digest(f"{w.name} {w.shape}"))[:count]
     text, each = "", max(1, count // max(1, len(chosen)))
     for number, weight in enumerate(chosen):
         keys = [digest(f"{weight.name} {weight.shape} {n}") for n in range(each)]
@@ -370,8 +387,8 @@ def _forms_1(host: nn.Module, vocab_size: int | None) -> Iterator[list[tuple[str
     extra = int(vocab_size or 0) - int(text_config(host).vocab_size)
     weights = []
     for weight in _weights(host):
-        if id(weight.stored) not in left_out:
-            left_out.add(id(weight.stored))
+        if weight.stored is None or id(weight.stored) not in left_out:
+            left_out.add(id(weight.stored))  # tied weights count once
             raw = weight.shape if weight.quantised or weight.stored is None else list(weight.stored.shape)
             shape = [raw[0] + extra, *raw[1:]] if weight.module is body else raw
             weights.append(replace(weight, shape=shape, module=host if isinstance(weight.module, Conv1D) else weight.module))
