@@ -43,8 +43,8 @@ class Fingerprint:
         architecture: the model class, e.g. ``LlamaForCausalLM``; compared in version 1 only.
         hidden_size, num_layers: the host's sizes.
         headers: sha256 over the sorted names and shapes of the layers' weights, as they are in full precision.
-        samples: of up to 256 weights of matrices, the place (6 hex digits) and the value in bfloat16 (4).
-        vectors: the same of up to 128 weights of vectors.
+        samples: up to 256 weights of matrices: for each matrix a key (6 hex digits) and weights in bfloat16 (4 digits each).
+        vectors: the same for up to 128 weights of vectors.
         quantised: whether a matrix is quantised; then `samples` holds signs, and names may be missing.
         name: what it was loaded as; not compared.
         model_type: the decoder's type, e.g. ``llama``; one must begin like the other (``qwen2`` and ``qwen2_vl_text``).
@@ -94,7 +94,7 @@ class Fingerprint:
                 return f"{key} is {theirs}, not {mine}"
         if self.version == 1 or other.version == 1:
             return _difference_1(self, other)
-        types = sorted((self.model_type, other.model_type), key=len)
+        types = sorted((str(self.model_type), str(other.model_type)), key=len)
         if not types[1].startswith(types[0].removesuffix("_text")):
             return f"the decoder is of type {other.model_type}, not {self.model_type}"
         by_sign = self.quantised or other.quantised
@@ -103,10 +103,11 @@ class Fingerprint:
         pairs = []
         for mine, theirs in ((self.vectors, other.vectors), (self.samples, other.samples)):
             a, b = _decode(mine), _decode(theirs)
-            both = sorted(a.keys() & b.keys())
-            if 4 * len(both) < min(len(a), len(b)):
+            both = a.keys() & b.keys()
+            if 4 * len(both) < 3 * min(len(a), len(b)):
                 return _NAMES_DIFFER
-            pairs.append((torch.tensor([a[key] for key in both]), torch.tensor([b[key] for key in both])))
+            values = [pair for key in both for pair in zip(a[key], b[key], strict=False)]
+            pairs.append(torch.tensor(values).reshape(-1, 2).T)
         return _off(*pairs[0]) or (_off_in_sign(*pairs[1]) if by_sign else _off(*pairs[1]))
 
 
@@ -297,26 +298,24 @@ def _sample(weights: Sequence[_Weight], count: int) -> str:
 
     own = [w for w in weights if math.prod(w.shape) and "experts" not in w.name.split(".")]
     chosen = sorted(own or weights, key=lambda w: digest(f"{w.name} {w.shape}"))[:count]
-    text, each = "", max(1, count // max(1, len(chosen)))
+    each, groups = max(1, count // max(1, len(chosen))), []
     for number, weight in enumerate(chosen):
-        keys = [digest(f"{weight.name} {weight.shape} {n}") for n in range(each)]
-        values = weight.values([int(key[6:20], 16) % math.prod(weight.shape) for key in keys], number < _DEQUANTISED)
-        text += "".join(key[:6] + _hex(value) for key, value in zip(keys, values, strict=True))
-    return text
+        places = [int(digest(f"{weight.name} {n}")[:14], 16) % math.prod(weight.shape) for n in range(each)]
+        values = torch.tensor(weight.values(places, number < _DEQUANTISED)).bfloat16().view(torch.int16).tolist()
+        groups.append(digest(f"{weight.name} {weight.shape}")[:6] + "".join(f"{value & 0xFFFF:04x}" for value in values))
+    return ".".join(groups)
 
 
-def _hex(value: float) -> str:
-    return f"{int(torch.tensor(value).to(torch.bfloat16).view(torch.int16)) & 0xFFFF:04x}"
+def _decode(text: str) -> dict[str, list[float]]:
+    """Key -> weights, as `_sample` wrote them."""
+    return {group[:6]: _numbers(group[6:]) for group in str(text).split(".") if group}
 
 
-def _number(text: str) -> float:
-    return float(torch.tensor(int(text, 16), dtype=torch.int32).to(torch.int16).view(torch.bfloat16))
-
-
-def _decode(text: str) -> dict[str, float]:
+def _numbers(text: str) -> list[float]:
     try:
-        return {text[i : i + 6]: _number(text[i + 6 : i + 10]) for i in range(0, len(text), 10)}
-    except (ValueError, TypeError):
+        values = [int(text[i : i + 4], 16) for i in range(0, len(text), 4)]
+        return torch.tensor(values, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).tolist()
+    except (ValueError, TypeError, RuntimeError):
         raise RealignerError("host fingerprint: samples is not hex") from None
 
 
@@ -356,11 +355,10 @@ def _difference_1(saved: Fingerprint, found: Fingerprint) -> str | None:
     type_name = found.model_type.removesuffix("_text").replace("_", "")
     if saved.architecture != found.architecture and not saved.architecture.lower().startswith(type_name):
         return f"architecture is {found.architecture}, not {saved.architecture}"
-    samples = [_number(saved.samples[i : i + 4]) for i in range(0, len(saved.samples), 4)]
+    samples = torch.tensor(_numbers(saved.samples))
     if found.version == 1:
         same = saved.headers == found.headers and len(saved.samples) == len(found.samples)
-        others = [_number(found.samples[i : i + 4]) for i in range(0, len(found.samples), 4)]
-        return _off(torch.tensor(samples), torch.tensor(others)) if same else _NAMES_DIFFER
+        return _off(samples, torch.tensor(_numbers(found.samples))) if same else _NAMES_DIFFER
     host = None if found._host is None else found._host()
     if host is None:
         return "it cannot be compared: fingerprints of version 1 are compared with a host in memory"
@@ -374,8 +372,9 @@ def _difference_1(saved: Fingerprint, found: Fingerprint) -> str | None:
             gone = weight.stored is not None and not weight.quantised and place >= weight.stored.numel()
             read.append(_UNKNOWN if gone else weight.values([place], len(read) < _DEQUANTISED)[0])
         by_sign = torch.tensor([weight.quantised for _, weight in chosen])
-        a, b = torch.tensor(samples), torch.tensor(read).bfloat16().float()
-        return _off(a[~by_sign], b[~by_sign]) or _off_in_sign(a[by_sign], b[by_sign])
+        if len(samples) == len(read):
+            values = torch.tensor(read).bfloat16().float()
+            return _off(samples[~by_sign], values[~by_sign]) or _off_in_sign(samples[by_sign], values[by_sign])
     return _NAMES_DIFFER
 
 
