@@ -248,7 +248,11 @@ def test_an_irm_of_a_gguf_opens_elsewhere(tmp_path: Path, cache: Path, monkeypat
 
 def test_gguf_files_that_cannot_be_read(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.gguf"
-    path.write_bytes(b"GGUF????")
+    for damaged in (b"", b"GGUF????", b"GGML" + bytes(40)):
+        path.write_bytes(damaged)
+        with pytest.raises(RealignerError, match="cannot be loaded: it is not a GGUF file"):
+            load_host(str(path))
+    tiny_gguf(path).write_bytes(path.read_bytes()[:1000])
     with pytest.raises(RealignerError, match="cannot be loaded"):
         load_host(str(path))
     assert list(cache.iterdir()) == []

@@ -68,9 +68,12 @@ def gguf_folder(path: Path) -> Path:
     again and one that was overwritten is. The weights are kept in float32, as exact as the file has them.
 
     Raises:
-        RealignerError: when the gguf package is missing or the cache cannot be written.
+        RealignerError: when it is no GGUF file, the gguf package is missing, or the cache cannot be written.
     """
     with path.open("rb") as file:
+        if len(head := file.read(24)) < 24 or head[:4] != b"GGUF":
+            raise RealignerError(f"host {path}: cannot be loaded: it is not a GGUF file, or cut short")
+        file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = _kept(f"gguf-{digest[:16]}")
     return folder if (folder / "config.json").is_file() else _convert(path, folder)
