@@ -566,12 +566,17 @@ def _bind(config: IRMConfig, host: Fingerprint, site: dict[str, Any]) -> None:
 
 
 def _same_site(saved: Any, found: Any) -> bool:
-    """Equal, but for numbers that the probe fitted (in another precision they come out a little different)."""
+    """Equal, but for numbers that the probe fitted (in another precision they come out a little different) and for names that
+    depend on the class (text-only, multimodal) or on `torch.compile`: the fingerprint has told that the layers are the same."""
     if isinstance(saved, dict) and isinstance(found, dict):
-        # Where the layers are depends on the class (text-only, multimodal); that they are the same the fingerprint tells.
         return saved.keys() == found.keys() and all(_same_site(saved[key], found[key]) for key in saved if key != "layers")
-    if isinstance(saved, list) and isinstance(found, list):
+    if isinstance(saved, list) or isinstance(found, list):  # a value for each layer, where one does not do for all
+        one = found if isinstance(saved, list) else saved
+        saved = saved if isinstance(saved, list) else [one] * len(found)
+        found = found if isinstance(found, list) else [one] * len(saved)
         return len(saved) == len(found) and all(_same_site(*pair) for pair in zip(saved, found, strict=True))
+    if isinstance(saved, str) and isinstance(found, str):
+        return saved.replace("_orig_mod.", "") == found.replace("_orig_mod.", "")
     if isinstance(saved, float) and isinstance(found, float):
         return abs(saved - found) <= 0.02 * abs(found)
     return bool(saved == found)
