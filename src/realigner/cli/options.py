@@ -44,9 +44,8 @@ def host_for(irm: Path, host: str | None, dtype: str, device: str, trust: bool) 
 
     values = check_adapter(irm)
     from realigner.hosts import load_host
-    from realigner.report.render import host_of
 
-    name = host or host_of(values)
+    name = host or (values.get("host") or {}).get("name") or values.get("base_model_name_or_path")
     if not name:
         raise UsageError(f"{irm}: its config names no host; give it with --host")
     return load_host(name, dtype=dtype, device=device, trust_remote_code=trust)
