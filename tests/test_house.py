@@ -15,8 +15,8 @@ SOURCE = Path(ra.__file__).parent
 # From the cellar up; a room may import rooms named before it.
 FLOORS = [
     "errors", "extras", "lazy", "prompts", "files", "console", "irm", "sites", "settings", "hosts", "probe", "locate",
-    "injection", "adapters", "tuner", "generation", "oracle", "tiny", "census", "validation_message", "data", "training", "sweep",
-    "traces", "analysis", "explain", "report", "demo", "cli",
+    "injection", "adapters", "tuner", "generation", "oracle", "tiny", "census", "validation_message", "data", "training",
+    "sweep", "traces", "analysis", "explain", "report", "demo", "cli",
 ]  # fmt: skip
 
 

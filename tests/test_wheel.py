@@ -94,7 +94,7 @@ def test_core_works_alone(wheel: Path, requirements: list[Requirement], tmp_path
         lent = distribution(name)
         for top in {file.parts[0] for file in lent.files or [] if file.parts[0] not in ("..", "__pycache__")}:
             if not (site / top).exists():
-                (site / top).symlink_to(lent.locate_file(top))
+                (site / top).symlink_to(str(lent.locate_file(top)))
     run(sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel))
     check_core_alone(python)
 
