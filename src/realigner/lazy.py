@@ -15,6 +15,9 @@ def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
         package: its ``__name__``.
         homes: name -> the module in the package that has it; empty: the name is itself a module of the package.
 
+    Raises:
+        MissingExtraError: by what it returns, when a name's extra is not installed.
+
     Example:
         >>> lazily("realigner", {"tiny_host": "tiny"})("tiny_host").__module__
         'realigner.tiny'
@@ -24,7 +27,13 @@ def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         home = homes[name]
-        value = getattr(import_module(f"{package}.{home}"), name) if home else import_module(f"{package}.{name}")
+        try:
+            value = getattr(import_module(f"{package}.{home}"), name) if home else import_module(f"{package}.{name}")
+        except ImportError as error:
+            from realigner.extras import raise_missing_extra
+
+            raise_missing_extra(error, f"{package}.{name}")
+            raise
         setattr(sys.modules[package], name, value)
         return value
 

@@ -81,7 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        code = app(args=arguments, prog_name="realigner", standalone_mode=False)
+        try:
+            code = app(args=arguments, prog_name="realigner", standalone_mode=False)
+        except ImportError as error:
+            from realigner.extras import raise_missing_extra
+
+            raise_missing_extra(error, next((word for word in arguments if not word.startswith("-")), "realigner"))
+            raise
         return code if isinstance(code, int) else 0
     except TyperException as error:
         if message := _one_line(_message(error)):  # empty where help was printed instead

@@ -314,7 +314,7 @@ def _one_line(message: Callable[[], str]) -> Iterator[None]:
     """Whatever a foreign library raises, as one line; the files may hold anything, so may the exceptions."""
     try:
         yield
-    except RealignerError:
+    except (RealignerError, ImportError):  # a package that is missing says nothing of the file
         raise
     except Exception as error:
         raise RealignerError(f"{message()} ({type(error).__name__}: {_one_line_text(error)})") from error
