@@ -78,7 +78,7 @@ def test_a_card_says_what_to_import(saved: Path) -> None:
     assert "KeyError: 'IRM'" in without.stderr
 
 
-WRAPPERS: list[Any] = [torch.nn.DataParallel, torch.compile, lambda model: torch.nn.DataParallel(torch.compile(model))]
+WRAPPERS: list[Any] = [torch.nn.DataParallel, torch.compile, lambda model: torch.nn.DataParallel(WRAPPERS[1](model))]
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS, ids=["data parallel", "compiled", "both"])
