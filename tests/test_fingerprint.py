@@ -24,8 +24,9 @@ from transformers import (
 import realigner as ra
 from realigner.errors import RealignerError
 from realigner.fingerprints import Fingerprint, fingerprint, tensors_hash
+from realigner.irm_config import IRMConfig
 from realigner.tiny import tiny_host
-from realigner.tuner import IRMConfig, _same_site
+from realigner.tuner import _same_site
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 

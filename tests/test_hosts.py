@@ -22,8 +22,9 @@ from realigner import gguf_cache, hosts
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import Fingerprint, fingerprint, weights_hash
 from realigner.hosts import EMBEDDED, embedded_gguf, load_host
+from realigner.irm_config import IRMConfig
 from realigner.tiny import tiny_host
-from realigner.tuner import IRMConfig, load_irm
+from realigner.tuner import load_irm
 from tests.reference import FAMILIES
 from tests.tiny import tiny_folder, tiny_pair
 

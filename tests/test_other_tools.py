@@ -21,8 +21,9 @@ from trl import GRPOConfig, GRPOTrainer
 import realigner as ra
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import EMBEDDED
+from realigner.irm_config import CONFIG_FILE, WEIGHTS_FILE, IRMConfig
 from realigner.tiny import tiny_host
-from realigner.tuner import CONFIG_FILE, WEIGHTS_FILE, IRMConfig, tuner_of
+from realigner.tuner import tuner_of
 from tests.test_together import prompts, tokens, two_tones
 from tests.tiny import tiny_folder, tiny_pair
 

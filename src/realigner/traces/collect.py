@@ -15,12 +15,13 @@ from realigner.console import progress
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer
 from realigner.irm import IRMShape
+from realigner.irm_config import CONFIG_FILE, IRMConfig, check_adapter
 from realigner.prompts import PAPER_PROMPTS
 from realigner.traces.layout import UNTRAINED, RunLabel
 from realigner.traces.recording import Keep, record
 from realigner.traces.store import RawType, TraceWriter, load_trace
 from realigner.training.run_dir import read_run
-from realigner.tuner import CONFIG_FILE, IRMConfig, check_adapter, load_irm, strength, tuner_of
+from realigner.tuner import load_irm, strength, tuner_of
 
 _ADAPTER = "default"
 

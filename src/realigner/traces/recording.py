@@ -174,11 +174,8 @@ class _Recorder:
         def watched(*args: Any, **kwargs: Any) -> Any:
             if not self.follows():
                 return generate(*args, **kwargs)
-            ids, embedded = (
-                kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None)),
-                kwargs.get("inputs_embeds"),
-            )
-            prompt = ids if embedded is None else embedded
+            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            prompt: Any = ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
             ends = _refuse_scattered(kwargs, defaults, prompt)
             self.finish()
             self._start(prompt.shape[0])

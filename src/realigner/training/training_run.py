@@ -31,6 +31,7 @@ from realigner.files import made_folder, write_text
 from realigner.fingerprints import fingerprint, weights_hash
 from realigner.generation import answer
 from realigner.hosts import host_name, load_config, load_host, load_tokenizer
+from realigner.irm_config import IRMConfig
 from realigner.prompts import PAPER_PROMPTS
 from realigner.training.batches import Prepared, prepare
 from realigner.training.callbacks import DivergenceGuard, Log, StopSignal
@@ -39,7 +40,7 @@ from realigner.training.model_card import card
 from realigner.training.preflight import check_fit, check_start
 from realigner.training.recipe import Recipe, read_recipe, to_yaml
 from realigner.training.trainer import IRMTrainer, products_dtype, trainer_arguments
-from realigner.tuner import IRMConfig, tuner_of
+from realigner.tuner import tuner_of
 
 _FSDP = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")  # set by accelerate launch
 
