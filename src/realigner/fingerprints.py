@@ -134,13 +134,12 @@ def fingerprint(host: nn.Module, layers: nn.Module | None = None) -> Fingerprint
         except RealignerError:  # a host that no IRM can be attached to still has an identity
             layers = host
     weights = list(_weights(layers))
-    count = len(layers) if isinstance(layers, nn.ModuleList) else getattr(config, "num_hidden_layers", 0)
     # AWQ and its kind move scales from a matrix into the norm before it.
     moved = any(_stored_names(w.module) & _PACKED and not hasattr(w.module, "g_idx") for w in weights)
     return Fingerprint(
         architecture=type(host).__name__,
         hidden_size=int(getattr(config, "hidden_size", 0)),  # a few types have no such number of their own
-        num_layers=int(count),
+        num_layers=int(getattr(config, "num_hidden_layers", 0)),
         headers=_headers((w.name, w.shape) for w in weights),
         samples=_sample([w for w in weights if len(w.shape) > 1], _MATRICES),
         vectors="" if moved else _sample([w for w in weights if len(w.shape) < 2], _VECTORS),
@@ -388,14 +387,16 @@ def _forms_1(host: nn.Module, vocab_size: int | None) -> Iterator[list[tuple[str
     for weight in _weights(host):
         if weight.stored is None or id(weight.stored) not in left_out:
             left_out.add(id(weight.stored))  # tied weights count once
-            raw = weight.shape if weight.quantised or weight.stored is None else list(weight.stored.shape)
-            shape = [raw[0] + extra, *raw[1:]] if weight.module is body else raw
-            weights.append(replace(weight, shape=shape, module=host if isinstance(weight.module, Conv1D) else weight.module))
-    own = find_layers(host)[2].rpartition(".")[0]
-    for prefix in (None, own, *_PREFIXES):
+            if isinstance(weight.module, Conv1D):  # as it was stored
+                weight = replace(weight, shape=weight.shape[::-1], module=host)
+            elif weight.module is body:
+                weight = replace(weight, shape=[weight.shape[0] + extra, *weight.shape[1:]])
+            weights.append(weight)
+    for prefix in (None, "", *_PREFIXES):  # "": without what is not the decoder's, a classifier's own head
         named = [(w.name, w) for w in weights]
         if prefix is not None:
-            named = [(prefix + w.name.removeprefix(own), w) for w in weights if w.name.startswith(f"{own}.")]
+            own = find_layers(host)[2].rpartition(".")[0]
+            named = [((prefix or own) + w.name.removeprefix(own), w) for w in weights if w.name.startswith(f"{own}.")]
         named.sort(key=lambda pair: pair[0])
         yield named
         yield [(name, _in_4_bits(weight)) for name, weight in named]
