@@ -279,7 +279,6 @@ def test_the_embedded_host_goes_by_its_name(embedded: tuple[Any, Any], tmp_path:
 
 
 @pytest.mark.host
-@pytest.mark.xfail(reason="PEFT makes the config from its values, so IRMConfig.__post_init__ has to ask folder_of")
 def test_auto_peft_finds_the_embedded_host(embedded: tuple[Any, Any], tmp_path: Path) -> None:
     model = get_peft_model(embedded[0], IRMConfig(preset="compact", layers="0"))
     model.save_pretrained(str(tmp_path), save_embedding_layers=False)

@@ -17,7 +17,8 @@ SOURCE = Path(ra.__file__).parent
 FLOORS = [
     "errors", "extras", "lazy", "prompts", "files", "console", "irm", "sites", "settings", "gguf_cache", "hosts", "probe",
     "locate", "fingerprints", "injection", "adapters", "batching", "irm_config", "tuner", "generation", "runtime", "oracle",
-    "tiny", "census", "validation_message", "data", "training", "sweep", "traces", "analysis", "explain", "report", "demo", "cli",
+    "tiny", "census", "validation_message", "data", "training", "sweep", "traces", "analysis", "explain", "report", "demo",
+    "cli",
 ]  # fmt: skip
 
 

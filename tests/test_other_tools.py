@@ -20,8 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import realigner as ra
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import EMBEDDED
-from realigner.irm_config import CONFIG_FILE, WEIGHTS_FILE, IRMConfig
+from realigner.irm_config import WEIGHTS_FILE, IRMConfig
 from realigner.tiny import tiny_host
 from realigner.tuner import tuner_of
 from tests.test_together import prompts, tokens, two_tones
@@ -54,18 +53,6 @@ def test_auto_class_and_pipeline(saved: Path) -> None:
     assert written[0]["generated_text"] == tokenizer.decode(
         tokens(model, ids, max_new_tokens=6, eos_token_id=1)[0], skip_special_tokens=True
     )
-
-
-@pytest.mark.host
-def test_auto_class_finds_the_embedded_host(embedded: tuple[Any, Any], tmp_path: Path) -> None:
-    """Its config names the host, which PEFT would look for on the hub."""
-    model = realigned(embedded[0])
-    try:
-        model.save_pretrained(str(tmp_path))
-    finally:
-        model.unload()
-    assert json.loads((tmp_path / CONFIG_FILE).read_text())["base_model_name_or_path"] == EMBEDDED
-    assert tuner_of(AutoPeftModelForCausalLM.from_pretrained(str(tmp_path))).registry.names == ["default"]
 
 
 def test_a_card_says_what_to_import(saved: Path) -> None:

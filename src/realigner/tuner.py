@@ -158,7 +158,7 @@ class IRMModel(BaseTuner):
         first = "registry" not in self._modules
         if first:
             self.sites = find_sites(model, config.layers_path)
-            self.fingerprint = fingerprint(model)
+            self.fingerprint = fingerprint(model, self.sites.layers)
         _bind(config, self.fingerprint, self.sites.summary())
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             network = config.build(self.sites.width, len(self.sites.layers))

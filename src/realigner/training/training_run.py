@@ -129,7 +129,8 @@ def train_recipe(
     if recipe.host is None:
         raise UsageError("recipe: its run was trained on a host made in Python; give one (host)")
     config = load_config(recipe.host, trust_remote_code)
-    prepared = prepare(rows, load_tokenizer(recipe.host, trust_remote_code), config, recipe)
+    tokenizer = load_tokenizer(recipe.host, trust_remote_code)
+    prepared = prepare(rows, tokenizer, config, recipe)
     if repeats:
         sha256, then, now = repeats.get("data", {}).get("sha256"), repeats.get("versions", {}), run_dir.versions()
         if sha256 not in (None, prepared.sha256):
@@ -140,7 +141,7 @@ def train_recipe(
             if now.get(name) != then[name]:
                 say(f"warning: {name} {now.get(name)} here, {then[name]} then; the last bits may differ")
     check_fit(prepared, recipe, config, loaded=False, quiet=quiet)
-    host, tokenizer = load_host(recipe.host, recipe.dtype, recipe.device, trust_remote_code)
+    host, tokenizer = load_host(recipe.host, recipe.dtype, recipe.device, trust_remote_code, tokenizer=tokenizer)
     return _train(host, tokenizer, prepared, resolve(recipe, host, rows), out, force, resume, quiet)
 
 
