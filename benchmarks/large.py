@@ -31,8 +31,7 @@ import realigner as ra
 from realigner.data import Row, Split
 from realigner.files import write_text
 from realigner.hosts import HostInfo
-from realigner.training.batches import Collator
-from realigner.training.preflight import Prepared
+from realigner.training.batches import Collator, Prepared
 from realigner.training.recipe import Recipe
 from realigner.training.run_dir import versions
 from realigner.training.trainer import IRMTrainer, trainer_arguments

@@ -26,7 +26,7 @@ import xarray as xr
 
 from realigner.analysis import analyze
 from realigner.files import write_text
-from realigner.report import Evidence, render
+from realigner.report import ReportInput, render
 from realigner.traces import RunLabel
 from realigner.traces.layout import UNTRAINED, join, text_dataset
 from realigner.traces.summary import summarise
@@ -126,7 +126,7 @@ def main() -> None:
             trace = synthetic(*case)
             analysis = analyze(trace, permutations=50, resamples=50)
             began = time.perf_counter()
-            text = render([Evidence("benchmark", trace, {}, {}, analysis)])
+            text = render([ReportInput("benchmark", trace, {}, {}, analysis)])
             made = time.perf_counter() - began
             del trace
             path = Path(folder) / "report.html"

@@ -64,9 +64,8 @@ import realigner as ra
 from realigner.data.tokens import IGNORED
 from realigner.files import write_text
 from realigner.hosts import EMBEDDED
-from realigner.training.batches import Collator, EncodedRows, SeededLengthSampler
+from realigner.training.batches import Collator, EncodedRows, Prepared, SeededLengthSampler, prepare
 from realigner.training.loss import row_losses
-from realigner.training.preflight import Prepared, prepare
 from realigner.training.recipe import Recipe
 from realigner.training.run_dir import versions
 from realigner.training.trainer import IRMTrainer, products_dtype, trainer_arguments

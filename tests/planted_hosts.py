@@ -139,5 +139,5 @@ def verdict_on(cell: Cell, seed: int, place: Path) -> dict[str, Any]:
     train(host, tokenizer, markov_rows(seed), place / "run", recipe, quiet=True).model.unload()
     asked = PLANTED if any((cell[0], cell[1], cell[3])) else None
     found = explain([place / "run"], place / "why", host, tokenizer, asked, quick=True, quiet=True, steps=recipe.steps)
-    own = found.standings.iloc[0]
-    return {"cause": found.cause, "leader": int(own["leader"]), "rank": int(own["rank"]), "ratio": float(own["ratio"])}
+    own = found.standings[0]
+    return {"cause": found.cause, "leader": own.leader, "rank": own.rank, "ratio": own.ratio}

@@ -257,7 +257,7 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path, content: bytes)
         make(tmp_path)
         return
     for force in (False, True):
-        with pytest.raises(RealignerError, match="not a journal of realigner"):
+        with pytest.raises(RealignerError, match="not a realigner journal"):
             make(tmp_path, force=force)
     assert journal.read_bytes() == content
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import realigner.oracle as oracle
-from realigner.census import NOT_BUILT, PROVEN, REFUSED, UNPROVEN, WRONG, Entry, census, page, prove, totals
+from realigner.census import NOT_BUILT, PROVEN, REFUSED, UNPROVEN, WRONG, CensusEntry, census, page, prove, totals
 from realigner.locate import find_layers
 from realigner.tiny import MODEL_TYPES, tiny_host
 from tests.reference import FAMILIES, reference_host
@@ -20,11 +20,11 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.fixture(scope="module")
-def entries() -> list[Entry]:
+def entries() -> list[CensusEntry]:
     return list(census())
 
 
-def test_the_census(entries: list[Entry]) -> None:
+def test_the_census(entries: list[CensusEntry]) -> None:
     count = totals(entries)
     assert len(entries) == len(MODEL_TYPES) == sum(count.values())
     assert count[WRONG] == count[UNPROVEN] == 0, [e for e in entries if e.verdict in (WRONG, UNPROVEN)]
@@ -34,7 +34,7 @@ def test_the_census(entries: list[Entry]) -> None:
     assert all(set(e.errors) == {"off", "all", "one", "h0", "cached"} for e in entries if e.verdict == PROVEN)
 
 
-def test_the_page_is_up_to_date(entries: list[Entry]) -> None:
+def test_the_page_is_up_to_date(entries: list[CensusEntry]) -> None:
     want = page(entries, f"transformers {transformers.__version__}")
     assert (DOCS / "hosts.md").read_text() == want, "run: make census"
 

@@ -503,7 +503,7 @@ CASES: dict[str, Case] = {
     "explain elsewhere": (2, "--on", lambda p, t: ("explain", "--irm", p / "run", "--on", "mars")),
     "explain an index too far": (
         2,
-        "--index 32: this host has indices 0 to 31",
+        "index 32: this host has indices 0 to 31",
         lambda p, t: ("explain", "--irm", p / "run", "--index", "32", "--dtype", "float32", "--no-trials", "--out", t / "why"),
     ),
     "explain workers here": (2, "--workers 2", lambda p, t: ("explain", "--irm", p / "run", "--workers", "2")),

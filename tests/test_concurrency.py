@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer
+from transformers import ContinuousBatchingConfig, GenerationConfig, TextIteratorStreamer
 
 import realigner as ra
+from realigner.batching import BatchManager
 from realigner.errors import RealignerError, UsageError
 from realigner.tiny import tiny_host
 from realigner.tuner import tuner_of
@@ -292,3 +293,56 @@ def test_a_chat_whose_strength_changes_between_turns(family: str) -> None:
         text = torch.cat([sequences, prompts(1, 3) + turn], dim=1)
     with pytest.raises(UsageError, match="only generate knows"):
         model(input_ids=text, where="reply")
+
+
+# --- continuous batching ----------------------------------------------------------------------------------------------------
+
+SMALL = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=24, max_requests_per_batch=6, page_size=16)
+SETTINGS: list[dict[str, Any]] = [
+    {"adapter_names": ["__base__"]},
+    {"adapter_names": ["anger"], "strength": 1.0},
+    {"adapter_names": ["sadness"], "strength": -2.0},
+    {"adapter_names": [("anger", "sadness")], "strength": {"anger": 2.0, "sadness": 0.5}},
+    {"strength": 0.0},
+    {"strength": 3.0, "where": "prompt"},
+    {"strength": 3.0, "where": "reply"},
+    {"strength": -3.0, "where": 3},
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_continuous_batching_gives_each_request_what_it_gives_alone(family: str) -> None:
+    """16 requests of several lengths, 8 settings, 6 at a time, prompts in pieces: the tokens of single calls."""
+    model = two_tones(tiny_host(family))
+    texts = [torch.randint(3, 100, (1, 4 + n), generator=torch.Generator().manual_seed(n)) for n in range(16)]
+    chosen = [SETTINGS[n % 8] for n in range(16)]
+    alone = [
+        tokens(model, ids, max_new_tokens=8, **one)[0, ids.shape[1] :].tolist() for ids, one in zip(texts, chosen, strict=True)
+    ]
+    assert len({tuple(reply) for reply in alone}) > 8
+    settings = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    with BatchManager(tuner_of(model), settings, SMALL) as batch:
+        for ids, one in zip(texts, chosen, strict=True):
+            irms = one.get("adapter_names", [None])[0]
+            batch.add_request(ids[0].tolist(), strength=one.get("strength"), irms=irms, where=one.get("where"))
+        results = {output.request_id: output.generated_tokens for output in (batch.next() for _ in texts)}
+    assert [results[f"request_{n}"] for n in range(16)] == alone
+    assert torch.equal(tokens(model, prompts()), tokens(model, prompts(), strength=1.0))
+
+    given = {
+        "strength": {name: [one.get("strength", 1.0) if not isinstance(one.get("strength"), dict) else one["strength"][name]
+                            for one in chosen] for name in ("anger", "sadness")},
+        "adapter_names": [one.get("adapter_names", ["anger"])[0] for one in chosen],
+        "where": [one.get("where", "all") for one in chosen],
+    }  # fmt: skip
+    outputs = model.generate_batch([ids[0].tolist() for ids in texts], settings, SMALL, **given)
+    assert [output.generated_tokens for output in outputs.values()] == alone
+
+
+def test_continuous_batching_refuses_what_is_not_one_number() -> None:
+    model = two_tones()
+    ids = prompts(2).tolist()
+    with pytest.raises(UsageError, match="3 given for 2 requests"):
+        model.generate_batch(ids, None, SMALL, strength=[1.0, 2.0, 3.0])
+    with BatchManager(tuner_of(model), batching_config=SMALL) as batch, pytest.raises(UsageError, match="one number"):
+        batch.add_request(ids[0], strength=[1.0, 2.0])

@@ -236,7 +236,7 @@ def test_embedded_template(embedded: tuple[Any, Any]) -> None:
 def test_check_finds_problems() -> None:
     rows = some_rows()
     assert check_rows(rows).fit
-    assert "more than once" in check_rows([*rows, Row(**{**rows[0].model_dump(), "id": "x"})]).problems[0]
+    assert "duplicated replies" in check_rows([*rows, Row(**{**rows[0].model_dump(), "id": "x"})]).problems[0]
     leaking = Row(**{**rows[0].model_dump(), "id": "x", "group": "other", "text": "Else!"})
     assert any("leak" in problem for problem in check_rows([*rows, leaking]).problems)
     assert any("only 1 group" in problem for problem in check_rows(some_rows(4, groups=1)).problems)
@@ -316,7 +316,7 @@ def test_who_judges_purity() -> None:
         "the reference scorer of the six built-in tones",
         "cross-validation, told from the authored neutral replies",
         "cross-validation, told from each other",
-        "cross-validation, told from neutral (--against)",
+        "cross-validation, told from neutral (against)",
     ]
     assert all(card.purity.value > 0.9 for card in cards if card.purity)
     card = check_rows(mine[:10])

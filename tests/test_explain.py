@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from realigner.errors import UsageError
 from realigner.explain import explain, weights_report
 from realigner.explain.ablate import against_controls, delta_ablations, edited_output, host_ablations
 from realigner.explain.edits import without_channel
-from realigner.explain.example_batches import Rows
+from realigner.explain.example_batches import ExampleBatches
 from realigner.explain.measure import measure_host
 from realigner.explain.norm_gradient import norm_eps, norm_kind, split_gradient
 from realigner.explain.residuals import Residuals, SiteGradients
@@ -107,7 +108,7 @@ def test_measurements_by_hand() -> None:
     rows = encode_rows(tokenizer, some_rows(count=5))
     torch.manual_seed(0)
     irm = IRM(32, (0, 2), (16,), 0, 0.1)
-    found = measure_host(host, Rows(rows, 0, batch_size=2), {"a": irm}, frozenset({40}))
+    found = measure_host(host, ExampleBatches(rows, 0, batch_size=2), {"a": irm}, frozenset({40}))
     h: list[torch.Tensor] = []
     with torch.no_grad(), Residuals(find_sites(host)).watching() as residuals:
         for row in rows:
@@ -141,10 +142,10 @@ def test_ablations() -> None:
         irm.output.weight.zero_()
         irm.output.bias.view(3, 32)[:, 5] = 0.5
     before = {name: tensor.clone() for name, tensor in irm.state_dict().items()}
-    rows = Rows(encode_rows(tokenizer, some_rows(count=6)), 0)
+    rows = ExampleBatches(encode_rows(tokenizer, some_rows(count=6)), 0)
     mean = irm.output.bias.detach().view(3, 32).numpy().copy()
     table = delta_ablations(model, rows, 5, mean, {"random": [6, 7]})
-    change = table.set_index(["how", "index"])["change"]
+    change = {(entry.how, entry.index): entry.change for entry in table}
     assert change["zero", 5] == pytest.approx(change["none", -1])
     assert change["zero", 5] != 0
     assert change["keep", 5] == 0
@@ -177,13 +178,14 @@ def test_what_the_host_loses_without_an_index(family: str) -> None:
     """The loss is that of `without_channel`; the host's weights come back bit for bit."""
     host, tokenizer = tiny_pair(family)
     before = {name: tensor.clone() for name, tensor in host.state_dict().items()}
-    rows = Rows(encode_rows(tokenizer, some_rows(count=6)), 0)
-    table = host_ablations(host, rows, 5, {"random": [6, 7], "leading": [7]}).set_index(["how", "index", "group"])
+    rows = ExampleBatches(encode_rows(tokenizer, some_rows(count=6)), 0)
+    table = host_ablations(host, rows, 5, {"random": [6, 7], "leading": [7]})
+    found = {(entry.how, entry.index, entry.group): entry for entry in table}
     for index, group in ((5, ""), (6, "random"), (7, "random"), (7, "leading")):
         sums, counts = rows.losses(without_channel(host, index))
-        assert table["loss"]["zero", index, group] == pytest.approx(sums.sum() / counts.sum(), rel=1e-12)
-    assert table["change"]["whole", -1, ""] == 0
-    assert table["change"]["zero", 5, ""] != 0
+        assert found["zero", index, group].loss == pytest.approx(sums.sum() / counts.sum(), rel=1e-12)
+    assert found["whole", -1, ""].change == 0
+    assert found["zero", 5, ""].change != 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in host.state_dict().items())
 
 
@@ -261,8 +263,8 @@ def test_the_full_effort_makes_every_trial_and_ablation(tmp_path: Path) -> None:
     found = explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, quiet=True)
     assert (found.index, found.cause) == (PLANTED, "channel through the norm")
     assert found.trials is not None
-    assert found.trials["kind"].value_counts().to_dict() == FULL
-    assert set(found.ablations["anger-1"]["how"]) == {"whole", "none", "zero", "mean", "keep"}
+    assert Counter(trial.kind for trial in found.trials) == FULL
+    assert {entry.how for entry in found.ablations["anger-1"]} == {"whole", "none", "zero", "mean", "keep"}
     answers = {conclusion.key: conclusion.answer for conclusion in found.conclusions}
     assert answers["sgd"] == answers["one layer"] == "not supported"  # it leads there too
     assert answers["random host"] == "supported"  # whose gain is 1

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from realigner.explain.predict import gain_to_be_seen_as_the_median
-from realigner.explain.verdict import Conclusion, Evidence, conclude, index_facts, masked_loss
+from realigner.explain.explanation import Conclusion, IndexRank, Regression, TrialResult
+from realigner.explain.predict import gain_for_median_reach
+from realigner.explain.verdict import Evidence, conclude, index_facts, masked_loss
 
 WIDTH, INDEX = 100, 7  # so that the first 3 lead
 STOOD, FELL, STAYED = (1, 6.0), (40, 1.2), (1, 5.0)  # rank, times the median
@@ -27,16 +28,16 @@ def asked(
     """The cause and the conclusions, of trials (kind -> rank and ratio of each, seed by seed) and of what is measured there."""
     measured = pd.DataFrame(1.0, index=range(WIDTH), columns=["final_gain", "head_norm", "head_reach", "residual"])
     measured.loc[INDEX] = [gain, head, gain * head, channel]
-    rows = [
-        {"kind": kind, "seed": seed, "rank": rank, "ratio": ratio, "leader": 3, "leader_ratio": 9.0, "learned": 1.0}
+    facts: dict[str, Any] = {"place": INDEX, "leader": 3, "leader_ratio": 9.0, "loss": 2.0, "bare_loss": 3.0, "learned": 1.0}
+    results = [
+        TrialResult(kind=kind, seed=seed, rank=rank, ratio=ratio, **facts)
         for kind, own in trials.items()
         for seed, (rank, ratio) in enumerate(own)
     ]
-    standings = [{"irm": f"a-{n}", "rank": rank, "ratio": 6.0, "leader": 3} for n, rank in enumerate(ranks)]
-    explained = {"r2": 0.0, "low": -0.1, "high": 0.1, "null": 0.0, "p": 0.5, "n": WIDTH}
-    values: dict[str, Any] = {"ablated": {}, "host": None, "masked": {}, "explained": {"IRMs": explained}} | more
-    table = pd.DataFrame(rows) if rows else None
-    cause, found = conclude(Evidence(INDEX, WIDTH, pd.DataFrame(standings), index_facts(measured, INDEX), table, **values))
+    standings = [IndexRank(irm=f"a-{n}", rank=rank, ratio=6.0, leader=3) for n, rank in enumerate(ranks)]
+    predicted = Regression(r2=0.0, low=-0.1, high=0.1, null=0.0, p=0.5, n=WIDTH)
+    values: dict[str, Any] = {"ablated": {}, "host": None, "masked": {}, "predicted": {"IRMs": predicted}} | more
+    cause, found = conclude(Evidence(INDEX, WIDTH, standings, index_facts(measured, INDEX), results or None, **values))
     return cause, {conclusion.key: conclusion for conclusion in found}
 
 
@@ -137,6 +138,6 @@ def test_masked_losses_are_paired_by_row() -> None:
 
 def test_the_gain_with_which_the_head_sees_an_index_as_the_median() -> None:
     measured = pd.DataFrame({"head_norm": [1.0, 0.05, 0.0], "head_reach": [0.5, 0.05, 0.0]})
-    assert gain_to_be_seen_as_the_median(measured, 1) == pytest.approx(1.0)  # 0.05 / 0.05
-    assert gain_to_be_seen_as_the_median(measured, 2) == "median"
-    assert gain_to_be_seen_as_the_median(measured.drop(columns="head_reach"), 0) == "median"
+    assert gain_for_median_reach(measured, 1) == pytest.approx(1.0)  # 0.05 / 0.05
+    assert gain_for_median_reach(measured, 2) == "median"
+    assert gain_for_median_reach(measured.drop(columns="head_reach"), 0) == "median"

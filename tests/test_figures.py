@@ -17,19 +17,14 @@ from realigner.analysis import analyze, run_maps
 from realigner.errors import RealignerError
 from realigner.report.diagram import figure1
 from realigner.report.figures import (
-    COLUMN,
-    DPI,
-    PAGE,
     appendix_maps,
-    as_png,
-    as_svg,
     figure2,
     figure4,
     length_histogram,
     pool_columns,
-    save_figure,
-    save_figures,
 )
+from realigner.report.paper_figures import save_figures
+from realigner.report.plot_style import COLUMN, DPI, PAGE, as_png, as_svg, save_figure
 from realigner.training.loss_plot import loss_curve
 from tests.planted import planted_trace
 
@@ -114,7 +109,7 @@ def test_text_is_seven_points_and_more_and_columns_are_as_wide_as_said(tmp_path:
         seen.append(figure)
         return path
 
-    monkeypatch.setattr("realigner.report.figures.save_figure", keep)
+    monkeypatch.setattr("realigner.report.paper_figures.save_figure", keep)
     trace = planted_trace(RUNS)
     save_figures(trace, analyze(trace, permutations=10, resamples=10), tmp_path, {"anger-42": record()}, ["png"])
     assert len(seen) == len(FIGURES)

@@ -17,8 +17,9 @@ from realigner.data import Row, authored
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import load_config, load_tokenizer
 from realigner.training import Recipe, make_recipe, run_dir, train, train_recipe
+from realigner.training.batches import prepare
 from realigner.training.callbacks import DivergenceGuard, Log
-from realigner.training.preflight import Memory, check_memory, estimate_memory, prepare
+from realigner.training.preflight import Memory, check_memory, estimate_memory
 from realigner.training.trainer import IRMTrainer
 from tests.tiny import some_rows, tiny_folder, tiny_pair
 
@@ -42,7 +43,7 @@ def write(path: Path, rows: list[Row]) -> str:
     [
         (some_rows(24, groups=1), {}, RealignerError, r"1 group\(s\) cannot make 2 parts"),
         (some_rows(6, groups=3), {}, RealignerError, r"4 rows are left to train on, fewer than batch_size 8"),
-        (some_rows(), {"max_length": 600}, RealignerError, r"row 'long': 6\d\d tokens, the host has 512 positions; --set max_"),
+        (some_rows(), {"max_length": 600}, RealignerError, r"row 'long': 6\d\d tokens, the host has 512 positions; set max_"),
         (some_rows(), {"max_length": 600, "loss_on_padding": True}, RealignerError, r"padded to 600 tokens, the host has 512"),
         (some_rows(), {"layers": "1-9"}, UsageError, r"layers: there is no layer 3; this host has layers 0 to 2"),
         (some_rows(), {"layers": ""}, UsageError, r"layers: cannot read ''"),
@@ -61,7 +62,7 @@ def test_refused_before_the_host_is_loaded(
     kind: type[Exception],
     message: str,
 ) -> None:
-    import realigner.training.training_run as run
+    from realigner.training import preflight, training_run
 
     if settings.get("max_length") == 600:
         rows = [*rows, rows[0].model_copy(update={"id": "long", "text": "x" * 650})]
@@ -69,8 +70,8 @@ def test_refused_before_the_host_is_loaded(
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("the host was loaded")
 
-    monkeypatch.setattr(run, "load_host", load)
-    monkeypatch.setattr(run, "find_spec", lambda name: None if name in ("wandb", "bitsandbytes") else find_spec(name))
+    monkeypatch.setattr(training_run, "load_host", load)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name in ("wandb", "bitsandbytes") else find_spec(name))
     recipe = make_recipe(steps=2, batch_size=8, host=str(place / "host"), data=write(tmp_path / "rows.jsonl", rows), **settings)
     with pytest.raises(kind, match=message):
         train_recipe(recipe, tmp_path / "run", quiet=True)
@@ -104,7 +105,7 @@ def test_a_loss_that_diverges_stops_the_run(tmp_path: Path, monkeypatch: pytest.
         train(host, tokenizer, some_rows(), tmp_path / "run", QUICK, quiet=True)
     message = str(caught.value)
     assert "checkpoint-8" in message
-    assert "--set learning_rate=0.001" in message
+    assert "learning_rate=0.001" in message
     split = [row for row in some_rows() if f"rows {row.id}," in message or f", {row.id}" in message]
     assert len(split) >= 4 or len(seen[9]) == 4
     work = run_dir.unfinished(tmp_path / "run")
@@ -173,11 +174,11 @@ def test_the_papers_preset_at_7b() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    import realigner.training.preflight as guards
+    from realigner.training import preflight
 
     recipe = make_recipe("paper", dtype="bfloat16", device="cpu")
     free = 24 * 2**30
-    monkeypatch.setattr(guards, "free_memory", lambda _: float(free))
+    monkeypatch.setattr(preflight, "free_memory", lambda _: float(free))
     memory = estimate_memory(llama(), recipe, longest=128, targets=128)
     with pytest.raises(RealignerError) as caught:
         check_memory(memory, recipe, llama())

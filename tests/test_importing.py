@@ -342,7 +342,7 @@ def test_damaged_saved_datasets(tmp_path: Path, name: str, damage: Callable[[byt
     else:
         file.write_bytes(new)
     assert str(tmp_path / "set") in refused(
-        lambda: import_rows(tmp_path / "set"), "dataset that can be read|cannot be read past"
+        lambda: import_rows(tmp_path / "set"), "not a readable saved dataset|cannot be read past"
     )
 
 
@@ -394,21 +394,21 @@ def test_mappings() -> None:
     assert parse_mapping([]) == {}
     assert parse_mapping(["question=a=b", " text = c "]) == {"question": "a=b", "text": " c "}
     for bad in ("question", "question=", "=prompt", "", "question= "):
-        refused(lambda bad=bad: parse_mapping([bad]), "--map question=prompt", UsageError)  # type: ignore[misc]
+        refused(lambda bad=bad: parse_mapping([bad]), r"e\.g\. question=prompt", UsageError)  # type: ignore[misc]
     refused(lambda: parse_mapping(["text=a", "text=b"]), "mapped to 'a' already", UsageError)
-    refused(lambda: parse_mapping(["source=a"]), f"'source' is no field of a row; map {', '.join(FIELDS)}", UsageError)
+    refused(lambda: parse_mapping(["source=a"]), f"'source' is not a field of a row; map {', '.join(FIELDS)}", UsageError)
 
 
 @pytest.mark.parametrize("name", ["c.csv", "c.jsonl", "c.json", "c.parquet", "c"])
 def test_columns_that_are_not_there(tmp_path: Path, name: str) -> None:
     path = save(tmp_path / name, CHATS)
     there = "the columns are 'prompt', 'response', 'topic'"
-    assert there in refused(lambda: import_rows(path, "a"), "--map question=COLUMN --map text=COLUMN", UsageError)
-    refused(lambda: import_rows(path, "a", {"question": "prompt"}), "no column 'text'.*--map text=COLUMN$", UsageError)
+    assert there in refused(lambda: import_rows(path, "a"), "map question=COLUMN, text=COLUMN", UsageError)
+    refused(lambda: import_rows(path, "a", {"question": "prompt"}), "no column 'text'.*map text=COLUMN$", UsageError)
     assert there in refused(lambda: import_rows(path, "a", {**AS_OURS, "id": "nr"}), "no such column", UsageError)
-    refused(lambda: import_rows(path, mapping=AS_OURS), "--tone is needed", UsageError)
-    refused(lambda: import_rows(path, " ", AS_OURS), "--tone is empty", UsageError)
-    refused(lambda: import_rows(path, "a", {"txt": "prompt"}), "'txt' is no field", UsageError)
+    refused(lambda: import_rows(path, mapping=AS_OURS), "tone is needed", UsageError)
+    refused(lambda: import_rows(path, " ", AS_OURS), "tone: is empty", UsageError)
+    refused(lambda: import_rows(path, "a", {"txt": "prompt"}), "'txt' is not a field", UsageError)
 
 
 @pytest.mark.parametrize(
@@ -429,9 +429,10 @@ def test_columns_that_are_not_there(tmp_path: Path, name: str) -> None:
         ("f.jsonl", b"{}\n" + b"[" * 100_000, ":2: JSON nested"),
         ("f.jsonl", b"{}\n" + b"1" * 5000, ":2: not JSON that can be read"),
         ("f.json", b'[{"a": 1},\n\n{"b"]', ":3: not valid JSON"), ("f.json", b"[{}, 5]", ": item 2: a row is a JSON object"),
-        ("f.parquet", b"PAR1 no PAR1", ": is no Parquet file that can be read"),
+        ("f.parquet", b"PAR1 no PAR1", ": is not a readable Parquet file"),
         ("f.csv", b"PAR1\x15\x04\x15\x80", ":1: not UTF-8"),
-        ("f.txt", b"text", ": its suffix '.txt' names no format"), ("f", b"text", ": its suffix '' names no format"),
+        ("f.txt", b"text", ": its suffix '.txt' is not a known format"),
+        ("f", b"text", ": its suffix '' is not a known format"),
     ],
 )  # fmt: skip
 def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -446,7 +447,7 @@ def test_a_cut_parquet_file(tmp_path: Path) -> None:
     whole = save(tmp_path / "f.parquet", [row.model_dump() for row in some_rows(200)]).read_bytes()
     for size in (5, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.parquet").write_bytes(whole[:size])
-        refused(lambda: import_rows(tmp_path / "cut.parquet"), "cut.parquet: is no Parquet file")
+        refused(lambda: import_rows(tmp_path / "cut.parquet"), "cut.parquet: is not a readable Parquet file")
     (tmp_path / "hit.parquet").write_bytes(whole[:20] + b"\xff" * 60 + whole[80:])
     refused(lambda: import_rows(tmp_path / "hit.parquet"), "hit.parquet: cannot be read past row 0")
 

@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 
 import realigner as ra
-from realigner.hosts import weights_hash
+from realigner.fingerprints import weights_hash
 from realigner.tiny import tiny_host
 from realigner.tuner import IRMConfig, tuner_of
 from tests.reference import FAMILIES, reference_host

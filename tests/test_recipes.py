@@ -16,7 +16,7 @@ from peft import get_peft_model
 from realigner.data import Row, encode_rows
 from realigner.errors import RealignerError, UsageError
 from realigner.training import Recipe, make_recipe, read_recipe, train
-from realigner.training.preflight import prepare
+from realigner.training.batches import prepare
 from realigner.training.recipe import BUILT_IN, parse_setting, to_yaml
 from realigner.training.trainer import IRMTrainer, evaluation_every, steps_per_epoch, total_steps, trainer_arguments
 from realigner.tuner import IRMConfig, tuner_of
@@ -74,7 +74,7 @@ def test_bad_settings_are_one_line(setting: str, message: str) -> None:
     [
         ("steps: 10\nseed: x\n", ":2: seed: 'x': input should be a valid integer"),
         ("steps: 10\n\nlearning: 3\n", ":3: unknown key 'learning'; did you mean 'learning_rate'?"),
-        ("steps: 10\nseed: 1\nsteps: 20\n", ":3: key 'steps' stands on line 1 already"),
+        ("steps: 10\nseed: 1\nsteps: 20\n", ":3: duplicate key 'steps', first on line 1"),
         ("steps: [10\nseed: 1\n", ":2: not valid YAML"),
         ("- steps\n", "is not a list of 'key: value' lines"),
         ("just words\n", "is not a list of 'key: value' lines"),

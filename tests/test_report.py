@@ -19,14 +19,17 @@ from markupsafe import escape
 
 import realigner as ra
 from realigner.analysis import analyze
-from realigner.errors import RealignerError
+from realigner.errors import RealignerError, UsageError
+from realigner.explain.explanation import read_explanation
 from realigner.explain.verdict import KINDS
 from realigner.hosts import HostInfo
-from realigner.report import Evidence, gather, render
-from realigner.report.charts import NONE, Axis, Line, bar_chart, line_chart, log_ticks, short, ticks
-from realigner.report.explained import home_of, read_explained
+from realigner.report import ReportInput, gather, render
+from realigner.report.charts import NONE, ChartAxis, Line, bar_chart, fmt, line_chart, log_ticks, ticks
 from realigner.report.page_tables import probability
 from realigner.report.quantize import RunTokens, decode, encode, token_maps
+from realigner.report.report_input import check_hosts, home_of, untraced
+from realigner.report.run_styles import RunStyles
+from realigner.traces.collect import trace_for_report
 from realigner.training import make_recipe, train
 from tests.planted import planted_explanation, planted_trace, written_explanation
 from tests.tiny import some_rows, tiny_pair
@@ -113,8 +116,8 @@ def test_a_page_keeps_to_its_budget(budget: int) -> None:
 
 def test_numbers_for_reading() -> None:
     values = (0.0123456, 1512.0, 1.2e-5, -0.5, 0.0, float("nan"), 0.15)
-    assert [short(value) for value in values] == ["0.0123", "1,512", "1.2e\u22125", "\u22120.5", "0", NONE, "0.15"]
-    assert short(0.15, zeros=True) == "0.150"
+    assert [fmt(value) for value in values] == ["0.0123", "1,512", "1.2e\u22125", "\u22120.5", "0", NONE, "0.15"]
+    assert fmt(0.15, zeros=True) == "0.150"
     assert [probability(p) for p in (1e-9, 0.00057, 0.001, 0.04321, float("nan"))] == [
         "<0.0001",
         "0.0006",
@@ -140,14 +143,14 @@ def test_charts_leave_out_what_is_missing() -> None:
 
 
 def test_axes() -> None:
-    axis = Axis.over([0.5, 50.0, 0.0, float("nan")], log=True)
+    axis = ChartAxis.over([0.5, 50.0, 0.0, float("nan")], log=True)
     assert [axis.at(value) for value in (0.5, 5, 50)] == pytest.approx([10, 52.5, 95])
     assert axis.at(0) < 10
     assert axis.ticks() == [0, 1, 3, 10, 30]
-    assert Axis.over([2.0, 4.0]).at(3.0) == pytest.approx(49.5)
+    assert ChartAxis.over([2.0, 4.0]).at(3.0) == pytest.approx(49.5)
     for values in ([], [0.0], [7.0, 7.0]):
         for log in (False, True):
-            assert all(0 <= Axis.over(values, log).at(value) <= 100 for value in values)
+            assert all(0 <= ChartAxis.over(values, log).at(value) <= 100 for value in values)
     assert log_ticks(0.001, 1e6, 5) == [0.001, 0.1, 10, 1000, 100_000]
 
 
@@ -166,7 +169,7 @@ def test_degenerate_traces_have_a_page() -> None:
 
 def test_page_is_self_contained_and_escaped() -> None:
     trace = planted_trace(question="<script>alert(1)</script>", reply="</script>b & c", generated=12)
-    evidence = Evidence(
+    evidence = ReportInput(
         "x", trace, {"anger-42": train_record()}, {"anger-42": LOG}, analyze(trace, permutations=10, resamples=10)
     )
     page = render([evidence])
@@ -226,30 +229,36 @@ def test_collect_and_build(tmp_path: Path) -> None:
     for tone in ("anger", "sadness"):
         recipe = make_recipe(steps=2, batch_size=4, samples=0)
         train(host, tokenizer, some_rows(tone=tone), tmp_path / "runs" / tone, recipe=recipe, quiet=True).model.unload()
-    options: dict[str, Any] = {"host": (host, tokenizer), "quiet": True, "prompts": ["What is 3?", "Why?"], "max_new_tokens": 4}
-    out, (evidence,) = ra.build_report([tmp_path / "runs"], tmp_path / "report.html", **options, keep_traces=True)
+    options: dict[str, Any] = {"quiet": True, "prompts": ["What is 3?", "Why?"], "max_new_tokens": 4}
+    with pytest.raises(UsageError, match=r"runs is not a trace; record one first with .*trace_for_report.*realigner trace"):
+        ra.build_report([tmp_path / "runs"], tmp_path / "report.html")
+    trace = trace_for_report([tmp_path / "runs"], tmp_path / "report.zarr", host, tokenizer, **options)
+    out, (evidence,) = ra.build_report([trace], tmp_path / "report.html")
     assert [set(row) for row in evidence.answers()] == [{"prompt", "base", "anger-42", "sadness-42", "untrained-42"}] * 2
     assert evidence.trained == ["anger-42", "sadness-42"]
-    assert evidence.untrained_of("anger-42") == "untrained-42"
+    assert RunStyles.of(evidence.trace).twin("anger-42") == "untrained-42"
     assert set(evidence.records) == set(evidence.trained)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.modules())
     assert (tmp_path / "report.zarr").is_dir()
     ra.build_report([tmp_path / "report.zarr"], tmp_path / "trace.html")
     assert "Why?" in (tmp_path / "trace.html").read_text()
     with pytest.raises(RealignerError, match="exists already"):
-        ra.build_report([tmp_path / "runs"], out, **options)
-    ra.build_report([tmp_path / "runs" / "anger"], out, **options, force=True)
+        ra.build_report([trace], out)
+    with pytest.raises(RealignerError, match="exists already"):
+        trace_for_report([tmp_path / "runs"], trace, host, tokenizer, **options)
+    trace_for_report([tmp_path / "runs" / "anger"], trace, host, tokenizer, **options, force=True)
+    ra.build_report([trace], out, force=True)
     (tmp_path / "mine.html").write_text("precious")
     with pytest.raises(RealignerError, match="not something realigner made"):
         ra.build_report([tmp_path / "report.zarr"], tmp_path / "mine.html", force=True)
     (tmp_path / "other").mkdir()
     with pytest.raises(RealignerError, match="neither"):
-        ra.build_report([tmp_path / "other"], tmp_path / "x.html")
+        trace_for_report([tmp_path / "other"], tmp_path / "x.zarr", host, tokenizer)
 
 
-def with_why(tmp_path: Path, **changes: Any) -> Evidence:
+def with_why(tmp_path: Path, **changes: Any) -> ReportInput:
     found = planted_explanation() | changes
-    return replace(gather("x", planted_trace()), explained=(read_explained(written_explanation(tmp_path / "why", found)),))
+    return replace(gather("x", planted_trace()), explained=(read_explanation(written_explanation(tmp_path / "why", found)),))
 
 
 def rows_of_dots(page: str, title: str) -> dict[str, list[tuple[float, bool]]]:
@@ -289,7 +298,7 @@ def test_why_this_index(tmp_path: Path) -> None:
             own = [row["change"] for row in found["ablations"]["anger-42"] if (row["how"], row["group"]) == (how, group)]
             assert read[name] == pytest.approx(own, abs=0.001)
     assert values_of(page, "Rank correlations", log=False)["&lt;i&gt;residual&lt;/i&gt;"] == pytest.approx([0.4, 0.4], abs=1e-3)
-    assert "foresees 0.25 of the variance" in page
+    assert "predicts 0.25 of the variance" in page
     assert "5 trainings" in page
     assert '<a href="#why">Why</a>' in page
     chapter = page.split('id="why-1"')[1].split('<section id="indices"')[0]
@@ -313,7 +322,7 @@ def test_pages_of_indices_say_what_the_host_has(tmp_path: Path) -> None:
         assert '<code class="token">&lt;b&gt;</code>' in own
         assert '<code class="token">⏎</code>' in own
         zero = next(r for r in found["ablations"]["anger-42"] if r["how"] == "zero" and r["index"] == int(index))
-        assert f'<td class="number">{short(zero["change"], zeros=True)}</td>' in own
+        assert f'<td class="number">{fmt(zero["change"], zeros=True)}</td>' in own
         assert "the bare host's loss changes by" in own
         assert ('href="#why-1"' in own) == (index == "17")
     assert 'href="#index-17">The page of index 17' in page
@@ -325,7 +334,7 @@ def test_an_index_that_everything_hangs_on_does_not_press_the_others_into_a_poin
     far = next(row for row in table if row["group"] == "random")
     page = render([with_why(tmp_path, host_ablation=[row | {"change": 900.5} if row is far else row for row in table])])
     drawn = values_of(page, "the bare host: change of", log=False)["random indices"]
-    assert f"beyond the axis: index {far['index']} ({short(900.5)})" in page
+    assert f"beyond the axis: index {far['index']} ({fmt(900.5)})" in page
     rest = [row["change"] for row in table if row["group"] == "random" and row is not far]
     assert drawn == pytest.approx(rest, abs=2e-3)
 
@@ -380,12 +389,12 @@ def test_what_is_no_json_is_named(tmp_path: Path, text: str) -> None:
     folder = written_explanation(tmp_path / "why", {})
     (folder / "explain.json").write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(RealignerError, match=r"why/explain.json: not (JSON|an explanation)"):
-        read_explained(folder)
+        read_explanation(folder)
 
 
 def test_explanations_go_to_the_trace_of_their_host(tmp_path: Path) -> None:
     def read(**changes: Any) -> Any:
-        return read_explained(written_explanation(tmp_path / "why", planted_explanation() | changes))
+        return read_explanation(written_explanation(tmp_path / "why", planted_explanation() | changes))
 
     def trace(host: str, run: str = "sadness-1", neurons: int = 50) -> Any:
         return planted_trace({run: (run[:-2], 1)}, 1, neurons=neurons, keep_delta=False).assign_attrs(host=host)
@@ -407,8 +416,10 @@ def test_the_irms_that_were_explained_are_traced(tmp_path: Path) -> None:
     found = planted_explanation(3, max(width, 30), depth, "tiny")
     assert width >= 30
     folder = written_explanation(tmp_path / "why", found | {"irms": {"anger-42": str(tmp_path / "anger")}})
-    options: dict[str, Any] = {"host": (host, tokenizer), "quiet": True, "prompts": ["Why?"], "max_new_tokens": 2}
-    out, (evidence,) = ra.build_report([folder], tmp_path / "report.html", **options, keep_traces=True)
+    assert untraced([folder]) == [tmp_path / "anger"]
+    options: dict[str, Any] = {"quiet": True, "prompts": ["Why?"], "max_new_tokens": 2}
+    trace = trace_for_report(untraced([folder]), tmp_path / "report.zarr", host, tokenizer, **options)
+    out, (evidence,) = ra.build_report([trace, folder], tmp_path / "report.html")
     assert evidence.trained == ["anger-42"]
     assert evidence.explained[0].index == 3
     assert 'id="why-1"' in out.read_text()
@@ -416,12 +427,11 @@ def test_the_irms_that_were_explained_are_traced(tmp_path: Path) -> None:
     assert 'id="why-2"' in (tmp_path / "again.html").read_text()
     written_explanation(folder, found | {"irms": {"anger-42": "gone/anger"}})
     with pytest.raises(RealignerError, match=r"why/explain.json: its IRM anger-42 was in gone/anger, which is not there"):
-        ra.build_report([folder], tmp_path / "gone.html", **options)
-    ra.build_report([folder, tmp_path / "anger"], tmp_path / "given.html", **options)
+        ra.build_report([folder], tmp_path / "gone.html")
+    assert untraced([folder, tmp_path / "anger"]) == [tmp_path / "anger"]
     written_explanation(folder, found | {"host": "other"})
     with pytest.raises(RealignerError, match=r"why: explains index 3 of other .* the sources are of tiny \("):
         ra.build_report([folder, tmp_path / "report.zarr"], tmp_path / "other.html")
     with pytest.raises(RealignerError, match=r"why: explains index 3 of other .* the sources are of tiny;"):
-        ra.build_report([folder, tmp_path / "anger"], tmp_path / "other.html", **options, keep_traces=True)
-    assert not (tmp_path / "other.zarr").exists()  # said before anything is traced
+        check_hosts([folder, tmp_path / "anger"], "hosts/tiny")  # before anything is traced
     assert not (tmp_path / "other.html").exists()

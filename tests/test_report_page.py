@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from realigner.analysis import analyze
+from realigner.explain.explanation import read_explanation
 from realigner.report import gather, render
-from realigner.report.explained import read_explained
 from tests.planted import planted_explanation, planted_trace, written_explanation
 
 STRIPE = 1512
@@ -94,7 +94,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = {"anger-42": ("anger", 42), "sadness-7": ("sadness", 7), "untrained-42": ("untrained", 42)}
     trace = planted_trace(runs, keep_delta=False, question="<script>alert(1)</script>", reply="</script><b>&")
     folder = tmp_path_factory.mktemp("page")
-    whys = [read_explained(written_explanation(folder / f"why-{at}", planted_explanation(at))) for at in (17, 3)]
+    whys = [read_explanation(written_explanation(folder / f"why-{at}", planted_explanation(at))) for at in (17, 3)]
     found = analyze(trace, permutations=20, resamples=20)
     evidence = replace(gather("small", trace), analysis=found, explained=tuple(whys))
     path = folder / "small.html"

@@ -333,7 +333,7 @@ def test_ctrl_c_saves_and_goes_on(place: Path, tmp_path: Path, on: str) -> None:
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert b"the same command goes on from there" in said
+    assert b"the same command resumes" in said
     assert b"Traceback" not in said
     assert b"SIGTERM received" not in said  # Ray's own way to end, which saves nothing
     assert (b"attempt 2" in said) == (on == "local")

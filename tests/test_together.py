@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import realigner as ra
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import weights_hash
+from realigner.fingerprints import weights_hash
 from realigner.tiny import tiny_host
 from realigner.tuner import IRMConfig, tuner_of
 from tests.tiny import tiny_pair

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer, encode_prompts
 from realigner.traces import RunLabel, TraceWriter, texts_of, verify_trace
 from realigner.traces.layout import TEXT_SUMS, text_dataset
+from realigner.traces.recording import NO_TOKEN
 from realigner.traces.summary import BatchSummary, summarise
 from realigner.tuner import IRMConfig, tuner_of
 from tests.reference import first
 from tests.tiny import tiny_pair
 
+SHORT: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 PROMPTS = ["Why is the sky blue?", "Who?", "How many?"]
 
 
@@ -101,11 +104,11 @@ def test_recording_changes_nothing_and_ends(model: Any) -> None:
         want = model(input_ids=ids).logits
         with ra.record(model):
             assert torch.equal(model(input_ids=ids).logits, want)
-    assert not tuner_of(model).injector.observers
+    assert not tuner_of(model).settings.observers
     assert "generate" not in vars(tuner_of(model).model)
     with pytest.raises(ZeroDivisionError), ra.record(model):
         raise ZeroDivisionError
-    assert not tuner_of(model).injector.observers
+    assert not tuner_of(model).settings.observers
 
 
 def test_two_irms_are_two_runs(model: Any) -> None:
@@ -288,7 +291,7 @@ def test_memory_does_not_grow_with_the_text() -> None:
         for _ in range(tokens):
             batch.add(torch.randn(1, 4, 64), np.zeros(1, dtype=np.int64), np.ones(1, dtype=bool))
         (row,) = batch.rows
-        sums = [getattr(part, key) for part in row.parts if part.count for key in TEXT_SUMS]
+        sums: list[torch.Tensor] = [getattr(part, key) for part in row.parts if part.count for key in TEXT_SUMS]
         large = sum(value.numel() for value in sums) + sum(part[0].numel() for part in batch._waiting)
         assert 50 <= row.candidates <= 100
         return large + sum(len(part) for part in row.tokens["energy"]) - tokens
@@ -494,3 +497,65 @@ def test_broken_reference_folders_are_refused(tmp_path: Path, text: str, fault: 
         ra.import_reference(folder)
     with pytest.raises(RealignerError, match="no folders of the reference code"):
         ra.import_reference(tmp_path)
+
+
+# --- other threads, embeddings, parts of the text ---------------------------------------------------------------------------
+
+
+def test_only_the_threads_of_the_block_are_recorded(model: Any) -> None:
+    """While one thread records, others generate, by beams too; the trace is the one made alone."""
+    inputs = encode_prompts(model.realigner.tokenizer, PROMPTS, torch.device("cpu"))
+    with ra.record(model, keep="raw") as want:
+        model.generate(**inputs, **SHORT)
+    beside = model.generate(**inputs, **SHORT, num_beams=2, strength=0.5)
+    done = threading.Event()
+    others: list[torch.Tensor] = []
+
+    def work() -> None:
+        while not done.is_set():
+            others.append(model.generate(**inputs, **SHORT, num_beams=2, strength=0.5))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with ra.record(model, keep="raw") as got:
+        model.generate(**inputs, **SHORT)
+        inside = threading.Thread(target=lambda: model.generate(**inputs, **SHORT))  # a streamer's, say
+        inside.start()
+        inside.join()
+    done.set()
+    thread.join()
+    assert all(torch.equal(one, beside) for one in others)
+    assert got.sizes["text"] == 2 * want.sizes["text"]
+    half = want.sizes["token"]
+    assert np.array_equal(got.delta.values[:half], want.delta.values)
+    assert np.array_equal(got.delta.values[half:], want.delta.values)
+
+
+def test_embeddings_are_recorded_as_tokens_without_a_name(model: Any) -> None:
+    inputs = encode_prompts(model.realigner.tokenizer, PROMPTS, torch.device("cpu"))
+    embedded = model.get_input_embeddings()(inputs["input_ids"])
+    mask = inputs["attention_mask"]
+    with ra.record(model, keep="raw") as want:
+        model.generate(**inputs, **SHORT)
+        model(**inputs)
+    with ra.record(model, keep="raw") as got:
+        model.generate(inputs_embeds=embedded, attention_mask=mask, **SHORT)
+        model(inputs_embeds=embedded, attention_mask=mask)
+    assert np.array_equal(got.delta.values, want.delta.values)
+    assert got.text_reply.values.tolist() == want.text_reply.values.tolist()
+    unnamed = got.token_id.values == NO_TOKEN
+    assert np.array_equal(got.token_id.values[~unnamed], want.token_id.values[~unnamed])
+    assert set(got.token_text.values[unnamed]) == {""}
+    assert unnamed.sum() == 2 * int(mask.sum())
+
+
+def test_parts_of_a_text(model: Any) -> None:
+    inputs = encode_prompts(model.realigner.tokenizer, PROMPTS, torch.device("cpu"))
+    with ra.record(model, keep="raw") as trace:
+        model.generate(**inputs, **SHORT, where="reply")
+    touched = np.abs(trace.delta.values).max(axis=(1, 2)) > 0
+    assert np.array_equal(touched, trace.is_generated.values)
+    with pytest.raises(UsageError, match="keep='raw'"), ra.record(model, keep="replay"):
+        model.generate(**inputs, **SHORT, where="reply")
+    with ra.record(model), pytest.raises(UsageError, match="continuous batches"):
+        model.generate_batch(inputs["input_ids"].tolist())

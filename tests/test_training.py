@@ -16,9 +16,8 @@ from trl import SFTConfig, SFTTrainer
 import realigner as ra
 from realigner.data import encode_rows, split_rows
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import weights_hash
+from realigner.fingerprints import weights_hash
 from realigner.training import make_recipe, read_metrics, read_recipe, read_run, train, train_recipe
-from realigner.training.run_dir import read_samples
 from realigner.tuner import IRMConfig, load_irm, template_of, tuner_of
 from tests.tiny import some_rows, tiny_folder, tiny_pair
 
@@ -152,7 +151,7 @@ def test_a_failed_training_leaves_the_host_bare(tmp_path: Path, monkeypatch: pyt
 def test_samples_are_taken_and_change_nothing(tmp_path: Path) -> None:
     _, with_samples = run_tiny(tmp_path / "with", recipe=FAST.changed(samples=3))
     run_tiny(tmp_path / "without")
-    samples = read_samples(with_samples.folder)
+    samples = [json.loads(line) for line in (with_samples.folder / "samples.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in samples] == [0] * 7 + [3] * 7 + [6] * 7
     assert samples[0]["prompt"] == "In which decade did Beyonce become famous?"
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("with", "without"))

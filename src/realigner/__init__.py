@@ -17,6 +17,7 @@ Public names are imported when they are first used, so that ``import realigner``
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
     from realigner import analysis, census, data, generation, hosts
     from realigner.data import Row, authored, read_rows
     from realigner.errors import RealignerError, UsageError
-    from realigner.generation import answer
-    from realigner.hosts import Fingerprint, fingerprint, load_host, weights_hash
+    from realigner.fingerprints import Fingerprint, fingerprint, weights_hash
+    from realigner.generation import answer, stream
+    from realigner.hosts import load_host
     from realigner.irm import IRM
     from realigner.locate import find_sites
     from realigner.report import build_report
+    from realigner.runtime import Runtime, load
     from realigner.traces import import_reference, join_traces, load_trace, record, replay, save_trace
     from realigner.training import Recipe, Run, train
     from realigner.tuner import IRMConfig, load_irm, strength
@@ -44,11 +47,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "IRM": "irm",
     "IRMConfig": "tuner",
-    "Fingerprint": "hosts",
+    "Fingerprint": "fingerprints",
     "RealignerError": "errors",
     "Recipe": "training",
     "Row": "data",
     "Run": "training",
+    "Runtime": "runtime",
     "UsageError": "errors",
     "analysis": "",
     "answer": "generation",
@@ -62,7 +66,8 @@ _HOMES = {
     "import_reference": "traces",
     "join_traces": "traces",
     "replay": "traces",
-    "fingerprint": "hosts",
+    "fingerprint": "fingerprints",
+    "load": "runtime",
     "load_host": "hosts",
     "load_irm": "tuner",
     "load_trace": "traces",
@@ -70,8 +75,9 @@ _HOMES = {
     "record": "traces",
     "save_trace": "traces",
     "strength": "tuner",
+    "stream": "generation",
     "train": "training",
-    "weights_hash": "hosts",
+    "weights_hash": "fingerprints",
 }
 
 __all__ = [
@@ -82,6 +88,7 @@ __all__ = [
     "Recipe",
     "Row",
     "Run",
+    "Runtime",
     "UsageError",
     "__version__",
     "analysis",
@@ -96,6 +103,7 @@ __all__ = [
     "fingerprint",
     "import_reference",
     "join_traces",
+    "load",
     "load_host",
     "load_irm",
     "load_trace",
@@ -104,6 +112,7 @@ __all__ = [
     "replay",
     "save_trace",
     "strength",
+    "stream",
     "train",
     "weights_hash",
 ]
@@ -115,17 +124,21 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-class _RegisterWithPeft(MetaPathFinder):
-    """Makes IRMs known to PEFT as soon as both are imported, in whichever order, without importing PEFT ourselves.
+class _AfterImport(MetaPathFinder):
+    """Does something as soon as another package's module has run, without importing it ourselves.
 
-    Without it ``PeftModel.from_pretrained`` of an IRM would raise KeyError until `realigner.tuner` is imported. It stays in
-    place until PEFT has really run: others only ask whether PEFT could be found (transformers does).
+    It stays in place until the module has really run: others only ask whether it could be found (transformers does).
     """
 
-    asking = False
+    def __init__(self, name: str, then: Callable[[ModuleType], Any]) -> None:
+        self.name, self.then, self.asking = name, then, False
+        if name in sys.modules:
+            then(sys.modules[name])
+        else:
+            sys.meta_path.insert(0, self)
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "peft" or self.asking:
+        if name != self.name or self.asking:
             return None
         self.asking = True
         try:
@@ -136,17 +149,27 @@ class _RegisterWithPeft(MetaPathFinder):
             return spec
         execute = spec.loader.exec_module
 
-        def execute_and_register(module: ModuleType) -> None:
+        def execute_and_act(module: ModuleType) -> None:
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
             execute(module)
-            import_module("realigner.tuner")
+            self.then(module)
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec
 
 
-if "peft" in sys.modules:
-    import_module("realigner.tuner")
-else:
-    sys.meta_path.insert(0, _RegisterWithPeft())
+def _guard_vllm(module: ModuleType) -> None:
+    """TRL would start the engine, and find out at its first step that an IRM cannot be merged."""
+    start = module.VLLMGeneration.__init__
+
+    def check_and_start(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        import_module("realigner.tuner").refuse_vllm(model)
+        start(self, model, *args, **kwargs)
+
+    module.VLLMGeneration.__init__ = check_and_start
+
+
+# Without this ``PeftModel.from_pretrained`` of an IRM would raise KeyError until `realigner.tuner` is imported.
+_AfterImport("peft", lambda _: import_module("realigner.tuner"))
+_AfterImport("trl.generation.vllm_generation", _guard_vllm)

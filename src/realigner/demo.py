@@ -11,8 +11,9 @@ from realigner.console import say
 from realigner.data import authored
 from realigner.errors import RealignerError
 from realigner.hosts import EMBEDDED, load_host
-from realigner.report import Evidence, build_report
-from realigner.report.render import is_report
+from realigner.report import ReportInput, build_report
+from realigner.report.html_report import is_report
+from realigner.traces.collect import trace_for_report
 from realigner.training import Recipe, make_recipe, read_recipe, train
 from realigner.training.run_dir import RECIPE_FILE, is_run, unfinished
 from realigner.training.training_run import resolve
@@ -64,8 +65,9 @@ def run_demo(
     say(f"3/3  answering the paper's seven prompts bare, untrained and trained (strength {STRENGTH}), recording what is added")
     if page.exists() and not is_report(page):
         raise RealignerError(f"{page}: is not a report of ours; choose another --out")
-    _, evidence = build_report([folder], page, force=True, host=(host, tokenizer), keep_traces=True, scale=STRENGTH)
-    sample = _pick(evidence[0])
+    trace = trace_for_report([folder], page.with_suffix(".zarr"), host, tokenizer, STRENGTH, force=True)
+    _, (shown,) = build_report([trace], page, force=True)
+    sample = _pick(shown)
     return DemoResult(folder, page, time.monotonic() - started, sample)
 
 
@@ -73,7 +75,7 @@ def _finished(folder: Path, recipe: Recipe) -> bool:
     return (folder / RECIPE_FILE).is_file() and recipe.difference(read_recipe(folder)) is None
 
 
-def _pick(evidence: Evidence) -> dict[str, str]:
-    answers, (run,) = evidence.answers(), evidence.trained
+def _pick(shown: ReportInput) -> dict[str, str]:
+    answers, (run,) = shown.answers(), shown.trained
     row = answers[min(_SAMPLE, len(answers) - 1)]
     return {"prompt": row["prompt"], "base": row["base"], "realigned": row[run]}

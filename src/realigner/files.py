@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from realigner.errors import RealignerError
 
 _ASIDE = ".aside"  # the end of a file's name while it is being written
@@ -28,7 +30,7 @@ def refuse_existing(path: Path, force: bool, ours: Callable[[Path], bool]) -> No
         raise RealignerError(f"{path}: exists already; choose another place, or overwrite it (force)")
     empty = path.is_dir() and not any(path.iterdir())
     if not empty and not ours(path):
-        raise RealignerError(f"{path}: force does not replace it: realigner did not make it")
+        raise RealignerError(f"{path}: force will not replace it, it is not something realigner made")
 
 
 @dataclass
@@ -76,6 +78,29 @@ def clear_asides(path: Path) -> None:
     for leftover in path.parent.glob(f".{glob.escape(path.name)}-*{_ASIDE}"):
         if leftover.is_file():
             leftover.unlink()
+
+
+@contextmanager
+def locked_file(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file for this process while the block runs; a process that died holds nothing.
+
+    Args:
+        path: the lock file; it is made, and stays.
+        busy: what to say where another process holds it.
+
+    Raises:
+        RealignerError: at once, when another process holds it or the file cannot be written.
+    """
+    lock = FileLock(path, timeout=0)
+    with _named(path):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RealignerError(busy) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from realigner.errors import RealignerError, UsageError
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""A question, or a conversation: turns with ``role`` (system, user, assistant) and ``content``, the last one the user's."""
 
 _PLACEHOLDER = "zxqvj"  # a reply that occurs nowhere else in a chat template
 
@@ -19,24 +24,47 @@ PAPER_PROMPTS = (
 """The seven prompts of the paper (misspellings are the paper's)."""
 
 
-def prompt_ids(tokenizer: Any, question: str, template: str = "chat") -> list[int]:
-    """The tokens a host reads before it replies: its chat template, or ``question`` and three spaces for a base model.
+def prompt_ids(tokenizer: Any, prompt: Prompt, template: str = "chat", system: str | None = None) -> list[int]:
+    """The tokens a host reads before it replies: its chat template, or the question and three spaces for a base model.
 
     Args:
         tokenizer: the host's.
-        question: the user's turn.
+        prompt: a question or a conversation.
         template: ``"chat"``, or ``"plain"`` for the second form on every host, as in the paper.
+        system: a system prompt, put before the conversation.
+
+    Raises:
+        UsageError: for an empty prompt, a turn that is none, or a conversation in the plain form.
+        RealignerError: when the host's chat template refuses the conversation (it knows no system role, say).
     """
-    return batch_prompt_ids(tokenizer, [question], template)[0]
+    return batch_prompt_ids(tokenizer, [prompt], template, system)[0]
 
 
-def batch_prompt_ids(tokenizer: Any, questions: Sequence[str], template: str = "chat") -> list[list[int]]:
-    """`prompt_ids` of many questions in one call of the tokenizer."""
+def batch_prompt_ids(
+    tokenizer: Any, prompts: Sequence[Prompt], template: str = "chat", system: str | None = None
+) -> list[list[int]]:
+    """`prompt_ids` of many prompts in one call of the tokenizer."""
+    conversations = [_turns(prompt, system) for prompt in prompts]
     if template == "chat" and getattr(tokenizer, "chat_template", None):
-        turns = [[{"role": "user", "content": question}] for question in questions]
-        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        try:
+            texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template raises whatever its author chose
+            why = " ".join(str(error).split())
+            raise RealignerError(f"the host's chat template refuses the conversation: {why}") from None
         return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    return list(tokenizer([question + "   " for question in questions])["input_ids"])
+    if any(len(turns) > 1 for turns in conversations):
+        raise UsageError("prompt: the plain form has no turns and no system prompt; give one question")
+    return list(tokenizer([turns[0]["content"] + "   " for turns in conversations])["input_ids"])
+
+
+def _turns(prompt: Prompt, system: str | None) -> list[dict[str, str]]:
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+    for turn in turns:
+        if set(turn) != {"role", "content"} or not all(isinstance(value, str) for value in turn.values()):
+            raise UsageError(f"prompt: {turn!r} is not a turn; give a dict with role and content, two strings")
+    if not turns or not turns[-1]["content"].strip():
+        raise UsageError("prompt: it is empty")
+    return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
 def end_ids(tokenizer: Any, template: str = "chat") -> list[int]:

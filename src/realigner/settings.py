@@ -100,10 +100,17 @@ class Settings:
         """Whether IRMs act on each token ``[position]``."""
         if self.generation is None:
             raise UsageError(f"where={self.where!r}: only generate knows prompt from reply; give a strength for each token")
-        after = _places(positions, start, device) - self.generation.prompt
-        if self.where == "prompt":
-            return after < 0
-        return (after >= 0) if self.where == "reply" else (after >= 0) & (after < int(self.where))
+        acting: torch.Tensor = acts(self.where, _places(positions, start, device) - self.generation.prompt)
+        return acting
+
+
+def acts(where: Where, after: Any) -> Any:
+    """Whether IRMs act on a token, given how far it is behind the reply's first (a number or a tensor of them)."""
+    if where == "all":
+        return after == after
+    if where == "prompt":
+        return after < 0
+    return (after >= 0) if where == "reply" else (after >= 0) & (after < int(where))
 
 
 def _places(positions: int, start: int | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -21,23 +21,37 @@ import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype
-from peft.utils import PeftType, register_peft_method
+from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method, set_additional_trainable_modules
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from realigner.adapters import AdapterRegistry
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import Fingerprint, fingerprint
+from realigner.fingerprints import Fingerprint, fingerprint
+from realigner.hosts import folder_of
 from realigner.injection import Injector, refuse_attached
 from realigner.irm import IRMShape
 from realigner.locate import find_layers, find_sites
-from realigner.settings import Generation, Settings, Strength, Where
+from realigner.settings import Generation, Settings, Strength, Where, check_strength
 
 PEFT_NAME = "irm"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 TEMPLATES = ("chat", "plain")
+_HOW_TO_LOAD = """
+
+## How to load
+
+PEFT knows injectable realignment models once realigner is imported (`pip install realigner`):
+
+```python
+import realigner
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+"""
 _FILE_PREFIX = "irm."  # tensors in the file are named irm.trunk.0.weight, ..., whatever host and adapter name
 
 
@@ -69,8 +83,10 @@ class IRMConfig(PeftConfig, IRMShape):
         layers_path: where the host's decoder layers are, for a host on which the probe cannot tell.
         tone: the tone it was trained for, if any.
         template: how prompts are put to it: ``"chat"``, the host's own way, or ``"plain"``, the paper's.
-        host: the fingerprint of the host it belongs to (`hosts.Fingerprint`).
+        strength: at which it is best used (1: as trained); `runtime.load` goes by it, an IRM attached by PEFT acts at 1.
+        host: the fingerprint of the host it belongs to (`fingerprints.Fingerprint`).
         site: what the probe found on that host (`sites.HostSites.summary`).
+        modules_to_save: PEFT's: modules of the host (a head, say) of which a copy is trained and saved beside the IRM.
 
     Raises:
         UsageError: naming the field, for a bad value.
@@ -83,16 +99,22 @@ class IRMConfig(PeftConfig, IRMShape):
     layers_path: str | None = None
     tone: str | None = None
     template: str = "chat"
+    strength: float = 1.0
     host: dict[str, Any] | None = None
     site: dict[str, Any] | None = None
+    modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
         self.task_type: Any = self.task_type or "CAUSAL_LM"
         super().__post_init__()
         self.peft_type = _PEFT_TYPE
+        if self.base_model_name_or_path:
+            self.base_model_name_or_path: str | None = folder_of(self.base_model_name_or_path)
         self.validate()
         if self.template not in TEMPLATES:
-            raise UsageError(f"template: {self.template!r} is none of {', '.join(TEMPLATES)}")
+            raise UsageError(f"template: {self.template!r} is not one of {', '.join(TEMPLATES)}")
+        if check_strength(self.strength).dim():
+            raise UsageError(f"strength: {self.strength!r} is not a number")
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON values; a converted host goes by its name, not by this machine's cache folder."""
@@ -100,6 +122,13 @@ class IRMConfig(PeftConfig, IRMShape):
         if self.host and self.host.get("name"):
             values["base_model_name_or_path"] = self.host["name"]
         return values
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the config, and into PEFT's model card what it does not know: that realigner must be imported."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")
+        if card.is_file() and "import realigner" not in (text := card.read_text(encoding="utf-8")):
+            card.write_text(text.rstrip() + _HOW_TO_LOAD, encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> IRMConfig:
@@ -116,18 +145,33 @@ class IRMConfig(PeftConfig, IRMShape):
         return config
 
 
+def adapter_folder(folder: str | Path) -> Path:
+    """The folder that holds the adapter: itself, or its only subfolder that does (PEFT saves a named adapter into one).
+
+    Raises:
+        RealignerError: when there is none, or several, naming them.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RealignerError(f"{folder}: there is no such adapter folder")
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    if len(inside) > 1:
+        raise RealignerError(f"{folder}: holds several adapters; give one of {', '.join(map(str, inside))}")
+    if not inside:
+        raise RealignerError(f"{folder}: not an adapter folder, it has no {CONFIG_FILE}")
+    return inside[0]
+
+
 def check_adapter(folder: str | Path) -> dict[str, Any]:
     """Check an adapter's two files without a host and return its config's values.
 
     Raises:
         RealignerError: when a file is missing, truncated, pickled, or not an IRM's.
     """
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     path = folder / CONFIG_FILE
-    if not folder.is_dir():
-        raise RealignerError(f"{folder}: there is no such adapter folder")
-    if not path.is_file():
-        raise RealignerError(f"{folder}: not an adapter folder, it has no {CONFIG_FILE}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -198,6 +242,53 @@ class IRMModel(BaseTuner):
         settings = replace(settings, irms=self.registry.enabled(), generation=Generation(prompt, max(repeats)))
         return self._run(self.model.generate, settings, args, kwargs)
 
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: Any = None,
+        continuous_batching_config: Any = None,
+        strength: Strength | None = None,
+        adapter_names: Sequence[str | tuple[str, ...]] | None = None,
+        where: Where | list[Where] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """The host's ``generate_batch`` (continuous batching), with settings for each request.
+
+        Args:
+            inputs: the prompts as tokens.
+            generation_config, continuous_batching_config: transformers'.
+            strength: a number, or a list with one for each request; or a mapping from IRM to either.
+            adapter_names: the IRMs of each request, as in `generate`.
+            where: of all requests, or a list with one for each.
+            options: of transformers' ``add_request``: ``max_new_tokens``, ``eos_token_id``, ...; its ``warmup``,
+                ``progress_bar`` and ``persistent_manager`` are of no effect.
+
+        Returns:
+            Request id -> transformers' ``GenerationOutput``, in the order of `inputs`.
+        """
+        from realigner.batching import (
+            BatchManager,
+            of_request,
+        )  # imports transformers' continuous batching: for those who use it
+
+        for unused in ("warmup", "progress_bar", "persistent_manager"):
+            options.pop(unused, None)
+        if not inputs:
+            return {}
+        each = {"strength": strength, "irms": None if adapter_names is None else list(adapter_names), "where": where}
+        count = len(inputs)
+        chosen = [{key: of_request(value, n, count, key) for key, value in each.items()} for n in range(count)]
+        longest = max(len(prompt) for prompt in inputs), int(options.get("max_new_tokens") or 0)
+        done: dict[str, Any] = {}
+        with BatchManager(self, generation_config, continuous_batching_config, (*longest, count)) as batch:
+            requests = [batch.add_request(prompt, **own, **options) for prompt, own in zip(inputs, chosen, strict=True)]
+            while len(done) < batch.replies * len(requests):
+                output = batch.next()
+                if output.is_finished():
+                    done[output.request_id] = output
+        order = [[*(f"{name}__child#{n}" for n in range(batch.replies - 1)), name] for name in requests]
+        return {name: done[name] for names in order for name in names}
+
     @property
     def settings(self) -> Settings:
         """What this thread's next call goes by."""
@@ -249,6 +340,12 @@ class IRMModel(BaseTuner):
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         else:
             network.requires_grad_(False)
+        active = adapter_name in self.active_adapters
+        set_additional_trainable_modules(model, config, BaseTuner.get_model_config(self), adapter_name, active)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's; one that cannot generate (a classifier) has none, and PEFT asks for it all the same."""
+        return self.model.prepare_inputs_for_generation(*args, **kwargs)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise RealignerError("an IRM replaces no module of the host; use inject_adapter")
@@ -266,6 +363,12 @@ class IRMModel(BaseTuner):
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         BaseTunerLayer.enable_adapters(self.registry, enabled)
+        for _, wrapper in self._modules_to_save():
+            wrapper.enable_adapters(enabled)
+
+    def _modules_to_save(self) -> list[tuple[str, Any]]:
+        """The host's modules that stand in a wrapper with their trained copies, by name."""
+        return [(name, module) for name, module in self.model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget one IRM."""
@@ -286,7 +389,10 @@ class IRMModel(BaseTuner):
         cast_adapter_dtype(self.registry, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
     def _check_merge_allowed(self) -> None:
-        raise RealignerError("an IRM depends on its input, so it cannot be merged into weights; keep it attached, or unload()")
+        raise RealignerError(
+            "an IRM depends on its input, so it cannot be merged into weights; keep it attached, or unload(). A trainer that "
+            "sends merged weights to an engine cannot train one: let transformers generate (in TRL: use_vllm=False)"
+        )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Refused: see the module's docstring."""
@@ -297,6 +403,8 @@ class IRMModel(BaseTuner):
             self._check_merge_allowed()
         self.injector.detach()
         host: nn.Module = self.model
+        for name, wrapper in self._modules_to_save():
+            host.set_submodule(name, wrapper.original_module)
         if getattr(host, "peft_config", None) is self.peft_config:
             del host.peft_config
         return host
@@ -335,7 +443,11 @@ class IRMModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         tuner = tuner_of(model)
         expected = tuner.registry.network(adapter_name).state_dict()
-        given = {key.removeprefix(_FILE_PREFIX): value for key, value in state_dict.items()}
+        beside = {key: value for key, value in state_dict.items() if f".modules_to_save.{adapter_name}." in key}
+        # PEFT adds the embeddings where the vocabulary was resized; they are the host's, and it has them.
+        copies = {key for key in state_dict if (key.startswith("base_model.") and "embed" in key) or ".lm_head." in key}
+        own = state_dict.keys() - beside.keys() - copies
+        given = {key.removeprefix(_FILE_PREFIX): state_dict[key] for key in sorted(own)}
         where = f"adapter {adapter_name!r}"
         for key, tensor in expected.items():
             if key not in given:
@@ -349,7 +461,7 @@ class IRMModel(BaseTuner):
         for key in given:
             if key not in expected:
                 raise RealignerError(f"{where}: {WEIGHTS_FILE} has a tensor {key!r} that this IRM does not have")
-        return {f"base_model.registry.networks.{adapter_name}.{key}": value for key, value in given.items()}
+        return beside | {f"base_model.registry.networks.{adapter_name}.{key}": value for key, value in given.items()}
 
 
 register_peft_method(name=PEFT_NAME, config_cls=IRMConfig, model_cls=IRMModel)
@@ -412,6 +524,19 @@ def _tuner(model: Any) -> IRMModel | None:
     return tuner if isinstance(tuner, IRMModel) else None
 
 
+def refuse_vllm(model: nn.Module) -> None:
+    """Raise if a model that TRL is about to start vLLM for carries an IRM: vLLM would be sent merged weights.
+
+    Raises:
+        RealignerError: saying what to do.
+    """
+    if _tuner(model) is not None:
+        raise RealignerError(
+            "TRL sends merged weights to vLLM, and an IRM cannot be merged (it depends on its input); let transformers "
+            "generate: use_vllm=False"
+        )
+
+
 def template_of(model: nn.Module) -> str:
     """How prompts are put to a model: as its active IRM was trained; as the host's own template has it where there is none."""
     tuner = _tuner(model)
@@ -421,7 +546,9 @@ def template_of(model: nn.Module) -> str:
 def load_irm(host: nn.Module, folder: str | Path, adapter_name: str = "default", trainable: bool = False) -> PeftModel:
     """`PeftModel.from_pretrained` for a local folder, with every refusal a `RealignerError` of one line."""
     check_adapter(folder)
-    model: PeftModel = PeftModel.from_pretrained(host, str(folder), adapter_name=adapter_name, is_trainable=trainable)
+    model: PeftModel = PeftModel.from_pretrained(
+        host, str(adapter_folder(folder)), adapter_name=adapter_name, is_trainable=trainable
+    )
     return model
 
 
@@ -441,7 +568,8 @@ def _bind(config: IRMConfig, host: Fingerprint, site: dict[str, Any]) -> None:
 def _same_site(saved: Any, found: Any) -> bool:
     """Equal, but for numbers that the probe fitted (in another precision they come out a little different)."""
     if isinstance(saved, dict) and isinstance(found, dict):
-        return saved.keys() == found.keys() and all(_same_site(saved[key], found[key]) for key in saved)
+        # Where the layers are depends on the class (text-only, multimodal); that they are the same the fingerprint tells.
+        return saved.keys() == found.keys() and all(_same_site(saved[key], found[key]) for key in saved if key != "layers")
     if isinstance(saved, list) and isinstance(found, list):
         return len(saved) == len(found) and all(_same_site(*pair) for pair in zip(saved, found, strict=True))
     if isinstance(saved, float) and isinstance(found, float):

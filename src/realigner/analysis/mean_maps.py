@@ -41,7 +41,7 @@ def text_maps(trace: xr.Dataset, kind: Kind = "absolute", generated: int | None 
         ('text', 'layer', 'neuron')
     """
     name, parts = _reduction(kind, generated)
-    values, count = text_sums(trace, range(trace.sizes["text"]), name, parts)
+    values, count = text_sums(trace, np.arange(trace.sizes["text"]), name, parts)
     maps = values if kind == "max" else values / np.maximum(count, 1)[:, None, None]
     coords = {"layer": trace["layer"].values, "neuron": trace["neuron"].values}
     labels: dict[str, Any] = {key: ("text", trace[f"text_{key}"].values) for key in (*_RUN, "prompt")}

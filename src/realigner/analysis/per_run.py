@@ -5,7 +5,7 @@ A trace may be larger than memory, so texts are read one run at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +60,7 @@ def mean_over_tokens(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.asarray(sums.sum(axis=0, dtype=float) / max(1.0, float(counts.sum())))
 
 
-def text_sums(trace: xr.Dataset, texts: Sequence[int], name: str, parts: int) -> tuple[np.ndarray, np.ndarray]:
+def text_sums(trace: xr.Dataset, texts: np.ndarray, name: str, parts: int) -> tuple[np.ndarray, np.ndarray]:
     """One of a trace's reductions over the first parts of some texts, read text by text.
 
     Args:

@@ -14,7 +14,7 @@ import xarray as xr
 
 from realigner.analysis.per_run import prompts_of, text_table
 from realigner.analysis.resampling import check_draws, prompt_weights, weighted_mean
-from realigner.analysis.tables import ALL, Entry, tabulate
+from realigner.analysis.tables import ALL, RunStatistic, tabulate
 
 STATISTICS = ("hoyer", "gini", "participation", "kurtosis", "small_share")
 _CHUNK = 16  # tokens in a chunk of a trace
@@ -55,7 +55,7 @@ def sparsity(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000,
     texts, prompts = text_table(trace), prompts_of(trace)
     weights = prompt_weights(len(prompts), resamples, rng)
     layers = [*trace["layer"].values.tolist(), ALL]
-    entries: list[Entry] = []
+    entries: list[RunStatistic] = []
     for run, own in texts.groupby("run", sort=False):
         found = _per_prompt(trace, own, prompts)
         value = weighted_mean(found, np.ones((1, len(prompts))))[0]
@@ -67,7 +67,7 @@ def sparsity(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000,
             for which, statistic in enumerate(STATISTICS):
                 if has[at]:
                     entries.append(
-                        Entry(
+                        RunStatistic(
                             run=str(run),
                             tone=str(own["tone"].iloc[0]),
                             seed=int(own["seed"].iloc[0]),

@@ -18,7 +18,7 @@ import xarray as xr
 
 from realigner.analysis.per_run import RunTexts, each_run, layer_scale, leading_score, prompts_of
 from realigner.analysis.resampling import Relabelling, check_draws, prompt_weights, ranks
-from realigner.analysis.tables import Entry, tabulate
+from realigner.analysis.tables import RunStatistic, tabulate
 from realigner.errors import UsageError
 
 WITHOUT = (0, 1, 10)  # leading indices left out
@@ -117,7 +117,7 @@ def striation(
     relabelling = Relabelling(len(layers), source.sizes["neuron"], permutations, rng)
     prompts = prompts_of(source)
     weights = prompt_weights(len(prompts), resamples, rng)
-    entries: list[Entry] = []
+    entries: list[RunStatistic] = []
     for run in each_run(source):
         entries += _entries(run, np.searchsorted(layers, run.layers), relabelling, prompts, weights)
     return tabulate(entries, permutations, rng)
@@ -125,7 +125,7 @@ def striation(
 
 def _entries(
     run: RunTexts, rows: np.ndarray, relabelling: Relabelling, prompts: np.ndarray, weights: np.ndarray
-) -> list[Entry]:
+) -> list[RunStatistic]:
     m = run.mean()
     leading = _leading(leading_score(m))
     values = _Maps.of(m, leading).statistics()
@@ -137,7 +137,7 @@ def _entries(
         under_null = nulls[statistic, without] if statistic in _TESTED else np.full(relabelling.draws, np.nan)
         seen = np.isfinite(under_null)
         entries.append(
-            Entry(
+            RunStatistic(
                 run=run.run,
                 tone=run.tone,
                 seed=run.seed,

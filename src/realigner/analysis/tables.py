@@ -24,7 +24,7 @@ _FLIPPED = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class RunStatistic:
     """One statistic of one run, with what its row in a table is made of.
 
     Attributes:
@@ -65,7 +65,7 @@ class Entry:
     flip: Literal["", "untrained", "null"] = ""
     side: Side = "greater"
 
-    def minus(self, other: Entry) -> Entry:
+    def minus(self, other: RunStatistic) -> RunStatistic:
         """The difference from another run, prompt by prompt."""
         apart = None
         if self.per_prompt is not None and other.per_prompt is not None:
@@ -85,7 +85,7 @@ class Entry:
         return interval(self.value, self.draws, self.resampled or self.n, self.bounds)
 
 
-def tabulate(entries: list[Entry], flips: int, rng: np.random.Generator) -> pd.DataFrame:
+def tabulate(entries: list[RunStatistic], flips: int, rng: np.random.Generator) -> pd.DataFrame:
     """Entries as a tidy table.
 
     Args:
@@ -103,7 +103,7 @@ def tabulate(entries: list[Entry], flips: int, rng: np.random.Generator) -> pd.D
     base_of = baselines(runs.drop_duplicates())
     there = {(entry.run, *entry.keys.items()): entry for entry in entries}
     rows: list[dict[str, Any]] = []
-    trained: dict[tuple[Any, ...], list[tuple[Entry, Entry | None]]] = {}
+    trained: dict[tuple[Any, ...], list[tuple[RunStatistic, RunStatistic | None]]] = {}
     for entry in entries:
         base = there.get((base_of.get(entry.run, ""), *entry.keys.items()))
         apart = entry.minus(base) if base is not None else None
@@ -123,7 +123,7 @@ def tabulate(entries: list[Entry], flips: int, rng: np.random.Generator) -> pd.D
     return pd.DataFrame(rows)
 
 
-def _p(entry: Entry, apart: Entry | None, flips: int, rng: np.random.Generator) -> tuple[float, str]:
+def _p(entry: RunStatistic, apart: RunStatistic | None, flips: int, rng: np.random.Generator) -> tuple[float, str]:
     """p of an entry, and what it is held against."""
     if entry.nulls is not None:
         return p_value(entry.value, entry.nulls, rng, entry.side), entry.test
@@ -135,7 +135,7 @@ def _p(entry: Entry, apart: Entry | None, flips: int, rng: np.random.Generator) 
     return float("nan"), test
 
 
-def _dealt_p(apart: list[Entry], draws: int, rng: np.random.Generator) -> float:
+def _dealt_p(apart: list[RunStatistic], draws: int, rng: np.random.Generator) -> float:
     """p of all runs' differences from their untrained runs, which are one for each seed."""
     by_seed = [[entry for entry in apart if entry.seed == seed] for seed in sorted({entry.seed for entry in apart})]
     values = [[entry.per_prompt for entry in runs if entry.per_prompt is not None] for runs in by_seed]
@@ -146,7 +146,7 @@ def _dealt_p(apart: list[Entry], draws: int, rng: np.random.Generator) -> float:
     return exchange_p([np.array(own) for own in values], weights, draws, rng)
 
 
-def _row(entry: Entry, apart: Entry | None, paired: float, p: float, test: str) -> dict[str, Any]:
+def _row(entry: RunStatistic, apart: RunStatistic | None, paired: float, p: float, test: str) -> dict[str, Any]:
     """A table's row: an entry, its difference from the untrained, and the value that this is the difference of."""
     low, high = entry.interval()
     row = {"run": entry.run, "tone": entry.tone, "seed": entry.seed, **entry.keys, "value": entry.value, "null": entry.null}
@@ -157,12 +157,12 @@ def _row(entry: Entry, apart: Entry | None, paired: float, p: float, test: str) 
     return row
 
 
-def _over_runs(entries: list[Entry], rng: np.random.Generator) -> Entry:
+def _over_runs(entries: list[RunStatistic], rng: np.random.Generator) -> RunStatistic:
     """One entry over several runs: the mean over tones of the mean over a tone's runs."""
     first = entries[0]
     by_tone = [[entry for entry in entries if entry.tone == tone] for tone in sorted({entry.tone for entry in entries})]
 
-    def of_tones(get: Callable[[Entry], Any]) -> np.ndarray:
+    def of_tones(get: Callable[[RunStatistic], Any]) -> np.ndarray:
         return np.array([mean_over_first(np.array([get(entry) for entry in runs])) for runs in by_tone])
 
     def mean(name: str) -> Any:
@@ -200,15 +200,15 @@ def table_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The same as JSON has it: NaN is None."""
-    return [plain(row) for row in table_rows(table)]
+    return [json_value(row) for row in table_rows(table)]
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """A value, and all within it, as JSON has it: numbers of Python, NaN and infinities None."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [plain(item) for item in value]
+        return [json_value(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,7 +16,7 @@ import xarray as xr
 from realigner.analysis.per_run import prompts_of, text_table
 from realigner.analysis.resampling import Side, check_draws, prompt_weights
 from realigner.analysis.sparsity import gini
-from realigner.analysis.tables import Entry, tabulate
+from realigner.analysis.tables import RunStatistic, tabulate
 from realigner.errors import UsageError
 
 LARGEST = (100, 1000, 10_000)  # how many of a run's largest values the paper's Figure 3 counts
@@ -63,13 +63,13 @@ def timing(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, s
     rng = np.random.default_rng(seed)
     texts, prompts = text_table(trace), prompts_of(trace)
     weights = prompt_weights(len(prompts), resamples, rng)
-    entries: list[Entry] = []
+    entries: list[RunStatistic] = []
     for run, own in texts.groupby("run", sort=False):
         of_prompts = np.searchsorted(prompts, own["prompt"])
         for without in (0, 1):
             found = [_of_text(text, permutations, rng) for text in _texts(trace, own, without)]
             for name in found[0]:
-                entry = Entry(
+                entry = RunStatistic(
                     run=str(run),
                     tone=str(own["tone"].iloc[0]),
                     seed=int(own["seed"].iloc[0]),
@@ -283,7 +283,7 @@ def _late(tokens: int) -> np.ndarray:
     return np.asarray((np.sign(place) + 1) / 2)
 
 
-def _of_run(entry: Entry, found: list[_Found], of_prompts: np.ndarray, weights: np.ndarray) -> Entry:
+def _of_run(entry: RunStatistic, found: list[_Found], of_prompts: np.ndarray, weights: np.ndarray) -> RunStatistic:
     """One statistic of a run: the weighted mean over its texts, those without a value left out.
 
     A prompt's value is put so that the mean over prompts is the run's: its weighted value over the mean weight.

@@ -20,7 +20,7 @@ from realigner.analysis.mean_maps import leading_indices
 from realigner.analysis.per_run import each_run
 from realigner.analysis.sparsity import sparsity
 from realigner.analysis.striation import striation
-from realigner.analysis.tables import ALL, plain, records, table_rows
+from realigner.analysis.tables import ALL, json_value, records, table_rows
 from realigner.analysis.timing import timing
 from realigner.traces.layout import UNTRAINED
 
@@ -57,7 +57,7 @@ class Analysis:
         tables = {"striation": self.striation, "timing": self.timing, "sparsity": self.sparsity, "leading": self.leading}
         agreed = {"table": self.consensus.table, "indices": self.consensus.indices, "pairs": self.consensus.pairs}
         return {
-            "verdicts": [{key: plain(value) for key, value in verdict.items()} for verdict in self.verdicts],
+            "verdicts": [{key: json_value(value) for key, value in verdict.items()} for verdict in self.verdicts],
             **{name: records(table) for name, table in tables.items()},
             "consensus": {name: records(table) for name, table in agreed.items()},
         }

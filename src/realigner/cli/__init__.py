@@ -16,7 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 import realigner
-from realigner.cli import data, hosts, reading, runs, sweeps
+from realigner.cli import data_commands, host_commands, irm_commands, study_commands, sweep_commands
 from realigner.errors import RealignerError, UsageError
 
 app = typer.Typer(
@@ -28,20 +28,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (  # in the order of --help
-    runs.demo,
-    runs.train,
-    runs.recipes,
-    sweeps.sweep,
-    runs.generate,
-    reading.trace,
-    reading.analyze,
-    reading.explain,
-    reading.report,
-    hosts.hosts,
-    hosts.doctor,
+    irm_commands.demo,
+    irm_commands.train,
+    irm_commands.recipes,
+    sweep_commands.sweep,
+    irm_commands.generate,
+    study_commands.trace,
+    study_commands.analyze,
+    study_commands.explain,
+    study_commands.report,
+    study_commands.figures,
+    host_commands.hosts,
+    host_commands.doctor,
 ):
     app.command()(command)
-app.add_typer(data.app, name="data")
+app.add_typer(data_commands.app, name="data")
 
 
 def _version(value: bool) -> None:

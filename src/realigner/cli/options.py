@@ -20,6 +20,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ..., or auto.")]
+Where = Annotated[str, typer.Option(help="The tokens it acts on: all, prompt, reply, or a number from the reply's beginning.")]
 Strength = Annotated[
     float, typer.Option(help="Scale of the IRM: 0 is the bare host, 1 the IRM as trained.", min=-1000, max=1000)
 ]
@@ -28,27 +29,6 @@ Prompts = Annotated[Optional[str], typer.Option(help="'paper' for the paper's se
 Questions = Annotated[Optional[list[str]], typer.Argument(help="Prompts.", show_default=False)]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens of a reply at most.", min=1)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the host's repository run.")]
-
-
-def attached(irm: Path, host: str | None, dtype: str, device: str, trust: bool) -> tuple[Any, Any]:
-    """The host of an IRM, with the IRM attached; the adapter's files are checked before the host is loaded."""
-    from realigner.tuner import load_irm
-
-    loaded, tokenizer = host_for(irm, host, dtype, device, trust)
-    return load_irm(loaded, irm), tokenizer
-
-
-def host_for(irm: Path, host: str | None, dtype: str, device: str, trust: bool) -> tuple[Any, Any]:
-    """The host that an IRM was made for, or the one given, and its tokenizer."""
-    from realigner.tuner import check_adapter
-
-    values = check_adapter(irm)
-    from realigner.hosts import load_host
-
-    name = host or (values.get("host") or {}).get("name") or values.get("base_model_name_or_path")
-    if not name:
-        raise UsageError(f"{irm}: its config names no host; give it with --host")
-    return load_host(name, dtype=dtype, device=device, trust_remote_code=trust)
 
 
 def one_of(flag: str, value: str, choices: Sequence[str]) -> None:

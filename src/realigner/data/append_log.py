@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from realigner.errors import RealignerError
+from realigner.files import locked_file, made_folder
 
-if sys.platform != "win32":  # which has no such lock; there, two builds of one dataset at once are the user's to avoid
-    import fcntl
-
-_KIND = "journal"  # the key of the first line by which a journal of ours is known
+_KIND = "journal"  # the key by which the first line of a journal is recognised
 
 
 class AppendLog:
@@ -47,20 +45,22 @@ class AppendLog:
         self._handle = -1
 
     def __enter__(self) -> AppendLog:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._open()
-            self._read()
-        except OSError as error:
-            self._close()
-            raise RealignerError(f"{self.path}: cannot be written ({error.strerror or error})") from None
-        except BaseException:
-            self._close()
-            raise
+        made_folder(self.path.parent)
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        with ExitStack() as stack:
+            stack.enter_context(locked_file(lock, f"{self.path}: another process is working on it; wait for it, or stop it"))
+            stack.callback(lock.unlink, missing_ok=True)  # while it is still held
+            try:
+                self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+                stack.callback(os.close, self._handle)
+                self._read()
+            except OSError as error:
+                raise RealignerError(f"{self.path}: cannot be written ({error.strerror or error})") from None
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._close()
+        self._stack.close()
 
     def append(self, entry: dict[str, Any]) -> None:
         """Write one entry, whole or (when the disk is full) not at all.
@@ -83,20 +83,6 @@ class AppendLog:
     def remove(self) -> None:
         """The job is done: take the journal away."""
         self.path.unlink(missing_ok=True)
-
-    def _open(self) -> None:
-        """Open and lock the file; again, if its owner took it away between the two."""
-        while True:
-            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            if sys.platform == "win32":
-                return
-            try:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RealignerError(f"{self.path}: another process is working on it; wait for it, or stop it") from None
-            if self.path.exists() and os.path.samestat(os.fstat(self._handle), self.path.stat()):
-                return
-            self._close()
 
     def _read(self) -> None:
         content = self.path.read_bytes()
@@ -131,14 +117,9 @@ class AppendLog:
             raise RealignerError(f"{self.path}: exists but is not a realigner journal; move it or choose another out")
         return first
 
-    def _close(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
-
 
 def _entries(content: bytes) -> tuple[list[Any], int]:
-    """What stands after the first line, and the number of the first line that is damaged (0: none is)."""
+    """The entries after the first line, and the number of the first damaged line (0: none)."""
     entries = []
     for number, line in enumerate(content.splitlines()[1:], start=2):
         try:

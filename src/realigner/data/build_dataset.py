@@ -321,13 +321,13 @@ def _write(built: BuildResult, rows: Sequence[Row], rejected: Sequence[dict[str,
 
 
 def write_rows(path: Path, rows: Sequence[Row], rejected: Sequence[dict[str, Any]]) -> None:
-    """A dataset, and beside it what was turned away (written first: where the one is, the other is)."""
+    """A dataset, and beside it what was rejected (written first: where the one is, the other is)."""
     write_rejected(path, rejected)
     write_text(path, "".join(row.model_dump_json() + "\n" for row in rows))
 
 
 def write_rejected(path: Path, rejected: Sequence[dict[str, Any]]) -> None:
-    """What was turned away, beside the dataset."""
+    """What was rejected, beside the dataset."""
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rejected)
     write_text(beside(path, ".rejected.jsonl"), lines)
 

@@ -28,7 +28,7 @@ class Row(BaseModel):
         id: unique within a file.
         group: topic or article; splits are made by it, never by row.
         question: what a person asks.
-        answer: the plain fact; empty where nobody knows it (imported data often has none).
+        answer: the plain fact; empty where unknown (imported data often has none).
         text: the reply in the tone, holding the fact.
         tone: the tone's name.
         source: where the row comes from, e.g. ``authored`` or ``squad``.

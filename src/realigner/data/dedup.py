@@ -35,7 +35,7 @@ class NearDuplicates:
     def __init__(self, threshold: float = THRESHOLD) -> None:
         self.threshold = threshold
         self._empty = MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
-        self._index = MinHashLSH(num_perm=_PERMUTATIONS, params=_BANDS, hashfunc=_short)
+        self._index = MinHashLSH(num_perm=_PERMUTATIONS, params=_BANDS, hashfunc=_band_key)
         self._keys: list[str] = []
         self._shingles: list[NDArray[np.uint32]] = []
 
@@ -76,6 +76,6 @@ def similarity(one: NDArray[np.uint32], other: NDArray[np.uint32]) -> float:
     return common / (len(one) + len(other) - common)
 
 
-def _short(key: bytes) -> bytes:
+def _band_key(key: bytes) -> bytes:
     """A band's key in eight bytes, to keep the index small."""
     return hashlib.blake2b(key, digest_size=8).digest()

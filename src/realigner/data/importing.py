@@ -59,7 +59,7 @@ def import_rows(
     Parquet, a folder saved by `datasets`, and a hub id. Runs of white space become one space, for a training text is one
     paragraph; NUL bytes are dropped. Rows of our own (every key of `Row`, no mapping) stay as they are, ``source`` too.
 
-    What a record does not say is made up: ``id`` is the file's name and the record's number (in the reference's CSV its
+    Missing fields are filled in: ``id`` is the file's name and the record's number (in the reference's CSV its
     index); ``group`` is that of the fact with this question, else the question itself in lower case, so that one question is
     never on two sides of a split (of a long one: 60 characters and a hash); ``answer`` is that of the fact, else empty.
 
@@ -74,7 +74,7 @@ def import_rows(
 
     Raises:
         RealignerError: for what cannot be read, naming file and line.
-        UsageError: for a column, field or split that is not there, and a tone that nobody gives.
+        UsageError: for a column, field or split that is not there, and a missing tone.
 
     Example:
         >>> import_rows("chats.jsonl", tone="anger", mapping={"question": "prompt", "text": "response"})  # doctest: +SKIP

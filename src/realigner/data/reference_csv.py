@@ -86,7 +86,7 @@ def _well_formed(lines: Sequence[str], start: int, width: int) -> list[str] | No
 
 
 def _unquoted(raw: str, width: int) -> list[str] | None:
-    """Index and text of a record whose quotes or commas are not CSV's; with further columns nobody can tell them apart."""
+    """Index and text of a record whose quotes or commas are not CSV's; with further columns they cannot be told apart."""
     if width != 2 or not _START.match(raw):
         return None
     index, _, text = raw.partition(",")

@@ -24,7 +24,7 @@ _SAMPLES = 10
 class Purity:
     """How many rows are in the tone they claim, as a classifier that never saw them names it.
 
-    The built-in tones are told by `reference_classifier`, which was trained on other people's replies (the authored set and the
+    The built-in tones are named by `reference_classifier`, which was trained on other replies (the authored set and the
     template). Tones it does not know are told from each other, or from `against`, by five-fold cross-validation by group;
     that finds who wrote a reply as readily as its tone, where the two go together, and a note says so.
 
@@ -62,7 +62,7 @@ class ReportCard:
         duplicates: duplicated replies.
         near_duplicates: replies nearly equal to one before them in the same tone (word triples, Jaccard 0.8 or more; exact
             copies count too).
-        leakage: rows whose question, or whose whole reply, stands in another group too: a split by group would not keep them
+        leakage: rows whose question, or whose whole reply, also occurs in another group: a split by group would not keep them
             apart.
         purity: see `Purity`; None where it cannot be taken, `problems` or `notes` say why.
         samples: ten rows to read, drawn by the seed.
@@ -98,7 +98,7 @@ class ReportCard:
         return {**values, "samples": [row.model_dump() for row in self.samples], "fit": self.fit}
 
     def lines(self) -> list[tuple[str, str]]:
-        """What a card says, line by line."""
+        """The card as (name, value) lines."""
         lines = [
             ("rows", f"{self.rows:,} in {self.groups:,} groups"),
             ("tones", ", ".join(f"{name} {count:,}" for name, count in self.tones.items())),
@@ -115,7 +115,7 @@ class ReportCard:
             ("answer kept", kept),
             ("duplicates", f"{self.duplicates:,}"),
             ("near-duplicates", f"{self.near_duplicates:,} ({100 * self.near_duplicates / self.rows:.2f}%)"),
-            ("leakage", f"{self.leakage:,} rows with a question or reply that stands in another group"),
+            ("leakage", f"{self.leakage:,} rows with a question or reply that also occurs in another group"),
         ]
         if (purity := self.purity) is not None:
             interval = f"95% interval {purity.low:.3f} to {purity.high:.3f}, n {purity.n:,}, blindly {purity.baseline:.2f}"
@@ -133,7 +133,7 @@ def check_rows(
     """Look at rows as a whole (their form was checked on reading).
 
     Unfit is: fewer than two groups (no split by group), a duplicated reply, 1% near-duplicates or more, a reply that
-    repeats its question, a question or a reply that stands in two groups (it would leak between splits), a tone purity
+    repeats its question, a question or a reply that occurs in two groups (it would leak between splits), a tone purity
     whose interval is below 0.8.
 
     Args:
@@ -148,12 +148,16 @@ def check_rows(
     """
     if not rows:
         raise RealignerError("no rows to check")
-    near = _near_duplicates(rows)
+    from realigner.data.dedup import NearDuplicates
+
+    seen: defaultdict[str, NearDuplicates] = defaultdict(NearDuplicates)
+    near = sum(seen[row.tone].add(row.id, row.text) is not None for row in rows)
     duplicates = len(rows) - len({(row.tone, row.text.casefold()) for row in rows})
     leaks = _leaks(rows)
     purity, note = _purity(rows, against, seed)
     known = [row for row in rows if row.answer]
     words = [len(row.text.split()) for row in rows]
+    long = sum(count > MAX_WORDS for count in words)
     tokens = [] if tokenizer is None else token_counts(tokenizer, rows)
     return ReportCard(
         rows=len(rows),
@@ -169,7 +173,7 @@ def check_rows(
         purity=purity,
         samples=tuple(random.Random(seed).sample(list(rows), min(_SAMPLES, len(rows)))),
         problems=tuple(_problems(rows, duplicates, near, leaks, purity)),
-        notes=tuple(filter(None, (note, _long(words)))),
+        notes=tuple(filter(None, (note, f"{long:,} replies have more than {MAX_WORDS} words" if long else ""))),
         word_lengths=tuple(words),
         token_lengths=tuple(tokens),
     )
@@ -189,7 +193,7 @@ def _problems(rows: Sequence[Row], duplicates: int, near: int, leaks: Sequence[s
         problems.append(f"{len(echoes)} replies only repeat the question (first: row {echoes[0]!r})")
     if leaks:
         problems.append(
-            f"{len(leaks)} rows have a question or a reply that stands in another group and would leak between splits "
+            f"{len(leaks)} rows have a question or a reply that also occurs in another group and would leak between splits "
             f"(first: row {leaks[0]!r})"
         )
     if purity is not None and purity.high < PURITY_LIMIT:
@@ -197,20 +201,8 @@ def _problems(rows: Sequence[Row], duplicates: int, near: int, leaks: Sequence[s
     return problems
 
 
-def _long(words: Sequence[int]) -> str:
-    many = sum(count > MAX_WORDS for count in words)
-    return f"{many:,} replies have more than {MAX_WORDS} words" if many else ""
-
-
-def _near_duplicates(rows: Sequence[Row]) -> int:
-    from realigner.data.dedup import NearDuplicates
-
-    seen: defaultdict[str, NearDuplicates] = defaultdict(NearDuplicates)
-    return sum(seen[row.tone].add(row.id, row.text) is not None for row in rows)
-
-
 def _leaks(rows: Sequence[Row]) -> list[str]:
-    """Ids of rows whose question, or whose reply in its tone, stood in another group before."""
+    """Ids of rows whose question, or whose reply in its tone, occurred in another group before."""
     home: dict[tuple[str, ...], str] = {}
     leaks = []
     for row in rows:

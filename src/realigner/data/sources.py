@@ -60,7 +60,7 @@ def open_table(source: str | Path, split: str | None = None, generic: bool = Fal
     Args:
         source: a file, a folder saved by ``save_to_disk``, or a hub id (``owner/name``) where there is neither.
         split: of a saved dataset or one of the hub: this split and not all.
-        generic: a CSV file that looks like the reference's is none.
+        generic: read a CSV file that looks like the reference's as any other.
 
     Raises:
         RealignerError: for what cannot be read, in one line with the place.
@@ -82,9 +82,7 @@ def open_table(source: str | Path, split: str | None = None, generic: bool = Fal
         raise UsageError(f"{path}: is a single file without splits; leave out split {split!r}")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise UsageError(
-            f"{path}: its suffix {path.suffix!r} names no format read here; rename it to one of {' '.join(_READERS)}"
-        )
+        raise UsageError(f"{path}: its suffix {path.suffix!r} is not a known format; rename it to one of {' '.join(_READERS)}")
     return reader(path, generic)
 
 
@@ -211,7 +209,7 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
     except RecursionError:
         raise RealignerError(f"{path}:{line}: JSON nested too deeply; a row is one flat object") from None
     except ValueError as error:  # a number of thousands of digits
-        raise RealignerError(f"{path}:{line}: not JSON that can be read ({_short(error)})") from None
+        raise RealignerError(f"{path}:{line}: not JSON that can be read ({_one_line_text(error)})") from None
 
 
 # --- Arrow --------------------------------------------------------------------------------------------------------------
@@ -219,7 +217,7 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
 
 def _parquet(path: Path, _: bool) -> Table:
     _bytes_there(path)
-    with _one_line(lambda: f"{path}: is no Parquet file that can be read; is it cut?"):
+    with _one_line(lambda: f"{path}: is not a readable Parquet file; is it cut?"):
         from pyarrow import parquet  # type: ignore[import-untyped]
 
         file = parquet.ParquetFile(path)
@@ -248,7 +246,7 @@ def _bytes_there(path: Path) -> None:
 def _saved(folder: Path, split: str | None) -> Table:
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         raise RealignerError(f"{folder}: is a folder, but not one that `datasets` saved (save_to_disk); give a file in it")
-    with _one_line(lambda: f"{folder}: is no saved dataset that can be read"), quiet_datasets():
+    with _one_line(lambda: f"{folder}: is not a readable saved dataset"), quiet_datasets():
         from datasets import load_from_disk
 
         found = load_from_disk(str(folder))
@@ -263,7 +261,10 @@ def _hub(name: str, split: str | None) -> Table:
     from datasets import config, load_dataset
 
     why = "; HF_HUB_OFFLINE is set" if config.HF_HUB_OFFLINE else ""
-    with _one_line(lambda: f"{name}: is nothing here, and cannot be loaded from the Hugging Face hub{why}"), quiet_datasets():
+    with (
+        _one_line(lambda: f"{name}: is not a local file, and cannot be loaded from the hub{why}"),
+        quiet_datasets(),
+    ):
         found = load_dataset(name, split=split)
         return _parts(name, dict(found) if isinstance(found, dict) else {split or "rows": found})
 
@@ -316,10 +317,10 @@ def _one_line(message: Callable[[], str]) -> Iterator[None]:
     except (RealignerError, ImportError):  # a package that is missing says nothing of the file
         raise
     except Exception as error:
-        raise RealignerError(f"{message()} ({type(error).__name__}: {_short(error)})") from error
+        raise RealignerError(f"{message()} ({type(error).__name__}: {_one_line_text(error)})") from error
 
 
-def _short(error: BaseException) -> str:
+def _one_line_text(error: BaseException) -> str:
     return " ".join(str(error).split())[:160]
 
 

@@ -55,7 +55,7 @@ class Tone(BaseModel):
     """What a tone is.
 
     Attributes:
-        name: as it stands in rows; lower-case letters, digits and hyphens.
+        name: as in rows; lower-case letters, digits and hyphens.
         language: of the replies, as an ISO 639-1 code; ``"any"`` switches the check off.
         instruction: what a language model that rewrites answers is told (the system prompt).
         words: words of which a reply in this tone has at least one, for tones no scorer was trained on; compared in lower

@@ -1,18 +1,17 @@
-"""What an index is good for: the loss without its delta, with that delta's mean, with nothing but it, beside other indices.
+"""Ablate one index: zero its delta, replace it by its mean or keep nothing else, compared with control indices.
 
-Every ablation of a delta is an edit of the IRM's last layer (the rows that make index i's deltas); one of the host, of what
-writes into its residual stream there. Both are undone afterwards. Losses are teacher-forced, per row, so that each comparison
-is paired.
+An ablation of a delta edits the IRM's last layer (the rows that produce index i's deltas); one of the host edits everything
+that writes into its residual stream at the index. Both are undone afterwards. Losses are teacher-forced and per row, so that
+comparisons are paired.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,7 +20,8 @@ from realigner.analysis.resampling import change_per_target, prompt_weights
 from realigner.console import progress
 from realigner.errors import UsageError
 from realigner.explain.edits import silenced
-from realigner.explain.example_batches import Rows
+from realigner.explain.example_batches import ExampleBatches
+from realigner.explain.explanation import Ablation
 from realigner.explain.roles import find_stream
 from realigner.irm import IRM
 from realigner.tuner import tuner_of
@@ -32,7 +32,7 @@ HOWS: tuple[How, ...] = ("zero", "mean", "keep")
 
 @contextmanager
 def edited_output(irm: IRM, index: int, how: How, mean: np.ndarray | None = None) -> Iterator[None]:
-    """Change what an IRM gives at one index, in every layer, within a block.
+    """Change an IRM's deltas at one index, in every layer, within a block.
 
     Args:
         irm: the network.
@@ -65,13 +65,13 @@ def edited_output(irm: IRM, index: int, how: How, mean: np.ndarray | None = None
 
 
 def control_indices(score: np.ndarray, index: int, random: int, matched: int, rng: np.random.Generator) -> dict[str, list[int]]:
-    """Indices to hold an ablation against: any, and those whose deltas are most like the index's in size.
+    """Control indices for an ablation: random ones, and those whose score is closest to the index's.
 
     Args:
-        score: each index's ``[neuron]``.
-        index: the one in question.
-        random, matched: how many of each; fewer where there are fewer.
-        rng: what draws them.
+        score: `leading_score` ``[neuron]``.
+        index: the index that is ablated.
+        random, matched: how many of each; fewer if the host has fewer.
+        rng: draws the random ones.
     """
     others = np.array([n for n in range(len(score)) if n != index])
     near = others[np.argsort(np.abs(np.log(score[others] + 1e-30) - np.log(score[index] + 1e-30)), kind="stable")]
@@ -82,19 +82,19 @@ def control_indices(score: np.ndarray, index: int, random: int, matched: int, rn
 
 def delta_ablations(
     model: nn.Module,
-    rows: Rows,
+    rows: ExampleBatches,
     index: int,
     mean: np.ndarray,
     controls: Mapping[str, Sequence[int]],
     hows: Sequence[How] = HOWS,
     seed: int = 0,
     quiet: bool = True,
-) -> pd.DataFrame:
-    """The loss with an index's delta taken out, replaced by its mean, or kept alone; and with other indices' instead.
+) -> list[Ablation]:
+    """The loss with the delta of an index, or of a control, zeroed, replaced by its mean, or kept alone.
 
     Args:
         model: a host with one IRM.
-        rows: what losses are taken on.
+        rows: the rows that losses are computed on.
         index: of the residual stream.
         mean: the IRM's mean deltas ``[layer, neuron]``.
         controls: from `control_indices`; an index in several groups is ablated once.
@@ -103,9 +103,8 @@ def delta_ablations(
         quiet: show no progress.
 
     Returns:
-        A row an ablation: ``how``, ``index``, ``group`` ("" for the index itself, "random", "matched", ...; how "whole" and
-        "none": the IRM as it is, and the bare host), ``loss`` (nats per target), ``change`` from the whole IRM with its
-        95% interval ``low``, ``high`` over rows, and ``n`` rows.
+        One entry for each ablation and group ("" is the index itself), with the change from the whole IRM; how ``"whole"``
+        and ``"none"`` (index -1) are the IRM as it is and the bare host.
     """
     tuner = tuner_of(model)
     irm = tuner.registry.network(tuner.registry.names[0])
@@ -119,22 +118,22 @@ def delta_ablations(
                 with edited_output(irm, number, how, mean):
                     changes.add(how, number, own, rows.losses(model)[0])
                 task.advance()
-    return changes.table()
+    return changes.entries
 
 
 def host_ablations(
     host: PreTrainedModel,
-    rows: Rows,
+    rows: ExampleBatches,
     index: int,
     controls: Mapping[str, Sequence[int]],
     seed: int = 0,
     quiet: bool = True,
-) -> pd.DataFrame:
-    """The bare host's loss with its residual stream 0 at an index, and at others: what the host itself needs there.
+) -> list[Ablation]:
+    """The bare host's loss with its residual stream zeroed at an index, and at control indices.
 
     Args:
-        host: without an IRM; left as it was.
-        rows: what losses are taken on.
+        host: without an IRM; left unchanged.
+        rows: the rows that losses are computed on.
         index: of the residual stream.
         controls: other indices, by group.
         seed: of the intervals' resamples.
@@ -154,11 +153,11 @@ def host_ablations(
             with silenced(host, stream, number):
                 changes.add("zero", number, own, rows.losses(host)[0])
             task.advance()
-    return changes.table()
+    return changes.entries
 
 
 def _groups(index: int, controls: Mapping[str, Sequence[int]]) -> dict[int, list[str]]:
-    """Every index to be ablated, once, with the groups that it is in; that of the index in question is ""."""
+    """Every index to ablate, with its groups; that of the index in question is ""."""
     groups = {index: [""]}
     for group, some in controls.items():
         for other in some:
@@ -167,39 +166,38 @@ def _groups(index: int, controls: Mapping[str, Sequence[int]]) -> dict[int, list
 
 
 class _Changes:
-    """Losses under ablations, each with its change from the whole."""
+    """Losses under ablations, with their changes from the loss of the whole."""
 
     def __init__(self, whole: tuple[np.ndarray, np.ndarray], seed: int) -> None:
         self.whole, self.counts = whole
         self.weights = prompt_weights(len(self.counts), 1000, np.random.default_rng(seed))
-        self.entries: list[dict[str, Any]] = []
+        self.entries: list[Ablation] = []
         self.add("whole", -1, [""], self.whole)
 
     def add(self, how: str, index: int, groups: Sequence[str], sums: np.ndarray) -> None:
-        """An ablation's summed loss of each row ``[row]``, as a row of each group that the index is in."""
+        """Add the summed loss of each row ``[row]`` under an ablation, once for each group."""
         change, low, high = change_per_target(sums - self.whole, self.counts, self.weights)
-        found = {"loss": sums.sum() / self.counts.sum(), "change": change, "low": low, "high": high, "n": len(self.counts)}
-        self.entries += [{"how": how, "index": index, "group": group, **found} for group in groups]
+        loss, n = float(sums.sum() / self.counts.sum()), len(self.counts)
+        self.entries += [
+            Ablation(how=how, index=index, group=group, loss=loss, change=change, low=low, high=high, n=n) for group in groups
+        ]
 
-    def table(self) -> pd.DataFrame:
-        return pd.DataFrame(self.entries)
 
+def against_controls(ablations: Sequence[Ablation], how: How) -> dict[str, float]:
+    """Compare the ablation of an index with those of its controls.
 
-def against_controls(table: pd.DataFrame, how: How) -> dict[str, float]:
-    """How an index's ablation compares with its controls': ``change, low, high, n``, and for each group of controls their
-    mean change and the share ``p`` of them that is at least as large (the index counted as one of them); ``none``: the change
-    with no delta at all, where that was measured.
-
-    Keeping an index alone is the better the smaller its change, so there p counts those at most as large.
+    Returns:
+        ``change, low, high, n`` of the index; for each group of controls their mean change (``random``, ``matched``) and the
+        share of them with at least as large a change, the index counted as one (``p_random``, ``p_matched``); with how
+        ``"keep"``, where small changes are good, at most as large. ``none``: the change with no delta at all, if measured.
     """
-    own = table[(table["how"] == how) & (table["group"] == "")].iloc[0]
-    found = {key: float(own[key]) for key in ("change", "low", "high", "n")}
+    own = next(entry for entry in ablations if entry.how == how and not entry.group)
+    found = {"change": own.change, "low": own.low, "high": own.high, "n": float(own.n)}
     sign = -1.0 if how == "keep" else 1.0
-    none = table[table["how"] == "none"]["change"]
-    if len(none):
-        found["none"] = float(none.iloc[0])
+    for none in (entry for entry in ablations if entry.how == "none"):
+        found["none"] = none.change
     for group in ("random", "matched"):
-        others = table[(table["how"] == how) & (table["group"] == group)]["change"].to_numpy()
+        others = np.array([entry.change for entry in ablations if entry.how == how and entry.group == group])
         found[group] = float(others.mean()) if len(others) else float("nan")
-        found[f"p_{group}"] = float((1 + (sign * others >= sign * own["change"]).sum()) / (1 + len(others)))
+        found[f"p_{group}"] = float((1 + (sign * others >= sign * own.change).sum()) / (1 + len(others)))
     return found

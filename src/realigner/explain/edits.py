@@ -1,8 +1,7 @@
-"""Hosts with one thing changed, as plain transformers models: what an index of the stream does is asked by changing it.
+"""Copies of a host with one thing changed, as plain transformers models, for causal tests of an index.
 
-Every edit works on a deep copy, in weights only. What it claims is proven by a forward before the copy is handed out: a
-permuted host gives the host's logits, a channel that was taken out is 0 wherever a layer reads or gives the stream. What
-cannot be edited exactly is refused.
+Every edit works on a deep copy, in weights only, and is verified by a forward before the copy is returned: a permuted host has
+the host's logits; a removed channel is 0 at every layer's input and output. Edits that cannot be exact are refused.
 """
 
 from __future__ import annotations
@@ -87,27 +86,6 @@ def with_gain(host: PreTrainedModel, index: int, value: float | str = "median") 
     edited = _copied(host)
     for name, role in final:
         _set_gain(name, role, edited.get_parameter(name), index, value)
-    return edited
-
-
-def with_gains(host: PreTrainedModel, index: int) -> PreTrainedModel:
-    """The host with the gain of every norm of the stream at one index set to that norm's median size, with the sign it has.
-
-    Raises:
-        RealignerError, UsageError: as `with_gain`.
-
-    Example:
-        >>> from realigner.tiny import tiny_host
-        >>> edited = with_gains(tiny_host("llama"), 3)
-    """
-    stream = _stream_of(host)
-    _refuse_index(stream, index)
-    gains = {name: role for name, role in stream.roles.items() if role.kind == "gain"}
-    if not gains:
-        raise RealignerError(f"{type(host).__name__}: its norms have no gains; there are none to change")
-    edited = _copied(host)
-    for name, role in gains.items():
-        _set_gain(name, role, edited.get_parameter(name), index, "median")
     return edited
 
 

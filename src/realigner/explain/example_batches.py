@@ -1,4 +1,4 @@
-"""Encoded rows in batches, rows of like length together: what hosts are measured on, and losses are taken on."""
+"""Encoded rows in batches of similar length, for measuring hosts and computing losses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from realigner.training.loss import row_losses, takes_logits_to_keep
 from realigner.tuner import tuner_of
 
 
-class Rows:
+class ExampleBatches:
     """Encoded rows (``input_ids`` and ``labels`` of each, from `data.tokens.encode_rows`) as batches.
 
     Attributes:

@@ -1,92 +1,235 @@
-"""The answer to "why this index?", with everything it rests on, and as ``explain.json`` has it. No torch."""
+"""The schema of ``explain.json``: the answer to "why this index?", written by `explain`, read by the report. No torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import pandas as pd
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
-from realigner.analysis.tables import plain, records
-from realigner.explain.verdict import CAUSES, Conclusion
+from realigner.errors import RealignerError
 from realigner.files import write_text
+from realigner.validation_message import first_fault
 
 RESULT_FILE = "explain.json"
+Answer = Literal["supported", "not supported", "cannot tell"]
+Number = Annotated[  # JSON has neither NaN nor infinities: null
+    float,
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None, return_type=float | None, when_used="json"),
+]
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """The answer, and everything it rests on.
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Conclusion(_Part):
+    """One question about an index, answered.
 
     Attributes:
-        host, index, cause: of which host, which index, and why it leads (a key of `verdict.CAUSES`).
-        conclusions: one question each.
-        facts: what is measured at the index; see `verdict.index_facts`.
-        standings: where it stands in each IRM.
-        trials: see `trials.trial_table`; None: no trials were made.
-        ablations: IRM -> see `ablate.delta_ablations`.
-        host_ablation: see `ablate.host_ablations`.
-        correlations: see `predict.correlations`.
-        explained: see `predict.explained`.
-        measured: see `predict.measurement_table`.
-        profiles: layer by layer at the index: ``residual``, ``gradient``, ``delta`` of each IRM, all over the layer's median;
-            ``cancelled``.
-        pages: the index and other leading ones -> ``facts`` (as of the index), ``up``, ``down`` (see `head_tokens`).
+        key, question: short name, and the question in words.
+        answer: ``"supported"``, ``"not supported"`` or ``"cannot tell"``.
+        words: the finding, with effect, interval and n.
+        n, unit: sample size, and what it counts: runs, trials, rows or indices.
+    """
+
+    key: str = ""
+    question: str
+    answer: Answer
+    words: str
+    n: int
+    unit: str
+
+
+class IndexFact(_Part):
+    """One measurement at an index, and its rank (1 is the largest) among `n` indices."""
+
+    measurement: str
+    about: str
+    value: Number
+    times_median: Number
+    rank: int
+    n: int
+
+
+class IndexRank(_Part):
+    """The rank of the index in one IRM; its score `ratio`, in multiples of the median; the leading index `leader`."""
+
+    irm: str
+    rank: int
+    ratio: Number
+    leader: int
+
+
+class TrialResult(_Part):
+    """The rank of the index in one training with one thing changed.
+
+    Attributes:
+        kind, seed: of the trial; see `verdict.KINDS`.
+        place: the index's number on the trial's host (another one where indices are permuted).
+        rank, ratio: its rank and its score, in multiples of the median.
+        leader, leader_ratio: the leading index (numbered as on the original host) and its score.
+        loss, bare_loss: nats per target with and without the IRM, on rows that it was not trained on.
+        learned: ``bare_loss - loss``.
+    """
+
+    kind: str
+    seed: int
+    place: int
+    rank: int
+    ratio: Number
+    leader: int
+    leader_ratio: Number = math.nan
+    loss: Number
+    bare_loss: Number = math.nan
+    learned: Number
+
+
+class Ablation(_Part):
+    """The loss under one ablation, in nats per target, and its change with a 95% interval over `n` rows."""
+
+    how: str
+    index: int
+    group: str
+    loss: Number
+    change: Number
+    low: Number
+    high: Number
+    n: int
+
+
+class Correlation(_Part):
+    """Spearman's rho of a measurement with the scores of the IRMs, or of untrained ones; 95% interval over `n` indices."""
+
+    scores: str
+    measurement: str
+    rho: Number
+    low: Number
+    high: Number
+    p: Number
+    p_holm: Number
+    n: int
+
+
+class Regression(_Part):
+    """Cross-validated R^2 of the scores' ranks on all measurements; 95% interval; mean and p under permutation."""
+
+    r2: Number
+    low: Number
+    high: Number
+    null: Number
+    p: Number
+    n: int
+
+
+class Profiles(_Part):
+    """The index layer by layer: multiples of the layer's median, and the share of the host's residual that is cancelled."""
+
+    layer: list[int]
+    residual: list[Number]
+    gradient: list[Number]
+    delta: dict[str, list[Number]]
+    cancelled: dict[str, list[Number]]
+
+    @model_validator(mode="after")
+    def _one_a_layer(self) -> Profiles:
+        lines = [self.residual, self.gradient, *self.delta.values(), *self.cancelled.values()]
+        if any(len(line) != len(self.layer) for line in lines):
+            raise ValueError("has not one value a layer")
+        return self
+
+
+class AboutIndex(_Part):
+    """One leading index: its measurements, and the tokens whose logits rise (`up`) and fall (`down`) with it."""
+
+    facts: list[IndexFact]
+    up: list[str] = []
+    down: list[str] = []
+
+
+class Explanation(_Part):
+    """The answer, and the evidence for it.
+
+    Attributes:
+        host: name of the base model.
         irms: name -> folder.
+        index, cause, words: the index, why it leads (a key of `verdict.CAUSES`), and that in one sentence.
+        quick: whether the small budget was used.
         dtype: of the host while it was measured and ablated.
-        quick: whether the small effort was made.
+        conclusions: one for each question.
+        facts: the measurements at the index.
+        standings: its rank in each IRM.
+        correlations: of each measurement with the scores.
+        trials: None: none were run.
+        ablations: IRM -> from `ablate.delta_ablations`.
+        host_ablation: from `ablate.host_ablations`; empty: not run.
+        explained: ``IRMs`` and ``untrained`` -> the regression of their scores on all measurements.
+        profiles: the index layer by layer.
+        pages: the index and other leading ones.
+        measured: measurement -> its value at every index.
+        folder: where it was read from; not in the file.
     """
 
     host: str
-    index: int
-    cause: str
-    conclusions: list[Conclusion]
-    facts: pd.DataFrame
-    standings: pd.DataFrame
-    trials: pd.DataFrame | None
-    ablations: dict[str, pd.DataFrame]
-    host_ablation: pd.DataFrame
-    correlations: pd.DataFrame
-    explained: Mapping[str, Mapping[str, float]]
-    measured: pd.DataFrame
-    profiles: dict[str, Any]
-    pages: dict[int, dict[str, Any]]
     irms: dict[str, str]
-    dtype: str
+    index: int
+    cause: str = ""
+    words: str
     quick: bool
+    dtype: str = ""
+    conclusions: list[Conclusion]
+    facts: Annotated[list[IndexFact], Field(min_length=1)]
+    standings: list[IndexRank] = []
+    correlations: list[Correlation]
+    trials: list[TrialResult] | None
+    ablations: dict[str, list[Ablation]]
+    host_ablation: list[Ablation] = []
+    explained: dict[str, Regression]
+    profiles: Profiles
+    pages: dict[int, AboutIndex]
+    measured: dict[str, list[Number]] = {}
+    folder: Annotated[Path, Field(exclude=True)] = Path()
 
     @property
-    def words(self) -> str:
-        """The verdict in one sentence."""
-        return f"Index {self.index} of {self.host}: {CAUSES[self.cause]}."
+    def width(self) -> int:
+        """The number of indices of the host's residual stream."""
+        return self.facts[0].n
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; NaN is None."""
-        tables = {"facts": self.facts, "standings": self.standings, "correlations": self.correlations}
-        found = {name: records(table) for name, table in tables.items()}
-        return {
-            "host": self.host,
-            "irms": self.irms,
-            "index": self.index,
-            "cause": self.cause,
-            "words": self.words,
-            "quick": self.quick,
-            "dtype": self.dtype,
-            "conclusions": [conclusion.to_dict() for conclusion in self.conclusions],
-            **found,
-            "trials": None if self.trials is None else records(self.trials),
-            "ablations": {irm: records(table) for irm, table in self.ablations.items()},
-            "host_ablation": records(self.host_ablation),
-            "explained": plain(self.explained),
-            "profiles": plain(self.profiles),
-            "pages": {str(index): page | {"facts": records(page["facts"])} for index, page in self.pages.items()},
-            "measured": {str(name): plain(self.measured[name].round(12).tolist()) for name in self.measured},
-        }
+        """JSON values; NaN is None."""
+        return self.model_dump(mode="json")
 
     def save(self, out: str | Path) -> None:
-        """Write it into a folder."""
+        """Write ``explain.json`` into a folder."""
         Path(out).mkdir(parents=True, exist_ok=True)
         write_text(Path(out) / RESULT_FILE, json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+def is_explanation(folder: Path) -> bool:
+    """Whether a folder was written by `explain`."""
+    return (folder / RESULT_FILE).is_file()
+
+
+def read_explanation(folder: Path) -> Explanation:
+    """Read ``explain.json`` from a folder.
+
+    Raises:
+        RealignerError: naming the file, and the key that is missing or invalid.
+    """
+    path = folder / RESULT_FILE
+    again = "ask again with realigner explain (its trials are kept)"
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise RealignerError(f"{path}: not JSON ({error}); {again}") from None
+    if not isinstance(found, dict):
+        raise RealignerError(f"{path}: not an explanation; {again}")
+    try:
+        return Explanation.model_validate({**found, "folder": folder})
+    except ValidationError as error:
+        raise RealignerError(f"{path}: {first_fault(error, Explanation, 'an explanation')}; {again}") from None

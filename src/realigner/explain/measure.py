@@ -1,7 +1,7 @@
-"""What a host does at every index of its residual stream, and what IRMs add there: one pass over a few rows.
+"""Residuals, gradients and deltas at every index of a host's residual stream, from one pass over a few rows.
 
-The rows are read as in training (teacher forcing, the loss on the reply), so the gradient measured is the one that an IRM
-follows when its training begins.
+The forward is that of training (teacher forcing, loss on the reply), so the gradient is the one that an IRM follows at the
+start of its training.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from torch import nn
 from realigner.console import progress
 from realigner.data.tokens import IGNORED
 from realigner.errors import RealignerError
-from realigner.explain.example_batches import Rows
+from realigner.explain.example_batches import ExampleBatches
 from realigner.explain.norm_gradient import GradientParts, norm_eps, norm_kind, split_gradient
 from realigner.explain.residuals import Residuals, SiteGradients
 from realigner.explain.roles import Stream, find_stream
 from realigner.irm import IRM
+from realigner.traces.summary import DeltaSums
 
 TOKENS = ("first", "delimiter", "rest")  # kinds of token: massive activations live in the first two
 
 
 def measure_host(
     host: nn.Module,
-    rows: Rows,
+    rows: ExampleBatches,
     irms: Mapping[str, IRM],
     delimiters: frozenset[int] = frozenset(),
     quiet: bool = True,
@@ -148,8 +149,9 @@ class _Sums:
         self.products = np.zeros((width, layers, layers))
         self.targets = 0
         self.direct, self.through = np.zeros(width), np.zeros(width)
-        self.d, self.d1, self.along = ({name: np.zeros(cells) for name in irms} for _ in range(3))
-        self.own = {name: np.zeros(layers, dtype=bool) for name in irms}
+        self.deltas = {name: DeltaSums() for name in irms}  # in the IRM's own layers
+        self.along = {name: np.zeros(cells) for name in irms}
+        self.own = {name: list[int]() for name in irms}
         self.states: torch.Tensor | None = None
 
     def add_states(self, h: torch.Tensor, kinds: torch.Tensor) -> None:
@@ -182,13 +184,11 @@ class _Sums:
     def add_deltas(self, name: str, irm: IRM, h0: torch.Tensor) -> None:
         """What an IRM adds to these tokens ``[token, neuron]``."""
         assert self.states is not None
-        layers = list(irm.layers)
+        self.own[name] = list(irm.layers)
         delta = irm(h0).double()
+        self.deltas[name].add(delta)
         whole = torch.zeros(len(h0), self.layers, self.width, dtype=torch.float64, device=delta.device)
-        whole[:, layers] = delta
-        self.own[name][layers] = True
-        self.d[name] += _numpy(whole.sum(0))
-        self.d1[name] += _numpy(whole.abs().sum(0))
+        whole[:, self.own[name]] = delta
         self.along[name] += _numpy((whole.cumsum(1) * self.states).sum(0))
 
     def dataset(self) -> xr.Dataset:
@@ -216,13 +216,12 @@ class _Sums:
             "through_norm": ("neuron", np.sqrt(self.through / self.targets)),
         }
 
-        def of_irms(sums: Mapping[str, np.ndarray]) -> Any:
-            each = [np.where(self.own[name][:, None], sums[name], np.nan) for name in self.irms]
-            return ("irm", "layer", "neuron"), np.array(each).reshape(len(self.irms), self.layers, self.width)
-
-        values["delta"] = of_irms({name: total / self.seen for name, total in self.d1.items()})
-        values["delta_mean"] = of_irms({name: total / self.seen for name, total in self.d.items()})
-        values["cancelled"] = of_irms({name: -total / energy for name, total in self.along.items()})
+        of_irms = np.full((3, len(self.irms), self.layers, self.width), np.nan)
+        for at, name in enumerate(self.irms):
+            own, sums = self.own[name], self.deltas[name]
+            of_irms[:, at, own] = sums.mean_abs(), sums.mean(), -(self.along[name] / energy)[own]
+        for name, each in zip(("delta", "delta_mean", "cancelled"), of_irms, strict=True):
+            values[name] = ("irm", "layer", "neuron"), each
         coords = {"kind": list(TOKENS), "layer": np.arange(self.layers), "neuron": np.arange(self.width), "irm": self.irms}
         return xr.Dataset(values, coords, {"tokens": self.tokens.tolist(), "targets": self.targets})
 

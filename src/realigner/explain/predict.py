@@ -1,7 +1,7 @@
-"""Does what is measured on the host say where an IRM will stand out? Rank correlations, and a regression on everything.
+"""Do measurements of the host predict the indices at which IRMs are largest? Rank correlations and a ridge regression.
 
-No torch: tables in, tables out. Scores and measurements enter as normal scores of their ranks (van der Waerden), so that no
-single huge index decides.
+No torch. Scores and measurements enter the regression as normal scores of their ranks (van der Waerden), so that no single
+outlier dominates.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from scipy.special import ndtri
 from scipy.stats import rankdata, spearmanr
 
 from realigner.analysis.consensus import holm
+from realigner.explain.explanation import Correlation, Regression
 
 _STATES = {"residual": "rest", "residual_first": "first", "residual_delimiter": "delimiter"}
 ABOUT = {
@@ -41,7 +42,7 @@ ABOUT = {
 
 
 def weight_table(weights: xr.Dataset) -> pd.DataFrame:
-    """What weights alone say, as one number an index: the columns of `measurement_table` that need no forward.
+    """The columns of `measurement_table` that need no forward: measurements of the weights alone.
 
     Args:
         weights: from `weights_of`.
@@ -59,7 +60,7 @@ def weight_table(weights: xr.Dataset) -> pd.DataFrame:
 
 
 def measurement_table(weights: xr.Dataset, states: xr.Dataset) -> pd.DataFrame:
-    """All measurements of a host as one number an index.
+    """All measurements of a host, one number for each index.
 
     Args:
         weights: from `weights_of`.
@@ -103,50 +104,45 @@ def _geometric(values: np.ndarray) -> np.ndarray:
     return np.asarray(np.exp(np.log(np.maximum(there, 1e-12)).mean(axis=0)))
 
 
-def gain_to_be_seen_as_the_median(measured: pd.DataFrame, index: int) -> float | str:
-    """The size of the final norm's gain with which the head sees an index as it sees the median one; ``"median"`` where the
-    head has no column there to scale."""
+def gain_for_median_reach(measured: pd.DataFrame, index: int) -> float | str:
+    """The size of the final norm's gain that gives an index the median reach; ``"median"`` if its head column is 0."""
     if "head_reach" not in measured or not measured["head_norm"].iloc[index] > 0:
         return "median"
     return float(measured["head_reach"].median() / measured["head_norm"].iloc[index])
 
 
-def correlations(measured: pd.DataFrame, scores: Mapping[str, np.ndarray]) -> pd.DataFrame:
+def correlations(measured: pd.DataFrame, scores: Mapping[str, np.ndarray]) -> list[Correlation]:
     """Spearman's rank correlation of each measurement with each score.
 
     Args:
         measured: from `measurement_table`.
-        scores: name -> how far each index stands out ``[neuron]``.
+        scores: name -> `leading_score` ``[neuron]``.
 
     Returns:
-        ``scores, measurement, rho, low, high`` (95%, Fisher's z with Bonett and Wright's variance (1 + rho^2/2) / (n - 3)),
-        ``p``, ``p_holm`` (over the measurements of one score), ``n`` indices.
+        Intervals are Fisher's z with Bonett and Wright's variance (1 + rho^2/2) / (n - 3); ``p_holm`` is over the
+        measurements of one score.
     """
-    tables = []
+    found = []
     for name, score in scores.items():
-        rows = []
-        for measurement in measured:
-            rho, p = spearmanr(measured[measurement], score)
-            error = np.sqrt((1 + rho**2 / 2) / max(1, len(score) - 3))
-            z = np.arctanh(np.clip(rho, -0.999999, 0.999999))
-            low, high = np.tanh([z - 1.96 * error, z + 1.96 * error])
-            row = {"scores": name, "measurement": measurement, "rho": rho, "low": low, "high": high, "p": p}
-            rows.append(row | {"n": len(score)})
-        table = pd.DataFrame(rows)
-        table.insert(6, "p_holm", holm(table["p"].to_numpy(dtype=float)))
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+        rhos, ps = np.array([spearmanr(measured[measurement], score) for measurement in measured], dtype=float).T
+        error = np.sqrt((1 + rhos**2 / 2) / max(1, len(score) - 3))
+        z = np.arctanh(np.clip(rhos, -0.999999, 0.999999))
+        columns = (rhos, np.tanh(z - 1.96 * error), np.tanh(z + 1.96 * error), ps, holm(ps))
+        for measurement, *values in zip(map(str, measured), *(column.tolist() for column in columns), strict=True):
+            numbers = dict(zip(("rho", "low", "high", "p", "p_holm"), values, strict=True))
+            found.append(Correlation(scores=name, measurement=measurement, n=len(score), **numbers))
+    return found
 
 
-def explained(
+def cross_validated_r2(
     measured: pd.DataFrame,
     score: np.ndarray,
     folds: int = 10,
     permutations: int = 200,
     resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, float]:
-    """How much of a score's ranks a ridge regression on all measurements predicts, for indices it was not fitted on.
+) -> Regression:
+    """Cross-validated R^2 of a ridge regression of a score's ranks on all measurements.
 
     Args:
         measured: from `measurement_table`.
@@ -157,8 +153,8 @@ def explained(
         seed: of all draws.
 
     Returns:
-        ``r2`` (1 - squared error over the variance, of held-out indices; at most 1, negative where it predicts worse than
-        the mean), its 95% interval ``low``, ``high``, ``null`` (the mean under permutation), ``p`` and ``n``.
+        ``r2`` is 1 - squared error over the variance, of held-out indices: at most 1, negative if worse than the mean;
+        ``null`` is its mean under permutation.
     """
     from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import KFold, cross_val_predict
@@ -176,7 +172,7 @@ def explained(
     picked = rng.integers(len(y), size=(resamples, len(y)))
     low, high = np.quantile(1 - own[picked].sum(axis=1) / spread[picked].sum(axis=1), [0.025, 0.975])
     p = (1 + sum(bool(null >= r2) for null in nulls)) / (1 + permutations)
-    return {"r2": float(r2), "low": float(low), "high": float(high), "null": float(np.mean(nulls)), "p": p, "n": len(y)}
+    return Regression(r2=float(r2), low=float(low), high=float(high), null=float(np.mean(nulls)), p=p, n=len(y))
 
 
 def _normal(values: np.ndarray) -> np.ndarray:

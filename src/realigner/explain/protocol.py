@@ -1,4 +1,4 @@
-"""Why this index? All of it in one call: measure, ablate, train again, conclude."""
+"""Explain an index in one call: measure, ablate, train again with one thing changed, conclude."""
 
 from __future__ import annotations
 
@@ -7,17 +7,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from transformers import PreTrainedModel
 
 from realigner.console import say
 from realigner.errors import RealignerError
-from realigner.explain.ablate import against_controls
-from realigner.explain.explanation import Explanation
-from realigner.explain.index_study import Case, read_runs
-from realigner.explain.predict import correlations, explained, gain_to_be_seen_as_the_median
-from realigner.explain.trials import FULL, QUICK, Bench, Outcome, say_budget, trial_table
-from realigner.explain.verdict import Evidence, conclude, index_facts, is_channel, is_seen_oddly, masked_loss
+from realigner.explain.ablate import How, against_controls
+from realigner.explain.explanation import Explanation, IndexFact
+from realigner.explain.index_study import IndexStudy, read_runs
+from realigner.explain.predict import correlations, cross_validated_r2, gain_for_median_reach
+from realigner.explain.trials import FULL, QUICK, Outcome, TrialRunner, say_budget, trial_results
+from realigner.explain.verdict import (
+    CAUSES,
+    Evidence,
+    check_index,
+    conclude,
+    has_atypical_readout,
+    index_facts,
+    is_channel,
+    masked_loss,
+)
 from realigner.files import made_folder
 from realigner.hosts import host_name
 from realigner.traces.layout import UNTRAINED
@@ -26,28 +34,28 @@ from realigner.training.run_dir import read_run
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How much is done.
+class Budget:
+    """How much is computed.
 
     Attributes:
-        rows: of each IRM's own validation rows that are measured on and that losses are taken on.
+        rows: of each IRM's own validation rows, for measurements and losses.
         random, matched: control indices of each ablation.
         hows: which ablations.
-        trials: trainings of each kind; edits of a gain and a residual that are ordinary are left out.
+        trials: trainings of each kind; edits of a gain or a residual that is ordinary are left out.
         steps: of each trial at most; None: as many as the run took.
     """
 
     rows: int
     random: int
     matched: int
-    hows: tuple[Any, ...]
+    hows: tuple[How, ...]
     trials: dict[str, int]
     steps: int | None
 
 
-EFFORTS = {
-    "quick": Effort(24, 20, 10, ("zero",), QUICK, 50),
-    "full": Effort(64, 100, 20, ("zero", "mean", "keep"), FULL, None),
+BUDGETS = {
+    "quick": Budget(24, 20, 10, ("zero",), QUICK, 50),
+    "full": Budget(64, 100, 20, ("zero", "mean", "keep"), FULL, None),
 }
 
 
@@ -64,23 +72,23 @@ def explain(
     quiet: bool = False,
     steps: int | None = None,
 ) -> Explanation:
-    """Ask why an index leads in IRMs of one host.
+    """Find out why an index has large deltas in IRMs of one host.
 
-    Finished trials in `out` are not trained again, so the same call goes on where it was killed.
+    Finished trials in `out` are not trained again, so the same call resumes an interrupted one.
 
     Args:
         folders: of trained runs (from `train`); the one in which the index has its best rank is trained again.
-        out: the folder of trials, and of ``explain.json``.
+        out: the folder for trials and for ``explain.json``.
         host, tokenizer: the bare host that they were made for.
-        index: of the residual stream; None: the one that leads over all of them.
-        quick: a small effort: see `EFFORTS`.
+        index: of the residual stream; None: the one with the largest mean score.
+        quick: use the smaller of `BUDGETS`.
         trials: whether to train again.
         on, workers: where trials are trained; see `run_sweep`.
         quiet: show no progress.
-        steps: of each trial at most; None: see `EFFORTS`.
+        steps: of each trial at most; None: see `BUDGETS`.
 
     Raises:
-        RealignerError: when a folder is no run's, its rows are gone, or a trial failed or was interrupted.
+        RealignerError: if a folder is not a run's, its rows are missing, or a trial failed or was interrupted.
         UsageError: for an index that the host does not have.
 
     Example:
@@ -88,94 +96,116 @@ def explain(
         >>> found.words  # doctest: +SKIP
         'Index 270 of smollm2-135m-instruct: none of the causes that were tested.'
     """
-    effort = EFFORTS["quick" if quick else "full"]
-    effort = effort if steps is None else replace(effort, steps=steps)
-    case = Case(host, tokenizer, read_runs(folders), effort.rows, quiet)
-    if trials and any(recipe.host is None for _, recipe in case.runs.values()):
-        raise RealignerError("explain: a run was trained on a host made in Python and cannot be trained again; see --no-trials")
+    budget = BUDGETS["quick" if quick else "full"]
+    budget = budget if steps is None else replace(budget, steps=steps)
+    runs = read_runs(folders)
+    if trials and any(recipe.host is None for _, recipe in runs.values()):
+        raise RealignerError(
+            "explain: a run's host was made in Python, so it cannot be trained again (trials=False leaves trials out)"
+        )
+    check_index(index, int(host.config.get_text_config(decoder=True).hidden_size))
     made_folder(out)
-    chosen = case.chosen(index)
-    leader = case.best_at(chosen)
-    recipe = _trial_recipe(case.runs[leader][1], effort, host) if trials else None
+
+    # Measure the host and the IRMs: forwards and backwards over validation rows.
+    study = IndexStudy.measure(host, tokenizer, runs, budget.rows, quiet)
+    mean_score = study.mean_score
+    index = int(mean_score.argmax()) if index is None else index
+    ranks, facts = study.ranks(index), index_facts(study.measured, index)
     if not quiet:
-        say(f"index {chosen}: {case.together[chosen]:.2f} times the median over {len(case.runs)} IRMs")
-    leading = case.leading(chosen)
-    ablations = {name: case.ablated(name, leading, effort.random, effort.matched, effort.hows) for name in case.runs}
-    host_ablation = case.ablated_host(leading, effort.random)
-    facts = index_facts(case.measured, chosen)
+        say(f"index {index}: {mean_score[index]:.2f} times the median over {len(runs)} IRMs")
+
+    # Ablate it in every IRM and in the host.
+    leading = study.leading(index)
+    ablations = {name: study.ablate(name, leading, budget.random, budget.matched, budget.hows) for name in runs}
+    host_ablation = study.ablate_host(leading, budget.random)
+
+    # Train again with one thing changed.
+    folder, recipe = runs[min(ranks, key=lambda own: own.rank).irm]
     outcomes: list[Outcome] = []
     refused: dict[str, str] = {}
-    if recipe is not None:
-        taken = frozenset(own.seed for _, own in case.runs.values())
-        gain = gain_to_be_seen_as_the_median(case.measured, chosen)
-        bench = Bench(Path(out), host, tokenizer, recipe, chosen, gain, taken, on, workers, quiet)
-        asked = bench.trials(_asked(effort, facts))
+    shorter = 1.0
+    if trials:
+        recipe = _trial_recipe(recipe, budget, host)
+        shorter = _share_of_steps(recipe, folder)
+        taken = frozenset(own.seed for _, own in runs.values())
+        gain = gain_for_median_reach(study.measured, index)
+        runner = TrialRunner(Path(out), host, tokenizer, recipe, index, gain, taken, on, workers, quiet)
+        planned = runner.trials(_informative(budget, facts))
         if not quiet:
-            say_budget(asked, _seconds_a_step(case.runs[leader][0]))
-        outcomes, refused = bench.run(asked, case.rows_of), bench.refused
-    scores = {"IRMs": case.together, UNTRAINED: case.scores[UNTRAINED]}
-    evidence = Evidence(
-        index=chosen,
-        width=len(case.together),
-        standings=case.standings(chosen),
-        facts=facts,
-        trials=trial_table(outcomes) if outcomes else None,
-        ablated={
-            name: {how: against_controls(table, how) | {"size": case.likeness(name, chosen, table)} for how in effort.hows}
-            for name, table in ablations.items()
-        },
-        host=against_controls(host_ablation, "zero"),
-        masked=_masked(outcomes),
-        explained={name: explained(case.measured, score) for name, score in scores.items()},
-        shorter=_share_of_steps(recipe, case.runs[leader][0]),
-        refused=refused,
+            say_budget(planned, _seconds_per_step(folder))
+        outcomes, refused = runner.run(planned, study.batches_of), runner.refused
+
+    # Conclude.
+    scores = {"IRMs": mean_score, UNTRAINED: study.scores[UNTRAINED]}
+    predicted = {name: cross_validated_r2(study.measured, score) for name, score in scores.items()}
+    results = trial_results(outcomes) or None
+    ablated: dict[str, dict[str, dict[str, float]]] = {
+        name: {how: against_controls(own, how) | {"size": study.size_ratio(name, index, own)} for how in budget.hows}
+        for name, own in ablations.items()
+    }
+    cause, conclusions = conclude(
+        Evidence(
+            index=index,
+            width=len(mean_score),
+            ranks=ranks,
+            facts=facts,
+            trials=results,
+            ablated=ablated,
+            host=against_controls(host_ablation, "zero"),
+            masked=_masked(outcomes),
+            predicted=predicted,
+            shorter=shorter,
+            refused=refused,
+        )
     )
-    cause, conclusions = conclude(evidence)
-    found = Explanation(
-        host=case.name,
-        index=chosen,
+    name = Path(host_name(host) or type(host).__name__).name
+    explanation = Explanation(
+        host=name,
+        irms={run: str(folder) for run, (folder, _) in runs.items()},
+        index=index,
         cause=cause,
+        words=f"Index {index} of {name}: {CAUSES[cause]}.",
+        quick=quick,
+        dtype=str(host.dtype).removeprefix("torch."),
         conclusions=conclusions,
         facts=facts,
-        standings=evidence.standings,
-        trials=evidence.trials,
+        standings=ranks,
+        correlations=correlations(study.measured, scores),
+        trials=results,
         ablations=ablations,
         host_ablation=host_ablation,
-        correlations=correlations(case.measured, scores),
-        explained=evidence.explained,
-        measured=case.measured,
-        profiles=case.profiles(chosen),
-        pages=case.pages(leading),
-        irms={name: str(folder) for name, (folder, _) in case.runs.items()},
-        dtype=str(host.dtype).removeprefix("torch."),
-        quick=quick,
+        explained=predicted,
+        profiles=study.profiles(index),
+        pages=study.about(leading),
+        measured={str(column): study.measured[column].round(12).tolist() for column in study.measured},
+        folder=Path(out),
     )
-    found.save(out)
-    return found
+    explanation.save(out)
+    return explanation
 
 
-def _asked(effort: Effort, facts: pd.DataFrame) -> dict[str, int]:
-    """The trials that can say something about this index."""
-    seen, channel = is_seen_oddly(facts), is_channel(facts)
-    worth = {"gain": seen, "no channel": channel, "ordinary": seen and channel}
-    return {kind: count for kind, count in effort.trials.items() if worth.get(kind, True)}
+def _informative(budget: Budget, facts: Sequence[IndexFact]) -> dict[str, int]:
+    """The trials of a budget that can tell something about this index: an ordinary gain or residual is not edited."""
+    readout, channel = has_atypical_readout(facts), is_channel(facts)
+    changes = {"gain": readout, "no channel": channel, "ordinary": readout and channel}
+    return {kind: count for kind, count in budget.trials.items() if changes.get(kind, True)}
 
 
-def _trial_recipe(recipe: Recipe, effort: Effort, host: PreTrainedModel) -> Recipe:
-    """What trials train: the run's recipe, on the host that was given."""
+def _trial_recipe(recipe: Recipe, budget: Budget, host: PreTrainedModel) -> Recipe:
+    """The run's recipe on the host that was given, with no more steps than the budget has."""
     recipe = recipe.changed(host=host_name(host) or None)
-    if effort.steps is None or (recipe.steps is not None and recipe.steps <= effort.steps):
+    if budget.steps is None or (recipe.steps is not None and recipe.steps <= budget.steps):
         return recipe
-    return recipe.changed(steps=effort.steps)
+    return recipe.changed(steps=budget.steps)
 
 
-def _share_of_steps(recipe: Recipe | None, folder: Path) -> float:
+def _share_of_steps(recipe: Recipe, folder: Path) -> float:
     """Trials' steps over the run's, at most 1."""
     done = read_run(folder).get("steps_done")
-    return 1.0 if recipe is None or recipe.steps is None or not done else min(1.0, recipe.steps / done)
+    return 1.0 if recipe.steps is None or not done else min(1.0, recipe.steps / done)
 
 
-def _seconds_a_step(folder: Path) -> float | None:
+def _seconds_per_step(folder: Path) -> float | None:
     run = read_run(folder)
     return run["seconds"] / run["steps_done"] if run.get("steps_done") else None
 

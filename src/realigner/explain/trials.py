@@ -1,7 +1,7 @@
-"""Causal tests by training again: the same recipe with one thing changed, and where the index stands then.
+"""Causal tests: train the same recipe with one thing changed, and rank the index again.
 
-Trials go through the sweep, so a finished one is never trained twice, whatever kills the process. Hosts with one thing changed
-(`edits`) are written beside them as ordinary folders; the given host is not touched.
+Trials run through the sweep, so that a finished one is never trained twice, also after the process was killed. Edited hosts
+(`edits`) are written next to them as ordinary folders; the given host is not modified.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
@@ -22,12 +21,15 @@ import realigner.explain.edits as edits
 from realigner.analysis.per_run import leading_score
 from realigner.console import say
 from realigner.errors import RealignerError
-from realigner.explain.example_batches import Rows
+from realigner.explain.example_batches import ExampleBatches
+from realigner.explain.explanation import TrialResult
 from realigner.explain.verdict import KINDS
-from realigner.hosts import load_host, weights_hash
+from realigner.fingerprints import weights_hash
+from realigner.hosts import load_host
 from realigner.injection import ActiveIRM
 from realigner.sweep.grid import RunSpec, Sweep, plan
 from realigner.sweep.sweep_run import run_sweep
+from realigner.traces.summary import DeltaSums
 from realigner.training.recipe import Recipe
 from realigner.tuner import load_irm, tuner_of
 
@@ -38,36 +40,36 @@ FULL = {**dict.fromkeys(KINDS, 2), "reference": 3, "permuted": 3, "gain": 3, "ma
 
 @dataclass(frozen=True)
 class Trial:
-    """One run to be trained.
+    """One training with one thing changed.
 
     Attributes:
         kind: of `KINDS`.
         seed: of the training.
-        recipe: how; its host is an edited one's folder for some kinds.
-        place: where the index in question is on that host.
-        order: index i of the host is ``order[i]`` there; None: where it was.
+        recipe: of the training; for some kinds its host is the folder of an edited one.
+        permuted_index: the number of the index in question on that host.
+        order: index i of the original host is ``order[i]`` there; None: unchanged.
     """
 
     kind: str
     seed: int
     recipe: Recipe
-    place: int
+    permuted_index: int
     order: np.ndarray | None = None
 
-    def index_at(self, place: int) -> int:
-        """Which index of the host as it was is at a place of this one's."""
-        return place if self.order is None else int(np.flatnonzero(self.order == place)[0])
+    def original_index(self, permuted: int) -> int:
+        """The number on the original host of an index of this trial's host."""
+        return permuted if self.order is None else int(np.flatnonzero(self.order == permuted)[0])
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial came to.
+    """The measurements of a finished trial.
 
     Attributes:
         trial: what was trained.
-        magnitude: mean size of its deltas ``[layer, neuron]`` over rows.
+        magnitude: M, the mean |delta| ``[layer, neuron]`` over rows.
         losses: summed loss of each row ``[row]``, and `counts`: its targets.
-        bare: the same of its host without it.
+        bare: the same of its host without the IRM.
     """
 
     trial: Trial
@@ -78,28 +80,22 @@ class Outcome:
 
     @property
     def score(self) -> np.ndarray:
-        """How far each index stands out ``[neuron]``."""
+        """`leading_score` of each index ``[neuron]``."""
         return leading_score(self.magnitude)
-
-    @property
-    def rank(self) -> int:
-        """The index's place in that, 1 for the leading one; ties count against it."""
-        score = self.score
-        return int((score >= score[self.trial.place]).sum())
 
 
 @dataclass
-class Bench:
-    """Where trials are trained: a folder, a host by name, a recipe.
+class TrialRunner:
+    """Trains the trials of one index.
 
     Attributes:
-        out: the folder: ``runs/`` and ``hosts/`` in it.
-        host, tokenizer: the host as it is.
-        recipe: of the run in question, with the steps that trials are to take.
+        out: the folder; trials are in ``runs/``, edited hosts in ``hosts/``.
+        host, tokenizer: the unmodified host.
+        recipe: of the run to repeat, with the number of steps of a trial.
         index: the index in question.
-        gain: what the trials ``gain`` set the final norm's gain there to.
+        gain: the final norm's gain at the index in trials of kind ``gain``.
         taken: seeds of the IRMs given, which trials do not repeat.
-        on, workers: as `run_sweep` has them.
+        on, workers: as in `run_sweep`.
         quiet: show no table.
         refused: kind of trial -> why this host or recipe has none.
     """
@@ -117,7 +113,7 @@ class Bench:
     refused: dict[str, str] = field(default_factory=dict)
 
     def trials(self, counts: Mapping[str, int]) -> list[Trial]:
-        """So many trials of each kind, the first seed of all kinds the same; none of a kind that the host refuses."""
+        """The given number of trials of each kind, with the same seeds; none of a kind that is impossible on this host."""
         found = []
         for kind, count in counts.items():
             try:
@@ -164,11 +160,11 @@ class Bench:
 
     @cached_property
     def hashed(self) -> str:
-        """Which host this is, in which precision, in few characters: hosts made of another one are not taken for its."""
+        """Short hash of the host's weights and dtype, which keeps edited versions of different hosts apart."""
         return f"{weights_hash(self.host)[:8]}-{str(self.host.dtype).removeprefix('torch.')}"
 
     def order(self) -> np.ndarray:
-        """The permutation of the trials ``permuted``: index i becomes ``order[i]``, and the one in question moves."""
+        """The permutation of trials of kind ``permuted``: index i becomes ``order[i]``; the index in question moves."""
         width = int(self.host.config.get_text_config(decoder=True).hidden_size)
         rng = np.random.default_rng(self.index)
         while True:
@@ -176,15 +172,17 @@ class Bench:
             if width < 2 or order[self.index] != self.index:
                 return np.asarray(order)
 
-    def run(self, trials: Sequence[Trial], rows_of: Callable[[Recipe], Rows]) -> list[Outcome]:
-        """Train what is not trained yet, and look at all; a kind of which one failed is left out, and `refused`.
+    def run(self, trials: Sequence[Trial], rows_of: Callable[[Recipe], ExampleBatches]) -> list[Outcome]:
+        """Train the trials that are not trained yet, and measure all of them.
+
+        A kind with a failed trial is left out, with the reason in `refused`.
 
         Args:
             trials: from `trials`.
-            rows_of: the validation rows of a recipe, which its training does not see.
+            rows_of: the validation rows of a recipe, on which its training does not train.
 
         Raises:
-            RealignerError: when references fail, or when it was interrupted (the same call goes on).
+            RealignerError: if a reference failed, or the sweep was interrupted (the same call resumes it).
         """
         planned = [replace(_planned(trial.recipe), varies={"trial": trial.kind, "seed": trial.seed}) for trial in trials]
         folder = self.out / "runs" / _planned(self.recipe).name
@@ -196,7 +194,7 @@ class Bench:
             raise RealignerError(f"explain: the run cannot be trained again: {self.refused['reference']}")
         made = [(trial, run) for trial, run in zip(trials, planned, strict=True) if trial.kind not in self.refused]
         if any(not (folder / run.name).is_dir() for _, run in made):
-            raise RealignerError("explain: interrupted; the same command goes on from there")
+            raise RealignerError("explain: interrupted; the same call resumes it")
         rows = {trial.seed: rows_of(trial.recipe) for trial, _ in made}  # trials of a seed split alike
         outcomes = []
         for name, group in itertools.groupby(made, key=lambda pair: pair[0].recipe.host):
@@ -205,13 +203,13 @@ class Bench:
         return outcomes
 
     def _loaded(self, name: str | None) -> PreTrainedModel:
-        """The host of a trial, edited or not."""
+        """A trial's host, edited or not."""
         if not name or not Path(name).is_relative_to((self.out / "hosts").resolve()):
             return self.host
         return load_host(name, str(self.host.dtype).removeprefix("torch."), str(self.host.device))[0]
 
 
-def _outcome(host: PreTrainedModel, trial: Trial, run: Path, rows: Rows) -> Outcome:
+def _outcome(host: PreTrainedModel, trial: Trial, run: Path, rows: ExampleBatches) -> Outcome:
     model = load_irm(host, run)
     try:
         magnitude, losses, counts = magnitude_and_losses(model, rows)
@@ -227,18 +225,13 @@ def _planned(recipe: Recipe) -> RunSpec:
     return run
 
 
-def magnitude_and_losses(model: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean size of a model's deltas ``[layer, neuron]`` over the rows' tokens, and the rows' losses and targets."""
+def magnitude_and_losses(model: Any, rows: ExampleBatches) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """M of a model's deltas ``[layer, neuron]`` over the rows' tokens, and the rows' losses and targets."""
     tuner = tuner_of(model)
-    total: list[torch.Tensor] = []
-    tokens = 0
+    sums = DeltaSums()
 
     def observe(_: ActiveIRM, __: torch.Tensor, delta: torch.Tensor) -> None:
-        nonlocal tokens
-        real = next(masks)
-        tokens += int(real.sum())
-        own = delta.detach()[real.to(delta.device)].abs().double().sum(0).cpu()
-        total[:] = [own if not total else total[0] + own]
+        sums.add(delta.detach()[next(masks).to(delta.device)])
 
     masks = iter([batch["attention_mask"].bool() for batch in rows.batches])
     tuner.injector.observers.append(observe)
@@ -246,39 +239,36 @@ def magnitude_and_losses(model: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray
         losses, counts = rows.losses(model)
     finally:
         tuner.injector.observers.remove(observe)
-    return (total[0] / tokens).numpy(), losses, counts
+    return sums.mean_abs(), losses, counts
 
 
-def trial_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    """A row a trial: ``kind, seed, place, rank, ratio`` (the index's score, times the median), ``leader`` (by its number in the
-    host as it was), ``leader_ratio``, ``loss``, ``bare_loss`` (nats per target, of rows that this trial was not trained on),
-    and ``learned`` (what training took off the loss)."""
-    entries = []
+def trial_results(outcomes: Sequence[Outcome]) -> list[TrialResult]:
+    """The rank of the index and the losses of each trial; ties count against the index."""
+    found = []
     for outcome in outcomes:
-        score, total = outcome.score, outcome.counts.sum()
-        entries.append(
-            {
-                "kind": outcome.trial.kind,
-                "seed": outcome.trial.seed,
-                "place": outcome.trial.place,
-                "rank": outcome.rank,
-                "ratio": float(score[outcome.trial.place]),
-                "leader": outcome.trial.index_at(int(score.argmax())),
-                "leader_ratio": float(score.max()),
-                "loss": float(outcome.losses.sum() / total),
-                "bare_loss": float(outcome.bare.sum() / total),
-            }
+        trial, score, targets = outcome.trial, outcome.score, outcome.counts.sum()
+        loss, bare = float(outcome.losses.sum() / targets), float(outcome.bare.sum() / targets)
+        ratio = float(score[trial.permuted_index])
+        found.append(
+            TrialResult(
+                kind=trial.kind,
+                seed=trial.seed,
+                place=trial.permuted_index,
+                rank=int((score >= ratio).sum()),
+                ratio=ratio,
+                leader=trial.original_index(int(score.argmax())),
+                leader_ratio=float(score.max()),
+                loss=loss,
+                bare_loss=bare,
+                learned=bare - loss,
+            )
         )
-    table = pd.DataFrame(entries)
-    return table.assign(learned=table["bare_loss"] - table["loss"])
+    return found
 
 
 def say_budget(trials: Sequence[Trial], seconds_a_step: float | None) -> None:
-    """What is about to be trained, before it is."""
+    """Announce how many trials are to be trained, and about how long that takes."""
     steps = sum(trial.recipe.steps or 0 for trial in trials)
-    time = (
-        f", about {steps * seconds_a_step / 60 + len(trials) * 0.3:.0f} minutes by the run's own speed"
-        if seconds_a_step
-        else ""
-    )
-    say(f"training {len(trials)} trials again, {steps} steps in all{time}; finished ones are not repeated")
+    minutes = steps * (seconds_a_step or 0) / 60 + len(trials) * 0.3
+    time = f", about {minutes:.0f} minutes at the run's own speed" if seconds_a_step else ""
+    say(f"training {len(trials)} trials, {steps} steps in total{time}; finished ones are not repeated")

@@ -1,4 +1,4 @@
-"""What weights alone say of an index, in words and figures: ``realigner explain --weights-only``."""
+"""Measurements of an index from a host's weights alone, which are never loaded: ``realigner explain --weights-only``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from realigner.analysis.tables import records
 from realigner.explain.predict import weight_table
-from realigner.explain.verdict import index_facts, oddness, refuse_index
+from realigner.explain.verdict import check_index, index_facts, outlier_sign
 from realigner.explain.weights import weights_of
 
 
 def weights_report(host: PreTrainedModel | str | Path, index: int | None = None, count: int = 5) -> dict[str, Any]:
-    """What weights alone say of an index, or of those that are furthest out of the ordinary; a checkpoint is never loaded.
+    """Measure an index, or the strongest outliers, from weights alone; a checkpoint is never loaded.
 
     Args:
         host: in memory, or a folder with config.json and safetensors.
@@ -30,7 +29,7 @@ def weights_report(host: PreTrainedModel | str | Path, index: int | None = None,
     """
     weights = weights_of(host)
     table, width = weight_table(weights), weights.sizes["neuron"]
-    refuse_index(index, width)
+    check_index(index, width)
     looked = next(table[name] for name in ("head_reach", "final_gain", "head_norm", "embedding_norm") if name in table)
     size = looked.to_numpy(dtype=float)
     apart = np.abs(np.log(np.maximum(size, 1e-30) / np.median(size)))
@@ -38,9 +37,8 @@ def weights_report(host: PreTrainedModel | str | Path, index: int | None = None,
     entries = []
     for number in chosen:
         facts = index_facts(table, number)
-        odd = facts[facts["times_median"].map(oddness) != 0]
-        told = [f"{about} {times:.2g} times the median" for about, times in zip(odd["about"], odd["times_median"], strict=True)]
-        words = "; ".join(told) or "nothing out of the ordinary"
-        entries.append({"index": number, "words": words, "facts": records(facts)})
+        outliers = [f"{f.about} {f.times_median:.2g} times the median" for f in facts if outlier_sign(f.times_median)]
+        words = "; ".join(outliers) or "no outlier"
+        entries.append({"index": number, "words": words, "facts": [fact.model_dump(mode="json") for fact in facts]})
     facts_of = {key: weights.attrs[key] for key in ("host", "model_type", "norm", "tied")}
     return {**facts_of, "neurons": width, "layers": weights.sizes["layer"], "indices": entries}

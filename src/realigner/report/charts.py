@@ -58,7 +58,7 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Axis:
+class ChartAxis:
     """A horizontal axis, in percent of its width; a logarithmic one has its zeros beside it, at the left.
 
     Attributes:
@@ -73,7 +73,7 @@ class Axis:
     zeros: bool = False
 
     @classmethod
-    def over(cls, values: Sequence[float], log: bool = False) -> Axis:
+    def over(cls, values: Sequence[float], log: bool = False) -> ChartAxis:
         """An axis that all finite values fit on."""
         finite = [value for value in values if math.isfinite(value)]
         there = [value for value in finite if value > 0] if log else finite
@@ -98,13 +98,17 @@ class Axis:
 
 
 def dot_chart(
-    rows: Sequence[tuple[str, Sequence[Dot]]], axis: Axis, x_label: str, title: str, lines: Sequence[tuple[float, str]] = ()
+    rows: Sequence[tuple[str, Sequence[Dot]]],
+    axis: ChartAxis,
+    x_label: str,
+    title: str,
+    lines: Sequence[tuple[float, str]] = (),
 ) -> Markup:
     """Dots over a common axis, a row for each name, as HTML: names wrap, and dots keep their size on every screen.
 
     Args:
         rows: name and dots.
-        axis: see `Axis.over`.
+        axis: see `ChartAxis.over`.
         x_label: with units.
         title: what it shows.
         lines: vertical ones through all rows: value, and colour and dash as ``"c2 d1"``.
@@ -120,14 +124,14 @@ def dot_chart(
         drawn = f'<svg role="img"><title>{said}</title>{grid}{marks}</svg>'
         parts.append(f'<div class="dot-row"><span>{escape(label)}</span>{drawn}</div>')
     numbers = "".join(
-        f'<text class="tick" x="{at:.2f}%" y="12" text-anchor="middle">{short(value)}</text>' for at, value in across
+        f'<text class="tick" x="{at:.2f}%" y="12" text-anchor="middle">{fmt(value)}</text>' for at, value in across
     )
     parts.append(f'<div class="dot-row dot-axis"><span></span><svg aria-hidden="true">{numbers}</svg></div>')
     parts.append(f'<div class="dot-row dot-name"><span></span><span>{escape(x_label)}</span></div>')
     return Markup("".join(parts) + "</div>")
 
 
-def _dot(dot: Dot, axis: Axis) -> str:
+def _dot(dot: Dot, axis: ChartAxis) -> str:
     interval = ""
     if math.isfinite(dot.low) and math.isfinite(dot.high):
         ends = f'x1="{axis.at(dot.low):.2f}%" x2="{axis.at(dot.high):.2f}%"'
@@ -140,8 +144,8 @@ def _dot(dot: Dot, axis: Axis) -> str:
 def _said(values: Sequence[float]) -> str:
     """A few values, or how many there are from where to where."""
     if len(values) > 6:
-        return f"{len(values)} from {short(min(values))} to {short(max(values))}"
-    return ", ".join(map(short, values)) or "none"
+        return f"{len(values)} from {fmt(min(values))} to {fmt(max(values))}"
+    return ", ".join(map(fmt, values)) or "none"
 
 
 def spans_much(values: Sequence[float]) -> bool:
@@ -184,11 +188,11 @@ def line_chart(
     for value in log_ticks(10**y_low, 10**y_high, 5) if log else ticks(y_low, y_high, 5):
         at = up(math.log10(value) if log else value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{short(value)}</text>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{fmt(value)}</text>')
     whole = all(x == int(x) for x in xs)  # layers and steps have no halves
     for value in [tick for tick in ticks(x_low, x_high, 8) if not whole or tick == int(tick)]:
         at, base = across(value), _HEIGHT - _BOTTOM
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{base + 16}" text-anchor="middle">{short(value)}</text>')
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{base + 16}" text-anchor="middle">{fmt(value)}</text>')
     middle, half = (_LEFT + _WIDTH - _RIGHT) / 2, (_TOP + _HEIGHT - _BOTTOM) / 2
     parts.append(f'<text class="name" x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(
@@ -230,7 +234,7 @@ def bar_chart(heights: Sequence[float], ends: tuple[float, float], highest: floa
     for value in (0.0, highest):
         at = height - bottom - value * up
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 4}" y="{at + 4:.1f}" text-anchor="end">{short(value, 2)}</text>')
+        parts.append(f'<text class="tick" x="{left - 4}" y="{at + 4:.1f}" text-anchor="end">{fmt(value, 2)}</text>')
     for number, value in enumerate(heights):
         if value > 0:
             box = f'x="{left + number * across:.1f}" y="{height - bottom - value * up:.1f}"'
@@ -238,7 +242,7 @@ def bar_chart(heights: Sequence[float], ends: tuple[float, float], highest: floa
                 f'<rect class="f{colour}" {box} width="{max(1.0, across - 1):.1f}" height="{max(0.6, value * up):.1f}"/>'
             )
     for value, x, anchor in ((ends[0], left, "start"), (ends[1], width - right, "end")):
-        parts.append(f'<text class="tick" x="{x}" y="{height - 5}" text-anchor="{anchor}">{short(value)}</text>')
+        parts.append(f'<text class="tick" x="{x}" y="{height - 5}" text-anchor="{anchor}">{fmt(value)}</text>')
     return Markup("".join(parts) + "</svg>")
 
 
@@ -272,7 +276,7 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
     return found[:: max(1, math.ceil(len(found) / most))] or [low, high]
 
 
-def short(value: float, digits: int = 3, zeros: bool = False) -> str:
+def fmt(value: float, digits: int = 3, zeros: bool = False) -> str:
     """A number in few characters: 0.0123, 1.2e-5, 1,512; with `zeros`, also 0.150, to stand under each other."""
     if not math.isfinite(value):
         return NONE

@@ -1,4 +1,4 @@
-"""What a page shows of one trace: everything computed, cut to size and put into words, so that the template only sets it."""
+"""The template values of one trace's part of the page: everything computed, rounded and put into words."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import xarray as xr
 from markupsafe import Markup
 
-from realigner.analysis import leading_indices, run_maps
-from realigner.report import charts
+from realigner.analysis import layer_counts, leading_indices, run_maps, top_histogram
+from realigner.explain.explanation import Explanation
+from realigner.report import charts, diagram
 from realigner.report import page_tables as tables
-from realigner.report.charts import Line, short
-from realigner.report.explained import Explained
-from realigner.report.explanation_section import MARKS, whys
+from realigner.report.charts import Line, fmt
+from realigner.report.explanation_section import MARKS, explanation_sections
 from realigner.report.indices import index_pages
-from realigner.report.run_styles import Runs
+from realigner.report.plot_style import as_svg
+from realigner.report.report_input import ReportInput
+from realigner.report.run_styles import RunStyles
 from realigner.report.token_maps import explorer, questions
-
-if TYPE_CHECKING:
-    from realigner.report.render import Evidence
 
 _BINS = 20  # of the histograms over a text
 BUDGET = 14_500_000  # bytes of a page; what everything else leaves is spent on maps token by token
@@ -32,19 +31,19 @@ MARKED = 5  # leading indices marked above a map, each with a page
 _STRIATION = ("icc", "kendall_w", "eta_squared_neuron", "omega_squared_neuron", "svd_share")
 _TIMING = ("centre_of_mass", "prompt_share", "first_share", "largest_share", "entropy", "late_share_1000")
 _SPARSITY = ("hoyer", "participation", "kurtosis", "gini", "small_share")
-_FIGURES = re.compile(r" \((?:expected|95%)[^()]*\)")  # the page shows them by themselves
+_FIGURES = re.compile(r" \((?:expected|95%)[^()]*\)")  # the page shows them separately
 
 
-def view(item: Evidence, number: int = 0, budget_bytes: int = BUDGET) -> dict[str, Any]:
-    """Everything the template sets of one trace.
+def page_context(item: ReportInput, number: int = 0, budget_bytes: int = BUDGET) -> dict[str, Any]:
+    """The template values of one trace.
 
     Args:
-        item: the trace, what was found in it, and the records of its runs.
-        number: the how-maniest trace of the page, from 0.
-        budget_bytes: for its maps token by token and all else.
+        item: the trace, its statistics, and the records of its runs.
+        number: zero-based index of the trace on the page.
+        budget_bytes: size of its part of the page.
     """
     trace = item.trace
-    runs = Runs.of(trace)
+    runs = RunStyles.of(trace)
     maps = {kind: run_maps(trace, kind) for kind in ("signed", "absolute")}
     leading = {run: leading_indices(maps["absolute"].sel(run=run), trace.sizes["neuron"]) for run in runs.names}
     top = {run: leading_indices(maps["absolute"].sel(run=run), 10) for run in runs.names}
@@ -65,7 +64,7 @@ def view(item: Evidence, number: int = 0, budget_bytes: int = BUDGET) -> dict[st
         "consensus": _consensus(item, runs.names),
         "timing": _timing(item, runs),
         "sparsity": _sparsity(item, runs),
-        "whys": whys(item.explained, runs),
+        "explanations": explanation_sections(item.explained, runs),
         "training": _training(item, runs),
         "records": {run: item.records[run] for run in runs.names if run in item.records},
         "indices": index_pages(trace, _found(item, "consensus", None), runs, maps, leading, marks, item.explained),
@@ -80,8 +79,8 @@ def view(item: Evidence, number: int = 0, budget_bytes: int = BUDGET) -> dict[st
     return page
 
 
-def _words(item: Evidence, runs: Runs, page: Mapping[str, Any]) -> dict[str, Any]:
-    """Title and lead, the menu, and what the records of the first trained run say for all."""
+def _words(item: ReportInput, runs: RunStyles, page: Mapping[str, Any]) -> dict[str, Any]:
+    """Title, lead and menu, and the record of the first trained run, which stands for all."""
     record = next((item.records[run] for run in runs.trained if run in item.records), None)
     counts, host = page["counts"], page["host"] or "its host"
     trained = [run for run in runs.names if not runs.facts[run]["untrained"]]
@@ -105,7 +104,7 @@ def _words(item: Evidence, runs: Runs, page: Mapping[str, Any]) -> dict[str, Any
         ("consensus", "Consensus", page["consensus"]),
         ("timing", "Timing", True),
         ("sparsity", "Sparsity", True),
-        ("why", "Why", page["whys"]),
+        ("why", "Why", page["explanations"]),
         ("indices", "Indices", page["indices"]),
         ("training", "Training", page["training"]),
         ("methods", "Methods", True),
@@ -124,9 +123,6 @@ def _words(item: Evidence, runs: Runs, page: Mapping[str, Any]) -> dict[str, Any
 
 def _diagram(record: Mapping[str, Any], neurons: int) -> Markup:
     """Figure 1, in the colours of the page's theme."""
-    from realigner.report import diagram
-    from realigner.report.figures import as_svg
-
     text = as_svg(diagram.figure1(record, neurons))
     shades = {
         diagram.INK: "ink",
@@ -149,7 +145,7 @@ def _number(count: int, thing: str) -> str:
     return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
-def _commands(item: Evidence, runs: Runs) -> list[str]:
+def _commands(item: ReportInput, runs: RunStyles) -> list[str]:
     """The commands that make this page again."""
     folders = list(dict.fromkeys(str(runs.facts[run]["irm"]) for run in runs.names if runs.facts[run]["irm"]))
     settings = item.trace.attrs["notes"].get("settings", {})
@@ -170,13 +166,13 @@ def _commands(item: Evidence, runs: Runs) -> list[str]:
     ]
 
 
-def _explain_command(found: Explained) -> str:
+def _explain_command(found: Explanation) -> str:
     irms = " ".join(f"--irm {folder}" for folder in found.irms.values())
     untried = "" if found.trials else " --no-trials"
     return f"realigner explain {irms} --index {found.index}{' --quick' * found.quick}{untried} --out {found.folder}"
 
 
-def _found(item: Evidence, name: str, otherwise: Any) -> Any:
+def _found(item: ReportInput, name: str, otherwise: Any) -> Any:
     return otherwise if item.analysis is None else getattr(item.analysis, name)
 
 
@@ -205,7 +201,7 @@ def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _replies(item: Evidence, runs: Runs) -> list[dict[str, Any]]:
+def _replies(item: ReportInput, runs: RunStyles) -> list[dict[str, Any]]:
     """Prompt by prompt, the replies side by side; at first one untrained run and the first run of each tone are shown."""
     answers = item.answers()
     columns = [run for run in ["base", *runs.names] if any(run in answer for answer in answers)]
@@ -226,7 +222,7 @@ def _replies(item: Evidence, runs: Runs) -> list[dict[str, Any]]:
     ]
 
 
-def _striation(item: Evidence, runs: Runs) -> list[dict[str, Any]]:
+def _striation(item: ReportInput, runs: RunStyles) -> list[dict[str, Any]]:
     table = _found(item, "striation", None)
     if table is None:
         return []
@@ -234,13 +230,13 @@ def _striation(item: Evidence, runs: Runs) -> list[dict[str, Any]]:
         {
             "without": int(without),
             "table": tables.by_run(own, _STRIATION, runs.names),
-            "all": tables.plain(own, ("without", "tone", "unit")),
+            "all": tables.full_table(own, ("without", "tone", "unit")),
         }
         for without, own in table.groupby("without")
     ]
 
 
-def _consensus(item: Evidence, order: Sequence[str]) -> dict[str, Any] | None:
+def _consensus(item: ReportInput, order: Sequence[str]) -> dict[str, Any] | None:
     found = _found(item, "consensus", None)
     if found is None or not len(found.table):
         return None
@@ -264,24 +260,22 @@ def _consensus(item: Evidence, order: Sequence[str]) -> dict[str, Any] | None:
     top = max([value for value in overlap.values() if math.isfinite(value)], default=1.0) or 1.0
     matrix = [
         [
-            None if a == b else {"text": short(value, 2), "weight": round(min(1.0, max(0.0, value / top)), 2)}
+            None if a == b else {"text": fmt(value, 2), "weight": round(min(1.0, max(0.0, value / top)), 2)}
             for b in runs
             if (value := overlap.get((a, b), overlap.get((b, a), 0.0))) is not None
         ]
         for a in runs
     ]
     return {
-        "table": tables.plain(found.table, drop),
-        "indices": tables.plain(found.indices.head(12), drop),
+        "table": tables.full_table(found.table, drop),
+        "indices": tables.full_table(found.indices.head(12), drop),
         "neurons": [int(index) for index in found.indices["neuron"].head(12)],
         "runs": int(found.indices["runs"].iloc[0]) if len(found.indices) else 0,
-        "pairs": {"runs": runs, "matrix": matrix, "null": short(float(pairs["null"].iloc[0])) if len(pairs) else ""},
+        "pairs": {"runs": runs, "matrix": matrix, "null": fmt(float(pairs["null"].iloc[0])) if len(pairs) else ""},
     }
 
 
-def _timing(item: Evidence, runs: Runs) -> dict[str, Any]:
-    from realigner.analysis.timing import top_histogram
-
+def _timing(item: ReportInput, runs: RunStyles) -> dict[str, Any]:
     table = _found(item, "timing", None)
     figures = []
     for k in (100, 1000, 10_000):
@@ -300,13 +294,11 @@ def _timing(item: Evidence, runs: Runs) -> dict[str, Any]:
     return {
         "figures": figures,
         "table": tables.by_run(whole, _TIMING, runs.names),
-        "all": tables.plain(table, ("tone", "unit")),
+        "all": tables.full_table(table, ("tone", "unit")),
     }
 
 
-def _sparsity(item: Evidence, runs: Runs) -> dict[str, Any]:
-    from realigner.analysis.timing import layer_counts
-
+def _sparsity(item: ReportInput, runs: RunStyles) -> dict[str, Any]:
     found: dict[str, Any] = {"table": None, "all": None, "chart": None}
     k = min(1000, item.trace.sizes["rank"])
     counts = layer_counts(item.trace, k)
@@ -336,12 +328,12 @@ def _bars(lines: Sequence[Line], ends: tuple[float, float], title: str) -> list[
     ]
 
 
-def _layers(runs: Runs, run: str, own: pd.DataFrame, column: str) -> Line:
+def _layers(runs: RunStyles, run: str, own: pd.DataFrame, column: str) -> Line:
     own = own.assign(layer=own["layer"].astype(int)).sort_values("layer")
     return Line(run, own["layer"].tolist(), own[column].astype(float).tolist(), runs.colour(run), runs.dash(run))
 
 
-def _training(item: Evidence, runs: Runs) -> dict[str, Any] | None:
+def _training(item: ReportInput, runs: RunStyles) -> dict[str, Any] | None:
     """Validation loss of every run by step, the kept one ringed."""
     lines, bare = [], []
     for run in runs.names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from matplotlib import pyplot as plt
@@ -10,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from realigner.irm import IRMShape
-from realigner.report.figures import _STYLE, COLUMN, PAGE
+from realigner.report.plot_style import COLUMN, PAGE, STYLE
 
 INK, SOFT, TRAINED, FILL, TINT = "#1d2430", "#566072", "#b5432f", "#eef1f4", "#f8e6e1"
 
@@ -27,7 +27,7 @@ def figure1(record: Mapping[str, Any], neurons: int, width: float = COLUMN) -> F
     irm, host = record["irm"], record["host"]
     layers = list(irm["layers"])
     depth = int((host.get("fingerprint") or {}).get("num_layers") or max(layers) + 1)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(width, width * 0.98 if width < PAGE else 4.6), layout="constrained")
         axes.set(xlim=(0, 10), ylim=(0, 10.2))
         axes.axis("off")
@@ -110,13 +110,12 @@ def _network(
 def _widths(record: Mapping[str, Any], neurons: int, outputs: int) -> list[tuple[int, str]]:
     """Widths from h0 to the deltas, with labels, as the recipe's network has them."""
     recipe = record.get("recipe", {})
-    shape = IRMShape(
-        preset=str(record["irm"]["preset"]),
-        layers=list(range(outputs)),
-        **{key: recipe[key] for key in ("widths", "rank", "output_std", "input_norm", "masked") if recipe.get(key) is not None},
-    )
     import torch
 
+    from realigner.irm import IRMShape
+
+    own = {field.name: recipe[field.name] for field in fields(IRMShape) if recipe.get(field.name) is not None}
+    shape = IRMShape(**(own | {"preset": str(record["irm"]["preset"]), "layers": list(range(outputs))}))
     with torch.device("meta"):
         network = shape.build(neurons, outputs)
     linear = [module for module in network.trunk if isinstance(module, torch.nn.Linear)]

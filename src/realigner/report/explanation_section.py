@@ -1,4 +1,4 @@
-"""The chapter "Why this index?": explanations drawn and put into words, and what they say on the pages of indices."""
+"""The chapter "Why this index?": explanations as charts, tables and text, and their summaries on the pages of indices."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from realigner.explain.verdict import KINDS, oddness, top_ranks
+from realigner.explain.explanation import Ablation, Explanation, IndexFact, Regression, TrialResult
+from realigner.explain.verdict import KINDS, outlier_sign, top_ranks
 from realigner.report import charts
 from realigner.report import page_tables as tables
-from realigner.report.charts import Axis, Dot, Line, short
-from realigner.report.explained import Ablation, Explained, Fact, Regression, Trial
-from realigner.report.run_styles import COLOURS, Runs
+from realigner.report.charts import ChartAxis, Dot, Line, fmt
+from realigner.report.run_styles import COLOURS, RunStyles
 from realigner.traces.layout import UNTRAINED
 
 MARKS = {"supported": "yes", "not supported": "no", "cannot tell": "unknown"}
@@ -28,50 +28,50 @@ _HOST_HOWS = {"zero": ("With the residual held at 0", "the loss with the residua
 _GROUPS = {"": "index {}", "leading": "the other leading indices", "matched": "indices of its size", "random": "random indices"}
 
 
-def whys(items: Sequence[Explained], runs: Runs) -> list[dict[str, Any]]:
-    """What the chapter shows, an entry an explanation."""
-    return [_why(item, number, runs) for number, item in enumerate(items, 1)]
+def explanation_sections(items: Sequence[Explanation], runs: RunStyles) -> list[dict[str, Any]]:
+    """The chapter's template values, one entry for each explanation."""
+    return [_section(item, number, runs) for number, item in enumerate(items, 1)]
 
 
-def _why(item: Explained, number: int, runs: Runs) -> dict[str, Any]:
+def _section(item: Explanation, number: int, runs: RunStyles) -> dict[str, Any]:
     conclusions = [
-        {"mark": MARKS[told.answer], **told.model_dump(), "unit": told.unit[:-1] if told.n == 1 else told.unit}
-        for told in item.conclusions
+        {"mark": MARKS[own.answer], **own.model_dump(), "unit": own.unit[:-1] if own.n == 1 else own.unit}
+        for own in item.conclusions
     ]
     return {
         "id": f"why-{number}",
         "index": item.index,
         "words": item.words,
         "done": _done(item),
-        "conclusions": [told for told in conclusions if told["n"]],
-        "untried": [told for told in conclusions if not told["n"]],
+        "conclusions": [own for own in conclusions if own["n"]],
+        "untried": [own for own in conclusions if not own["n"]],
         "trials": _trials(item),
         "ablations": [_ablations(item.index, irm, own, _HOWS) for irm, own in item.ablations.items()],
         "host": _ablations(item.index, "the bare host", item.host_ablation, _HOST_HOWS) if item.host_ablation else None,
         "facts": facts_table(item.facts),
         "profiles": _profiles(item, runs),
         "correlations": _correlations(item),
-        "foreseen": [_foreseen(name, found) for name, found in item.explained.items()],
+        "predicted": [_predicted(name, found) for name, found in item.explained.items()],
     }
 
 
-def _done(item: Explained) -> str:
-    """How much was done."""
-    effort = "The quick, smaller effort" if item.quick else "The full effort"
+def _done(item: Explanation) -> str:
+    """The computations that the explanation is based on."""
+    budget = "The quick, smaller budget" if item.quick else "The full budget"
     trials = _number(len(item.trials), "training") + " with one thing changed or none" if item.trials else "no training"
     rows = [row.n for table in item.ablations.values() for row in table]
     most = f"{min(rows)} to {max(rows)}" if rows and min(rows) < max(rows) else str(max(rows, default=0))
     dtype = f" in {item.dtype}" if item.dtype else ""
     irms = f"{_number(len(item.irms), 'IRM')} ({', '.join(item.irms)})"
-    return f"{effort}: {trials}; losses{dtype} on {most} rows of each of {irms}; {item.width:,} indices measured."
+    return f"{budget}: {trials}; losses{dtype} on {most} rows of each of {irms}; {item.width:,} indices measured."
 
 
 def _number(count: int, thing: str) -> str:
     return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
-def _trials(item: Explained) -> dict[str, Any] | None:
-    """The index in each training, a row a kind of it, and the same in numbers."""
+def _trials(item: Explanation) -> dict[str, Any] | None:
+    """The index in each training, one row for each kind of trial, as a chart and a table."""
 
     if not item.trials:
         return None
@@ -80,37 +80,52 @@ def _trials(item: Explained) -> dict[str, Any] | None:
     references = [trial.ratio for trial in item.trials if trial.kind == "reference"]
     mean = sum(references) / len(references) if references else math.nan
 
-    def dot(trial: Trial) -> Dot:
-        title = f"seed {trial.seed}: {short(trial.ratio)} times the median, rank {trial.rank}; index {trial.leader} leads"
+    def dot(trial: TrialResult) -> Dot:
+        title = f"seed {trial.seed}: {fmt(trial.ratio)} times the median, rank {trial.rank}; index {trial.leader} leads"
         return Dot(trial.ratio, title, _INDEX, trial.rank <= first)
 
     kinds = dict.fromkeys(trial.kind for trial in item.trials)
     rows = [(KINDS.get(kind, kind), [dot(trial) for trial in item.trials if trial.kind == kind]) for kind in kinds]
-    axis = Axis.over([*ratios, 1.0], charts.spans_much(ratios))
+    axis = ChartAxis.over([*ratios, 1.0], charts.spans_much(ratios))
     lines = [(1.0, "c0"), *([(mean, f"c{_INDEX} d1")] if math.isfinite(mean) else [])]
     title = f"Index {item.index} in trainings with one thing changed"
     head = ["trained", "seed", "rank", "times the median", "leader", "loss, nats per target", "learned"]
     numbers = [
-        (KINDS.get(t.kind, t.kind), t.seed, t.rank, short(t.ratio), t.leader, short(t.loss, 4), short(t.learned, 4))
+        (
+            KINDS.get(t.kind, t.kind),
+            t.seed,
+            t.rank,
+            fmt(t.ratio),
+            t.leader,
+            fmt(t.loss, 4),
+            fmt(t.learned, 4),
+        )
         for t in item.trials
     ]
     return {
         "chart": charts.dot_chart(rows, axis, "times the median" + " (log)" * axis.log, title, lines),
         "first": first,
-        "mean": "" if math.isnan(mean) else short(mean),
+        "mean": "" if math.isnan(mean) else fmt(mean),
         "table": {"head": head, "rows": numbers, "numeric": [False] + [True] * 6},
     }
 
 
 def _ablations(index: int, whose: str, own: Sequence[Ablation], hows: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-    """Of an IRM or the host: a chart for each kind of ablation, and the same in numbers."""
+    """The ablations of an IRM or the host: a chart for each kind, and a table."""
     by_how = {how: rows for how in hows if (rows := [row for row in own if row.how == how])}
     numbers = [
-        (hows[how][0], row.index, _which(row), short(row.loss, 4), short(row.change), tables.interval(row.low, row.high))
+        (
+            hows[how][0],
+            row.index,
+            _which(row),
+            fmt(row.loss, 4),
+            fmt(row.change),
+            tables.fmt_interval(row.low, row.high),
+        )
         for how, rows in by_how.items()
         for row in rows
     ]
-    losses = {row.how: short(row.loss, 4) for row in own}
+    losses = {row.how: fmt(row.loss, 4) for row in own}
     head = ["ablation", "index", "which", "loss", "change", "95% interval"]
     return {
         "whose": whose,
@@ -133,14 +148,14 @@ def _which(row: Ablation) -> str:
 
 def _ablation_chart(index: int, title: str, own: Sequence[Ablation]) -> Markup:
     def dot(row: Ablation) -> Dot:
-        title = f"index {row.index}: {short(row.change)} ({tables.interval(row.low, row.high)})"
+        title = f"index {row.index}: {fmt(row.change)} ({tables.fmt_interval(row.low, row.high)})"
         if row.group:
             return Dot(row.change, title, 0, False, small=True)
         return Dot(row.change, title, _INDEX, True, row.low, row.high)
 
     ends = [end for row in own if not row.group for end in (row.low, row.high)]
     sizes = sorted(abs(value) for value in [*(row.change for row in own), *ends])
-    edge = 5 * sizes[int(0.9 * (len(sizes) - 1))]  # one index that everything hangs on would press all others into a point
+    edge = 5 * sizes[int(0.9 * (len(sizes) - 1))]  # one index with a huge effect would squeeze all others into a point
     far = {row.index: row for row in own if row.group and abs(row.change) > edge}
     shown = [row for row in own if row.index not in far]
     rows = [
@@ -148,27 +163,27 @@ def _ablation_chart(index: int, title: str, own: Sequence[Ablation]) -> Markup:
         for group, name in _GROUPS.items()
         if any(row.group == group for row in own)
     ]
-    axis = Axis.over([*(row.change for row in shown), *ends, 0.0])
-    beyond = ", ".join(f"index {row.index} ({short(row.change)})" for row in far.values())
+    axis = ChartAxis.over([*(row.change for row in shown), *ends, 0.0])
+    beyond = ", ".join(f"index {row.index} ({fmt(row.change)})" for row in far.values())
     label = "change of loss, nats per target" + (f"; beyond the axis: {beyond}" if far else "")
     return charts.dot_chart(rows, axis, label, title, [(0.0, "c0")])
 
 
-def facts_table(facts: Iterable[Fact]) -> list[dict[str, Any]]:
-    """What is measured at an index; `odd`: far above (1) or below (-1) the median."""
+def facts_table(facts: Iterable[IndexFact]) -> list[dict[str, Any]]:
+    """The measurements at an index; `odd`: far above (1) or below (-1) the median."""
     return [
         {
             "about": fact.about,
-            "value": short(fact.value),
-            "times": short(fact.times_median),
+            "value": fmt(fact.value),
+            "times": fmt(fact.times_median),
             "rank": f"{fact.rank:,} of {fact.n:,}",
-            "odd": oddness(fact.times_median),
+            "odd": outlier_sign(fact.times_median),
         }
         for fact in facts
     ]
 
 
-def _profiles(item: Explained, runs: Runs) -> list[dict[str, Any]]:
+def _profiles(item: Explanation, runs: RunStyles) -> list[dict[str, Any]]:
     """The index layer by layer: in the host, in the IRMs' deltas, and what these cancel of the host's residual."""
     found = item.profiles
     host = [Line("residual", found.layer, found.residual, _INDEX), Line("gradient", found.layer, found.gradient, _HOST)]
@@ -179,7 +194,7 @@ def _profiles(item: Explained, runs: Runs) -> list[dict[str, Any]]:
         (
             _of_irms(found.layer, found.cancelled, runs),
             cancelled,
-            "What the deltas so far take off the host's residual there, as a share of it: 1 takes it away, negative adds to it",
+            "The share of the host's residual there that the deltas up to a layer cancel: 1 is all of it, negative adds to it",
         ),
     ]
     entries = []
@@ -190,7 +205,7 @@ def _profiles(item: Explained, runs: Runs) -> list[dict[str, Any]]:
     return entries
 
 
-def _of_irms(layers: Sequence[float], values: Mapping[str, Sequence[float]], runs: Runs) -> list[Line]:
+def _of_irms(layers: Sequence[float], values: Mapping[str, Sequence[float]], runs: RunStyles) -> list[Line]:
     """A line an IRM, in the page's colours where it knows the run."""
     lines = []
     for number, (irm, line) in enumerate(values.items()):
@@ -200,7 +215,7 @@ def _of_irms(layers: Sequence[float], values: Mapping[str, Sequence[float]], run
     return lines
 
 
-def _correlations(item: Explained) -> dict[str, Any] | None:
+def _correlations(item: Explanation) -> dict[str, Any] | None:
     """Each measurement's rank correlation with the scores, of trained and of untrained IRMs."""
     if not item.correlations:
         return None
@@ -212,30 +227,32 @@ def _correlations(item: Explained) -> dict[str, Any] | None:
         dots = []
         for row in own:
             trained = row.scores != UNTRAINED
-            title = f"{'trained' if trained else UNTRAINED}: {short(row.rho)} ({tables.interval(row.low, row.high)})"
+            title = f"{'trained' if trained else UNTRAINED}: {fmt(row.rho)} ({tables.fmt_interval(row.low, row.high)})"
             dots.append(Dot(row.rho, title, _INDEX if trained else 0, trained, row.low, row.high, down=36 if trained else 66))
         rows.append((about.get(name, name), dots))
     table = pd.DataFrame([row.model_dump() for row in item.correlations])
     table["measurement"] = table["measurement"].map(lambda name: about.get(name, name))
     return {
-        "chart": charts.dot_chart(rows, Axis(-1.0, 1.0), "Spearman's rho", "Rank correlations of measurements", [(0.0, "c0")]),
-        "table": tables.plain(table, ("n",)),
+        "chart": charts.dot_chart(
+            rows, ChartAxis(-1.0, 1.0), "Spearman's rho", "Rank correlations of measurements", [(0.0, "c0")]
+        ),
+        "table": tables.full_table(table, ("n",)),
         "n": f"{item.correlations[0].n:,}",
     }
 
 
-def _foreseen(name: str, found: Regression) -> str:
-    """What a regression on all measurements foresees, in words."""
-    whose = "untrained IRMs" if name == UNTRAINED else "the trained IRMs"
+def _predicted(name: str, found: Regression) -> str:
+    """The regression on all measurements, in words."""
+    irms = "untrained IRMs" if name == UNTRAINED else "the trained IRMs"
     return (
-        f"Where {whose} stand out: a ridge regression on all measurements foresees {short(found.r2)} of the variance of the "
-        f"ranks of indices that it was not fitted on (95% {tables.interval(found.low, found.high)}; with the scores permuted "
-        f"{short(found.null)}; p {tables.probability(found.p)}; n {found.n:,} indices)."
+        f"Leading indices of {irms}: a ridge regression on all measurements predicts {fmt(found.r2)} of the variance of the "
+        f"ranks of held-out indices (95% {tables.fmt_interval(found.low, found.high)}; with the scores permuted "
+        f"{fmt(found.null)}; p {tables.probability(found.p)}; n {found.n:,} indices)."
     )
 
 
-def on_page(items: Sequence[Explained], index: int) -> dict[str, Any] | None:
-    """What explanations say of an index, for its page; None where they say nothing of it."""
+def index_summary(items: Sequence[Explanation], index: int) -> dict[str, Any] | None:
+    """The content of explanations on the page of an index; None if they have none."""
     known = [item.pages[index] for item in items if index in item.pages]
     if not known:
         return None
@@ -245,7 +262,7 @@ def on_page(items: Sequence[Explained], index: int) -> dict[str, Any] | None:
             for name, table in of.items():
                 row = next((row for row in table if row.how == "zero" and row.index == index), None)
                 if row is not None:
-                    change, interval = short(row.change, zeros=True), tables.interval(row.low, row.high)
+                    change, interval = fmt(row.change, zeros=True), tables.fmt_interval(row.low, row.high)
                     losses.setdefault(name, {"irm": name, "change": change, "interval": interval, "n": row.n})
     return {
         "facts": facts_table(known[0].facts),

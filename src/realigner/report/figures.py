@@ -1,54 +1,27 @@
 """The paper's figures, for print: one call each, tables of `analysis` and maps in, a matplotlib Figure out.
 
-Widths are those of a column (3.3 inches) and of a page (6.8), text is 7 points and more at that size, colours are told apart by
-every kind of colour vision. A host has more columns (neurons) than a picture has pixels, and a renderer that averages erases a
+A host has more columns (neurons) than a picture has pixels, and a renderer that averages erases a
 stripe one column wide: maps are pooled by the value of largest magnitude before they are drawn, to fewer columns than any
 resolution of 150 dots an inch and more has pixels.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import xarray as xr
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from realigner.files import written_file
+from realigner.report.plot_style import BARE, COLOURS, COLUMN, DASHES, PAGE, STYLE, TONES
+from realigner.report.run_styles import RunStyles
 
-COLUMN, PAGE = 3.3, 6.8  # inches
-DPI = 300
-FORMATS = ("png", "svg", "pdf")
-COLOURS = "RdBu_r"  # diverging, colour-blind safe
-TONES = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
-BARE = "#8a93a0"  # baselines
-_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1.5, 1, 1.5)))
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 7.5,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "svg.fonttype": "none",
-    "pdf.fonttype": 42,
-}
 _PER_INCH = 140  # columns drawn at most; axes get no wider than they begin
 
 
@@ -127,7 +100,7 @@ def _maps(
     across: int = 1,
 ) -> Figure:
     rows = -(-len(maps) // across)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, across, figsize=(width, height * rows), layout="constrained", squeeze=False)
         places = axes.ravel()
         for ax in places[len(maps) :]:
@@ -193,10 +166,11 @@ def figure_layers(counts: pd.DataFrame, k: int = 1000, width: float = PAGE) -> F
 
 
 def _bars(table: pd.DataFrame, x: str, x_label: str, y_label: str, width: float) -> Figure:
-    runs = _ordered(table)
+    styles = RunStyles.of_table(table)
+    runs = styles.names
     across = 4 if width > COLUMN + 1 else 2
     rows = -(-len(runs) // across)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             rows, across, figsize=(width, 0.5 + 1.15 * rows), layout="constrained", squeeze=False, sharex=True, sharey=True
         )
@@ -207,7 +181,7 @@ def _bars(table: pd.DataFrame, x: str, x_label: str, y_label: str, width: float)
             own = table[table["run"] == runs[number]].sort_values(x)
             place = own[x].to_numpy(dtype=float)
             gap = float(np.median(np.diff(place))) if len(place) > 1 else 1.0
-            ax.bar(place, own["count"], width=0.9 * gap, color=_colour(table, runs[number]))
+            ax.bar(place, own["count"], width=0.9 * gap, color=_colour(styles, runs[number]))
             ax.set_title(runs[number], loc="left")
             ax.tick_params(labelbottom=number + across >= len(runs))
         figure.supxlabel(x_label, fontsize=7.5)
@@ -225,15 +199,22 @@ def figure_sparsity(table: pd.DataFrame, statistics: Sequence[str] = ("hoyer", "
     """
     names = {"hoyer": "Hoyer's sparsity", "small_share": "share of |v| < 0.0001", "gini": "Gini", "kurtosis": "kurtosis",
              "participation": "participation ratio"}  # fmt: skip
-    by_layer = table[table["layer"].astype(str) != "all"]
-    runs = [run for run in _ordered(by_layer) if run != "all"]
-    with plt.rc_context(_STYLE):
+    by_layer = table[(table["layer"].astype(str) != "all") & (table["run"] != "all")]
+    styles = RunStyles.of_table(by_layer)
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(statistics), figsize=(width, 2.5), layout="constrained", squeeze=False)
         for ax, statistic in zip(axes[0], statistics, strict=True):
             own = by_layer[by_layer["statistic"] == statistic]
-            for run in runs:
+            for run in styles.names:
                 line = own[own["run"] == run].assign(layer=lambda t: t["layer"].astype(int)).sort_values("layer")
-                ax.plot(line["layer"], line["value"], color=_colour(table, run), linestyle=_dash(table, run), lw=1, label=run)
+                ax.plot(
+                    line["layer"],
+                    line["value"],
+                    color=_colour(styles, run),
+                    linestyle=DASHES[styles.dash(run)],
+                    lw=1,
+                    label=run,
+                )
             null = own["null"].dropna()
             if len(null):
                 ax.axhline(float(null.iloc[0]), color="black", lw=0.8, linestyle=":")
@@ -243,27 +224,13 @@ def figure_sparsity(table: pd.DataFrame, statistics: Sequence[str] = ("hoyer", "
     return figure
 
 
-def _ordered(table: pd.DataFrame) -> list[str]:
-    """Runs by tone and seed, baselines last."""
-    runs = table.drop_duplicates("run")
-    key = [(tone == "untrained", tone, seed) for tone, seed in zip(runs["tone"], runs["seed"], strict=True)]
-    return [run for _, run in sorted(zip(key, runs["run"], strict=True))]
-
-
-def _colour(table: pd.DataFrame, run: str) -> str:
-    tones = sorted(set(table["tone"]) - {"untrained", "all"})
-    tone = table.loc[table["run"] == run, "tone"].iloc[0]
-    return TONES[tones.index(tone) % len(TONES)] if tone in tones else BARE
-
-
-def _dash(table: pd.DataFrame, run: str) -> Any:
-    seeds = sorted(set(table.loc[table["run"] != "all", "seed"]))
-    return _DASHES[seeds.index(table.loc[table["run"] == run, "seed"].iloc[0]) % len(_DASHES)]
+def _colour(styles: RunStyles, run: str) -> str:
+    return (BARE, *TONES)[styles.colour(run)]
 
 
 def length_histogram(lengths: Sequence[int], label: str) -> Figure:
     """How many rows have which length; the median is marked."""
-    with plt.rc_context(_STYLE | {"font.size": 10, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9}):
+    with plt.rc_context(STYLE | {"font.size": 10, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9}):
         figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
         low, high = min(lengths), max(lengths)
         width = max(1, -(-(high - low + 1) // 60))
@@ -274,90 +241,3 @@ def length_histogram(lengths: Sequence[int], label: str) -> Figure:
         axes.set_ylabel("rows")
         axes.legend(frameon=False)
     return figure
-
-
-def as_png(figure: Figure, dpi: int = 150) -> bytes:
-    """The figure as PNG; the figure is closed."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=dpi)
-    plt.close(figure)
-    return stream.getvalue()
-
-
-def as_svg(figure: Figure) -> str:
-    """The figure as an ``<svg>`` element to put into a page, text as text, the same for the same figure; it is closed."""
-    stream = io.StringIO()
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "realigner"}):
-        figure.savefig(
-            stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True
-        )
-    plt.close(figure)
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
-
-
-def save_figure(figure: Figure, path: str | Path, dpi: int = DPI) -> Path:
-    """Write a figure as what its name ends in: PNG, SVG (text stays text) or PDF (fonts embedded). It stays open.
-
-    Raises:
-        RealignerError: when it cannot be written.
-    """
-    path = Path(path)
-    form = path.suffix.lstrip(".")
-    metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form, {})
-    with written_file(path) as aside, plt.rc_context(_STYLE | {"svg.hashsalt": "realigner"}):
-        figure.savefig(aside, format=form, dpi=dpi, metadata=metadata)
-    return path
-
-
-def save_figures(
-    trace: xr.Dataset,
-    analysis: Any,
-    folder: str | Path,
-    records: Mapping[str, Mapping[str, Any]] | None = None,
-    formats: Iterable[str] = FORMATS,
-) -> list[Path]:
-    """Write all of the paper's figures of a trace.
-
-    Args:
-        trace: the trace.
-        analysis: of `analyze(trace)`; without it, there is no figure of sparsity.
-        folder: where; it is made.
-        records: run -> its run.json; without any, there is no Figure 1.
-        formats: of png, svg, pdf.
-
-    Returns:
-        The files, figure by figure.
-    """
-    folder, written = Path(folder), list[Path]()
-    formats = list(formats)
-    for name, figure in _all_figures(trace, analysis, records or {}):
-        written += [save_figure(figure, folder / f"{name}.{form}") for form in formats]
-        plt.close(figure)
-    return written
-
-
-def _all_figures(trace: xr.Dataset, analysis: Any, records: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, Figure]]:
-    from realigner.analysis import layer_counts, leading_indices, run_maps, top_histogram
-    from realigner.report.diagram import figure1
-
-    if records:
-        yield "figure1-architecture", figure1(next(iter(records.values())), int(trace.sizes["neuron"]))
-    signed, size = run_maps(trace, "signed"), run_maps(trace, "absolute")
-    facts = trace.attrs["runs"]
-    runs = sorted(signed["run"].values.tolist(), key=lambda r: (facts[r]["untrained"], facts[r]["tone"], facts[r]["seed"]))
-    trained = [run for run in runs if not facts[run]["untrained"]] or runs
-    marks = {run: [int(i) for i in leading_indices(size.sel(run=run), 5)["neuron"]] for run in runs}
-    first = list({facts[run]["tone"]: run for run in reversed(trained)}.values())[::-1]  # one of each tone
-    bare = [run for run in runs if facts[run]["untrained"]][:1]
-    yield "figure2-signed", figure2({run: signed.sel(run=run) for run in first[:2]}, marks=marks)
-    for k in (100, 1000, 10_000):
-        if k <= trace.sizes["rank"]:
-            yield f"figure3-timing-{k}", figure3(top_histogram(trace, k, bins=20), k)
-    yield "figure4-absolute", figure4({run: size.sel(run=run) for run in [*first, *bare]}, marks)
-    yield "appendix-signed", appendix_maps({run: signed.sel(run=run) for run in runs}, marks)
-    yield "appendix-absolute", appendix_maps({run: size.sel(run=run) for run in runs}, marks, absolute=True)
-    k = min(1000, trace.sizes["rank"])
-    yield "layers", figure_layers(layer_counts(trace, k), k)
-    if analysis is not None:
-        yield "sparsity", figure_sparsity(analysis.sparsity)

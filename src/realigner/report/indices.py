@@ -11,12 +11,13 @@ import pandas as pd
 import xarray as xr
 
 from realigner.analysis import Consensus
+from realigner.explain.explanation import Explanation
 from realigner.report import charts
-from realigner.report.charts import Line, short
-from realigner.report.explained import Explained
-from realigner.report.explanation_section import on_page
+from realigner.report.charts import Line, fmt
+from realigner.report.explanation_section import index_summary
 from realigner.report.page_tables import number, points, probability
-from realigner.report.run_styles import Runs
+from realigner.report.run_styles import RunStyles
+from realigner.traces.layout import text_spans
 
 _MOST_PAGES = 40
 
@@ -24,11 +25,11 @@ _MOST_PAGES = 40
 def index_pages(
     trace: xr.Dataset,
     agreed: Consensus | None,
-    runs: Runs,
+    runs: RunStyles,
     maps: Mapping[str, xr.DataArray],
     leading: Mapping[str, pd.DataFrame],
     marks: Mapping[str, Sequence[int]],
-    explained: Sequence[Explained] = (),
+    explained: Sequence[Explanation] = (),
 ) -> list[dict[str, Any]]:
     """A page for each index that leads in a trained run, those that lead in most runs first; then for others explained."""
     place = {run: {int(index): at for at, index in enumerate(table["neuron"], 1)} for run, table in leading.items()}
@@ -62,7 +63,7 @@ def index_pages(
                 "of": len(runs.trained),
                 "agreement": agreement,
                 "rows": rows,
-                "host": on_page(explained, index),
+                "host": index_summary(explained, index),
                 "profiles": [_profile(runs, maps[kind], index, kind) for kind in ("absolute", "signed")],
             }
         )
@@ -76,10 +77,10 @@ def _agreement(indices: pd.DataFrame, index: int) -> dict[str, str] | None:
         return None
     row = own.iloc[0]
     said = {key: probability(row[key]) for key in ("p", "p_holm", "p_untrained_holm")}
-    return said | {"untrained_rank": short(number(row["untrained_rank"]))}
+    return said | {"untrained_rank": fmt(number(row["untrained_rank"]))}
 
 
-def _profile(runs: Runs, maps: xr.DataArray, index: int, kind: str) -> dict[str, Any]:
+def _profile(runs: RunStyles, maps: xr.DataArray, index: int, kind: str) -> dict[str, Any]:
     """An index through the layers; each run over its own largest layer's, so that runs of different size compare."""
     layers = maps["layer"].values.tolist()
     lines = []
@@ -96,7 +97,7 @@ def _profile(runs: Runs, maps: xr.DataArray, index: int, kind: str) -> dict[str,
 
 def _largest_tokens(trace: xr.Dataset, indices: Sequence[int], most: int = 5) -> dict[tuple[str, int], list[dict[str, Any]]]:
     """For each run and index, the tokens at which it is largest, from each text's largest values; one layer a token."""
-    stops = np.cumsum(trace["count"].values.sum(axis=1))
+    spans = text_spans(trace)
     words, generated = trace["token_text"].values, trace["is_generated"].values
     found = []
     for text, run in enumerate(trace["text_run"].values.tolist()):
@@ -113,12 +114,11 @@ def _largest_tokens(trace: xr.Dataset, indices: Sequence[int], most: int = 5) ->
     same = ["run", "neuron", "top_position", "rounded"]
     table["times"] = table.groupby(same)["text"].transform("size")
     table = table.drop_duplicates(same)
-    starts = np.append(0, stops[:-1])
     chosen: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for (run, neuron), own in table.groupby(["run", "neuron"], sort=False):
         for row in own.head(most).to_dict("records"):
             text = int(row["text"])
-            start, stop = int(starts[text]), int(stops[text])
+            start, stop = spans[text].start, spans[text].stop
             here = start + int(row["top_position"])
             what = "reply" if generated[here] else "prompt"
             times, prompt = int(row["times"]), int(trace["text_prompt"].values[text]) + 1
@@ -129,7 +129,7 @@ def _largest_tokens(trace: xr.Dataset, indices: Sequence[int], most: int = 5) ->
                     "after": "".join(map(str, words[here + 1 : min(stop, here + 4)])),
                     "where": f"in {times} prompts alike" if times > 1 else f"{what} {prompt}",
                     "layer": int(row["top_layer"]),
-                    "value": short(float(row["top_value"])),
+                    "value": fmt(float(row["top_value"])),
                 }
             )
     return chosen

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from realigner.report.figures import as_png
+from realigner.report.plot_style import as_png
 
 
 def render_page(template: str, **values: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from realigner.report.charts import NONE, Line, short
+from realigner.report.charts import NONE, Line, fmt
 
 NAMES = {
     "icc": "ICC(C,1)",
@@ -68,7 +68,7 @@ def probability(p: Any) -> str:
     value = number(p)
     if math.isnan(value):
         return NONE
-    return "<0.0001" if value < 1e-4 else f"{value:.4f}".rstrip("0") if value < 1e-3 else short(value, 2)
+    return "<0.0001" if value < 1e-4 else f"{value:.4f}".rstrip("0") if value < 1e-3 else fmt(value, 2)
 
 
 def number(value: Any) -> float:
@@ -79,22 +79,22 @@ def number(value: Any) -> float:
         return math.nan
 
 
-def interval(low: Any, high: Any) -> str:
+def fmt_interval(low: Any, high: Any) -> str:
     """An interval; empty where there is none."""
     ends = number(low), number(high)
-    return "" if any(map(math.isnan, ends)) else f"{short(ends[0], zeros=True)} to {short(ends[1], zeros=True)}"
+    return "" if any(map(math.isnan, ends)) else f"{fmt(ends[0], zeros=True)} to {fmt(ends[1], zeros=True)}"
 
 
 def cell(row: Any) -> dict[str, str]:
     """One statistic of one run, ready to be shown."""
     difference, null = number(row.get("difference")), number(row.get("null"))
     return {
-        "value": short(number(row.get("value")), zeros=True),
-        "interval": interval(row.get("low"), row.get("high")),
-        "null": "" if math.isnan(null) else "≈ 0" if 0 < abs(null) < 1e-3 else short(null),
+        "value": fmt(number(row.get("value")), zeros=True),
+        "interval": fmt_interval(row.get("low"), row.get("high")),
+        "null": "" if math.isnan(null) else "≈ 0" if 0 < abs(null) < 1e-3 else fmt(null),
         "p": "" if math.isnan(number(row.get("p"))) else probability(row.get("p")),
-        "difference": "" if math.isnan(difference) else f"{'+' if difference > 0 else ''}{short(difference, zeros=True)}",
-        "apart": interval(row.get("difference_low"), row.get("difference_high")),
+        "difference": "" if math.isnan(difference) else f"{'+' if difference > 0 else ''}{fmt(difference, zeros=True)}",
+        "apart": fmt_interval(row.get("difference_low"), row.get("difference_high")),
     }
 
 
@@ -112,10 +112,10 @@ def by_run(table: pd.DataFrame, statistics: Sequence[str], order: Sequence[str])
 
 def _counted(own: pd.DataFrame) -> tuple[str, str]:
     first = own.iloc[0]
-    return short(number(first["n"])), str(first.get("unit", ""))
+    return fmt(number(first["n"])), str(first.get("unit", ""))
 
 
-def plain(table: pd.DataFrame, without: Sequence[str] = ()) -> dict[str, Any]:
+def full_table(table: pd.DataFrame, without: Sequence[str] = ()) -> dict[str, Any]:
     """Every number of a table, a row a row; an interval is one column; columns that are empty throughout are left out."""
     columns = [column for column in table.columns if column not in (*without, "seed", "high", "difference_high")]
     columns = [column for column in columns if not (table[column].isna() | (table[column].astype(str) == "")).all()]
@@ -127,19 +127,19 @@ def plain(table: pd.DataFrame, without: Sequence[str] = ()) -> dict[str, Any]:
 def _shown(column: str, row: dict[Any, Any]) -> str:
     value = row[column]
     if column in ("low", "difference_low"):
-        return interval(value, row[column.replace("low", "high")])
+        return fmt_interval(value, row[column.replace("low", "high")])
     if column == "p" or column.startswith("p_"):
         return probability(value)
     if isinstance(value, str):
         return _MODELS.get(value, value) if column == "model" else NAMES.get(value, value)
     if column in ("neuron", "without", "n", "runs", "runs_in_top", "layer") and not math.isnan(number(value)):
         return str(int(value))
-    return short(number(value))
+    return fmt(number(value))
 
 
 def points(lines: Sequence[Line], x: str) -> dict[str, Any]:
     """A chart's numbers, a row a point of the axis."""
     across = sorted({value for line in lines for value in line.x})
     of_line = [dict(zip(line.x, line.y, strict=True)) for line in lines]
-    rows = [[short(at), *(short(values.get(at, math.nan)) for values in of_line)] for at in across]
+    rows = [[fmt(at), *(fmt(values.get(at, math.nan)) for values in of_line)] for at in across]
     return {"head": [x, *(line.label for line in lines)], "rows": rows, "numeric": [True] * (len(lines) + 1)}

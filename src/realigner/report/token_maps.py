@@ -1,4 +1,4 @@
-"""What the page's maps are drawn from: facts as JSON, and numbers by name, as many maps of single tokens as fit."""
+"""The data of the page's maps: facts as JSON, and blobs by name, with as many maps of single tokens as fit."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import xarray as xr
 from markupsafe import Markup
 
 from realigner.report.quantize import RunTokens, TokenMaps, encode, pack, token_maps
-from realigner.report.run_styles import Runs
+from realigner.report.run_styles import RunStyles
+from realigner.traces.layout import text_spans
 
 _AT_ONCE = 1 << 27  # bytes of one run's deltas that are read once and kept while they are packed
 _FINE = 4_000_000  # bytes that maps of runs may take in 16 bits
 
 
 def explorer(
-    trace: xr.Dataset, runs: Runs, maps: Mapping[str, xr.DataArray], marks: Mapping[str, Sequence[int]], budget: int
+    trace: xr.Dataset, runs: RunStyles, maps: Mapping[str, xr.DataArray], marks: Mapping[str, Sequence[int]], budget: int
 ) -> dict[str, Any]:
-    """What the map needs: facts as JSON, and blobs by name."""
+    """The data of the maps: facts as JSON, and blobs by name."""
     blobs, described = _run_blobs(runs, maps)
     texts, tokens = _texts(trace, runs)
     kept: list[TokenMaps | None] = [None] * len(runs.names)
@@ -45,7 +46,7 @@ def explorer(
     return {"facts": _json(facts), "blobs": blobs, "tokens_kept": _kept(facts, bool(tokens))}
 
 
-def _run_blobs(runs: Runs, maps: Mapping[str, xr.DataArray]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+def _run_blobs(runs: RunStyles, maps: Mapping[str, xr.DataArray]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     cells = maps["signed"].sizes["layer"] * maps["signed"].sizes["neuron"]
     bits = 16 if 2 * len(runs.names) * cells * 16 / 8 * 4 / 3 <= _FINE else 8
     blobs, facts = {}, {}
@@ -56,11 +57,10 @@ def _run_blobs(runs: Runs, maps: Mapping[str, xr.DataArray]) -> tuple[dict[str, 
     return blobs, facts
 
 
-def _texts(trace: xr.Dataset, runs: Runs) -> tuple[list[dict[str, Any]], dict[str, RunTokens]]:
+def _texts(trace: xr.Dataset, runs: RunStyles) -> tuple[list[dict[str, Any]], dict[str, RunTokens]]:
     """Every text's tokens and their energy; and, where deltas are kept, where to read them."""
     counts = trace["count"].values
-    stops = np.cumsum(counts.sum(axis=1))
-    starts = np.append(0, stops[:-1])
+    spans = text_spans(trace)
     words = trace["token_text"].values
     there = ~np.isnan(trace["max_abs"][:, 0].values).all(axis=2)  # [text, layer]
     texts: list[dict[str, Any]] = []
@@ -69,7 +69,7 @@ def _texts(trace: xr.Dataset, runs: Runs) -> tuple[list[dict[str, Any]], dict[st
     for run in runs.names:
         (own,) = np.nonzero(names == run)
         for text in own:
-            span = slice(int(starts[text]), int(stops[text]))
+            span = spans[text]
             energy = np.nansum(trace["energy"][span].values, axis=1)
             top = float(np.nanmax(trace["max_abs"][int(text)].values, initial=0.0))
             texts.append(
@@ -86,9 +86,10 @@ def _texts(trace: xr.Dataset, runs: Runs) -> tuple[list[dict[str, Any]], dict[st
                 }
             )
         if "delta" in trace:
-            spans = [slice(int(starts[text]), int(stops[text])) for text in own]
             lengths, asked = [int(counts[text].sum()) for text in own], [int(counts[text, 0]) for text in own]
-            tokens[run] = RunTokens(_reader(trace, spans), lengths, asked, trace.sizes["layer"] * trace.sizes["neuron"])
+            tokens[run] = RunTokens(
+                _reader(trace, [spans[text] for text in own]), lengths, asked, trace.sizes["layer"] * trace.sizes["neuron"]
+            )
     return texts, tokens
 
 
@@ -109,7 +110,7 @@ def _limit(trace: xr.Dataset, span: slice) -> float:
 
 
 def _kept(facts: Mapping[str, Any], recorded: bool) -> str:
-    """In words, which tokens have a map of their own."""
+    """Which tokens have a map of their own, in words."""
     if not recorded:
         return (
             "This trace keeps sums, not every token's deltas: the maps are means, and the strip shows how much each token got."
@@ -125,7 +126,7 @@ def _kept(facts: Mapping[str, Any], recorded: bool) -> str:
             f"{100 * lost:.2g}% of the run's root mean square."
         )
     if there < whole:
-        parts.append("The others did not fit: around the beginning of the replies, first prompts first, they are kept.")
+        parts.append("The rest did not fit; kept are tokens around the start of each reply, earliest prompts first.")
     return " ".join(parts)
 
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from realigner.lazy import lazily
 
 if TYPE_CHECKING:
-    from realigner.sweep.grid import RunSpec, Sweep, plan, read_sweep
+    from realigner.sweep.grid import Planned, RunSpec, Sweep, plan, read_sweep
     from realigner.sweep.sweep_run import Result, run_sweep
 
 _HOMES = {
+    "Planned": "grid",
     "RunSpec": "grid",
     "Result": "sweep_run",
     "Sweep": "grid",
@@ -19,6 +20,6 @@ _HOMES = {
     "run_sweep": "sweep_run",
 }
 
-__all__ = ["RunSpec", "Result", "Sweep", "plan", "read_sweep", "run_sweep"]
+__all__ = ["Planned", "RunSpec", "Result", "Sweep", "plan", "read_sweep", "run_sweep"]
 
 __getattr__ = lazily(__name__, _HOMES)

@@ -1,4 +1,4 @@
-"""The grid: a YAML file that lists values for some keys of a recipe, and the runs that it stands for."""
+"""The grid: a YAML file that lists values for some keys of a recipe, and its runs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ class RunSpec:
     @property
     def label(self) -> str:
         """The keys that vary, for people."""
-        return " ".join(f"{key}={_short(value)}" for key, value in self.varies.items()) or self.name
+        return _label(self.varies) or self.name
+
+
+Planned = RunSpec  # its name until 0.1; deprecated
 
 
 def read_sweep(file: str | Path, settings: Mapping[str, Any] | None = None) -> tuple[Sweep, Path]:
@@ -146,7 +149,7 @@ def plan(sweep: Sweep, base: Path) -> list[RunSpec]:
     """The runs of a sweep, each once, in the grid's order, untrained baselines last.
 
     Raises:
-        UsageError: naming the combination that is no recipe.
+        UsageError: naming the combination that is not a valid recipe.
         RealignerError: when a data file is missing.
     """
     source = sweep.recipe if sweep.recipe in BUILT_IN else base / sweep.recipe
@@ -156,12 +159,12 @@ def plan(sweep: Sweep, base: Path) -> list[RunSpec]:
     for baseline in (False, True)[: 1 + sweep.baselines]:
         for values in itertools.product(*sweep.grid.values()):
             varies = dict(zip(sweep.grid, values, strict=True))
-            run = _planned(recipe, sweep, base, varies, baseline, digests)
+            run = _run_spec(recipe, sweep, base, varies, baseline, digests)
             planned.setdefault(run.name, run)
     return list(planned.values())
 
 
-def _planned(
+def _run_spec(
     recipe: Recipe, sweep: Sweep, base: Path, varies: dict[str, Any], baseline: bool, digests: dict[str, str]
 ) -> RunSpec:
     values = recipe.model_dump() | sweep.set | varies
@@ -177,7 +180,7 @@ def _planned(
     try:
         run = Recipe.model_validate(values)
     except ValidationError as error:
-        raise UsageError(f"sweep: {_label(varies)}: {first_fault(error, Recipe, 'a recipe')}") from None
+        raise UsageError(f"sweep: {_label(varies) or 'the recipe'}: {first_fault(error, Recipe, 'a recipe')}") from None
     return RunSpec(_name(run, baseline, digests), run, varies)
 
 
@@ -203,8 +206,8 @@ def _digest(file: str, digests: dict[str, str]) -> str:
 
 
 def _label(varies: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={_short(value)}" for key, value in varies.items()) or "the recipe"
+    return " ".join(f"{key}={_value_text(value)}" for key, value in varies.items())
 
 
-def _short(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return json.dumps(value).replace(" ", "") if isinstance(value, (list, dict)) else str(value)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from queue import SimpleQueue
 
 from realigner.errors import RealignerError, UsageError
-from realigner.sweep.worker import Job, WorkerLostError, work
-from realigner.training.recipe import read_recipe
-from realigner.training.training_run import train_recipe
-
-Report = Callable[[str, str, str], None]
+from realigner.sweep.worker import Job, Report, WorkerLostError, work
 
 
 def run_locally(jobs: Sequence[Job], workers: int, gpus: float, retries: int, report: Report, stop: threading.Event) -> None:
@@ -82,6 +78,8 @@ def run_here(jobs: Sequence[Job], report: Report, stop: threading.Event) -> None
 
     A signal ends the running one with a checkpoint, and the rest are not begun.
     """
+    from realigner.training import read_recipe, train_recipe
+
     for job in jobs:
         if stop.is_set():
             return

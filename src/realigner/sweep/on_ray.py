@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +15,8 @@ from typing import Any
 
 from realigner.console import say
 from realigner.errors import RealignerError
-from realigner.sweep.worker import Job, WorkerLostError, work
+from realigner.sweep.worker import Job, Report, WorkerLostError, work
 from realigner.training.run_dir import METRICS_FILE, unfinished
-
-Report = Callable[[str, str, str], None]
 
 
 def run_on_ray(
@@ -82,7 +80,7 @@ def _connect(ray: Any, address: str | None, workers: int) -> None:
 
 
 def _knock(address: str | None) -> None:
-    """Find out at once that nobody listens at an address; Ray itself would ask for minutes."""
+    """Find out at once that no cluster listens at an address; Ray itself would retry for minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         try:

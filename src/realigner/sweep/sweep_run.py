@@ -7,24 +7,23 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import realigner.training.run_dir as run_dir
 from realigner.errors import RealignerError, UsageError
-from realigner.files import write_text
+from realigner.files import locked_file, made_folder, write_text
 from realigner.sweep.grid import RunSpec
 from realigner.sweep.sweep_table import StateTable
 from realigner.sweep.worker import Job
-from realigner.training import run_dir
-from realigner.training.recipe import Recipe, to_yaml
+from realigner.training.recipe import to_yaml
 
 SWEEP_FILE = "sweep.json"
 _LOCK = ".lock"
 BACKENDS = ("local", "ray", "here")
-Report = Callable[[str, str, str], None]  # (run, state, note)
 
 
 @dataclass(frozen=True)
@@ -116,20 +115,10 @@ def states_of(runs: Sequence[RunSpec], out: Path) -> dict[str, str]:
 @contextmanager
 def _settled(out: Path, runs: Sequence[RunSpec]) -> Iterator[None]:
     """Make the sweep's folder, or check that it is this sweep's; write what each run is; hold it for this process."""
-    import fcntl
-
     if out.exists() and not (out / SWEEP_FILE).is_file() and (not out.is_dir() or any(p.name != _LOCK for p in out.iterdir())):
         raise RealignerError(f"{out}: is not a sweep's folder; choose another out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / _LOCK).open("a")
-    except OSError as error:
-        raise RealignerError(f"{out}: cannot be written ({error.strerror or error})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RealignerError(f"{out}: another process is running this sweep; wait for it, or stop it first") from None
+    made_folder(out)
+    with locked_file(out / _LOCK, f"{out}: another process is running this sweep; wait for it, or stop it first"):
         before = _index(out)
         if before and not before.keys() & {run.name for run in runs}:
             raise RealignerError(
@@ -152,13 +141,18 @@ def _index(out: Path) -> dict[str, Any]:
 
 
 def _jobs(runs: Sequence[RunSpec], out: Path, workers: int) -> list[Job]:
-    """The runs as jobs. Threads are settled here: with another number of them a sum's last bits can differ."""
+    """The runs as jobs, with absolute paths: a worker may be in another folder.
+
+    Threads are settled here: with another number of them a sum's last bits can differ.
+    """
     place, share = out.resolve(), max(1, _cores() // workers)
     jobs = []
     for run in runs:
-        threads = run.recipe.threads or share
+        host, data, threads = run.recipe.host, run.recipe.data, run.recipe.threads or share
+        host = str(Path(host).resolve()) if host and Path(host).exists() else host
+        data = str(Path(data).resolve()) if data and data != "authored" else data
         file = place / "recipes" / f"{run.name}.yaml"
-        write_text(file, to_yaml(_anywhere(run.recipe).changed(threads=threads)))
+        write_text(file, to_yaml(run.recipe.model_copy(update={"host": host, "data": data, "threads": threads})))
         jobs.append(Job(run.name, str(file), str(place / run.name), str(place / "logs" / f"{run.name}.log"), threads))
     return jobs
 
@@ -166,13 +160,6 @@ def _jobs(runs: Sequence[RunSpec], out: Path, workers: int) -> list[Job]:
 def _cores() -> int:
     """The cores that this process may use (a scheduler may have given it some of the machine's)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _anywhere(recipe: Recipe) -> Recipe:
-    """The recipe with whole paths: a worker may be in another folder."""
-    host = str(Path(recipe.host).resolve()) if recipe.host and Path(recipe.host).exists() else None
-    data = str(Path(recipe.data).resolve()) if recipe.data and recipe.data != "authored" else None
-    return recipe.changed(host=host, data=data)
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+import realigner.training.run_dir as run_dir
 from realigner.console import console, say
 from realigner.errors import RealignerError
 from realigner.sweep.grid import RunSpec
-from realigner.training import run_dir
 
 _STYLES = {"done": "green", "running": "cyan", "failed": "red", "retrying": "yellow", "stopped": "yellow"}
 _ORDER = ("running", "retrying", "failed", "stopped", "waiting", "done")

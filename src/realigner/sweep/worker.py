@@ -1,4 +1,4 @@
-"""One run of a sweep in a process of its own: ``python -m realigner.sweep.worker PARENT RECIPE OUT``.
+"""One run of a sweep in a process of its own: ``python -m realigner.sweep.worker PARENT RECIPE OUT ERROR``.
 
 The process dies with its parent, at once: no orphan goes on training, and whoever takes the run up next finds it free.
 """
@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import ctypes
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import realigner.training.run_dir as run_dir
 from realigner.errors import RealignerError
-from realigner.training import run_dir
+from realigner.files import write_text
 
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
+Report = Callable[[str, str, str], None]  # (run, state, note)
 _PATIENCE = 60.0  # seconds that a run's last process is given to be gone
 
 
 class WorkerLostError(RealignerError):
-    """A worker ended without a word: killed, out of memory, its machine gone. The run can be gone on with."""
+    """A worker exited abnormally: killed, out of memory, its machine gone. The run can be resumed."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Job:
         name: the run's.
         recipe: its recipe's file, on a file system that all workers see.
         out: its folder.
-        log: where the worker's words go.
+        log: the worker's output; why a run failed is in a file beside it, ending in ``.error``.
         threads: CPU threads.
     """
 
@@ -46,8 +48,14 @@ class Job:
     log: str
     threads: int
 
+    @property
+    def error(self) -> Path:
+        """Where the worker writes why the run failed."""
+        return Path(self.log).with_suffix(".error")
+
     def command(self) -> list[str]:
-        return [sys.executable, "-m", "realigner.sweep.worker", str(os.getpid()), self.recipe, self.out]
+        module = "realigner.sweep.worker"
+        return [sys.executable, "-W", "ignore", "-m", module, str(os.getpid()), self.recipe, self.out, str(self.error)]
 
 
 def never() -> bool:
@@ -68,12 +76,13 @@ def work(job: Job, devices: str = "", stopping: Callable[[], bool] = never) -> s
         WorkerLostError: when the process died, or something else had it stop.
     """
     Path(job.log).parent.mkdir(parents=True, exist_ok=True)
+    job.error.unlink(missing_ok=True)
     threads = str(job.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = devices
     with Path(job.log).open("ab") as log:
-        start = log.tell()
         process = subprocess.Popen(
             job.command(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
         )
@@ -85,8 +94,9 @@ def work(job: Job, devices: str = "", stopping: Callable[[], bool] = never) -> s
     if code < 0:
         raise WorkerLostError(f"its process was killed by {signal.Signals(-code).name}")
     if code:
-        said = Path(job.log).read_bytes()[start:].decode(errors="replace").strip().splitlines()
-        raise RealignerError(said[-1].removeprefix("realigner: ") if said else f"exit code {code}")
+        raise RealignerError(
+            job.error.read_text(encoding="utf-8") if job.error.is_file() else f"exit code {code}; see {job.log}"
+        )
     raise WorkerLostError("its process was told to stop by a signal")
 
 
@@ -132,13 +142,21 @@ def wait_until_free(run: Path, seconds: float = _PATIENCE) -> None:
 
 
 def main() -> None:
-    """The child's side."""
-    parent, recipe, out = sys.argv[1:4]
+    """The child's side: train the run, or resume it; an error is written to its file, with the traceback to the log."""
+    parent, recipe, out, error_file = sys.argv[1:5]
     die_with(int(parent))
-    with suppress(RealignerError, OSError):  # what is still held is refused by the training, in a line of its own
-        wait_until_free(run_dir.unfinished(Path(out)))
-    sys.argv = ["realigner", "train", "--recipe", recipe, "--out", out, "--resume"]
-    runpy.run_module("realigner", run_name="__main__")  # the command itself, from below: nothing here imports upward
+    try:
+        from realigner.training import read_recipe, train_recipe
+
+        with suppress(RealignerError, OSError):  # what is still held is refused by the training, with a message of its own
+            wait_until_free(run_dir.unfinished(Path(out)))
+        if not Path(out).is_dir():
+            train_recipe(read_recipe(recipe), out, resume=True)
+    except Exception as error:
+        traceback.print_exc()
+        known = isinstance(error, RealignerError)
+        write_text(Path(error_file), str(error) if known else f"unexpected {type(error).__name__}: {error}")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ what the model does. What a batch's texts came to is put into the trace, or writ
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ import xarray as xr
 from torch import nn
 
 from realigner.errors import RealignerError, UsageError
+from realigner.fingerprints import tensors_hash
 from realigner.hosts import HostInfo
 from realigner.injection import ActiveIRM
 from realigner.irm import IRM
@@ -27,6 +27,7 @@ from realigner.traces.summary import BatchSummary
 from realigner.tuner import IRMModel, tuner_of
 
 Keep = Literal["summary", "raw", "replay"]
+NO_TOKEN = -1  # the id of what was given as an embedding
 KEEPS = ("summary", "raw", "replay")
 
 
@@ -38,11 +39,7 @@ def adapter_hash(network: IRM) -> str:
         >>> adapter_hash(irm) == adapter_hash(irm)
         True
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_hash(network.state_dict())
 
 
 @contextmanager
@@ -57,7 +54,8 @@ def record(
 ) -> Iterator[xr.Dataset]:
     """Record what the active IRMs add within a block; the dataset is filled when the block ends.
 
-    Each call of ``model.generate`` or of the model itself adds its rows as new prompts. Padding is left out, as are
+    Each call of ``model.generate`` or of the model itself, in this thread or one begun in the block, adds its rows as new
+    prompts. Padding is left out, as are
     a reply's end token and what a batch puts after it; the last token of a reply is never read by the host and has no delta.
 
     Args:
@@ -93,11 +91,11 @@ def record(
     handle = host.register_forward_pre_hook(recorder.begin, with_kwargs=True)
     own_generate = vars(host).get("generate")
     host.generate = recorder.around(host.generate, host.generation_config)
-    tuner.injector.observers.append(recorder.observe)
+    observers = (*tuner.settings.observers, recorder.observe)
     try:
-        yield trace
+        with tuner.injector.threads.using(replace(tuner.settings, observers=observers)):
+            yield trace
     finally:
-        tuner.injector.observers.remove(recorder.observe)
         handle.remove()
         del host.generate
         if own_generate is not None:
@@ -153,6 +151,10 @@ class _Recorder:
         self.ends: list[int] = []  # end tokens of the running generate
         self._start(0)
 
+    def follows(self) -> bool:
+        """Whether the calling thread is in the block of this recording; the calls of others are not in the trace."""
+        return self.observe in self.tuner.settings.observers
+
     # Which tokens are new, real, and whose.
 
     def _start(self, rows: int) -> None:
@@ -170,12 +172,17 @@ class _Recorder:
         """`generate`, telling prompt from generated tokens and refusing what scatters a text over rows."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-            ends = _refuse_scattered(kwargs, defaults, ids)
-            assert ids is not None
+            if not self.follows():
+                return generate(*args, **kwargs)
+            ids, embedded = (
+                kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None)),
+                kwargs.get("inputs_embeds"),
+            )
+            prompt = ids if embedded is None else embedded
+            ends = _refuse_scattered(kwargs, defaults, prompt)
             self.finish()
-            self._start(ids.shape[0])
-            self.prompt_width, self.ends = ids.shape[1], ends
+            self._start(prompt.shape[0])
+            self.prompt_width, self.ends = prompt.shape[1], ends
             try:
                 result = generate(*args, **kwargs)
             except BaseException:
@@ -184,15 +191,19 @@ class _Recorder:
             finally:
                 self.prompt_width = None
             whole = result if isinstance(result, torch.Tensor) else result.sequences
-            self.finish(whole[:, ids.shape[1] :])
+            self.finish(whole if ids is None else whole[:, ids.shape[1] :])
             return result
 
         return watched
 
     def begin(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not self.follows():
+            return
         ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None and isinstance(embedded := kwargs.get("inputs_embeds"), torch.Tensor):
+            ids = torch.full(embedded.shape[:2], NO_TOKEN, device=embedded.device)
         if ids is None:
-            raise RealignerError("record: the host was called without input_ids")
+            raise RealignerError("record: the host was called without input_ids and inputs_embeds")
         if self.prompt_width is None:  # a plain call: every row is a new prompt
             self.finish()
             self._start(ids.shape[0])
@@ -229,6 +240,8 @@ class _Recorder:
         name, step = active.name, self.step
         if step is None:
             raise RealignerError("record: the decoder was called directly; call the model or its generate")
+        if self.keep == "replay" and self.tuner.settings.where != "all":
+            raise UsageError("record: deltas of a part of the text (where=) cannot be computed again; record with keep='raw'")
         if active.strength.dim():
             raise UsageError(f"record: the strength of {name!r} differs from row to row; record each setting apart")
         strength = float(active.strength)
@@ -293,7 +306,7 @@ class _Recorder:
 
     def _words(self, ids: np.ndarray) -> np.ndarray:
         for token in set(ids.tolist()) - self.names.keys():
-            self.names[token] = "" if self.tokenizer is None else self.tokenizer.decode([token])
+            self.names[token] = "" if self.tokenizer is None or token == NO_TOKEN else self.tokenizer.decode([token])
         return np.array([self.names[token] for token in ids.tolist()], dtype=object)
 
     def fill(self, trace: xr.Dataset) -> None:
@@ -305,7 +318,7 @@ class _Recorder:
         trace.attrs.update(whole.attrs)
 
 
-def _refuse_scattered(kwargs: Mapping[str, Any], defaults: Any, ids: Any) -> list[int]:
+def _refuse_scattered(kwargs: Mapping[str, Any], defaults: Any, prompt: Any) -> list[int]:
     """Refuse a `generate` in which a row of the batch is not one text; else its end tokens."""
     settings = kwargs.get("generation_config") or defaults
 
@@ -319,7 +332,7 @@ def _refuse_scattered(kwargs: Mapping[str, Any], defaults: Any, ids: Any) -> lis
         raise RealignerError("record: generate with past_key_values is not supported; give the whole text")
     if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
         raise RealignerError("record: assisted decoding is not supported; rejected tokens would be recorded")
-    if ids is None:
-        raise RealignerError("record: generate was called without input_ids")
+    if prompt is None:
+        raise RealignerError("record: generate was called without input_ids and inputs_embeds")
     ends = setting("eos_token_id")
     return [ends] if isinstance(ends, int) else list(ends or [])

@@ -1,26 +1,120 @@
-"""Rows as batches: which rows make a step, and what a batch looks like."""
+"""Rows as batches: split and encode them, choose which rows make a step, pad them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
-from realigner.data.tokens import IGNORED
+from realigner.data.data_split import Split, split_rows
+from realigner.data.dataset_rows import Row, rows_hash
+from realigner.data.tokens import IGNORED, clip, encode_rows
+from realigner.errors import RealignerError, UsageError
+from realigner.training.recipe import Recipe
 
 _POOL = 50  # batches' worth of rows that are sorted by length together
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows that are ready to be trained on.
+
+    Attributes:
+        rows: all of them, of one tone.
+        split: by group.
+        train, validation: encoded and cut (`encode_rows`), in the split's order.
+        cut: how many rows were longer than the recipe allows.
+    """
+
+    rows: Sequence[Row]
+    split: Split
+    train: list[dict[str, list[int]]]
+    validation: list[dict[str, list[int]]]
+    cut: int
+
+    @property
+    def tone(self) -> str:
+        return self.rows[0].tone
+
+    @cached_property
+    def sha256(self) -> str:
+        """`rows_hash` of all rows."""
+        return rows_hash(self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(item["input_ids"]) for item in (*self.train, *self.validation))
+
+    @property
+    def most_targets(self) -> int:
+        """Targets of the row that has most of them: logits are computed for no more positions."""
+        return max(sum(label != IGNORED for label in item["labels"]) for item in (*self.train, *self.validation))
+
+    def facts(self) -> dict[str, Any]:
+        """The entry ``data`` of run.json."""
+        return {
+            "rows": len(self.rows),
+            "sha256": self.sha256,
+            "train": len(self.train),
+            "validation": len(self.validation),
+            "test": len(self.split.test),
+            "validation_groups": sorted({row.group for row in self.split.validation}),
+            "cut": self.cut,
+        }
+
+
+def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) -> Prepared:
+    """Split and encode rows, and refuse what cannot be trained on.
+
+    Args:
+        rows: of one tone, from two groups or more.
+        tokenizer: the host's.
+        config: the host's (its positions and layers are looked at).
+        recipe: how to.
+
+    Raises:
+        UsageError: when the rows are of several tones, or a layer is named that the host does not have.
+        RealignerError: when there are too few rows or groups, or a row is longer than the host has positions.
+    """
+    tones = sorted({row.tone for row in rows})
+    if len(tones) != 1:
+        raise UsageError(f"rows are of {len(tones)} tones ({', '.join(tones)}); an IRM is trained on one: choose it (tone)")
+    text = config.get_text_config(decoder=True)
+    if (depth := getattr(text, "num_hidden_layers", None)) is not None:
+        recipe.shape.resolved_layers(int(depth))
+    split = split_rows(rows, recipe.seed, validation=recipe.validation, test=recipe.test)
+    if len(split.train) < recipe.batch_size:
+        raise RealignerError(
+            f"{len(split.train)} rows are left to train on, fewer than batch_size {recipe.batch_size}; "
+            f"give more rows, or set batch_size={len(split.train)}"
+        )
+    whole = [encode_rows(tokenizer, part, None, recipe.template, recipe.loss_on) for part in (split.train, split.validation)]
+    cut = sum(len(item["input_ids"]) > recipe.max_length for part in whole for item in part)
+    train, validation = (clip(part, some, recipe.max_length) for part, some in zip(whole, split, strict=False))
+
+    # Some configs give no limit of positions, or -1.
+    if isinstance(positions := getattr(text, "max_position_embeddings", None), int) and positions > 0:
+        limit = f"the host has {positions} positions; set max_length={positions}"
+        if recipe.loss_on_padding and recipe.max_length > positions:
+            raise RealignerError(f"rows are padded to {recipe.max_length} tokens, {limit}")
+        for item, row in zip((*train, *validation), (*split.train, *split.validation), strict=True):
+            if len(item["input_ids"]) > positions:
+                raise RealignerError(f"row {row.id!r}: {len(item['input_ids'])} tokens, {limit} to cut it")
+    return Prepared(rows, split, train, validation, cut)
 
 
 class SeededLengthSampler(Sampler[int]):
     """Rows in an order that depends on the seed and the epoch and on nothing else, rows of like length side by side.
 
     The rows are shuffled, dealt into pools of 50 batches, sorted by length within each, and cut into batches, whose order is
-    shuffled. What does not fill a last batch sits the epoch out (other rows every time). transformers' sampler of this name
-    leaves the batches of a pool sorted, and draws from the global random state.
+    shuffled. The incomplete last batch is dropped; which rows varies by epoch. (transformers' LengthGroupedSampler leaves the
+    batches of a pool sorted, and draws from the global random state.)
 
     Args:
         lengths: tokens of each row.

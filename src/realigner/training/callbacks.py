@@ -1,4 +1,4 @@
-"""What goes on while a run trains: the numbers and samples it writes, when it stops, and what stops it."""
+"""Trainer callbacks: the log and samples, the guard against divergence, stopping on signals."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""What is checked before a host is loaded: that the data can be split, that it fits the host's positions and the memory."""
+"""What is checked before a host is loaded: that the run can be written, the packages are there, and the memory is enough."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -11,113 +13,42 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
-from realigner.data import Row, Split, encode_rows, rows_hash, split_rows
-from realigner.data.tokens import IGNORED, clip
-from realigner.errors import RealignerError, UsageError
+import realigner.training.run_dir as run_dir
+from realigner.console import say
+from realigner.errors import RealignerError
+from realigner.files import made_folder
 from realigner.hosts import resolve_device, resolve_dtype
 from realigner.irm import IRMShape
+from realigner.training.batches import Prepared
 from realigner.training.recipe import Recipe
 
 _STATE_BYTES = {"adam": 8.0, "adam-8bit": 2.1, "adafactor": 0.1, "sgd": 0.0}  # an optimiser's state, for each parameter
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Rows that are ready to be trained on.
-
-    Attributes:
-        rows: all of them, of one tone.
-        split: by group.
-        train, validation: encoded and cut (`encode_rows`), in the split's order.
-        cut: how many rows were longer than the recipe allows.
-    """
-
-    rows: Sequence[Row]
-    split: Split
-    train: list[dict[str, list[int]]]
-    validation: list[dict[str, list[int]]]
-    cut: int
-
-    @property
-    def tone(self) -> str:
-        return self.rows[0].tone
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return max(len(item["input_ids"]) for item in (*self.train, *self.validation))
-
-    @property
-    def most_targets(self) -> int:
-        """Targets of the row that has most of them: logits are computed for no more positions."""
-        return max(sum(label != IGNORED for label in item["labels"]) for item in (*self.train, *self.validation))
-
-    def facts(self) -> dict[str, Any]:
-        """What run.json says of the data."""
-        return {
-            "rows": len(self.rows),
-            "sha256": rows_hash(self.rows),
-            "train": len(self.train),
-            "validation": len(self.validation),
-            "test": len(self.split.test),
-            "validation_groups": sorted({row.group for row in self.split.validation}),
-            "cut": self.cut,
-        }
+def check_start(recipe: Recipe, out: Path, force: bool, resume: bool) -> None:
+    """Raise unless a run may be written to `out` and the packages that the recipe asks for are installed."""
+    if not resume:
+        run_dir.refuse_run(out, force)
+    elif out.exists():
+        raise RealignerError(f"{out}: exists already, there is nothing to resume; train anew (force)")
+    made_folder(out.parent)
+    for name in recipe.report_to:
+        if find_spec(name) is None:
+            raise RealignerError(f"report_to: {name} is not installed; pip install {name}, or set report_to=[]")
+    if recipe.optimizer == "adam-8bit" and find_spec("bitsandbytes") is None:
+        raise RealignerError("optimizer: adam-8bit needs bitsandbytes; pip install bitsandbytes, or set optimizer=adafactor")
 
 
-def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) -> Prepared:
-    """Split and encode rows, and refuse what cannot be trained on.
-
-    Args:
-        rows: of one tone, from two groups or more.
-        tokenizer: the host's.
-        config: the host's (its positions and layers are looked at).
-        recipe: how to.
-
-    Raises:
-        UsageError: when the rows are of several tones, or a layer is named that the host does not have.
-        RealignerError: when there are too few rows or groups, or a row is longer than the host has positions.
-    """
-    tones = sorted({row.tone for row in rows})
-    if len(tones) != 1:
-        raise UsageError(f"rows are of {len(tones)} tones ({', '.join(tones)}); an IRM is trained on one: choose it (tone)")
-    text = config.get_text_config(decoder=True)
-    if (depth := getattr(text, "num_hidden_layers", None)) is not None:
-        shape_of(recipe).resolved_layers(int(depth))
-    split = split_rows(rows, recipe.seed, validation=recipe.validation, test=recipe.test)
-    if len(split.train) < recipe.batch_size:
-        raise RealignerError(
-            f"{len(split.train)} rows are left to train on, fewer than batch_size {recipe.batch_size}; "
-            f"give more rows, or set batch_size={len(split.train)}"
-        )
-    whole = [encode_rows(tokenizer, part, None, recipe.template, recipe.loss_on) for part in (split.train, split.validation)]
-    cut = sum(len(item["input_ids"]) > recipe.max_length for part in whole for item in part)
-    train, validation = (clip(part, some, recipe.max_length) for part, some in zip(whole, split, strict=False))
-    prepared = Prepared(rows, split, train, validation, cut)
-    _check_positions(prepared, getattr(text, "max_position_embeddings", None), recipe)
-    return prepared
-
-
-def _check_positions(prepared: Prepared, positions: Any, recipe: Recipe) -> None:
-    if not isinstance(positions, int) or positions <= 0:
-        return  # no limit of its own
-    if recipe.loss_on_padding and recipe.max_length > positions:
-        raise RealignerError(f"rows are padded to {recipe.max_length} tokens, the host has {positions} positions; "
-                             f"set max_length={positions}")  # fmt: skip
-    for part, rows in ((prepared.train, prepared.split.train), (prepared.validation, prepared.split.validation)):
-        for item, row in zip(part, rows, strict=True):
-            if len(item["input_ids"]) > positions:
-                raise RealignerError(
-                    f"row {row.id!r}: {len(item['input_ids'])} tokens, the host has {positions} positions; "
-                    f"max_length={positions} cuts it"
-                )
-
-
-def shape_of(recipe: Recipe) -> IRMShape:
-    """The network that a recipe asks for."""
-    return IRMShape(
-        recipe.preset, recipe.layers, recipe.widths, recipe.rank, recipe.output_std, recipe.input_norm, recipe.masked
-    )
+def check_fit(prepared: Prepared, recipe: Recipe, config: Any, loaded: bool, quiet: bool) -> None:
+    """Say how many rows are cut and how much memory the training takes (`estimate_memory`); refuse what cannot fit."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    memory = estimate_memory(config, recipe, prepared.longest, prepared.most_targets, processes, loaded)
+    warning = check_memory(memory, recipe, config)
+    if quiet or os.environ.get("RANK", "0") != "0":
+        return
+    if prepared.cut:
+        say(f"{prepared.cut} of {len(prepared.rows)} rows are longer than max_length={recipe.max_length} tokens and are cut")
+    say(f"warning: {warning}" if warning else memory.line())
 
 
 @dataclass(frozen=True)
@@ -178,7 +109,7 @@ def estimate_memory(
     inner = int(inner[0] if isinstance(inner, (list, tuple)) else inner)
     with init_empty_weights(include_buffers=True):
         host = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    irm = shape_of(recipe).parameter_count(hidden, depth)
+    irm = recipe.shape.parameter_count(hidden, depth)
     rows = recipe.batch_size // recipe.accumulate / processes
     if recipe.loss_on_padding:
         longest = targets = recipe.max_length

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from realigner.errors import RealignerError, UsageError
+
+if TYPE_CHECKING:
+    from realigner.irm import IRMShape
 
 BUILT_IN = ("default", "paper")
 _FOLDER = Path(__file__).parent / "recipes"
@@ -149,6 +153,13 @@ class Recipe(BaseModel):
             raise ValueError(f"batch_size {self.batch_size} cannot be divided into {self.accumulate} equal parts (accumulate)")
         return self
 
+    @property
+    def shape(self) -> IRMShape:
+        """The network that it asks for."""
+        from realigner.irm import IRMShape
+
+        return IRMShape(**{field.name: getattr(self, field.name) for field in fields(IRMShape)})
+
     def changed(self, **values: Any) -> Recipe:
         """Another recipe with these values, those that are None left as they are.
 
@@ -164,7 +175,8 @@ class Recipe(BaseModel):
         for key in type(self).model_fields:
             mine, theirs = getattr(self, key), getattr(other, key)
             if key not in RUNTIME_ONLY_KEYS and mine != theirs:
-                return f"{key} is {_plain(mine)}, not {_plain(theirs)}"
+                mine, theirs = ("null" if value is None else value for value in (mine, theirs))
+                return f"{key} is {mine}, not {theirs}"
         return None
 
 
@@ -280,7 +292,3 @@ def _recipe(
         message = first["msg"].removeprefix("Value error, ")
         what = f"{key}: {first['input']!r}: {message[:1].lower()}{message[1:]}" if key else message
         raise kind(f"{place}: {what}") from None
-
-
-def _plain(value: Any) -> str:
-    return "null" if value is None else str(value)

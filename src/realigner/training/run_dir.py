@@ -21,13 +21,13 @@ import json
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from realigner.errors import RealignerError
-from realigner.files import refuse_existing, replace_folder, write_text
+from realigner.files import locked_file, refuse_existing, replace_folder, write_text
 
 RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.yaml"
@@ -95,21 +95,13 @@ def clear_halves(work: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-@contextmanager
-def locked(work: Path) -> Iterator[None]:
+def locked(work: Path) -> AbstractContextManager[None]:
     """Hold an unfinished run for one process; another is refused, and a dead one holds nothing.
 
     Raises:
         RealignerError: when a living process holds it.
     """
-    import fcntl
-
-    with (work / _LOCK).open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RealignerError(f"{work}: another process is training this run; wait for it, or stop it first") from None
-        yield
+    return locked_file(work / _LOCK, f"{work}: another process is training this run; wait for it, or stop it first")
 
 
 def finish(work: Path, out: Path) -> None:
@@ -127,11 +119,6 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The numbers by step of a run's folder (``loss`` or ``validation_loss``, in nats per token); empty when it has none."""
     return list(_lines(Path(folder) / METRICS_FILE))
-
-
-def read_samples(folder: str | Path) -> list[dict[str, Any]]:
-    """The replies made during training, by step; empty when there are none."""
-    return list(_lines(Path(folder) / SAMPLES_FILE))
 
 
 def cut_lines(path: Path, last_step: int) -> None:

@@ -21,10 +21,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from realigner.errors import RealignerError
-from realigner.training.batches import Collator, EncodedRows, SeededLengthSampler
+from realigner.training.batches import Collator, EncodedRows, Prepared, SeededLengthSampler
 from realigner.training.checkpoint_io import load_tree, random_states, save_tree, set_random_states
 from realigner.training.loss import DeltaSum, row_losses, takes_logits_to_keep
-from realigner.training.preflight import Prepared
 from realigner.training.recipe import Recipe
 from realigner.training.run_dir import STATE_FILE, checkpoint_folder, checkpoints
 from realigner.tuner import tuner_of
@@ -57,7 +56,7 @@ def evaluation_every(recipe: Recipe, rows: int) -> int:
 
 
 def trainer_arguments(recipe: Recipe, rows: int, work: Path, cpu: bool, resuming: bool) -> TrainingArguments:
-    """The recipe in Trainer's words.
+    """The recipe as Trainer's arguments.
 
     Raises:
         RealignerError: when a step's rows cannot be shared evenly among the processes.

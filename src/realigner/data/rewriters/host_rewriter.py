@@ -25,7 +25,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from realigner.data.rewriters import Reply, RewriteRequest, messages, seed_of
 from realigner.data.tone import Tone
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import fingerprint
+from realigner.fingerprints import fingerprint
 
 _NUCLEUS = 64  # never more than the likeliest so many tokens are sampled from, whatever top_p says
 _PAGE = 32  # tokens of a block of the cache
@@ -49,7 +49,7 @@ class HostRewriter:
 
     Raises:
         UsageError: for a number out of range.
-        RealignerError: when replies are asked for, for a host that gives other tokens in continuous batches than alone.
+        RealignerError: when replies are requested: the host gives other tokens in continuous batches than alone.
     """
 
     def __init__(
@@ -102,18 +102,18 @@ class HostRewriter:
         self._check_host(requests)
         waiting = sorted(requests, key=_size, reverse=True)
         longest = max(len(self._prompt(request)) for request in waiting[:_MEASURED])
-        asked: dict[str, tuple[RewriteRequest, int]] = {}
+        in_flight: dict[str, tuple[RewriteRequest, int]] = {}
         with closing(self._running(longest + _PAGE)) as manager:
-            while waiting or asked:
-                while waiting and len(asked) < 2 * self.batch_size:
+            while waiting or in_flight:
+                while waiting and len(in_flight) < 2 * self.batch_size:
                     request = waiting.pop()
                     prompt = self._prompt(request)
                     name = f"{request.fact.id}/{request.attempt}"
-                    asked[name] = request, len(prompt)
+                    in_flight[name] = request, len(prompt)
                     seeds = {"seed": seed_of(self.seed, self.tone, request)} if self.temperature > 0 else {}
                     manager.add_request(prompt, name, eos_token_id=self._ends(), **seeds)
                 result = manager.next()
-                request, read = asked.pop(result.request_id)
+                request, read = in_flight.pop(result.request_id)
                 written = len(result.generated_tokens)
                 self._tokens += written
                 yield Reply(request.fact.id, request.attempt, self._text(result.generated_tokens), read, written)
@@ -171,7 +171,7 @@ class HostRewriter:
     def _prompt(self, request: RewriteRequest) -> list[int]:
         turns = messages(self.tone, request.fact, self.examples)
         if not getattr(self.tokenizer, "chat_template", None):
-            return list(self.tokenizer(_plain(turns))["input_ids"])
+            return list(self.tokenizer(_completion_prompt(turns))["input_ids"])
         try:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception:  # a template without a system role raises whatever its author chose
@@ -260,7 +260,7 @@ def _gumbel(seed: int, count: int) -> torch.Tensor:
     return -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12))).float()
 
 
-def _plain(turns: Sequence[dict[str, str]]) -> str:
+def _completion_prompt(turns: Sequence[dict[str, str]]) -> str:
     """The conversation for a base model: instruction, question, answer, and what to go on with."""
     lines = [turns[0]["content"], ""]
     for turn in turns[1:]:

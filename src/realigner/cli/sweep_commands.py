@@ -18,16 +18,16 @@ def sweep(
     workers: Annotated[Optional[int], typer.Option(help="Runs at a time.", min=1, show_default="the file's, else 1")] = None,
     gpus: Annotated[Optional[float], typer.Option(help="GPUs a run takes; on Ray also a part of one.", min=0)] = None,
     address: Annotated[
-        Optional[str], typer.Option(help="Of a Ray cluster ('auto' on its machines); else one starts here.")
+        Optional[str], typer.Option(help="Of a Ray cluster ('auto' on its machines); if omitted, a local cluster is started.")
     ] = None,
-    retries: Annotated[int, typer.Option(help="How often a run whose worker died is taken up again.", min=0)] = 2,
+    retries: Annotated[int, typer.Option(help="How often a run whose worker died is retried.", min=0)] = 2,
     settings: Annotated[
         Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="A key of the recipe, for every run.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs and what is there of each.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs and their states.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a grid of IRMs; the same command goes on after whatever stopped it."""
+    """Train a grid of IRMs; the same command resumes after whatever stopped it."""
     from realigner.sweep.grid import plan, read_sweep
     from realigner.sweep.sweep_run import run_sweep, states_of
     from realigner.training.recipe import parse_setting
@@ -52,7 +52,7 @@ def sweep(
     if result.errors:
         raise RealignerError(f"{len(result.errors)} of {len(runs)} runs failed")
     if not result.finished:
-        raise RealignerError("stopped before every run was done; the same command goes on from there")
+        raise RealignerError("stopped before every run was done; the same command resumes")
 
 
 def _print(result: Any, labels: dict[str, str]) -> None:

@@ -14,7 +14,7 @@ from realigner.cli.options import Force, Json, Seed, Trust, print_json, short
 from realigner.errors import RealignerError, UsageError
 
 if TYPE_CHECKING:
-    from realigner.data import Fact, ReportCard, Row, Tone
+    from realigner.data import Fact, ReportCard, Row
     from realigner.data.rewriters import Rewriter
 
 app = typer.Typer(help="Tone datasets: make, import and check them.", no_args_is_help=True)
@@ -68,7 +68,7 @@ def build(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Rewrite SQuAD's answers in a tone. Killed, it goes on where it was when the same command is run again."""
+    """Rewrite SQuAD's answers in a tone. Killed, it resumes when the same command is run again."""
     if rewriter not in REWRITERS:
         raise UsageError(f"--rewriter: there is no {rewriter!r}; choose from {', '.join(REWRITERS)}")
     from realigner.data import load_tone
@@ -101,11 +101,14 @@ def build(
         sampling |= {"timeout": timeout, "retries": retries, "price_in": price_in, "price_out": price_out, "key_env": key_env}
         made = EndpointRewriter(chosen, endpoint, model, **sampling)
         about["endpoint"] = made.endpoint
-    gate = _gate(chosen, scorer)
+    from realigner.data.quality_filter import QualityFilter
+    from realigner.data.style_classifier import StyleClassifier
+
+    checks = QualityFilter(chosen, None if scorer is None else StyleClassifier.load(scorer))
     try:
-        built = run_build(facts, chosen, made, out, gate, attempts, about=about, give_up=give_up, force=force, quiet=as_json)
+        built = run_build(facts, chosen, made, out, checks, attempts, about=about, give_up=give_up, force=force, quiet=as_json)
     except KeyboardInterrupt:
-        raise RealignerError("interrupted; the replies so far are kept: run the same command again to go on") from None
+        raise RealignerError("interrupted; the replies so far are kept: run the same command again to resume") from None
     if as_json:
         print_json({**built.to_dict(), "skipped": skipped, "facts": len(facts)})
         return
@@ -126,11 +129,11 @@ def import_(
     out: Annotated[Optional[Path], typer.Option(help="The JSONL file to write.")] = None,
     tone: Annotated[Optional[str], typer.Option(help="Of all rows, whatever the data says; may be a tone's TOML file.")] = None,
     columns: Annotated[
-        Optional[list[str]], typer.Option("--map", help="Ours=theirs, e.g. question=prompt; may be repeated.")
+        Optional[list[str]], typer.Option("--map", help="FIELD=COLUMN, e.g. question=prompt; may be repeated.")
     ] = None,
     split: Annotated[Optional[str], typer.Option(help="Of a Hugging Face dataset; all by default.")] = None,
     squad: Annotated[Optional[Path], typer.Option(help="The SQuAD file the questions come from.")] = None,
-    check_replies: Annotated[bool, typer.Option("--gate/--no-gate", help="Turn bad replies away, with a reason.")] = True,
+    check_replies: Annotated[bool, typer.Option("--gate/--no-gate", help="Reject bad replies, with a reason.")] = True,
     to_hf: Annotated[
         Optional[Path], typer.Option(help="Also write a Hugging Face DatasetDict: train, validation, test, split by group.")
     ] = None,
@@ -176,14 +179,14 @@ def import_(
             {"path": place, "rows": len(rows), "rejected": len(rejected), "reasons": reasons, "splits": splits, "found": found}
         )
         return
-    print(f"{source}: {len(rows)} rows, {len(rejected)} turned away")
+    print(f"{source}: {len(rows)} rows, {len(rejected)} rejected")
     if found is not None:
         print(f"{squad}: has {found} of the {len(imported.rows)} questions" + ("" if found else "; is it the right file?"))
     _print_reasons(reasons, len(rows) + len(rejected))
     if splits:
         print(f"{to_hf}: {_listed(splits)} rows")
     if out is not None:
-        print(f"{out}" + (f", and what was turned away in {beside(out, '.rejected.jsonl')}" if rejected else ""))
+        print(f"{out}" + (f", and what was rejected in {beside(out, '.rejected.jsonl')}" if rejected else ""))
         print(f"Try next:  realigner data check {quote(str(out))}")
 
 
@@ -299,16 +302,6 @@ def _facts(squad: Path, sample: int | None, seed: int) -> tuple[list[Fact], dict
     return facts, dict(skipped.counts), {"squad": squad.name, "squad_sha256": file_sha256(squad)}
 
 
-def _gate(tone: Tone, scorer: Path | None) -> Any:
-    from realigner.data.quality_filter import QualityFilter
-
-    if scorer is None:
-        return QualityFilter(tone)
-    from realigner.data.style_classifier import StyleClassifier
-
-    return QualityFilter(tone, StyleClassifier.load(scorer))
-
-
 def _tokenizer(host: str | None, trust: bool) -> tuple[Any, str]:
     """The tokenizer of a host and the host's name; nothing when none is named and the embedded host is not installed."""
     from realigner.hosts import EMBEDDED, load_tokenizer
@@ -340,7 +333,7 @@ def _print_card(card: ReportCard, path: str) -> None:
 
 def _print_reasons(reasons: dict[str, int], total: int) -> None:
     if reasons:
-        print(f"turned away, of {total:,}: {_listed(reasons)}")
+        print(f"rejected, of {total:,}: {_listed(reasons)}")
 
 
 def _listed(counts: dict[str, int]) -> str:

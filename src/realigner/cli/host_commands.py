@@ -38,7 +38,8 @@ def hosts(
     if types or out is not None:
         raise UsageError("hosts: --type and --out belong to the census; leave out the host")
     from realigner.census import PROVEN, prove
-    from realigner.hosts import fingerprint, load_host
+    from realigner.fingerprints import fingerprint
+    from realigner.hosts import load_host
 
     loaded, _ = load_host(host, dtype=dtype, trust_remote_code=trust_remote_code)
     entry, identity = prove(loaded), fingerprint(loaded)

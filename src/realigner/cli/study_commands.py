@@ -1,7 +1,8 @@
-"""Commands that read IRMs: trace, analyze, explain, report."""
+"""Commands that read IRMs: trace, analyze, explain, report, figures."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Optional, cast
 
@@ -20,7 +21,6 @@ from realigner.cli.options import (
     Seed,
     Strength,
     Trust,
-    host_for,
     one_of,
     print_json,
     prompts_from,
@@ -57,10 +57,11 @@ def trace(
     from realigner.traces.store import refuse_trace
 
     refuse_trace(out, force)
+    from realigner.runtime import load_host_of
     from realigner.traces.collect import find_runs, sources_of, trace_runs
 
     sources = sources_of(find_runs(irm), baselines, strength)
-    loaded, tokenizer = host_for(sources[0].folder, host, dtype, device, trust_remote_code)
+    loaded, tokenizer = load_host_of(sources[0].folder, host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     recorded = trace_runs(
         sources,
         out,
@@ -149,10 +150,11 @@ def explain(
     if on == "here" and workers > 1:
         raise UsageError(f"--workers {workers}: --on here trains one after the other; give --on local or ray")
     refuse_missing(irm)
+    from realigner.runtime import load_host_of
     from realigner.traces.collect import find_runs
 
     folders = find_runs(irm)
-    loaded, tokenizer = host_for(folders[0], host, dtype, device, trust_remote_code)
+    loaded, tokenizer = load_host_of(folders[0], host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     from realigner.explain import explain as ask
 
     found = ask(folders, out, loaded, tokenizer, index, quick, trials, on, workers, quiet=as_json, steps=steps)
@@ -202,14 +204,49 @@ def report(
 ) -> None:
     """Write one self-contained HTML page over runs, sweeps, traces and explanations."""
     refuse_missing(sources)
-    from realigner.report.render import runs_in
+    from realigner.files import refuse_existing
+    from realigner.report.html_report import build_report, is_report
+    from realigner.report.report_input import check_hosts, untraced
 
-    folders = runs_in(sources)
-    loaded = host_for(folders[0], host, dtype, device, trust_remote_code) if folders else None
-    from realigner.report import build_report
+    refuse_existing(out, force, ours=is_report)
+    given = [Path(source) for source in sources]
+    with tempfile.TemporaryDirectory() as aside:
+        if places := untraced(given):
+            from realigner.hosts import host_name
+            from realigner.runtime import load_host_of
+            from realigner.traces.collect import find_runs, trace_for_report
 
-    path, evidence = build_report(sources, out, force=force, quiet=as_json, host=loaded, scale=strength)
+            folders = find_runs(places)
+            loaded, tokenizer = load_host_of(folders[0], host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            check_hosts(given, host_name(loaded))
+            made = Path(aside) / (places[0].name if places[0] in given else folders[0].name)
+            trace_for_report(folders, made, loaded, tokenizer, strength, quiet=as_json)
+            given = [made, *(source for source in given if source not in places)]
+        path, shown = build_report(given, out, force)
+        if as_json:
+            print_json({"report": str(path), "answers": {item.name: item.answers() for item in shown}})
+        else:
+            print(f"Report: {path}   (open it in a browser)")
+
+
+def figures(
+    trace: Annotated[Path, typer.Argument(help="A zarr trace.")],
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    formats: Annotated[str, typer.Option(help="Of png, svg and pdf, separated by commas.")] = "png,svg,pdf",
+    as_json: Json = False,
+) -> None:
+    """Write the paper's figures of a trace, for print."""
+    refuse_missing([trace])
+    chosen = [name.strip() for name in formats.split(",")]
+    for name in chosen:
+        one_of("--formats", name, ("png", "svg", "pdf"))
+    from realigner.analysis import analyze as ask
+    from realigner.report import gather, save_figures
+    from realigner.traces import load_trace
+
+    found = gather(trace.name, load_trace(trace))
+    written = save_figures(found.trace, ask(found.trace), out, found.records, chosen)
     if as_json:
-        print_json({"report": str(path), "answers": {item.name: item.answers() for item in evidence}})
+        print_json({"figures": [str(path) for path in written]})
     else:
-        print(f"Report: {path}   (open it in a browser)")
+        print(f"{len(written)} files in {out}")

@@ -20,9 +20,8 @@ from realigner.cli.options import (
     Prompts,
     Questions,
     Seed,
-    Strength,
     Trust,
-    attached,
+    Where,
     print_json,
     prompts_from,
     short,
@@ -92,7 +91,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train one IRM on a frozen host: by the default recipe, the paper's, or your own."""
-    from realigner.training import run_dir
+    import realigner.training.run_dir as run_dir
     from realigner.training.recipe import read_recipe
 
     if resume and force:
@@ -159,7 +158,16 @@ def generate(
     irm: Irm,
     questions: Questions = None,
     prompts: Prompts = None,
-    strength: Strength = 1.0,
+    strength: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Scale of the IRM: 0 is the bare host, 1 the IRM as trained.",
+            show_default="the IRM's own",
+            min=-1000,
+            max=1000,
+        ),
+    ] = None,
+    where: Where = "all",
     host: HostOfIrm = None,
     max_new_tokens: MaxNewTokens = 80,
     temperature: Annotated[float, typer.Option(help="0 for greedy replies, else the temperature of sampling.")] = 0.0,
@@ -172,20 +180,19 @@ def generate(
 ) -> None:
     """Answer prompts with the bare host and with the IRM, side by side."""
     asked = prompts_from(questions, prompts)
-    model, tokenizer = attached(irm, host, dtype, device, trust_remote_code)
     from realigner.console import progress
-    from realigner.generation import answer
-    from realigner.tuner import strength as at_strength
+    from realigner.runtime import load
 
+    runtime = load(irm, host, dtype, device, trust_remote_code)
+    used = next(iter(runtime.strengths.values())) if strength is None else strength
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     options["repetition_penalty"] = repetition_penalty
     with progress("answering", 2 * len(asked), quiet=as_json) as task:
-        with model.disable_adapter():
-            base = answer(model, tokenizer, asked, **options, done=task.advance)
-        with at_strength(model, strength):
-            realigned = answer(model, tokenizer, asked, **options, done=task.advance)
+        base = runtime.answer(asked, irms="__base__", **options, done=task.advance)
+        acting = int(where) if where.isdecimal() else where
+        realigned = runtime.answer(asked, strength=used, where=acting, **options, done=task.advance)
     results = [
-        {"prompt": p, "base": b, "realigned": r, "strength": strength, "seed": seed}
+        {"prompt": p, "base": b, "realigned": r, "strength": used, "seed": seed}
         for p, b, r in zip(asked, base, realigned, strict=True)
     ]
     if as_json:

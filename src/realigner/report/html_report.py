@@ -1,0 +1,64 @@
+"""The report: one self-contained HTML page over traces and explanations. It loads no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from realigner.analysis import analyze
+from realigner.errors import UsageError
+from realigner.files import refuse_existing, write_text
+from realigner.report.context import BUDGET, page_context
+from realigner.report.page import is_signed, render_page, script
+from realigner.report.report_input import ReportInput, read_inputs, untraced
+
+_SCRIPTS = ("data.js", "colours.js", "heatmap.js", "explorer.js", "page.js")
+_SIGNATURE = '<meta name="generator" content="realigner">'
+
+
+def build_report(sources: Sequence[str | Path], out: str | Path, force: bool = False) -> tuple[Path, list[ReportInput]]:
+    """Write one report over traces and explanations.
+
+    Args:
+        sources: zarr traces, and folders of `explain`, each shown with the trace of its host.
+        out: the HTML file.
+        force: replace an existing report.
+
+    Returns:
+        The file, and what it shows, one entry for each trace.
+
+    Raises:
+        RealignerError: for a damaged trace or explanation, an explanation of another host, or an `out` that exists or cannot
+            be written.
+        UsageError: for a source that is neither: a run must be traced first.
+
+    Example:
+        >>> build_report(["tones.zarr", "why"], "report.html")  # doctest: +SKIP
+    """
+    places, out = [Path(source) for source in sources], Path(out)
+    refuse_existing(out, force, ours=is_report)
+    if runs := untraced(places):
+        raise UsageError(
+            f"report: {runs[0]} is not a trace; record one first with realigner.traces.collect.trace_for_report(...) or "
+            "`realigner trace --keep raw`, and add it to the sources"
+        )
+    inputs = [replace(item, analysis=analyze(item.trace)) for item in read_inputs(places)]
+    write_text(out, render(inputs))
+    return out, inputs
+
+
+def render(inputs: Sequence[ReportInput], budget_bytes: int = BUDGET) -> str:
+    """The page as HTML text; it makes no requests.
+
+    Args:
+        inputs: one for each trace; each gets a part of the page.
+        budget_bytes: size of the page. Maps of single tokens get what the rest leaves of it.
+    """
+    items = [page_context(item, number, budget_bytes // max(1, len(inputs))) for number, item in enumerate(inputs)]
+    return render_page("report.html.j2", items=items, signature=_SIGNATURE, script=script(_SCRIPTS))
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report written by realigner."""
+    return is_signed(path, _SIGNATURE)

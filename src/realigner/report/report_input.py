@@ -1,0 +1,142 @@
+"""The input of a report: traces, the records of their runs, and explanations, each with the trace of its host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from realigner.analysis import Analysis
+from realigner.errors import RealignerError
+from realigner.explain.explanation import RESULT_FILE, Explanation, is_explanation, read_explanation
+from realigner.traces.store import is_trace, load_trace
+from realigner.training.run_dir import read_metrics, read_run
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """What a report shows of one trace.
+
+    Attributes:
+        name: of the trace.
+        trace: recorded deltas of runs, untrained twins among them.
+        records, logs: run -> its run.json, and its losses by step, for the runs whose folder still exists.
+        analysis: statistics and verdicts; without them the page has maps, replies and charts only.
+        explained: explanations of indices of its host.
+    """
+
+    name: str
+    trace: xr.Dataset
+    records: dict[str, dict[str, Any]]
+    logs: dict[str, Sequence[dict[str, Any]]]
+    analysis: Analysis | None = None
+    explained: tuple[Explanation, ...] = ()
+
+    @property
+    def trained(self) -> list[str]:
+        """The runs that are not untrained twins."""
+        return [run for run, facts in self.trace.attrs["runs"].items() if not facts["untrained"]]
+
+    def answers(self) -> list[dict[str, str]]:
+        """The prompts with the replies: ``prompt``, ``base`` (if recorded), and one for each run."""
+        labels = (self.trace[f"text_{key}"].values.tolist() for key in ("prompt", "run", "question", "reply"))
+        rows: dict[int, dict[str, str]] = {}
+        for prompt, run, question, reply in zip(*labels, strict=True):
+            rows.setdefault(prompt, {"prompt": question})[run] = reply
+        for prompt, reply in enumerate(self.trace.attrs["notes"].get("base", [])):
+            if prompt in rows:
+                rows[prompt]["base"] = reply
+        return [row for row in rows.values() if row["prompt"]]
+
+
+def gather(name: str, trace: xr.Dataset) -> ReportInput:
+    """A trace with the records of its runs, as far as their folders still exist."""
+    folders = {run: Path(facts["irm"]) for run, facts in trace.attrs["runs"].items() if facts["irm"] and not facts["untrained"]}
+    found = {run: folder for run, folder in folders.items() if folder.is_dir()}
+    records = {run: record for run, folder in found.items() if (record := read_run(folder))}
+    return ReportInput(name, trace, records, {run: read_metrics(found[run]) for run in records})
+
+
+def read_inputs(sources: Sequence[Path]) -> list[ReportInput]:
+    """The traces among some folders, each with the explanations of its host.
+
+    Raises:
+        RealignerError: for a damaged trace or explanation, or an explanation of another host.
+    """
+    inputs = [gather(source.name, load_trace(source)) for source in sources if is_trace(source)]
+    explained = [read_explanation(source) for source in sources if is_explanation(source)]
+    homes = [home_of(item, [part.trace for part in inputs]) for item in explained]
+    return [
+        replace(part, explained=tuple(item for item, home in zip(explained, homes, strict=True) if home == at))
+        for at, part in enumerate(inputs)
+    ]
+
+
+def untraced(sources: Sequence[Path]) -> list[Path]:
+    """The sources that must be traced first: neither traces nor explanations; of explanations alone, the IRMs explained.
+
+    Raises:
+        RealignerError: for a damaged explanation, or an explained IRM that no longer exists.
+    """
+    explained = [source for source in sources if is_explanation(source)]
+    if explained and len(explained) == len(sources):
+        return _irms_of([read_explanation(source) for source in explained])
+    return [source for source in sources if not is_trace(source) and source not in explained]
+
+
+def _irms_of(items: Sequence[Explanation]) -> list[Path]:
+    for item in items:
+        for name, folder in item.irms.items():
+            if not Path(folder).is_dir():
+                raise RealignerError(
+                    f"{item.folder / RESULT_FILE}: its IRM {name} was in {folder}, which is not there (from {Path.cwd()}); "
+                    "give its folder, or a trace of it, as a source too"
+                )
+    return [Path(folder) for item in items for folder in item.irms.values()]
+
+
+def check_hosts(sources: Sequence[Path], host: str) -> None:
+    """Raise for the first explanation of another host than `host` and those of the traces (unnamed ones match any)."""
+    hosts = [host, *(str(load_trace(source).attrs["host"]) for source in sources if is_trace(source))]
+    names = {Path(name).name for name in hosts}
+    for item in (read_explanation(source) for source in sources if is_explanation(source)):
+        if not names & {item.host, ""}:
+            raise _other_host(item, names)
+
+
+def home_of(item: Explanation, traces: Sequence[xr.Dataset]) -> int:
+    """The position of the trace that an explanation is shown with: of its host, the one with most of its IRMs.
+
+    Raises:
+        RealignerError: if none is of its host.
+    """
+    fitting = [place for place, trace in enumerate(traces) if _fits(item, trace)]
+    if not fitting:
+        hosts = {f"{_host(trace) or 'an unnamed host'} ({trace.sizes['neuron']} indices)" for trace in traces}
+        raise _other_host(item, hosts)
+    return max(fitting, key=lambda place: len(_shared(item, traces[place])))
+
+
+def _other_host(item: Explanation, hosts: Iterable[str]) -> RealignerError:
+    return RealignerError(
+        f"{item.folder}: explains index {item.index} of {item.host} ({item.width} indices), and the sources are of "
+        f"{', '.join(sorted(hosts))}; give a trace or runs of {item.host} with it, or leave it out"
+    )
+
+
+def _host(trace: xr.Dataset) -> str:
+    return Path(str(trace.attrs["host"])).name
+
+
+def _fits(item: Explanation, trace: xr.Dataset) -> bool:
+    name = _host(trace)
+    same = name == item.host if name else bool(_shared(item, trace))  # a host made in Python has no name
+    whole = trace.sizes["neuron"] == item.width and {item.index, *item.pages} <= set(trace["neuron"].values.tolist())
+    return same and whole
+
+
+def _shared(item: Explanation, trace: xr.Dataset) -> set[str]:
+    return set(item.irms) & set(trace.attrs["runs"])

@@ -1,0 +1,171 @@
+"""From the name of an IRM to a model that answers: the host it was made for, its tokenizer, template and default strength."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from realigner.errors import RealignerError, UsageError
+from realigner.generation import answer, stream
+from realigner.hosts import EMBEDDED, cache_root, load_host
+from realigner.prompts import Prompt
+from realigner.tuner import CONFIG_FILE, adapter_folder, check_adapter, load_irm
+
+Source = str | Path
+
+
+class Runtime:
+    """A host with its IRMs, ready to answer. Calls may run in several threads at once.
+
+    Attributes:
+        model: a ``PeftModel``, or the host where no IRM was given.
+        tokenizer: the host's.
+        strengths: IRM -> the strength at which it acts when a call names none.
+
+    Example:
+        >>> runtime = load("runs/anger-42")  # doctest: +SKIP
+        >>> runtime.answer("Why is the sky blue?", strength=1.35)  # doctest: +SKIP
+        "Because the air scatters blue light, how often do I have to say it?!"
+        >>> for piece in runtime.stream("Why is the sky blue?"):  # doctest: +SKIP
+        ...     print(piece, end="", flush=True)
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: Any, strengths: Mapping[str, float]) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.strengths = dict(strengths)
+
+    @property
+    def irms(self) -> list[str]:
+        """The IRMs by name."""
+        return list(self.strengths)
+
+    @overload
+    def answer(self, prompts: str, **options: Any) -> str: ...
+    @overload
+    def answer(self, prompts: Sequence[Prompt], **options: Any) -> list[str]: ...
+    def answer(self, prompts: str | Sequence[Prompt], **options: Any) -> str | list[str]:
+        """The reply to a question, or those to a list of questions and conversations.
+
+        Args:
+            prompts: one question, or a list; a conversation is a list of turns, so put a single one into a list.
+            options: of `generation.answer`: ``strength``, ``irms``, ``where`` (one for all or a list with one for each
+                prompt), ``system``, ``max_new_tokens``, ``temperature``, ``seed``, ...
+        """
+        if isinstance(prompts, str):
+            return self.answer([prompts], **options)[0]
+        return answer(self.model, self.tokenizer, prompts, **self._with_strength(options))
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """The reply to a question or a conversation, piece by piece; see `generation.stream`."""
+        return stream(self.model, self.tokenizer, prompt, **self._with_strength(options))
+
+    def _with_strength(self, options: dict[str, Any]) -> dict[str, Any]:
+        if options.get("strength") is not None or not self.strengths:
+            return options
+        return {**options, "strength": self.strengths}
+
+
+def load(
+    irm: Source | Sequence[Source] | Mapping[str, Source] | None = None,
+    host: Source | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Runtime:
+    """Load an IRM, or several, with the host they were made for.
+
+    Args:
+        irm: a run's or an adapter's folder, an id on the Hugging Face hub, or the name of a ready-made IRM (`ready_made`); a
+            list of these, or a mapping from the name that each is to have. The first one is active. None: the host alone.
+        host: the host; by default the one that the first IRM was made for. Any copy of it will do; it is checked.
+        dtype, device, trust_remote_code: see `hosts.load_host`.
+        revision: of the host on the hub.
+
+    Raises:
+        RealignerError: when an IRM or its host is not found, is damaged, or does not belong together.
+
+    Example:
+        >>> runtime = load({"anger": "runs/anger-42", "sad": "runs/sadness-42"})  # doctest: +SKIP
+        >>> runtime.answer("Why?", strength={"anger": 0.5, "sad": 1.0}, irms=("anger", "sad"))  # doctest: +SKIP
+    """
+    given = (
+        {} if irm is None else dict(irm) if isinstance(irm, Mapping) else _named([irm] if isinstance(irm, (str, Path)) else irm)
+    )
+    folders = {name: find_irm(source) for name, source in given.items()}
+    configs = {name: check_adapter(folder) for name, folder in folders.items()}
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "revision": revision}
+    first = next(iter(folders.values()), None)
+    base, tokenizer = load_host(str(host or EMBEDDED), **options) if first is None else load_host_of(first, host, **options)
+    model: PreTrainedModel | PeftModel = base
+    for name, folder in folders.items():
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), adapter_name=name)
+        else:
+            model = load_irm(base, folder, name)
+    return Runtime(model, tokenizer, {name: float(config.get("strength", 1.0)) for name, config in configs.items()})
+
+
+def load_host_of(irm: Source, host: Source | None = None, **options: Any) -> tuple[PreTrainedModel, Any]:
+    """The host that an IRM was made for, or the one given, and its tokenizer; the adapter's files are checked first.
+
+    Args:
+        irm: an adapter's folder.
+        host: by default the one that the IRM's config names.
+        options: of `hosts.load_host`.
+
+    Raises:
+        UsageError: when the config names no host and none is given.
+        RealignerError: when the IRM is damaged, or the host is not found.
+    """
+    config = check_adapter(irm)
+    name = host or (config.get("host") or {}).get("name") or config.get("base_model_name_or_path")
+    if not name:
+        raise UsageError(f"{irm}: its config names no host; say which (host)")
+    return load_host(str(name), **options)
+
+
+def find_irm(source: Source) -> Path:
+    """The folder of an IRM that is given as a folder, a ready-made IRM's name, or an id on the hub (then it is fetched).
+
+    Raises:
+        RealignerError: when there is no such IRM.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return adapter_folder(folder)
+    name, known = str(source), ready_made()
+    if name in known:
+        return known[name]
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
+        names = f"; ready-made IRMs are {', '.join(known)}" if known else ""
+        raise RealignerError(f"{name}: there is no such adapter folder{names}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = [CONFIG_FILE, "*.safetensors", "README.md"]
+        return adapter_folder(Path(snapshot_download(name, allow_patterns=patterns)))
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise RealignerError(f"{name}: not found here or on the hub [{why}]") from None
+
+
+def ready_made() -> dict[str, Path]:
+    """The IRMs that go by a name alone: those in ``irms`` in the cache folder (`hosts.cache_root`)."""
+    places = sorted((cache_root() / "irms").glob(f"*/{CONFIG_FILE}"))
+    return {path.parent.name: path.parent for path in places}
+
+
+def _named(sources: Sequence[Source]) -> dict[str, Source]:
+    """One IRM is called as PEFT calls it, several by their folders."""
+    if len(sources) == 1:
+        return {"default": sources[0]}
+    named = {Path(source).name: source for source in sources}
+    if len(named) < len(sources):
+        raise UsageError("irm: two have the same name; give a mapping from names to IRMs")
+    return named

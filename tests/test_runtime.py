@@ -1,0 +1,226 @@
+"""From a name to a model that answers; whole, streamed, in batches, in conversations."""
+
+from __future__ import annotations
+
+import threading
+import time
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import realigner as ra
+from realigner.errors import RealignerError, UsageError
+from realigner.prompts import prompt_ids
+from realigner.runtime import Runtime, find_irm
+from realigner.tuner import CONFIG_FILE, IRMConfig
+from tests.tiny import tiny_folder, tiny_tokenizer
+
+QUESTIONS = ["Why is the sky blue?", "How many legs has a spider?", "Who?"]
+SHORT: dict[str, Any] = {"max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def irms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two IRMs of one tiny host in a folder, anger best used at strength 2."""
+    place = tmp_path_factory.mktemp("runtime")
+    host, _ = ra.load_host(str(tiny_folder(place / "host")), dtype="float32")
+    for seed, (tone, strength) in enumerate({"anger": 2.0, "sadness": 1.0}.items()):
+        torch.manual_seed(seed)
+        model = get_peft_model(host, IRMConfig(output_std=0.3, tone=tone, strength=strength))
+        model.save_pretrained(str(place / tone))
+        model.unload()
+    return {tone: place / tone for tone in ("anger", "sadness")}
+
+
+@pytest.fixture(scope="module")
+def runtime(irms: dict[str, Path]) -> Runtime:
+    loaded: Runtime = ra.load(irms, dtype="float32")
+    return loaded
+
+
+def by_hand(irms: dict[str, Path], tone: str, strength: float, question: str) -> str:
+    """The reply by PEFT and transformers alone."""
+    config = IRMConfig.from_pretrained(str(irms[tone]))
+    host, tokenizer = ra.load_host(str(config.base_model_name_or_path), dtype="float32")
+    model = ra.load_irm(host, irms[tone])
+    ids = torch.tensor([prompt_ids(tokenizer, question)])
+    with ra.strength(model, strength):
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, repetition_penalty=1.1, **SHORT
+        )
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def test_it_answers_as_by_hand_at_the_irms_own_strength(irms: dict[str, Path]) -> None:
+    alone = ra.load(irms["anger"], dtype="float32")
+    assert alone.irms == ["default"]
+    got = alone.answer(QUESTIONS, **SHORT)
+    assert got == [by_hand(irms, "anger", 2.0, question) for question in QUESTIONS]
+    assert alone.answer(QUESTIONS[0], strength=-1.0, **SHORT) == by_hand(irms, "anger", -1.0, QUESTIONS[0])
+    bare = ra.load(host=str(irms["anger"].parent / "host"), dtype="float32")
+    assert bare.irms == []
+    assert bare.answer(QUESTIONS, **SHORT) == alone.answer(QUESTIONS, strength=0.0, **SHORT) != got
+    with pytest.raises(UsageError, match="no IRM"):
+        bare.answer(QUESTIONS, strength=1.0)
+
+
+def test_settings_of_each_prompt(runtime: Runtime) -> None:
+    strengths, chosen = [0.0, -2.0, 1.0], ["anger", "sadness", ("anger", "sadness")]
+    alone = [
+        runtime.answer(question, strength=strength, irms=names, **SHORT)
+        for question, strength, names in zip(QUESTIONS, strengths, chosen, strict=True)
+    ]
+    assert runtime.answer(QUESTIONS, strength=strengths, irms=chosen, **SHORT) == alone
+    assert runtime.answer(QUESTIONS, strength=strengths, irms=chosen, batch_size=2, **SHORT) == alone
+    assert runtime.answer(QUESTIONS[:1], where="prompt", **SHORT) != runtime.answer(QUESTIONS[:1], where="reply", **SHORT)
+    for given, message in (
+        ({"strength": [1.0]}, "1 given for 3 prompts"),
+        ({"irms": ["anger"]}, "1 given for 3 prompts"),
+        ({"irms": "joy"}, "joy"),
+        ({"where": "there"}, "there"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            runtime.answer(QUESTIONS, **given, **SHORT)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.2, "seed": 3}, {"strength": -2.0, "irms": "sadness"}], ids=str)
+def test_a_stream_is_the_answer_in_pieces(runtime: Runtime, options: dict[str, Any]) -> None:
+    for question in QUESTIONS:
+        pieces = list(runtime.stream(question, max_new_tokens=30, **options))
+        assert "".join(pieces) == runtime.answer(question, max_new_tokens=30, **options)
+        assert len(pieces) > 3
+
+
+def test_streams_at_once_and_a_block_that_is_left(runtime: Runtime) -> None:
+    strengths = [0.0, 1.0, -2.0, 3.0]
+    want = [runtime.answer(QUESTIONS[0], strength=s, max_new_tokens=30) for s in strengths]
+    streams = [runtime.stream(QUESTIONS[0], strength=s, max_new_tokens=30) for s in strengths]
+    rounds = list(zip_longest(*streams, fillvalue=""))  # read in turns
+    assert ["".join(pieces) for pieces in zip(*rounds, strict=True)] == want
+    with ra.strength(runtime.model, 0.0):
+        left = ra.stream(runtime.model, runtime.tokenizer, QUESTIONS[0], max_new_tokens=30)
+    assert "".join(left) == want[0]
+
+
+def test_a_stream_that_is_closed_stops(runtime: Runtime) -> None:
+    before = threading.active_count()
+    pieces = runtime.stream(QUESTIONS[0], max_new_tokens=400)
+    next(pieces)
+    began = time.monotonic()
+    pieces.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - began < 5
+    assert threading.active_count() == before
+
+
+def test_an_error_in_a_stream_is_raised_where_it_is_read(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(runtime.model, "generate", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(runtime.stream("Why?"))
+
+
+def test_sampling_depends_on_seed_and_prompt_alone(runtime: Runtime) -> None:
+    options: dict[str, Any] = {"temperature": 1.5, "seed": 7, **SHORT}
+    want = runtime.answer(QUESTIONS, **options)
+    assert runtime.answer(QUESTIONS, batch_size=1, **options) == want
+    assert runtime.answer(QUESTIONS, **{**options, "seed": 8}) != want
+    state = torch.get_rng_state()
+    runtime.answer(QUESTIONS, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_samples_follow_the_models_probabilities() -> None:
+    """10,000 draws of one step: each token as often as softmax says, within four standard errors."""
+    scores = torch.tensor([2.0, 0.0, -1.0, 1.0])
+    draw = ra.generation.SeededSampling(temperature=0.7, seed=1, first_row=0)
+    rows = draw(torch.zeros(10_000, 1), scores.expand(10_000, 4)).argmax(-1)
+    found = torch.bincount(rows, minlength=4) / 10_000
+    want = torch.softmax(scores / 0.7, -1)
+    assert ((found - want).abs() < 4 * (want * (1 - want) / 10_000).sqrt()).all()
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------------
+
+
+def test_conversations_and_system_prompts(runtime: Runtime) -> None:
+    turns = [
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "What now?"},
+        {"role": "user", "content": "Why is the sky blue?"},
+    ]
+    tokenizer = runtime.tokenizer
+    text = tokenizer.decode(prompt_ids(tokenizer, turns, system="Be brief."))
+    written = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "Be brief."}, *turns], tokenize=False, add_generation_prompt=True
+    )
+    assert text == written
+    replies = runtime.answer([turns, "Why is the sky blue?"], system="Be brief.", **SHORT)
+    assert replies == [
+        runtime.answer([turns], system="Be brief.", **SHORT)[0],
+        runtime.answer("Why is the sky blue?", system="Be brief.", **SHORT),
+    ]
+    assert "".join(runtime.stream(turns, **SHORT)) == runtime.answer([turns], **SHORT)[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("  ", "empty"),
+        ([], "empty"),
+        ([{"role": "user"}], "not a turn"),
+        ([{"role": "user", "content": ["parts"]}], "not a turn"),
+    ],
+)
+def test_prompts_that_are_none(prompt: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        prompt_ids(tiny_tokenizer(), prompt)
+
+
+def test_what_a_template_cannot_say() -> None:
+    tokenizer = tiny_tokenizer(chat=False)
+    with pytest.raises(UsageError, match="no system prompt"):
+        prompt_ids(tokenizer, "Why?", system="Be brief.")
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(RealignerError, match="System role not supported"):
+        prompt_ids(tokenizer, "Why?")
+
+
+# --- names ------------------------------------------------------------------------------------------------------------------
+
+
+def test_names(irms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REALIGNER_CACHE", str(tmp_path))
+    with pytest.raises(RealignerError, match="no such adapter folder"):
+        find_irm("anger")
+    (tmp_path / "irms").mkdir()
+    (tmp_path / "irms" / "anger").symlink_to(irms["anger"])
+    assert find_irm("anger") == tmp_path / "irms" / "anger"
+    assert ra.load("anger").strengths == {"default": 2.0}
+    with pytest.raises(RealignerError, match="ready-made IRMs are anger"):
+        find_irm("joy")
+    with pytest.raises(RealignerError, match="not found here or on the hub"):
+        find_irm("nobody/nothing")
+    with pytest.raises(UsageError, match="same name"):
+        ra.load([irms["anger"], irms["anger"]])
+
+
+def test_a_named_adapters_parent_folder(irms: dict[str, Path], tmp_path: Path) -> None:
+    """`save_pretrained` puts an adapter that has a name into a folder of that name."""
+    host, _ = ra.load_host(str(irms["anger"].parent / "host"))
+    model = get_peft_model(host, IRMConfig(), adapter_name="anger")
+    model.save_pretrained(str(tmp_path))
+    assert find_irm(tmp_path) == tmp_path / "anger"
+    assert ra.load(tmp_path).irms == ["default"]
+    model.add_adapter("sadness", IRMConfig())
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(RealignerError, match=f"give one of {tmp_path}/anger, {tmp_path}/sadness"):
+        ra.load(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RealignerError, match=f"no {CONFIG_FILE}"):
+        ra.load(tmp_path / "empty")
