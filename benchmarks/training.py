@@ -64,12 +64,13 @@ import realigner as ra
 from realigner.data.tokens import IGNORED
 from realigner.files import write_text
 from realigner.hosts import EMBEDDED
+from realigner.irm_config import TEMPLATES
 from realigner.training.batches import Collator, EncodedRows, Prepared, SeededLengthSampler, prepare
 from realigner.training.loss import row_losses
 from realigner.training.recipe import Recipe
 from realigner.training.run_dir import versions
 from realigner.training.trainer import IRMTrainer, products_dtype, trainer_arguments
-from realigner.tuner import TEMPLATES, tuner_of
+from realigner.tuner import tuner_of
 
 HERE = Path(__file__).resolve().parent
 LIMIT = "limit"

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 
+from realigner.irm_config import IRMConfig
 from realigner.training import make_recipe, train
 from realigner.training.callbacks import Log
-from realigner.tuner import IRMConfig, tuner_of
+from realigner.tuner import tuner_of
 from tests.tiny import some_rows, tiny_pair
 
 RECIPE = make_recipe(

@@ -99,6 +99,8 @@ def test_train_trace_report(place: Path, tmp_path: Path, capsys: pytest.CaptureF
     code, out, _ = run(capsys, "report", tmp_path / "t.zarr", "--out", tmp_path / "report.html")
     assert code == 0
     assert "report.html" in out
+    drawn = document(capsys, "figures", tmp_path / "t.zarr", "--out", tmp_path / "figures")
+    assert {Path(path).name for path in drawn["figures"]} >= {"figure1-architecture.png", "figure2-signed.png"}
     made = document(capsys, "report", tmp_path / "r", "--out", tmp_path / "report.html", "--force", *common)
     assert len(made["answers"]["r"]) == 7
     assert set(made["answers"]["r"][0]) == {"prompt", "base", "anger-42", "untrained-42"}

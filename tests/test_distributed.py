@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 import realigner as ra
 from realigner.errors import RealignerError
+from realigner.irm_config import IRMConfig
 from realigner.training import read_metrics, read_run, run_dir, train
-from realigner.tuner import IRMConfig, load_irm, tuner_of
+from realigner.tuner import load_irm, tuner_of
 from tests.distributed_worker import RECIPE, batch
 from tests.tiny import some_rows, tiny_folder, tiny_pair
 

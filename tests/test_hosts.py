@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from realigner import gguf_cache, hosts
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import Fingerprint, fingerprint, weights_hash
 from realigner.hosts import EMBEDDED, embedded_gguf, load_host
+from realigner.irm_config import IRMConfig
 from realigner.tiny import tiny_host
+from realigner.tuner import load_irm
 from tests.reference import FAMILIES
-from tests.tiny import tiny_folder
+from tests.tiny import tiny_folder, tiny_pair
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,6 +119,173 @@ def test_bad_choices() -> None:
         load_host("x", dtype="int3")
     with pytest.raises(UsageError, match="device"):
         load_host("x", device="abacus")
+
+
+# --- hosts as files -----------------------------------------------------------------------------------------------------------
+
+
+def tiny_gguf(path: Path, seed: int = 0) -> Path:
+    """A tiny Llama with a byte tokenizer as llama.cpp's converter would write it."""
+    host, tokenizer = tiny_pair(seed=seed)
+    config, writer = host.config, gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get), "ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens + [f"<unused{n}>" for n in range(config.vocab_size - len(tokens))])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in host.state_dict().items():
+        kind = np.float32 if tensor.dim() == 1 else np.float16
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy().astype(kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("REALIGNER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "hosts"
+
+
+def test_a_relative_path_is_kept_absolute(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_folder(tmp_path / "h")
+    tiny_gguf(tmp_path / "x.gguf")
+    monkeypatch.chdir(tmp_path)
+    for typed, name in (("h", "h"), ("./h", "h"), ("h/../h/", "h"), ("x.gguf", "x.gguf"), ("./x.gguf", "x.gguf")):
+        assert hosts.host_name(load_host(typed, "float32")[0]) == str(tmp_path / name)
+    host = AutoModelForCausalLM.from_pretrained("./h")
+    assert hosts.host_name(host) == fingerprint(host).name == str(tmp_path / "h")
+    get_peft_model(host, IRMConfig(preset="compact")).save_pretrained("irm", save_embedding_layers=False)
+    assert json.loads(Path("irm/adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "h")
+
+
+def test_a_gguf_is_converted_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny_gguf(tmp_path / "x.gguf")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first = weights_hash(load_host(str(path), "float32")[0])
+    assert [str(w.message) for w in caught if issubclass(w.category, FutureWarning)] == []
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "converting x.gguf, once (about a minute)\n")
+    (kept,) = cache.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf_cache, "_convert", None)  # nothing is converted any more
+        moved = path.rename(tmp_path / "other name.gguf")
+        os.utime(moved, (1, 1))
+        assert weights_hash(load_host(str(moved), "float32")[0]) == first
+        assert load_host(str(moved), "bfloat16")[0].dtype == torch.bfloat16
+        hosts.load_tokenizer(str(moved))
+    assert capfd.readouterr().err == ""
+    tiny_gguf(moved, seed=1)
+    assert weights_hash(load_host(str(moved), "float32")[0]) != first
+    assert kept in cache.iterdir()
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_converted_gguf_is_what_transformers_reads(dtype: str, tmp_path: Path, cache: Path) -> None:
+    path = tiny_gguf(tmp_path / "x.gguf")
+    want = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=getattr(torch, dtype))
+    host, tokenizer = load_host(str(path), dtype, device="cpu")
+    ids = tokenizer("Hello, you", return_tensors="pt")["input_ids"]
+    assert torch.equal(host(ids).logits, want(ids).logits)
+    assert getattr(host.config, "quantization_config", None) is None
+
+
+def test_halves_and_races(tmp_path: Path, cache: Path) -> None:
+    """What a killed conversion left is not taken for a host and goes in time; of two at once, one writes the folder."""
+    path = tiny_gguf(tmp_path / "x.gguf")
+    folder = gguf_cache.gguf_folder(path)
+    shutil.rmtree(folder)
+    for name in ("new", "old"):
+        half = cache / f".{folder.name}-{name}"
+        half.mkdir()
+        (half / "config.json").write_text("{}")
+    os.utime(half, (1, 1))
+    assert gguf_cache.gguf_folder(path) == folder
+    assert gguf_cache._convert(path, folder) == folder
+    assert sorted(p.name for p in cache.iterdir()) == [f".{folder.name}-new", folder.name]
+    load_host(str(path))
+
+
+def test_an_irm_of_a_gguf_opens_elsewhere(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another working directory, on the same weights as a folder, and where the file was moved to."""
+    monkeypatch.chdir(tmp_path)
+    path = tiny_gguf(tmp_path / "x.gguf")
+    host, tokenizer = load_host("./x.gguf", "float32")
+    host.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    get_peft_model(host, IRMConfig(preset="compact")).save_pretrained(str(tmp_path / "irm"), save_embedding_layers=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    saved = IRMConfig.from_pretrained(str(tmp_path / "irm")).base_model_name_or_path
+    assert saved == str(path)
+    load_irm(load_host(saved)[0], tmp_path / "irm")
+    for dtype in ("float32", "bfloat16", "float16"):
+        load_irm(load_host("../plain", dtype)[0], tmp_path / "irm")
+    path.rename(tmp_path / "elsewhere" / "y.gguf")
+    with pytest.raises(RealignerError, match=r"x.gguf: there is no such file; if it was moved, pass host=.*it is checked"):
+        load_host(saved)
+    load_irm(load_host("y.gguf")[0], tmp_path / "irm")
+    tiny_gguf(tmp_path / "elsewhere" / "y.gguf", seed=1)
+    with pytest.raises(RealignerError, match=r"made for .*x.gguf; on this host .*other weights"):
+        load_irm(load_host("y.gguf")[0], tmp_path / "irm")
+
+
+def test_gguf_files_that_cannot_be_read(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.gguf"
+    for damaged in (b"", b"GGUF????", b"GGML" + bytes(40)):
+        path.write_bytes(damaged)
+        with pytest.raises(RealignerError, match="cannot be loaded: it is not a GGUF file"):
+            load_host(str(path))
+    tiny_gguf(path).write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RealignerError, match="cannot be loaded"):
+        load_host(str(path))
+    assert list(cache.iterdir()) == []
+    monkeypatch.setattr(gguf_cache, "find_spec", lambda name: None)
+    with pytest.raises(RealignerError, match="needs the package gguf; run: pip install gguf"):
+        load_host(str(path))
+
+
+@pytest.mark.host
+def test_the_embedded_host_goes_by_its_name(embedded: tuple[Any, Any], tmp_path: Path) -> None:
+    """In files its name; to transformers and PEFT, which do not know that name, its folder."""
+    model = get_peft_model(embedded[0], IRMConfig(preset="compact", layers="0"))
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    model.unload()
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == saved["host"]["name"] == EMBEDDED
+    config = IRMConfig.from_pretrained(str(tmp_path))
+    folder = hosts.embedded_folder()
+    assert config.base_model_name_or_path == str(folder)
+    assert config.to_dict()["base_model_name_or_path"] == EMBEDDED
+    assert hosts.host_name(load_host(str(folder))[0]) == EMBEDDED
+    assert hosts.host_name(AutoModelForCausalLM.from_pretrained(folder)) == EMBEDDED
+
+
+@pytest.mark.host
+def test_auto_peft_finds_the_embedded_host(embedded: tuple[Any, Any], tmp_path: Path) -> None:
+    model = get_peft_model(embedded[0], IRMConfig(preset="compact", layers="0"))
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    model.unload()
+    found = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path))
+    found.save_pretrained(str(tmp_path / "again"), save_embedding_layers=False)
+    assert json.loads((tmp_path / "again/adapter_config.json").read_text())["base_model_name_or_path"] == EMBEDDED
 
 
 @pytest.mark.host

@@ -11,8 +11,9 @@ from peft import get_peft_model
 
 import realigner as ra
 from realigner.fingerprints import weights_hash
+from realigner.irm_config import IRMConfig
 from realigner.tiny import tiny_host
-from realigner.tuner import IRMConfig, tuner_of
+from realigner.tuner import tuner_of
 from tests.reference import FAMILIES, reference_host
 
 STRENGTH = 0.7

@@ -20,9 +20,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 import realigner as ra
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import EMBEDDED
+from realigner.irm_config import WEIGHTS_FILE, IRMConfig
 from realigner.tiny import tiny_host
-from realigner.tuner import CONFIG_FILE, WEIGHTS_FILE, IRMConfig, tuner_of
+from realigner.tuner import tuner_of
 from tests.test_together import prompts, tokens, two_tones
 from tests.tiny import tiny_folder, tiny_pair
 
@@ -55,18 +55,6 @@ def test_auto_class_and_pipeline(saved: Path) -> None:
     )
 
 
-@pytest.mark.host
-def test_auto_class_finds_the_embedded_host(embedded: tuple[Any, Any], tmp_path: Path) -> None:
-    """Its config names the host, which PEFT would look for on the hub."""
-    model = realigned(embedded[0])
-    try:
-        model.save_pretrained(str(tmp_path))
-    finally:
-        model.unload()
-    assert json.loads((tmp_path / CONFIG_FILE).read_text())["base_model_name_or_path"] == EMBEDDED
-    assert tuner_of(AutoPeftModelForCausalLM.from_pretrained(str(tmp_path))).registry.names == ["default"]
-
-
 def test_a_card_says_what_to_import(saved: Path) -> None:
     """And what it says is true: in a fresh process its lines open the IRM, and without the first they do not."""
     text = (saved / "README.md").read_text()
@@ -78,7 +66,7 @@ def test_a_card_says_what_to_import(saved: Path) -> None:
     assert "KeyError: 'IRM'" in without.stderr
 
 
-WRAPPERS: list[Any] = [torch.nn.DataParallel, torch.compile, lambda model: torch.nn.DataParallel(torch.compile(model))]
+WRAPPERS: list[Any] = [torch.nn.DataParallel, torch.compile, lambda model: torch.nn.DataParallel(WRAPPERS[1](model))]
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS, ids=["data parallel", "compiled", "both"])

@@ -15,11 +15,12 @@ from peft import get_peft_model
 
 from realigner.data import Row, encode_rows
 from realigner.errors import RealignerError, UsageError
+from realigner.irm_config import IRMConfig
 from realigner.training import Recipe, make_recipe, read_recipe, train
 from realigner.training.batches import prepare
 from realigner.training.recipe import BUILT_IN, parse_setting, to_yaml
 from realigner.training.trainer import IRMTrainer, evaluation_every, steps_per_epoch, total_steps, trainer_arguments
-from realigner.tuner import IRMConfig, tuner_of
+from realigner.tuner import tuner_of
 from tests.tiny import some_rows, tiny_pair
 
 

@@ -384,6 +384,15 @@ def test_damaged_explanations_are_named(tmp_path: Path, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_explanations_of_before_are_read_and_written_the_same(tmp_path: Path) -> None:
+    found = planted_explanation()
+    read = read_explanation(written_explanation(tmp_path / "why", found))
+    assert read.to_dict() | {"conclusions": found["conclusions"]} == {"cause": "", "standings": [], "measured": {}} | found
+    read.save(tmp_path / "again")
+    assert read_explanation(tmp_path / "again").to_dict() == read.to_dict()
+    assert json.loads((tmp_path / "again" / "explain.json").read_text())["profiles"]["delta"]["untrained"][0] is None
+
+
 @pytest.mark.parametrize("text", ["{", "", "[1]", "[" * 100_000, "\udcff"])
 def test_what_is_no_json_is_named(tmp_path: Path, text: str) -> None:
     folder = written_explanation(tmp_path / "why", {})

@@ -15,8 +15,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import realigner as ra
 from realigner.errors import RealignerError
+from realigner.irm_config import IRMConfig
 from realigner.tiny import tiny_host
-from realigner.tuner import IRMConfig, tuner_of
+from realigner.tuner import tuner_of
 from tests.reference import FAMILIES as EVERY_FAMILY
 from tests.reference import reference_host
 

@@ -14,9 +14,9 @@ from peft import get_peft_model
 
 import realigner as ra
 from realigner.errors import RealignerError, UsageError
+from realigner.irm_config import CONFIG_FILE, IRMConfig
 from realigner.prompts import prompt_ids
 from realigner.runtime import Runtime, find_irm
-from realigner.tuner import CONFIG_FILE, IRMConfig
 from tests.tiny import tiny_folder, tiny_tokenizer
 
 QUESTIONS = ["Why is the sky blue?", "How many legs has a spider?", "Who?"]

@@ -17,8 +17,9 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 import realigner as ra
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import weights_hash
+from realigner.irm_config import IRMConfig
 from realigner.tiny import tiny_host
-from realigner.tuner import IRMConfig, tuner_of
+from realigner.tuner import tuner_of
 from tests.tiny import tiny_pair
 
 

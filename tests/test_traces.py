@@ -24,11 +24,12 @@ from peft import get_peft_model
 import realigner as ra
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer, encode_prompts
+from realigner.irm_config import IRMConfig
 from realigner.traces import RunLabel, TraceWriter, texts_of, verify_trace
 from realigner.traces.layout import TEXT_SUMS, text_dataset
 from realigner.traces.recording import NO_TOKEN
 from realigner.traces.summary import BatchSummary, summarise
-from realigner.tuner import IRMConfig, tuner_of
+from realigner.tuner import tuner_of
 from tests.reference import first
 from tests.tiny import tiny_pair
 
@@ -176,7 +177,7 @@ def test_the_strength_noted_is_the_one_that_ran(model: Any) -> None:
     assert trace.attrs["runs"]["default"]["strength"] == 0.25
     with ra.record(model):
         model(input_ids=ids)
-        with ra.strength(model, 0.25), pytest.raises(UsageError, match="record each strength apart"):
+        with ra.strength(model, 0.25), pytest.raises(UsageError, match="record each strength separately"):
             model(input_ids=ids)
 
 

@@ -41,7 +41,7 @@ def pair(place: Path) -> tuple[Any, Any]:
 def test_runs_and_their_twins_in_one_store(place: Path, pair: tuple[Any, Any], tmp_path: Path) -> None:
     host, tokenizer = pair
     before = {key: value.clone() for key, value in host.state_dict().items()}
-    sources = sources_of(find_runs([place / "runs"]), scale=1.5)
+    sources = sources_of(find_runs([place / "runs"]), strength=1.5)
     assert [source.label.run for source in sources] == ["anger-42", "anger-7", "sadness-42", "untrained-42", "untrained-7"]
     trace = trace_runs(sources, tmp_path / "t.zarr", host, tokenizer, PROMPTS, "raw", "float32", max_new_tokens=5, quiet=True)
     assert list(dict.fromkeys(trace["text_run"].values.tolist())) == [source.label.run for source in sources]

@@ -17,8 +17,9 @@ import realigner as ra
 from realigner.data import encode_rows, split_rows
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import weights_hash
+from realigner.irm_config import IRMConfig
 from realigner.training import make_recipe, read_metrics, read_recipe, read_run, train, train_recipe
-from realigner.tuner import IRMConfig, load_irm, template_of, tuner_of
+from realigner.tuner import load_irm, template_of, tuner_of
 from tests.tiny import some_rows, tiny_folder, tiny_pair
 
 FAST = make_recipe(steps=6, batch_size=4, evaluations=2, samples=0)

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import realigner as ra
 from realigner.errors import RealignerError, UsageError
+from realigner.irm_config import CONFIG_FILE, WEIGHTS_FILE, IRMConfig
 from realigner.tiny import tiny_host
-from realigner.tuner import CONFIG_FILE, WEIGHTS_FILE, IRMConfig, load_irm, tuner_of
+from realigner.tuner import load_irm, tuner_of
 from tests.tiny import tiny_folder, tiny_pair
 
 IDS = torch.arange(3, 12)[None]

@@ -35,18 +35,19 @@ if TYPE_CHECKING:
     from realigner.generation import answer, stream
     from realigner.hosts import load_host
     from realigner.irm import IRM
+    from realigner.irm_config import IRMConfig
     from realigner.locate import find_sites
     from realigner.report import build_report
     from realigner.runtime import Runtime, load
     from realigner.traces import import_reference, join_traces, load_trace, record, replay, save_trace
     from realigner.training import Recipe, Run, train
-    from realigner.tuner import IRMConfig, load_irm, strength
+    from realigner.tuner import load_irm, strength
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "IRM": "irm",
-    "IRMConfig": "tuner",
+    "IRMConfig": "irm_config",
     "Fingerprint": "fingerprints",
     "RealignerError": "errors",
     "Recipe": "training",

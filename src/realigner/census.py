@@ -18,10 +18,11 @@ from torch import nn
 
 import realigner.oracle as oracle
 from realigner.errors import RealignerError
+from realigner.irm_config import IRMConfig
 from realigner.locate import find_sites
 from realigner.sites import HostSites
 from realigner.tiny import MODEL_TYPES, UNBUILDABLE, tiny_host
-from realigner.tuner import IRMConfig, strength, tuner_of
+from realigner.tuner import strength, tuner_of
 
 PROVEN, REFUSED, UNPROVEN, WRONG, NOT_BUILT = "proven", "refused", "unproven", "wrong", "not built"
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # of the largest logit; else _HALF

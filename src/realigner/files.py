@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from realigner.errors import RealignerError
 
 _ASIDE = ".aside"  # the end of a file's name while it is being written
@@ -91,6 +89,8 @@ def locked_file(path: Path, busy: str) -> Iterator[None]:
     Raises:
         RealignerError: at once, when another process holds it or the file cannot be written.
     """
+    from filelock import FileLock, Timeout  # in the extras of all who lock
+
     lock = FileLock(path, timeout=0)
     with _named(path):
         try:

@@ -43,8 +43,8 @@ class Fingerprint:
         architecture: the model class, e.g. ``LlamaForCausalLM``; compared in version 1 only.
         hidden_size, num_layers: the host's sizes.
         headers: sha256 over the sorted names and shapes of the layers' weights, as they are in full precision.
-        samples: of up to 256 weights of matrices, the place (6 hex digits) and the value in bfloat16 (4).
-        vectors: the same of up to 128 weights of vectors.
+        samples: up to 256 weights of matrices: for each matrix a key (6 hex digits) and weights in bfloat16 (4 digits each).
+        vectors: the same for up to 128 weights of vectors.
         quantised: whether a matrix is quantised; then `samples` holds signs, and names may be missing.
         name: what it was loaded as; not compared.
         model_type: the decoder's type, e.g. ``llama``; one must begin like the other (``qwen2`` and ``qwen2_vl_text``).
@@ -94,7 +94,7 @@ class Fingerprint:
                 return f"{key} is {theirs}, not {mine}"
         if self.version == 1 or other.version == 1:
             return _difference_1(self, other)
-        types = sorted((self.model_type, other.model_type), key=len)
+        types = sorted((str(self.model_type), str(other.model_type)), key=len)
         if not types[1].startswith(types[0].removesuffix("_text")):
             return f"the decoder is of type {other.model_type}, not {self.model_type}"
         by_sign = self.quantised or other.quantised
@@ -103,10 +103,11 @@ class Fingerprint:
         pairs = []
         for mine, theirs in ((self.vectors, other.vectors), (self.samples, other.samples)):
             a, b = _decode(mine), _decode(theirs)
-            both = sorted(a.keys() & b.keys())
-            if 2 * len(both) < min(len(a), len(b)):
+            both = a.keys() & b.keys()
+            if 4 * len(both) < 3 * min(len(a), len(b)):
                 return _NAMES_DIFFER
-            pairs.append((torch.tensor([a[key] for key in both]), torch.tensor([b[key] for key in both])))
+            values = [pair for key in both for pair in zip(a[key], b[key], strict=False)]
+            pairs.append(torch.tensor(values).reshape(-1, 2).T)
         return _off(*pairs[0]) or (_off_in_sign(*pairs[1]) if by_sign else _off(*pairs[1]))
 
 
@@ -133,13 +134,12 @@ def fingerprint(host: nn.Module, layers: nn.Module | None = None) -> Fingerprint
         except RealignerError:  # a host that no IRM can be attached to still has an identity
             layers = host
     weights = list(_weights(layers))
-    count = len(layers) if isinstance(layers, nn.ModuleList) else getattr(config, "num_hidden_layers", 0)
     # AWQ and its kind move scales from a matrix into the norm before it.
     moved = any(_stored_names(w.module) & _PACKED and not hasattr(w.module, "g_idx") for w in weights)
     return Fingerprint(
         architecture=type(host).__name__,
         hidden_size=int(getattr(config, "hidden_size", 0)),  # a few types have no such number of their own
-        num_layers=int(count),
+        num_layers=int(getattr(config, "num_hidden_layers", 0)),
         headers=_headers((w.name, w.shape) for w in weights),
         samples=_sample([w for w in weights if len(w.shape) > 1], _MATRICES),
         vectors="" if moved else _sample([w for w in weights if len(w.shape) < 2], _VECTORS),
@@ -197,10 +197,9 @@ class _Weight:
                 plain = type(tensor) in (torch.Tensor, nn.Parameter)  # else sharded
                 return [float(tensor.detach()[index]) if plain else _UNKNOWN for index in at]
             if (state := getattr(tensor, "quant_state", None)) is not None:  # bitsandbytes, 4 bits: two weights a byte
-                if getattr(state, "packing_format_for_cpu", False):
-                    return [_UNKNOWN] * len(places)
-                data = tensor.data.view(torch.uint8).flatten()
-                return [_sign(state.code[int(data[place // 2]) >> (0 if place % 2 else 4) & 15]) for place in places]
+                data, for_cpu = tensor.data.view(torch.uint8).flatten(), getattr(state, "packing_format_for_cpu", False)
+                codes = [_code_for_cpu(data, place, self.shape[1]) if for_cpu else _code(data, place) for place in places]
+                return [_sign(state.code[code]) for code in codes]
             if type(tensor).__name__ == "Int8Params" or _is_float8(tensor):
                 return [_sign(tensor.data[index]) for index in at]
             if not dequantise:
@@ -212,6 +211,19 @@ class _Weight:
             # With a zero point, a weight near 0 can change its sign.
             small = float(dense.abs().mean()) / 2
             return [_sign(dense[index]) if abs(float(dense[index])) > small else _UNKNOWN for index in at]
+
+
+def _code(data: torch.Tensor, place: int) -> int:
+    """The 4 bits of a weight as bitsandbytes packs them."""
+    return int(data[place // 2]) >> (0 if place % 2 else 4) & 15
+
+
+def _code_for_cpu(data: torch.Tensor, place: int, columns: int) -> int:
+    """The same once a forward has packed them anew for a CPU with AVX512: in blocks of 32 rows and 2 columns."""
+    row, column = divmod(place, columns)
+    within = 2 * (row % 32) + column % 2
+    byte = 32 * (row // 32 * (columns // 2) + column // 2) + within % 32
+    return int(data[byte]) >> (4 if within >= 32 else 0) & 15
 
 
 def _weights(root: nn.Module) -> Iterator[_Weight]:
@@ -243,7 +255,8 @@ def _weights(root: nn.Module) -> Iterator[_Weight]:
         for name in sorted(quantised):
             if own[name].dtype in _FLOATS or _is_float8(own[name]):  # else packed: its shape tells nothing
                 yield _Weight(prefix + name, list(own[name].shape), module, own[name], True)
-        if isinstance(bias := getattr(module, "bias", None), torch.Tensor):
+        # Some quantisers give every layer a bias of zeros.
+        if isinstance(bias := getattr(module, "bias", None), torch.Tensor) and (bias.is_meta or bool(bias.any())):
             yield _Weight(f"{prefix}bias", list(bias.shape), module, bias)
 
 
@@ -274,32 +287,34 @@ def _headers(named: Iterable[tuple[str, list[int]]]) -> str:
 
 
 def _sample(weights: Sequence[_Weight], count: int) -> str:
-    """`count` weights, each by a hash of its tensor's name and shape: what two hosts have in common has the same places."""
+    """`count` weights, each by a hash of its tensor's name and shape: what two hosts have in common has the same places.
+
+    Experts are left out: whether they are one tensor or many depends on the quantiser.
+    """
 
     def digest(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()
 
-    chosen = sorted((w for w in weights if math.prod(w.shape)), key=lambda w: digest(f"{w.name} {w.shape}"))[:count]
-    text, each = "", max(1, count // max(1, len(chosen)))
+    own = [w for w in weights if math.prod(w.shape) and "experts" not in w.name.split(".")]
+    chosen = sorted(own or weights, key=lambda w: digest(f"{w.name} {w.shape}"))[:count]
+    each, groups = max(1, count // max(1, len(chosen))), []
     for number, weight in enumerate(chosen):
-        keys = [digest(f"{weight.name} {weight.shape} {n}") for n in range(each)]
-        values = weight.values([int(key[6:20], 16) % math.prod(weight.shape) for key in keys], number < _DEQUANTISED)
-        text += "".join(key[:6] + _hex(value) for key, value in zip(keys, values, strict=True))
-    return text
+        places = [int(digest(f"{weight.name} {n}")[:14], 16) % math.prod(weight.shape) for n in range(each)]
+        values = torch.tensor(weight.values(places, number < _DEQUANTISED)).bfloat16().view(torch.int16).tolist()
+        groups.append(digest(f"{weight.name} {weight.shape}")[:6] + "".join(f"{value & 0xFFFF:04x}" for value in values))
+    return ".".join(groups)
 
 
-def _hex(value: float) -> str:
-    return f"{int(torch.tensor(value).to(torch.bfloat16).view(torch.int16)) & 0xFFFF:04x}"
+def _decode(text: str) -> dict[str, list[float]]:
+    """Key -> weights, as `_sample` wrote them."""
+    return {group[:6]: _numbers(group[6:]) for group in str(text).split(".") if group}
 
 
-def _number(text: str) -> float:
-    return float(torch.tensor(int(text, 16), dtype=torch.int32).to(torch.int16).view(torch.bfloat16))
-
-
-def _decode(text: str) -> dict[str, float]:
+def _numbers(text: str) -> list[float]:
     try:
-        return {text[i : i + 6]: _number(text[i + 6 : i + 10]) for i in range(0, len(text), 10)}
-    except (ValueError, TypeError):
+        values = [int(text[i : i + 4], 16) for i in range(0, len(text), 4)]
+        return torch.tensor(values, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).tolist()
+    except (ValueError, TypeError, RuntimeError):
         raise RealignerError("host fingerprint: samples is not hex") from None
 
 
@@ -339,11 +354,10 @@ def _difference_1(saved: Fingerprint, found: Fingerprint) -> str | None:
     type_name = found.model_type.removesuffix("_text").replace("_", "")
     if saved.architecture != found.architecture and not saved.architecture.lower().startswith(type_name):
         return f"architecture is {found.architecture}, not {saved.architecture}"
-    samples = [_number(saved.samples[i : i + 4]) for i in range(0, len(saved.samples), 4)]
+    samples = torch.tensor(_numbers(saved.samples))
     if found.version == 1:
         same = saved.headers == found.headers and len(saved.samples) == len(found.samples)
-        others = [_number(found.samples[i : i + 4]) for i in range(0, len(found.samples), 4)]
-        return _off(torch.tensor(samples), torch.tensor(others)) if same else _NAMES_DIFFER
+        return _off(samples, torch.tensor(_numbers(found.samples))) if same else _NAMES_DIFFER
     host = None if found._host is None else found._host()
     if host is None:
         return "it cannot be compared: fingerprints of version 1 are compared with a host in memory"
@@ -357,8 +371,9 @@ def _difference_1(saved: Fingerprint, found: Fingerprint) -> str | None:
             gone = weight.stored is not None and not weight.quantised and place >= weight.stored.numel()
             read.append(_UNKNOWN if gone else weight.values([place], len(read) < _DEQUANTISED)[0])
         by_sign = torch.tensor([weight.quantised for _, weight in chosen])
-        a, b = torch.tensor(samples), torch.tensor(read).bfloat16().float()
-        return _off(a[~by_sign], b[~by_sign]) or _off_in_sign(a[by_sign], b[by_sign])
+        if len(samples) == len(read):
+            values = torch.tensor(read).bfloat16().float()
+            return _off(samples[~by_sign], values[~by_sign]) or _off_in_sign(samples[by_sign], values[by_sign])
     return _NAMES_DIFFER
 
 
@@ -370,16 +385,18 @@ def _forms_1(host: nn.Module, vocab_size: int | None) -> Iterator[list[tuple[str
     extra = int(vocab_size or 0) - int(text_config(host).vocab_size)
     weights = []
     for weight in _weights(host):
-        if id(weight.stored) not in left_out:
-            left_out.add(id(weight.stored))
-            raw = weight.shape if weight.quantised or weight.stored is None else list(weight.stored.shape)
-            shape = [raw[0] + extra, *raw[1:]] if weight.module is body else raw
-            weights.append(replace(weight, shape=shape, module=host if isinstance(weight.module, Conv1D) else weight.module))
-    own = find_layers(host)[2].rpartition(".")[0]
-    for prefix in (None, own, *_PREFIXES):
+        if weight.stored is None or id(weight.stored) not in left_out:
+            left_out.add(id(weight.stored))  # tied weights count once
+            if isinstance(weight.module, Conv1D):  # as it was stored
+                weight = replace(weight, shape=weight.shape[::-1], module=host)
+            elif weight.module is body:
+                weight = replace(weight, shape=[weight.shape[0] + extra, *weight.shape[1:]])
+            weights.append(weight)
+    for prefix in (None, "", *_PREFIXES):  # "": without what is not the decoder's, a classifier's own head
         named = [(w.name, w) for w in weights]
         if prefix is not None:
-            named = [(prefix + w.name.removeprefix(own), w) for w in weights if w.name.startswith(f"{own}.")]
+            own = find_layers(host)[2].rpartition(".")[0]
+            named = [((prefix or own) + w.name.removeprefix(own), w) for w in weights if w.name.startswith(f"{own}.")]
         named.sort(key=lambda pair: pair[0])
         yield named
         yield [(name, _in_4_bits(weight)) for name, weight in named]

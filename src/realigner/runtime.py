@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer, stream
 from realigner.hosts import EMBEDDED, cache_root, load_host
+from realigner.irm_config import CONFIG_FILE, adapter_folder, check_adapter
 from realigner.prompts import Prompt
-from realigner.tuner import CONFIG_FILE, adapter_folder, check_adapter, load_irm
+from realigner.tuner import load_irm
 
 Source = str | Path
 

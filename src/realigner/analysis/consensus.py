@@ -3,8 +3,8 @@
 Each run ranks the indices by `leading_score`, 1 for the largest. Runs of one tone share their data, so they are one cluster:
 under the null a cluster's runs keep their agreement with each other and are relabelled together, and n counts clusters.
 
-That runs agree is no news where they share a host and prompts; so the same is asked of what is left of the scores' logarithms
-after those of the untrained run (and, where given, the host's own measurements) were regressed out.
+Agreement is expected of runs that share a host and prompts. So residual scores are tested too: logarithms of the scores, with
+those of the untrained run (and measurements of the host, if given) regressed out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STATISTICS = ("top1_agreement", "in_top", "mean_reciprocal_rank", "rank_biased_o
 
 @dataclass(frozen=True)
 class Consensus:
-    """What runs agree on.
+    """The agreement of runs on leading indices.
 
     Attributes:
         table: statistics over the trained runs, a row per statistic and ``model``: what was taken out of the scores before
@@ -62,10 +62,10 @@ class Consensus:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run that ranks the indices.
+    """A run's scores.
 
     Attributes:
-        run, tone, seed: whose.
+        run, tone, seed: the run.
         score: `leading_score` ``[neuron]``.
         sums: of each prompt ``[prompt, neuron]``: ``|delta|`` over the layer's scale, summed over tokens, averaged over layers.
         counts: each prompt's tokens ``[prompt]``.
@@ -90,7 +90,7 @@ def consensus(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Consensus:
-    """What the trained runs agree on, and whether by more than chance, their untrained twins, and the host would have it.
+    """The agreement of trained runs on leading indices, and whether chance, their untrained twins or the host explain it.
 
     Args:
         source: a trace, or what `text_maps` made of it.
@@ -103,8 +103,8 @@ def consensus(
         UsageError: for a source that is neither, measurements of other indices, or fewer than one draw.
 
     Returns:
-        See `Consensus`. With fewer than two tones p-values and overlap are NaN: runs of one tone are no independent witnesses.
-        A run whose map is constant ranks nothing and does not count.
+        See `Consensus`. With fewer than two tones p-values and overlap are NaN: runs of one tone are not independent samples.
+        A run with a constant map is left out.
 
     Example:
         >>> consensus(trace).indices.head(3)  # doctest: +SKIP
@@ -125,7 +125,7 @@ def consensus(
 
 
 def robust_rank_aggregation(places: np.ndarray) -> np.ndarray:
-    """The exact p-value of an index that several independent lists put early.
+    """The exact p-value of an index that several independent lists rank highly.
 
     rho is the smallest p-value of an order statistic of its places (Kolde et al. 2012: the k-th smallest of n uniform numbers
     is Beta(k, n - k + 1)); p is the chance of such a rho, by counting how many places lie below each order statistic's bound.
@@ -188,7 +188,7 @@ def _runs(source: xr.Dataset | xr.DataArray, prompts: np.ndarray) -> Iterator[_R
 
 
 class _Model:
-    """Runs whose scores are ranked after something was taken out of them.
+    """Runs with the scores that are ranked: raw, or residual after regressing out a control.
 
     Args:
         name: one of `MODELS`.
@@ -208,7 +208,7 @@ class _Model:
         self.tones = np.array([run.tone if run.tone != UNTRAINED else run.run for run in self.runs], dtype=object)
 
     def scores(self, weights: np.ndarray | None = None) -> np.ndarray:
-        """What is ranked ``[run, neuron]``; of one resample of prompts where its weights are given."""
+        """The scores that are ranked ``[run, neuron]``; of one resample of prompts if its weights are given."""
 
         def of(run: _Run) -> np.ndarray:
             return run.score if weights is None else run.resampled(weights)
@@ -276,8 +276,8 @@ def _rows(
         low, high = interval(value[statistic], drawn, weights.shape[1], (0.0, 1.0))
         same = statistic == "rank_biased_overlap"  # the others depend on the number of runs: nothing to compare
         difference = value[statistic] - bare if same else float("nan")
-        apart = drawn - np.array(bare_draws) if same else np.empty(0)
-        lower, higher = interval(difference, apart, weights.shape[1])
+        differences = drawn - np.array(bare_draws) if same else np.empty(0)
+        lower, higher = interval(difference, differences, weights.shape[1])
         rows.append(
             {"run": ALL, "tone": ALL, "seed": -1, "statistic": statistic, "model": own.name, "value": value[statistic]}
             | {"null": float(under_null.mean()) if len(nulls) else float("nan"), "low": low, "high": high}
@@ -314,7 +314,7 @@ def _shared(weight: np.ndarray) -> float:
 
 
 def _overlap_weight(neurons: int) -> np.ndarray:
-    """What an index adds to the overlap when the larger of its two ranks is so many (0 is not used): it falls with the rank."""
+    """An index's contribution to the overlap, by the larger of its two ranks (0 is not used); it falls with the rank."""
     depth = np.arange(1, min(neurons, _DEPTH) + 1)
     per_depth = (1 - PERSISTENCE) * PERSISTENCE ** (depth - 1) / depth
     per_depth[-1] += PERSISTENCE ** depth[-1] / depth[-1]  # deeper than we look, lists are taken to agree as they do there

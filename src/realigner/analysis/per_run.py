@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -101,6 +102,12 @@ def text_table(trace: xr.Dataset) -> pd.DataFrame:
     )
 
 
+def split_by_run(texts: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """Each run's ``run, tone, seed``, and its rows of a `text_table`."""
+    for run, own in texts.groupby("run", sort=False):
+        yield {"run": str(run), "tone": str(own["tone"].iloc[0]), "seed": int(own["seed"].iloc[0])}, own
+
+
 def each_run(source: xr.Dataset | xr.DataArray) -> Iterator[RunTexts]:
     """The runs of a trace, or of `text_maps` of kind ``absolute``, one by one, each in the layers that it has.
 
@@ -114,13 +121,11 @@ def each_run(source: xr.Dataset | xr.DataArray) -> Iterator[RunTexts]:
         texts = pd.DataFrame({key: source[key].values for key in ("run", "tone", "seed", "prompt")})
     else:
         texts = text_table(source)
-    for run, own in texts.groupby("run", sort=False):
+    for label, own in split_by_run(texts):
         sums, counts = _sums(source, own.index.to_numpy())
         there = ~np.isnan(sums).all(axis=(0, 2))
         yield RunTexts(
-            run=str(run),
-            tone=str(own["tone"].iloc[0]),
-            seed=int(own["seed"].iloc[0]),
+            **label,
             layers=source["layer"].values[there],
             neurons=source["neuron"].values,
             sums=sums[:, there],

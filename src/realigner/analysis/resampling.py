@@ -1,4 +1,4 @@
-"""What every statistic is held against: relabelled neurons, permuted tokens, flipped signs; and how far other prompts move it.
+"""Null distributions (relabelled neurons, permuted tokens, flipped signs) and bootstrap intervals over prompts.
 
 A p-value is ``(1 + number of draws at least as extreme) / (1 + draws)``, ties broken at random (seeded), so that on null data
 it is uniform whatever the statistic. docs/statistics.md has the proofs by simulation.
@@ -23,7 +23,7 @@ _TIE = 1e-9  # relative; sums in another order differ by less
 
 
 def check_draws(permutations: int, resamples: int) -> None:
-    """Raise `UsageError` for numbers of draws that give no p-value or no interval."""
+    """Raise `UsageError` unless both numbers of draws are positive."""
     if permutations < 1 or resamples < 1:
         raise UsageError(
             f"analysis: permutations={permutations}, resamples={resamples}: give 1 or more of each (1000 is usual)"
@@ -71,20 +71,20 @@ def interval(value: float, draws: np.ndarray, n: int, bounds: tuple[float, float
     return float(max(low, bounds[0])), float(min(high, bounds[1]))
 
 
-def change_per_target(apart: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
+def change_per_target(difference: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
     """A difference of losses per target, paired by row, and its 95% interval over rows.
 
     Args:
-        apart: each row's summed loss less that of the other ``[row]``.
+        difference: each row's summed loss less that of the other ``[row]``.
         counts: each row's targets.
         weights: from `prompt_weights`, of rows.
     """
-    change = float(apart.sum() / counts.sum())
-    return change, *interval(change, (weights @ apart) / (weights @ counts), len(counts))
+    change = float(difference.sum() / counts.sum())
+    return change, *interval(change, (weights @ difference) / (weights @ counts), len(counts))
 
 
 def prompt_weights(prompts: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each prompt is in each bootstrap resample ``[resample, prompt]``; all NaN with one prompt only."""
+    """Counts of each prompt in each bootstrap resample ``[resample, prompt]``; all NaN with a single prompt."""
     if prompts < 2:
         return np.full((resamples, prompts), np.nan)
     return rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples).astype(float)
@@ -132,7 +132,7 @@ def sign_flip_p(values: np.ndarray, draws: int, rng: np.random.Generator, side: 
     return p_value(float(values.mean()), sign_flips(len(values), draws, rng) @ values / len(values), rng, side)
 
 
-def exchange_p(apart: list[np.ndarray], weights: np.ndarray, draws: int, rng: np.random.Generator) -> float:
+def exchange_p(differences: list[np.ndarray], weights: np.ndarray, draws: int, rng: np.random.Generator) -> float:
     """Whether runs differ from the controls that some of them share, by prompt (two-sided).
 
     Null: a control and its runs are alike, so in every prompt their values may as well have been dealt out anew. Flipping signs
@@ -140,21 +140,21 @@ def exchange_p(apart: list[np.ndarray], weights: np.ndarray, draws: int, rng: np
     same.
 
     Args:
-        apart: of every control, its runs' differences from it ``[run, prompt]``; a prompt that any lacks does not count.
-        weights: of the runs in the mean, in the order of `apart`.
+        differences: of every control, its runs' differences from it ``[run, prompt]``; a prompt that any lacks does not count.
+        weights: of the runs in the mean, in the order of `differences`.
         draws: how many.
         rng: what draws them.
 
     Returns:
         p; NaN with fewer than 5 prompts, and where all differences are exactly 0.
     """
-    kept = np.isfinite(np.concatenate(apart)).all(axis=0)
-    apart = [own[:, kept] for own in apart]
+    kept = np.isfinite(np.concatenate(differences)).all(axis=0)
+    differences = [own[:, kept] for own in differences]
     count = int(kept.sum())
-    if count < MIN_PROMPTS or not any(own.any() for own in apart):
+    if count < MIN_PROMPTS or not any(own.any() for own in differences):
         return float("nan")
     total, drawn, start = 0.0, np.zeros(draws), 0
-    for own in apart:
+    for own in differences:
         weight = weights[start : start + len(own)]
         start += len(own)
         shares = np.concatenate([[-weight.sum()], weight])  # the control first
@@ -184,7 +184,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 class Relabelling:
-    """Random relabellings of the neurons, drawn apart for each row of a matrix ``[row, neuron]``.
+    """Random relabellings of the neurons, drawn separately for each row of a matrix ``[row, neuron]``.
 
     From 256 neurons on a draw shifts each row circularly, after all rows were put into one random order: the shifts of that
     order are a subgroup of all relabellings, so the p-value is as exact as with all of them, at a thirtieth of the cost. With
@@ -239,6 +239,7 @@ class Relabelling:
 
         With shifts these are the rows' circular cross-correlations at the difference of two shifts: one transform a pair.
         """
+        # Relabelling permutes a row's values, so the diagonal (each row's sum of squares) is the same in every draw.
         own = np.square(matrix).sum(axis=1)
         result = np.zeros((self.draws, len(matrix), len(matrix)))
         result[:, np.arange(len(matrix)), np.arange(len(matrix))] = own
@@ -246,9 +247,11 @@ class Relabelling:
             for products, drawn in zip(result, self.each(matrix, rows), strict=True):
                 products[...] = drawn @ drawn.T
             return result
-        spectrum, shifts = fft.rfft(matrix[:, self.order], axis=1), self.shifts[:, rows]
+        spectrum, shifts = fft.rfft(matrix[:, self.order], axis=1), self.shifts[:, rows]  # [row, frequency], [draw, row]
         for row in range(len(matrix) - 1):
+            # Convolution theorem: correlation[k, lag] = sum_n row[n] * later_k[n + lag], with all later rows at once.
             correlation = fft.irfft(spectrum[row].conj() * spectrum[row + 1 :], n=self.neurons, axis=1)
+            # Two rows shifted by s and t line up as unshifted ones at lag t - s  [draw, later row].
             lag = (shifts[:, row + 1 :] - shifts[:, row : row + 1]) % self.neurons
             between = correlation[np.arange(len(correlation)), lag]
             result[:, row, row + 1 :] = between

@@ -1,7 +1,7 @@
-"""Sparsity: is what an IRM adds at a token carried by few neurons?
+"""Sparsity: are a token's deltas concentrated in few neurons?
 
-Everything is measured token by token and averaged over a text's tokens, then over prompts: of a layer's values over neurons,
-and (``layer="all"``) of all layers' values together.
+Statistics are computed for each token, of a layer's values over neurons and (``layer="all"``) of all layers together, then
+averaged over a text's tokens and over prompts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from realigner.analysis.per_run import prompts_of, text_table
+from realigner.analysis.per_run import prompts_of, split_by_run, text_table
 from realigner.analysis.resampling import check_draws, prompt_weights, weighted_mean
 from realigner.analysis.tables import ALL, RunStatistic, tabulate
 
@@ -56,7 +56,7 @@ def sparsity(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000,
     weights = prompt_weights(len(prompts), resamples, rng)
     layers = [*trace["layer"].values.tolist(), ALL]
     entries: list[RunStatistic] = []
-    for run, own in texts.groupby("run", sort=False):
+    for label, own in split_by_run(texts):
         found = _per_prompt(trace, own, prompts)
         value = weighted_mean(found, np.ones((1, len(prompts))))[0]
         draws = weighted_mean(found, weights) if np.isfinite(weights).all() else np.full((resamples, *value.shape), np.nan)
@@ -68,9 +68,7 @@ def sparsity(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000,
                 if has[at]:
                     entries.append(
                         RunStatistic(
-                            run=str(run),
-                            tone=str(own["tone"].iloc[0]),
-                            seed=int(own["seed"].iloc[0]),
+                            **label,
                             keys={"statistic": statistic, "layer": layer},
                             value=float(value[at, which]),
                             draws=draws[:, at, which],

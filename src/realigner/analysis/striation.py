@@ -1,9 +1,9 @@
-"""Striation: does the same neuron index stand out in every layer?
+"""Striation: are deltas large at the same neuron index in every layer?
 
-Statistics of one map M ``[layer, neuron]`` come first, then the table over the runs of a trace. Everything follows from the
+Statistics of one map M ``[layer, neuron]`` come first, then the table over the runs of a trace. All are computed from the
 layers' means and the inner products of the centred layers, ``G = A A^T`` (for W: of their ranks), because the sum of squares
-between neurons is ``1^T G 1 / L`` and the one within layers is ``trace G``. So a thousand relabelled maps are a thousand small
-matrices.
+between neurons is ``1^T G 1 / L`` and the one within layers is ``trace G``. So each relabelled
+map costs one small matrix.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def kendall_w(m: np.ndarray) -> float:
 def striation(
     source: xr.Dataset | xr.DataArray, permutations: int = 1000, resamples: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Every run's striation statistics, with and without its leading indices.
+    """Striation statistics of every run, with and without its leading indices.
 
     Args:
         source: a trace, or what `text_maps` made of it.
@@ -157,7 +157,7 @@ def _entries(
 
 @dataclass
 class _Maps:
-    """What the statistics of many maps follow from; the same indices lead in all of them, or each has its own.
+    """Sufficient statistics of many maps, which share their leading indices or have their own.
 
     Attributes:
         neurons: columns of the whole maps.
@@ -265,8 +265,8 @@ def _of_map(m: np.ndarray) -> dict[str, np.ndarray]:
 
 def _centred(m: np.ndarray) -> np.ndarray:
     """Each layer less its mean; a constant layer becomes exactly 0."""
-    apart = m - m[:, :1]
-    return np.asarray(apart - apart.mean(axis=1, keepdims=True))
+    difference = m - m[:, :1]
+    return np.asarray(difference - difference.mean(axis=1, keepdims=True))
 
 
 def _leading(score: np.ndarray) -> np.ndarray:
@@ -286,7 +286,9 @@ def _left(products: np.ndarray, mean: np.ndarray, left_out: np.ndarray, neurons:
         neurons: columns of the whole.
     """
     left = max(1, neurons - left_out.shape[-1])
+    # A centred layer sums to 0, so without the columns its mean over the rest is -sum(left out) / left  [..., layer].
     shift = -left_out.sum(axis=-1) / left
+    # Sum over the rest = whole sum less the columns' part; centring again takes left * shift_l * shift_m off  [..., L, L].
     products = products - left_out @ left_out.swapaxes(-1, -2) - left * shift[..., :, None] * shift[..., None, :]
     return products, mean + shift
 
@@ -296,13 +298,14 @@ def _from_products(products: np.ndarray, mean: np.ndarray, neurons: int) -> dict
     layers, n = products.shape[-1], neurons
     if layers < 2 or n < 2:
         return {name: np.full(products.shape[:-2], np.nan) for name in _STATISTICS[:-1]}
-    within = np.trace(products, axis1=-2, axis2=-1)
-    between = products.sum(axis=(-2, -1)) / layers
-    of_layers = n * mean.var(axis=-1) * layers
+    # Two-way ANOVA without replication, all [...]: with G = products, SS_total = SS_neuron + SS_layer + SS_error.
+    within = np.trace(products, axis1=-2, axis2=-1)  # SS_neuron + SS_error: every layer's sum of squares about its mean
+    between = products.sum(axis=(-2, -1)) / layers  # SS_neuron = 1^T G 1 / L: L times that of the neurons' means
+    of_layers = n * mean.var(axis=-1) * layers  # SS_layer
     total = within + of_layers
-    error = np.maximum(within - between, 0.0) / ((n - 1) * (layers - 1))
-    target = between / (n - 1)
-    largest = np.linalg.eigvalsh(products)[..., -1]
+    error = np.maximum(within - between, 0.0) / ((n - 1) * (layers - 1))  # MS_error; the difference may round below 0
+    target = between / (n - 1)  # MS_neuron
+    largest = np.linalg.eigvalsh(products)[..., -1]  # the largest squared singular value of the centred map
     omega_neuron = _ratio(between - (n - 1) * error, total + error)
     omega_layer = _ratio(of_layers - (layers - 1) * error, total + error)
     uneven = within > 0  # no variance within any layer: there is nothing that could line up

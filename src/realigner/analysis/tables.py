@@ -1,4 +1,4 @@
-"""How statistics of runs become a table: the untrained value beside the trained one, and a row over all trained runs."""
+"""Tables of statistics: each run's value with that of its untrained twin, and a row over all trained runs."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _FLIPPED = {
 
 @dataclass(frozen=True)
 class RunStatistic:
-    """One statistic of one run, with what its row in a table is made of.
+    """One statistic of one run, with everything that its table row needs.
 
     Attributes:
-        run, tone, seed: whose.
-        keys: what tells it from the run's other ones: ``statistic`` and more.
-        value: itself.
-        draws: its bootstrap draws ``[resample]``; the same resample means the same prompts in every run.
-        n: what it rests on.
+        run, tone, seed: the run.
+        keys: ``statistic`` and further keys that identify it within the run.
+        value: the statistic.
+        draws: bootstrap draws ``[resample]``; one resample has the same prompts in every run.
+        n: sample size.
         unit: what n counts.
-        resampled: how many prompts, or tones, the bootstrap draws are of: `n` when 0.
-        bounds: what the statistic cannot exceed.
-        null: what is expected without an effect.
-        nulls: draws under the null ``[draw]``, which p is taken from where they are there.
-        joint: whether the same draw means the same relabelling in every run, so that draws may be averaged over runs.
-        test: what those draws are.
-        per_prompt: its value of each prompt ``[prompt]``, NaN where a prompt is missing, where it is a mean over prompts.
-        null_per_prompt: what is expected of each prompt.
-        flip: without `nulls`, p is taken from the signs of: the difference from the untrained run, or from the null.
+        resampled: number of prompts, or tones, that are resampled; `n` if 0.
+        bounds: range of the statistic.
+        null: expected value without an effect.
+        nulls: draws under the null ``[draw]``, from which p is computed if given.
+        joint: whether a draw is the same relabelling in every run, so that draws may be averaged over runs.
+        test: description of those draws.
+        per_prompt: values ``[prompt]``, if it is a mean over prompts; NaN for a missing prompt.
+        null_per_prompt: expected value for each prompt.
+        flip: without `nulls`, p is from flipping the signs of differences from the untrained run, or from the null.
         side: what counts as extreme.
     """
 
@@ -67,16 +67,16 @@ class RunStatistic:
 
     def minus(self, other: RunStatistic) -> RunStatistic:
         """The difference from another run, prompt by prompt."""
-        apart = None
+        difference = None
         if self.per_prompt is not None and other.per_prompt is not None:
-            apart = self.per_prompt - other.per_prompt
+            difference = self.per_prompt - other.per_prompt
         return replace(
             self,
             value=self.value - other.value,
             draws=self.draws - other.draws,
             n=min(self.n, other.n),
             bounds=(-np.inf, np.inf),
-            per_prompt=apart,
+            per_prompt=difference,
             nulls=None,
         )
 
@@ -106,54 +106,54 @@ def tabulate(entries: list[RunStatistic], flips: int, rng: np.random.Generator) 
     trained: dict[tuple[Any, ...], list[tuple[RunStatistic, RunStatistic | None]]] = {}
     for entry in entries:
         base = there.get((base_of.get(entry.run, ""), *entry.keys.items()))
-        apart = entry.minus(base) if base is not None else None
-        rows.append(_row(entry, apart, entry.value, *_p(entry, apart, flips, rng)))
+        difference = entry.minus(base) if base is not None else None
+        rows.append(_row(entry, difference, entry.value, *_p(entry, difference, flips, rng)))
         if entry.tone != UNTRAINED:
-            trained.setdefault(tuple(entry.keys.items()), []).append((entry, apart))
+            trained.setdefault(tuple(entry.keys.items()), []).append((entry, difference))
     for members in trained.values():
         whole = _over_runs([entry for entry, _ in members], rng)
-        pairs = [(entry, apart) for entry, apart in members if apart is not None]
-        apart = _over_runs([apart for _, apart in pairs], rng) if pairs else None
+        pairs = [(entry, difference) for entry, difference in members if difference is not None]
+        difference = _over_runs([difference for _, difference in pairs], rng) if pairs else None
         of_pairs = _over_runs([entry for entry, _ in pairs], rng).value if pairs else float("nan")
         if whole.flip == "untrained":
-            p, test = _dealt_p([apart for _, apart in pairs], flips, rng), _DEALT
+            p, test = _dealt_p([difference for _, difference in pairs], flips, rng), _DEALT
         else:
-            p, test = _p(whole, apart, flips, rng)
-        rows.append(_row(whole, apart, of_pairs, p, test))
+            p, test = _p(whole, difference, flips, rng)
+        rows.append(_row(whole, difference, of_pairs, p, test))
     return pd.DataFrame(rows)
 
 
-def _p(entry: RunStatistic, apart: RunStatistic | None, flips: int, rng: np.random.Generator) -> tuple[float, str]:
+def _p(entry: RunStatistic, difference: RunStatistic | None, flips: int, rng: np.random.Generator) -> tuple[float, str]:
     """p of an entry, and what it is held against."""
     if entry.nulls is not None:
         return p_value(entry.value, entry.nulls, rng, entry.side), entry.test
     test = entry.test or _FLIPPED[entry.flip]
     if entry.flip == "null" and entry.per_prompt is not None and entry.null_per_prompt is not None:
         return sign_flip_p(entry.per_prompt - entry.null_per_prompt, flips, rng, entry.side), test
-    if entry.flip == "untrained" and apart is not None and apart.per_prompt is not None:
-        return sign_flip_p(apart.per_prompt, flips, rng), test
+    if entry.flip == "untrained" and difference is not None and difference.per_prompt is not None:
+        return sign_flip_p(difference.per_prompt, flips, rng), test
     return float("nan"), test
 
 
-def _dealt_p(apart: list[RunStatistic], draws: int, rng: np.random.Generator) -> float:
+def _dealt_p(differences: list[RunStatistic], draws: int, rng: np.random.Generator) -> float:
     """p of all runs' differences from their untrained runs, which are one for each seed."""
-    by_seed = [[entry for entry in apart if entry.seed == seed] for seed in sorted({entry.seed for entry in apart})]
+    by_seed = [[entry for entry in differences if entry.seed == seed] for seed in sorted({entry.seed for entry in differences})]
     values = [[entry.per_prompt for entry in runs if entry.per_prompt is not None] for runs in by_seed]
-    if not apart or any(len(own) < len(runs) for own, runs in zip(values, by_seed, strict=True)):
+    if not differences or any(len(own) < len(runs) for own, runs in zip(values, by_seed, strict=True)):
         return float("nan")
-    tones = [entry.tone for entry in apart]
+    tones = [entry.tone for entry in differences]
     weights = np.array([1 / (len(set(tones)) * tones.count(entry.tone)) for runs in by_seed for entry in runs])
     return exchange_p([np.array(own) for own in values], weights, draws, rng)
 
 
-def _row(entry: RunStatistic, apart: RunStatistic | None, paired: float, p: float, test: str) -> dict[str, Any]:
+def _row(entry: RunStatistic, difference: RunStatistic | None, paired: float, p: float, test: str) -> dict[str, Any]:
     """A table's row: an entry, its difference from the untrained, and the value that this is the difference of."""
     low, high = entry.interval()
     row = {"run": entry.run, "tone": entry.tone, "seed": entry.seed, **entry.keys, "value": entry.value, "null": entry.null}
     row |= {"low": low, "high": high, "p": p, "n": entry.n, "unit": entry.unit, "test": test if np.isfinite(p) else ""}
-    lower, higher = apart.interval() if apart is not None else (float("nan"), float("nan"))
-    difference = apart.value if apart is not None else float("nan")
-    row |= {"untrained": paired - difference, "difference": difference, "difference_low": lower, "difference_high": higher}
+    lower, higher = difference.interval() if difference is not None else (float("nan"), float("nan"))
+    change = difference.value if difference is not None else float("nan")
+    row |= {"untrained": paired - change, "difference": change, "difference_low": lower, "difference_high": higher}
     return row
 
 
@@ -194,17 +194,17 @@ def _over_runs(entries: list[RunStatistic], rng: np.random.Generator) -> RunStat
 
 
 def table_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """A table as a dict a row."""
+    """A table's rows as dicts."""
     return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The same as JSON has it: NaN is None."""
+    """A table's rows as JSON values; NaN is None."""
     return [json_value(row) for row in table_rows(table)]
 
 
 def json_value(value: Any) -> Any:
-    """A value, and all within it, as JSON has it: numbers of Python, NaN and infinities None."""
+    """A value, and everything in it, as JSON values: Python numbers; NaN and infinities are None."""
     if isinstance(value, Mapping):
         return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, list):

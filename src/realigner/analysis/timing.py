@@ -1,4 +1,4 @@
-"""Timing: at which tokens an IRM adds most.
+"""Timing: at which tokens deltas are largest.
 
 The energy of a token is e_t = sum over layers and neurons of delta^2. Values in one token depend on each other, so the null
 permutes whole tokens within each text.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from realigner.analysis.per_run import prompts_of, text_table
+from realigner.analysis.per_run import prompts_of, split_by_run, text_table
 from realigner.analysis.resampling import Side, check_draws, prompt_weights
 from realigner.analysis.sparsity import gini
 from realigner.analysis.tables import RunStatistic, tabulate
@@ -64,15 +65,13 @@ def timing(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, s
     texts, prompts = text_table(trace), prompts_of(trace)
     weights = prompt_weights(len(prompts), resamples, rng)
     entries: list[RunStatistic] = []
-    for run, own in texts.groupby("run", sort=False):
+    for label, own in split_by_run(texts):
         of_prompts = np.searchsorted(prompts, own["prompt"])
         for without in (0, 1):
             found = [_of_text(text, permutations, rng) for text in _texts(trace, own, without)]
             for name in found[0]:
                 entry = RunStatistic(
-                    run=str(run),
-                    tone=str(own["tone"].iloc[0]),
-                    seed=int(own["seed"].iloc[0]),
+                    **label,
                     keys={"statistic": name, "without": without},
                     value=0.0,
                     draws=np.empty(0),
@@ -110,7 +109,7 @@ def top_histogram(trace: xr.Dataset, k: int = 1000, bins: int | None = None) -> 
             every = np.concatenate([_bin(np.arange(tokens), np.full(tokens, tokens), bins) for tokens in largest.tokens])
             labels = (np.arange(bins) + 0.5) / bins
         counts = np.bincount(place, minlength=size)
-        facts = {"run": largest.run, "tone": largest.tone, "seed": largest.seed, "position": labels, "count": counts}
+        facts = largest.label | {"position": labels, "count": counts}
         rows.append(pd.DataFrame(facts | {"tokens": np.bincount(every, minlength=size)}))
     return pd.concat(rows, ignore_index=True)
 
@@ -126,18 +125,16 @@ def layer_counts(trace: xr.Dataset, k: int = 1000) -> pd.DataFrame:
     layers, rows = trace["layer"].values, []
     for largest in _largest(trace, k):
         count = np.bincount(np.searchsorted(layers, largest.layer), minlength=len(layers))
-        facts = {"run": largest.run, "tone": largest.tone, "seed": largest.seed, "layer": layers, "count": count}
+        facts = largest.label | {"layer": layers, "count": count}
         rows.append(pd.DataFrame(facts))
     return pd.concat(rows, ignore_index=True)
 
 
 @dataclass(frozen=True)
 class _Largest:
-    """The largest values of one run: in which of its texts, where, in which layer; and how many tokens those texts have."""
+    """The largest values of a run (`label`): text, position and layer of each; and the number of tokens of each text."""
 
-    run: str
-    tone: str
-    seed: int
+    label: dict[str, Any]
     text: np.ndarray
     position: np.ndarray
     layer: np.ndarray
@@ -147,13 +144,11 @@ class _Largest:
 def _largest(trace: xr.Dataset, k: int) -> Iterator[_Largest]:
     texts = text_table(trace)
     _check_kept(trace, texts, k)
-    for run, own in texts.groupby("run", sort=False):
+    for label, own in split_by_run(texts):
         numbers = own.index.to_numpy()
         text, place = _places(trace, numbers, k)
         yield _Largest(
-            run=str(run),
-            tone=str(own["tone"].iloc[0]),
-            seed=int(own["seed"].iloc[0]),
+            label=label,
             text=text,
             position=_rows(trace, "top_position", numbers)[text, place],
             layer=_rows(trace, "top_layer", numbers)[text, place],
@@ -162,7 +157,7 @@ def _largest(trace: xr.Dataset, k: int) -> Iterator[_Largest]:
 
 
 def _rows(trace: xr.Dataset, name: str, texts: np.ndarray) -> np.ndarray:
-    """Of some texts ``[text, rank]``, read one by one."""
+    """A variable of some texts ``[text, rank]``, read one by one."""
     return np.stack([trace[name][int(text)].values for text in texts])
 
 
@@ -183,7 +178,7 @@ def _check_kept(trace: xr.Dataset, texts: pd.DataFrame, k: int) -> None:
 
 
 def _kept(trace: xr.Dataset, texts: pd.DataFrame) -> float:
-    """Up to which k a run's k largest values are surely among those kept."""
+    """The largest k for which a run's k largest values are certainly among those kept."""
     values = int((texts["stop"] - texts["start"]).max()) * trace.sizes["layer"] * trace.sizes["neuron"]
     return float("inf") if values <= trace.sizes["rank"] else trace.sizes["rank"]
 
@@ -194,7 +189,7 @@ def _bin(position: np.ndarray, tokens: np.ndarray, bins: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Text:
-    """One text as timing sees it: each token's energy, whether it was generated, and of the run's largest values how many."""
+    """One text: each token's energy, whether it was generated, and how many of the run's largest values it has."""
 
     energy: np.ndarray
     is_generated: np.ndarray
@@ -222,7 +217,7 @@ def _texts(trace: xr.Dataset, own: pd.DataFrame, without: int) -> Iterator[_Text
 
 @dataclass(frozen=True)
 class _Found:
-    """A statistic of one text: its value, what is expected of it, and its draws (empty where order makes no difference)."""
+    """A statistic of one text: its value, expected value, and null draws (empty if token order does not matter)."""
 
     value: float
     null: float

@@ -1,8 +1,8 @@
-"""Everything that a trace can be asked, and what it says about the paper's claims, in plain words.
+"""All analyses of a trace, and verdicts on the paper's claims in plain words.
 
 The rules are in docs/statistics.md. A claim is supported where chance does not explain it (p, adjusted by Holm for the claims
-asked together) and untrained IRMs of the same seeds do not show it as much (the interval of the difference); where either is
-not to be had, the verdict is "cannot tell".
+asked together) and untrained IRMs of the same seeds show it less (the interval of the difference); where either is missing, the
+verdict is "cannot tell".
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Analysis:
     verdicts: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: tables as lists of records, NaN as None."""
+        """JSON values: tables as lists of records, NaN as None."""
         tables = {"striation": self.striation, "timing": self.timing, "sparsity": self.sparsity, "leading": self.leading}
         agreed = {"table": self.consensus.table, "indices": self.consensus.indices, "pairs": self.consensus.pairs}
         return {
@@ -113,11 +113,11 @@ class _Claim:
     """A claim and its evidence.
 
     Attributes:
-        key, claim: its short name, and in a sentence.
+        key, claim: short name, and the claim as a sentence.
         row: of a table, or `_NOTHING`.
-        measure: what the value is, in words.
-        more: whether larger values speak for it.
-        said: what else its words say.
+        measure: description of the value.
+        more: whether larger values support it.
+        extra: an additional sentence.
     """
 
     key: str
@@ -125,7 +125,7 @@ class _Claim:
     row: dict[str, Any]
     measure: str
     more: bool = True
-    said: str = ""
+    extra: str = ""
 
 
 def _verdicts(
@@ -181,7 +181,7 @@ def _find(table: pd.DataFrame, **keys: Any) -> dict[str, Any]:
 
 
 def _both(agreed: Consensus, statistic: str) -> dict[str, Any]:
-    """Agreement, with the larger p of the two nulls: neither chance nor the untrained run may explain it."""
+    """Agreement, with the larger p of the two nulls: chance, and the untrained run."""
     row = _find(agreed.table, statistic=statistic, model="uniform")
     left = _find(agreed.table, statistic=statistic, model="untrained")
     return row | {"p": max(row["p"], left["p"]) if np.isfinite(left["p"]) else math.nan}
@@ -206,7 +206,7 @@ def _led(leading: pd.DataFrame) -> str:
 def _verdict(claim: _Claim, p: float) -> dict[str, Any]:
     row = claim.row
     verdict, why = _decided(claim, p)
-    shown = f"{claim.said}{claim.measure[:1].upper()}{claim.measure[1:]}: {_number(row['value'])}"
+    shown = f"{claim.extra}{claim.measure[:1].upper()}{claim.measure[1:]}: {_number(row['value'])}"
     facts = [f"expected without an effect {_number(row['null'])}"] if np.isfinite(row["null"]) else []
     facts += [f"95% interval {_number(row['low'])} to {_number(row['high'])}"] if np.isfinite(row["low"]) else []
     facts += [f"untrained {_number(row['untrained'])}"] if np.isfinite(row["untrained"]) else []
@@ -224,7 +224,7 @@ def _decided(claim: _Claim, p: float) -> tuple[Verdict, str]:
     """The verdict and its reason."""
     row = claim.row
     if not np.isfinite(row["value"]):
-        return "cannot tell", "The trace has nothing to measure it by."
+        return "cannot tell", "The trace has no data to measure it."
     if claim.key == "neuron_over_layer":
         return _by_interval(row["low"], row["high"], "The index explains more", "The layer explains more", "prompts and tones")
     if claim.key == "one_leader" and row["n"] > 1 and row["value"] < 1:
@@ -252,13 +252,13 @@ def _by_interval(low: float, high: float, above: str, below: str, what: str) -> 
         return "not supported", f"{below}."
     if not np.isfinite(low):
         return "cannot tell", "One prompt gives no interval."
-    return "cannot tell", f"The interval has 0 in it: {what} leave both open."
+    return "cannot tell", f"The interval includes 0: {what} leave both open."
 
 
 def _why_no_p(claim: _Claim, row: dict[str, Any]) -> str:
     if claim.key in ("one_leader", "shared_indices"):
         return (
-            "It takes runs of two tones or more: runs on the same data are no independent witnesses."
+            "It takes runs of two tones or more: runs on the same data are not independent samples."
             if row["n"] < 2
             else ("There is no untrained IRM of the same seed to compare with.")
         )

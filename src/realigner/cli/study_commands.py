@@ -232,20 +232,16 @@ def report(
 def figures(
     trace: Annotated[Path, typer.Argument(help="A zarr trace.")],
     out: Annotated[Path, typer.Option(help="The folder to write to.")],
-    formats: Annotated[str, typer.Option(help="Of png, svg and pdf, separated by commas.")] = "png,svg,pdf",
     as_json: Json = False,
 ) -> None:
-    """Write the paper's figures of a trace, for print."""
+    """Write the paper's figures of a trace as PNG, SVG and PDF."""
     refuse_missing([trace])
-    chosen = [name.strip() for name in formats.split(",")]
-    for name in chosen:
-        one_of("--formats", name, ("png", "svg", "pdf"))
     from realigner.analysis import analyze as ask
     from realigner.report import gather, save_figures
     from realigner.traces import load_trace
 
     found = gather(trace.name, load_trace(trace))
-    written = save_figures(found.trace, ask(found.trace), out, found.records, chosen)
+    written = save_figures(found.trace, ask(found.trace), out, found.records)
     if as_json:
         print_json({"figures": [str(path) for path in written]})
     else:

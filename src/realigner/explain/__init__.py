@@ -1,4 +1,4 @@
-"""Why this index: what a host's weights, states and gradients say of an index of its residual stream, and what edits prove."""
+"""Why are deltas large at this index? Measurements of the host, ablations, and trainings with one thing changed."""
 
 from __future__ import annotations
 

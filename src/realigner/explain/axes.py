@@ -1,9 +1,9 @@
-"""Which axes of a forward's tensors are the same axis: every operation says which of its axes go together.
+"""Find which axes of a forward's tensors are the same axis, from rules for every operation.
 
 A product ``[a, b] x [b, c] -> [a, c]`` joins three pairs, an addition the axes that it aligns, a view those that it keeps.
 `roles` watches every operation of a forward and joins them (union-find). What is then in one class with the last axis of a
-layer's input is the residual stream, whatever a host calls its modules and however it stores its matrices; nothing is told
-from a size. An operation without a rule here joins nothing.
+layer's input is the residual stream, whatever a host calls its modules and however it stores its matrices; sizes are
+not used. An operation without a rule here joins nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Axis(NamedTuple):
 
 @dataclass
 class Joined:
-    """What one operation does to axes: the pairs that are one axis, and those that it sums, averages or multiplies away."""
+    """The effect of an operation on axes: pairs that are one axis, and those that it sums, averages or contracts."""
 
     pairs: list[tuple[Axis, Axis]] = field(default_factory=list)
     spent: list[Axis] = field(default_factory=list)
@@ -137,7 +137,7 @@ def _cat(args: Sequence[Any], kwargs: dict[str, Any], outs: Sequence[torch.Tenso
 
 
 def _along(args: Sequence[Any], kwargs: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
-    """Operations that pick, put or add along one axis: the others stay what they are."""
+    """Operations that pick, put or add along one axis and keep the others."""
     x, dim, joined = args[0], args[1] % max(args[0].dim(), 1), Joined()
     for tensor in tensors_in((args[1:], kwargs)):
         if tensor.dim() == x.dim() == outs[0].dim():
@@ -262,7 +262,7 @@ def _vector_normed(args: Sequence[Any], kwargs: dict[str, Any], outs: Sequence[t
 
 
 def _made(args: Sequence[Any], kwargs: dict[str, Any], _: Sequence[torch.Tensor]) -> Joined:
-    """Tensors that have another's shape and nothing of its values."""
+    """Tensors that take another's shape but not its values."""
     return _attention(args, kwargs, ())
 
 
@@ -309,10 +309,10 @@ def rule_of(func: Any) -> Rule | None:
 
 
 def is_product(rule: Rule | None) -> bool:
-    """Whether what an operation returns is a new space: matrices are multiplied in it."""
+    """Whether an operation multiplies matrices, so that its result is a new space."""
     return rule in _PRODUCTS
 
 
 def is_made(rule: Rule | None) -> bool:
-    """Whether an operation takes a tensor's shape alone."""
+    """Whether an operation only uses a tensor's shape."""
     return rule is _made

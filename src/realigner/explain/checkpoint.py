@@ -1,9 +1,9 @@
-"""Where a host's tensors come from: a host in memory, or the safetensors files of a checkpoint that is never loaded.
+"""The tensors of a host: in memory, or in the safetensors files of a checkpoint that is never loaded.
 
 A checkpoint is opened by reading headers alone; a tensor is then read slice by slice with `pread`, not through a memory map
 (whose pages would count as ours until the file is closed), so memory stays at two blocks whatever the host's size. What its
 tensors are called and how they are shaped is asked of transformers: the host is built from config.json on the meta device,
-without weights, and names on disk are translated to its names as `from_pretrained` would.
+without weights, and names on disk are translated to its names as `from_pretrained` does.
 """
 
 from __future__ import annotations
@@ -56,13 +56,7 @@ class Tensors(Protocol):
 
     @property
     def origin(self) -> str:
-        """What to call the host: the name it was loaded as, or its folder."""
-
-    def names(self) -> list[str]:
-        """Every parameter that is there."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A parameter's shape."""
+        """The host's name: what it was loaded as, or its folder."""
 
     def blocks(self, name: str, axis: int) -> Iterator[torch.Tensor]:
         """A parameter in float32 blocks ``[other, axis]`` of about 64 MB at most: `axis` last, all other axes flattened."""
@@ -82,12 +76,6 @@ class HostTensors:
         self.host = self.example = host
         self.origin = host_name(host)
         self._parameters = dict(host.named_parameters(remove_duplicate=False))
-
-    def names(self) -> list[str]:
-        return list(self._parameters)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._parameters[name].shape)
 
     def blocks(self, name: str, axis: int) -> Iterator[torch.Tensor]:
         """As in `Tensors`; raises RealignerError for a tensor that is not in memory, or is quantised."""
@@ -133,10 +121,11 @@ class Checkpoint:
         return example_host(self.config)
 
     def names(self) -> list[str]:
+        """The parameters that are stored."""
         return [name for name in self._parameters if name in self._parts]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As in `Tensors`; raises RealignerError for a tensor that is in none of the files."""
+        """A parameter's shape; raises RealignerError for a tensor that is in none of the files."""
         self._found(name)
         return tuple(self._parameters[name].shape)
 

@@ -30,7 +30,7 @@ _IN_FLOAT64, _IN_FLOAT32 = 300_000_000, 2_000_000_000  # hosts of no more parame
 
 
 def permuted(host: PreTrainedModel, permutation: Sequence[int]) -> PreTrainedModel:
-    """The same function with the residual stream's indices in another order: index i becomes ``permutation[i]``.
+    """A host that computes the same function with its residual stream permuted: index i becomes ``permutation[i]``.
 
     In every parameter with a role ``new[..., permutation[i]] = old[..., i]`` along the stream's axis; tied weights stay tied,
     and the inverse permutation gives the weights back bit for bit.
@@ -62,7 +62,7 @@ def permuted(host: PreTrainedModel, permutation: Sequence[int]) -> PreTrainedMod
 
 
 def with_gain(host: PreTrainedModel, index: int, value: float | str = "median") -> PreTrainedModel:
-    """The host with another gain of its final norm at one index.
+    """A host with the gain of its final norm changed at one index.
 
     Args:
         host: a transformers causal language model.
@@ -90,7 +90,7 @@ def with_gain(host: PreTrainedModel, index: int, value: float | str = "median") 
 
 
 def without_channel(host: PreTrainedModel, index: int) -> PreTrainedModel:
-    """The host whose residual stream is 0 at one index, at every layer: nothing writes there any more.
+    """A host whose residual stream is 0 at one index in every layer.
 
     Zeroed at the index: the embeddings, what the writing matrices and their biases give, and the gain and shift of norms that
     are part of the stream. A head that is tied to the embedding is untied first, so that it keeps its column: without it, what
@@ -117,7 +117,7 @@ def without_channel(host: PreTrainedModel, index: int) -> PreTrainedModel:
 
 @contextmanager
 def silenced(host: PreTrainedModel, stream: Stream, index: int) -> Iterator[None]:
-    """`without_channel` of the host itself, within a block; its weights come back bit for bit.
+    """`without_channel` in place, within a block; the weights are restored bit for bit.
 
     Args:
         host: a transformers causal language model.
@@ -149,7 +149,7 @@ def silenced(host: PreTrainedModel, stream: Stream, index: int) -> Iterator[None
 
 
 def _tied_head(host: PreTrainedModel) -> Any:
-    """The head, where its weight is the token embedding's; else None."""
+    """The head if its weight is tied to the token embedding, else None."""
     head, embedding = host.get_output_embeddings(), host.get_input_embeddings()
     tied = head is not None and embedding is not None and getattr(head, "weight", 0) is getattr(embedding, "weight", 1)
     return head if tied else None
@@ -160,7 +160,7 @@ def _own_copy(weight: torch.Tensor) -> nn.Parameter:
 
 
 def _untie(host: PreTrainedModel) -> None:
-    """Give a head that is the token embedding a weight of its own, of the same values."""
+    """Give a tied head a copy of its weight."""
     head = _tied_head(host)
     if head is None:
         return
@@ -181,7 +181,7 @@ def _writing(host: nn.Module, stream: Stream, index: int) -> Iterator[tuple[torc
 
 
 def randomised(host: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A host of the same config, precision and device with the weights of a host that was never trained.
+    """A randomly initialised host of the same config, dtype and device.
 
     Args:
         host: a transformers causal language model.
@@ -204,7 +204,7 @@ def randomised(host: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def save_edited(host: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
-    """Write a host and its tokenizer as a folder for `load_host`; beside it first, then renamed, so never half of it.
+    """Write a host and its tokenizer as a folder for `load_host`, atomically.
 
     Returns:
         The folder.
@@ -235,7 +235,7 @@ def _stream_of(host: PreTrainedModel) -> Stream:
 
 
 def _copied(host: PreTrainedModel) -> PreTrainedModel:
-    """A deep copy to edit, which does not go by the host's name."""
+    """A deep copy to edit, without the host's name."""
     info = getattr(host, "realigner", None)
     return _as_edited(copy.deepcopy(host, {id(info): info}))  # its tokenizer is no part of the edit
 
@@ -285,7 +285,7 @@ def _refuse_index(stream: Stream, index: int) -> None:
 
 
 def _refuse_unsaved(host: nn.Module, stream: Stream) -> None:
-    """A position table that is computed anew whenever the host is loaded cannot be permuted for good."""
+    """Refuse a host with a position table that is computed on loading: its permutation would not be saved."""
     for name in stream.buffers:
         owner, _, leaf = name.rpartition(".")
         if leaf in host.get_submodule(owner)._non_persistent_buffers_set:
@@ -302,7 +302,7 @@ def _prove_same(host: PreTrainedModel, edited: PreTrainedModel, stream: Stream) 
 
 
 def _precision(host: PreTrainedModel) -> torch.dtype:
-    """The highest precision in which it is no burden to run a copy."""
+    """The highest precision in which a copy fits comfortably."""
     count = sum(parameter.numel() for parameter in host.parameters())
     if count <= _IN_FLOAT64 and next(host.parameters()).device.type in ("cpu", "cuda"):
         return torch.float64
@@ -331,7 +331,7 @@ def _forward(host: nn.Module) -> torch.Tensor:
 
 
 class _InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Leaves out casts from float64 to float32: transformers' norms and routers make them whatever the host's precision is."""
+    """Skips casts from float64 to float32, which transformers' norms and routers make in every precision."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

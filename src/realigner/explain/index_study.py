@@ -78,7 +78,7 @@ class IndexStudy:
         everything = ExampleBatches([row for own in rows.values() for row in own], tokenizer.pad_token_id or 0, batch_size=8)
         states = measure_host(host, everything, irms, delimiter_ids(tokenizer), quiet)
         measured = measurement_table(weights_of(host), states)
-        scores = {name: _score(states, name) for name in irms}
+        scores = {name: leading_score(states["delta"].sel(irm=name).dropna("layer", how="all").values) for name in irms}
         return cls(host, tokenizer, runs, rows, states, measured, scores, size, quiet)
 
     @property
@@ -209,8 +209,3 @@ def _untrained(host: PreTrainedModel, recipe: Recipe) -> IRM:
     set_seed(recipe.seed)
     network = recipe.shape.build(int(text.hidden_size), int(text.num_hidden_layers))
     return network.to(next(host.parameters()).device).eval()
-
-
-def _score(states: xr.Dataset, irm: str) -> np.ndarray:
-    magnitude = states["delta"].sel(irm=irm).values
-    return leading_score(magnitude[~np.isnan(magnitude).all(axis=1)])

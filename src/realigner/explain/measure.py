@@ -18,11 +18,10 @@ from torch import nn
 
 from realigner.console import progress
 from realigner.data.tokens import IGNORED
-from realigner.errors import RealignerError
 from realigner.explain.example_batches import ExampleBatches
 from realigner.explain.norm_gradient import GradientParts, norm_eps, norm_kind, split_gradient
 from realigner.explain.residuals import Residuals, SiteGradients
-from realigner.explain.roles import Stream, find_stream
+from realigner.explain.roles import Stream, final_norm, find_stream
 from realigner.irm import IRM
 from realigner.traces.summary import DeltaSums
 
@@ -104,10 +103,8 @@ class _Head:
     """The final norm's input, its output and the gradient by that."""
 
     def __init__(self, host: nn.Module, stream: Stream) -> None:
-        if not stream.final:
-            raise RealignerError(f"{type(host).__name__}: nothing norms the residual stream between its layers and its head")
-        self.norm = host.get_submodule(stream.final)
-        weight, role = getattr(self.norm, "weight", None), stream.roles.get(f"{stream.final}.weight")
+        self.norm, name = final_norm(host, stream)
+        weight, role = getattr(self.norm, "weight", None), stream.roles.get(f"{name}.weight")
         offset = role.offset if role is not None else 0.0
         gain = torch.ones(stream.sites.width) if weight is None else weight.detach().float() + offset
         self.gain, self.eps, self.kind = gain, norm_eps(self.norm), norm_kind(self.norm, stream.sites.width)
@@ -191,11 +188,8 @@ class _Sums:
         whole[:, self.own[name]] = delta
         self.along[name] += _numpy((whole.cumsum(1) * self.states).sum(0))
 
+    @np.errstate(divide="ignore", invalid="ignore")
     def dataset(self) -> xr.Dataset:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return self._dataset()
-
-    def _dataset(self) -> xr.Dataset:
         n = self.tokens[:, None, None]
         mean, second = self.h / n, self.h2 / n
         fourth = self.h4 / n  # about zero, as the sums are: a channel's mean is what makes it one
@@ -219,7 +213,7 @@ class _Sums:
         of_irms = np.full((3, len(self.irms), self.layers, self.width), np.nan)
         for at, name in enumerate(self.irms):
             own, sums = self.own[name], self.deltas[name]
-            of_irms[:, at, own] = sums.mean_abs(), sums.mean(), -(self.along[name] / energy)[own]
+            of_irms[:, at, own] = sums.mean(), sums.mean("sum"), -(self.along[name] / energy)[own]
         for name, each in zip(("delta", "delta_mean", "cancelled"), of_irms, strict=True):
             values[name] = ("irm", "layer", "neuron"), each
         coords = {"kind": list(TOKENS), "layer": np.arange(self.layers), "neuron": np.arange(self.width), "irm": self.irms}

@@ -29,7 +29,6 @@ from realigner.explain.verdict import (
 from realigner.files import made_folder
 from realigner.hosts import host_name
 from realigner.traces.layout import UNTRAINED
-from realigner.training.recipe import Recipe
 from realigner.training.run_dir import read_run
 
 
@@ -100,9 +99,7 @@ def explain(
     budget = budget if steps is None else replace(budget, steps=steps)
     runs = read_runs(folders)
     if trials and any(recipe.host is None for _, recipe in runs.values()):
-        raise RealignerError(
-            "explain: a run's host was made in Python, so it cannot be trained again (trials=False leaves trials out)"
-        )
+        raise RealignerError("explain: a run was trained on a host made in Python and cannot be repeated; see trials=False")
     check_index(index, int(host.config.get_text_config(decoder=True).hidden_size))
     made_folder(out)
 
@@ -125,14 +122,17 @@ def explain(
     refused: dict[str, str] = {}
     shorter = 1.0
     if trials:
-        recipe = _trial_recipe(recipe, budget, host)
-        shorter = _share_of_steps(recipe, folder)
+        recipe, run = recipe.changed(host=host_name(host) or None), read_run(folder)
+        if budget.steps is not None and (recipe.steps is None or recipe.steps > budget.steps):
+            recipe = recipe.changed(steps=budget.steps)
+        done = run.get("steps_done")
+        shorter = min(1.0, recipe.steps / done) if recipe.steps is not None and done else 1.0
         taken = frozenset(own.seed for _, own in runs.values())
         gain = gain_for_median_reach(study.measured, index)
         runner = TrialRunner(Path(out), host, tokenizer, recipe, index, gain, taken, on, workers, quiet)
         planned = runner.trials(_informative(budget, facts))
         if not quiet:
-            say_budget(planned, _seconds_per_step(folder))
+            say_budget(planned, run["seconds"] / done if done else None)
         outcomes, refused = runner.run(planned, study.batches_of), runner.refused
 
     # Conclude.
@@ -189,25 +189,6 @@ def _informative(budget: Budget, facts: Sequence[IndexFact]) -> dict[str, int]:
     readout, channel = has_atypical_readout(facts), is_channel(facts)
     changes = {"gain": readout, "no channel": channel, "ordinary": readout and channel}
     return {kind: count for kind, count in budget.trials.items() if changes.get(kind, True)}
-
-
-def _trial_recipe(recipe: Recipe, budget: Budget, host: PreTrainedModel) -> Recipe:
-    """The run's recipe on the host that was given, with no more steps than the budget has."""
-    recipe = recipe.changed(host=host_name(host) or None)
-    if budget.steps is None or (recipe.steps is not None and recipe.steps <= budget.steps):
-        return recipe
-    return recipe.changed(steps=budget.steps)
-
-
-def _share_of_steps(recipe: Recipe, folder: Path) -> float:
-    """Trials' steps over the run's, at most 1."""
-    done = read_run(folder).get("steps_done")
-    return 1.0 if recipe.steps is None or not done else min(1.0, recipe.steps / done)
-
-
-def _seconds_per_step(folder: Path) -> float | None:
-    run = read_run(folder)
-    return run["seconds"] / run["steps_done"] if run.get("steps_done") else None
 
 
 def _masked(outcomes: Sequence[Outcome]) -> dict[str, float]:

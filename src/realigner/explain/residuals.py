@@ -15,7 +15,7 @@ from realigner.sites import INPUT, HostSites, Site
 
 
 class Residuals:
-    """Residuals of the running forward, layer by layer ``[batch, position, neuron]``, as the site's arithmetic makes them.
+    """Residuals of the current forward, layer by layer ``[batch, position, neuron]``, by the site's arithmetic.
 
     Example:
         >>> from realigner.locate import find_sites
@@ -33,7 +33,7 @@ class Residuals:
 
     @contextmanager
     def watching(self) -> Iterator[Residuals]:
-        """Record every forward of the block; each replaces the one before."""
+        """Record the forwards of a block; only the last is kept."""
         with ExitStack() as stack:
             for site, layer in zip(self.sites.sites, self.sites.layers, strict=True):
                 self._watch(stack, site, layer)

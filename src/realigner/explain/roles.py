@@ -1,7 +1,7 @@
-"""What each parameter of a host has to do with the residual stream: what writes it, what reads it, what scales it.
+"""The role of each parameter of a host in the residual stream: whether it writes, reads or scales it.
 
-Told from the operations of one short forward, by no name and no size (`axes`): a parameter has a role when one of its axes is
-the stream's. Then a product that multiplies the axis away reads the stream, one that ends in it writes, a vector that scales
+Inferred from the operations of one short forward, not from names or sizes (`axes`): a parameter has a role if one of its axes
+is the stream's. Then a product that multiplies the axis away reads the stream, one that ends in it writes, a vector that scales
 what was just averaged over it is a norm's gain. `edits.permuted` proves a host's roles by an exact symmetry.
 """
 
@@ -33,7 +33,7 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class Role:
-    """What a parameter is to the residual stream.
+    """The role of a parameter in the residual stream.
 
     Attributes:
         kind: ``"embedding"``: rows ``[..., D]`` that are looked up and added to the stream (tokens, positions). ``"read"``: a
@@ -68,7 +68,7 @@ class Role:
 
 @dataclass(frozen=True)
 class Stream:
-    """What one forward showed of a host's residual stream.
+    """A host's residual stream, as found in one forward.
 
     Attributes:
         sites: the host's layers and the site of each.
@@ -102,8 +102,8 @@ def roles_of(host: nn.Module) -> dict[str, Role]:
     return find_stream(host).roles
 
 
-def final_norm(host: nn.Module) -> tuple[nn.Module, str]:
-    """The module that norms the stream last, before the head, and its name.
+def final_norm(host: nn.Module, stream: Stream | None = None) -> tuple[nn.Module, str]:
+    """The module that norms the stream last, before the head, and its name; `stream` is the host's, if at hand.
 
     Raises:
         RealignerError: as `roles_of`; and where nothing norms the stream there.
@@ -113,14 +113,14 @@ def final_norm(host: nn.Module) -> tuple[nn.Module, str]:
         >>> final_norm(tiny_host("gpt2"))[1]
         'transformer.ln_f'
     """
-    name = find_stream(host).final
+    name = (stream or find_stream(host)).final
     if not name:
         raise RealignerError(f"{type(host).__name__}: nothing norms the residual stream between its layers and its head")
     return host.get_submodule(name), name
 
 
 def find_stream(host: nn.Module) -> Stream:
-    """Everything that `roles_of` and `final_norm` tell, from one set of forwards.
+    """The stream with its roles, from one set of forwards.
 
     Raises:
         RealignerError: as `roles_of`.
@@ -129,7 +129,7 @@ def find_stream(host: nn.Module) -> Stream:
     watch = _Watch(host, sites)
     with probe.as_in_evaluation(host), torch.no_grad(), watch.hooks(), watch:
         host(input_ids=short_input(host, _TOKENS), use_cache=False)
-    return _Told(host, watch).told()
+    return _Roles(host, watch).stream_found()
 
 
 def short_input(host: nn.Module, tokens: int) -> torch.Tensor:
@@ -346,7 +346,9 @@ class _Watch(TorchDispatchMode):
             derived.source, derived.origin, derived.offset = value.source, tuple(origin), offset
 
     def _use(self, op: _Operation, floating: list[tuple[torch.Tensor, _Value]], own: list[tuple[torch.Tensor, _Value]]) -> None:
-        """The results come of the stream, or of other activations; notes which parameters were used for them."""
+        """Record which parameters an operation uses, and on what kind of activation; the results inherit it."""
+        # raw: an input comes from the stream with no product in between. uses: the parameters (numbers in self.uses) that
+        # scaled or shifted the inputs since their last product.
         raw = any(value.raw for _, value in floating)
         uses = frozenset().union(*(value.uses for _, value in floating))
         made: set[int] = set()
@@ -356,8 +358,10 @@ class _Watch(TorchDispatchMode):
             if use.how != "product":
                 made.add(number)
                 continue
+            # This product reads what the earlier parameters gave: a norm's gain belongs to the first matrix that it feeds.
             for earlier in (self.uses[n] for n in uses):
                 earlier.feeds = number if earlier.feeds is None else earlier.feeds
+        # After a product or a look-up the history starts anew; a look-up's result is the stream, a product's is not.
         anew = op.product or op.name == "embedding"
         for out in op.outs:
             value = self.value(out)
@@ -394,11 +398,11 @@ class _Watch(TorchDispatchMode):
         return "attention" if any(name == branch for _, name in self.calls) else "mlp"
 
 
-# --- telling --------------------------------------------------------------------------------------------------------------
+# --- inferring --------------------------------------------------------------------------------------------------------------
 
 
-class _Told:
-    """The roles, from what was watched."""
+class _Roles:
+    """Infers the roles from a watched forward."""
 
     def __init__(self, host: nn.Module, watch: _Watch) -> None:
         self.host, self.watch = host, watch
@@ -414,7 +418,7 @@ class _Told:
             if part == "after" or self._feeds_the_head(call):
                 self.last, self.final = call, module
 
-    def told(self) -> Stream:
+    def stream_found(self) -> Stream:
         watch, host = self.watch, self.host
         roles = {}
         for name, parameter in host.named_parameters(remove_duplicate=False):

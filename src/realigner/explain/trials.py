@@ -78,11 +78,6 @@ class Outcome:
     counts: np.ndarray
     bare: np.ndarray
 
-    @property
-    def score(self) -> np.ndarray:
-        """`leading_score` of each index ``[neuron]``."""
-        return leading_score(self.magnitude)
-
 
 @dataclass
 class TrialRunner:
@@ -239,14 +234,14 @@ def magnitude_and_losses(model: Any, rows: ExampleBatches) -> tuple[np.ndarray, 
         losses, counts = rows.losses(model)
     finally:
         tuner.injector.observers.remove(observe)
-    return sums.mean_abs(), losses, counts
+    return sums.mean(), losses, counts
 
 
 def trial_results(outcomes: Sequence[Outcome]) -> list[TrialResult]:
     """The rank of the index and the losses of each trial; ties count against the index."""
     found = []
     for outcome in outcomes:
-        trial, score, targets = outcome.trial, outcome.score, outcome.counts.sum()
+        trial, score, targets = outcome.trial, leading_score(outcome.magnitude), outcome.counts.sum()
         loss, bare = float(outcome.losses.sum() / targets), float(outcome.bare.sum() / targets)
         ratio = float(score[trial.permuted_index])
         found.append(

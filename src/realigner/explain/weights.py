@@ -1,4 +1,4 @@
-"""What a host's weights alone say of every index of its residual stream: gains, the head, the embedding, what layers write.
+"""Measurements of every index of a host's residual stream from its weights alone: gains, head, embedding, writing matrices.
 
 Works on a host in memory and on a checkpoint that is never loaded (`checkpoint.Tensors`), by the same code. With g the final
 norm's effective gain (Gemma's is 1 + weight), W_U the head ``[vocabulary, D]``, E the token embedding ``[vocabulary, D]``, W a
@@ -178,7 +178,7 @@ def roles_for(source: Tensors) -> dict[str, Role]:
 
 
 def _by_pattern(source: Tensors) -> tuple[dict[str, Role | None], dict[str, Role]]:
-    """Of the example: each name without its numbers, and its role in any layer; None for what does not touch the stream.
+    """Roles in the example by name pattern (numbers as ``*``); None for a parameter that does not touch the stream.
 
     Where norms follow the branches, the last layer's last one is the final norm: its name is among the second, too.
     """
@@ -217,7 +217,7 @@ def head_norm_kind(host: nn.Module) -> str:
 
 
 def head_tokens(host: Any, tokenizer: Any, indices: Sequence[int], count: int = 8) -> dict[int, dict[str, list[str]]]:
-    """The tokens that an index speaks for: whose logits rise (``up``) and fall (``down``) most as it rises.
+    """The tokens whose logits rise (``up``) and fall (``down``) most as the residual at an index rises.
 
     What the index is multiplied with on its way to the logits, but for the norm's scale: sign(g_i) W_U[:, i].
 

@@ -1,4 +1,4 @@
-"""Small charts for a page as SVG text: sharp at every size, coloured by the page's theme, numbers in a table beside them."""
+"""Small charts as SVG text: sharp at every size, in the colours of the page's theme."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Dot:
 
     Attributes:
         x: where; NaN leaves it out.
-        title: what is said of it.
+        title: its tooltip.
         colour: as of a `Line`.
         filled: or a ring.
         low, high: the ends of its interval.
@@ -59,12 +59,12 @@ class Dot:
 
 @dataclass(frozen=True)
 class ChartAxis:
-    """A horizontal axis, in percent of its width; a logarithmic one has its zeros beside it, at the left.
+    """A horizontal axis, in percent of its width; a logarithmic one has zeros at its left.
 
     Attributes:
         low, high: the values at its ends.
         log: whether it is logarithmic.
-        zeros: whether there are any to be set beside it.
+        zeros: whether there are any.
     """
 
     low: float
@@ -119,9 +119,9 @@ def dot_chart(
     parts = [f'<div class="dots" role="group" aria-label="{escape(title)}">']
     for label, dots in rows:
         there = [dot for dot in dots if math.isfinite(dot.x)]
-        said = f"{escape(label)}: {_said([dot.x for dot in there])}"
+        label_text = f"{escape(label)}: {_values_text([dot.x for dot in there])}"
         marks = "".join(_dot(dot, axis) for dot in there)
-        drawn = f'<svg role="img"><title>{said}</title>{grid}{marks}</svg>'
+        drawn = f'<svg role="img"><title>{label_text}</title>{grid}{marks}</svg>'
         parts.append(f'<div class="dot-row"><span>{escape(label)}</span>{drawn}</div>')
     numbers = "".join(
         f'<text class="tick" x="{at:.2f}%" y="12" text-anchor="middle">{fmt(value)}</text>' for at, value in across
@@ -141,8 +141,8 @@ def _dot(dot: Dot, axis: ChartAxis) -> str:
     return f"{interval}{circle}<title>{escape(dot.title)}</title></circle>"
 
 
-def _said(values: Sequence[float]) -> str:
-    """A few values, or how many there are from where to where."""
+def _values_text(values: Sequence[float]) -> str:
+    """A few values, or their number and range."""
     if len(values) > 6:
         return f"{len(values)} from {fmt(min(values))} to {fmt(max(values))}"
     return ", ".join(map(fmt, values)) or "none"

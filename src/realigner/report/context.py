@@ -90,10 +90,11 @@ def _words(item: ReportInput, runs: RunStyles, page: Mapping[str, Any]) -> dict[
     if record:
         share = 100 * record["irm"]["parameters"] / record["irm"]["host_parameters"]
         size = f" of {record['irm']['parameters']:,} parameters ({share:.1f}% of the host)"
-    networks, twins = _number(len(trained), "small network"), _number(len(runs.names) - len(trained), "untrained twin")
+    networks = tables.counted(len(trained), "small network")
+    twins = tables.counted(len(runs.names) - len(trained), "untrained twin")
     lead = (
         f"A frozen language model, {host}, and {networks}{size} that read its first post-attention residual and add to the "
-        f"residual stream of {counts['layers']} layers; {twins} beside them. {_number(counts['prompts'], 'prompt')}, "
+        f"residual stream of {counts['layers']} layers; {twins} beside them. {tables.counted(counts['prompts'], 'prompt')}, "
         f"{counts['tokens']:,} tokens. Not one of the host's weights was changed."
     )
     menu = [
@@ -141,12 +142,8 @@ def _list(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _number(count: int, thing: str) -> str:
-    return f"{count} {thing}{'' if count == 1 else 's'}"
-
-
 def _commands(item: ReportInput, runs: RunStyles) -> list[str]:
-    """The commands that make this page again."""
+    """The commands that reproduce this page."""
     folders = list(dict.fromkeys(str(runs.facts[run]["irm"]) for run in runs.names if runs.facts[run]["irm"]))
     settings = item.trace.attrs["notes"].get("settings", {})
     lines = [f"realigner train --recipe {folder}/recipe.yaml --out {folder}" for folder in folders]
@@ -202,7 +199,7 @@ def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _replies(item: ReportInput, runs: RunStyles) -> list[dict[str, Any]]:
-    """Prompt by prompt, the replies side by side; at first one untrained run and the first run of each tone are shown."""
+    """The replies to each prompt; initially one untrained run and the first run of each tone are shown."""
     answers = item.answers()
     columns = [run for run in ["base", *runs.names] if any(run in answer for answer in answers)]
     shown, tones = {"base"}, set[str]()
@@ -334,7 +331,7 @@ def _layers(runs: RunStyles, run: str, own: pd.DataFrame, column: str) -> Line:
 
 
 def _training(item: ReportInput, runs: RunStyles) -> dict[str, Any] | None:
-    """Validation loss of every run by step, the kept one ringed."""
+    """Validation loss of every run by step, with a ring around the step that was kept."""
     lines, bare = [], []
     for run in runs.names:
         log = item.logs.get(run) or []

@@ -22,5 +22,5 @@ def write_card(card: ReportCard, name: str, out: Path) -> None:
 
 
 def is_card(path: Path) -> bool:
-    """Whether a file is a report card of ours."""
+    """Whether a file is a report card written by realigner."""
     return is_signed(path, _SIGNATURE)

@@ -83,8 +83,8 @@ def _network(
     read = places[0][1]
     axes.text(7.9, 10.0, "IRM, trained", ha="center", va="top", color=TRAINED, fontsize=8, weight="bold")
     share = 100 * irm["parameters"] / irm["host_parameters"]
-    said = f"{irm['parameters']:,} parameters\n{share:.1f}% of the host"
-    axes.text(7.9, 9.45, said, ha="center", va="top", color=SOFT, fontsize=7, linespacing=1.3)
+    text = f"{irm['parameters']:,} parameters\n{share:.1f}% of the host"
+    axes.text(7.9, 9.45, text, ha="center", va="top", color=SOFT, fontsize=7, linespacing=1.3)
     low, high = 1.1, 7.6
     step = (high - low) / max(1, len(widths) - 1)
     for number, (size, label) in enumerate(widths):
@@ -118,18 +118,13 @@ def _widths(record: Mapping[str, Any], neurons: int, outputs: int) -> list[tuple
     shape = IRMShape(**(own | {"preset": str(record["irm"]["preset"]), "layers": list(range(outputs))}))
     with torch.device("meta"):
         network = shape.build(neurons, outputs)
-    linear = [module for module in network.trunk if isinstance(module, torch.nn.Linear)]
-    first = f"{neurons:,}" + (", scaled" if network.input_norm else "")
-    widths = [(neurons, first)]
-    for number, module in enumerate(linear):
-        rectified = number < len(linear) - 1 or network.output.in_features != module.out_features or not _is_rank(network.trunk)
-        widths.append((module.out_features, f"{module.out_features:,}" + (" ReLU" if rectified else "")))
+    widths = [(neurons, f"{neurons:,}" + (", scaled" if network.input_norm else ""))]
+    modules = list(network.trunk)
+    for module, following in zip(modules, [*modules[1:], None], strict=True):
+        if isinstance(module, torch.nn.Linear):
+            rectified = isinstance(following, torch.nn.ReLU)
+            widths.append((module.out_features, f"{module.out_features:,}" + " ReLU" * rectified))
     return [*widths, (neurons, f"{outputs} \u00d7 {neurons:,}")]
-
-
-def _is_rank(trunk: Any) -> bool:
-    """Whether the trunk ends in the linear bottleneck before the output."""
-    return type(trunk[-1]).__name__ == "Linear"
 
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, bend: float = 0.0) -> None:

@@ -58,16 +58,12 @@ def _section(item: Explanation, number: int, runs: RunStyles) -> dict[str, Any]:
 def _done(item: Explanation) -> str:
     """The computations that the explanation is based on."""
     budget = "The quick, smaller budget" if item.quick else "The full budget"
-    trials = _number(len(item.trials), "training") + " with one thing changed or none" if item.trials else "no training"
+    trials = tables.counted(len(item.trials), "training") + " with one thing changed or none" if item.trials else "no training"
     rows = [row.n for table in item.ablations.values() for row in table]
     most = f"{min(rows)} to {max(rows)}" if rows and min(rows) < max(rows) else str(max(rows, default=0))
     dtype = f" in {item.dtype}" if item.dtype else ""
-    irms = f"{_number(len(item.irms), 'IRM')} ({', '.join(item.irms)})"
+    irms = f"{tables.counted(len(item.irms), 'IRM')} ({', '.join(item.irms)})"
     return f"{budget}: {trials}; losses{dtype} on {most} rows of each of {irms}; {item.width:,} indices measured."
-
-
-def _number(count: int, thing: str) -> str:
-    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def _trials(item: Explanation) -> dict[str, Any] | None:
@@ -117,7 +113,7 @@ def _ablations(index: int, whose: str, own: Sequence[Ablation], hows: Mapping[st
         (
             hows[how][0],
             row.index,
-            _which(row),
+            _GROUPS.get(row.group, row.group).format(row.index),
             fmt(row.loss, 4),
             fmt(row.change),
             tables.fmt_interval(row.low, row.high),
@@ -140,10 +136,6 @@ def _ablations(index: int, whose: str, own: Sequence[Ablation], hows: Mapping[st
         ],
         "table": {"head": head, "rows": numbers, "numeric": [False, True, False, True, True, True]},
     }
-
-
-def _which(row: Ablation) -> str:
-    return _GROUPS.get(row.group, row.group).format(row.index)
 
 
 def _ablation_chart(index: int, title: str, own: Sequence[Ablation]) -> Markup:
@@ -206,7 +198,7 @@ def _profiles(item: Explanation, runs: RunStyles) -> list[dict[str, Any]]:
 
 
 def _of_irms(layers: Sequence[float], values: Mapping[str, Sequence[float]], runs: RunStyles) -> list[Line]:
-    """A line an IRM, in the page's colours where it knows the run."""
+    """One line for each IRM, in the page's colour if the run is on the page."""
     lines = []
     for number, (irm, line) in enumerate(values.items()):
         known = irm in runs.names

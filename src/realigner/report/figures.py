@@ -1,4 +1,4 @@
-"""The paper's figures, for print: one call each, tables of `analysis` and maps in, a matplotlib Figure out.
+"""The paper's figures as matplotlib figures, from tables and maps of `analysis`, one function each.
 
 A host has more columns (neurons) than a picture has pixels, and a renderer that averages erases a
 stripe one column wide: maps are pooled by the value of largest magnitude before they are drawn, to fewer columns than any
@@ -118,7 +118,7 @@ def figure2(
     marks: Mapping[str, Sequence[int]] | Sequence[int] | None = None,
     width: float = PAGE,
 ) -> Figure:
-    """Figure 2 of the paper: the signed mean of the IRM's outputs, layer x neuron; one map, or several above each other.
+    """Figure 2 of the paper: the signed mean of the IRM's outputs, layer x neuron; one map, or several in rows.
 
     Args:
         maps: of `analysis.run_maps(trace, "signed")`: title -> one run's map; or one map.
@@ -190,7 +190,7 @@ def _bars(table: pd.DataFrame, x: str, x_label: str, y_label: str, width: float)
 
 
 def figure_sparsity(table: pd.DataFrame, statistics: Sequence[str] = ("hoyer", "small_share"), width: float = PAGE) -> Figure:
-    """Sparsity by layer, a line a run; dotted: Gaussian noise.
+    """Sparsity by layer, one line for each run; dotted: Gaussian noise.
 
     Args:
         table: of `analysis.sparsity`.

@@ -1,4 +1,4 @@
-"""The pages of the leading indices: each one's way through the layers, and the tokens at which it is largest."""
+"""The pages of the leading indices: profiles over layers, and the tokens at which they are largest."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def index_pages(
     marks: Mapping[str, Sequence[int]],
     explained: Sequence[Explanation] = (),
 ) -> list[dict[str, Any]]:
-    """A page for each index that leads in a trained run, those that lead in most runs first; then for others explained."""
+    """A page for each leading index of a trained run, by the number of runs; then for other explained indices."""
     place = {run: {int(index): at for at, index in enumerate(table["neuron"], 1)} for run, table in leading.items()}
     candidates = {index for run in runs.trained for index in marks[run]}
 
@@ -71,7 +71,7 @@ def index_pages(
 
 
 def _agreement(indices: pd.DataFrame, index: int) -> dict[str, str] | None:
-    """What consensus says of an index."""
+    """Consensus statistics of an index."""
     own = indices[indices["neuron"] == index]
     if own.empty:
         return None

@@ -1,4 +1,4 @@
-"""Pages: one HTML file each, everything inside it, so that it can be opened anywhere and no request leaves it."""
+"""Self-contained HTML pages, which make no requests."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from realigner.report.plot_style import as_png
 def render_page(template: str, **values: Any) -> str:
     """A template of this folder as HTML text."""
     loader = FileSystemLoader(str(files("realigner") / "report"))
-    room = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return room.get_template(template).render(**values)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(**values)
 
 
 def script(names: Sequence[str]) -> Markup:
@@ -34,7 +34,7 @@ def picture(figure: Figure) -> str:
 
 
 def is_signed(path: Path, signature: str) -> bool:
-    """Whether a file is a page of ours of the kind that carries `signature` (and so may be replaced when asked)."""
+    """Whether a file is a page with this signature, written by realigner (which `force` may replace)."""
     if not path.is_file():
         return False
     with path.open("rb") as stream:

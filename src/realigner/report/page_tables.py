@@ -1,4 +1,4 @@
-"""Tables of statistics as a reader wants them: few words, few digits, the null beside the value."""
+"""Tables of statistics for the page: short names, few digits, the null next to the value."""
 
 from __future__ import annotations
 
@@ -71,8 +71,13 @@ def probability(p: Any) -> str:
     return "<0.0001" if value < 1e-4 else f"{value:.4f}".rstrip("0") if value < 1e-3 else fmt(value, 2)
 
 
+def counted(count: int, thing: str) -> str:
+    """A number of things: "1 run", "2 runs"."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def number(value: Any) -> float:
-    """A float; NaN for what is none."""
+    """A float; NaN for anything that is not a number."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -116,7 +121,7 @@ def _counted(own: pd.DataFrame) -> tuple[str, str]:
 
 
 def full_table(table: pd.DataFrame, without: Sequence[str] = ()) -> dict[str, Any]:
-    """Every number of a table, a row a row; an interval is one column; columns that are empty throughout are left out."""
+    """All numbers of a table; an interval is one column; empty columns are left out."""
     columns = [column for column in table.columns if column not in (*without, "seed", "high", "difference_high")]
     columns = [column for column in columns if not (table[column].isna() | (table[column].astype(str) == "")).all()]
     rows = [[_shown(column, row) for column in columns] for row in table.to_dict("records")]
@@ -138,7 +143,7 @@ def _shown(column: str, row: dict[Any, Any]) -> str:
 
 
 def points(lines: Sequence[Line], x: str) -> dict[str, Any]:
-    """A chart's numbers, a row a point of the axis."""
+    """A chart's numbers, one row for each x."""
     across = sorted({value for line in lines for value in line.x})
     of_line = [dict(zip(line.x, line.y, strict=True)) for line in lines]
     rows = [[fmt(at), *(fmt(values.get(at, math.nan)) for values in of_line)] for at in across]

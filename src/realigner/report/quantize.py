@@ -1,11 +1,11 @@
-"""Numbers small enough for a page: 8 or 16 bits a value, gzip, base64, and a budget for maps token by token.
+"""Compress numbers for a page: 8 or 16 bits a value, gzip, base64, and a byte budget for maps of single tokens.
 
 Deltas have a narrow bulk and far outliers, so codes are not linear but ``round(levels * asinh(x / soft) / asinh(top / soft))``.
 Small values get even steps of about ``soft * asinh(top / soft) / levels``, large ones the same relative step: 4% and less in
 8 bits, 0.02% in 16. ``report/js/data.js`` reads what is written here.
 
-What an IRM adds at all tokens of a run is often far from full rank: its last layer is fed by a narrow one. So a run's tokens
-are kept as a few components and each token's weights where that loses next to nothing, else as they are, for as many as fit.
+A run's deltas often have low rank, because the IRM's last layer is fed by a narrow one. So tokens are stored as a few
+components and each token's weights where that loses next to nothing, else as they are, as many as fit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LEVELS = {8: 127, 16: 32767}
 _TYPES = {8: "<i1", 16: "<i2"}
 
 
-def encode(values: np.ndarray, bits: int) -> tuple[np.ndarray, dict[str, float]]:
+def encode(values: np.ndarray, bits: int) -> tuple[np.ndarray, dict[str, Any]]:
     """Codes of `values`, and ``soft`` and ``top``, which they are read with; NaN becomes the lowest code."""
     size = abs(values[np.isfinite(values)])
     top = float(size.max(initial=0.0))
@@ -40,7 +40,7 @@ def encode(values: np.ndarray, bits: int) -> tuple[np.ndarray, dict[str, float]]
 
 
 def decode(codes: np.ndarray, soft: float, top: float, bits: int) -> np.ndarray:
-    """What a page makes of codes."""
+    """The values that a page decodes."""
     values = soft * np.sinh(codes.astype(np.float32) * (np.arcsinh(top / soft) / _LEVELS[bits]))
     return np.where(codes == -_LEVELS[bits] - 1, np.float32("nan"), values).astype(np.float32)
 
@@ -68,7 +68,7 @@ class TokenMaps:
 
 @dataclass
 class RunTokens:
-    """Where one run's deltas are read from.
+    """The deltas of one run.
 
     Args:
         read: number of a text -> ``[token, cell]`` float32 without NaN, a cell being a layer's neuron.
@@ -114,19 +114,23 @@ class RunTokens:
     def components(self, bits: int, name: str) -> TokenMaps:
         """Every token, from `rank` components."""
         ends = np.cumsum([0, *self.lengths])
+        # _axes [token, rank] are eigenvectors of the tokens' Gram matrix over singular values: their transpose times the
+        # deltas [token, cell] is an orthonormal basis [rank, cell], summed text by text.
         basis = np.zeros((self._axes.shape[1], self.cells), dtype=np.float32)
         for text in range(len(self.lengths)):
             basis += self._axes[ends[text] : ends[text + 1]].T.astype(np.float32) @ self.read(text)
-        codes, how = encode(basis * np.float32(np.sqrt(self.cells)), bits)
-        kept = decode(codes, **_as_arguments(how))
+        codes, how = encode(basis * np.float32(np.sqrt(self.cells)), bits)  # of RMS 1, which the codes suit
+        # Quantising breaks orthogonality, so weights are fitted to the basis as the page decodes it: W = X B^T (B B^T)^+.
+        kept = decode(codes, **how)
         solve = np.linalg.pinv((kept @ kept.T).astype(float)).astype(np.float32)
         weights, lost, energy = [], 0.0, 0.0
         for text in range(len(self.lengths)):
             values = self.read(text)
-            own = values @ kept.T @ solve  # least squares on the components as the page will have them
+            own = values @ kept.T @ solve  # [token, rank]
             weights.append(own)
             lost += float(np.square(values - own @ kept, dtype=np.float64).sum())
             energy += float(np.square(values, dtype=np.float64).sum())
+        # One scale for each component brings its weights into 16 bits.
         factors = np.concatenate(weights)
         scale = abs(factors).max(axis=0) / 32767 + 1e-30
         blobs = {f"{name}-basis": pack(codes), f"{name}-weights": pack(np.rint(factors / scale).astype("<i2"))}
@@ -180,7 +184,3 @@ def _rank(values: np.ndarray) -> int:
     """How many of the eigenvalues, largest first, make up all but `LOST` of their sum."""
     left_out = values.sum() - np.cumsum(values)
     return int(np.argmax(left_out <= LOST * values.sum())) + 1
-
-
-def _as_arguments(how: dict[str, float]) -> dict[str, Any]:
-    return {"soft": how["soft"], "top": how["top"], "bits": int(how["bits"])}

@@ -135,12 +135,12 @@ def _is_range(labels: np.ndarray) -> bool:
 
 
 def _json(value: Any) -> Markup:
-    """JSON that may stand inside a script element."""
+    """JSON escaped for a script element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
 
 
 def questions(trace: xr.Dataset) -> dict[int, str]:
-    """Prompt -> what was asked."""
+    """Prompt number -> question."""
     asked = zip(trace["text_prompt"].values.tolist(), trace["text_question"].values.tolist(), strict=True)
     return {int(prompt): str(question) or f"prompt {prompt + 1}" for prompt, question in asked}

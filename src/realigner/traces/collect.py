@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from realigner.console import progress
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer
 from realigner.irm import IRMShape
+from realigner.irm_config import CONFIG_FILE, IRMConfig, check_adapter
 from realigner.prompts import PAPER_PROMPTS
 from realigner.traces.layout import UNTRAINED, RunLabel
 from realigner.traces.recording import Keep, record
 from realigner.traces.store import RawType, TraceWriter, load_trace
 from realigner.training.run_dir import read_run
-from realigner.tuner import CONFIG_FILE, IRMConfig, check_adapter, load_irm, strength, tuner_of
+from realigner.tuner import load_irm, strength, tuner_of
 
 _ADAPTER = "default"
 
@@ -59,7 +60,7 @@ def find_runs(places: Sequence[str | Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def sources_of(folders: Sequence[Path], baselines: bool = True, scale: float = 1.0) -> list[Source]:
+def sources_of(folders: Sequence[Path], baselines: bool = True, strength: float = 1.0) -> list[Source]:
     """Every IRM, and one untrained twin for each seed and network shape that no untrained run is given for.
 
     A run is named ``tone-seed``; runs that would share a name get their folder's name appended.
@@ -67,7 +68,7 @@ def sources_of(folders: Sequence[Path], baselines: bool = True, scale: float = 1
     Args:
         folders: from `find_runs`.
         baselines: make untrained twins.
-        scale: the strength of every source.
+        strength: of every source.
     """
     trained: list[Source] = []
     shapes: dict[tuple[Any, ...], Source] = {}
@@ -76,13 +77,13 @@ def sources_of(folders: Sequence[Path], baselines: bool = True, scale: float = 1
         seed = int(run.get("seed", 42))
         baseline = run.get("steps_done") == 0
         tone = UNTRAINED if baseline else str(run.get("tone") or config.get("tone") or folder.name)
-        source = Source(RunLabel("", tone, seed, scale, str(folder)), folder)
+        source = Source(RunLabel("", tone, seed, strength, str(folder)), folder)
         shape = (seed, *(str(config.get(field.name)) for field in fields(IRMShape)))
         if baseline:
             shapes[shape] = source
         else:
             trained.append(source)
-            twin = Source(RunLabel("", UNTRAINED, seed, scale, str(folder)), folder, twin=True)
+            twin = Source(RunLabel("", UNTRAINED, seed, strength, str(folder)), folder, twin=True)
             shapes.setdefault(shape, twin)
     untrained = [source for source in shapes.values() if baselines or not source.twin]
     return _named([*trained, *untrained])
@@ -94,10 +95,7 @@ def _named(sources: Sequence[Source]) -> list[Source]:
     for source, name in zip(sources, plain, strict=True):
         name = name if plain.count(name) == 1 else f"{name}-{source.folder.resolve().name}"
         names.append(name if name not in names else f"{name}-{names.count(name) + len(names)}")
-    return [
-        Source(RunLabel(name, s.label.tone, s.label.seed, s.label.strength, s.label.irm), s.folder, s.twin)
-        for name, s in zip(names, sources, strict=True)
-    ]
+    return [replace(source, label=replace(source.label, run=name)) for name, source in zip(names, sources, strict=True)]
 
 
 def trace_runs(
@@ -191,7 +189,7 @@ def trace_for_report(
         >>> trace = trace_for_report(["runs/anger-42"], "anger.zarr", host, tokenizer)  # doctest: +SKIP
         >>> build_report([trace], "report.html")  # doctest: +SKIP
     """
-    trace_runs(sources_of(find_runs(places), scale=strength), out, host, tokenizer, keep="raw", **options)
+    trace_runs(sources_of(find_runs(places), strength=strength), out, host, tokenizer, keep="raw", **options)
     return Path(out)
 
 

@@ -1,7 +1,7 @@
-"""Record what IRMs add while a model runs: summaries always; every delta, or what deltas are computed from, on request.
+"""Record the deltas of IRMs while a model runs: always summaries; optionally all deltas, or h0 for replay.
 
-The deltas are taken where they are computed (once per forward, in `injection.Injector.fill`), so recording changes nothing of
-what the model does. What a batch's texts came to is put into the trace, or written to its store, when the batch is done.
+Deltas are taken where they are computed (once per forward, in `injection.Injector.fill`), so recording does not change the
+model's outputs. The texts of a batch are added to the trace, or written to its store, when the batch is done.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KEEPS = ("summary", "raw", "replay")
 
 
 def adapter_hash(network: IRM) -> str:
-    """sha256 over an IRM's weights, bit by bit: what a replay checks.
+    """sha256 of an IRM's weights, which `replay` checks.
 
     Example:
         >>> irm = IRM(hidden_size=8, layers=(0,), widths=(4,), rank=0, output_std=1e-3)
@@ -52,7 +52,7 @@ def record(
     questions: Sequence[str] = (),
     top: int = TOP,
 ) -> Iterator[xr.Dataset]:
-    """Record what the active IRMs add within a block; the dataset is filled when the block ends.
+    """Record the deltas of the active IRMs within a block; the dataset is filled when the block ends.
 
     Each call of ``model.generate`` or of the model itself, in this thread or one begun in the block, adds its rows as new
     prompts. Padding is left out, as are
@@ -60,14 +60,14 @@ def record(
 
     Args:
         model: a model with an IRM.
-        tokenizer: gives each token its text; by default that of `load_host`, if the host came from there.
+        tokenizer: decodes tokens; default: the one from `load_host`, if the host came from there.
         keep: ``summary``: reductions alone, in memory that does not grow with the text; ``raw``: every delta too;
             ``replay``: h0 of each token, from which `replay` computes the deltas again (as many times smaller as there are
             layers).
-        to: a store that each batch's texts are written to when they are done; the dataset then stays empty.
-        labels: adapter name -> what its texts are labelled with; by default the adapter's name.
-        questions: the prompts as asked, in order, to label the texts with.
-        top: how many of a text's largest values to keep.
+        to: a store that the texts of each batch are written to; the dataset then stays empty.
+        labels: adapter name -> label of its texts; default: the adapter's name.
+        questions: the prompts, in order, to label the texts with.
+        top: how many of the largest values of each text to keep.
 
     Yields:
         A dataset as `traces.layout` describes it; strength is included in its numbers. Empty until the block ends.
@@ -115,7 +115,7 @@ class _Step:
 
 @dataclass
 class _Seen:
-    """What one IRM added to the texts of the running batch."""
+    """The deltas of one IRM in the current batch."""
 
     irm: IRM
     strength: float
@@ -126,7 +126,7 @@ class _Seen:
 
 
 class _Recorder:
-    """Follows the rows of the running batch from call to call."""
+    """Tracks the rows of the current batch from forward to forward."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class _Recorder:
     # Which tokens are new, real, and whose.
 
     def _start(self, rows: int) -> None:
-        """A batch begins; what the one before came to is put away."""
+        """Start a batch."""
         self.prompts += self.rows
         self.rows = rows
         self.width = 0  # tokens seen of the current batch
@@ -169,16 +169,13 @@ class _Recorder:
         self.steps = 0
 
     def around(self, generate: Any, defaults: Any) -> Any:
-        """`generate`, telling prompt from generated tokens and refusing what scatters a text over rows."""
+        """Wrap `generate`, to tell prompt from generated tokens and to refuse modes in which a row is not one text."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             if not self.follows():
                 return generate(*args, **kwargs)
-            ids, embedded = (
-                kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None)),
-                kwargs.get("inputs_embeds"),
-            )
-            prompt = ids if embedded is None else embedded
+            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            prompt: Any = ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
             ends = _refuse_scattered(kwargs, defaults, prompt)
             self.finish()
             self._start(prompt.shape[0])
@@ -225,7 +222,7 @@ class _Recorder:
         self.width = stop
 
     def _after_end(self, ids: torch.Tensor, start: int) -> torch.Tensor:
-        """Where a row's reply is over ``[row, position]``: its end token and the padding the batch goes on with."""
+        """Positions after the end of a row's reply ``[row, position]``: its end token and the padding that follows."""
         if self.prompt_width is None:
             return torch.zeros_like(ids, dtype=torch.bool)
         generated = torch.arange(start, start + ids.shape[1]) >= self.prompt_width
@@ -234,7 +231,7 @@ class _Recorder:
         self.finished = ended[:, -1]
         return ended
 
-    # What an IRM adds to them.
+    # The deltas at these tokens.
 
     def observe(self, active: ActiveIRM, h0: torch.Tensor, delta: torch.Tensor) -> None:
         name, step = active.name, self.step
@@ -243,14 +240,14 @@ class _Recorder:
         if self.keep == "replay" and self.tuner.settings.where != "all":
             raise UsageError("record: deltas of a part of the text (where=) cannot be computed again; record with keep='raw'")
         if active.strength.dim():
-            raise UsageError(f"record: the strength of {name!r} differs from row to row; record each setting apart")
+            raise UsageError(f"record: the strength of {name!r} differs from row to row; record each setting separately")
         strength = float(active.strength)
         label = self.labels.get(name)
         if label is None:
             label = self.given.get(name, RunLabel(name))
             self.labels[name] = replace(label, strength=strength, sha256=adapter_hash(active.irm))
         elif label.strength != strength:
-            raise UsageError(f"record: the strength of {name!r} changed within the block; record each strength apart")
+            raise UsageError(f"record: the strength of {name!r} changed within the block; record each strength separately")
         if name not in self.seen:
             self.seen[name] = _Seen(active.irm, strength, BatchSummary(self.rows, self.top))
         seen = self.seen[name]
@@ -266,13 +263,13 @@ class _Recorder:
             seen.h0.append(h0.detach()[at].float().cpu())
 
     def finish(self, replies: torch.Tensor | None = None) -> None:
-        """Put the running batch's texts away, with the tokens they were answered with ``[row, token]``."""
+        """Store the texts of the current batch; `replies` are their generated tokens ``[row, token]``."""
         words = [""] * self.rows
         if replies is not None and self.tokenizer is not None:
             words = self.tokenizer.batch_decode(replies, skip_special_tokens=True)
         for name, seen in self.seen.items():
             if len(seen.steps) != self.steps:
-                raise UsageError(f"record: adapter {name!r} was active for a part of a text only; record each setting apart")
+                raise UsageError(f"record: adapter {name!r} was active for only part of a text; record each setting separately")
             texts = list(self._texts(name, seen, words))
             if self.to is not None:
                 self.to.append(*((text, self.labels[name]) for text in texts))
@@ -310,7 +307,7 @@ class _Recorder:
         return np.array([self.names[token] for token in ids.tolist()], dtype=object)
 
     def fill(self, trace: xr.Dataset) -> None:
-        """Put everything into the dataset."""
+        """Fill the dataset."""
         if not self.texts:
             return
         whole = join(self.texts, self.tuner.fingerprint.name, list(self.labels.values()))

@@ -1,4 +1,4 @@
-"""Deltas computed again from recorded h0: a store as many times smaller than a raw one as the IRM has layers."""
+"""Recompute deltas from recorded h0, whose store is smaller than a raw one by the IRM's number of layers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def replay(trace: xr.Dataset, networks: dict[str, IRM]) -> xr.Dataset:
 def replayed_texts(trace: xr.Dataset, networks: dict[str, IRM]) -> Iterator[xr.Dataset]:
     """`replay`, text by text: for traces whose deltas are larger than memory."""
     if "h0" not in trace:
-        raise UsageError("replay: this trace has no h0; record it with keep='replay' (--keep replay)")
+        raise UsageError("replay: this trace has no h0; record it with keep='replay'")
     labels = {label.run: label for label in labels_of(trace)}
     for run, label in labels.items():
         if run not in networks:

@@ -1,8 +1,8 @@
-"""Traces on disk: zarr v3, readable by `xarray.open_zarr` without realigner, whole after every text.
+"""Traces on disk: zarr v3, readable by `xarray.open_zarr` without realigner, consistent after every text.
 
 A trace is written text by text into ``PATH.unfinished`` and renamed to ``PATH`` at the end. What makes a text count is the
-root's consolidated metadata, one small file that is replaced in one step after everything else is written: whoever opens the
-folder, also after the writer was killed, finds the texts that were finished and nothing else. Chunks carry checksums.
+root's consolidated metadata, one small file that is replaced atomically after everything else is written: a reader, also after
+the writer was killed, finds exactly the finished texts. Chunks carry checksums.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _HEADROOM = 16.0  # float16 is chosen when later texts may be this many times la
 
 
 def unfinished_trace(path: Path) -> Path:
-    """Where a trace lives until it is finished."""
+    """Path of a trace until it is finished."""
     return path.with_name(f"{path.name}.unfinished")
 
 
@@ -54,18 +54,18 @@ def raw_dtype(text: xr.Dataset) -> str:
 
 
 class TraceWriter:
-    """A store that texts are appended to, one after the other.
+    """Writes a trace text by text.
 
     Args:
-        path: the zarr folder that will be there once `close` is called; until then it is ``PATH.unfinished``.
+        path: the zarr folder, which `close` creates; until then it is ``PATH.unfinished``.
         host: the host's name.
-        layers: every layer that any run adds to.
+        layers: all layers that any run adds to.
         dtype: of raw deltas; ``auto``: `raw_dtype` of the first text.
-        force: replace a trace of ours that is there.
-        notes: what to keep among its attributes (JSON).
+        force: replace an existing trace.
+        notes: JSON values stored among the attributes.
 
     Raises:
-        RealignerError: when the place is taken, cannot be written, or a delta does not fit into the store's dtype.
+        RealignerError: if `path` exists or cannot be written, or a delta overflows the dtype.
 
     Example:
         >>> with TraceWriter("t.zarr", "tiny", range(4)) as writer, record(model, to=writer):  # doctest: +SKIP
@@ -101,7 +101,7 @@ class TraceWriter:
         self._release()
 
     def append(self, *texts: tuple[xr.Dataset, RunLabel]) -> None:
-        """Write texts; when this returns they are there, whatever happens to the process. Many at a time are cheaper."""
+        """Write texts durably; many at a time are cheaper."""
         if not texts:
             return
         import zarr
@@ -124,7 +124,7 @@ class TraceWriter:
         self.texts += len(texts)
 
     def close(self) -> Path:
-        """Give the finished trace its name.
+        """Rename the finished trace to `path`.
 
         Raises:
             RealignerError: when nothing was recorded.
@@ -158,7 +158,7 @@ class TraceWriter:
 
 
 def _held(folder: Path) -> IO[str]:
-    """The open lock beside a folder: it is this process's as long as the lock is open."""
+    """An open lock file next to a folder, held by this process until it is closed."""
     import fcntl
 
     try:
@@ -225,13 +225,13 @@ def save_trace(trace: xr.Dataset, path: str | Path, force: bool = False, dtype: 
     """Write a trace as a zarr folder.
 
     Args:
-        trace: what `record` gave.
+        trace: from `record`.
         path: the folder.
-        force: replace a trace of ours that is there.
+        force: replace an existing trace.
         dtype: of raw deltas; ``auto``: float16 where they lie well inside its range.
 
     Raises:
-        RealignerError: when the place is taken (see `force`) or cannot be written, or the trace is empty.
+        RealignerError: if `path` exists (see `force`) or cannot be written, or the trace is empty.
     """
     refuse_trace(Path(path), force)
     if "text" not in trace.dims:
@@ -245,26 +245,26 @@ def save_trace(trace: xr.Dataset, path: str | Path, force: bool = False, dtype: 
 
 
 def texts_of(trace: xr.Dataset) -> list[xr.Dataset]:
-    """A trace text by text, in order; nothing is read that is not used."""
+    """A trace text by text, in order, read lazily."""
     return [trace.isel(token=span, text=slice(at, at + 1)) for at, span in enumerate(text_spans(trace))]
 
 
 def is_trace(folder: Path) -> bool:
-    """Whether a folder is a trace of ours."""
+    """Whether a folder is a trace written by realigner."""
     group = folder / "zarr.json"
     return group.is_file() and SOURCE in group.read_text(encoding="utf-8", errors="replace")
 
 
 def refuse_trace(path: Path, force: bool) -> None:
-    """Raise unless a trace may be written to `path`: it is free, or `force` was given and a trace of ours is there."""
+    """Raise unless `path` is free, or holds a trace and `force` is set."""
     refuse_existing(path, force, is_trace)
 
 
 def load_trace(path: str | Path) -> xr.Dataset:
-    """Read a trace; values stay on disk until they are used. An unfinished one gives the texts that were finished.
+    """Open a trace; values stay on disk until they are used. An unfinished one has the texts that were finished.
 
     Raises:
-        RealignerError: when there is no trace, or it is not one of ours.
+        RealignerError: if there is no trace, or it was not written by realigner.
     """
     path = Path(path)
     if not path.is_dir():
@@ -297,7 +297,7 @@ def load_trace(path: str | Path) -> xr.Dataset:
 
 
 def verify_trace(path: str | Path) -> int:
-    """Read every chunk of a trace and compare its checksum; the number of chunks.
+    """Verify the checksum of every chunk of a trace; returns the number of chunks.
 
     Raises:
         RealignerError: naming the first chunk that is missing or damaged.

@@ -1,8 +1,7 @@
-"""Streaming reductions of deltas: what is kept of every text, however long it gets.
+"""Streaming reductions of deltas, in memory that does not grow with the text (except for a few numbers per token).
 
-A batch's deltas come in by forwards. They are gathered until there are enough of them, then reduced at once: a decoding step
-costs one copy, and what is kept does not grow with the text (but for a few numbers a token). Everything is computed where the
-deltas are; only the results are moved.
+The deltas of several forwards are gathered, then reduced together, so that a decoding step costs one copy. Everything is
+computed on the deltas' device; only results are moved.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ class DeltaSums:
     """
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        self.dtype = dtype
-        self.count = 0
+        self.dtype, self.count = dtype, 0
         self.sum: Any = 0.0
         self.sum_abs: Any = 0.0
         self.sum_sq: Any = 0.0
@@ -41,19 +39,15 @@ class DeltaSums:
         delta = delta.to(self.dtype)
         size = delta.abs() if size is None else size
         self.count += len(delta)
-        self.sum = self.sum + delta.sum(0)
-        self.sum_abs = self.sum_abs + size.sum(0)
-        self.sum_sq = self.sum_sq + (delta.square() if square is None else square).sum(0)
+        self.sum += delta.sum(0)
+        self.sum_abs += size.sum(0)
+        self.sum_sq += (delta.square() if square is None else square).sum(0)
         largest = size.amax(0)
         self.max_abs = torch.maximum(self.max_abs, largest) if isinstance(self.max_abs, torch.Tensor) else largest
 
-    def mean(self) -> np.ndarray:
-        """The mean delta ``[layer, neuron]``."""
-        return np.asarray((self.sum / self.count).cpu().numpy())
-
-    def mean_abs(self) -> np.ndarray:
-        """M, the mean of ``|delta|`` ``[layer, neuron]``."""
-        return np.asarray((self.sum_abs / self.count).cpu().numpy())
+    def mean(self, name: str = "sum_abs") -> np.ndarray:
+        """A sum over `count` ``[layer, neuron]``: M, the mean of ``|delta|``, by default."""
+        return np.asarray((getattr(self, name) / self.count).cpu().numpy())
 
 
 @dataclass
@@ -86,7 +80,7 @@ class BatchSummary:
         self._values = 0
 
     def add(self, delta: torch.Tensor, rows: np.ndarray, is_generated: np.ndarray) -> None:
-        """Take a forward's deltas of real tokens.
+        """Add the deltas of one forward at real tokens.
 
         Args:
             delta: ``[token, layer, neuron]``, rows after each other, positions in order within a row.
@@ -134,7 +128,7 @@ class BatchSummary:
         row.seen += len(delta)
 
     def _keep_largest(self, row: _Row, values: torch.Tensor, size: torch.Tensor) -> None:
-        """Add to the row's candidates what may be among its largest; sort them out when they are twice too many."""
+        """Add values that may be among the row's largest to its candidates; prune these when there are twice too many."""
         offset = row.seen * row.shape[0] * row.shape[1]
         bound = row.bound if row.bound is not None else _bound(size, self.top)
         at = torch.nonzero(size > bound)[:, 0] if bound is not None else torch.arange(len(size), device=size.device)
@@ -183,7 +177,7 @@ class BatchSummary:
 
 
 def _bound(size: torch.Tensor, top: int) -> torch.Tensor | None:
-    """A bound that at least `top` of the values are above, from a sample; None where it did not work out, or does not pay."""
+    """A bound that at least `top` of the values exceed, from a sample; None if it fails or is not worth it."""
     sample = size[::_SAMPLED]
     wanted = round(1.3 * top / _SAMPLED) + 10
     if len(size) < 4 * top or wanted > len(sample):

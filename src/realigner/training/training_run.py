@@ -31,6 +31,7 @@ from realigner.files import made_folder, write_text
 from realigner.fingerprints import fingerprint, weights_hash
 from realigner.generation import answer
 from realigner.hosts import host_name, load_config, load_host, load_tokenizer
+from realigner.irm_config import IRMConfig
 from realigner.prompts import PAPER_PROMPTS
 from realigner.training.batches import Prepared, prepare
 from realigner.training.callbacks import DivergenceGuard, Log, StopSignal
@@ -39,7 +40,7 @@ from realigner.training.model_card import card
 from realigner.training.preflight import check_fit, check_start
 from realigner.training.recipe import Recipe, read_recipe, to_yaml
 from realigner.training.trainer import IRMTrainer, products_dtype, trainer_arguments
-from realigner.tuner import IRMConfig, tuner_of
+from realigner.tuner import tuner_of
 
 _FSDP = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")  # set by accelerate launch
 
@@ -128,7 +129,8 @@ def train_recipe(
     if recipe.host is None:
         raise UsageError("recipe: its run was trained on a host made in Python; give one (host)")
     config = load_config(recipe.host, trust_remote_code)
-    prepared = prepare(rows, load_tokenizer(recipe.host, trust_remote_code), config, recipe)
+    tokenizer = load_tokenizer(recipe.host, trust_remote_code)
+    prepared = prepare(rows, tokenizer, config, recipe)
     if repeats:
         sha256, then, now = repeats.get("data", {}).get("sha256"), repeats.get("versions", {}), run_dir.versions()
         if sha256 not in (None, prepared.sha256):
@@ -139,7 +141,7 @@ def train_recipe(
             if now.get(name) != then[name]:
                 say(f"warning: {name} {now.get(name)} here, {then[name]} then; the last bits may differ")
     check_fit(prepared, recipe, config, loaded=False, quiet=quiet)
-    host, tokenizer = load_host(recipe.host, recipe.dtype, recipe.device, trust_remote_code)
+    host, tokenizer = load_host(recipe.host, recipe.dtype, recipe.device, trust_remote_code, tokenizer=tokenizer)
     return _train(host, tokenizer, prepared, resolve(recipe, host, rows), out, force, resume, quiet)
 
 

@@ -1,0 +1,180 @@
+"""An IRM's config as PEFT keeps it, and the two files of a saved adapter.
+
+On load nothing is forgiven: a missing or pickled weights file, a truncated one, an unknown key are each refused with one line.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import PeftType
+from safetensors import SafetensorError, safe_open
+
+from realigner.errors import RealignerError, UsageError
+from realigner.hosts import folder_of
+from realigner.irm import IRMShape
+from realigner.settings import check_strength
+
+PEFT_NAME = "irm"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLE_FILE = "adapter_model.bin"
+TEMPLATES = ("chat", "plain")
+_HOW_TO_LOAD = """
+
+## How to load
+
+PEFT knows injectable realignment models once realigner is imported (`pip install realigner`):
+
+```python
+import realigner
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+"""
+FILE_PREFIX = "irm."  # tensors in the file are named irm.trunk.0.weight, ..., whatever host and adapter name
+
+
+def _register_peft_type() -> PeftType:
+    # PEFT admits only the methods of its own enum; this adds ours as a member like any other.
+    name = PEFT_NAME.upper()
+    if name not in PeftType._member_map_:
+        member = str.__new__(PeftType, name)
+        member._name_ = name
+        member._value_ = name
+        PeftType._member_map_[name] = member
+        PeftType._member_names_.append(name)
+        PeftType._value2member_map_[name] = member
+        type.__setattr__(PeftType, name, member)
+    return PeftType(name)
+
+
+_PEFT_TYPE = _register_peft_type()
+
+
+@dataclass
+class IRMConfig(PeftConfig, IRMShape):
+    """Everything about an IRM but its weights: the network's shape, the host it is for, and where it is injected.
+
+    Give `preset`, `layers` and, if wanted, `widths`, `rank`, `output_std` (see `IRMShape`). The rest is filled in when the
+    IRM is attached to a host and saved with it.
+
+    Attributes:
+        layers_path: where the host's decoder layers are, for a host on which the probe cannot tell.
+        tone: the tone it was trained for, if any.
+        template: how prompts are put to it: ``"chat"``, the host's own way, or ``"plain"``, the paper's.
+        strength: at which it is best used (1: as trained); `runtime.load` goes by it, an IRM attached by PEFT acts at 1.
+        host: the fingerprint of the host it belongs to (`fingerprints.Fingerprint`).
+        site: what the probe found on that host (`sites.HostSites.summary`).
+        modules_to_save: PEFT's: modules of the host (a head, say) of which a copy is trained and saved beside the IRM.
+
+    Raises:
+        UsageError: naming the field, for a bad value.
+
+    Example:
+        >>> IRMConfig(preset="compact", layers="0-3").rank is None
+        True
+    """
+
+    layers_path: str | None = None
+    tone: str | None = None
+    template: str = "chat"
+    strength: float = 1.0
+    host: dict[str, Any] | None = None
+    site: dict[str, Any] | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.task_type: Any = self.task_type or "CAUSAL_LM"
+        super().__post_init__()
+        self.peft_type = _PEFT_TYPE
+        if self.base_model_name_or_path:
+            self.base_model_name_or_path: str | None = folder_of(self.base_model_name_or_path)
+        self.validate()
+        if self.template not in TEMPLATES:
+            raise UsageError(f"template: {self.template!r} is not one of {', '.join(TEMPLATES)}")
+        if check_strength(self.strength).dim():
+            raise UsageError(f"strength: {self.strength!r} is not a number")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON values; a converted host goes by its name, not by this machine's cache folder."""
+        values: dict[str, Any] = super().to_dict()
+        if self.host and self.host.get("name"):
+            values["base_model_name_or_path"] = self.host["name"]
+        return values
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the config, and into PEFT's model card what it does not know: that realigner must be imported."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")
+        if card.is_file() and "import realigner" not in (text := card.read_text(encoding="utf-8")):
+            card.write_text(text.rstrip() + _HOW_TO_LOAD, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> IRMConfig:
+        """Read an adapter's config; in a local folder the weights file is checked too, before anything is built.
+
+        Raises:
+            RealignerError: naming the file and what is wrong with it.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if folder.is_dir():
+            check_adapter(folder)
+        config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+        assert isinstance(config, IRMConfig)
+        return config
+
+
+def adapter_folder(folder: str | Path) -> Path:
+    """The folder that holds the adapter: itself, or its only subfolder that does (PEFT saves a named adapter into one).
+
+    Raises:
+        RealignerError: when there is none, or several, naming them.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RealignerError(f"{folder}: there is no such adapter folder")
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    if len(inside) > 1:
+        raise RealignerError(f"{folder}: holds several adapters; give one of {', '.join(map(str, inside))}")
+    if not inside:
+        raise RealignerError(f"{folder}: not an adapter folder, it has no {CONFIG_FILE}")
+    return inside[0]
+
+
+def check_adapter(folder: str | Path) -> dict[str, Any]:
+    """Check an adapter's two files without a host and return its config's values.
+
+    Raises:
+        RealignerError: when a file is missing, truncated, pickled, or not an IRM's.
+    """
+    folder = adapter_folder(folder)
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RealignerError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict) or values.get("peft_type") != PEFT_NAME.upper():
+        found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
+        raise RealignerError(f"{path}: not an IRM (peft_type is {found!r})")
+    unknown = sorted(set(values) - {f.name for f in fields(IRMConfig)})
+    if unknown:
+        raise RealignerError(f"{path}: unknown key {unknown[0]!r}; the adapter may come from a newer realigner")
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        pickled = (folder / _PICKLE_FILE).exists()
+        why = f"{_PICKLE_FILE} is a pickle and is not read" if pickled else "its weights are missing"
+        raise RealignerError(f"{folder}: no {WEIGHTS_FILE}; {why}")
+    try:
+        with safe_open(str(weights), framework="pt") as handle:
+            handle.keys()
+    except (SafetensorError, OSError) as error:
+        raise RealignerError(f"{weights}: truncated or damaged ({error})") from None
+    return values
