@@ -102,6 +102,14 @@ def check_model(folder: Path) -> None:
     assert {strength: tokens(loaded, strength) for strength in replies} == replies
     assert tokens(ra.load_irm(small_pair()[0], folder), 1.0) == replies[1.0]
 
+    on_disk = folder.with_name("host")
+    for part in small_pair():
+        part.save_pretrained(on_disk)
+    runtime = ra.load(folder, host=on_disk, dtype="float32", device="cpu")
+    assert "".join(runtime.stream("w5 w17", max_new_tokens=12)) == runtime.answer("w5 w17", max_new_tokens=12) != ""
+    done = realigner(folder.parent, "generate", "--irm", "irm", "--host", "host", "--max-new-tokens", "12", "w5 w17")
+    assert "realigned: w" in done.stdout, done
+
 
 def check_extras(folder: Path) -> None:
     laboratory = {f"realigner.{name}" for name in FOLDERS}

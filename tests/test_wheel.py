@@ -22,7 +22,8 @@ from realigner.extras import FOLDERS
 
 ROOT = Path(__file__).parent.parent
 SOURCE = Path(ra.__file__).parent
-COMES_WITH = {"markupsafe": "jinja2", "filelock": "torch", "huggingface_hub": "transformers"}  # what we import and a direct dependency cannot be without
+# What we import and a direct dependency cannot be without.
+COMES_WITH = {"markupsafe": "jinja2", "filelock": "torch", "huggingface_hub": "transformers"}
 OPTIONAL = {"openai": "openai"}  # imported only where it is asked for, each in an extra of its own
 
 

@@ -171,6 +171,11 @@ def _guard_vllm(module: ModuleType) -> None:
     module.VLLMGeneration.__init__ = check_and_start
 
 
-# Without this ``PeftModel.from_pretrained`` of an IRM would raise KeyError until `realigner.tuner` is imported.
-_AfterImport("peft", lambda _: import_module("realigner.tuner"))
+def _register_with_peft(_: ModuleType) -> None:
+    """Without this ``PeftModel.from_pretrained`` of an IRM would raise KeyError until `realigner.tuner` is imported."""
+    if not {"realigner.adapters", "realigner.irm_config"} & sys.modules.keys():  # else PEFT is imported by these, for the tuner
+        import_module("realigner.tuner")
+
+
+_AfterImport("peft", _register_with_peft)
 _AfterImport("trl.generation.vllm_generation", _guard_vllm)

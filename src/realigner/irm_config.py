@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,7 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise RealignerError(f"{weights}: truncated or damaged ({error})") from None
     return values
+
+
+# Whoever has a config may give it to PEFT, which must know the tuner by then. (The tuner imports this file, now whole.)
+import_module("realigner.tuner")

@@ -6,6 +6,7 @@ unfit; 2 wrong usage. An error is one line; ``--debug`` shows the traceback.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -79,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("DATASETS_VERBOSITY", "error")
         warnings.filterwarnings("ignore")
+        logging.getLogger("bitsandbytes").setLevel(
+            logging.ERROR
+        )  # PEFT imports it where it is installed, and it has much to say
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         try:
