@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore")
         logging.getLogger("bitsandbytes").setLevel(
             logging.ERROR
-        )  # PEFT imports it where it is installed, and it has much to say
+        )  # PEFT imports it, and it is talkative
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         try:
