@@ -43,6 +43,7 @@ class Setting:
         generate_off: the same machinery adding nothing; must give what the bare host gives.
         vectors: the constant vectors ``[layer, neuron]`` a peer adds; None for a network.
         model: what to call for one forward of a network; None for a peer that adds vectors.
+        idle: it is to change nothing at all.
         added_bytes: size of the network that is read beside the host's weights.
     """
 
@@ -51,6 +52,7 @@ class Setting:
     vectors: torch.Tensor | None = None
     model: Any = None
     added_bytes: int = 0
+    idle: bool = False
 
 
 def twin(host: Any) -> Any:
@@ -93,6 +95,17 @@ def irm(host: Any, preset: str) -> Setting:
             return model.generate(**inputs, **options)
 
     return Setting(_plain(model), off, model=model, added_bytes=byte_count(network))
+
+
+def irm_idle(host: Any) -> Setting:
+    """An IRM that is attached and switched off: what the hooks cost that find nothing to do."""
+    model = irm(host, "compact").model
+
+    def off(inputs: Inputs, options: dict[str, Any]) -> Any:
+        with model.disable_adapter():
+            return model.generate(**inputs, **options)
+
+    return Setting(off, off, model=model, idle=True)
 
 
 def lora(host: Any) -> Setting:
@@ -181,6 +194,7 @@ def nnsight(host: Any) -> Setting:
 SETTINGS: dict[str, Callable[[Any], Setting]] = {
     "irm-compact": lambda host: irm(host, "compact"),
     "irm-paper": lambda host: irm(host, "paper"),
+    "irm-idle": irm_idle,
     "lora": lora,
     "steering-vectors": steering_vectors,
     "pyvene": pyvene,
@@ -238,6 +252,8 @@ def check(bare: Any, setting: Setting, inputs: Inputs) -> None:
     plain = logits_of(_plain(bare), inputs)
     if not torch.equal(logits_of(setting.generate_off, inputs), plain):
         raise UnfitError("adding nothing, it does not give the bare host's logits")
+    if setting.idle:
+        return
     found = logits_of(setting.generate, inputs)
     if setting.vectors is not None:
         check_places(bare, setting.vectors, inputs, found)

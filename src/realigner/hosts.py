@@ -90,7 +90,7 @@ def load_host(
 def load_tokenizer(
     name: str = EMBEDDED, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """A host's tokenizer alone, as it comes: for counting tokens.
+    """Load only the tokenizer, unmodified.
 
     Raises:
         RealignerError: when there is no such host.
@@ -104,7 +104,7 @@ def load_tokenizer(
 
 
 def load_config(name: str = EMBEDDED, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """A host's config alone: how many layers, how wide, how many positions, before anything is loaded.
+    """Load only the config: numbers of layers, hidden size, positions.
 
     Raises:
         RealignerError: when there is no such host.

@@ -103,7 +103,7 @@ class IRMShape:
             paper's preset keeps PyTorch's default initialisation.
         input_norm: scale each h0 to a root mean square of 1 before the first layer (no parameters). Hosts differ a
             thousandfold in the size of h0 (0.14 in SmolLM2), and one learning rate should do for all.
-        masked: neuron indices that no layer is given a delta at, in training too: what does without an index show of it?
+        masked: neuron indices whose delta is forced to zero in every layer, during training and inference.
 
     Raises:
         UsageError: naming the field, for a value no network can be built from.

@@ -10,6 +10,7 @@ tensor, a truncated or pickled file are each refused with one line.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -125,6 +126,12 @@ class IRMModel(BaseTuner):
                     done[output.request_id] = output
         order = [[*(f"{name}__child#{n}" for n in range(batch.replies - 1)), name] for name in requests]
         return {name: done[name] for names in order for name in names}
+
+    @property
+    def bank(self) -> AdapterRegistry:
+        """Deprecated name of `registry`."""
+        warnings.warn("IRMModel.bank is now IRMModel.registry", DeprecationWarning, stacklevel=2)
+        return self.registry
 
     @property
     def settings(self) -> Settings:
@@ -375,7 +382,7 @@ def refuse_vllm(model: nn.Module) -> None:
 
 
 def template_of(model: nn.Module) -> str:
-    """How prompts are put to a model: as its active IRM was trained; as the host's own template has it where there is none."""
+    """The prompt template of the active IRM: ``"chat"`` or ``"plain"``; ``"chat"`` if there is none."""
     tuner = _tuner(model)
     return "chat" if tuner is None or not tuner.registry.names else str(tuner.peft_config[tuner.registry.names[0]].template)
 

@@ -80,9 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("DATASETS_VERBOSITY", "error")
         warnings.filterwarnings("ignore")
-        logging.getLogger("bitsandbytes").setLevel(
-            logging.ERROR
-        )  # PEFT imports it, and it is talkative
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it is talkative
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         try:
