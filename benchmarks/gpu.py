@@ -28,6 +28,8 @@ from realigner.files import write_text
 from realigner.irm_config import IRMConfig
 from realigner.tuner import tuner_of
 
+SIZES: dict[str, Any] = {} if torch.cuda.is_available() else {"num_blocks": 64, "max_batch_tokens": 64, "page_size": 16}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on the CPU it only shows that the script works
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 SETTINGS: list[dict[str, Any]] = [
     {"adapter_names": ["__base__"]},
@@ -39,6 +41,10 @@ SETTINGS: list[dict[str, Any]] = [
     {"strength": 3.0, "where": 4},
     {"strength": 0.5},
 ]
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
 
 
 def make_model(hidden: int, layers: int, dtype: torch.dtype, std: float) -> Any:
@@ -53,13 +59,13 @@ def make_model(hidden: int, layers: int, dtype: torch.dtype, std: float) -> Any:
         vocab_size=32_000,
         tie_word_embeddings=False,
     )
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         host = LlamaForCausalLM(config).to(dtype).eval()
     return get_peft_model(host, IRMConfig(output_std=std, inference_mode=True)).eval()
 
 
 def prompts(count: int, length: int) -> torch.Tensor:
-    return torch.randint(3, 32_000, (count, length), generator=torch.Generator().manual_seed(count + length)).cuda()
+    return torch.randint(3, 32_000, (count, length), generator=torch.Generator().manual_seed(count + length)).to(DEVICE)
 
 
 def replies(model: Any, ids: torch.Tensor, tokens: int = 16, **options: Any) -> list[list[int]]:
@@ -92,10 +98,10 @@ def check(model: Any) -> dict[str, bool]:
         "where": [one.get("where", "all") for one in chosen],
     }
     settings = GenerationConfig(max_new_tokens=16, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    for graphs in (False, True):
+    for graphs in (False, True) if DEVICE.type == "cuda" else (False,):
         name = f"continuous batching, CUDA graphs {'on' if graphs else 'off'}"
         try:
-            config = ContinuousBatchingConfig(max_requests_per_batch=8, use_cuda_graph=graphs)
+            config = ContinuousBatchingConfig(max_requests_per_batch=8, use_cuda_graph=graphs, **SIZES)
             outputs = model.generate_batch([text[0].tolist() for text in texts], settings, config, **given)
             found[name] = [output.generated_tokens for output in outputs.values()] == want
         except Exception as error:
@@ -110,10 +116,12 @@ def check(model: Any) -> dict[str, bool]:
 def milliseconds(model: Any, batch: int, tokens: int, **options: Any) -> float:
     """Per token of one generation."""
     ids = prompts(batch, 32)
-    torch.cuda.synchronize()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     replies(model, ids, tokens, **options)
-    torch.cuda.synchronize()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
     return 1000 * (time.perf_counter() - start) / tokens
 
 
@@ -149,7 +157,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results" / "gpu.json")
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, realigner {ra.__version__}", flush=True)
+    print(f"{device_name()}, torch {torch.__version__}, realigner {ra.__version__}", flush=True)
     found = check(make_model(512, 8, torch.float32, 0.3))
     for name, held in found.items():
         print(f"{'holds' if held else 'FAILS':6} {name}", flush=True)
@@ -159,7 +167,7 @@ def main() -> int:
     for row in rows:
         idle, compact = (f"{row[key][0]:.3f} ({row[key][1]:.3f}, {row[key][2]:.3f})" for key in ("idle", "compact"))
         print(f"{row['batch']:>5}  {row['bare_ms']:>13.2f}  {idle:<22}  {compact}")
-    device = torch.cuda.get_device_name()
+    device = device_name()
     write_text(
         arguments.out, json.dumps({"device": device, "torch": torch.__version__, "holds": found, "rows": rows}, indent=2) + "\n"
     )

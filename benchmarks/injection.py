@@ -4,9 +4,9 @@
 
 Greedy, cached, on the CPU. Every setting intervenes at every layer, at every position of the prompt and of each generated
 token (irm-idle, attached and switched off, at none); worker.py proves it before it is timed. Peers have pins that exclude each
-other, so each has an environment of its own under .bench, made when first needed, and a worker process in it. Workers take turns
-within each repeat, so that a slow moment of the machine hits all of them; only one works at a time. A ratio is to the bare host
-of the same environment and repeat.
+other, so each has an environment of its own under .bench, made when first needed, and a worker process in it. Workers take
+turns within each repeat, so that a slow moment of the machine hits all of them; only one works at a time. A ratio is to the
+bare host of the same environment and repeat.
 
 `best` is the fastest turn over the fastest bare one: on a shared machine it is the steadier number.
 
