@@ -176,10 +176,8 @@ class Threads(threading.local):
         settings = next((settings for owner, settings in reversed(_blocks.open) if owner is self), default)
         self.state = ThreadState(settings)  # an object of its own: the compiler does not follow writes to a thread's locals
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Threads:
-        copied = Threads(Settings({name: value.clone() for name, value in self.default.strengths.items()}))
-        memo[id(self)] = copied
-        return copied
+    def __reduce__(self) -> tuple[type[Threads], tuple[Settings]]:
+        return Threads, (self.default,)  # copied and pickled without what threads are about to do
 
     @contextmanager
     def using(self, settings: Settings) -> Iterator[None]:
