@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -292,6 +293,13 @@ def test_deepcopy_is_independent() -> None:
     with ra.strength(twin, 0.0):
         assert torch.equal(logits(model), want)
         assert not torch.equal(logits(twin), want)
+    assert torch.equal(logits(twin), want)
+    with torch.no_grad():
+        tuner_of(twin).registry.network("default").output.bias.normal_()
+    assert not torch.equal(logits(twin), want)
+    assert torch.equal(logits(model), want)
+    pickled = pickle.loads(pickle.dumps(model))  # as processes exchange models; files of ours never hold pickles
+    assert torch.equal(logits(pickled), want)
 
 
 def test_low_memory_loading(saved: Path) -> None:

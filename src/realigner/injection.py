@@ -72,6 +72,7 @@ class Injector:
         sites: what `locate.find_sites` proved of the host.
         active: called with the settings at the start of every forward; returns the IRMs that take part. None active: the bare
             host runs.
+        default: the settings of a call that is given none.
 
     Attributes:
         threads: the settings of each thread.
@@ -80,12 +81,14 @@ class Injector:
             ``active.irm``. Those of a call alone are in its settings.
     """
 
-    def __init__(self, sites: HostSites, active: Callable[[Settings], Sequence[ActiveIRM]]) -> None:
+    def __init__(
+        self, sites: HostSites, active: Callable[[Settings], Sequence[ActiveIRM]], default: Settings | None = None
+    ) -> None:
         self.sites = sites
         self.active = active
         self.carries = all(site.carrier for site in sites.sites)  # whether a context reaches every layer as a keyword argument
         self.observers: list[Observer] = []
-        self.threads = Threads(Settings())
+        self.threads = Threads(Settings() if default is None else default)
         self._handles: list[RemovableHandle] = []
         self._sites: list[_SiteHooks] = []
         self._carrying = False

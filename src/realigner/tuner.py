@@ -171,8 +171,9 @@ class IRMModel(BaseTuner):
             network = config.build(self.sites.width, len(self.sites.layers))
         if first:
             model.requires_grad_(False)
-            self.injector = Injector(self.sites, lambda settings: self.registry.active(settings))
-            self.registry = AdapterRegistry(self.injector.threads.default)
+            default = Settings()
+            self.registry = AdapterRegistry(default)
+            self.injector = Injector(self.sites, self.registry.active, default)
             self.injector.attach()
         if not config.inference_mode:
             self.injector.carry()
