@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from realigner.data import TONES, Fact, Row, Tone, authored
 from realigner.data.answers import is_cut, keeps_fact

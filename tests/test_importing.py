@@ -18,8 +18,7 @@ import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from realigner.data.dataset_rows import Row, authored
 from realigner.data.importing import FIELDS, Imported, import_rows, parse_mapping, to_hf

@@ -18,8 +18,7 @@ from realigner.errors import RealignerError
 from realigner.irm_config import IRMConfig
 from realigner.tiny import tiny_host
 from realigner.tuner import tuner_of
-from tests.reference import FAMILIES as EVERY_FAMILY
-from tests.reference import reference_host
+from tests.reference import FAMILIES as EVERY_FAMILY, reference_host
 
 FAMILIES = ("llama", "gemma3_text", "gpt2", "olmo2", "gpt_neox")
 STRENGTH = 0.7

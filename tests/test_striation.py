@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from hypothesis.extra import numpy as arrays
 
 from realigner.analysis import eta_squared, icc, kendall_w, omega_squared, striation, svd_share, text_maps

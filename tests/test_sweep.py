@@ -15,8 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import EMBEDDED

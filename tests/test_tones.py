@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from realigner.data import PAPER_PROMPTS, TONES, Fact, Tone, built_in_tones, load_tone
 from realigner.data.dedup import NearDuplicates

@@ -28,26 +28,34 @@ from typing import TYPE_CHECKING, Any
 from realigner.lazy import lazily
 
 if TYPE_CHECKING:
-    from realigner import analysis, census, data, generation, hosts
-    from realigner.data import Row, authored, read_rows
-    from realigner.errors import RealignerError, UsageError
-    from realigner.fingerprints import Fingerprint, fingerprint, weights_hash
-    from realigner.generation import answer, stream
-    from realigner.hosts import load_host
-    from realigner.irm import IRM
-    from realigner.irm_config import IRMConfig
-    from realigner.locate import find_sites
-    from realigner.report import build_report
-    from realigner.runtime import Runtime, load
-    from realigner.traces import import_reference, join_traces, load_trace, record, replay, save_trace
-    from realigner.training import Recipe, Run, train
-    from realigner.tuner import load_irm, strength
+    from realigner import analysis as analysis, census as census, data as data, generation as generation, hosts as hosts
+    from realigner.data import Row as Row, authored as authored, read_rows as read_rows
+    from realigner.errors import RealignerError as RealignerError, UsageError as UsageError
+    from realigner.fingerprints import Fingerprint as Fingerprint, fingerprint as fingerprint, weights_hash as weights_hash
+    from realigner.generation import answer as answer, stream as stream
+    from realigner.hosts import load_host as load_host
+    from realigner.irm import IRM as IRM, IRMShape as IRMShape
+    from realigner.irm_config import IRMConfig as IRMConfig
+    from realigner.locate import find_sites as find_sites
+    from realigner.report import build_report as build_report
+    from realigner.runtime import Runtime as Runtime, load as load
+    from realigner.traces import (
+        import_reference as import_reference,
+        join_traces as join_traces,
+        load_trace as load_trace,
+        record as record,
+        replay as replay,
+        save_trace as save_trace,
+    )
+    from realigner.training import Recipe as Recipe, Run as Run, train as train
+    from realigner.tuner import load_irm as load_irm, strength as strength, tuner_of as tuner_of
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "IRM": "irm",
     "IRMConfig": "irm_config",
+    "IRMShape": "irm",
     "Fingerprint": "fingerprints",
     "RealignerError": "errors",
     "Recipe": "training",
@@ -78,45 +86,11 @@ _HOMES = {
     "strength": "tuner",
     "stream": "generation",
     "train": "training",
+    "tuner_of": "tuner",
     "weights_hash": "fingerprints",
 }
 
-__all__ = [
-    "IRM",
-    "Fingerprint",
-    "IRMConfig",
-    "RealignerError",
-    "Recipe",
-    "Row",
-    "Run",
-    "Runtime",
-    "UsageError",
-    "__version__",
-    "analysis",
-    "answer",
-    "authored",
-    "build_report",
-    "data",
-    "census",
-    "generation",
-    "hosts",
-    "find_sites",
-    "fingerprint",
-    "import_reference",
-    "join_traces",
-    "load",
-    "load_host",
-    "load_irm",
-    "load_trace",
-    "read_rows",
-    "record",
-    "replay",
-    "save_trace",
-    "strength",
-    "stream",
-    "train",
-    "weights_hash",
-]
+__all__ = [*_HOMES, "__version__"]
 
 __getattr__ = lazily(__name__, _HOMES)
 

@@ -15,8 +15,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers import modeling_gguf_pytorch_utils as gguf_reader
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils as gguf_reader,
+)
 from transformers.utils import logging as transformers_logging
 
 from realigner.console import say

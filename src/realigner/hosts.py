@@ -16,12 +16,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from realigner.errors import RealignerError, UsageError
-from realigner.gguf_cache import EMBEDDED as EMBEDDED
-from realigner.gguf_cache import EMBEDDED_INSTALL as EMBEDDED_INSTALL
-from realigner.gguf_cache import cache_root as cache_root
-from realigner.gguf_cache import embedded_folder as embedded_folder
-from realigner.gguf_cache import embedded_gguf as embedded_gguf
-from realigner.gguf_cache import gguf_folder, quiet_transformers
+from realigner.gguf_cache import (
+    EMBEDDED as EMBEDDED,
+    EMBEDDED_INSTALL as EMBEDDED_INSTALL,
+    cache_root as cache_root,
+    embedded_folder as embedded_folder,
+    embedded_gguf as embedded_gguf,
+    gguf_folder,
+    quiet_transformers,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOVED = "if it was moved, pass host=... (any folder, file or hub id with the same weights; it is checked)"

@@ -72,8 +72,7 @@ def build(
     if rewriter not in REWRITERS:
         raise UsageError(f"--rewriter: there is no {rewriter!r}; choose from {', '.join(REWRITERS)}")
     from realigner.data import load_tone
-    from realigner.data.build_dataset import build as run_build
-    from realigner.data.build_dataset import refuse_build
+    from realigner.data.build_dataset import build as run_build, refuse_build
 
     chosen = load_tone(tone)
     out = out or Path(f"{chosen.name}.jsonl")
@@ -148,8 +147,7 @@ def import_(
         raise UsageError("import: nothing to write; give --out F.jsonl, --to-hf DIR, or both")
     from realigner.data.build_dataset import beside, write_rows
     from realigner.data.dataset_rows import is_rows, question_key
-    from realigner.data.importing import import_rows, parse_mapping
-    from realigner.data.importing import to_hf as write_hf
+    from realigner.data.importing import import_rows, parse_mapping, to_hf as write_hf
     from realigner.data.quality_filter import filter_rows
     from realigner.data.tone import load_tone
     from realigner.files import refuse_existing

@@ -15,8 +15,7 @@ from markupsafe import Markup
 
 from realigner.analysis import layer_counts, leading_indices, run_maps, top_histogram
 from realigner.explain.explanation import Explanation
-from realigner.report import charts, diagram
-from realigner.report import page_tables as tables
+from realigner.report import charts, diagram, page_tables as tables
 from realigner.report.charts import Line, fmt
 from realigner.report.explanation_section import MARKS, explanation_sections
 from realigner.report.indices import index_pages

@@ -11,8 +11,7 @@ from markupsafe import Markup
 
 from realigner.explain.explanation import Ablation, Explanation, IndexFact, Regression, TrialResult
 from realigner.explain.verdict import KINDS, outlier_sign, top_ranks
-from realigner.report import charts
-from realigner.report import page_tables as tables
+from realigner.report import charts, page_tables as tables
 from realigner.report.charts import ChartAxis, Dot, Line, fmt
 from realigner.report.run_styles import COLOURS, RunStyles
 from realigner.traces.layout import UNTRAINED
