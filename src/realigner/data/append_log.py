@@ -90,14 +90,19 @@ class AppendLog:
         first = self._first(content[:whole] if whole else content)
         if first is not None and first != self.spec:
             if not self.restart:
-                differs = _difference(first, self.spec)
+                key = next((key for key in (*self.spec, *first) if first.get(key) != self.spec.get(key)), "format")
+                differs = f"its {key} is {json.dumps(first.get(key))}, asked for is {json.dumps(self.spec.get(key))}"[:200]
                 raise RealignerError(f"{self.path}: belongs to another build ({differs}); start anew (force)")
             whole = 0
-        self.entries, damaged = _entries(content[:whole])
-        if damaged and not self.restart:
-            raise RealignerError(f"{self.path}:{damaged}: is damaged; start anew (force)")
-        if damaged:
-            self.entries, whole = [], 0
+        self.entries = []
+        for number, line in enumerate(content[:whole].splitlines()[1:], start=2):
+            try:
+                self.entries.append(json.loads(line))
+            except ValueError:
+                if not self.restart:
+                    raise RealignerError(f"{self.path}:{number}: is damaged; start anew (force)") from None
+                self.entries, whole = [], 0
+                break
         if whole < len(content):
             os.ftruncate(self._handle, whole)
         if not whole:
@@ -116,20 +121,3 @@ class AppendLog:
         if not isinstance(first, dict) or _KIND not in first:
             raise RealignerError(f"{self.path}: exists but is not a realigner journal; move it or choose another out")
         return first
-
-
-def _entries(content: bytes) -> tuple[list[Any], int]:
-    """The entries after the first line, and the number of the first damaged line (0: none)."""
-    entries = []
-    for number, line in enumerate(content.splitlines()[1:], start=2):
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            return entries, number
-    return entries, 0
-
-
-def _difference(there: dict[str, Any], asked: dict[str, Any]) -> str:
-    """The first key in which two jobs differ."""
-    key = next((key for key in (*asked, *there) if there.get(key) != asked.get(key)), "format")
-    return f"its {key} is {json.dumps(there.get(key))}, asked for is {json.dumps(asked.get(key))}"[:200]

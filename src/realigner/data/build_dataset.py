@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +118,8 @@ def build(
         if not rows:
             write_rejected(out, rejected)
             where = f"they are in {beside(out, '.rejected.jsonl')}; attempts={2 * attempts} asks again"
-            raise RealignerError(f"{out}: no reply passed the quality filter ({_counted(ledger.reasons)}); {where}")
+            counted = ", ".join(f"{reason} {count}" for reason, count in ledger.reasons.most_common()) or "there was none"
+            raise RealignerError(f"{out}: no reply passed the quality filter ({counted}); {where}")
         built = BuildResult(
             path=out,
             rejected_path=beside(out, ".rejected.jsonl"),
@@ -134,7 +134,11 @@ def build(
         )
         for ending in (".jsonl", ".rejected.jsonl", ".build.json"):
             clear_asides(beside(out, ending))  # of a process killed while it wrote them; the journal's lock is ours
-        _write(built, rows, rejected, {**spec, "attempts": attempts, **(about or {})})
+        how = {**spec, "attempts": attempts, **(about or {}), **built.to_dict(), "sha256": rows_hash(rows)}
+        for key in ("path", "rejected_path", "seconds", "replies_now"):
+            how.pop(key)  # what depends on where and how long, and not on what was made
+        write_text(beside(out, ".build.json"), json.dumps(how, ensure_ascii=False, indent=2) + "\n")
+        write_rows(out, rows, rejected)  # the dataset last, so that where it is, the others are
         journal.remove()
     return built
 
@@ -144,19 +148,16 @@ def refuse_build(out: Path, force: bool) -> None:
     if out.exists() and not out.is_file():
         raise RealignerError(f"{out}: is not a file; give the name of a JSONL file")
     refuse_existing(out, force or beside(out, ".journal").exists(), is_rows)
-    for ending, key in ((".rejected.jsonl", "reason"), (".build.json", "rewriter")):
-        refuse_existing(beside(out, ending), True, partial(_holds, key))
 
+    def ours(path: Path) -> bool:  # empty, or of JSON objects of which the first has a key of ours
+        content = path.read_bytes()[:1_000_000].decode(errors="replace").strip() if path.is_file() else "-"
+        try:
+            return not content or not {"reason", "rewriter"}.isdisjoint(json.JSONDecoder().raw_decode(content)[0])
+        except (ValueError, TypeError):
+            return False
 
-def _holds(key: str, path: Path) -> bool:
-    """Whether a file beside a dataset is ours: empty, or of JSON objects of which the first has this key."""
-    if not path.is_file():
-        return False
-    content = path.read_bytes()[:1_000_000].decode(errors="replace").strip()
-    try:
-        return not content or key in json.JSONDecoder().raw_decode(content)[0]
-    except (ValueError, TypeError):
-        return False
+    for ending in (".rejected.jsonl", ".build.json"):
+        refuse_existing(beside(out, ending), True, ours)
 
 
 class _Ledger:
@@ -264,7 +265,7 @@ def _ask(ledger: _Ledger, rewriter: Rewriter, journal: AppendLog, attempts: int,
 def _round(
     label: str, requests: Sequence[RewriteRequest], ledger: _Ledger, rewriter: Rewriter, journal: AppendLog, quiet: bool
 ) -> None:
-    """RewriteRequest; each reply is in the journal before the next one is waited for."""
+    """Ask; each reply is in the journal before the next one is waited for."""
     waiting: list[tuple[str, int]] = []
     share = ""
     with (
@@ -275,7 +276,9 @@ def _round(
             if reply.error and not reply.permanent:
                 ledger.errors[reply.id] = reply.error
             else:
-                journal.append(_entry(reply))
+                entry = {"id": reply.id, "attempt": reply.attempt, "text": reply.text}
+                entry["tokens"] = [reply.tokens_in, reply.tokens_out]
+                journal.append({**entry, "error": reply.error} if reply.error else entry)
                 ledger.replies[reply.id, reply.attempt] = reply
                 waiting.append((reply.id, reply.attempt))
             if len(waiting) == _BATCH:
@@ -283,12 +286,6 @@ def _round(
                 waiting.clear()
                 share = ledger.passing()
             task.advance(1, "  ".join(filter(None, (share, rewriter.note()))))
-
-
-def _entry(reply: Reply) -> dict[str, Any]:
-    """A reply as an entry of the journal."""
-    entry = {"id": reply.id, "attempt": reply.attempt, "text": reply.text, "tokens": [reply.tokens_in, reply.tokens_out]}
-    return {**entry, "error": reply.error} if reply.error else entry
 
 
 def _reply(entry: dict[str, Any], path: Path) -> Reply:
@@ -311,15 +308,6 @@ def _spec(facts: Sequence[Fact], tone: Tone, rewriter: Rewriter) -> dict[str, An
     return dict(json.loads(json.dumps(spec)))
 
 
-def _write(built: BuildResult, rows: Sequence[Row], rejected: Sequence[dict[str, Any]], spec: dict[str, Any]) -> None:
-    """The three files; the dataset last, so that where it is, the others are."""
-    how = {**spec, **built.to_dict(), "sha256": rows_hash(rows)}
-    for key in ("path", "rejected_path", "seconds", "replies_now"):
-        how.pop(key)  # what depends on where and how long, and not on what was made
-    write_text(beside(built.path, ".build.json"), json.dumps(how, ensure_ascii=False, indent=2) + "\n")
-    write_rows(built.path, rows, rejected)
-
-
 def write_rows(path: Path, rows: Sequence[Row], rejected: Sequence[dict[str, Any]]) -> None:
     """A dataset, and beside it what was rejected (written first: where the one is, the other is)."""
     write_rejected(path, rejected)
@@ -335,7 +323,3 @@ def write_rejected(path: Path, rejected: Sequence[dict[str, Any]]) -> None:
 def beside(path: Path, ending: str) -> Path:
     """``rows.jsonl`` -> ``rows`` + ending, in the same folder."""
     return path.with_name(path.name.removesuffix(".jsonl") + ending)
-
-
-def _counted(reasons: Counter[str]) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "there was none"

@@ -84,7 +84,8 @@ def import_rows(
     if tone is not None and not tone.strip():
         raise UsageError("tone: is empty; give the tone's name")
     table = open_table(source, split, generic="question" in mapping)
-    maker = _Maker(_columns(table, mapping, tone), tone, _by_question(facts), source_name, Path(source))
+    by_question = {question_key(fact.question): fact for fact in reversed(list(facts or ()))}  # of equal ones the first
+    maker = _Maker(_columns(table, mapping, tone), tone, by_question, source_name, Path(source))
     rows: list[Row] = []
     rejected: list[dict[str, Any]] = []
     for record in table.read(set(maker.columns.values())):
@@ -140,7 +141,12 @@ def to_hf(
         RealignerError: when the place is taken or cannot be written, or there are too few groups.
     """
     folder = Path(folder)
-    refuse_existing(folder, force, _is_saved)
+
+    def saved(folder: Path) -> bool:  # a saved `DatasetDict` and nothing beside it that somebody would miss
+        others = [path for path in folder.iterdir() if path.name != "dataset_dict.json"] if folder.is_dir() else []
+        return (folder / "dataset_dict.json").is_file() and all((path / "state.json").is_file() for path in others)
+
+    refuse_existing(folder, force, saved)
     if not rows:
         raise RealignerError(f"{folder}: not written, there are no rows")
     parts = {name: part for name, part in split_rows(rows, seed, validation, test)._asdict().items() if part}
@@ -148,20 +154,11 @@ def to_hf(
 
     features = Features({name: Value("string") for name in _OURS})
     made = DatasetDict(
-        {
-            name: Dataset.from_dict({key: [getattr(row, key) for row in part] for key in _OURS}, features=features)
-            for name, part in parts.items()
-        }
+        {name: Dataset.from_list([row.model_dump() for row in part], features=features) for name, part in parts.items()}
     )
     with written_folder(folder) as aside, quiet_datasets():
         made.save_to_disk(str(aside.folder))
     return {name: len(part) for name, part in parts.items()}
-
-
-def _is_saved(folder: Path) -> bool:
-    """A saved `DatasetDict` and nothing beside it that somebody would miss."""
-    others = [path for path in folder.iterdir() if path.name != "dataset_dict.json"] if folder.is_dir() else []
-    return (folder / "dataset_dict.json").is_file() and all((path / "state.json").is_file() for path in others)
 
 
 # --- columns ------------------------------------------------------------------------------------------------------------
@@ -235,8 +232,13 @@ class _Maker:
         fact = self.facts.get(key)
         values["answer"] = values["answer"] or (_line(fact.answer) if fact else "")
         values["group"] = values["group"] or (_line(fact.group) if fact else "")
-        values["group"] = values["group"] or self.groups.setdefault(key, _group(values["question"]))
-        values["id"] = values["id"] or self._new_id(record)
+        plain = " ".join(values["question"].casefold().split())
+        if len(plain) > _GROUP_LENGTH:
+            plain = f"{plain[:_GROUP_LENGTH].rstrip()}-{hashlib.sha256(plain.encode()).hexdigest()[:12]}"
+        values["group"] = values["group"] or self.groups.setdefault(key, plain)
+        # An index that is there twice (files put together) is told apart by its place.
+        name = f"{self.stem}-{record.number}"
+        values["id"] = values["id"] or (name if name not in self.seen else f"{name}-{len(self.seen) + 1}")
         if values["id"] in self.seen:
             raise _UnfitError(f"id {values['id']!r} is already used by {self.seen[values['id']]}")
         try:
@@ -260,11 +262,6 @@ class _Maker:
         source = self.source_name or _text("source", found.get("source"), ours)
         return {**texts, "source": source or self.name}
 
-    def _new_id(self, record: Record) -> str:
-        """A name for a row that has none; an index that is there twice (files put together) is told apart by its place."""
-        name = f"{self.stem}-{record.number}"
-        return name if name not in self.seen else f"{name}-{len(self.seen) + 1}"
-
 
 def _text(key: str, value: Any, ours: bool) -> str:
     """A field as text: one line, but for rows of our own; a number may be a name or an answer, not a question or a reply."""
@@ -284,17 +281,3 @@ def _line(text: str) -> str:
 def _valid(text: str) -> str:
     """Half a surrogate pair, which JSON and file names can hold and UTF-8 cannot, becomes the replacement character."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _group(question: str) -> str:
-    plain = " ".join(question.casefold().split())
-    if len(plain) <= _GROUP_LENGTH:
-        return plain
-    return f"{plain[:_GROUP_LENGTH].rstrip()}-{hashlib.sha256(plain.encode()).hexdigest()[:12]}"
-
-
-def _by_question(facts: Iterable[Fact] | None) -> dict[str, Fact]:
-    found: dict[str, Fact] = {}
-    for fact in facts or ():
-        found.setdefault(question_key(fact.question), fact)
-    return found

@@ -92,9 +92,14 @@ class QualityFilter:
         if scorer is not None and tone.name not in scorer.tones:
             raise UsageError(f"scorer: was not trained on {tone.name!r}; it knows {', '.join(scorer.tones)}")
         self.tone, self.min_words, self.max_words = tone, min_words, max_words
-        self.scorer = scorer or _known(tone)
+        if scorer is None and any(tone.name == known.name for known in built_in_tones()):
+            from realigner.data.style_classifier import reference_classifier
+
+            scorer = reference_classifier()
+        self.scorer = scorer
         self._instruction = _runs(tone.instruction)
-        self._words = _lexicon(tone.words)
+        words = [re.escape(w.casefold().rstrip("*")) + (r"\w*" if w.endswith("*") else r"(?!\w)") for w in tone.words]
+        self._words = re.compile(r"(?<!\w)(?:" + "|".join(words) + ")") if words else None
         self.restart()
 
     def restart(self) -> None:
@@ -104,9 +109,16 @@ class QualityFilter:
 
     def alone(self, pairs: Sequence[tuple[Fact, str]]) -> list[str]:
         """A reason to reject each (fact, reply), empty for a good one; no reply is compared with another."""
+        from realigner.data.style_classifier import masked
+
         reasons = [self._reason(fact, text) for fact, text in pairs]
         open_still = [n for n, reason in enumerate(reasons) if not reason]
-        for number, fits in zip(open_still, self._in_tone([pairs[n] for n in open_still]), strict=True):
+        texts = [masked(pairs[n][1], pairs[n][0].answer) for n in open_still]
+        if self.scorer is not None:
+            in_tone = [name == self.tone.name for name in self.scorer.named(texts)]
+        else:
+            in_tone = [self._words is None or bool(self._words.search(text.casefold())) for text in texts]
+        for number, fits in zip(open_still, in_tone, strict=True):
             if not fits:
                 reasons[number] = TONE
         return reasons
@@ -161,16 +173,6 @@ class QualityFilter:
         likely = dict(ranked).get(self.tone.language)
         return likely is not None and ranked[0][0] != self.tone.language and likely < _UNLIKELY
 
-    def _in_tone(self, pairs: Sequence[tuple[Fact, str]]) -> list[bool]:
-        from realigner.data.style_classifier import masked
-
-        texts = [masked(text, fact.answer) for fact, text in pairs]
-        if self.scorer is not None:
-            return [name == self.tone.name for name in self.scorer.named(texts)]
-        if self._words is None:
-            return [True] * len(pairs)
-        return [bool(self._words.search(text.casefold())) for text in texts]
-
 
 def filter_rows(rows: Sequence[Row], own: Tone | None = None) -> tuple[list[Row], list[dict[str, Any]]]:
     """Filter imported rows: those accepted, and the others as dicts with a ``reason``.
@@ -194,13 +196,6 @@ def _runs(text: str, length: int = 8) -> set[tuple[str, ...]]:
     return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
 
 
-def _lexicon(words: Sequence[str]) -> re.Pattern[str] | None:
-    if not words:
-        return None
-    parts = [re.escape(word.casefold().rstrip("*")) + (r"\w*" if word.endswith("*") else r"(?!\w)") for word in words]
-    return re.compile(r"(?<!\w)(?:" + "|".join(parts) + ")")
-
-
 @cache
 def _identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -210,12 +205,3 @@ def _identifier() -> Any:
     except OSError as error:
         where = f"py3langid's model in {tempfile.gettempdir()}"
         raise RealignerError(f"{where}: cannot be unpacked ({error.strerror or error}); free some space there") from None
-
-
-def _known(tone: Tone) -> StyleClassifier | None:
-    """The scorer of the built-in tones, for one of them."""
-    if not any(tone.name == known.name for known in built_in_tones()):
-        return None
-    from realigner.data.style_classifier import reference_classifier
-
-    return reference_classifier()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
-import json
 import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,6 +14,7 @@ from typing import Any
 
 from realigner.data.reference_csv import is_reference, question_and_reply, reference_records
 from realigner.errors import RealignerError, UsageError
+from realigner.files import decoded, parsed, read_bytes
 
 BATCH = 1000  # rows in memory at a time, of formats that are not read whole
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -90,27 +89,14 @@ def open_table(source: str | Path, split: str | None = None, generic: bool = Fal
 
 
 def _bytes(path: Path) -> bytes:
-    try:
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
+    data = read_bytes(path)
     if not data.strip():
         raise RealignerError(f"{path}: is empty; give a file with rows")
     return data
 
 
-def _decoded(data: bytes, path: Path, line: int = 1) -> str:
-    """Text of `data`, which begins at `line` of the file."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        byte = error.start - (data.rfind(b"\n", 0, error.start) + 1) + 1
-        raise RealignerError(f"{path}:{line}: not UTF-8 text (byte {byte} of the line); save the file as UTF-8") from None
-
-
 def _csv(path: Path, generic: bool, delimiter: str = ",") -> Table:
-    text = _decoded(_bytes(path), path).replace("\0", "")
+    text = decoded(_bytes(path), path).replace("\0", "")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header = [cell.strip() for cell in next((cells for _, cells in _numbered(reader, path) if cells), [])]
     if delimiter == "," and not generic and is_reference(header):
@@ -172,9 +158,11 @@ def _reference(path: Path, text: str, header: list[str]) -> Table:
 def _json(path: Path, _: bool) -> Table:
     """JSON Lines, or one array of objects; ``.json`` is used for either."""
     data = _bytes(path)
-    found = list(
-        _array(data, path) if data.lstrip().startswith(b"[") and path.suffix.lower() == ".json" else _lines(data, path)
-    )
+    if data.lstrip().startswith(b"[") and path.suffix.lower() == ".json":
+        found = [(f"{path}: item {number}", value) for number, value in enumerate(parsed(data, path), start=1)]
+    else:
+        lines = enumerate(data.split(b"\n"), start=1)
+        found = [(f"{path}:{number}", parsed(line, path, number)) for number, line in lines if line.strip()]
     columns: dict[str, None] = {}
     for where, value in found:
         if not isinstance(value, dict):
@@ -188,35 +176,12 @@ def _json(path: Path, _: bool) -> Table:
     return Table(str(path), tuple(columns), read)
 
 
-def _array(data: bytes, path: Path) -> Iterator[tuple[str, Any]]:
-    for number, value in enumerate(_parsed(_decoded(data, path), path), start=1):
-        yield f"{path}: item {number}", value
-
-
-def _lines(data: bytes, path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", _parsed(_decoded(line, path, number), path, number)
-
-
-def _parsed(text: str, path: Path, line: int = 1) -> Any:
-    """The JSON value of `text`, which begins at `line` of the file."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{path}:{line + error.lineno - 1}"
-        raise RealignerError(f"{where}: not valid JSON (column {error.colno}: {error.msg})") from None
-    except RecursionError:
-        raise RealignerError(f"{path}:{line}: JSON nested too deeply; a row is one flat object") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise RealignerError(f"{path}:{line}: not JSON that can be read ({_one_line_text(error)})") from None
-
-
 # --- Arrow --------------------------------------------------------------------------------------------------------------
 
 
 def _parquet(path: Path, _: bool) -> Table:
-    _bytes_there(path)
+    if not path.stat().st_size:  # `open_table` has asked before
+        raise RealignerError(f"{path}: is empty; give a file with rows")
     with _one_line(lambda: f"{path}: is not a readable Parquet file; is it cut?"):
         from pyarrow import parquet  # type: ignore[import-untyped]
 
@@ -232,15 +197,6 @@ def _parquet(path: Path, _: bool) -> Table:
                     yield Record(f"{path}: row {number}", str(number), values)
 
     return Table(str(path), columns, read)
-
-
-def _bytes_there(path: Path) -> None:
-    try:
-        with path.open("rb") as stream:
-            if not stream.read(1):
-                raise RealignerError(f"{path}: is empty; give a file with rows")
-    except OSError as error:
-        raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _saved(folder: Path, split: str | None) -> Table:
@@ -261,10 +217,7 @@ def _hub(name: str, split: str | None) -> Table:
     from datasets import config, load_dataset
 
     why = "; HF_HUB_OFFLINE is set" if config.HF_HUB_OFFLINE else ""
-    with (
-        _one_line(lambda: f"{name}: is not a local file, and cannot be loaded from the hub{why}"),
-        quiet_datasets(),
-    ):
+    with _one_line(lambda: f"{name}: is not a local file, and cannot be loaded from the hub{why}"), quiet_datasets():
         found = load_dataset(name, split=split)
         return _parts(name, dict(found) if isinstance(found, dict) else {split or "rows": found})
 
@@ -285,14 +238,12 @@ def _parts(place: str, parts: dict[str, Any]) -> Table:
                 for batch in selected.iter(batch_size=BATCH):
                     for values in batch.to_pylist():
                         number, count = number + 1, count + 1
-                        named = {key: _label(values[key], names) for key, names in labels.items()}
-                        yield Record(f"{place}: {name} row {number}", str(count), {**values, **named})
+                        for key, names in labels.items():
+                            label = values[key]  # -1: not labelled
+                            values[key] = names[label] if label is not None and 0 <= label < len(names) else None
+                        yield Record(f"{place}: {name} row {number}", str(count), values)
 
     return Table(place, columns, read)
-
-
-def _label(value: int | None, names: list[str]) -> str | None:
-    return names[value] if value is not None and 0 <= value < len(names) else None  # -1: not labelled
 
 
 @contextmanager
@@ -317,11 +268,7 @@ def _one_line(message: Callable[[], str]) -> Iterator[None]:
     except RealignerError:
         raise
     except Exception as error:
-        raise RealignerError(f"{message()} ({type(error).__name__}: {_one_line_text(error)})") from error
-
-
-def _one_line_text(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]
+        raise RealignerError(f"{message()} ({type(error).__name__}: {' '.join(str(error).split())[:160]})") from error
 
 
 _READERS: dict[str, Callable[[Path, bool], Table]] = {

@@ -34,6 +34,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from realigner.errors import RealignerError, UsageError
+from realigner.files import decoded, read_bytes
 from realigner.validation_message import first_fault
 
 _Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
@@ -134,11 +135,7 @@ def _built_in() -> dict[str, Path]:
 
 def _read(path: Path) -> Tone:
     try:
-        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise RealignerError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise RealignerError(f"{path}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from None
+        values = tomllib.loads(decoded(read_bytes(path), path))
     except tomllib.TOMLDecodeError as error:
         raise RealignerError(f"{path}: not valid TOML ({error})") from None
     except RecursionError:
