@@ -91,14 +91,13 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train one IRM on a frozen host: by the default recipe, the paper's, or your own."""
+    options = dict(locals())
     import realigner.training.run_dir as run_dir
-    from realigner.training.recipe import read_recipe
+    from realigner.training.recipe import Recipe, read_recipe
 
+    flags = {key: value for key, value in options.items() if key in Recipe.model_fields}
     if resume and force:
         raise UsageError("train: --resume goes on with a run, --force throws it away; give one of them")
-    flags: dict[str, Any] = {"data": data, "tone": tone, "host": host, "preset": preset, "layers": layers, "rank": rank}
-    flags |= {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "max_length": max_length}
-    flags |= {"seed": seed, "dtype": dtype, "device": device}
     given = recipe is not None or settings or any(value is not None for value in flags.values())
     work = run_dir.unfinished(out)
     if resume and run_dir.is_run(out):

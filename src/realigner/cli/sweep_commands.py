@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -48,17 +48,14 @@ def sweep(
     if as_json:
         print_json({"out": str(out), "states": result.states, "errors": result.errors, "seconds": round(result.seconds, 1)})
     else:
-        _print(result, {run.name: run.label for run in runs})
+        labels = {run.name: run.label for run in runs}
+        done = [name for name, state in result.states.items() if state == "done"]
+        print(f"{len(done)} of {len(result.states)} runs done in {result.seconds:.0f} s, in {result.out}")
+        for name, error in result.errors.items():
+            print(f"failed: {name} ({labels[name]}): {error}  [{result.out}/logs/{name}.log]")
+        if done:
+            print(f"Try next:  realigner trace --irm {result.out} --prompts paper --out {result.out}.zarr")
     if result.errors:
         raise RealignerError(f"{len(result.errors)} of {len(runs)} runs failed")
     if not result.finished:
         raise RealignerError("stopped before every run was done; the same command resumes")
-
-
-def _print(result: Any, labels: dict[str, str]) -> None:
-    done = [name for name, state in result.states.items() if state == "done"]
-    print(f"{len(done)} of {len(result.states)} runs done in {result.seconds:.0f} s, in {result.out}")
-    for name, error in result.errors.items():
-        print(f"failed: {name} ({labels[name]}): {error}  [{result.out}/logs/{name}.log]")
-    if done:
-        print(f"Try next:  realigner trace --irm {result.out} --prompts paper --out {result.out}.zarr")

@@ -22,18 +22,6 @@ from realigner.errors import RealignerError, UsageError
 if TYPE_CHECKING:
     from realigner.data.style_classifier import StyleClassifier
 
-EMPTY = "empty"
-REFUSAL = "refusal"
-ECHO = "prompt echoed"
-DIRECTIONS = "stage directions"
-SHORT, LONG = "too short", "too long"
-CUT = "cut in mid-sentence"
-LANGUAGE = "wrong language"
-FACT = "fact lost"
-TONE = "wrong tone"
-NEAR = "near-duplicate"
-LEAK = "question in another group"
-
 _ANY = Tone(name="any", language="any", instruction="Any tone.")
 _UNLIKELY = 0.02  # probability of the tone's language below which another is believed
 
@@ -120,16 +108,16 @@ class QualityFilter:
             in_tone = [self._words is None or bool(self._words.search(text.casefold())) for text in texts]
         for number, fits in zip(open_still, in_tone, strict=True):
             if not fits:
-                reasons[number] = TONE
+                reasons[number] = "wrong tone"
         return reasons
 
     def among(self, fact: Fact, text: str) -> str:
         """A reason to reject a reply in view of those accepted before; empty: it is accepted, and counts from now on."""
         question = question_key(fact.question)
         if self._group_of.get(question, fact.group) != fact.group:
-            return LEAK
+            return "question in another group"
         if self._near.add(fact.id, text) is not None:
-            return NEAR
+            return "near-duplicate"
         self._group_of[question] = fact.group
         return ""
 
@@ -137,23 +125,23 @@ class QualityFilter:
         plain = text.casefold().replace("’", "'")  # noqa: RUF001
         words = word_count(text)
         if not _WORD.search(text):
-            return EMPTY
+            return "empty"
         kept = keeps_fact(fact.answer, text)
         if _REFUSAL.search(plain) or (not kept and _EVASION.search(plain)):
-            return REFUSAL
+            return "refusal"
         if _ECHO.search(plain) or self._echoes(fact, plain):
-            return ECHO
+            return "prompt echoed"
         if _DIRECTIONS.search(plain):
-            return DIRECTIONS
+            return "stage directions"
         if words < self.min_words:
-            return SHORT
+            return "too short"
         if words > self.max_words:
-            return LONG
+            return "too long"
         if is_cut(text):
-            return CUT
+            return "cut in mid-sentence"
         if not kept:
-            return FACT
-        return LANGUAGE if self._foreign(fact, text) else ""
+            return "fact lost"
+        return "wrong language" if self._foreign(fact, text) else ""
 
     def _echoes(self, fact: Fact, plain: str) -> bool:
         """Whether a reply begins with its question, holds all of a long one, or eight words of the instruction in a row."""

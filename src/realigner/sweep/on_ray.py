@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,12 @@ def _signals_kept() -> Iterator[None]:
 
 def _connect(ray: Any, address: str | None, workers: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    _knock(address)
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():  # find out at once that no cluster listens there; Ray itself would retry for minutes
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise RealignerError(f"ray: no cluster at {address} ({error.strerror or error})") from None
     here = {"address": "local", "num_cpus": workers, "include_dashboard": False}  # local: whatever RAY_ADDRESS says
     options: dict[str, Any] = {"address": address} if address else here
     try:
@@ -77,16 +82,6 @@ def _connect(ray: Any, address: str | None, workers: int) -> None:
     except (ray.exceptions.RayError, ValueError, RuntimeError, OSError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RealignerError(f"ray: no cluster at {address or 'this machine'} ({line})") from error
-
-
-def _knock(address: str | None) -> None:
-    """Find out at once that no cluster listens at an address; Ray itself would retry for minutes."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if colon and port.isdecimal():
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise RealignerError(f"ray: no cluster at {address} ({error.strerror or error})") from None
 
 
 def _check_room(ray: Any, cpus: int, gpus: float, address: str | None) -> None:
@@ -111,20 +106,15 @@ def _follow(ray: Any, tasks: dict[Any, Job], report: Report, stop: threading.Eve
             _report_end(ray, reference, tasks[reference], report)
         for reference in pending:
             job = tasks[reference]
-            if job.name not in shown and _touched(unfinished(Path(job.out)) / METRICS_FILE) >= started:
-                shown.add(job.name)
-                report(job.name, "running", "")
+            if job.name not in shown:
+                with suppress(OSError):  # not there yet
+                    if (unfinished(Path(job.out)) / METRICS_FILE).stat().st_mtime >= started:
+                        shown.add(job.name)
+                        report(job.name, "running", "")
         if stop.is_set() and not stopping:
             stopping = True
             for reference in pending:
                 ray.cancel(reference)
-
-
-def _touched(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def _report_end(ray: Any, reference: Any, job: Job, report: Report) -> None:

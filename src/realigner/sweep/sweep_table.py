@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,8 @@ class StateTable:
             state, (step, loss, left) = self.states[run.name], progress[run.name]
             values = [escape(str(run.varies.get(key, ""))) for key in keys]
             style = _STYLES.get(state, "dim")
-            table.add_row(
-                run.name, *values, f"[{style}]{state}[/{style}]", step, loss, _time(left) if state == "running" else ""
-            )
+            shown_left = _time(left) if state == "running" else ""
+            table.add_row(run.name, *values, f"[{style}]{state}[/{style}]", step, loss, shown_left)
         return table
 
     def _summary(self, progress: dict[str, tuple[str, str, float | None]]) -> str:
@@ -80,7 +80,10 @@ class StateTable:
         trained = [run for run in self.runs if run.recipe.steps != 0]  # baselines take no time to speak of
         left = [seconds for name, (_, _, seconds) in progress.items() if self.states[name] == "running" and seconds is not None]
         waiting = sum(self.states[run.name] == "waiting" for run in trained)
-        took = [seconds for run in trained if (seconds := _seconds(self.out / run.name)) is not None]
+        took: list[float] = []
+        for run in trained:
+            with suppress(RealignerError, KeyError):  # being written
+                took.append(run_dir.read_run(self.out / run.name)["seconds"])
         if not left and not took:
             return f"{done}/{len(self.runs)} done"
         each = sum(took) / len(took) if took else max(left)
@@ -119,13 +122,6 @@ def _last_line(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):  # not there yet, or being written
         return None
     return value if isinstance(value, dict) and "step" in value else None
-
-
-def _seconds(run: Path) -> float | None:
-    try:
-        return run_dir.read_run(run).get("seconds")
-    except RealignerError:
-        return None
 
 
 def _time(seconds: float | None) -> str:

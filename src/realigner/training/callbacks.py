@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
@@ -137,20 +134,8 @@ class StopSignal(TrainerCallback):
         if stop:
             control.should_save = control.should_training_stop = True
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def receive(self, number: int, _: Any) -> None:
+        """A handler of signals."""
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-
-    @contextmanager
-    def listening(self) -> Iterator[StopSignal]:
-        """Take over the two signals within the block (in the main thread; elsewhere they cannot be taken)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     import openai
 
 _OPENAI = "https://api.openai.com/v1"
-_KEY = "OPENAI_API_KEY"
 _RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
     "seed": (int, 0, 2**32 - 1),
     "concurrency": (int, 1, 1000),  # the client's pool has 1,000 connections
@@ -47,6 +47,7 @@ _UNREAD = 64  # replies that may wait for a slow consumer before the workers wai
 _GRACE = 1.5  # seconds for the thread to end: it does at once, unless a name is being looked up, which cannot be cancelled
 
 
+@dataclass(eq=False, repr=False)
 class EndpointRewriter:
     """Asks a language model behind an OpenAI-compatible endpoint (OpenAI, vLLM, llama.cpp, Ollama, ...).
 
@@ -68,32 +69,38 @@ class EndpointRewriter:
         RealignerError: when the openai package is missing.
     """
 
-    def __init__(
-        self,
-        tone: Tone,
-        endpoint: str | None,
-        model: str,
-        seed: int = 42,
-        concurrency: int = 8,
-        requests_per_minute: int | None = None,
-        timeout: float = 60.0,
-        retries: int = 5,
-        temperature: float = 0.9,
-        top_p: float = 0.7,
-        max_tokens: int = 210,
-        price_in: float | None = None,
-        price_out: float | None = None,
-        key_env: str = _KEY,
-    ) -> None:
-        self.tone, self.model, self.seed, self.concurrency = tone, model, seed, concurrency
-        self.requests_per_minute, self.timeout, self.retries = requests_per_minute, timeout, retries
-        self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
-        self.price_in, self.price_out, self.key_env = price_in, price_out, key_env
+    tone: Tone
+    endpoint: str | None
+    model: str
+    seed: int = 42
+    concurrency: int = 8
+    requests_per_minute: int | None = None
+    timeout: float = 60.0
+    retries: int = 5
+    temperature: float = 0.9
+    top_p: float = 0.7
+    max_tokens: int = 210
+    price_in: float | None = None
+    price_out: float | None = None
+    key_env: str = "OPENAI_API_KEY"
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise UsageError("model: name the model to ask for replies")
+        for name, (kind, low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+            if not right or not low <= value <= high:
+                what = "a whole number" if kind is int else "a number"
+                raise UsageError(f"{name}: must be {what} from {low} to {high}, not {value!r}")
+        if (self.price_in is None) != (self.price_out is None):
+            raise UsageError("price_in and price_out: give both or neither")
         self.tokens_in = self.tokens_out = 0
-        self._check()
-        given = endpoint or os.environ.get("OPENAI_BASE_URL")
+        given = self.endpoint or os.environ.get("OPENAI_BASE_URL")
         self.endpoint, self._query, login = _address(given or _OPENAI)
-        self._key = _key(key_env, needed=not given)
+        self._key = _key(self.key_env, needed=not given)
         self._basic = SecretStr(base64.b64encode(login.encode()).decode())
         hidden = [value for name, value in self._query.items() if re.search("key|token|sig|secret|pass", name.casefold())]
         self._secrets = [self._key, self._basic, SecretStr(login.partition(":")[2]), *map(SecretStr, hidden)]
@@ -174,20 +181,6 @@ class EndpointRewriter:
             if len(word := secret.get_secret_value()) >= 16:
                 text = text.replace(word, "***")
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
-
-    def _check(self) -> None:
-        if not self.model:
-            raise UsageError("model: name the model to ask for replies")
-        for name, (kind, low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
-            right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-            if not right or not low <= value <= high:
-                what = "a whole number" if kind is int else "a number"
-                raise UsageError(f"{name}: must be {what} from {low} to {high}, not {value!r}")
-        if (self.price_in is None) != (self.price_out is None):
-            raise UsageError("price_in and price_out: give both or neither")
 
 
 class _Run:
@@ -299,22 +292,19 @@ def _http_client(rewriter: EndpointRewriter) -> openai.DefaultAsyncHttpxClient:
                     response = await super().send(request, **options)
             except TimeoutError:
                 raise errors.ReadTimeout(f"no answer in {rewriter.timeout:g} s", request=request) from None
-            if response.is_success and (flaw := _flaw(response)):
-                raise errors.RemoteProtocolError(flaw, request=request)
+            if response.is_success:  # useless all the same, unless it holds text
+                try:
+                    text = response.json()["choices"][0]["message"]["content"]
+                    flaw = "" if isinstance(text, str) else "no text in the reply"
+                except (ValueError, RecursionError):
+                    flaw = "not valid JSON"
+                except (LookupError, TypeError):
+                    flaw = "no choices in the reply"
+                if flaw:
+                    raise errors.RemoteProtocolError(flaw, request=request)
             return response
 
     return HttpClient()
-
-
-def _flaw(response: Any) -> str:
-    """What makes a reply of status 200 useless; nothing, if it holds text."""
-    try:
-        text = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, RecursionError):
-        return "not valid JSON"
-    except (LookupError, TypeError):
-        return "no choices in the reply"
-    return "" if isinstance(text, str) else "no text in the reply"
 
 
 def _address(url: str) -> tuple[str, dict[str, str], str]:

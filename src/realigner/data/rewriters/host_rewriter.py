@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ _MEASURED = 200  # of the longest prompts by bytes, to find the longest by token
 _PROOF = 6  # tokens that are compared with a plain forward
 
 
+@dataclass(eq=False, repr=False)
 class HostRewriter:
     """Asks a host for replies, with the tone's instruction and two of its examples before each fact.
 
@@ -52,46 +54,35 @@ class HostRewriter:
         RealignerError: when replies are requested: the host gives other tokens in continuous batches than alone.
     """
 
-    def __init__(
-        self,
-        host: PreTrainedModel,
-        tokenizer: Any,
-        tone: Tone,
-        seed: int = 42,
-        temperature: float = 0.9,
-        top_p: float = 0.7,
-        max_new_tokens: int = 120,
-        batch_size: int = 32,
-        examples: int = 2,
-    ) -> None:
-        for name, value, fits in (
-            ("temperature", temperature, 0 <= temperature < 100),
-            ("top_p", top_p, 0 < top_p <= 1),
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-            ("batch_size", batch_size, batch_size >= 1),
-            ("examples", examples, examples >= 0),
+    host: PreTrainedModel
+    tokenizer: Any
+    tone: Tone
+    seed: int = 42
+    temperature: float = 0.9
+    top_p: float = 0.7
+    max_new_tokens: int = 120
+    batch_size: int = 32
+    examples: int = 2
+
+    def __post_init__(self) -> None:
+        for name, fits in (
+            ("temperature", 0 <= self.temperature < 100),
+            ("top_p", 0 < self.top_p <= 1),
+            ("max_new_tokens", self.max_new_tokens >= 1),
+            ("batch_size", self.batch_size >= 1),
+            ("examples", self.examples >= 0),
         ):
             if not fits:
-                raise UsageError(f"{name}: {value} is out of range")
-        self.host, self.tokenizer, self.tone, self.seed = host, tokenizer, tone, seed
-        self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
-        self.batch_size, self.examples = batch_size, examples
+                raise UsageError(f"{name}: {getattr(self, name)} is out of range")
         self._tokens = 0
         self._checked = False
 
     def spec(self) -> dict[str, Any]:
         identity = fingerprint(self.host)
-        return {
-            "rewriter": "host",
-            "host": identity.name,
-            "architecture": identity.architecture,
-            "dtype": str(self.host.dtype).removeprefix("torch."),
-            "seed": self.seed,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "max_new_tokens": self.max_new_tokens,
-            "examples": self.examples,
-        }
+        host = {"host": identity.name, "architecture": identity.architecture}
+        host["dtype"] = str(self.host.dtype).removeprefix("torch.")
+        settings = ("seed", "temperature", "top_p", "max_new_tokens", "examples")
+        return {"rewriter": "host"} | host | {name: getattr(self, name) for name in settings}
 
     def note(self) -> str:
         return f"{self._tokens:,} tokens written" if self._tokens else ""
