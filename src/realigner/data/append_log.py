@@ -87,8 +87,18 @@ class AppendLog:
     def _read(self) -> None:
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
-        first = self._first(content[:whole] if whole else content)
-        if first is not None and first != self.spec:
+        line = content.partition(b"\n")[0]
+        start = json.dumps({_KIND: 1}, separators=(",", ":"))[:-1].encode()
+        if whole or not start.startswith(line[: len(start)]):  # else it was killed before it could say which job it is of
+            try:
+                first = json.loads(line)
+            except ValueError:
+                first = None
+            if not isinstance(first, dict) or _KIND not in first:
+                raise RealignerError(f"{self.path}: exists but is not a realigner journal; move it or choose another out")
+        else:
+            first = self.spec
+        if first != self.spec:
             if not self.restart:
                 key = next((key for key in (*self.spec, *first) if first.get(key) != self.spec.get(key)), "format")
                 differs = f"its {key} is {json.dumps(first.get(key))}, asked for is {json.dumps(self.spec.get(key))}"[:200]
@@ -107,17 +117,3 @@ class AppendLog:
             os.ftruncate(self._handle, whole)
         if not whole:
             self.append(self.spec)
-
-    def _first(self, content: bytes) -> dict[str, Any] | None:
-        """Which job the journal is of; None for one that was killed before it could say."""
-        line = content.partition(b"\n")[0]
-        start = json.dumps({_KIND: 1}, separators=(",", ":"))[:-1].encode()
-        if b"\n" not in content and start.startswith(line[: len(start)]):
-            return None
-        try:
-            first = json.loads(line)
-        except ValueError:
-            first = None
-        if not isinstance(first, dict) or _KIND not in first:
-            raise RealignerError(f"{self.path}: exists but is not a realigner journal; move it or choose another out")
-        return first

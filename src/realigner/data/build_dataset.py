@@ -34,29 +34,19 @@ _BATCH = 256  # replies that are filtered together during a round
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build came to.
+    """What a build came to."""
 
-    Attributes:
-        path: the dataset.
-        rejected_path: the facts without a row, each with its last reply and the reason.
-        rows, rejected: how many.
-        reasons: replies rejected, by reason, over all attempts (a fact may be rejected, requested again, and accepted).
-        replies: how many there were.
-        tokens_in, tokens_out: read and written by the rewriter; 0 if not counted.
-        seconds: of this process (a resumed build counts its last part).
-        replies_now: made by this process.
-    """
-
-    path: Path
-    rejected_path: Path
+    path: Path  # the dataset
+    rejected_path: Path  # the facts without a row, each with its last reply and the reason
     rows: int
     rejected: int
+    # replies rejected, by reason, over all attempts (a fact may be rejected, requested again, and accepted)
     reasons: dict[str, int]
-    replies: int
-    tokens_in: int
+    replies: int  # how many there were
+    tokens_in: int  # tokens_in, tokens_out: read and written by the rewriter; 0 if not counted
     tokens_out: int
-    seconds: float
-    replies_now: int
+    seconds: float  # of this process (a resumed build counts its last part)
+    replies_now: int  # made by this process
 
     def to_dict(self) -> dict[str, Any]:
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}

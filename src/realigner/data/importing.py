@@ -30,14 +30,10 @@ _GROUP_LENGTH = 60
 
 @dataclass(frozen=True)
 class Imported:
-    """What was in a foreign dataset.
+    """What was in a foreign dataset."""
 
-    Attributes:
-        rows: in its order.
-        rejected: records that are no rows: ``where``, ``reason``, and ``question`` and ``text`` as far as they could be told.
-    """
-
-    rows: list[Row]
+    rows: list[Row]  # in its order
+    # records that are no rows: ``where``, ``reason``, and ``question`` and ``text`` as far as they could be told
     rejected: list[dict[str, Any]]
 
 
@@ -198,24 +194,15 @@ def _columns(table: Table, mapping: Mapping[str, str], tone: str | None) -> dict
 
 @dataclass
 class _Maker:
-    """Makes rows of records.
+    """Makes rows of records."""
 
-    Attributes:
-        columns: our field -> their column.
-        tone: of all rows, if given.
-        facts: by `question_key`.
-        source_name: of all rows, if given.
-        path: of the dataset; names rows that have no name.
-        seen: ids there are, and where.
-        groups: of rows that name none, by `question_key`: what one question is called when it first comes.
-    """
-
-    columns: dict[str, str]
-    tone: str | None
-    facts: dict[str, Fact]
-    source_name: str | None
-    path: Path
-    seen: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str]  # our field -> their column
+    tone: str | None  # of all rows, if given
+    facts: dict[str, Fact]  # by `question_key`
+    source_name: str | None  # of all rows, if given
+    path: Path  # of the dataset; names rows that have no name
+    seen: dict[str, str] = field(default_factory=dict)  # ids there are, and where
+    # of rows that name none, by `question_key`: what one question is called when it first comes
     groups: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -227,7 +214,15 @@ class _Maker:
         """The row of a record, or _UnfitError."""
         if record.fault:
             raise _UnfitError(record.fault)
-        values = self._values(record)
+        ours = "source" in self.columns and all(isinstance(record.values.get(key), str) for key in _OURS)
+        found = {key: record.values.get(column) for key, column in self.columns.items()}
+        if self.tone is not None:
+            found["tone"] = self.tone
+        values = {key: _text(key, found.get(key), ours) for key in FIELDS}  # "" for what it lacks and may lack
+        for key in (*_REQUIRED, "tone"):
+            if not values[key]:
+                raise _UnfitError(f"{key!r} is {'empty' if isinstance(found.get(key), str) else 'missing'}")
+        values["source"] = self.source_name or _text("source", found.get("source"), ours) or self.name
         key = question_key(values["question"])
         fact = self.facts.get(key)
         values["answer"] = values["answer"] or (_line(fact.answer) if fact else "")
@@ -248,19 +243,6 @@ class _Maker:
             raise _UnfitError(f"{'.'.join(map(str, first['loc']))!r}: {first['msg']}") from None
         self.seen[row.id] = record.where
         return row
-
-    def _values(self, record: Record) -> dict[str, str]:
-        """A row's fields as the record has them; "" for what it lacks and may lack."""
-        ours = "source" in self.columns and all(isinstance(record.values.get(key), str) for key in _OURS)
-        found = {key: record.values.get(column) for key, column in self.columns.items()}
-        if self.tone is not None:
-            found["tone"] = self.tone
-        texts = {key: _text(key, found.get(key), ours) for key in FIELDS}
-        for key in (*_REQUIRED, "tone"):
-            if not texts[key]:
-                raise _UnfitError(f"{key!r} is {'empty' if isinstance(found.get(key), str) else 'missing'}")
-        source = self.source_name or _text("source", found.get("source"), ours)
-        return {**texts, "source": source or self.name}
 
 
 def _text(key: str, value: Any, ours: bool) -> str:

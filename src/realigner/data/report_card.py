@@ -27,25 +27,16 @@ class Purity:
     The built-in tones are named by `reference_classifier`, which was trained on other replies (the authored set and the
     template). Tones it does not know are told from each other, or from `against`, by five-fold cross-validation by group;
     that finds who wrote a reply as readily as its tone, where the two go together, and a note says so.
-
-    Attributes:
-        value: share of the rows that are named as their own tone.
-        low, high: its 95% interval (Wilson), rows taken as independent.
-        n: how many rows it was taken on (at most 5,000 of a tone, drawn by the seed).
-        baseline: chance accuracy.
-        neutral: share of the rows that are named neutral and claim another tone.
-        tones: the share of each tone.
-        by: the classifier, and what it tells apart.
     """
 
-    value: float
-    low: float
+    value: float  # share of the rows that are named as their own tone
+    low: float  # low, high: its 95% interval (Wilson), rows taken as independent
     high: float
-    n: int
-    baseline: float
-    neutral: float
-    tones: dict[str, float]
-    by: str
+    n: int  # how many rows it was taken on (at most 5,000 of a tone, drawn by the seed)
+    baseline: float  # chance accuracy
+    neutral: float  # share of the rows that are named neutral and claim another tone
+    tones: dict[str, float]  # the share of each tone
+    by: str  # the classifier, and what it tells apart
 
 
 @dataclass(frozen=True)

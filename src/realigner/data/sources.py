@@ -23,34 +23,21 @@ _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")  # ".csv"; ".5" is the version of a 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a table.
+    """One record of a table."""
 
-    Attributes:
-        where: the place a person can look it up: file and line, or split and row.
-        number: its name among its table's records, usually its number.
-        values: by column; a column may be missing.
-        fault: why it is no row, if that was seen while reading.
-    """
-
-    where: str
-    number: str
-    values: Mapping[str, Any]
-    fault: str = ""
+    where: str  # the place a person can look it up: file and line, or split and row
+    number: str  # its name among its table's records, usually its number
+    values: Mapping[str, Any]  # by column; a column may be missing
+    fault: str = ""  # why it is no row, if that was seen while reading
 
 
 @dataclass(frozen=True)
 class Table:
-    """What is in a foreign dataset.
+    """What is in a foreign dataset."""
 
-    Attributes:
-        place: as the user gave it, for messages.
-        columns: all there are; a name found twice is there twice.
-        read: the records, given the columns that are needed; to be called once.
-    """
-
-    place: str
-    columns: tuple[str, ...]
-    read: Callable[[Collection[str]], Iterator[Record]]
+    place: str  # as the user gave it, for messages
+    columns: tuple[str, ...]  # all there are; a name found twice is there twice
+    read: Callable[[Collection[str]], Iterator[Record]]  # the records, given the columns that are needed; to be called once
 
 
 def open_table(source: str | Path, split: str | None = None, generic: bool = False) -> Table:

@@ -7,8 +7,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,18 @@ def run_on_ray(
     """
     if find_spec("ray") is None:
         raise RealignerError("Ray is not installed; pip install 'realigner[sweep]', or use on=local")
-    with _signals_kept():
-        import ray
+    ours = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    import ray
 
-        mine = not ray.is_initialized()
+    mine = not ray.is_initialized()
+    try:
         if mine:
             _connect(ray, address, workers)
+    finally:  # `ray.init` takes SIGTERM over, and its way to stop saves no checkpoints
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in ours.items():
+                if handler is not None:  # None: not set in Python
+                    signal.signal(number, handler)
     cpus = 1 if address is None else max((job.threads for job in jobs), default=1)
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries, retry_exceptions=[WorkerLostError], max_calls=1)(work)
     try:
@@ -52,19 +58,6 @@ def run_on_ray(
     finally:
         if mine:
             ray.shutdown()
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Keep our way to be stopped: `ray.init` takes SIGTERM over, and its way saves no checkpoints."""
-    ours = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in ours.items():
-                if handler is not None:  # None: not set in Python
-                    signal.signal(number, handler)
 
 
 def _connect(ray: Any, address: str | None, workers: int) -> None:

@@ -94,22 +94,15 @@ class StateTable:
         for place in (self.out / run.name, run_dir.unfinished(self.out / run.name)):
             entry = _last_line(place / run_dir.METRICS_FILE)
             if entry is not None:
-                loss = entry.get("loss", entry.get("validation_loss"))
-                total, step = self._total(run, place), int(entry["step"])
+                loss, step = entry.get("loss", entry.get("validation_loss")), int(entry["step"])
+                total = self._totals.get(run.name, run.recipe.steps)
+                if total is None:  # its recipe counts epochs: its first checkpoint says
+                    with suppress(IndexError, KeyError, RealignerError):  # none yet, or just being replaced
+                        state = run_dir.checkpoint_state(run_dir.checkpoints(place)[-1])
+                        total = self._totals[run.name] = int(state["max_steps"])
                 left = entry["seconds"] / step * (total - step) if total and step else None
                 return f"{step}/{total}" if total else str(step), "" if loss is None else f"{loss:.2f}", left
         return "", "", None
-
-    def _total(self, run: RunSpec, place: Path) -> int | None:
-        """The steps of a run; where its recipe counts epochs, its first checkpoint says."""
-        if run.recipe.steps is not None:
-            return run.recipe.steps
-        if run.name not in self._totals:
-            try:
-                self._totals[run.name] = int(run_dir.checkpoint_state(run_dir.checkpoints(place)[-1])["max_steps"])
-            except (IndexError, KeyError, RealignerError):  # none yet, or just being replaced
-                return None
-        return self._totals[run.name]
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:

@@ -32,21 +32,13 @@ class WorkerLostError(RealignerError):
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs: all of it travels to another machine.
+    """What a worker needs: all of it travels to another machine."""
 
-    Attributes:
-        name: the run's.
-        recipe: its recipe's file, on a file system that all workers see.
-        out: its folder.
-        log: the worker's output; why a run failed is in a file beside it, ending in ``.error``.
-        threads: CPU threads.
-    """
-
-    name: str
-    recipe: str
-    out: str
-    log: str
-    threads: int
+    name: str  # the run's
+    recipe: str  # its recipe's file, on a file system that all workers see
+    out: str  # its folder
+    log: str  # the worker's output; why a run failed is in a file beside it, ending in ``.error``
+    threads: int  # CPU threads
 
     @property
     def error(self) -> Path:
@@ -81,7 +73,18 @@ def work(job: Job, devices: str = "", stopping: Callable[[], bool] | None = None
         process = subprocess.Popen(
             job.command(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
         )
-        code, asked = _wait(process, stopping)
+        code, asked = None, False
+        try:
+            while code is None:
+                with suppress(subprocess.TimeoutExpired):
+                    code = process.wait(timeout=0.5)
+                if code is None and not asked and stopping is not None and stopping():
+                    asked = True  # once, for a second signal could hit it while it ends
+                    process.terminate()
+        except BaseException:  # Ray cancels by an interrupt
+            process.terminate()
+            process.wait()
+            raise
     if Path(job.out).is_dir():
         return "done"
     if asked and code <= 0:
@@ -92,22 +95,6 @@ def work(job: Job, devices: str = "", stopping: Callable[[], bool] | None = None
         known = job.error.is_file()
         raise RealignerError(job.error.read_text(encoding="utf-8") if known else f"exit code {code}; see {job.log}")
     raise WorkerLostError("its process was told to stop by a signal")
-
-
-def _wait(process: subprocess.Popen[bytes], stopping: Callable[[], bool] | None) -> tuple[int, bool]:
-    """The exit code of a training, and whether it was asked to stop: once, for a second signal could hit it while it ends."""
-    asked = False
-    try:
-        while True:
-            with suppress(subprocess.TimeoutExpired):
-                return process.wait(timeout=0.5), asked
-            if not asked and stopping is not None and stopping():
-                asked = True
-                process.terminate()
-    except BaseException:  # Ray cancels by an interrupt
-        process.terminate()
-        process.wait()
-        raise
 
 
 def wait_until_free(run: Path, seconds: float = _PATIENCE) -> None:

@@ -22,20 +22,13 @@ _POOL = 50  # batches' worth of rows that are sorted by length together
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows that are ready to be trained on.
+    """Rows that are ready to be trained on."""
 
-    Attributes:
-        rows: all of them, of one tone.
-        split: by group.
-        train, validation: encoded and cut (`encode_rows`), in the split's order.
-        cut: how many rows were longer than the recipe allows.
-    """
-
-    rows: Sequence[Row]
-    split: Split
-    train: list[dict[str, list[int]]]
+    rows: Sequence[Row]  # all of them, of one tone
+    split: Split  # by group
+    train: list[dict[str, list[int]]]  # train, validation: encoded and cut (`encode_rows`), in the split's order
     validation: list[dict[str, list[int]]]
-    cut: int
+    cut: int  # how many rows were longer than the recipe allows
 
     @property
     def tone(self) -> str:
@@ -160,15 +153,11 @@ class Collator:
     """Rows as a batch, padded on the right to the longest, and what each position is to predict.
 
     ``targets [batch, position]`` holds at position t the token at t + `label_shift`, or -100 where that counts for nothing.
-
-    Attributes:
-        pad: the padding token.
-        label_shift: 1, or 2 as in the reference code.
-        pad_to: pad to this length, and let the padding count in the loss, as in the reference code; None: do not.
     """
 
-    pad: int
-    label_shift: int = 1
+    pad: int  # the padding token
+    label_shift: int = 1  # 1, or 2 as in the reference code
+    # pad to this length, and let the padding count in the loss, as in the reference code; None: do not
     pad_to: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -88,12 +88,6 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
     return _object(path / STATE_FILE)
 
 
-def clear_halves(work: Path) -> None:
-    """Remove what a process was writing when it died."""
-    for path in work.glob(f".{_CHECKPOINT}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def locked(work: Path) -> AbstractContextManager[None]:
     """Hold an unfinished run for one process; another is refused, and a dead one holds nothing.
 
@@ -127,16 +121,17 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return entries
 
 
-def cut_lines(path: Path, last_step: int) -> None:
-    """Drop what was logged after a checkpoint's step: it will be done, and logged, again."""
-    if not path.is_file():
-        return
-    whole = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError, KeyError, TypeError):  # of a line that was being written when the process died
-            if json.loads(line)["step"] <= last_step:
-                whole.append(f"{line}\n")
-    write_text(path, "".join(whole))
+def cut_back(work: Path, last_step: int) -> None:
+    """Drop what was logged after a checkpoint's step (it will be done, and logged, again), and what was being written."""
+    for path in work.glob(f".{_CHECKPOINT}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (path for name in (METRICS_FILE, SAMPLES_FILE) if (path := work / name).is_file()):
+        whole = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # of a line that was being written when the process died
+                if json.loads(line)["step"] <= last_step:
+                    whole.append(f"{line}\n")
+        write_text(path, "".join(whole))
 
 
 def versions() -> dict[str, str]:

@@ -265,10 +265,7 @@ def _unfinished_run(work: Path, record: dict[str, Any], recipe: Recipe, force: b
                         f"{work}: {what} changed since it was begun{shown}; resume it as it was, or discard it (force)"
                     )
             good = run_dir.checkpoints(work)
-            step = run_dir.checkpoint_step(good[-1]) if good else -1
-            for name in (run_dir.METRICS_FILE, run_dir.SAMPLES_FILE):
-                run_dir.cut_lines(work / name, step)
-            run_dir.clear_halves(work)
+            run_dir.cut_back(work, run_dir.checkpoint_step(good[-1]) if good else -1)
         else:
             head = "# Every key of this run. It is repeated by:  realigner train --recipe FOLDER --out OTHER\n"
             write_text(work / run_dir.RECIPE_FILE, head + to_yaml(recipe))

@@ -1,6 +1,6 @@
 """The openai rewriter: replies from any chat-completions endpoint, many requests at a time, by the official client.
 
-The client retries what HTTP calls a failure. An HTTP client of ours under it (`_http_client`) makes the rest look like one: an
+The client retries what HTTP calls a failure. An HTTP client of ours under it (`HttpClient`) makes the rest look like one: an
 attempt that takes too long in total, a reply of status 200 that holds no text. So one budget and one backoff serve both.
 """
 
@@ -149,8 +149,29 @@ class EndpointRewriter:
         """The official client, set up for this endpoint; it belongs to the event loop in which it is first used."""
         import openai
 
+        rewriter = self
+
+        class HttpClient(openai.DefaultAsyncHttpxClient):
+            """The client's own, which also keeps the pace, bounds each attempt in time and wants text in each reply."""
+
+            async def send(self, request: Any, **options: Any) -> Any:
+                errors = importlib.import_module(type(request).__module__.partition(".")[0])  # httpx2; httpx under older openai
+                if rewriter.requests_per_minute is not None:  # wait for this request's place in the minute
+                    now = time.monotonic()
+                    start = max(now, rewriter._next_start)
+                    rewriter._next_start = start + 60 / rewriter.requests_per_minute
+                    await asyncio.sleep(start - now)
+                try:
+                    async with asyncio.timeout(rewriter.timeout):
+                        response = await super().send(request, **options)
+                except TimeoutError:
+                    raise errors.ReadTimeout(f"no answer in {rewriter.timeout:g} s", request=request) from None
+                if response.is_success and (flaw := _flaw(response)):
+                    raise errors.RemoteProtocolError(flaw, request=request)
+                return response
+
         try:
-            http_client = _http_client(self)
+            http_client = HttpClient()
         except (ValueError, ImportError) as error:
             what = _first_line(self._tidy(str(error)))
             raise RealignerError(
@@ -165,14 +186,6 @@ class EndpointRewriter:
             timeout=None,
             http_client=http_client,
         )
-
-    async def _turn(self) -> None:
-        """Waits for this request's place in the minute."""
-        if self.requests_per_minute is not None:
-            now = time.monotonic()
-            start = max(now, self._next_start)
-            self._next_start = start + 60 / self.requests_per_minute
-            await asyncio.sleep(start - now)
 
     def _tidy(self, text: str) -> str:
         """Without what must not get into files: keys that a server echoes, half surrogate pairs, space around."""
@@ -247,7 +260,9 @@ class _Run:
             permanent = error.status_code in (400, 403, 413, 422)
             return Reply(request.fact.id, request.attempt, "", error=self._refusal(error), permanent=permanent)
         text = own._tidy(completion.choices[0].message.content or "")
-        read, written = (_count(getattr(completion.usage, side, None)) for side in ("prompt_tokens", "completion_tokens"))
+        # A number of tokens as a server gives it may be anything.
+        tokens = (getattr(completion.usage, side, None) for side in ("prompt_tokens", "completion_tokens"))
+        read, written = (count if isinstance(count, int) and count > 0 else 0 for count in tokens)
         return Reply(request.fact.id, request.attempt, text, read, written)
 
     def _refusal(self, error: openai.APIStatusError) -> str:
@@ -279,32 +294,15 @@ class _Run:
         raise RealignerError(f"{self.rewriter.endpoint}: {why}")
 
 
-def _http_client(rewriter: EndpointRewriter) -> openai.DefaultAsyncHttpxClient:
-    """The client's own HTTP client, which also keeps the pace, bounds each attempt in time and wants text in each reply."""
-    import openai
-
-    class HttpClient(openai.DefaultAsyncHttpxClient):
-        async def send(self, request: Any, **options: Any) -> Any:
-            errors = importlib.import_module(type(request).__module__.partition(".")[0])  # httpx2; httpx under older openai
-            await rewriter._turn()
-            try:
-                async with asyncio.timeout(rewriter.timeout):
-                    response = await super().send(request, **options)
-            except TimeoutError:
-                raise errors.ReadTimeout(f"no answer in {rewriter.timeout:g} s", request=request) from None
-            if response.is_success:  # useless all the same, unless it holds text
-                try:
-                    text = response.json()["choices"][0]["message"]["content"]
-                    flaw = "" if isinstance(text, str) else "no text in the reply"
-                except (ValueError, RecursionError):
-                    flaw = "not valid JSON"
-                except (LookupError, TypeError):
-                    flaw = "no choices in the reply"
-                if flaw:
-                    raise errors.RemoteProtocolError(flaw, request=request)
-            return response
-
-    return HttpClient()
+def _flaw(response: Any) -> str:
+    """What makes a reply of status 200 useless; nothing, if it holds text."""
+    try:
+        text = response.json()["choices"][0]["message"]["content"]
+    except (ValueError, RecursionError):
+        return "not valid JSON"
+    except (LookupError, TypeError):
+        return "no choices in the reply"
+    return "" if isinstance(text, str) else "no text in the reply"
 
 
 def _address(url: str) -> tuple[str, dict[str, str], str]:
@@ -338,11 +336,6 @@ def _tries(error: openai.APIError) -> str:
 
 def _first_line(text: str) -> str:
     return (text.splitlines() or [""])[0].strip()[:200]
-
-
-def _count(tokens: object) -> int:
-    """A number of tokens as a server gives it, which may be anything."""
-    return tokens if isinstance(tokens, int) and tokens > 0 else 0
 
 
 def _thousands(count: int) -> str:
