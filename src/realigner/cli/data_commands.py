@@ -10,6 +10,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+from typer import Argument, Option
 
 from realigner.cli.options import Force, Json, Seed, Trust, print_json, short
 from realigner.errors import RealignerError, UsageError
@@ -21,25 +22,25 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Tone datasets: make, import and check them.", no_args_is_help=True)
 
 REWRITERS = ("template", "host", "openai")
-ToneName = Annotated[str, typer.Option(help="A built-in tone (see: realigner data tones), or a TOML file.")]
-Squad = Annotated[Path, typer.Option(help="A SQuAD 1.1 or 2.0 file.")]
-on_host = partial(typer.Option, rich_help_panel="Rewriter host")
-on_endpoint = partial(typer.Option, rich_help_panel="Rewriter openai")
+ToneName = Annotated[str, Option(help="A built-in tone (see: realigner data tones), or a TOML file.")]
+Squad = Annotated[Path, Option(help="A SQuAD 1.1 or 2.0 file.")]
+on_host = partial(Option, rich_help_panel="Rewriter host")
+on_endpoint = partial(Option, rich_help_panel="Rewriter openai")
 
 
 @app.command()
 def build(
     squad: Squad,
     tone: ToneName,
-    rewriter: Annotated[str, typer.Option(help="template (offline), host, or openai (an endpoint).")] = "template",
-    out: Annotated[Optional[Path], typer.Option(help="The JSONL file; TONE.jsonl by default.")] = None,
-    sample: Annotated[Optional[int], typer.Option(help="Only so many questions, drawn by the seed.", min=1)] = None,
-    attempts: Annotated[int, typer.Option(help="Replies asked for a question at most.", min=1, max=100)] = 3,
-    give_up: Annotated[bool, typer.Option("--give-up", help="Finish without questions that get no reply.")] = False,
-    scorer: Annotated[Optional[Path], typer.Option(help="A scorer (data scorer) that judges the tone.")] = None,
-    temperature: Annotated[float, typer.Option(help="Of the sampling; host and openai.", min=0, max=10)] = 0.9,
-    top_p: Annotated[float, typer.Option(help="Of the sampling; host and openai.", min=0, max=1)] = 0.7,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply; host and openai.", min=1)] = 120,
+    rewriter: Annotated[str, Option(help="template (offline), host, or openai (an endpoint).")] = "template",
+    out: Annotated[Optional[Path], Option(help="The JSONL file; TONE.jsonl by default.")] = None,
+    sample: Annotated[Optional[int], Option(help="Only so many questions, drawn by the seed.", min=1)] = None,
+    attempts: Annotated[int, Option(help="Replies asked for a question at most.", min=1, max=100)] = 3,
+    give_up: Annotated[bool, Option("--give-up", help="Finish without questions that get no reply.")] = False,
+    scorer: Annotated[Optional[Path], Option(help="A scorer (data scorer) that judges the tone.")] = None,
+    temperature: Annotated[float, Option(help="Of the sampling; host and openai.", min=0, max=10)] = 0.9,
+    top_p: Annotated[float, Option(help="Of the sampling; host and openai.", min=0, max=1)] = 0.7,
+    max_new_tokens: Annotated[int, Option(help="Tokens of a reply; host and openai.", min=1)] = 120,
     host: Annotated[str, on_host(help="The embedded default, a hub id, a folder, or a .gguf file.")] = "smollm2-135m-instruct",
     batch_size: Annotated[int, on_host(help="Replies at a time.", min=1)] = 32,
     dtype: Annotated[str, on_host(help="float32, bfloat16, float16, or auto.")] = "auto",
@@ -115,20 +116,20 @@ def build(
 
 @app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(help="CSV, JSONL, JSON or Parquet file, a dataset's folder, or its hub id.")],
-    out: Annotated[Optional[Path], typer.Option(help="The JSONL file to write.")] = None,
-    tone: Annotated[Optional[str], typer.Option(help="Of all rows, whatever the data says; may be a tone's TOML file.")] = None,
+    source: Annotated[str, Argument(help="CSV, JSONL, JSON or Parquet file, a dataset's folder, or its hub id.")],
+    out: Annotated[Optional[Path], Option(help="The JSONL file to write.")] = None,
+    tone: Annotated[Optional[str], Option(help="Of all rows, whatever the data says; may be a tone's TOML file.")] = None,
     columns: Annotated[
-        Optional[list[str]], typer.Option("--map", help="FIELD=COLUMN, e.g. question=prompt; may be repeated.")
+        Optional[list[str]], Option("--map", help="FIELD=COLUMN, e.g. question=prompt; may be repeated.")
     ] = None,
-    split: Annotated[Optional[str], typer.Option(help="Of a Hugging Face dataset; all by default.")] = None,
-    squad: Annotated[Optional[Path], typer.Option(help="The SQuAD file the questions come from.")] = None,
-    check_replies: Annotated[bool, typer.Option("--gate/--no-gate", help="Reject bad replies, with a reason.")] = True,
+    split: Annotated[Optional[str], Option(help="Of a Hugging Face dataset; all by default.")] = None,
+    squad: Annotated[Optional[Path], Option(help="The SQuAD file the questions come from.")] = None,
+    check_replies: Annotated[bool, Option("--gate/--no-gate", help="Reject bad replies, with a reason.")] = True,
     to_hf: Annotated[
-        Optional[Path], typer.Option(help="Also write a Hugging Face DatasetDict: train, validation, test, split by group.")
+        Optional[Path], Option(help="Also write a Hugging Face DatasetDict: train, validation, test, split by group.")
     ] = None,
-    validation: Annotated[float, typer.Option(help="Share of rows for validation in --to-hf.", min=0, max=0.9)] = 0.05,
-    test: Annotated[float, typer.Option(help="Share of rows for test in --to-hf.", min=0, max=0.9)] = 0.05,
+    validation: Annotated[float, Option(help="Share of rows for validation in --to-hf.", min=0, max=0.9)] = 0.05,
+    test: Annotated[float, Option(help="Share of rows for test in --to-hf.", min=0, max=0.9)] = 0.05,
     seed: Seed = 42,
     force: Force = False,
     as_json: Json = False,
@@ -180,13 +181,13 @@ def import_(
 
 @app.command()
 def check(
-    path: Annotated[str, typer.Argument(help="A JSONL file of rows, or 'authored'.")],
-    tone: Annotated[Optional[str], typer.Option(help="Only the rows of this tone.")] = None,
+    path: Annotated[str, Argument(help="A JSONL file of rows, or 'authored'.")],
+    tone: Annotated[Optional[str], Option(help="Only the rows of this tone.")] = None,
     host: Annotated[
-        Optional[str], typer.Option(help="Whose tokens to count; the embedded host's by default.", show_default=False)
+        Optional[str], Option(help="Whose tokens to count; the embedded host's by default.", show_default=False)
     ] = None,
-    against: Annotated[Optional[Path], typer.Option(help="Rows of another tone, to tell this one from.")] = None,
-    html: Annotated[Optional[Path], typer.Option(help="Also write a page with histograms.")] = None,
+    against: Annotated[Optional[Path], Option(help="Rows of another tone, to tell this one from.")] = None,
+    html: Annotated[Optional[Path], Option(help="Also write a page with histograms.")] = None,
     seed: Seed = 42,
     trust_remote_code: Trust = False,
     force: Force = False,
@@ -255,8 +256,8 @@ def tones(as_json: Json = False) -> None:
 
 @app.command()
 def scorer(
-    paths: Annotated[list[str], typer.Argument(help="JSONL files of rows, of two tones or more; or 'authored'.")],
-    out: Annotated[Path, typer.Option(help="The scorer, a .skops file.")],
+    paths: Annotated[list[str], Argument(help="JSONL files of rows, of two tones or more; or 'authored'.")],
+    out: Annotated[Path, Option(help="The scorer, a .skops file.")],
     seed: Seed = 42,
     force: Force = False,
     as_json: Json = False,

@@ -157,9 +157,6 @@ def to_hf(
     return {name: len(part) for name, part in parts.items()}
 
 
-# --- columns ------------------------------------------------------------------------------------------------------------
-
-
 def _check_fields(mapping: Mapping[str, str]) -> None:
     for key in mapping:
         if key not in FIELDS:
@@ -187,9 +184,6 @@ def _columns(table: Table, mapping: Mapping[str, str], tone: str | None) -> dict
         if table.columns.count(column) > 1:
             raise RealignerError(f"{table.place}: has column {column!r} more than once; rename one")
     return {key: column for key, column in columns.items() if column in table.columns}
-
-
-# --- rows ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass

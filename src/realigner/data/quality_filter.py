@@ -129,7 +129,11 @@ class QualityFilter:
         kept = keeps_fact(fact.answer, text)
         if _REFUSAL.search(plain) or (not kept and _EVASION.search(plain)):
             return "refusal"
-        if _ECHO.search(plain) or self._echoes(fact, plain):
+        # Whether a reply begins with its question, holds all of a long one, or eight words of the instruction in a row.
+        said, question = _WORD.findall(plain), _WORD.findall(fact.question.casefold().replace("’", "'"))  # noqa: RUF001
+        within = len(question) >= 7 and f" {' '.join(question)} " in f" {' '.join(said)} "
+        echoes = within or said[: len(question)] == question or not self._instruction.isdisjoint(_runs(plain))
+        if _ECHO.search(plain) or echoes:
             return "prompt echoed"
         if _DIRECTIONS.search(plain):
             return "stage directions"
@@ -142,13 +146,6 @@ class QualityFilter:
         if not kept:
             return "fact lost"
         return "wrong language" if self._foreign(fact, text) else ""
-
-    def _echoes(self, fact: Fact, plain: str) -> bool:
-        """Whether a reply begins with its question, holds all of a long one, or eight words of the instruction in a row."""
-        words = _WORD.findall(plain)
-        question = _WORD.findall(fact.question.casefold().replace("’", "'"))  # noqa: RUF001
-        within = len(question) >= 7 and f" {' '.join(question)} " in f" {' '.join(words)} "
-        return within or words[: len(question)] == question or not self._instruction.isdisjoint(_runs(plain))
 
     def _foreign(self, fact: Fact, text: str) -> bool:
         if self.tone.language == "any":

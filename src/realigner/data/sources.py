@@ -72,9 +72,6 @@ def open_table(source: str | Path, split: str | None = None, generic: bool = Fal
     return reader(path, generic)
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
 def _bytes(path: Path) -> bytes:
     data = read_bytes(path)
     if not data.strip():
@@ -90,11 +87,8 @@ def _csv(path: Path, generic: bool, delimiter: str = ",") -> Table:
         return _reference(path, text, header)
 
     def read(_: Collection[str]) -> Iterator[Record]:
-        number = 0
-        for line, cells in _numbered(reader, path):
-            if not cells:
-                continue  # a blank line
-            number += 1
+        rows = ((line, cells) for line, cells in _numbered(reader, path) if cells)  # others are blank lines
+        for number, (line, cells) in enumerate(rows, start=1):
             wrong = len(cells) != len(header)
             fault = f"{len(cells)} field(s) where the header has {len(header)}" if wrong else ""
             yield Record(f"{path}:{line}", str(number), dict(zip(header, cells, strict=False)), fault)
@@ -121,23 +115,20 @@ def _reference(path: Path, text: str, header: list[str]) -> Table:
     lines = [line.removesuffix("\r") for line in (text if "\n" in text else text.replace("\r", "\n")).split("\n")]
     column = header.index("text")
 
-    def record(line: int, number: int, fields: list[str] | None, raw: str) -> Record:
-        where, index = f"{path}:{line + 1}", fields[0].strip() if fields else ""
-        if fields is None or not (index.isascii() and index.isdigit()):
-            fault = (
-                "its quotes or commas are broken" if fields is None and raw[:1].isdigit() else "does not begin with an index"
-            )
-            return Record(where, str(number), {"text": raw.strip()}, fault)
-        question, reply = question_and_reply(fields[column])
-        fault = "" if question and reply else "question is empty" if reply else "reply is empty"
-        if not question and not reply:
-            fault = "no three spaces between question and reply"
-        values = {**dict(zip(header, fields, strict=True)), "question": question, "text": reply}
-        return Record(where, index[:20], {"text": fields[column]} if fault else values, fault)
-
     def read(_: Collection[str]) -> Iterator[Record]:
         for number, (line, fields, raw) in enumerate(reference_records(lines, len(header)), start=1):
-            yield record(line, number, fields, raw)
+            where, index = f"{path}:{line + 1}", fields[0].strip() if fields else ""
+            if fields is None or not (index.isascii() and index.isdigit()):
+                broken = fields is None and raw[:1].isdigit()
+                fault = "its quotes or commas are broken" if broken else "does not begin with an index"
+                yield Record(where, str(number), {"text": raw.strip()}, fault)
+                continue
+            question, reply = question_and_reply(fields[column])
+            fault = "" if question and reply else "question is empty" if reply else "reply is empty"
+            if not question and not reply:
+                fault = "no three spaces between question and reply"
+            values = {**dict(zip(header, fields, strict=True)), "question": question, "text": reply}
+            yield Record(where, index[:20], {"text": fields[column]} if fault else values, fault)
 
     return Table(str(path), ("question", *header[1:]), read)
 
@@ -150,20 +141,16 @@ def _json(path: Path, _: bool) -> Table:
     else:
         lines = enumerate(data.split(b"\n"), start=1)
         found = [(f"{path}:{number}", parsed(line, path, number)) for number, line in lines if line.strip()]
-    columns: dict[str, None] = {}
     for where, value in found:
         if not isinstance(value, dict):
             raise RealignerError(f"{where}: a row is a JSON object, not {type(value).__name__}")
-        columns.update(dict.fromkeys(value))
+    columns = dict.fromkeys(key for _, value in found for key in value)
 
     def read(_: Collection[str]) -> Iterator[Record]:
         for number, (where, value) in enumerate(found, start=1):
             yield Record(where, str(number), value)
 
     return Table(str(path), tuple(columns), read)
-
-
-# --- Arrow --------------------------------------------------------------------------------------------------------------
 
 
 def _parquet(path: Path, _: bool) -> Table:

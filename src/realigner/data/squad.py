@@ -62,9 +62,9 @@ def read_squad(path: str | Path, skipped: Skipped | None = None) -> Iterator[Fac
         for fact in _facts(article, number, f"{path}: article {number}", skipped):
             if fact.id in seen:
                 skipped.counts["id used before"] += 1
-                continue
-            seen.add(fact.id)
-            yield fact
+            else:
+                seen.add(fact.id)
+                yield fact
 
 
 def _articles(path: Path) -> Iterator[Any]:

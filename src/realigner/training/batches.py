@@ -102,22 +102,19 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) ->
     return Prepared(rows, split, train, validation, cut)
 
 
+@dataclass(eq=False)
 class SeededLengthSampler(Sampler[int]):
     """Rows in an order that depends on the seed and the epoch and on nothing else, rows of like length side by side.
 
     The rows are shuffled, dealt into pools of 50 batches, sorted by length within each, and cut into batches, whose order is
     shuffled. The incomplete last batch is dropped; which rows varies by epoch. (transformers' LengthGroupedSampler leaves the
     batches of a pool sorted, and draws from the global random state.)
-
-    Args:
-        lengths: tokens of each row.
-        batch_size: rows a step, over all processes.
-        seed: of the order.
-        epoch: gives the number of the epoch that begins.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
+    lengths: Sequence[int]  # tokens of each row
+    batch_size: int  # rows a step, over all processes
+    seed: int  # of the order
+    epoch: Callable[[], int]  # gives the number of the epoch that begins
 
     def __len__(self) -> int:
         return len(self.lengths) // self.batch_size * self.batch_size
@@ -135,11 +132,11 @@ class SeededLengthSampler(Sampler[int]):
             yield from batches[at]
 
 
+@dataclass(eq=False)
 class EncodedRows(Dataset[dict[str, Any]]):
     """Encoded rows, each with its number, so that a step can name its rows."""
 
-    def __init__(self, encoded: Sequence[dict[str, list[int]]]) -> None:
-        self.encoded = encoded
+    encoded: Sequence[dict[str, list[int]]]
 
     def __len__(self) -> int:
         return len(self.encoded)

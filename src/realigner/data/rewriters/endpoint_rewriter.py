@@ -51,38 +51,25 @@ _GRACE = 1.5  # seconds for the thread to end: it does at once, unless a name is
 class EndpointRewriter:
     """Asks a language model behind an OpenAI-compatible endpoint (OpenAI, vLLM, llama.cpp, Ollama, ...).
 
-    Args:
-        tone: what the model is told.
-        endpoint: base URL, such as ``http://localhost:8000/v1``; None for ``OPENAI_BASE_URL``, else OpenAI's own.
-        model: its name at the endpoint.
-        seed: another seed, other replies, as far as the endpoint honours it.
-        concurrency: requests in flight as long as there is work.
-        requests_per_minute: at most, evenly spaced, retries included; None for no limit.
-        timeout: seconds for one attempt, from connecting to the last byte read.
-        retries: attempts after the first one, for everything that may pass (429, 5xx, time-outs, broken replies).
-        temperature, top_p, max_tokens: of sampling, as the endpoint understands them.
-        price_in, price_out: dollars per million tokens, for `cost`; None for no cost.
-        key_env: the environment variable that holds the key; it may be unset if an endpoint is given.
-
     Raises:
         UsageError: naming the value that is out of range, or the variable to set.
         RealignerError: when the openai package is missing.
     """
 
-    tone: Tone
-    endpoint: str | None
-    model: str
-    seed: int = 42
-    concurrency: int = 8
-    requests_per_minute: int | None = None
-    timeout: float = 60.0
-    retries: int = 5
-    temperature: float = 0.9
+    tone: Tone  # what the model is told
+    endpoint: str | None  # base URL, such as ``http://localhost:8000/v1``; None for ``OPENAI_BASE_URL``, else OpenAI's own
+    model: str  # its name at the endpoint
+    seed: int = 42  # another seed, other replies, as far as the endpoint honours it
+    concurrency: int = 8  # requests in flight as long as there is work
+    requests_per_minute: int | None = None  # at most, evenly spaced, retries included; None for no limit
+    timeout: float = 60.0  # seconds for one attempt, from connecting to the last byte read
+    retries: int = 5  # attempts after the first one, for everything that may pass (429, 5xx, time-outs, broken replies)
+    temperature: float = 0.9  # temperature, top_p, max_tokens: of sampling, as the endpoint understands them
     top_p: float = 0.7
     max_tokens: int = 210
-    price_in: float | None = None
+    price_in: float | None = None  # price_in, price_out: dollars per million tokens, for `cost`; None for no cost
     price_out: float | None = None
-    key_env: str = "OPENAI_API_KEY"
+    key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; it may be unset if an endpoint is given
 
     def __post_init__(self) -> None:
         if not self.model:

@@ -38,31 +38,23 @@ _PROOF = 6  # tokens that are compared with a plain forward
 class HostRewriter:
     """Asks a host for replies, with the tone's instruction and two of its examples before each fact.
 
-    Args:
-        host, tokenizer: from `load_host`.
-        tone: what is asked for.
-        seed: of the sampling.
-        temperature, top_p: of the sampling, which is among the 64 likeliest tokens at most; the paper's are 0.9 and 0.7.
-            Temperature 0 is greedy. (The paper's repetition penalty has no place in continuous batching; the quality filter
-            rejects what runs in circles, by length.)
-        max_new_tokens: of a reply; the paper's 210 is for a 7-billion-parameter host.
-        batch_size: replies in the making at a time.
-        examples: of the tone, shown before the fact.
-
     Raises:
         UsageError: for a number out of range.
         RealignerError: when replies are requested: the host gives other tokens in continuous batches than alone.
     """
 
-    host: PreTrainedModel
+    host: PreTrainedModel  # host, tokenizer: from `load_host`
     tokenizer: Any
-    tone: Tone
-    seed: int = 42
+    tone: Tone  # what is asked for
+    seed: int = 42  # of the sampling
+    # temperature, top_p: of the sampling, which is among the 64 likeliest tokens at most; the paper's are 0.9 and 0.7.
+    # Temperature 0 is greedy. (The paper's repetition penalty has no place in continuous batching; the quality filter rejects
+    # what runs in circles, by length.)
     temperature: float = 0.9
     top_p: float = 0.7
-    max_new_tokens: int = 120
-    batch_size: int = 32
-    examples: int = 2
+    max_new_tokens: int = 120  # of a reply; the paper's 210 is for a 7-billion-parameter host
+    batch_size: int = 32  # replies in the making at a time
+    examples: int = 2  # of the tone, shown before the fact
 
     def __post_init__(self) -> None:
         for name, fits in (
