@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from realigner.errors import RealignerError
@@ -19,16 +19,9 @@ from realigner.files import locked_file, made_folder
 _KIND = "journal"  # the key by which the first line of a journal is recognised
 
 
+@dataclass(eq=False)
 class AppendLog:
     """The journal of one job, open for appending and locked against other processes.
-
-    Args:
-        path: the file; made if it is not there.
-        spec: what the job is. A journal of the same job is resumed; one of another is refused.
-        restart: replace a journal of another job.
-
-    Attributes:
-        entries: what was there when it was opened.
 
     Raises:
         RealignerError: for a journal of another job, a damaged one, one in use by another process, a file that is
@@ -39,9 +32,13 @@ class AppendLog:
         ...     journal.append({"id": "1", "text": "It is the Vltava!"})
     """
 
-    def __init__(self, path: Path, spec: dict[str, Any], restart: bool = False) -> None:
-        self.path, self.spec, self.restart = path, {_KIND: 1, **spec}, restart
-        self.entries: list[dict[str, Any]] = []
+    path: Path  # made if it is not there
+    spec: dict[str, Any]  # what the job is: a journal of the same job is resumed, one of another refused
+    restart: bool = False  # replace a journal of another job
+
+    def __post_init__(self) -> None:
+        self.spec = {_KIND: 1, **self.spec}
+        self.entries: list[dict[str, Any]] = []  # what was there when it was opened
         self._handle = -1
 
     def __enter__(self) -> AppendLog:
@@ -59,7 +56,7 @@ class AppendLog:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def append(self, entry: dict[str, Any]) -> None:
@@ -79,10 +76,6 @@ class AppendLog:
                 f"{self.path}: cannot be written ({error.strerror or error}); what was done so far is kept: free some "
                 "space and run the same command again to go on"
             ) from None
-
-    def remove(self) -> None:
-        """The job is done: take the journal away."""
-        self.path.unlink(missing_ok=True)
 
     def _read(self) -> None:
         content = self.path.read_bytes()

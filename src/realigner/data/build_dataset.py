@@ -129,7 +129,7 @@ def build(
             how.pop(key)  # what depends on where and how long, and not on what was made
         write_text(beside(out, ".build.json"), json.dumps(how, ensure_ascii=False, indent=2) + "\n")
         write_rows(out, rows, rejected)  # the dataset last, so that where it is, the others are
-        journal.remove()
+        journal_path.unlink()
     return built
 
 
@@ -165,21 +165,13 @@ class _Ledger:
         self._alone: dict[tuple[str, int], str] = {}
         self._outcome: tuple[tuple[int, int], dict[str, Reply]] | None = None  # the last, and of how many replies
 
-    def judge(self, keys: Sequence[tuple[str, int]]) -> None:
-        """Filter these replies, each alone and once."""
+    def judge(self, keys: Sequence[tuple[str, int]]) -> str:
+        """Filter these replies, each alone and once; returns what share of all passes, near-duplicates not yet looked for."""
         new = [key for key in keys if key in self.replies and key not in self._alone]
         self._alone.update({key: NO_REPLY for key in new if self.replies[key].error})
         new = [key for key in new if key not in self._alone]
         pairs = [(self.facts[identity], self.replies[identity, attempt].text) for identity, attempt in new]
         self._alone.update(zip(new, self.quality_filter.alone(pairs), strict=True))
-
-    @property
-    def verified(self) -> bool:
-        """Whether the rewriter has made a reply."""
-        return any(not reply.error for reply in self.replies.values())
-
-    def passing(self) -> str:
-        """Share of the replies judged so far that pass, near-duplicates not yet looked for."""
         passed = sum(not reason for reason in self._alone.values())
         return f"{100 * passed / len(self._alone):.0f}% pass" if self._alone else ""
 
@@ -258,8 +250,9 @@ def _round(
     """Ask; each reply is in the journal before the next one is waited for."""
     waiting: list[tuple[str, int]] = []
     share = ""
+    verified = any(not reply.error for reply in ledger.replies.values())
     with (
-        closing(rewriter.rewrite(requests, verified=ledger.verified)) as replies,
+        closing(rewriter.rewrite(requests, verified)) as replies,
         progress(label, len(requests), quiet, unit="rows") as task,
     ):
         for reply in replies:
@@ -272,9 +265,8 @@ def _round(
                 ledger.replies[reply.id, reply.attempt] = reply
                 waiting.append((reply.id, reply.attempt))
             if len(waiting) == _BATCH:
-                ledger.judge(waiting)
+                share = ledger.judge(waiting)
                 waiting.clear()
-                share = ledger.passing()
             task.advance(1, "  ".join(filter(None, (share, rewriter.note()))))
 
 

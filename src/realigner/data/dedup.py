@@ -32,8 +32,7 @@ class NearDuplicates:
         '1'
     """
 
-    def __init__(self, threshold: float = THRESHOLD) -> None:
-        self.threshold = threshold
+    def __init__(self) -> None:
         self._empty = MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
         self._index = MinHashLSH(  # a band's key is of eight bytes, to keep the index small
             num_perm=_PERMUTATIONS, params=_BANDS, hashfunc=lambda key: hashlib.blake2b(key, digest_size=8).digest()
@@ -47,7 +46,7 @@ class NearDuplicates:
         minhash = self._empty.copy()
         minhash.update_batch(mine.tolist())
         for number in sorted(self._index.query(minhash)):
-            if similarity(mine, self._shingles[number]) >= self.threshold:
+            if similarity(mine, self._shingles[number]) >= THRESHOLD:
                 return self._keys[int(number)]
         self._index.insert(len(self._keys), minhash, check_duplication=False)
         self._keys.append(key)

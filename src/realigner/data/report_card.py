@@ -96,12 +96,10 @@ class ReportCard:
             ("words", f"{self.words[0]} to {self.words[2]}, median {self.words[1]}"),
         ]
         if self.tokens is not None:
-            lines.append(
-                ("tokens", f"{self.tokens[0]} to {self.tokens[2]}, median {self.tokens[1]}, with the question ({self.host})")
-            )
-        kept = (
-            "no answers are known" if self.answer_kept is None else f"word for word in {100 * self.answer_kept:.1f}% of replies"
-        )
+            low, median, high = self.tokens
+            lines.append(("tokens", f"{low} to {high}, median {median}, with the question ({self.host})"))
+        share = self.answer_kept
+        kept = "no answers are known" if share is None else f"word for word in {100 * share:.1f}% of replies"
         lines += [
             ("answer kept", kept),
             ("duplicates", f"{self.duplicates:,}"),

@@ -96,7 +96,16 @@ def _follow(ray: Any, tasks: dict[Any, Job], report: Report, stop: threading.Eve
     while pending:
         ready, pending = ray.wait(pending, timeout=0.5)
         for reference in ready:
-            _report_end(ray, reference, tasks[reference], report)
+            job = tasks[reference]
+            try:
+                report(job.name, ray.get(reference), "")
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None)  # of a RayTaskError: what the task raised
+                if isinstance(error, ray.exceptions.TaskCancelledError) or isinstance(cause, KeyboardInterrupt):
+                    report(job.name, "done" if Path(job.out).is_dir() else "stopped", "")
+                else:
+                    lost = f"its worker failed permanently ({type(error).__name__})"
+                    report(job.name, "failed", str(cause) if isinstance(error, ray.exceptions.RayTaskError) else lost)
         for reference in pending:
             job = tasks[reference]
             if job.name not in shown:
@@ -108,17 +117,3 @@ def _follow(ray: Any, tasks: dict[Any, Job], report: Report, stop: threading.Eve
             stopping = True
             for reference in pending:
                 ray.cancel(reference)
-
-
-def _report_end(ray: Any, reference: Any, job: Job, report: Report) -> None:
-    try:
-        report(job.name, ray.get(reference), "")
-    except ray.exceptions.TaskCancelledError:
-        report(job.name, "done" if Path(job.out).is_dir() else "stopped", "")
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, KeyboardInterrupt):
-            report(job.name, "done" if Path(job.out).is_dir() else "stopped", "")
-        else:
-            report(job.name, "failed", str(error.cause))
-    except ray.exceptions.RayError as error:
-        report(job.name, "failed", f"its worker failed permanently ({type(error).__name__})")

@@ -85,9 +85,8 @@ def run_sweep(
             raise KeyboardInterrupt
         stop.set()
 
-    with _settled(out, runs), StateTable(runs, out, quiet) as table, signals_to(receive):
+    with _settled(out, runs), StateTable(runs, out, quiet, workers) as table, signals_to(receive):
         jobs = _jobs(runs, out, workers)
-        table.workers = workers
         for run in runs:
             if (out / run.name).is_dir():
                 table.set(run.name, "done", "already")

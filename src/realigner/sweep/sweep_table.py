@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,21 @@ _STYLES = {"done": "green", "running": "cyan", "failed": "red", "retrying": "yel
 _ORDER = ("running", "retrying", "failed", "stopped", "waiting", "done")
 
 
+@dataclass(eq=False)
 class StateTable:
-    """What each run is doing, shown as it changes.
+    """What each run is doing, shown as it changes."""
 
-    Args:
-        runs: the sweep's.
-        out: the sweep's folder; numbers are read from the runs' own metrics.jsonl.
-        quiet: show nothing.
-    """
+    runs: Sequence[RunSpec]
+    out: Path  # the sweep's folder; numbers are read from the runs' own metrics.jsonl
+    quiet: bool = False  # show nothing
+    workers: int = 1
 
-    def __init__(self, runs: Sequence[RunSpec], out: Path, quiet: bool = False) -> None:
-        self.runs, self.out, self.quiet = runs, out, quiet
-        self.states = {run.name: "waiting" for run in runs}
-        self.workers = 1
+    def __post_init__(self) -> None:
+        self.states = {run.name: "waiting" for run in self.runs}
         self._totals: dict[str, int] = {}
-        self._labels = {run.name: run.label for run in runs}
+        self._labels = {run.name: run.label for run in self.runs}
         self._live = Live(console=console(), get_renderable=self._table, refresh_per_second=1)
-        self._screen = console().is_terminal and not quiet
+        self._screen = console().is_terminal and not self.quiet
 
     def __enter__(self) -> StateTable:
         if self._screen:

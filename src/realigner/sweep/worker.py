@@ -45,10 +45,6 @@ class Job:
         """Where the worker writes why the run failed."""
         return Path(self.log).with_suffix(".error")
 
-    def command(self) -> list[str]:
-        module = "realigner.sweep.worker"
-        return [sys.executable, "-W", "ignore", "-m", module, str(os.getpid()), self.recipe, self.out, str(self.error)]
-
 
 def work(job: Job, devices: str = "", stopping: Callable[[], bool] | None = None) -> str:
     """Train a run in a child process; returns ``done``, or ``stopped`` where `stopping` said so.
@@ -69,9 +65,11 @@ def work(job: Job, devices: str = "", stopping: Callable[[], bool] | None = None
     environment = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = devices
+    command = [sys.executable, "-W", "ignore", "-m", "realigner.sweep.worker"]
+    command += [str(os.getpid()), job.recipe, job.out, str(job.error)]
     with Path(job.log).open("ab") as log:
         process = subprocess.Popen(
-            job.command(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
         )
         code, asked = None, False
         try:

@@ -207,16 +207,13 @@ class _Run:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 runner.run(self._work())
         except BaseException as error:
-            self.failure = error
+            self.failure = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
         self.replies.put(None)
 
     async def _work(self) -> None:
-        try:
-            async with self.rewriter._client() as client, asyncio.TaskGroup() as group:
-                for _ in range(self.workers):
-                    group.create_task(self._worker(client))
-        except BaseExceptionGroup as several:
-            raise several.exceptions[0] from None
+        async with self.rewriter._client() as client, asyncio.TaskGroup() as group:
+            for _ in range(self.workers):
+                group.create_task(self._worker(client))
 
     async def _worker(self, client: openai.AsyncOpenAI) -> None:
         for request in self.pending:
