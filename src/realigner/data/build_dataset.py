@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +140,15 @@ def refuse_build(out: Path, force: bool) -> None:
         raise RealignerError(f"{out}: is not a file; give the name of a JSONL file")
     refuse_existing(out, force or beside(out, ".journal").exists(), is_rows)
 
-    def ours(path: Path) -> bool:  # empty, or of JSON objects of which the first has a key of ours
+    def ours(key: str, path: Path) -> bool:  # empty, or of JSON objects of which the first has this key
         content = path.read_bytes()[:1_000_000].decode(errors="replace").strip() if path.is_file() else "-"
         try:
-            return not content or not {"reason", "rewriter"}.isdisjoint(json.JSONDecoder().raw_decode(content)[0])
+            return not content or key in json.JSONDecoder().raw_decode(content)[0]
         except (ValueError, TypeError):
             return False
 
-    for ending in (".rejected.jsonl", ".build.json"):
-        refuse_existing(beside(out, ending), True, ours)
+    for ending, key in ((".rejected.jsonl", "reason"), (".build.json", "rewriter")):
+        refuse_existing(beside(out, ending), True, partial(ours, key))
 
 
 class _Ledger:

@@ -85,7 +85,7 @@ def checkpoint_folder(work: Path, step: int) -> Path:
 
 def checkpoint_state(path: Path) -> dict[str, Any]:
     """Trainer's own account of a checkpoint."""
-    return _object(path / STATE_FILE)
+    return _object(read_bytes(path / STATE_FILE), path / STATE_FILE)
 
 
 def locked(work: Path) -> AbstractContextManager[None]:
@@ -106,19 +106,14 @@ def finish(work: Path, out: Path) -> None:
 def read_run(folder: str | Path) -> dict[str, Any]:
     """run.json of a run's folder; empty for an adapter that was not made by `train`."""
     path = Path(folder) / RUN_FILE
-    return _object(path) if path.is_file() else {}
+    return _object(read_bytes(path), path) if path.is_file() else {}
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The numbers by step of a run's folder (``loss`` or ``validation_loss``, in nats per token); empty when it has none."""
     path = Path(folder) / METRICS_FILE
-    if not path.is_file():
-        return []
-    entries = [parsed(line, path, number) for number, line in enumerate(read_bytes(path).splitlines(), start=1)]
-    for number, entry in enumerate(entries, start=1):
-        if not isinstance(entry, dict):
-            raise RealignerError(f"{path}:{number}: not a JSON object")
-    return entries
+    lines = read_bytes(path).splitlines() if path.is_file() else []
+    return [_object(line, path, number) for number, line in enumerate(lines, start=1)]
 
 
 def cut_back(work: Path, last_step: int) -> None:
@@ -140,8 +135,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _object(path: Path) -> dict[str, Any]:
-    record = parsed(read_bytes(path), path)
+def _object(data: bytes, path: Path, line: int = 1) -> dict[str, Any]:
+    record = parsed(data, path, line)
     if not isinstance(record, dict):
-        raise RealignerError(f"{path}: not a JSON object")
+        raise RealignerError(f"{path}:{line}: not a JSON object")
     return record
