@@ -32,7 +32,59 @@ class _Request(NamedTuple):
     prompt: int
 
 
-class BatchManager:
+class HostBatchManager:
+    """transformers' manager of continuous batches, open until `close`; what goes wrong in its thread comes out of `next`.
+
+    Args:
+        host: a causal language model.
+        options: of its ``init_continuous_batching``.
+        advice: what to add to the message when a batch failed.
+
+    Raises:
+        RealignerError: when the host cannot be run in continuous batches.
+    """
+
+    def __init__(self, host: Any, *options: Any, advice: str = "") -> None:
+        self._host, self._advice = type(host).__name__, advice
+        try:
+            self._manager: ContinuousBatchingManager = host.init_continuous_batching(*options)
+        except (ValueError, AttributeError, NotImplementedError) as error:
+            raise RealignerError(f"{self._host}: cannot be run in continuous batches ({_line(error)})") from None
+        self.queue = self._manager.add_request  # transformers' own
+
+    def start(self, processors: ContinuousBatchingLogitsProcessorList | None = None) -> None:
+        """Begin to answer requests, with these logits processors instead of transformers' own if given."""
+        if processors is not None:
+            self._manager.logit_processor = processors
+        logger = logging.getLogger(_LOG)
+        self._level = logger.level
+        logger.setLevel(logging.CRITICAL + 1)
+        self._manager.start()
+
+    def next(self) -> GenerationOutput:
+        """Wait for the next finished request (for the next token of any, where requests are streamed).
+
+        Raises:
+            RealignerError: when the batch failed.
+        """
+        while True:
+            result = self._manager.get_result(timeout=1)
+            error = self._manager.background_thread_status.fatal_error or (result and result.error)
+            if error or (result is None and not self._manager.is_running()):
+                raise RealignerError(f"{self._host}: continuous batching failed ({_line(error or 'it ended')}){self._advice}")
+            if result is not None:
+                return result
+
+    def close(self) -> None:
+        """Stop at once, whatever is under way, and give the host its attention back."""
+        try:
+            self._manager.stop(block=True, timeout=30, hard_stop=True)
+            self._manager.destroy()
+        finally:
+            logging.getLogger(_LOG).setLevel(self._level)
+
+
+class BatchManager(HostBatchManager):
     """transformers' manager of continuous batches, with a strength, IRMs and `where` for each request.
 
     A request gives the tokens that it gives alone. While the manager is open the host runs with paged attention: let nothing
@@ -66,12 +118,11 @@ class BatchManager:
     ) -> None:
         self._tuner = tuner
         host = tuner.model
-        self._host = type(host).__name__
         if tuner.settings.observers:
             raise UsageError("record: continuous batches cannot be recorded, their rows are not texts; use generate")
         if getattr(host, "_cached_continuous_batching_manager", None) is not None:
             raise RealignerError(
-                f"{self._host}: keeps an earlier manager; call its destroy_cached_continuous_batching_manager()"
+                f"{type(host).__name__}: keeps an earlier manager; call its destroy_cached_continuous_batching_manager()"
             )
         config = ContinuousBatchingConfig() if batching_config is None else batching_config
         config = replace(config, allow_block_sharing=False, use_async_batching=False)
@@ -79,18 +130,11 @@ class BatchManager:
         if hints is not None:
             reply = hints[1] or (generation_config or host.generation_config).max_new_tokens or 0
             sizes = WorkloadHints(max_prompt_length=hints[0], max_generated_length=reply, num_requests=hints[2])
-        try:
-            self._manager: ContinuousBatchingManager = host.init_continuous_batching(generation_config, config, sizes)
-        except (ValueError, AttributeError, NotImplementedError) as error:
-            raise RealignerError(f"{self._host}: cannot be run in continuous batches ({_line(error)})") from None
+        super().__init__(host, generation_config, config, sizes)
         self.replies: int = self._manager.num_return_sequences
-        self._manager.logit_processor = _BeforeForward(self._manager.logit_processor, self._write)
         self._requests: dict[str, _Request] = {}
         self._strengths: dict[str, torch.Tensor] = {}
-        logger = logging.getLogger(_LOG)
-        self._level = logger.level
-        logger.setLevel(logging.CRITICAL + 1)
-        self._manager.start()
+        self.start(_BeforeForward(self._manager.logit_processor, self._write))
 
     def add_request(
         self,
@@ -126,30 +170,8 @@ class BatchManager:
                 request_id = f"request_{self._manager._request_counter}"
                 self._manager._request_counter += 1
         self._requests[request_id] = _Request(strengths, settings.where, len(input_ids))
-        self._manager.add_request(list(input_ids), request_id, **options)
+        self.queue(list(input_ids), request_id, **options)
         return request_id
-
-    def next(self) -> GenerationOutput:
-        """Wait for the next finished request (for the next token of any, where requests are streamed).
-
-        Raises:
-            RealignerError: when the batch failed.
-        """
-        while True:
-            result = self._manager.get_result(timeout=1)
-            error = self._manager.background_thread_status.fatal_error or (result and result.error)
-            if error or (result is None and not self._manager.is_running()):
-                raise RealignerError(f"{self._host}: continuous batching failed ({_line(error or 'it ended')})")
-            if result is not None:
-                return result
-
-    def close(self) -> None:
-        """Stop at once, whatever is under way, and give the host its attention back."""
-        try:
-            self._manager.stop(block=True, timeout=30, hard_stop=True)
-            self._manager.destroy()
-        finally:
-            logging.getLogger(_LOG).setLevel(self._level)
 
     def __enter__(self) -> BatchManager:
         return self

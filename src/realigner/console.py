@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +29,18 @@ def console() -> Console:
 def say(text: str) -> None:
     """One line for people, on standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def signals_to(receive: Callable[[int, Any], None]) -> Iterator[None]:
+    """Have SIGTERM and SIGINT call `receive` while the block runs (in the main thread; elsewhere they cannot be taken)."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT) if main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Task:

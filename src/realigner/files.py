@@ -1,8 +1,10 @@
-"""Writing so that nothing is half-written and nothing is overwritten unasked."""
+"""Writing so that nothing is half-written or overwritten unasked; reading so that what is wrong is one line with the place."""
 
 from __future__ import annotations
 
+import codecs
 import glob
+import json
 import os
 import shutil
 import tempfile
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from realigner.errors import RealignerError
 
@@ -119,6 +122,41 @@ def made_folder(path: str | Path) -> Path:
     with _named(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """A file's content, without a byte order mark.
+
+    Raises:
+        RealignerError: when it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def decoded(data: bytes, path: str | Path, line: int = 1) -> str:
+    """Text of `data`, which begins at `line` of a file; a RealignerError that names the line when it is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        byte = error.start - (data.rfind(b"\n", 0, error.start) + 1) + 1
+        raise RealignerError(f"{path}:{line}: not UTF-8 text (byte {byte} of the line); save the file as UTF-8") from None
+
+
+def parsed(data: bytes, path: str | Path, line: int = 1) -> Any:
+    """The JSON value of `data`, which begins at `line` of a file; a RealignerError that names the line when it has none."""
+    try:
+        return json.loads(decoded(data, path, line))
+    except json.JSONDecodeError as error:
+        where = f"{path}:{line + error.lineno - 1}"
+        raise RealignerError(f"{where}: not valid JSON (column {error.colno}: {error.msg})") from None
+    except RecursionError:
+        raise RealignerError(f"{path}:{line}: JSON nested too deeply; a row is one flat object") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise RealignerError(f"{path}:{line}: not JSON that can be read ({' '.join(str(error).split())[:160]})") from None
 
 
 def _open_up(folder: Path) -> None:

@@ -201,9 +201,14 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         if not self._generators:
             seeds = [self.seed * 1_000_003 + self.first_row + row for row in range(len(scores))]
             self._generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
-        draws = [torch.rand(scores.shape[-1], generator=generator, dtype=torch.float64) for generator in self._generators]
-        noise = -torch.log(-torch.log(torch.stack(draws).clamp(1e-12, 1 - 1e-12)))
-        return scores.float() / self.temperature + noise.float().to(scores.device)
+        noise = torch.stack([gumbel(scores.shape[-1], generator) for generator in self._generators])
+        return scores.float() / self.temperature + noise.to(scores.device)
+
+
+def gumbel(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Gumbel noise ``[count]`` on the CPU: the largest of log-probabilities plus it is a sample of them."""
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    return -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12))).float()
 
 
 def encode_prompts(

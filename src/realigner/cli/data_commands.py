@@ -4,66 +4,57 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+from typer import Argument, Option
 
 from realigner.cli.options import Force, Json, Seed, Trust, print_json, short
 from realigner.errors import RealignerError, UsageError
 
 if TYPE_CHECKING:
-    from realigner.data import Fact, ReportCard, Row
+    from realigner.data import Fact, Row
     from realigner.data.rewriters import Rewriter
 
 app = typer.Typer(help="Tone datasets: make, import and check them.", no_args_is_help=True)
 
 REWRITERS = ("template", "host", "openai")
-ToneName = Annotated[str, typer.Option(help="A built-in tone (see: realigner data tones), or a TOML file.")]
-Squad = Annotated[Path, typer.Option(help="A SQuAD 1.1 or 2.0 file.")]
-OnHost, OnEndpoint = "Rewriter host", "Rewriter openai"
+ToneName = Annotated[str, Option(help="A built-in tone (see: realigner data tones), or a TOML file.")]
+Squad = Annotated[Path, Option(help="A SQuAD 1.1 or 2.0 file.")]
+on_host = partial(Option, rich_help_panel="Rewriter host")
+on_endpoint = partial(Option, rich_help_panel="Rewriter openai")
 
 
 @app.command()
 def build(
     squad: Squad,
     tone: ToneName,
-    rewriter: Annotated[str, typer.Option(help="template (offline), host, or openai (an endpoint).")] = "template",
-    out: Annotated[Optional[Path], typer.Option(help="The JSONL file; TONE.jsonl by default.")] = None,
-    sample: Annotated[Optional[int], typer.Option(help="Only so many questions, drawn by the seed.", min=1)] = None,
-    attempts: Annotated[int, typer.Option(help="Replies asked for a question at most.", min=1, max=100)] = 3,
-    give_up: Annotated[bool, typer.Option("--give-up", help="Finish without questions that get no reply.")] = False,
-    scorer: Annotated[Optional[Path], typer.Option(help="A scorer (data scorer) that judges the tone.")] = None,
-    temperature: Annotated[float, typer.Option(help="Of the sampling; host and openai.", min=0, max=10)] = 0.9,
-    top_p: Annotated[float, typer.Option(help="Of the sampling; host and openai.", min=0, max=1)] = 0.7,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply; host and openai.", min=1)] = 120,
-    host: Annotated[
-        str, typer.Option(help="The embedded default, a hub id, a folder, or a .gguf file.", rich_help_panel=OnHost)
-    ] = "smollm2-135m-instruct",
-    batch_size: Annotated[int, typer.Option(help="Replies at a time.", min=1, rich_help_panel=OnHost)] = 32,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.", rich_help_panel=OnHost)] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps, ..., or auto.", rich_help_panel=OnHost)] = "auto",
+    rewriter: Annotated[str, Option(help="template (offline), host, or openai (an endpoint).")] = "template",
+    out: Annotated[Optional[Path], Option(help="The JSONL file; TONE.jsonl by default.")] = None,
+    sample: Annotated[Optional[int], Option(help="Only so many questions, drawn by the seed.", min=1)] = None,
+    attempts: Annotated[int, Option(help="Replies asked for a question at most.", min=1, max=100)] = 3,
+    give_up: Annotated[bool, Option("--give-up", help="Finish without questions that get no reply.")] = False,
+    scorer: Annotated[Optional[Path], Option(help="A scorer (data scorer) that judges the tone.")] = None,
+    temperature: Annotated[float, Option(help="Of the sampling; host and openai.", min=0, max=10)] = 0.9,
+    top_p: Annotated[float, Option(help="Of the sampling; host and openai.", min=0, max=1)] = 0.7,
+    max_new_tokens: Annotated[int, Option(help="Tokens of a reply; host and openai.", min=1)] = 120,
+    host: Annotated[str, on_host(help="The embedded default, a hub id, a folder, or a .gguf file.")] = "smollm2-135m-instruct",
+    batch_size: Annotated[int, on_host(help="Replies at a time.", min=1)] = 32,
+    dtype: Annotated[str, on_host(help="float32, bfloat16, float16, or auto.")] = "auto",
+    device: Annotated[str, on_host(help="cpu, cuda, mps, ..., or auto.")] = "auto",
     trust_remote_code: Trust = False,
-    endpoint: Annotated[
-        Optional[str], typer.Option(help="Base URL, e.g. http://127.0.0.1:8000/v1.", rich_help_panel=OnEndpoint)
-    ] = None,
-    model: Annotated[Optional[str], typer.Option(help="The endpoint's model.", rich_help_panel=OnEndpoint)] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests at a time.", min=1, rich_help_panel=OnEndpoint)] = 8,
-    requests_per_minute: Annotated[
-        Optional[int], typer.Option(help="No more than that.", min=1, rich_help_panel=OnEndpoint)
-    ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for a reply.", rich_help_panel=OnEndpoint)] = 60.0,
-    retries: Annotated[int, typer.Option(help="Of a failed request.", min=0, rich_help_panel=OnEndpoint)] = 5,
-    price_in: Annotated[
-        Optional[float], typer.Option(help="Dollars per million tokens read.", rich_help_panel=OnEndpoint)
-    ] = None,
-    price_out: Annotated[
-        Optional[float], typer.Option(help="Dollars per million tokens written.", rich_help_panel=OnEndpoint)
-    ] = None,
-    key_env: Annotated[
-        str, typer.Option(help="Environment variable that holds the key.", rich_help_panel=OnEndpoint)
-    ] = "OPENAI_API_KEY",
+    endpoint: Annotated[Optional[str], on_endpoint(help="Base URL, e.g. http://127.0.0.1:8000/v1.")] = None,
+    model: Annotated[Optional[str], on_endpoint(help="The endpoint's model.")] = None,
+    concurrency: Annotated[int, on_endpoint(help="Requests at a time.", min=1)] = 8,
+    requests_per_minute: Annotated[Optional[int], on_endpoint(help="No more than that.", min=1)] = None,
+    timeout: Annotated[float, on_endpoint(help="Seconds to wait for a reply.")] = 60.0,
+    retries: Annotated[int, on_endpoint(help="Of a failed request.", min=0)] = 5,
+    price_in: Annotated[Optional[float], on_endpoint(help="Dollars per million tokens read.")] = None,
+    price_out: Annotated[Optional[float], on_endpoint(help="Dollars per million tokens written.")] = None,
+    key_env: Annotated[str, on_endpoint(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
     seed: Seed = 42,
     force: Force = False,
     as_json: Json = False,
@@ -124,20 +115,20 @@ def build(
 
 @app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(help="CSV, JSONL, JSON or Parquet file, a dataset's folder, or its hub id.")],
-    out: Annotated[Optional[Path], typer.Option(help="The JSONL file to write.")] = None,
-    tone: Annotated[Optional[str], typer.Option(help="Of all rows, whatever the data says; may be a tone's TOML file.")] = None,
+    source: Annotated[str, Argument(help="CSV, JSONL, JSON or Parquet file, a dataset's folder, or its hub id.")],
+    out: Annotated[Optional[Path], Option(help="The JSONL file to write.")] = None,
+    tone: Annotated[Optional[str], Option(help="Of all rows, whatever the data says; may be a tone's TOML file.")] = None,
     columns: Annotated[
-        Optional[list[str]], typer.Option("--map", help="FIELD=COLUMN, e.g. question=prompt; may be repeated.")
+        Optional[list[str]], Option("--map", help="FIELD=COLUMN, e.g. question=prompt; may be repeated.")
     ] = None,
-    split: Annotated[Optional[str], typer.Option(help="Of a Hugging Face dataset; all by default.")] = None,
-    squad: Annotated[Optional[Path], typer.Option(help="The SQuAD file the questions come from.")] = None,
-    check_replies: Annotated[bool, typer.Option("--gate/--no-gate", help="Reject bad replies, with a reason.")] = True,
+    split: Annotated[Optional[str], Option(help="Of a Hugging Face dataset; all by default.")] = None,
+    squad: Annotated[Optional[Path], Option(help="The SQuAD file the questions come from.")] = None,
+    check_replies: Annotated[bool, Option("--gate/--no-gate", help="Reject bad replies, with a reason.")] = True,
     to_hf: Annotated[
-        Optional[Path], typer.Option(help="Also write a Hugging Face DatasetDict: train, validation, test, split by group.")
+        Optional[Path], Option(help="Also write a Hugging Face DatasetDict: train, validation, test, split by group.")
     ] = None,
-    validation: Annotated[float, typer.Option(help="Share of rows for validation in --to-hf.", min=0, max=0.9)] = 0.05,
-    test: Annotated[float, typer.Option(help="Share of rows for test in --to-hf.", min=0, max=0.9)] = 0.05,
+    validation: Annotated[float, Option(help="Share of rows for validation in --to-hf.", min=0, max=0.9)] = 0.05,
+    test: Annotated[float, Option(help="Share of rows for test in --to-hf.", min=0, max=0.9)] = 0.05,
     seed: Seed = 42,
     force: Force = False,
     as_json: Json = False,
@@ -172,10 +163,8 @@ def import_(
     if out is not None:
         write_rows(out, rows, rejected)
     if as_json:
-        place = None if out is None else str(out)
-        print_json(
-            {"path": place, "rows": len(rows), "rejected": len(rejected), "reasons": reasons, "splits": splits, "found": found}
-        )
+        counts = {"rows": len(rows), "rejected": len(rejected), "reasons": reasons}
+        print_json({"path": None if out is None else str(out), **counts, "splits": splits, "found": found})
         return
     print(f"{source}: {len(rows)} rows, {len(rejected)} rejected")
     if found is not None:
@@ -190,13 +179,13 @@ def import_(
 
 @app.command()
 def check(
-    path: Annotated[str, typer.Argument(help="A JSONL file of rows, or 'authored'.")],
-    tone: Annotated[Optional[str], typer.Option(help="Only the rows of this tone.")] = None,
+    path: Annotated[str, Argument(help="A JSONL file of rows, or 'authored'.")],
+    tone: Annotated[Optional[str], Option(help="Only the rows of this tone.")] = None,
     host: Annotated[
-        Optional[str], typer.Option(help="Whose tokens to count; the embedded host's by default.", show_default=False)
+        Optional[str], Option(help="Whose tokens to count; the embedded host's by default.", show_default=False)
     ] = None,
-    against: Annotated[Optional[Path], typer.Option(help="Rows of another tone, to tell this one from.")] = None,
-    html: Annotated[Optional[Path], typer.Option(help="Also write a page with histograms.")] = None,
+    against: Annotated[Optional[Path], Option(help="Rows of another tone, to tell this one from.")] = None,
+    html: Annotated[Optional[Path], Option(help="Also write a page with histograms.")] = None,
     seed: Seed = 42,
     trust_remote_code: Trust = False,
     force: Force = False,
@@ -207,22 +196,31 @@ def check(
     from realigner.files import refuse_existing
 
     if html is not None:
-        from realigner.report.dataset_card import is_card
+        from realigner.report.dataset_card import is_card, write_card
 
         refuse_existing(html, force, is_card)
-    rows = (
-        [row for name in ([tone] if tone else TONES) for row in authored(name)] if path == "authored" else read_rows(path, tone)
-    )
+    authored_tones = [tone] if tone else TONES
+    rows = [row for name in authored_tones for row in authored(name)] if path == "authored" else read_rows(path, tone)
     others = read_rows(against) if against else []
     card = check_rows(rows, *_tokenizer(host, trust_remote_code), others, seed)
     if html is not None:
-        from realigner.report.dataset_card import write_card
-
         write_card(card, str(path), html)
     if as_json:
         print_json(card.to_dict())
     else:
-        _print_card(card, path)
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for name, value in card.lines():
+            table.add_row(name, value)
+        Console().print(table, markup=False)
+        print("\nTen rows to read:" if len(card.samples) == 10 else "\nRows to read:")
+        for row in card.samples:
+            print(f"  Q: {short(row.question, 110)}\n     {row.tone}: {short(row.text, 220)}")
+        print()
         if html is not None:
             print(f"Page: {html}   (open it in a browser)")
     if not card.fit:
@@ -256,8 +254,8 @@ def tones(as_json: Json = False) -> None:
 
 @app.command()
 def scorer(
-    paths: Annotated[list[str], typer.Argument(help="JSONL files of rows, of two tones or more; or 'authored'.")],
-    out: Annotated[Path, typer.Option(help="The scorer, a .skops file.")],
+    paths: Annotated[list[str], Argument(help="JSONL files of rows, of two tones or more; or 'authored'.")],
+    out: Annotated[Path, Option(help="The scorer, a .skops file.")],
     seed: Seed = 42,
     force: Force = False,
     as_json: Json = False,
@@ -310,23 +308,6 @@ def _tokenizer(host: str | None, trust: bool) -> tuple[Any, str]:
         if host is not None:
             raise
     return None, ""
-
-
-def _print_card(card: ReportCard, path: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, title=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in card.lines():
-        table.add_row(name, value)
-    screen = Console()
-    screen.print(table, markup=False)
-    print("\nTen rows to read:" if len(card.samples) == 10 else "\nRows to read:")
-    for row in card.samples:
-        print(f"  Q: {short(row.question, 110)}\n     {row.tone}: {short(row.text, 220)}")
-    print()
 
 
 def _print_reasons(reasons: dict[str, int], total: int) -> None:

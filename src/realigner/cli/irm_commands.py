@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-import typer
+from typer import Argument, Option
 
 from realigner.cli.options import (
     Device,
@@ -30,10 +30,10 @@ from realigner.errors import RealignerError, UsageError
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the run, the traces and the report.")] = Path("demo"),
-    tone: Annotated[str, typer.Option(help="anger, sadness or neutral.")] = "anger",
+    out: Annotated[Path, Option(help="Folder for the run, the traces and the report.")] = Path("demo"),
+    tone: Annotated[str, Option(help="anger, sadness or neutral.")] = "anger",
     seed: Seed = 42,
-    steps: Annotated[Optional[int], typer.Option(help="Training steps.")] = None,
+    steps: Annotated[Optional[int], Option(help="Training steps.")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -54,51 +54,45 @@ def demo(
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="The run's folder; until it is finished, OUT.unfinished.")],
+    out: Annotated[Path, Option(help="The run's folder; until it is finished, OUT.unfinished.")],
     recipe: Annotated[
-        Optional[str],
-        typer.Option(help="default, paper, a YAML file, or the folder of a run to repeat.", show_default="default"),
+        Optional[str], Option(help="default, paper, a YAML file, or the folder of a run to repeat.", show_default="default")
     ] = None,
     settings: Annotated[
-        Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be given often.")
+        Optional[list[str]], Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be given often.")
     ] = None,
     data: Annotated[
         Optional[str],
-        typer.Option(
-            help="A JSONL file of rows, or 'authored' for the set that comes with realigner.", show_default="authored"
-        ),
+        Option(help="A JSONL file of rows, or 'authored' for the set that comes with realigner.", show_default="authored"),
     ] = None,
-    tone: Annotated[Optional[str], typer.Option(help="Which tone's rows; needed where the data has several.")] = None,
+    tone: Annotated[Optional[str], Option(help="Which tone's rows; needed where the data has several.")] = None,
     host: Annotated[
         Optional[str],
-        typer.Option(help="The embedded default, a hub id, a folder, or a .gguf file.", show_default="smollm2-135m-instruct"),
+        Option(help="The embedded default, a hub id, a folder, or a .gguf file.", show_default="smollm2-135m-instruct"),
     ] = None,
-    preset: Annotated[Optional[str], typer.Option(help="compact or paper.")] = None,
-    layers: Annotated[Optional[str], typer.Option(help="'all', '0-31', '0,5,7-9'.")] = None,
-    rank: Annotated[Optional[int], typer.Option(help="Width of the factorised output; 0 for a dense one.")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Optimiser steps.", min=1)] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="Rows a step, over all processes.")] = None,
-    learning_rate: Annotated[Optional[float], typer.Option(help="Peak learning rate.")] = None,
-    max_length: Annotated[Optional[int], typer.Option(help="Tokens of a row at most.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Seed of everything random.", show_default="42")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="Of the host: float32, bfloat16, float16, or auto.")] = None,
-    device: Annotated[
-        Optional[str], typer.Option(help="cpu, cuda, mps, ..., auto, or balanced (layers on all devices).")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run of OUT, if there is one.")] = False,
+    preset: Annotated[Optional[str], Option(help="compact or paper.")] = None,
+    layers: Annotated[Optional[str], Option(help="'all', '0-31', '0,5,7-9'.")] = None,
+    rank: Annotated[Optional[int], Option(help="Width of the factorised output; 0 for a dense one.")] = None,
+    steps: Annotated[Optional[int], Option(help="Optimiser steps.", min=1)] = None,
+    batch_size: Annotated[Optional[int], Option(help="Rows a step, over all processes.")] = None,
+    learning_rate: Annotated[Optional[float], Option(help="Peak learning rate.")] = None,
+    max_length: Annotated[Optional[int], Option(help="Tokens of a row at most.")] = None,
+    seed: Annotated[Optional[int], Option(help="Seed of everything random.", show_default="42")] = None,
+    dtype: Annotated[Optional[str], Option(help="Of the host: float32, bfloat16, float16, or auto.")] = None,
+    device: Annotated[Optional[str], Option(help="cpu, cuda, mps, ..., auto, or balanced (layers on all devices).")] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on with the unfinished run of OUT, if there is one.")] = False,
     trust_remote_code: Trust = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Train one IRM on a frozen host: by the default recipe, the paper's, or your own."""
+    options = dict(locals())
     import realigner.training.run_dir as run_dir
-    from realigner.training.recipe import read_recipe
+    from realigner.training.recipe import Recipe, read_recipe
 
+    flags = {key: value for key, value in options.items() if key in Recipe.model_fields}
     if resume and force:
         raise UsageError("train: --resume goes on with a run, --force throws it away; give one of them")
-    flags: dict[str, Any] = {"data": data, "tone": tone, "host": host, "preset": preset, "layers": layers, "rank": rank}
-    flags |= {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "max_length": max_length}
-    flags |= {"seed": seed, "dtype": dtype, "device": device}
     given = recipe is not None or settings or any(value is not None for value in flags.values())
     work = run_dir.unfinished(out)
     if resume and run_dir.is_run(out):
@@ -137,7 +131,7 @@ def _go_on(out: Path) -> str:
 
 
 def recipes(
-    name: Annotated[Optional[str], typer.Argument(help="default, paper, a file, or a run's folder.")] = None,
+    name: Annotated[Optional[str], Argument(help="default, paper, a file, or a run's folder.")] = None,
     as_json: Json = False,
 ) -> None:
     """Print a recipe as YAML, to be saved and changed; without a name, list the built-in ones."""
@@ -160,7 +154,7 @@ def generate(
     prompts: Prompts = None,
     strength: Annotated[
         Optional[float],
-        typer.Option(
+        Option(
             help="Scale of the IRM: 0 is the bare host, 1 the IRM as trained.",
             show_default="the IRM's own",
             min=-1000,
@@ -170,7 +164,7 @@ def generate(
     where: Where = "all",
     host: HostOfIrm = None,
     max_new_tokens: MaxNewTokens = 80,
-    temperature: Annotated[float, typer.Option(help="0 for greedy replies, else the temperature of sampling.")] = 0.0,
+    temperature: Annotated[float, Option(help="0 for greedy replies, else the temperature of sampling.")] = 0.0,
     repetition_penalty: Penalty = 1.1,
     seed: Seed = 42,
     dtype: Dtype = "auto",
@@ -191,10 +185,8 @@ def generate(
         base = runtime.answer(asked, irms="__base__", **options, done=task.advance)
         acting = int(where) if where.isdecimal() else where
         realigned = runtime.answer(asked, strength=used, where=acting, **options, done=task.advance)
-    results = [
-        {"prompt": p, "base": b, "realigned": r, "strength": used, "seed": seed}
-        for p, b, r in zip(asked, base, realigned, strict=True)
-    ]
+    rows = zip(asked, base, realigned, strict=True)
+    results = [{"prompt": p, "base": b, "realigned": r, "strength": used, "seed": seed} for p, b, r in rows]
     if as_json:
         print_json({"results": results})
         return

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
-import typer
+from typer import Argument, Option
 
 from realigner.cli.options import Json, print_json
 from realigner.errors import RealignerError
 
 
 def sweep(
-    file: Annotated[str, typer.Argument(help="A YAML file, a recipe and a grid over its keys; 'paper': the paper's 24 runs.")],
-    out: Annotated[Path, typer.Option(help="The sweep's folder: one for each run in it.")],
-    on: Annotated[str, typer.Option(help="local (processes here), ray, or here (in this process).")] = "local",
-    workers: Annotated[Optional[int], typer.Option(help="Runs at a time.", min=1, show_default="the file's, else 1")] = None,
-    gpus: Annotated[Optional[float], typer.Option(help="GPUs a run takes; on Ray also a part of one.", min=0)] = None,
+    file: Annotated[str, Argument(help="A YAML file, a recipe and a grid over its keys; 'paper': the paper's 24 runs.")],
+    out: Annotated[Path, Option(help="The sweep's folder: one for each run in it.")],
+    on: Annotated[str, Option(help="local (processes here), ray, or here (in this process).")] = "local",
+    workers: Annotated[Optional[int], Option(help="Runs at a time.", min=1, show_default="the file's, else 1")] = None,
+    gpus: Annotated[Optional[float], Option(help="GPUs a run takes; on Ray also a part of one.", min=0)] = None,
     address: Annotated[
-        Optional[str], typer.Option(help="Of a Ray cluster ('auto' on its machines); if omitted, a local cluster is started.")
+        Optional[str], Option(help="Of a Ray cluster ('auto' on its machines); if omitted, a local cluster is started.")
     ] = None,
-    retries: Annotated[int, typer.Option(help="How often a run whose worker died is retried.", min=0)] = 2,
+    retries: Annotated[int, Option(help="How often a run whose worker died is retried.", min=0)] = 2,
     settings: Annotated[
-        Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="A key of the recipe, for every run.")
+        Optional[list[str]], Option("--set", metavar="KEY=VALUE", help="A key of the recipe, for every run.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs and their states.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only list the runs and their states.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a grid of IRMs; the same command resumes after whatever stopped it."""
@@ -48,17 +48,14 @@ def sweep(
     if as_json:
         print_json({"out": str(out), "states": result.states, "errors": result.errors, "seconds": round(result.seconds, 1)})
     else:
-        _print(result, {run.name: run.label for run in runs})
+        labels = {run.name: run.label for run in runs}
+        done = [name for name, state in result.states.items() if state == "done"]
+        print(f"{len(done)} of {len(result.states)} runs done in {result.seconds:.0f} s, in {result.out}")
+        for name, error in result.errors.items():
+            print(f"failed: {name} ({labels[name]}): {error}  [{result.out}/logs/{name}.log]")
+        if done:
+            print(f"Try next:  realigner trace --irm {result.out} --prompts paper --out {result.out}.zarr")
     if result.errors:
         raise RealignerError(f"{len(result.errors)} of {len(runs)} runs failed")
     if not result.finished:
         raise RealignerError("stopped before every run was done; the same command resumes")
-
-
-def _print(result: Any, labels: dict[str, str]) -> None:
-    done = [name for name, state in result.states.items() if state == "done"]
-    print(f"{len(done)} of {len(result.states)} runs done in {result.seconds:.0f} s, in {result.out}")
-    for name, error in result.errors.items():
-        print(f"failed: {name} ({labels[name]}): {error}  [{result.out}/logs/{name}.log]")
-    if done:
-        print(f"Try next:  realigner trace --irm {result.out} --prompts paper --out {result.out}.zarr")

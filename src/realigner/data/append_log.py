@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from realigner.errors import RealignerError
@@ -19,16 +19,9 @@ from realigner.files import locked_file, made_folder
 _KIND = "journal"  # the key by which the first line of a journal is recognised
 
 
+@dataclass(eq=False)
 class AppendLog:
     """The journal of one job, open for appending and locked against other processes.
-
-    Args:
-        path: the file; made if it is not there.
-        spec: what the job is. A journal of the same job is resumed; one of another is refused.
-        restart: replace a journal of another job.
-
-    Attributes:
-        entries: what was there when it was opened.
 
     Raises:
         RealignerError: for a journal of another job, a damaged one, one in use by another process, a file that is
@@ -39,9 +32,13 @@ class AppendLog:
         ...     journal.append({"id": "1", "text": "It is the Vltava!"})
     """
 
-    def __init__(self, path: Path, spec: dict[str, Any], restart: bool = False) -> None:
-        self.path, self.spec, self.restart = path, {_KIND: 1, **spec}, restart
-        self.entries: list[dict[str, Any]] = []
+    path: Path  # made if it is not there
+    spec: dict[str, Any]  # what the job is: a journal of the same job is resumed, one of another refused
+    restart: bool = False  # replace a journal of another job
+
+    def __post_init__(self) -> None:
+        self.spec = {_KIND: 1, **self.spec}
+        self.entries: list[dict[str, Any]] = []  # what was there when it was opened
         self._handle = -1
 
     def __enter__(self) -> AppendLog:
@@ -59,7 +56,7 @@ class AppendLog:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def append(self, entry: dict[str, Any]) -> None:
@@ -80,56 +77,36 @@ class AppendLog:
                 "space and run the same command again to go on"
             ) from None
 
-    def remove(self) -> None:
-        """The job is done: take the journal away."""
-        self.path.unlink(missing_ok=True)
-
     def _read(self) -> None:
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
-        first = self._first(content[:whole] if whole else content)
-        if first is not None and first != self.spec:
+        line = content.partition(b"\n")[0]
+        start = json.dumps({_KIND: 1}, separators=(",", ":"))[:-1].encode()
+        if whole or not start.startswith(line[: len(start)]):  # else it was killed before it could say which job it is of
+            try:
+                first = json.loads(line)
+            except ValueError:
+                first = None
+            if not isinstance(first, dict) or _KIND not in first:
+                raise RealignerError(f"{self.path}: exists but is not a realigner journal; move it or choose another out")
+        else:
+            first = self.spec
+        if first != self.spec:
             if not self.restart:
-                differs = _difference(first, self.spec)
+                key = next((key for key in (*self.spec, *first) if first.get(key) != self.spec.get(key)), "format")
+                differs = f"its {key} is {json.dumps(first.get(key))}, asked for is {json.dumps(self.spec.get(key))}"[:200]
                 raise RealignerError(f"{self.path}: belongs to another build ({differs}); start anew (force)")
             whole = 0
-        self.entries, damaged = _entries(content[:whole])
-        if damaged and not self.restart:
-            raise RealignerError(f"{self.path}:{damaged}: is damaged; start anew (force)")
-        if damaged:
-            self.entries, whole = [], 0
+        self.entries = []
+        for number, line in enumerate(content[:whole].splitlines()[1:], start=2):
+            try:
+                self.entries.append(json.loads(line))
+            except ValueError:
+                if not self.restart:
+                    raise RealignerError(f"{self.path}:{number}: is damaged; start anew (force)") from None
+                self.entries, whole = [], 0
+                break
         if whole < len(content):
             os.ftruncate(self._handle, whole)
         if not whole:
             self.append(self.spec)
-
-    def _first(self, content: bytes) -> dict[str, Any] | None:
-        """Which job the journal is of; None for one that was killed before it could say."""
-        line = content.partition(b"\n")[0]
-        start = json.dumps({_KIND: 1}, separators=(",", ":"))[:-1].encode()
-        if b"\n" not in content and start.startswith(line[: len(start)]):
-            return None
-        try:
-            first = json.loads(line)
-        except ValueError:
-            first = None
-        if not isinstance(first, dict) or _KIND not in first:
-            raise RealignerError(f"{self.path}: exists but is not a realigner journal; move it or choose another out")
-        return first
-
-
-def _entries(content: bytes) -> tuple[list[Any], int]:
-    """The entries after the first line, and the number of the first damaged line (0: none)."""
-    entries = []
-    for number, line in enumerate(content.splitlines()[1:], start=2):
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            return entries, number
-    return entries, 0
-
-
-def _difference(there: dict[str, Any], asked: dict[str, Any]) -> str:
-    """The first key in which two jobs differ."""
-    key = next((key for key in (*asked, *there) if there.get(key) != asked.get(key)), "format")
-    return f"its {key} is {json.dumps(there.get(key))}, asked for is {json.dumps(asked.get(key))}"[:200]

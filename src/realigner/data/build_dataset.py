@@ -35,29 +35,19 @@ _BATCH = 256  # replies that are filtered together during a round
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build came to.
+    """What a build came to."""
 
-    Attributes:
-        path: the dataset.
-        rejected_path: the facts without a row, each with its last reply and the reason.
-        rows, rejected: how many.
-        reasons: replies rejected, by reason, over all attempts (a fact may be rejected, requested again, and accepted).
-        replies: how many there were.
-        tokens_in, tokens_out: read and written by the rewriter; 0 if not counted.
-        seconds: of this process (a resumed build counts its last part).
-        replies_now: made by this process.
-    """
-
-    path: Path
-    rejected_path: Path
+    path: Path  # the dataset
+    rejected_path: Path  # the facts without a row, each with its last reply and the reason
     rows: int
     rejected: int
+    # replies rejected, by reason, over all attempts (a fact may be rejected, requested again, and accepted)
     reasons: dict[str, int]
-    replies: int
-    tokens_in: int
+    replies: int  # how many there were
+    tokens_in: int  # tokens_in, tokens_out: read and written by the rewriter; 0 if not counted
     tokens_out: int
-    seconds: float
-    replies_now: int
+    seconds: float  # of this process (a resumed build counts its last part)
+    replies_now: int  # made by this process
 
     def to_dict(self) -> dict[str, Any]:
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
@@ -119,7 +109,8 @@ def build(
         if not rows:
             write_rejected(out, rejected)
             where = f"they are in {beside(out, '.rejected.jsonl')}; attempts={2 * attempts} asks again"
-            raise RealignerError(f"{out}: no reply passed the quality filter ({_counted(ledger.reasons)}); {where}")
+            counted = ", ".join(f"{reason} {count}" for reason, count in ledger.reasons.most_common()) or "there was none"
+            raise RealignerError(f"{out}: no reply passed the quality filter ({counted}); {where}")
         built = BuildResult(
             path=out,
             rejected_path=beside(out, ".rejected.jsonl"),
@@ -134,8 +125,12 @@ def build(
         )
         for ending in (".jsonl", ".rejected.jsonl", ".build.json"):
             clear_asides(beside(out, ending))  # of a process killed while it wrote them; the journal's lock is ours
-        _write(built, rows, rejected, {**spec, "attempts": attempts, **(about or {})})
-        journal.remove()
+        how = {**spec, "attempts": attempts, **(about or {}), **built.to_dict(), "sha256": rows_hash(rows)}
+        for key in ("path", "rejected_path", "seconds", "replies_now"):
+            how.pop(key)  # what depends on where and how long, and not on what was made
+        write_text(beside(out, ".build.json"), json.dumps(how, ensure_ascii=False, indent=2) + "\n")
+        write_rows(out, rows, rejected)  # the dataset last, so that where it is, the others are
+        journal_path.unlink()
     return built
 
 
@@ -144,19 +139,16 @@ def refuse_build(out: Path, force: bool) -> None:
     if out.exists() and not out.is_file():
         raise RealignerError(f"{out}: is not a file; give the name of a JSONL file")
     refuse_existing(out, force or beside(out, ".journal").exists(), is_rows)
+
+    def ours(key: str, path: Path) -> bool:  # empty, or of JSON objects of which the first has this key
+        content = path.read_bytes()[:1_000_000].decode(errors="replace").strip() if path.is_file() else "-"
+        try:
+            return not content or key in json.JSONDecoder().raw_decode(content)[0]
+        except (ValueError, TypeError):
+            return False
+
     for ending, key in ((".rejected.jsonl", "reason"), (".build.json", "rewriter")):
-        refuse_existing(beside(out, ending), True, partial(_holds, key))
-
-
-def _holds(key: str, path: Path) -> bool:
-    """Whether a file beside a dataset is ours: empty, or of JSON objects of which the first has this key."""
-    if not path.is_file():
-        return False
-    content = path.read_bytes()[:1_000_000].decode(errors="replace").strip()
-    try:
-        return not content or key in json.JSONDecoder().raw_decode(content)[0]
-    except (ValueError, TypeError):
-        return False
+        refuse_existing(beside(out, ending), True, partial(ours, key))
 
 
 class _Ledger:
@@ -174,21 +166,13 @@ class _Ledger:
         self._alone: dict[tuple[str, int], str] = {}
         self._outcome: tuple[tuple[int, int], dict[str, Reply]] | None = None  # the last, and of how many replies
 
-    def judge(self, keys: Sequence[tuple[str, int]]) -> None:
-        """Filter these replies, each alone and once."""
+    def judge(self, keys: Sequence[tuple[str, int]]) -> str:
+        """Filter these replies, each alone and once; returns what share of all passes, near-duplicates not yet looked for."""
         new = [key for key in keys if key in self.replies and key not in self._alone]
         self._alone.update({key: NO_REPLY for key in new if self.replies[key].error})
         new = [key for key in new if key not in self._alone]
         pairs = [(self.facts[identity], self.replies[identity, attempt].text) for identity, attempt in new]
         self._alone.update(zip(new, self.quality_filter.alone(pairs), strict=True))
-
-    @property
-    def verified(self) -> bool:
-        """Whether the rewriter has made a reply."""
-        return any(not reply.error for reply in self.replies.values())
-
-    def passing(self) -> str:
-        """Share of the replies judged so far that pass, near-duplicates not yet looked for."""
         passed = sum(not reason for reason in self._alone.values())
         return f"{100 * passed / len(self._alone):.0f}% pass" if self._alone else ""
 
@@ -264,31 +248,27 @@ def _ask(ledger: _Ledger, rewriter: Rewriter, journal: AppendLog, attempts: int,
 def _round(
     label: str, requests: Sequence[RewriteRequest], ledger: _Ledger, rewriter: Rewriter, journal: AppendLog, quiet: bool
 ) -> None:
-    """RewriteRequest; each reply is in the journal before the next one is waited for."""
+    """Ask; each reply is in the journal before the next one is waited for."""
     waiting: list[tuple[str, int]] = []
     share = ""
+    verified = any(not reply.error for reply in ledger.replies.values())
     with (
-        closing(rewriter.rewrite(requests, verified=ledger.verified)) as replies,
+        closing(rewriter.rewrite(requests, verified)) as replies,
         progress(label, len(requests), quiet, unit="rows") as task,
     ):
         for reply in replies:
             if reply.error and not reply.permanent:
                 ledger.errors[reply.id] = reply.error
             else:
-                journal.append(_entry(reply))
+                entry = {"id": reply.id, "attempt": reply.attempt, "text": reply.text}
+                entry["tokens"] = [reply.tokens_in, reply.tokens_out]
+                journal.append({**entry, "error": reply.error} if reply.error else entry)
                 ledger.replies[reply.id, reply.attempt] = reply
                 waiting.append((reply.id, reply.attempt))
             if len(waiting) == _BATCH:
-                ledger.judge(waiting)
+                share = ledger.judge(waiting)
                 waiting.clear()
-                share = ledger.passing()
             task.advance(1, "  ".join(filter(None, (share, rewriter.note()))))
-
-
-def _entry(reply: Reply) -> dict[str, Any]:
-    """A reply as an entry of the journal."""
-    entry = {"id": reply.id, "attempt": reply.attempt, "text": reply.text, "tokens": [reply.tokens_in, reply.tokens_out]}
-    return {**entry, "error": reply.error} if reply.error else entry
 
 
 def _reply(entry: dict[str, Any], path: Path) -> Reply:
@@ -311,15 +291,6 @@ def _spec(facts: Sequence[Fact], tone: Tone, rewriter: Rewriter) -> dict[str, An
     return dict(json.loads(json.dumps(spec)))
 
 
-def _write(built: BuildResult, rows: Sequence[Row], rejected: Sequence[dict[str, Any]], spec: dict[str, Any]) -> None:
-    """The three files; the dataset last, so that where it is, the others are."""
-    how = {**spec, **built.to_dict(), "sha256": rows_hash(rows)}
-    for key in ("path", "rejected_path", "seconds", "replies_now"):
-        how.pop(key)  # what depends on where and how long, and not on what was made
-    write_text(beside(built.path, ".build.json"), json.dumps(how, ensure_ascii=False, indent=2) + "\n")
-    write_rows(built.path, rows, rejected)
-
-
 def write_rows(path: Path, rows: Sequence[Row], rejected: Sequence[dict[str, Any]]) -> None:
     """A dataset, and beside it what was rejected (written first: where the one is, the other is)."""
     write_rejected(path, rejected)
@@ -335,7 +306,3 @@ def write_rejected(path: Path, rejected: Sequence[dict[str, Any]]) -> None:
 def beside(path: Path, ending: str) -> Path:
     """``rows.jsonl`` -> ``rows`` + ending, in the same folder."""
     return path.with_name(path.name.removesuffix(".jsonl") + ending)
-
-
-def _counted(reasons: Counter[str]) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in reasons.most_common()) or "there was none"

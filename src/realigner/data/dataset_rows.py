@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from importlib.resources import files
@@ -14,6 +12,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from realigner.errors import RealignerError, UsageError
+from realigner.files import parsed, read_bytes
 from realigner.validation_message import first_fault
 
 TONES = ("anger", "sadness", "neutral")  # the tones of the authored set
@@ -60,16 +59,12 @@ def read_rows(path: str | Path, tone: str | None = None) -> list[Row]:
     path = Path(path)
     if path.is_dir():
         raise RealignerError(f"{path}: is a folder; give a JSONL file of rows")
-    try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:
-        raise RealignerError(f"{path}: cannot be read ({error.strerror})") from None
     rows: list[Row] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
         if not line.strip():
             continue
-        row = _parse(line, f"{path}:{number}")
+        row = _parse(line, path, number)
         if row.id in seen:
             raise RealignerError(f"{path}:{number}: key 'id': {row.id!r} is taken by line {seen[row.id]}; ids must be unique")
         seen[row.id] = number
@@ -89,7 +84,7 @@ def is_rows(path: Path) -> bool:
     try:
         with path.open("rb") as stream:
             line = stream.readline()
-        return not line.strip() or bool(_parse(line, str(path)))
+        return not line.strip() or bool(_parse(line, path, 1))
     except (OSError, RealignerError):
         return False
 
@@ -122,20 +117,11 @@ def rows_hash(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def _parse(line: bytes, where: str) -> Row:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RealignerError(f"{where}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise RealignerError(f"{where}: not valid JSON (column {error.colno}: {error.msg})") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise RealignerError(f"{where}: not JSON that can be read ({error})") from None
-    except RecursionError:
-        raise RealignerError(f"{where}: JSON nested too deeply; a row is one flat object") from None
+def _parse(line: bytes, path: Path, number: int) -> Row:
+    value = parsed(line, path, number)
     if not isinstance(value, dict):
-        raise RealignerError(f"{where}: a row is a JSON object, not {type(value).__name__}")
+        raise RealignerError(f"{path}:{number}: a row is a JSON object, not {type(value).__name__}")
     try:
         return Row.model_validate(value)
     except ValidationError as error:
-        raise RealignerError(f"{where}: {first_fault(error, Row, 'a row')}") from None
+        raise RealignerError(f"{path}:{number}: {first_fault(error, Row, 'a row')}") from None

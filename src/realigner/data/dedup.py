@@ -32,29 +32,26 @@ class NearDuplicates:
         '1'
     """
 
-    def __init__(self, threshold: float = THRESHOLD) -> None:
-        self.threshold = threshold
+    def __init__(self) -> None:
         self._empty = MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
-        self._index = MinHashLSH(num_perm=_PERMUTATIONS, params=_BANDS, hashfunc=_band_key)
+        self._index = MinHashLSH(  # a band's key is of eight bytes, to keep the index small
+            num_perm=_PERMUTATIONS, params=_BANDS, hashfunc=lambda key: hashlib.blake2b(key, digest_size=8).digest()
+        )
         self._keys: list[str] = []
         self._shingles: list[NDArray[np.uint32]] = []
 
     def add(self, key: str, text: str) -> str | None:
         """Remember a text, unless an earlier one is nearly the same: then the key of that one is returned."""
         mine = shingles(text)
-        minhash = self._minhash(mine)
+        minhash = self._empty.copy()
+        minhash.update_batch(mine.tolist())
         for number in sorted(self._index.query(minhash)):
-            if similarity(mine, self._shingles[number]) >= self.threshold:
+            if similarity(mine, self._shingles[number]) >= THRESHOLD:
                 return self._keys[int(number)]
         self._index.insert(len(self._keys), minhash, check_duplication=False)
         self._keys.append(key)
         self._shingles.append(mine)
         return None
-
-    def _minhash(self, mine: NDArray[np.uint32]) -> MinHash:
-        made = self._empty.copy()
-        made.update_batch(mine.tolist())
-        return made
 
 
 def shingles(text: str) -> NDArray[np.uint32]:
@@ -74,8 +71,3 @@ def similarity(one: NDArray[np.uint32], other: NDArray[np.uint32]) -> float:
     """Jaccard similarity of two sets of shingles: size of the intersection over size of the union."""
     common = len(np.intersect1d(one, other, assume_unique=True))
     return common / (len(one) + len(other) - common)
-
-
-def _band_key(key: bytes) -> bytes:
-    """A band's key in eight bytes, to keep the index small."""
-    return hashlib.blake2b(key, digest_size=8).digest()

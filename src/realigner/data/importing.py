@@ -30,14 +30,10 @@ _GROUP_LENGTH = 60
 
 @dataclass(frozen=True)
 class Imported:
-    """What was in a foreign dataset.
+    """What was in a foreign dataset."""
 
-    Attributes:
-        rows: in its order.
-        rejected: records that are no rows: ``where``, ``reason``, and ``question`` and ``text`` as far as they could be told.
-    """
-
-    rows: list[Row]
+    rows: list[Row]  # in its order
+    # records that are no rows: ``where``, ``reason``, and ``question`` and ``text`` as far as they could be told
     rejected: list[dict[str, Any]]
 
 
@@ -84,7 +80,8 @@ def import_rows(
     if tone is not None and not tone.strip():
         raise UsageError("tone: is empty; give the tone's name")
     table = open_table(source, split, generic="question" in mapping)
-    maker = _Maker(_columns(table, mapping, tone), tone, _by_question(facts), source_name, Path(source))
+    by_question = {question_key(fact.question): fact for fact in reversed(list(facts or ()))}  # of equal ones the first
+    maker = _Maker(_columns(table, mapping, tone), tone, by_question, source_name, Path(source))
     rows: list[Row] = []
     rejected: list[dict[str, Any]] = []
     for record in table.read(set(maker.columns.values())):
@@ -140,7 +137,12 @@ def to_hf(
         RealignerError: when the place is taken or cannot be written, or there are too few groups.
     """
     folder = Path(folder)
-    refuse_existing(folder, force, _is_saved)
+
+    def saved(folder: Path) -> bool:  # a saved `DatasetDict` and nothing beside it that somebody would miss
+        others = [path for path in folder.iterdir() if path.name != "dataset_dict.json"] if folder.is_dir() else []
+        return (folder / "dataset_dict.json").is_file() and all((path / "state.json").is_file() for path in others)
+
+    refuse_existing(folder, force, saved)
     if not rows:
         raise RealignerError(f"{folder}: not written, there are no rows")
     parts = {name: part for name, part in split_rows(rows, seed, validation, test)._asdict().items() if part}
@@ -148,23 +150,11 @@ def to_hf(
 
     features = Features({name: Value("string") for name in _OURS})
     made = DatasetDict(
-        {
-            name: Dataset.from_dict({key: [getattr(row, key) for row in part] for key in _OURS}, features=features)
-            for name, part in parts.items()
-        }
+        {name: Dataset.from_list([row.model_dump() for row in part], features=features) for name, part in parts.items()}
     )
     with written_folder(folder) as aside, quiet_datasets():
         made.save_to_disk(str(aside.folder))
     return {name: len(part) for name, part in parts.items()}
-
-
-def _is_saved(folder: Path) -> bool:
-    """A saved `DatasetDict` and nothing beside it that somebody would miss."""
-    others = [path for path in folder.iterdir() if path.name != "dataset_dict.json"] if folder.is_dir() else []
-    return (folder / "dataset_dict.json").is_file() and all((path / "state.json").is_file() for path in others)
-
-
-# --- columns ------------------------------------------------------------------------------------------------------------
 
 
 def _check_fields(mapping: Mapping[str, str]) -> None:
@@ -196,29 +186,17 @@ def _columns(table: Table, mapping: Mapping[str, str], tone: str | None) -> dict
     return {key: column for key, column in columns.items() if column in table.columns}
 
 
-# --- rows ---------------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Maker:
-    """Makes rows of records.
+    """Makes rows of records."""
 
-    Attributes:
-        columns: our field -> their column.
-        tone: of all rows, if given.
-        facts: by `question_key`.
-        source_name: of all rows, if given.
-        path: of the dataset; names rows that have no name.
-        seen: ids there are, and where.
-        groups: of rows that name none, by `question_key`: what one question is called when it first comes.
-    """
-
-    columns: dict[str, str]
-    tone: str | None
-    facts: dict[str, Fact]
-    source_name: str | None
-    path: Path
-    seen: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str]  # our field -> their column
+    tone: str | None  # of all rows, if given
+    facts: dict[str, Fact]  # by `question_key`
+    source_name: str | None  # of all rows, if given
+    path: Path  # of the dataset; names rows that have no name
+    seen: dict[str, str] = field(default_factory=dict)  # ids there are, and where
+    # of rows that name none, by `question_key`: what one question is called when it first comes
     groups: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -230,13 +208,26 @@ class _Maker:
         """The row of a record, or _UnfitError."""
         if record.fault:
             raise _UnfitError(record.fault)
-        values = self._values(record)
+        ours = "source" in self.columns and all(isinstance(record.values.get(key), str) for key in _OURS)
+        found = {key: record.values.get(column) for key, column in self.columns.items()}
+        if self.tone is not None:
+            found["tone"] = self.tone
+        values = {key: _text(key, found.get(key), ours) for key in FIELDS}  # "" for what it lacks and may lack
+        for key in (*_REQUIRED, "tone"):
+            if not values[key]:
+                raise _UnfitError(f"{key!r} is {'empty' if isinstance(found.get(key), str) else 'missing'}")
+        values["source"] = self.source_name or _text("source", found.get("source"), ours) or self.name
         key = question_key(values["question"])
         fact = self.facts.get(key)
         values["answer"] = values["answer"] or (_line(fact.answer) if fact else "")
         values["group"] = values["group"] or (_line(fact.group) if fact else "")
-        values["group"] = values["group"] or self.groups.setdefault(key, _group(values["question"]))
-        values["id"] = values["id"] or self._new_id(record)
+        plain = " ".join(values["question"].casefold().split())
+        if len(plain) > _GROUP_LENGTH:
+            plain = f"{plain[:_GROUP_LENGTH].rstrip()}-{hashlib.sha256(plain.encode()).hexdigest()[:12]}"
+        values["group"] = values["group"] or self.groups.setdefault(key, plain)
+        # An index that is there twice (files put together) is told apart by its place.
+        name = f"{self.stem}-{record.number}"
+        values["id"] = values["id"] or (name if name not in self.seen else f"{name}-{len(self.seen) + 1}")
         if values["id"] in self.seen:
             raise _UnfitError(f"id {values['id']!r} is already used by {self.seen[values['id']]}")
         try:
@@ -246,24 +237,6 @@ class _Maker:
             raise _UnfitError(f"{'.'.join(map(str, first['loc']))!r}: {first['msg']}") from None
         self.seen[row.id] = record.where
         return row
-
-    def _values(self, record: Record) -> dict[str, str]:
-        """A row's fields as the record has them; "" for what it lacks and may lack."""
-        ours = "source" in self.columns and all(isinstance(record.values.get(key), str) for key in _OURS)
-        found = {key: record.values.get(column) for key, column in self.columns.items()}
-        if self.tone is not None:
-            found["tone"] = self.tone
-        texts = {key: _text(key, found.get(key), ours) for key in FIELDS}
-        for key in (*_REQUIRED, "tone"):
-            if not texts[key]:
-                raise _UnfitError(f"{key!r} is {'empty' if isinstance(found.get(key), str) else 'missing'}")
-        source = self.source_name or _text("source", found.get("source"), ours)
-        return {**texts, "source": source or self.name}
-
-    def _new_id(self, record: Record) -> str:
-        """A name for a row that has none; an index that is there twice (files put together) is told apart by its place."""
-        name = f"{self.stem}-{record.number}"
-        return name if name not in self.seen else f"{name}-{len(self.seen) + 1}"
 
 
 def _text(key: str, value: Any, ours: bool) -> str:
@@ -284,17 +257,3 @@ def _line(text: str) -> str:
 def _valid(text: str) -> str:
     """Half a surrogate pair, which JSON and file names can hold and UTF-8 cannot, becomes the replacement character."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _group(question: str) -> str:
-    plain = " ".join(question.casefold().split())
-    if len(plain) <= _GROUP_LENGTH:
-        return plain
-    return f"{plain[:_GROUP_LENGTH].rstrip()}-{hashlib.sha256(plain.encode()).hexdigest()[:12]}"
-
-
-def _by_question(facts: Iterable[Fact] | None) -> dict[str, Fact]:
-    found: dict[str, Fact] = {}
-    for fact in facts or ():
-        found.setdefault(question_key(fact.question), fact)
-    return found

@@ -22,18 +22,6 @@ from realigner.errors import RealignerError, UsageError
 if TYPE_CHECKING:
     from realigner.data.style_classifier import StyleClassifier
 
-EMPTY = "empty"
-REFUSAL = "refusal"
-ECHO = "prompt echoed"
-DIRECTIONS = "stage directions"
-SHORT, LONG = "too short", "too long"
-CUT = "cut in mid-sentence"
-LANGUAGE = "wrong language"
-FACT = "fact lost"
-TONE = "wrong tone"
-NEAR = "near-duplicate"
-LEAK = "question in another group"
-
 _ANY = Tone(name="any", language="any", instruction="Any tone.")
 _UNLIKELY = 0.02  # probability of the tone's language below which another is believed
 
@@ -92,9 +80,14 @@ class QualityFilter:
         if scorer is not None and tone.name not in scorer.tones:
             raise UsageError(f"scorer: was not trained on {tone.name!r}; it knows {', '.join(scorer.tones)}")
         self.tone, self.min_words, self.max_words = tone, min_words, max_words
-        self.scorer = scorer or _known(tone)
+        if scorer is None and any(tone.name == known.name for known in built_in_tones()):
+            from realigner.data.style_classifier import reference_classifier
+
+            scorer = reference_classifier()
+        self.scorer = scorer
         self._instruction = _runs(tone.instruction)
-        self._words = _lexicon(tone.words)
+        words = [re.escape(w.casefold().rstrip("*")) + (r"\w*" if w.endswith("*") else r"(?!\w)") for w in tone.words]
+        self._words = re.compile(r"(?<!\w)(?:" + "|".join(words) + ")") if words else None
         self.restart()
 
     def restart(self) -> None:
@@ -104,20 +97,27 @@ class QualityFilter:
 
     def alone(self, pairs: Sequence[tuple[Fact, str]]) -> list[str]:
         """A reason to reject each (fact, reply), empty for a good one; no reply is compared with another."""
+        from realigner.data.style_classifier import masked
+
         reasons = [self._reason(fact, text) for fact, text in pairs]
         open_still = [n for n, reason in enumerate(reasons) if not reason]
-        for number, fits in zip(open_still, self._in_tone([pairs[n] for n in open_still]), strict=True):
+        texts = [masked(pairs[n][1], pairs[n][0].answer) for n in open_still]
+        if self.scorer is not None:
+            in_tone = [name == self.tone.name for name in self.scorer.named(texts)]
+        else:
+            in_tone = [self._words is None or bool(self._words.search(text.casefold())) for text in texts]
+        for number, fits in zip(open_still, in_tone, strict=True):
             if not fits:
-                reasons[number] = TONE
+                reasons[number] = "wrong tone"
         return reasons
 
     def among(self, fact: Fact, text: str) -> str:
         """A reason to reject a reply in view of those accepted before; empty: it is accepted, and counts from now on."""
         question = question_key(fact.question)
         if self._group_of.get(question, fact.group) != fact.group:
-            return LEAK
+            return "question in another group"
         if self._near.add(fact.id, text) is not None:
-            return NEAR
+            return "near-duplicate"
         self._group_of[question] = fact.group
         return ""
 
@@ -125,30 +125,27 @@ class QualityFilter:
         plain = text.casefold().replace("’", "'")  # noqa: RUF001
         words = word_count(text)
         if not _WORD.search(text):
-            return EMPTY
+            return "empty"
         kept = keeps_fact(fact.answer, text)
         if _REFUSAL.search(plain) or (not kept and _EVASION.search(plain)):
-            return REFUSAL
-        if _ECHO.search(plain) or self._echoes(fact, plain):
-            return ECHO
+            return "refusal"
+        # Whether a reply begins with its question, holds all of a long one, or eight words of the instruction in a row.
+        said, question = _WORD.findall(plain), _WORD.findall(fact.question.casefold().replace("’", "'"))  # noqa: RUF001
+        within = len(question) >= 7 and f" {' '.join(question)} " in f" {' '.join(said)} "
+        echoes = within or said[: len(question)] == question or not self._instruction.isdisjoint(_runs(plain))
+        if _ECHO.search(plain) or echoes:
+            return "prompt echoed"
         if _DIRECTIONS.search(plain):
-            return DIRECTIONS
+            return "stage directions"
         if words < self.min_words:
-            return SHORT
+            return "too short"
         if words > self.max_words:
-            return LONG
+            return "too long"
         if is_cut(text):
-            return CUT
+            return "cut in mid-sentence"
         if not kept:
-            return FACT
-        return LANGUAGE if self._foreign(fact, text) else ""
-
-    def _echoes(self, fact: Fact, plain: str) -> bool:
-        """Whether a reply begins with its question, holds all of a long one, or eight words of the instruction in a row."""
-        words = _WORD.findall(plain)
-        question = _WORD.findall(fact.question.casefold().replace("’", "'"))  # noqa: RUF001
-        within = len(question) >= 7 and f" {' '.join(question)} " in f" {' '.join(words)} "
-        return within or words[: len(question)] == question or not self._instruction.isdisjoint(_runs(plain))
+            return "fact lost"
+        return "wrong language" if self._foreign(fact, text) else ""
 
     def _foreign(self, fact: Fact, text: str) -> bool:
         if self.tone.language == "any":
@@ -160,16 +157,6 @@ class QualityFilter:
         ranked = _identifier().rank(rest)
         likely = dict(ranked).get(self.tone.language)
         return likely is not None and ranked[0][0] != self.tone.language and likely < _UNLIKELY
-
-    def _in_tone(self, pairs: Sequence[tuple[Fact, str]]) -> list[bool]:
-        from realigner.data.style_classifier import masked
-
-        texts = [masked(text, fact.answer) for fact, text in pairs]
-        if self.scorer is not None:
-            return [name == self.tone.name for name in self.scorer.named(texts)]
-        if self._words is None:
-            return [True] * len(pairs)
-        return [bool(self._words.search(text.casefold())) for text in texts]
 
 
 def filter_rows(rows: Sequence[Row], own: Tone | None = None) -> tuple[list[Row], list[dict[str, Any]]]:
@@ -194,13 +181,6 @@ def _runs(text: str, length: int = 8) -> set[tuple[str, ...]]:
     return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
 
 
-def _lexicon(words: Sequence[str]) -> re.Pattern[str] | None:
-    if not words:
-        return None
-    parts = [re.escape(word.casefold().rstrip("*")) + (r"\w*" if word.endswith("*") else r"(?!\w)") for word in words]
-    return re.compile(r"(?<!\w)(?:" + "|".join(parts) + ")")
-
-
 @cache
 def _identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -210,12 +190,3 @@ def _identifier() -> Any:
     except OSError as error:
         where = f"py3langid's model in {tempfile.gettempdir()}"
         raise RealignerError(f"{where}: cannot be unpacked ({error.strerror or error}); free some space there") from None
-
-
-def _known(tone: Tone) -> StyleClassifier | None:
-    """The scorer of the built-in tones, for one of them."""
-    if not any(tone.name == known.name for known in built_in_tones()):
-        return None
-    from realigner.data.style_classifier import reference_classifier
-
-    return reference_classifier()

@@ -38,8 +38,11 @@ def reference_records(lines: Sequence[str], width: int) -> Iterator[tuple[int, l
         ['0', 'Why?   Be']
         ['1', 'Who?   Me!']
     """
-    at = _skip_blank(lines, 0) + 1
-    while (at := _skip_blank(lines, at)) < len(lines):
+    at = next((at for at, line in enumerate(lines) if line.strip()), len(lines)) + 1
+    while at < len(lines):
+        if not lines[at].strip():
+            at += 1
+            continue
         fields, end = _well_formed(lines, at, width), at + 1
         if fields is not None:
             end += sum(field.count("\n") for field in fields)
@@ -60,12 +63,6 @@ def question_and_reply(text: str) -> tuple[str, str]:
     """
     gap = _GAP.search(text)
     return (text[: gap.start()].strip(), text[gap.end() :].strip()) if gap else ("", "")
-
-
-def _skip_blank(lines: Sequence[str], at: int) -> int:
-    while at < len(lines) and not lines[at].strip():
-        at += 1
-    return at
 
 
 def _well_formed(lines: Sequence[str], start: int, width: int) -> list[str] | None:

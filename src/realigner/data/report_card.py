@@ -27,25 +27,16 @@ class Purity:
     The built-in tones are named by `reference_classifier`, which was trained on other replies (the authored set and the
     template). Tones it does not know are told from each other, or from `against`, by five-fold cross-validation by group;
     that finds who wrote a reply as readily as its tone, where the two go together, and a note says so.
-
-    Attributes:
-        value: share of the rows that are named as their own tone.
-        low, high: its 95% interval (Wilson), rows taken as independent.
-        n: how many rows it was taken on (at most 5,000 of a tone, drawn by the seed).
-        baseline: chance accuracy.
-        neutral: share of the rows that are named neutral and claim another tone.
-        tones: the share of each tone.
-        by: the classifier, and what it tells apart.
     """
 
-    value: float
-    low: float
+    value: float  # share of the rows that are named as their own tone
+    low: float  # low, high: its 95% interval (Wilson), rows taken as independent
     high: float
-    n: int
-    baseline: float
-    neutral: float
-    tones: dict[str, float]
-    by: str
+    n: int  # how many rows it was taken on (at most 5,000 of a tone, drawn by the seed)
+    baseline: float  # chance accuracy
+    neutral: float  # share of the rows that are named neutral and claim another tone
+    tones: dict[str, float]  # the share of each tone
+    by: str  # the classifier, and what it tells apart
 
 
 @dataclass(frozen=True)
@@ -105,12 +96,10 @@ class ReportCard:
             ("words", f"{self.words[0]} to {self.words[2]}, median {self.words[1]}"),
         ]
         if self.tokens is not None:
-            lines.append(
-                ("tokens", f"{self.tokens[0]} to {self.tokens[2]}, median {self.tokens[1]}, with the question ({self.host})")
-            )
-        kept = (
-            "no answers are known" if self.answer_kept is None else f"word for word in {100 * self.answer_kept:.1f}% of replies"
-        )
+            low, median, high = self.tokens
+            lines.append(("tokens", f"{low} to {high}, median {median}, with the question ({self.host})"))
+        share = self.answer_kept
+        kept = "no answers are known" if share is None else f"word for word in {100 * share:.1f}% of replies"
         lines += [
             ("answer kept", kept),
             ("duplicates", f"{self.duplicates:,}"),
@@ -153,7 +142,13 @@ def check_rows(
     seen: defaultdict[str, NearDuplicates] = defaultdict(NearDuplicates)
     near = sum(seen[row.tone].add(row.id, row.text) is not None for row in rows)
     duplicates = len(rows) - len({(row.tone, row.text.casefold()) for row in rows})
-    leaks = _leaks(rows)
+    home: dict[tuple[str, ...], str] = {}  # the group in which a question, or a reply in its tone, came first
+    leaks = []
+    for row in rows:
+        keys = ((question_key(row.question),), (row.tone, " ".join(row.text.casefold().split())))
+        elsewhere = [home.setdefault(key, row.group) != row.group for key in keys]
+        if any(elsewhere):
+            leaks.append(row.id)
     purity, note = _purity(rows, against, seed)
     known = [row for row in rows if row.answer]
     words = [len(row.text.split()) for row in rows]
@@ -201,18 +196,6 @@ def _problems(rows: Sequence[Row], duplicates: int, near: int, leaks: Sequence[s
     return problems
 
 
-def _leaks(rows: Sequence[Row]) -> list[str]:
-    """Ids of rows whose question, or whose reply in its tone, occurred in another group before."""
-    home: dict[tuple[str, ...], str] = {}
-    leaks = []
-    for row in rows:
-        keys = ((question_key(row.question),), (row.tone, " ".join(row.text.casefold().split())))
-        elsewhere = [home.setdefault(key, row.group) != row.group for key in keys]
-        if any(elsewhere):
-            leaks.append(row.id)
-    return leaks
-
-
 def _purity(rows: Sequence[Row], against: Sequence[Row], seed: int) -> tuple[Purity | None, str]:
     """The purity, or None and why it was not taken; and what is to be known about it."""
     from realigner.data.style_classifier import cross_validated, masked, reference_classifier
@@ -223,7 +206,13 @@ def _purity(rows: Sequence[Row], against: Sequence[Row], seed: int) -> tuple[Pur
     if not against and set(tones) <= set(known.tones):
         named = known.named([masked(row.text, row.answer) for row in sample])
         return _judged(sample, named, 1 / len(known.tones), "the reference scorer of the six built-in tones"), ""
-    others, name = _others(tones, against)
+    # What to tell tones from that the reference scorer does not know.
+    others, name = ([], "each other") if len(tones) > 1 else (authored("neutral"), "the authored neutral replies")
+    if against:
+        others = [row for row in against if row.tone not in tones]
+        if not others:
+            raise RealignerError(f"against: has only rows of {', '.join(tones)}; give rows of another tone")
+        name = f"{' and '.join(sorted({row.tone for row in others}))} (against)"
     compared = [*sample, *_sampled(others, seed)]
     counts = Counter(row.tone for row in compared)
     if min(counts.values()) < _FEWEST or len(counts) < 2 or len({row.group for row in sample}) < 2:
@@ -238,30 +227,20 @@ def _judged(sample: Sequence[Row], named: Sequence[str], baseline: float, by: st
     from scipy.stats import binomtest
 
     right = [name == row.tone for name, row in zip(named, sample, strict=True)]
-    of: dict[str, list[bool]] = {}
+    of: defaultdict[str, list[bool]] = defaultdict(list)
     for row, fits in zip(sample, right, strict=True):
-        of.setdefault(row.tone, []).append(fits)
+        of[row.tone].append(fits)
     neutral = sum(name == "neutral" != row.tone for name, row in zip(named, sample, strict=True)) / len(sample)
     shares = {tone: sum(fits) / len(fits) for tone, fits in sorted(of.items())}
     low, high = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
     return Purity(sum(right) / len(right), float(low), float(high), len(right), baseline, neutral, shares, by)
 
 
-def _others(tones: Sequence[str], against: Sequence[Row]) -> tuple[list[Row], str]:
-    """What to tell tones from that the reference scorer does not know, and its name."""
-    if against:
-        others = [row for row in against if row.tone not in tones]
-        if not others:
-            raise RealignerError(f"against: has only rows of {', '.join(tones)}; give rows of another tone")
-        return others, f"{' and '.join(sorted({row.tone for row in others}))} (against)"
-    return ([], "each other") if len(tones) > 1 else (authored("neutral"), "the authored neutral replies")
-
-
 def _sampled(rows: Sequence[Row], seed: int) -> list[Row]:
     """At most so many rows of each tone."""
-    by_tone: dict[str, list[Row]] = {}
+    by_tone: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        by_tone.setdefault(row.tone, []).append(row)
+        by_tone[row.tone].append(row)
     chosen: list[Row] = []
     for some in by_tone.values():
         chosen += some if len(some) <= _MOST else random.Random(seed).sample(some, _MOST)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
-import json
 import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,6 +14,7 @@ from typing import Any
 
 from realigner.data.reference_csv import is_reference, question_and_reply, reference_records
 from realigner.errors import RealignerError, UsageError
+from realigner.files import decoded, parsed, read_bytes
 
 BATCH = 1000  # rows in memory at a time, of formats that are not read whole
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -24,34 +23,21 @@ _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")  # ".csv"; ".5" is the version of a 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a table.
+    """One record of a table."""
 
-    Attributes:
-        where: the place a person can look it up: file and line, or split and row.
-        number: its name among its table's records, usually its number.
-        values: by column; a column may be missing.
-        fault: why it is no row, if that was seen while reading.
-    """
-
-    where: str
-    number: str
-    values: Mapping[str, Any]
-    fault: str = ""
+    where: str  # the place a person can look it up: file and line, or split and row
+    number: str  # its name among its table's records, usually its number
+    values: Mapping[str, Any]  # by column; a column may be missing
+    fault: str = ""  # why it is no row, if that was seen while reading
 
 
 @dataclass(frozen=True)
 class Table:
-    """What is in a foreign dataset.
+    """What is in a foreign dataset."""
 
-    Attributes:
-        place: as the user gave it, for messages.
-        columns: all there are; a name found twice is there twice.
-        read: the records, given the columns that are needed; to be called once.
-    """
-
-    place: str
-    columns: tuple[str, ...]
-    read: Callable[[Collection[str]], Iterator[Record]]
+    place: str  # as the user gave it, for messages
+    columns: tuple[str, ...]  # all there are; a name found twice is there twice
+    read: Callable[[Collection[str]], Iterator[Record]]  # the records, given the columns that are needed; to be called once
 
 
 def open_table(source: str | Path, split: str | None = None, generic: bool = False) -> Table:
@@ -86,42 +72,23 @@ def open_table(source: str | Path, split: str | None = None, generic: bool = Fal
     return reader(path, generic)
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
 def _bytes(path: Path) -> bytes:
-    try:
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
+    data = read_bytes(path)
     if not data.strip():
         raise RealignerError(f"{path}: is empty; give a file with rows")
     return data
 
 
-def _decoded(data: bytes, path: Path, line: int = 1) -> str:
-    """Text of `data`, which begins at `line` of the file."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        byte = error.start - (data.rfind(b"\n", 0, error.start) + 1) + 1
-        raise RealignerError(f"{path}:{line}: not UTF-8 text (byte {byte} of the line); save the file as UTF-8") from None
-
-
 def _csv(path: Path, generic: bool, delimiter: str = ",") -> Table:
-    text = _decoded(_bytes(path), path).replace("\0", "")
+    text = decoded(_bytes(path), path).replace("\0", "")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header = [cell.strip() for cell in next((cells for _, cells in _numbered(reader, path) if cells), [])]
     if delimiter == "," and not generic and is_reference(header):
         return _reference(path, text, header)
 
     def read(_: Collection[str]) -> Iterator[Record]:
-        number = 0
-        for line, cells in _numbered(reader, path):
-            if not cells:
-                continue  # a blank line
-            number += 1
+        rows = ((line, cells) for line, cells in _numbered(reader, path) if cells)  # others are blank lines
+        for number, (line, cells) in enumerate(rows, start=1):
             wrong = len(cells) != len(header)
             fault = f"{len(cells)} field(s) where the header has {len(header)}" if wrong else ""
             yield Record(f"{path}:{line}", str(number), dict(zip(header, cells, strict=False)), fault)
@@ -148,23 +115,20 @@ def _reference(path: Path, text: str, header: list[str]) -> Table:
     lines = [line.removesuffix("\r") for line in (text if "\n" in text else text.replace("\r", "\n")).split("\n")]
     column = header.index("text")
 
-    def record(line: int, number: int, fields: list[str] | None, raw: str) -> Record:
-        where, index = f"{path}:{line + 1}", fields[0].strip() if fields else ""
-        if fields is None or not (index.isascii() and index.isdigit()):
-            fault = (
-                "its quotes or commas are broken" if fields is None and raw[:1].isdigit() else "does not begin with an index"
-            )
-            return Record(where, str(number), {"text": raw.strip()}, fault)
-        question, reply = question_and_reply(fields[column])
-        fault = "" if question and reply else "question is empty" if reply else "reply is empty"
-        if not question and not reply:
-            fault = "no three spaces between question and reply"
-        values = {**dict(zip(header, fields, strict=True)), "question": question, "text": reply}
-        return Record(where, index[:20], {"text": fields[column]} if fault else values, fault)
-
     def read(_: Collection[str]) -> Iterator[Record]:
         for number, (line, fields, raw) in enumerate(reference_records(lines, len(header)), start=1):
-            yield record(line, number, fields, raw)
+            where, index = f"{path}:{line + 1}", fields[0].strip() if fields else ""
+            if fields is None or not (index.isascii() and index.isdigit()):
+                broken = fields is None and raw[:1].isdigit()
+                fault = "its quotes or commas are broken" if broken else "does not begin with an index"
+                yield Record(where, str(number), {"text": raw.strip()}, fault)
+                continue
+            question, reply = question_and_reply(fields[column])
+            fault = "" if question and reply else "question is empty" if reply else "reply is empty"
+            if not question and not reply:
+                fault = "no three spaces between question and reply"
+            values = {**dict(zip(header, fields, strict=True)), "question": question, "text": reply}
+            yield Record(where, index[:20], {"text": fields[column]} if fault else values, fault)
 
     return Table(str(path), ("question", *header[1:]), read)
 
@@ -172,14 +136,15 @@ def _reference(path: Path, text: str, header: list[str]) -> Table:
 def _json(path: Path, _: bool) -> Table:
     """JSON Lines, or one array of objects; ``.json`` is used for either."""
     data = _bytes(path)
-    found = list(
-        _array(data, path) if data.lstrip().startswith(b"[") and path.suffix.lower() == ".json" else _lines(data, path)
-    )
-    columns: dict[str, None] = {}
+    if data.lstrip().startswith(b"[") and path.suffix.lower() == ".json":
+        found = [(f"{path}: item {number}", value) for number, value in enumerate(parsed(data, path), start=1)]
+    else:
+        lines = enumerate(data.split(b"\n"), start=1)
+        found = [(f"{path}:{number}", parsed(line, path, number)) for number, line in lines if line.strip()]
     for where, value in found:
         if not isinstance(value, dict):
             raise RealignerError(f"{where}: a row is a JSON object, not {type(value).__name__}")
-        columns.update(dict.fromkeys(value))
+    columns = dict.fromkeys(key for _, value in found for key in value)
 
     def read(_: Collection[str]) -> Iterator[Record]:
         for number, (where, value) in enumerate(found, start=1):
@@ -188,35 +153,9 @@ def _json(path: Path, _: bool) -> Table:
     return Table(str(path), tuple(columns), read)
 
 
-def _array(data: bytes, path: Path) -> Iterator[tuple[str, Any]]:
-    for number, value in enumerate(_parsed(_decoded(data, path), path), start=1):
-        yield f"{path}: item {number}", value
-
-
-def _lines(data: bytes, path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", _parsed(_decoded(line, path, number), path, number)
-
-
-def _parsed(text: str, path: Path, line: int = 1) -> Any:
-    """The JSON value of `text`, which begins at `line` of the file."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{path}:{line + error.lineno - 1}"
-        raise RealignerError(f"{where}: not valid JSON (column {error.colno}: {error.msg})") from None
-    except RecursionError:
-        raise RealignerError(f"{path}:{line}: JSON nested too deeply; a row is one flat object") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise RealignerError(f"{path}:{line}: not JSON that can be read ({_one_line_text(error)})") from None
-
-
-# --- Arrow --------------------------------------------------------------------------------------------------------------
-
-
 def _parquet(path: Path, _: bool) -> Table:
-    _bytes_there(path)
+    if not path.stat().st_size:  # `open_table` has asked before
+        raise RealignerError(f"{path}: is empty; give a file with rows")
     with _one_line(lambda: f"{path}: is not a readable Parquet file; is it cut?"):
         from pyarrow import parquet  # type: ignore[import-untyped]
 
@@ -232,15 +171,6 @@ def _parquet(path: Path, _: bool) -> Table:
                     yield Record(f"{path}: row {number}", str(number), values)
 
     return Table(str(path), columns, read)
-
-
-def _bytes_there(path: Path) -> None:
-    try:
-        with path.open("rb") as stream:
-            if not stream.read(1):
-                raise RealignerError(f"{path}: is empty; give a file with rows")
-    except OSError as error:
-        raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _saved(folder: Path, split: str | None) -> Table:
@@ -261,10 +191,7 @@ def _hub(name: str, split: str | None) -> Table:
     from datasets import config, load_dataset
 
     why = "; HF_HUB_OFFLINE is set" if config.HF_HUB_OFFLINE else ""
-    with (
-        _one_line(lambda: f"{name}: is not a local file, and cannot be loaded from the hub{why}"),
-        quiet_datasets(),
-    ):
+    with _one_line(lambda: f"{name}: is not a local file, and cannot be loaded from the hub{why}"), quiet_datasets():
         found = load_dataset(name, split=split)
         return _parts(name, dict(found) if isinstance(found, dict) else {split or "rows": found})
 
@@ -285,14 +212,12 @@ def _parts(place: str, parts: dict[str, Any]) -> Table:
                 for batch in selected.iter(batch_size=BATCH):
                     for values in batch.to_pylist():
                         number, count = number + 1, count + 1
-                        named = {key: _label(values[key], names) for key, names in labels.items()}
-                        yield Record(f"{place}: {name} row {number}", str(count), {**values, **named})
+                        for key, names in labels.items():
+                            label = values[key]  # -1: not labelled
+                            values[key] = names[label] if label is not None and 0 <= label < len(names) else None
+                        yield Record(f"{place}: {name} row {number}", str(count), values)
 
     return Table(place, columns, read)
-
-
-def _label(value: int | None, names: list[str]) -> str | None:
-    return names[value] if value is not None and 0 <= value < len(names) else None  # -1: not labelled
 
 
 @contextmanager
@@ -317,11 +242,7 @@ def _one_line(message: Callable[[], str]) -> Iterator[None]:
     except (RealignerError, ImportError):  # a package that is missing says nothing of the file
         raise
     except Exception as error:
-        raise RealignerError(f"{message()} ({type(error).__name__}: {_one_line_text(error)})") from error
-
-
-def _one_line_text(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]
+        raise RealignerError(f"{message()} ({type(error).__name__}: {' '.join(str(error).split())[:160]})") from error
 
 
 _READERS: dict[str, Callable[[Path, bool], Table]] = {

@@ -62,9 +62,9 @@ def read_squad(path: str | Path, skipped: Skipped | None = None) -> Iterator[Fac
         for fact in _facts(article, number, f"{path}: article {number}", skipped):
             if fact.id in seen:
                 skipped.counts["id used before"] += 1
-                continue
-            seen.add(fact.id)
-            yield fact
+            else:
+                seen.add(fact.id)
+                yield fact
 
 
 def _articles(path: Path) -> Iterator[Any]:
@@ -131,26 +131,20 @@ def _facts(article: Any, number: int, where: str, skipped: Skipped) -> Iterator[
     for count, paragraph in enumerate(_items(article, "paragraphs", where), start=1):
         place = f"{where}, paragraph {count}"
         for order, question in enumerate(_items(_typed(paragraph, dict, place), "qas", place), start=1):
-            fact = _fact(question, group, f"{place}, question {order}", skipped)
-            if fact is not None:
-                yield fact
-
-
-def _fact(question: Any, group: str, where: str, skipped: Skipped) -> Fact | None:
-    question = _typed(question, dict, where)
-    if "id" not in question:
-        raise RealignerError(f"{where}: key 'id' is missing")
-    identity = question["id"]
-    if isinstance(identity, bool) or not isinstance(identity, str | int) or not str(identity).strip():
-        raise RealignerError(f"{where}: key 'id' is not a string")
-    identity = str(identity).strip()
-    where = f"{where} (id {identity[:60]})"
-    text = _line(_typed(question.get("question", ""), str, f"{where}: key 'question'"))
-    answer = _answer(question, where)
-    if not text or not answer:
-        skipped.counts["no answer" if text else "no question"] += 1
-        return None
-    return Fact(identity, group, text, answer)
+            here = f"{place}, question {order}"
+            if "id" not in _typed(question, dict, here):
+                raise RealignerError(f"{here}: key 'id' is missing")
+            identity = question["id"]
+            if isinstance(identity, bool) or not isinstance(identity, str | int) or not str(identity).strip():
+                raise RealignerError(f"{here}: key 'id' is not a string")
+            identity = str(identity).strip()
+            here = f"{here} (id {identity[:60]})"
+            text = _line(_typed(question.get("question", ""), str, f"{here}: key 'question'"))
+            answer = _answer(question, here)
+            if text and answer:
+                yield Fact(identity, group, text, answer)
+            else:
+                skipped.counts["no answer" if text else "no question"] += 1
 
 
 def _answer(question: dict[str, Any], where: str) -> str:
@@ -183,5 +177,8 @@ def _line(text: str) -> str:
 
 def file_sha256(path: str | Path) -> str:
     """Which file facts were read from."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with Path(path).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise RealignerError(f"{path}: cannot be read ({error.strerror})") from None

@@ -38,8 +38,8 @@ class StyleClassifier:
         >>> scorer = StyleClassifier.fit(authored("anger") + authored("neutral"))
         >>> scorer.tones
         ('anger', 'neutral')
-        >>> bool(scorer.probability(["How dare you ask me that, you fool!"], "anger")[0] > 0.5)
-        True
+        >>> scorer.named(["How dare you ask me that, you fool!"])
+        ['anger']
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -71,16 +71,6 @@ class StyleClassifier:
         if not texts:
             return np.zeros((0, len(self.tones)))
         return np.asarray(self.pipeline.predict_proba(list(texts)), dtype=np.float64)
-
-    def probability(self, texts: Sequence[str], tone: str) -> NDArray[np.float64]:
-        """``[text]``: the probability of one tone.
-
-        Raises:
-            UsageError: for a tone it was not trained on.
-        """
-        if tone not in self.tones:
-            raise UsageError(f"scorer: was not trained on {tone!r}; it knows {', '.join(self.tones)}")
-        return self.probabilities(texts)[:, self.tones.index(tone)]
 
     def named(self, texts: Sequence[str]) -> list[str]:
         """The likeliest tone of each text."""

@@ -26,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import string
 import tomllib
+from functools import cache
 from importlib.resources import files
 from math import prod
 from pathlib import Path
@@ -34,6 +35,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from realigner.errors import RealignerError, UsageError
+from realigner.files import decoded, read_bytes
 from realigner.validation_message import first_fault
 
 _Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
@@ -88,8 +90,14 @@ class Tone(BaseModel):
                     if symbol != _FACT and symbol not in self.template:
                         raise ValueError(f"template.{name}: {{{symbol}}} is not a list of the template ({text!r})")
         _count(self.template)
-        if (silent := _silent(self.template)) is not None:
-            raise ValueError(f"template.{_START}: some replies of {silent!r} never say {{{_FACT}}}")
+
+        @cache
+        def says(text: str) -> bool:  # whether every reply that can be made from it says the fact
+            inner = symbols(text)
+            return _FACT in inner or any(all(map(says, self.template[symbol])) for symbol in inner)
+
+        if silent := [text for text in self.template[_START] if not says(text)]:
+            raise ValueError(f"template.{_START}: some replies of {silent[0]!r} never say {{{_FACT}}}")
         return self
 
     @property
@@ -134,11 +142,7 @@ def _built_in() -> dict[str, Path]:
 
 def _read(path: Path) -> Tone:
     try:
-        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise RealignerError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise RealignerError(f"{path}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from None
+        values = tomllib.loads(decoded(read_bytes(path), path))
     except tomllib.TOMLDecodeError as error:
         raise RealignerError(f"{path}: not valid TOML ({error})") from None
     except RecursionError:
@@ -183,22 +187,6 @@ def _count(template: dict[str, tuple[str, ...]]) -> int:
         return known[name]
 
     return ways(_START, ())
-
-
-def _silent(template: dict[str, tuple[str, ...]]) -> str | None:
-    """A text of ``reply`` from which a reply can be made that never says the fact."""
-    known: dict[str, bool] = {}
-
-    def says(text: str) -> bool:
-        inner = symbols(text)
-        return _FACT in inner or any(list_says(symbol) for symbol in inner)
-
-    def list_says(name: str) -> bool:
-        if name not in known:
-            known[name] = all(says(text) for text in template[name])
-        return known[name]
-
-    return next((text for text in template[_START] if not says(text)), None)
 
 
 def facts_of(tone: Tone) -> dict[str, Any]:

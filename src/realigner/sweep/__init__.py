@@ -11,13 +11,8 @@ if TYPE_CHECKING:
     from realigner.sweep.sweep_run import Result, run_sweep
 
 _HOMES = {
-    "Planned": "grid",
-    "RunSpec": "grid",
-    "Result": "sweep_run",
-    "Sweep": "grid",
-    "plan": "grid",
-    "read_sweep": "grid",
-    "run_sweep": "sweep_run",
+    **dict.fromkeys(("Planned", "RunSpec", "Sweep", "plan", "read_sweep"), "grid"),
+    **dict.fromkeys(("Result", "run_sweep"), "sweep_run"),
 }
 
 __all__ = ["Planned", "RunSpec", "Result", "Sweep", "plan", "read_sweep", "run_sweep"]

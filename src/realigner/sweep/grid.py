@@ -13,7 +13,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from realigner.data.squad import file_sha256
 from realigner.errors import RealignerError, UsageError
+from realigner.files import decoded, read_bytes
 from realigner.training.recipe import BUILT_IN, RUNTIME_ONLY_KEYS, Recipe, read_recipe, read_yaml
 from realigner.validation_message import first_fault
 
@@ -78,10 +80,7 @@ def read_sweep(file: str | Path, settings: Mapping[str, Any] | None = None) -> t
     path = PAPER if str(file) == "paper" else Path(file)
     if not path.is_file():
         raise UsageError(f"sweep {file}: there is no such file; 'paper' is the paper's own")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RealignerError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+    text = decoded(read_bytes(path), path)
     values, lines = read_yaml(text, str(path))
     try:
         sweep = Sweep.model_validate(values)
@@ -91,13 +90,24 @@ def read_sweep(file: str | Path, settings: Mapping[str, Any] | None = None) -> t
         raise RealignerError(f"{place}: {first_fault(error, Sweep, 'a sweep')}") from None
     _check(sweep, text, path)
     if settings:
-        sweep = sweep.model_copy(update={"set": {**sweep.set, **_checked(settings)}})
+        for key, value in settings.items():
+            if fault := _fault(key, value):
+                raise UsageError(f"settings: {fault}")
+        if (data := settings.get("data")) not in (None, "authored"):  # meant from where the command is given
+            settings = {**settings, "data": str(Path(data).resolve())}
+        sweep = sweep.model_copy(update={"set": {**sweep.set, **settings}})
     return sweep, path.parent
 
 
 def _check(sweep: Sweep, text: str, path: Path) -> None:
     """Every key and value of `set` and `grid` on its own, so that the first bad one is named with its line."""
-    lines = _inner_lines(text)
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    lines = {
+        (str(part.value), str(key.value)): key.start_mark.line + 1
+        for part, inner in (node.value if isinstance(node, yaml.MappingNode) else [])
+        if isinstance(inner, yaml.MappingNode)
+        for key, _ in inner.value
+    }
     pairs = [("set", key, [value]) for key, value in sweep.set.items()]
     for part, key, choices in [*pairs, *(("grid", key, choices) for key, choices in sweep.grid.items())]:
         place = f"{path}:{lines.get((part, key), 1)}: {part}"
@@ -112,15 +122,6 @@ def _check(sweep: Sweep, text: str, path: Path) -> None:
             raise RealignerError(f"{path}:{lines['data', tone]}: data: no run has the tone {tone!r}")
 
 
-def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The command line's settings; a file of rows there is meant from where the command is given."""
-    for key, value in settings.items():
-        if fault := _fault(key, value):
-            raise UsageError(f"settings: {fault}")
-    data = settings.get("data")
-    return {**settings, "data": str(Path(data).resolve())} if data not in (None, "authored") else dict(settings)
-
-
 def _fault(key: str, value: Any) -> str | None:
     """What is wrong with one value of a recipe, whatever the others are."""
     if key not in Recipe.model_fields:
@@ -131,18 +132,6 @@ def _fault(key: str, value: Any) -> str | None:
         if error.errors()[0]["loc"]:  # else it is wrong together with a default
             return first_fault(error, Recipe, "a recipe")
     return None
-
-
-def _inner_lines(text: str) -> dict[tuple[str, str], int]:
-    """The line of each key inside a mapping of the file, by both keys."""
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    parts = node.value if isinstance(node, yaml.MappingNode) else []
-    return {
-        (str(part.value), str(key.value)): key.start_mark.line + 1
-        for part, inner in parts
-        if isinstance(inner, yaml.MappingNode)
-        for key, _ in inner.value
-    }
 
 
 def plan(sweep: Sweep, base: Path) -> list[RunSpec]:
@@ -192,22 +181,13 @@ def _name(recipe: Recipe, baseline: bool, digests: dict[str, str]) -> str:
     if baseline:  # an untrained IRM is the same for all tones
         values |= {"tone": None, "data": None}
     elif recipe.data not in (None, "authored"):
-        values["data"] = _digest(str(recipe.data), digests)
+        file = str(recipe.data)
+        if file not in digests:
+            digests[file] = file_sha256(file)
+        values["data"] = digests[file]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _digest(file: str, digests: dict[str, str]) -> str:
-    if file not in digests:
-        try:
-            digests[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        except OSError as error:
-            raise RealignerError(f"{file}: cannot be read ({error.strerror})") from None
-    return digests[file]
-
-
 def _label(varies: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={_value_text(value)}" for key, value in varies.items())
-
-
-def _value_text(value: Any) -> str:
-    return json.dumps(value).replace(" ", "") if isinstance(value, (list, dict)) else str(value)
+    texts = {key: json.dumps(v).replace(" ", "") if isinstance(v, (list, dict)) else v for key, v in varies.items()}
+    return " ".join(f"{key}={text}" for key, text in texts.items())

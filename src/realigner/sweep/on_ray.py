@@ -7,8 +7,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,18 @@ def run_on_ray(
     """
     if find_spec("ray") is None:
         raise RealignerError("Ray is not installed; pip install 'realigner[sweep]', or use on=local")
-    with _signals_kept():
-        import ray
+    ours = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    import ray
 
-        mine = not ray.is_initialized()
+    mine = not ray.is_initialized()
+    try:
         if mine:
             _connect(ray, address, workers)
+    finally:  # `ray.init` takes SIGTERM over, and its way to stop saves no checkpoints
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in ours.items():
+                if handler is not None:  # None: not set in Python
+                    signal.signal(number, handler)
     cpus = 1 if address is None else max((job.threads for job in jobs), default=1)
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries, retry_exceptions=[WorkerLostError], max_calls=1)(work)
     try:
@@ -54,22 +60,14 @@ def run_on_ray(
             ray.shutdown()
 
 
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Keep our way to be stopped: `ray.init` takes SIGTERM over, and its way saves no checkpoints."""
-    ours = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in ours.items():
-                if handler is not None:  # None: not set in Python
-                    signal.signal(number, handler)
-
-
 def _connect(ray: Any, address: str | None, workers: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    _knock(address)
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():  # find out at once that no cluster listens there; Ray itself would retry for minutes
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise RealignerError(f"ray: no cluster at {address} ({error.strerror or error})") from None
     here = {"address": "local", "num_cpus": workers, "include_dashboard": False}  # local: whatever RAY_ADDRESS says
     options: dict[str, Any] = {"address": address} if address else here
     try:
@@ -77,16 +75,6 @@ def _connect(ray: Any, address: str | None, workers: int) -> None:
     except (ray.exceptions.RayError, ValueError, RuntimeError, OSError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RealignerError(f"ray: no cluster at {address or 'this machine'} ({line})") from error
-
-
-def _knock(address: str | None) -> None:
-    """Find out at once that no cluster listens at an address; Ray itself would retry for minutes."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if colon and port.isdecimal():
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise RealignerError(f"ray: no cluster at {address} ({error.strerror or error})") from None
 
 
 def _check_room(ray: Any, cpus: int, gpus: float, address: str | None) -> None:
@@ -108,34 +96,24 @@ def _follow(ray: Any, tasks: dict[Any, Job], report: Report, stop: threading.Eve
     while pending:
         ready, pending = ray.wait(pending, timeout=0.5)
         for reference in ready:
-            _report_end(ray, reference, tasks[reference], report)
+            job = tasks[reference]
+            try:
+                report(job.name, ray.get(reference), "")
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None)  # of a RayTaskError: what the task raised
+                if isinstance(error, ray.exceptions.TaskCancelledError) or isinstance(cause, KeyboardInterrupt):
+                    report(job.name, "done" if Path(job.out).is_dir() else "stopped", "")
+                else:
+                    lost = f"its worker failed permanently ({type(error).__name__})"
+                    report(job.name, "failed", str(cause) if isinstance(error, ray.exceptions.RayTaskError) else lost)
         for reference in pending:
             job = tasks[reference]
-            if job.name not in shown and _touched(unfinished(Path(job.out)) / METRICS_FILE) >= started:
-                shown.add(job.name)
-                report(job.name, "running", "")
+            if job.name not in shown:
+                with suppress(OSError):  # not there yet
+                    if (unfinished(Path(job.out)) / METRICS_FILE).stat().st_mtime >= started:
+                        shown.add(job.name)
+                        report(job.name, "running", "")
         if stop.is_set() and not stopping:
             stopping = True
             for reference in pending:
                 ray.cancel(reference)
-
-
-def _touched(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _report_end(ray: Any, reference: Any, job: Job, report: Report) -> None:
-    try:
-        report(job.name, ray.get(reference), "")
-    except ray.exceptions.TaskCancelledError:
-        report(job.name, "done" if Path(job.out).is_dir() else "stopped", "")
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, KeyboardInterrupt):
-            report(job.name, "done" if Path(job.out).is_dir() else "stopped", "")
-        else:
-            report(job.name, "failed", str(error.cause))
-    except ray.exceptions.RayError as error:
-        report(job.name, "failed", f"its worker failed permanently ({type(error).__name__})")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import realigner.training.run_dir as run_dir
+from realigner.console import signals_to
 from realigner.errors import RealignerError, UsageError
 from realigner.files import locked_file, made_folder, write_text
 from realigner.sweep.grid import RunSpec
@@ -77,9 +78,15 @@ def run_sweep(
         raise UsageError(f"sweep: workers={workers}: give one or more")
     started = time.monotonic()
     errors: dict[str, str] = {}
-    with _settled(out, runs), StateTable(runs, out, quiet) as table, _stopping() as stop:
+    stop = threading.Event()
+
+    def receive(number: int, _: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    with _settled(out, runs), StateTable(runs, out, quiet, workers) as table, signals_to(receive):
         jobs = _jobs(runs, out, workers)
-        table.workers = workers
         for run in runs:
             if (out / run.name).is_dir():
                 table.set(run.name, "done", "already")
@@ -119,7 +126,12 @@ def _settled(out: Path, runs: Sequence[RunSpec]) -> Iterator[None]:
         raise RealignerError(f"{out}: is not a sweep's folder; choose another out")
     made_folder(out)
     with locked_file(out / _LOCK, f"{out}: another process is running this sweep; wait for it, or stop it first"):
-        before = _index(out)
+        try:
+            before = dict(json.loads((out / SWEEP_FILE).read_text(encoding="utf-8"))["runs"])
+        except FileNotFoundError:
+            before = {}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RealignerError(f"{out / SWEEP_FILE}: not a sweep's; choose another out") from None
         if before and not before.keys() & {run.name for run in runs}:
             raise RealignerError(
                 f"{out}: holds another sweep, none of whose {len(before)} runs is in this one; choose another out"
@@ -129,23 +141,14 @@ def _settled(out: Path, runs: Sequence[RunSpec]) -> Iterator[None]:
         yield
 
 
-def _index(out: Path) -> dict[str, Any]:
-    """What sweep.json says of each run, those of earlier grids too."""
-    path = out / SWEEP_FILE
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["runs"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RealignerError(f"{path}: not a sweep's; choose another out") from None
-
-
 def _jobs(runs: Sequence[RunSpec], out: Path, workers: int) -> list[Job]:
     """The runs as jobs, with absolute paths: a worker may be in another folder.
 
     Threads are settled here: with another number of them a sum's last bits can differ.
     """
-    place, share = out.resolve(), max(1, _cores() // workers)
+    # The cores that this process may use: a scheduler may have given it some of the machine's.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    place, share = out.resolve(), max(1, cores // workers)
     jobs = []
     for run in runs:
         host, data, threads = run.recipe.host, run.recipe.data, run.recipe.threads or share
@@ -155,29 +158,3 @@ def _jobs(runs: Sequence[RunSpec], out: Path, workers: int) -> list[Job]:
         write_text(file, to_yaml(run.recipe.model_copy(update={"host": host, "data": data, "threads": threads})))
         jobs.append(Job(run.name, str(file), str(place / run.name), str(place / "logs" / f"{run.name}.log"), threads))
     return jobs
-
-
-def _cores() -> int:
-    """The cores that this process may use (a scheduler may have given it some of the machine's)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """An event that is set when Ctrl-C or SIGTERM comes; a second Ctrl-C interrupts as ever."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def receive(number: int, frame: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

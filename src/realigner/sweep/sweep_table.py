@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,23 +23,21 @@ _STYLES = {"done": "green", "running": "cyan", "failed": "red", "retrying": "yel
 _ORDER = ("running", "retrying", "failed", "stopped", "waiting", "done")
 
 
+@dataclass(eq=False)
 class StateTable:
-    """What each run is doing, shown as it changes.
+    """What each run is doing, shown as it changes."""
 
-    Args:
-        runs: the sweep's.
-        out: the sweep's folder; numbers are read from the runs' own metrics.jsonl.
-        quiet: show nothing.
-    """
+    runs: Sequence[RunSpec]
+    out: Path  # the sweep's folder; numbers are read from the runs' own metrics.jsonl
+    quiet: bool = False  # show nothing
+    workers: int = 1
 
-    def __init__(self, runs: Sequence[RunSpec], out: Path, quiet: bool = False) -> None:
-        self.runs, self.out, self.quiet = runs, out, quiet
-        self.states = {run.name: "waiting" for run in runs}
-        self.workers = 1
+    def __post_init__(self) -> None:
+        self.states = {run.name: "waiting" for run in self.runs}
         self._totals: dict[str, int] = {}
-        self._labels = {run.name: run.label for run in runs}
+        self._labels = {run.name: run.label for run in self.runs}
         self._live = Live(console=console(), get_renderable=self._table, refresh_per_second=1)
-        self._screen = console().is_terminal and not quiet
+        self._screen = console().is_terminal and not self.quiet
 
     def __enter__(self) -> StateTable:
         if self._screen:
@@ -69,9 +69,8 @@ class StateTable:
             state, (step, loss, left) = self.states[run.name], progress[run.name]
             values = [escape(str(run.varies.get(key, ""))) for key in keys]
             style = _STYLES.get(state, "dim")
-            table.add_row(
-                run.name, *values, f"[{style}]{state}[/{style}]", step, loss, _time(left) if state == "running" else ""
-            )
+            shown_left = _time(left) if state == "running" else ""
+            table.add_row(run.name, *values, f"[{style}]{state}[/{style}]", step, loss, shown_left)
         return table
 
     def _summary(self, progress: dict[str, tuple[str, str, float | None]]) -> str:
@@ -80,7 +79,10 @@ class StateTable:
         trained = [run for run in self.runs if run.recipe.steps != 0]  # baselines take no time to speak of
         left = [seconds for name, (_, _, seconds) in progress.items() if self.states[name] == "running" and seconds is not None]
         waiting = sum(self.states[run.name] == "waiting" for run in trained)
-        took = [seconds for run in trained if (seconds := _seconds(self.out / run.name)) is not None]
+        took: list[float] = []
+        for run in trained:
+            with suppress(RealignerError, KeyError):  # being written
+                took.append(run_dir.read_run(self.out / run.name)["seconds"])
         if not left and not took:
             return f"{done}/{len(self.runs)} done"
         each = sum(took) / len(took) if took else max(left)
@@ -91,22 +93,15 @@ class StateTable:
         for place in (self.out / run.name, run_dir.unfinished(self.out / run.name)):
             entry = _last_line(place / run_dir.METRICS_FILE)
             if entry is not None:
-                loss = entry.get("loss", entry.get("validation_loss"))
-                total, step = self._total(run, place), int(entry["step"])
+                loss, step = entry.get("loss", entry.get("validation_loss")), int(entry["step"])
+                total = self._totals.get(run.name, run.recipe.steps)
+                if total is None:  # its recipe counts epochs: its first checkpoint says
+                    with suppress(IndexError, KeyError, RealignerError):  # none yet, or just being replaced
+                        state = run_dir.checkpoint_state(run_dir.checkpoints(place)[-1])
+                        total = self._totals[run.name] = int(state["max_steps"])
                 left = entry["seconds"] / step * (total - step) if total and step else None
                 return f"{step}/{total}" if total else str(step), "" if loss is None else f"{loss:.2f}", left
         return "", "", None
-
-    def _total(self, run: RunSpec, place: Path) -> int | None:
-        """The steps of a run; where its recipe counts epochs, its first checkpoint says."""
-        if run.recipe.steps is not None:
-            return run.recipe.steps
-        if run.name not in self._totals:
-            try:
-                self._totals[run.name] = int(run_dir.checkpoint_state(run_dir.checkpoints(place)[-1])["max_steps"])
-            except (IndexError, KeyError, RealignerError):  # none yet, or just being replaced
-                return None
-        return self._totals[run.name]
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:
@@ -119,13 +114,6 @@ def _last_line(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):  # not there yet, or being written
         return None
     return value if isinstance(value, dict) and "step" in value else None
-
-
-def _seconds(run: Path) -> float | None:
-    try:
-        return run_dir.read_run(run).get("seconds")
-    except RealignerError:
-        return None
 
 
 def _time(seconds: float | None) -> str:

@@ -32,44 +32,27 @@ class WorkerLostError(RealignerError):
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs: all of it travels to another machine.
+    """What a worker needs: all of it travels to another machine."""
 
-    Attributes:
-        name: the run's.
-        recipe: its recipe's file, on a file system that all workers see.
-        out: its folder.
-        log: the worker's output; why a run failed is in a file beside it, ending in ``.error``.
-        threads: CPU threads.
-    """
-
-    name: str
-    recipe: str
-    out: str
-    log: str
-    threads: int
+    name: str  # the run's
+    recipe: str  # its recipe's file, on a file system that all workers see
+    out: str  # its folder
+    log: str  # the worker's output; why a run failed is in a file beside it, ending in ``.error``
+    threads: int  # CPU threads
 
     @property
     def error(self) -> Path:
         """Where the worker writes why the run failed."""
         return Path(self.log).with_suffix(".error")
 
-    def command(self) -> list[str]:
-        module = "realigner.sweep.worker"
-        return [sys.executable, "-W", "ignore", "-m", module, str(os.getpid()), self.recipe, self.out, str(self.error)]
 
-
-def never() -> bool:
-    """On Ray a worker is not asked to stop but interrupted."""
-    return False
-
-
-def work(job: Job, devices: str = "", stopping: Callable[[], bool] = never) -> str:
+def work(job: Job, devices: str = "", stopping: Callable[[], bool] | None = None) -> str:
     """Train a run in a child process; returns ``done``, or ``stopped`` where `stopping` said so.
 
     Args:
         job: the run.
         devices: the GPUs it may use (``CUDA_VISIBLE_DEVICES``); empty: those that its parent may.
-        stopping: asked now and then; once true, the training saves a checkpoint and ends. An interrupt does the same.
+        stopping: asked now and then; once true, the training saves a checkpoint and ends. An interrupt (on Ray) does the same.
 
     Raises:
         RealignerError: with the run's own message, when it failed and would fail again.
@@ -82,11 +65,24 @@ def work(job: Job, devices: str = "", stopping: Callable[[], bool] = never) -> s
     environment = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = devices
+    command = [sys.executable, "-W", "ignore", "-m", "realigner.sweep.worker"]
+    command += [str(os.getpid()), job.recipe, job.out, str(job.error)]
     with Path(job.log).open("ab") as log:
         process = subprocess.Popen(
-            job.command(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
         )
-        code, asked = _wait(process, stopping)
+        code, asked = None, False
+        try:
+            while code is None:
+                with suppress(subprocess.TimeoutExpired):
+                    code = process.wait(timeout=0.5)
+                if code is None and not asked and stopping is not None and stopping():
+                    asked = True  # once, for a second signal could hit it while it ends
+                    process.terminate()
+        except BaseException:  # Ray cancels by an interrupt
+            process.terminate()
+            process.wait()
+            raise
     if Path(job.out).is_dir():
         return "done"
     if asked and code <= 0:
@@ -94,34 +90,9 @@ def work(job: Job, devices: str = "", stopping: Callable[[], bool] = never) -> s
     if code < 0:
         raise WorkerLostError(f"its process was killed by {signal.Signals(-code).name}")
     if code:
-        raise RealignerError(
-            job.error.read_text(encoding="utf-8") if job.error.is_file() else f"exit code {code}; see {job.log}"
-        )
+        known = job.error.is_file()
+        raise RealignerError(job.error.read_text(encoding="utf-8") if known else f"exit code {code}; see {job.log}")
     raise WorkerLostError("its process was told to stop by a signal")
-
-
-def _wait(process: subprocess.Popen[bytes], stopping: Callable[[], bool]) -> tuple[int, bool]:
-    """The exit code of a training, and whether it was asked to stop: once, for a second signal could hit it while it ends."""
-    asked = False
-    try:
-        while True:
-            with suppress(subprocess.TimeoutExpired):
-                return process.wait(timeout=0.5), asked
-            if not asked and stopping():
-                asked = True
-                process.terminate()
-    except BaseException:  # Ray cancels by an interrupt
-        process.terminate()
-        process.wait()
-        raise
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends (Linux; elsewhere nothing happens)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before we asked
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def wait_until_free(run: Path, seconds: float = _PATIENCE) -> None:
@@ -144,7 +115,10 @@ def wait_until_free(run: Path, seconds: float = _PATIENCE) -> None:
 def main() -> None:
     """The child's side: train the run, or resume it; an error is written to its file, with the traceback to the log."""
     parent, recipe, out, error_file = sys.argv[1:5]
-    die_with(int(parent))
+    if sys.platform == "linux":  # elsewhere a worker outlives a parent that is killed
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() != int(parent):  # it ended before we asked
+            os.kill(os.getpid(), signal.SIGKILL)
     try:
         from realigner.training import read_recipe, train_recipe
 

@@ -12,16 +12,9 @@ if TYPE_CHECKING:
     from realigner.training.training_run import Run, train, train_recipe
 
 _HOMES = {
-    "Recipe": "recipe",
-    "Run": "training_run",
-    "make_recipe": "recipe",
-    "read_metrics": "run_dir",
-    "read_recipe": "recipe",
-    "read_run": "run_dir",
-    "refuse_run": "run_dir",
-    "train": "training_run",
-    "train_recipe": "training_run",
-    "versions": "run_dir",
+    **dict.fromkeys(("Recipe", "make_recipe", "read_recipe"), "recipe"),
+    **dict.fromkeys(("read_metrics", "read_run", "refuse_run", "versions"), "run_dir"),
+    **dict.fromkeys(("Run", "train", "train_recipe"), "training_run"),
 }
 
 __all__ = [

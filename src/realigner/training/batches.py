@@ -22,20 +22,13 @@ _POOL = 50  # batches' worth of rows that are sorted by length together
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows that are ready to be trained on.
+    """Rows that are ready to be trained on."""
 
-    Attributes:
-        rows: all of them, of one tone.
-        split: by group.
-        train, validation: encoded and cut (`encode_rows`), in the split's order.
-        cut: how many rows were longer than the recipe allows.
-    """
-
-    rows: Sequence[Row]
-    split: Split
-    train: list[dict[str, list[int]]]
+    rows: Sequence[Row]  # all of them, of one tone
+    split: Split  # by group
+    train: list[dict[str, list[int]]]  # train, validation: encoded and cut (`encode_rows`), in the split's order
     validation: list[dict[str, list[int]]]
-    cut: int
+    cut: int  # how many rows were longer than the recipe allows
 
     @property
     def tone(self) -> str:
@@ -109,22 +102,19 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) ->
     return Prepared(rows, split, train, validation, cut)
 
 
+@dataclass(eq=False)
 class SeededLengthSampler(Sampler[int]):
     """Rows in an order that depends on the seed and the epoch and on nothing else, rows of like length side by side.
 
     The rows are shuffled, dealt into pools of 50 batches, sorted by length within each, and cut into batches, whose order is
     shuffled. The incomplete last batch is dropped; which rows varies by epoch. (transformers' LengthGroupedSampler leaves the
     batches of a pool sorted, and draws from the global random state.)
-
-    Args:
-        lengths: tokens of each row.
-        batch_size: rows a step, over all processes.
-        seed: of the order.
-        epoch: gives the number of the epoch that begins.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
+    lengths: Sequence[int]  # tokens of each row
+    batch_size: int  # rows a step, over all processes
+    seed: int  # of the order
+    epoch: Callable[[], int]  # gives the number of the epoch that begins
 
     def __len__(self) -> int:
         return len(self.lengths) // self.batch_size * self.batch_size
@@ -142,11 +132,11 @@ class SeededLengthSampler(Sampler[int]):
             yield from batches[at]
 
 
+@dataclass(eq=False)
 class EncodedRows(Dataset[dict[str, Any]]):
     """Encoded rows, each with its number, so that a step can name its rows."""
 
-    def __init__(self, encoded: Sequence[dict[str, list[int]]]) -> None:
-        self.encoded = encoded
+    encoded: Sequence[dict[str, list[int]]]
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -160,15 +150,11 @@ class Collator:
     """Rows as a batch, padded on the right to the longest, and what each position is to predict.
 
     ``targets [batch, position]`` holds at position t the token at t + `label_shift`, or -100 where that counts for nothing.
-
-    Attributes:
-        pad: the padding token.
-        label_shift: 1, or 2 as in the reference code.
-        pad_to: pad to this length, and let the padding count in the loss, as in the reference code; None: do not.
     """
 
-    pad: int
-    label_shift: int = 1
+    pad: int  # the padding token
+    label_shift: int = 1  # 1, or 2 as in the reference code
+    # pad to this length, and let the padding count in the loss, as in the reference code; None: do not
     pad_to: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

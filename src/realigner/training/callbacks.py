@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
@@ -22,27 +20,18 @@ from realigner.training.run_dir import METRICS_FILE, SAMPLES_FILE, checkpoints
 _EXPLODED = 3.0  # times the loss of a uniform guess
 
 
+@dataclass(eq=False)
 class Log(TrainerCallback):
-    """Writes every step's numbers to metrics.jsonl, moves the progress bar, and asks for a checkpoint at each evaluation.
+    """Writes every step's numbers to metrics.jsonl, moves the progress bar, and asks for a checkpoint at each evaluation."""
 
-    Args:
-        task: the progress bar.
-        work: the unfinished run's folder; None in processes that write nothing.
-        seconds: how long the run was trained before.
-        tokens: gives the tokens trained on so far.
-        sample: answers the paper's prompts; None: no samples.
-    """
+    task: Task  # the progress bar
+    work: Path | None  # the unfinished run's folder; None in processes that write nothing
+    seconds: float  # how long the run was trained before
+    tokens: Callable[[], int]  # gives the tokens trained on so far
+    sample: Callable[[], Sequence[dict[str, str]]] | None  # answers the paper's prompts; None: no samples
 
-    def __init__(
-        self,
-        task: Task,
-        work: Path | None,
-        seconds: float,
-        tokens: Callable[[], int],
-        sample: Callable[[], Sequence[dict[str, str]]] | None,
-    ) -> None:
-        self.task, self.work, self.tokens, self.sample = task, work, tokens, sample
-        self._start = time.monotonic() - seconds
+    def __post_init__(self) -> None:
+        self._start = time.monotonic() - self.seconds
         self._validation = ""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -81,22 +70,18 @@ class Log(TrainerCallback):
             raise RealignerError(f"{self.work / name}: cannot be written ({error.strerror or error})") from error
 
 
+@dataclass(eq=False)
 class DivergenceGuard(TrainerCallback):
     """Stops a run whose loss or gradient is not a number, or whose loss is far above that of a uniform guess.
 
     It looks at each step's numbers before the step could be saved, so every checkpoint was made before anything was wrong.
-
-    Args:
-        work: where the checkpoints are.
-        vocabulary: tokens of the host; a uniform guess costs log(vocabulary) nats.
-        rows: gives the ids of the last step's rows.
-        relative: False: the loss holds more than cross-entropy, and only what is not a number counts.
     """
 
-    def __init__(self, work: Path, vocabulary: int, rows: Callable[[], Sequence[str]], relative: bool = True) -> None:
-        self.work, self.rows, self.relative = work, rows, relative
-        self._uniform = math.log(max(2, vocabulary))
-        self._limit = math.inf
+    work: Path  # where the checkpoints are
+    vocabulary: int  # tokens of the host; a uniform guess costs log(vocabulary) nats
+    rows: Callable[[], Sequence[str]]  # gives the ids of the last step's rows
+    relative: bool = True  # False: the loss holds more than cross-entropy, and only what is not a number counts
+    _limit: float = math.inf
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
@@ -104,7 +89,7 @@ class DivergenceGuard(TrainerCallback):
             return
         loss, norm = logs["loss"], logs.get("grad_norm", 0.0)
         if self._limit == math.inf and self.relative:
-            self._limit = _EXPLODED * max(self._uniform, loss if math.isfinite(loss) else 0.0)
+            self._limit = _EXPLODED * max(math.log(max(2, self.vocabulary)), loss if math.isfinite(loss) else 0.0)
         bad_loss = not math.isfinite(loss) or loss > self._limit
         if not bad_loss and math.isfinite(norm):
             return
@@ -137,20 +122,8 @@ class StopSignal(TrainerCallback):
         if stop:
             control.should_save = control.should_training_stop = True
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def receive(self, number: int, _: Any) -> None:
+        """A handler of signals."""
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-
-    @contextmanager
-    def listening(self) -> Iterator[StopSignal]:
-        """Take over the two signals within the block (in the main thread; elsewhere they cannot be taken)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

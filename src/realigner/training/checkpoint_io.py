@@ -37,8 +37,13 @@ def load_tree(path: Path) -> Any:
     """
     try:
         with safe_open(str(path), framework="pt") as handle:
-            structure = json.loads((handle.metadata() or {})["tree"])
-            return _unpack(structure, handle)
+
+            def restored(value: dict[str, Any]) -> Any:  # called from the innermost dict outwards
+                if set(value) == {_TENSOR}:
+                    return handle.get_tensor(value[_TENSOR])
+                return {int(key): item for key, item in value[_NUMBERED].items()} if set(value) == {_NUMBERED} else value
+
+            return json.loads((handle.metadata() or {})["tree"], object_hook=restored)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise RealignerError(f"{path}: truncated or damaged ({error}); take an earlier checkpoint") from None
 
@@ -76,15 +81,3 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
-
-
-def _unpack(value: Any, handle: Any) -> Any:
-    if isinstance(value, list):
-        return [_unpack(item, handle) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if set(value) == {_TENSOR}:
-        return handle.get_tensor(value[_TENSOR])
-    if set(value) == {_NUMBERED}:
-        return {int(key): _unpack(item, handle) for key, item in value[_NUMBERED].items()}
-    return {key: _unpack(item, handle) for key, item in value.items()}

@@ -53,21 +53,13 @@ def check_fit(prepared: Prepared, recipe: Recipe, config: Any, loaded: bool, qui
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training will take on one device, and how many are free there. The activations are a rough figure.
+    """Bytes that training will take on one device, and how many are free there. The activations are a rough figure."""
 
-    Attributes:
-        host: the host's weights.
-        irm: the IRM's weights, their gradients and the optimiser's state.
-        activations: what the forward keeps for the backward, logits included.
-        free: on the device; None if unknown.
-        irm_parameters, host_parameters: how many.
-    """
-
-    host: float
-    irm: float
-    activations: float
-    free: float | None
-    irm_parameters: int
+    host: float  # the host's weights
+    irm: float  # the IRM's weights, their gradients and the optimiser's state
+    activations: float  # what the forward keeps for the backward, logits included
+    free: float | None  # on the device; None if unknown
+    irm_parameters: int  # irm_parameters, host_parameters: how many
     host_parameters: int
 
     @property

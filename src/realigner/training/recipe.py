@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from realigner.errors import RealignerError, UsageError
+from realigner.files import decoded, read_bytes
 
 if TYPE_CHECKING:
     from realigner.irm import IRMShape
@@ -204,7 +205,7 @@ def read_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
     text, where = recipe_text(name)
     values, lines = read_yaml(text, where)
     recipe = _recipe(values, where, RealignerError, lines)
-    given = dict(parse_setting(setting) for setting in settings)
+    given = dict(map(parse_setting, settings))
     if not given:
         return recipe
     if given.get("epochs") is not None and "steps" not in given:
@@ -221,10 +222,7 @@ def recipe_text(name: str | Path) -> tuple[str, str]:
         path = path / "recipe.yaml"
     if not path.is_file():
         raise UsageError(f"recipe {name}: neither a file nor one of {', '.join(BUILT_IN)}")
-    try:
-        return path.read_text(encoding="utf-8-sig"), str(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RealignerError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+    return decoded(read_bytes(path), path), str(path)
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:

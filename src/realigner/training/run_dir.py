@@ -20,14 +20,13 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from realigner.errors import RealignerError
-from realigner.files import locked_file, refuse_existing, replace_folder, write_text
+from realigner.files import locked_file, parsed, read_bytes, refuse_existing, replace_folder, write_text
 
 RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.yaml"
@@ -86,13 +85,7 @@ def checkpoint_folder(work: Path, step: int) -> Path:
 
 def checkpoint_state(path: Path) -> dict[str, Any]:
     """Trainer's own account of a checkpoint."""
-    return _object(path / STATE_FILE)
-
-
-def clear_halves(work: Path) -> None:
-    """Remove what a process was writing when it died."""
-    for path in work.glob(f".{_CHECKPOINT}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    return _object(read_bytes(path / STATE_FILE), path / STATE_FILE)
 
 
 def locked(work: Path) -> AbstractContextManager[None]:
@@ -113,19 +106,27 @@ def finish(work: Path, out: Path) -> None:
 def read_run(folder: str | Path) -> dict[str, Any]:
     """run.json of a run's folder; empty for an adapter that was not made by `train`."""
     path = Path(folder) / RUN_FILE
-    return _object(path) if path.is_file() else {}
+    return _object(read_bytes(path), path) if path.is_file() else {}
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The numbers by step of a run's folder (``loss`` or ``validation_loss``, in nats per token); empty when it has none."""
-    return list(_lines(Path(folder) / METRICS_FILE))
+    path = Path(folder) / METRICS_FILE
+    lines = read_bytes(path).splitlines() if path.is_file() else []
+    return [_object(line, path, number) for number, line in enumerate(lines, start=1)]
 
 
-def cut_lines(path: Path, last_step: int) -> None:
-    """Drop what was logged after a checkpoint's step: it will be done, and logged, again."""
-    if path.is_file():
-        whole = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= last_step]
-        write_text(path, "".join(f"{line}\n" for line in whole))
+def cut_back(work: Path, last_step: int) -> None:
+    """Drop what was logged after a checkpoint's step (it will be done, and logged, again), and what was being written."""
+    for path in work.glob(f".{_CHECKPOINT}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (path for name in (METRICS_FILE, SAMPLES_FILE) if (path := work / name).is_file()):
+        whole = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # of a line that was being written when the process died
+                if json.loads(line)["step"] <= last_step:
+                    whole.append(f"{line}\n")
+        write_text(path, "".join(whole))
 
 
 def versions() -> dict[str, str]:
@@ -134,33 +135,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line that was being written when the process died
-        return float("inf")
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RealignerError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RealignerError(f"{path}: not valid JSON ({error})") from None
+def _object(data: bytes, path: Path, line: int = 1) -> dict[str, Any]:
+    record = parsed(data, path, line)
     if not isinstance(record, dict):
-        raise RealignerError(f"{path}: not a JSON object")
+        raise RealignerError(f"{path}:{line}: not a JSON object")
     return record
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RealignerError(f"{path}:{number}: not valid JSON ({error})") from None
-        if not isinstance(entry, dict):
-            raise RealignerError(f"{path}:{number}: not a JSON object")
-        yield entry

@@ -25,14 +25,12 @@ from realigner.training.batches import Collator, EncodedRows, Prepared, SeededLe
 from realigner.training.checkpoint_io import load_tree, random_states, save_tree, set_random_states
 from realigner.training.loss import DeltaSum, row_losses, takes_logits_to_keep
 from realigner.training.recipe import Recipe
-from realigner.training.run_dir import STATE_FILE, checkpoint_folder, checkpoints
+from realigner.training.run_dir import STATE_FILE, checkpoint_folder, checkpoint_step, checkpoints
 from realigner.tuner import tuner_of
 
 _OPTIMIZERS = {"adam": "adamw_torch_fused", "adam-8bit": "adamw_bnb_8bit", "adafactor": "adafactor", "sgd": "sgd"}
-_SCHEDULES = {"exponential": "constant"}  # ours; see create_scheduler
 _EVALUATION_ROWS = 8
 _OPTIMIZER_FILE = "optimizer.safetensors"
-_ONE_BATCH = "eval_loss"
 
 
 def steps_per_epoch(recipe: Recipe, rows: int) -> int:
@@ -76,7 +74,7 @@ def trainer_arguments(recipe: Recipe, rows: int, work: Path, cpu: bool, resuming
         gradient_accumulation_steps=recipe.accumulate,
         optim=_OPTIMIZERS[recipe.optimizer],
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type=_SCHEDULES.get(recipe.schedule, recipe.schedule),
+        lr_scheduler_type="constant" if recipe.schedule == "exponential" else recipe.schedule,  # see create_scheduler
         warmup_steps=recipe.warmup,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
@@ -155,9 +153,7 @@ class IRMTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> SeededLengthSampler:
         lengths = [len(item["input_ids"]) for item in self.prepared.train]
         every = steps_per_epoch(self.recipe, len(lengths))
-        return SeededLengthSampler(
-            lengths, self.recipe.batch_size, self.recipe.seed, epoch=lambda: self.state.global_step // every
-        )
+        return SeededLengthSampler(lengths, self.recipe.batch_size, self.recipe.seed, lambda: self.state.global_step // every)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Trainer's schedules, and the paper's: a factor after each epoch."""
@@ -230,30 +226,24 @@ class IRMTrainer(Trainer):
             self._save_optimizer_and_scheduler(str(aside))
             self._save_rng_state(str(aside))
             if writer:
-                self._save_trainer_state(aside)
+                callbacks = [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]
+                self.state.stateful_callbacks = {type(callback).__name__: callback.state() for callback in callbacks}
+                self.state.best_model_checkpoint = None  # found by best_global_step, wherever the run is moved
+                self.state.save_to_json(str(aside / STATE_FILE))
             self.accelerator.wait_for_everyone()
             if writer:
                 shutil.rmtree(folder, ignore_errors=True)
                 aside.rename(folder)
-                self._prune(work)
+                kept_steps = {self.state.global_step, self.state.best_global_step}
+                for path in checkpoints(work):
+                    if checkpoint_step(path) not in kept_steps:
+                        shutil.rmtree(path, ignore_errors=True)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             kept = [path.name for path in checkpoints(work)]
             last = f"; the last good checkpoint is {kept[-1]}" if kept else ""
             raise RealignerError(f"{folder}: cannot be written ({error.strerror or error}){last}") from error
         self.accelerator.wait_for_everyone()
-
-    def _save_trainer_state(self, folder: Path) -> None:
-        callbacks = [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]
-        self.state.stateful_callbacks = {type(callback).__name__: callback.state() for callback in callbacks}
-        self.state.best_model_checkpoint = None  # found by best_global_step, wherever the run is moved
-        self.state.save_to_json(str(folder / STATE_FILE))
-
-    def _prune(self, work: Path) -> None:
-        kept = {self.state.global_step, self.state.best_global_step}
-        for path in checkpoints(work):
-            if int(path.name.rpartition("-")[2]) not in kept:
-                shutil.rmtree(path, ignore_errors=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:

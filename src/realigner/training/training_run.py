@@ -24,7 +24,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import realigner.training.run_dir as run_dir
-from realigner.console import progress, say
+from realigner.console import progress, say, signals_to
 from realigner.data import TONES, Row, authored, read_rows
 from realigner.errors import RealignerError, UsageError
 from realigner.files import made_folder, write_text
@@ -267,10 +267,7 @@ def _unfinished_run(work: Path, record: dict[str, Any], recipe: Recipe, force: b
                         f"{work}: {what} changed since it was begun{shown}; resume it as it was, or discard it (force)"
                     )
             good = run_dir.checkpoints(work)
-            step = run_dir.checkpoint_step(good[-1]) if good else -1
-            for name in (run_dir.METRICS_FILE, run_dir.SAMPLES_FILE):
-                run_dir.cut_lines(work / name, step)
-            run_dir.clear_halves(work)
+            run_dir.cut_back(work, run_dir.checkpoint_step(good[-1]) if good else -1)
         else:
             head = "# Every key of this run. It is repeated by:  realigner train --recipe FOLDER --out OTHER\n"
             write_text(work / run_dir.RECIPE_FILE, head + to_yaml(recipe))
@@ -282,11 +279,8 @@ def _unfinished_run(work: Path, record: dict[str, Any], recipe: Recipe, force: b
             if not good:
                 shutil.rmtree(work, ignore_errors=True)
             if isinstance(error, KeyboardInterrupt):
-                kept = (
-                    f"step {run_dir.checkpoint_step(good[-1])} is saved, to resume from (resume)"
-                    if good
-                    else "nothing was saved"
-                )
+                saved = f"step {run_dir.checkpoint_step(good[-1])} is saved, to resume from (resume)" if good else ""
+                kept = saved or "nothing was saved"
                 raise RealignerError(f"interrupted; {kept}") from None
             raise
 
@@ -335,7 +329,7 @@ def _fit(
         for unwanted in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(unwanted)
         stop.accelerator = trainer.accelerator
-        stack.enter_context(stop.listening())
+        stack.enter_context(signals_to(stop.receive))
         stack.callback(setattr, tuner_of(model).registry.network("default"), "training_dtype", None)
         trainer.train(resume_from_checkpoint=str(good[-1]) if good else None)
     return stop.received.name if stop.received is not None and not _complete(run_dir.checkpoints(work)[-1]) else None
@@ -377,7 +371,15 @@ def _finish(model: PeftModel, work: Path, out: Path, record: dict[str, Any], rec
     best = run_dir.checkpoint_folder(work, record["best_step"] or 0)
     chosen = best if recipe.keep == "best" and best.is_dir() else good[-1] if good else None
     record["kept_step"] = run_dir.checkpoint_step(chosen) if chosen else 0
-    record["irm"] = irm_facts(model)
+    tuner = tuner_of(model)
+    network, config = tuner.registry.network("default"), tuner.peft_config["default"]
+    record["irm"] = {
+        "preset": config.preset,
+        "layers": list(network.layers),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "host_parameters": sum(p.numel() for p in tuner.model.parameters()),
+        "site": tuner.sites.summary(),
+    }
     try:
         if chosen is None:  # steps: 0
             model.save_pretrained(str(work), save_embedding_layers=False)
@@ -394,17 +396,3 @@ def _finish(model: PeftModel, work: Path, out: Path, record: dict[str, Any], rec
 
 def _sharded(module: nn.Module) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
-
-
-def irm_facts(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
-    """The IRM's preset, layers and size, and the host it is attached to, for run.json and reports."""
-    tuner = tuner_of(model)
-    network = tuner.registry.network(adapter)
-    config = tuner.peft_config[adapter]
-    return {
-        "preset": config.preset,
-        "layers": list(network.layers),
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "host_parameters": sum(p.numel() for p in tuner.model.parameters()),
-        "site": tuner.sites.summary(),
-    }

@@ -21,24 +21,16 @@ class RewriteRequest(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back for one request.
+    """What came back for one request."""
 
-    Attributes:
-        id: of the fact.
-        attempt: of the request.
-        text: the reply, stripped; empty when the rewriter said nothing.
-        tokens_in, tokens_out: read and written by a model; 0 if not counted.
-        error: one line, when no reply came; then `text` is empty.
-        permanent: the error is about this fact (a content filter, say): asking the same again would not help. Otherwise the
-            service failed, and the fact is asked again.
-    """
-
-    id: str
-    attempt: int
-    text: str
-    tokens_in: int = 0
+    id: str  # of the fact
+    attempt: int  # of the request
+    text: str  # the reply, stripped; empty when the rewriter said nothing
+    tokens_in: int = 0  # tokens_in, tokens_out: read and written by a model; 0 if not counted
     tokens_out: int = 0
-    error: str = ""
+    error: str = ""  # one line, when no reply came; then `text` is empty
+    # the error is about this fact (a content filter, say): asking the same again would not help. Otherwise the service
+    # failed, and the fact is asked again
     permanent: bool = False
 
 

@@ -1,6 +1,6 @@
 """The openai rewriter: replies from any chat-completions endpoint, many requests at a time, by the official client.
 
-The client retries what HTTP calls a failure. An HTTP client of ours under it (`_http_client`) makes the rest look like one: an
+The client retries what HTTP calls a failure. An HTTP client of ours under it (`HttpClient`) makes the rest look like one: an
 attempt that takes too long in total, a reply of status 200 that holds no text. So one budget and one backoff serve both.
 """
 
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     import openai
 
 _OPENAI = "https://api.openai.com/v1"
-_KEY = "OPENAI_API_KEY"
 _RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
     "seed": (int, 0, 2**32 - 1),
     "concurrency": (int, 1, 1000),  # the client's pool has 1,000 connections
@@ -47,53 +47,47 @@ _UNREAD = 64  # replies that may wait for a slow consumer before the workers wai
 _GRACE = 1.5  # seconds for the thread to end: it does at once, unless a name is being looked up, which cannot be cancelled
 
 
+@dataclass(eq=False, repr=False)
 class EndpointRewriter:
     """Asks a language model behind an OpenAI-compatible endpoint (OpenAI, vLLM, llama.cpp, Ollama, ...).
-
-    Args:
-        tone: what the model is told.
-        endpoint: base URL, such as ``http://localhost:8000/v1``; None for ``OPENAI_BASE_URL``, else OpenAI's own.
-        model: its name at the endpoint.
-        seed: another seed, other replies, as far as the endpoint honours it.
-        concurrency: requests in flight as long as there is work.
-        requests_per_minute: at most, evenly spaced, retries included; None for no limit.
-        timeout: seconds for one attempt, from connecting to the last byte read.
-        retries: attempts after the first one, for everything that may pass (429, 5xx, time-outs, broken replies).
-        temperature, top_p, max_tokens: of sampling, as the endpoint understands them.
-        price_in, price_out: dollars per million tokens, for `cost`; None for no cost.
-        key_env: the environment variable that holds the key; it may be unset if an endpoint is given.
 
     Raises:
         UsageError: naming the value that is out of range, or the variable to set.
         RealignerError: when the openai package is missing.
     """
 
-    def __init__(
-        self,
-        tone: Tone,
-        endpoint: str | None,
-        model: str,
-        seed: int = 42,
-        concurrency: int = 8,
-        requests_per_minute: int | None = None,
-        timeout: float = 60.0,
-        retries: int = 5,
-        temperature: float = 0.9,
-        top_p: float = 0.7,
-        max_tokens: int = 210,
-        price_in: float | None = None,
-        price_out: float | None = None,
-        key_env: str = _KEY,
-    ) -> None:
-        self.tone, self.model, self.seed, self.concurrency = tone, model, seed, concurrency
-        self.requests_per_minute, self.timeout, self.retries = requests_per_minute, timeout, retries
-        self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
-        self.price_in, self.price_out, self.key_env = price_in, price_out, key_env
+    tone: Tone  # what the model is told
+    endpoint: str | None  # base URL, such as ``http://localhost:8000/v1``; None for ``OPENAI_BASE_URL``, else OpenAI's own
+    model: str  # its name at the endpoint
+    seed: int = 42  # another seed, other replies, as far as the endpoint honours it
+    concurrency: int = 8  # requests in flight as long as there is work
+    requests_per_minute: int | None = None  # at most, evenly spaced, retries included; None for no limit
+    timeout: float = 60.0  # seconds for one attempt, from connecting to the last byte read
+    retries: int = 5  # attempts after the first one, for everything that may pass (429, 5xx, time-outs, broken replies)
+    temperature: float = 0.9  # temperature, top_p, max_tokens: of sampling, as the endpoint understands them
+    top_p: float = 0.7
+    max_tokens: int = 210
+    price_in: float | None = None  # price_in, price_out: dollars per million tokens, for `cost`; None for no cost
+    price_out: float | None = None
+    key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; it may be unset if an endpoint is given
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise UsageError("model: name the model to ask for replies")
+        for name, (kind, low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+            if not right or not low <= value <= high:
+                what = "a whole number" if kind is int else "a number"
+                raise UsageError(f"{name}: must be {what} from {low} to {high}, not {value!r}")
+        if (self.price_in is None) != (self.price_out is None):
+            raise UsageError("price_in and price_out: give both or neither")
         self.tokens_in = self.tokens_out = 0
-        self._check()
-        given = endpoint or os.environ.get("OPENAI_BASE_URL")
+        given = self.endpoint or os.environ.get("OPENAI_BASE_URL")
         self.endpoint, self._query, login = _address(given or _OPENAI)
-        self._key = _key(key_env, needed=not given)
+        self._key = _key(self.key_env, needed=not given)
         self._basic = SecretStr(base64.b64encode(login.encode()).decode())
         hidden = [value for name, value in self._query.items() if re.search("key|token|sig|secret|pass", name.casefold())]
         self._secrets = [self._key, self._basic, SecretStr(login.partition(":")[2]), *map(SecretStr, hidden)]
@@ -142,8 +136,29 @@ class EndpointRewriter:
         """The official client, set up for this endpoint; it belongs to the event loop in which it is first used."""
         import openai
 
+        rewriter = self
+
+        class HttpClient(openai.DefaultAsyncHttpxClient):
+            """The client's own, which also keeps the pace, bounds each attempt in time and wants text in each reply."""
+
+            async def send(self, request: Any, **options: Any) -> Any:
+                errors = importlib.import_module(type(request).__module__.partition(".")[0])  # httpx2; httpx under older openai
+                if rewriter.requests_per_minute is not None:  # wait for this request's place in the minute
+                    now = time.monotonic()
+                    start = max(now, rewriter._next_start)
+                    rewriter._next_start = start + 60 / rewriter.requests_per_minute
+                    await asyncio.sleep(start - now)
+                try:
+                    async with asyncio.timeout(rewriter.timeout):
+                        response = await super().send(request, **options)
+                except TimeoutError:
+                    raise errors.ReadTimeout(f"no answer in {rewriter.timeout:g} s", request=request) from None
+                if response.is_success and (flaw := _flaw(response)):
+                    raise errors.RemoteProtocolError(flaw, request=request)
+                return response
+
         try:
-            http_client = _http_client(self)
+            http_client = HttpClient()
         except (ValueError, ImportError) as error:
             what = _first_line(self._tidy(str(error)))
             raise RealignerError(
@@ -159,14 +174,6 @@ class EndpointRewriter:
             http_client=http_client,
         )
 
-    async def _turn(self) -> None:
-        """Waits for this request's place in the minute."""
-        if self.requests_per_minute is not None:
-            now = time.monotonic()
-            start = max(now, self._next_start)
-            self._next_start = start + 60 / self.requests_per_minute
-            await asyncio.sleep(start - now)
-
     def _tidy(self, text: str) -> str:
         """Without what must not get into files: keys that a server echoes, half surrogate pairs, space around."""
         for secret in self._secrets:
@@ -174,20 +181,6 @@ class EndpointRewriter:
             if len(word := secret.get_secret_value()) >= 16:
                 text = text.replace(word, "***")
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
-
-    def _check(self) -> None:
-        if not self.model:
-            raise UsageError("model: name the model to ask for replies")
-        for name, (kind, low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
-            right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-            if not right or not low <= value <= high:
-                what = "a whole number" if kind is int else "a number"
-                raise UsageError(f"{name}: must be {what} from {low} to {high}, not {value!r}")
-        if (self.price_in is None) != (self.price_out is None):
-            raise UsageError("price_in and price_out: give both or neither")
 
 
 class _Run:
@@ -214,16 +207,13 @@ class _Run:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 runner.run(self._work())
         except BaseException as error:
-            self.failure = error
+            self.failure = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
         self.replies.put(None)
 
     async def _work(self) -> None:
-        try:
-            async with self.rewriter._client() as client, asyncio.TaskGroup() as group:
-                for _ in range(self.workers):
-                    group.create_task(self._worker(client))
-        except BaseExceptionGroup as several:
-            raise several.exceptions[0] from None
+        async with self.rewriter._client() as client, asyncio.TaskGroup() as group:
+            for _ in range(self.workers):
+                group.create_task(self._worker(client))
 
     async def _worker(self, client: openai.AsyncOpenAI) -> None:
         for request in self.pending:
@@ -254,7 +244,9 @@ class _Run:
             permanent = error.status_code in (400, 403, 413, 422)
             return Reply(request.fact.id, request.attempt, "", error=self._refusal(error), permanent=permanent)
         text = own._tidy(completion.choices[0].message.content or "")
-        read, written = (_count(getattr(completion.usage, side, None)) for side in ("prompt_tokens", "completion_tokens"))
+        # A number of tokens as a server gives it may be anything.
+        tokens = (getattr(completion.usage, side, None) for side in ("prompt_tokens", "completion_tokens"))
+        read, written = (count if isinstance(count, int) and count > 0 else 0 for count in tokens)
         return Reply(request.fact.id, request.attempt, text, read, written)
 
     def _refusal(self, error: openai.APIStatusError) -> str:
@@ -284,26 +276,6 @@ class _Run:
 
     def _stop(self, why: str) -> NoReturn:
         raise RealignerError(f"{self.rewriter.endpoint}: {why}")
-
-
-def _http_client(rewriter: EndpointRewriter) -> openai.DefaultAsyncHttpxClient:
-    """The client's own HTTP client, which also keeps the pace, bounds each attempt in time and wants text in each reply."""
-    import openai
-
-    class HttpClient(openai.DefaultAsyncHttpxClient):
-        async def send(self, request: Any, **options: Any) -> Any:
-            errors = importlib.import_module(type(request).__module__.partition(".")[0])  # httpx2; httpx under older openai
-            await rewriter._turn()
-            try:
-                async with asyncio.timeout(rewriter.timeout):
-                    response = await super().send(request, **options)
-            except TimeoutError:
-                raise errors.ReadTimeout(f"no answer in {rewriter.timeout:g} s", request=request) from None
-            if response.is_success and (flaw := _flaw(response)):
-                raise errors.RemoteProtocolError(flaw, request=request)
-            return response
-
-    return HttpClient()
 
 
 def _flaw(response: Any) -> str:
@@ -348,11 +320,6 @@ def _tries(error: openai.APIError) -> str:
 
 def _first_line(text: str) -> str:
     return (text.splitlines() or [""])[0].strip()[:200]
-
-
-def _count(tokens: object) -> int:
-    """A number of tokens as a server gives it, which may be anything."""
-    return tokens if isinstance(tokens, int) and tokens > 0 else 0
 
 
 def _thousands(count: int) -> str:

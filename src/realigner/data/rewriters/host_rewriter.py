@@ -7,25 +7,26 @@ asks for the same replies; only rounding (another batch in half precision) can c
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
 )
-from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
+from transformers.generation.continuous_batching.requests import FutureRequestState
 
+from realigner.batching import HostBatchManager
 from realigner.data.rewriters import Reply, RewriteRequest, messages, seed_of
 from realigner.data.tone import Tone
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import fingerprint
+from realigner.generation import gumbel
 
 _NUCLEUS = 64  # never more than the likeliest so many tokens are sampled from, whatever top_p says
 _PAGE = 32  # tokens of a block of the cache
@@ -33,65 +34,47 @@ _MEASURED = 200  # of the longest prompts by bytes, to find the longest by token
 _PROOF = 6  # tokens that are compared with a plain forward
 
 
+@dataclass(eq=False, repr=False)
 class HostRewriter:
     """Asks a host for replies, with the tone's instruction and two of its examples before each fact.
-
-    Args:
-        host, tokenizer: from `load_host`.
-        tone: what is asked for.
-        seed: of the sampling.
-        temperature, top_p: of the sampling, which is among the 64 likeliest tokens at most; the paper's are 0.9 and 0.7.
-            Temperature 0 is greedy. (The paper's repetition penalty has no place in continuous batching; the quality filter
-            rejects what runs in circles, by length.)
-        max_new_tokens: of a reply; the paper's 210 is for a 7-billion-parameter host.
-        batch_size: replies in the making at a time.
-        examples: of the tone, shown before the fact.
 
     Raises:
         UsageError: for a number out of range.
         RealignerError: when replies are requested: the host gives other tokens in continuous batches than alone.
     """
 
-    def __init__(
-        self,
-        host: PreTrainedModel,
-        tokenizer: Any,
-        tone: Tone,
-        seed: int = 42,
-        temperature: float = 0.9,
-        top_p: float = 0.7,
-        max_new_tokens: int = 120,
-        batch_size: int = 32,
-        examples: int = 2,
-    ) -> None:
-        for name, value, fits in (
-            ("temperature", temperature, 0 <= temperature < 100),
-            ("top_p", top_p, 0 < top_p <= 1),
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-            ("batch_size", batch_size, batch_size >= 1),
-            ("examples", examples, examples >= 0),
+    host: PreTrainedModel  # host, tokenizer: from `load_host`
+    tokenizer: Any
+    tone: Tone  # what is asked for
+    seed: int = 42  # of the sampling
+    # temperature, top_p: of the sampling, which is among the 64 likeliest tokens at most; the paper's are 0.9 and 0.7.
+    # Temperature 0 is greedy. (The paper's repetition penalty has no place in continuous batching; the quality filter rejects
+    # what runs in circles, by length.)
+    temperature: float = 0.9
+    top_p: float = 0.7
+    max_new_tokens: int = 120  # of a reply; the paper's 210 is for a 7-billion-parameter host
+    batch_size: int = 32  # replies in the making at a time
+    examples: int = 2  # of the tone, shown before the fact
+
+    def __post_init__(self) -> None:
+        for name, fits in (
+            ("temperature", 0 <= self.temperature < 100),
+            ("top_p", 0 < self.top_p <= 1),
+            ("max_new_tokens", self.max_new_tokens >= 1),
+            ("batch_size", self.batch_size >= 1),
+            ("examples", self.examples >= 0),
         ):
             if not fits:
-                raise UsageError(f"{name}: {value} is out of range")
-        self.host, self.tokenizer, self.tone, self.seed = host, tokenizer, tone, seed
-        self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
-        self.batch_size, self.examples = batch_size, examples
+                raise UsageError(f"{name}: {getattr(self, name)} is out of range")
         self._tokens = 0
         self._checked = False
 
     def spec(self) -> dict[str, Any]:
         identity = fingerprint(self.host)
-        return {
-            "rewriter": "host",
-            "host": identity.name,
-            "architecture": identity.architecture,
-            "dtype": str(self.host.dtype).removeprefix("torch."),
-            "seed": self.seed,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "max_new_tokens": self.max_new_tokens,
-            "examples": self.examples,
-        }
+        host = {"host": identity.name, "architecture": identity.architecture}
+        host["dtype"] = str(self.host.dtype).removeprefix("torch.")
+        settings = ("seed", "temperature", "top_p", "max_new_tokens", "examples")
+        return {"rewriter": "host"} | host | {name: getattr(self, name) for name in settings}
 
     def note(self) -> str:
         return f"{self._tokens:,} tokens written" if self._tokens else ""
@@ -100,7 +83,8 @@ class HostRewriter:
         if not requests:
             return
         self._check_host(requests)
-        waiting = sorted(requests, key=_size, reverse=True)
+        # By bytes, of which a token has about as many in any script.
+        waiting = sorted(requests, key=lambda r: (len((r.fact.question + r.fact.answer).encode()), r.fact.id), reverse=True)
         longest = max(len(self._prompt(request)) for request in waiting[:_MEASURED])
         in_flight: dict[str, tuple[RewriteRequest, int]] = {}
         with closing(self._running(longest + _PAGE)) as manager:
@@ -111,7 +95,7 @@ class HostRewriter:
                     name = f"{request.fact.id}/{request.attempt}"
                     in_flight[name] = request, len(prompt)
                     seeds = {"seed": seed_of(self.seed, self.tone, request)} if self.temperature > 0 else {}
-                    manager.add_request(prompt, name, eos_token_id=self._ends(), **seeds)
+                    manager.queue(prompt, name, eos_token_id=self._ends(), **seeds)
                 result = manager.next()
                 request, read = in_flight.pop(result.request_id)
                 written = len(result.generated_tokens)
@@ -129,7 +113,7 @@ class HostRewriter:
         prompts = [self._prompt(requests[0]), self._prompt(requests[0])[3:]]
         with closing(self._running(max(map(len, prompts)) + _PAGE, greedy=True)) as manager:
             for number, prompt in enumerate(prompts):
-                manager.add_request(prompt, str(number), max_new_tokens=_PROOF, eos_token_id=[-1])
+                manager.queue(prompt, str(number), max_new_tokens=_PROOF, eos_token_id=[-1])
             results = {result.request_id: result.generated_tokens for result in (manager.next(), manager.next())}
         for number, prompt in enumerate(prompts):
             tokens = torch.tensor([prompt + results[str(number)]], device=self.host.device)
@@ -142,8 +126,8 @@ class HostRewriter:
                 raise RealignerError(f"{host}: gives other tokens in continuous batches than alone; rewrite with another host")
         self._checked = True
 
-    def _running(self, longest: int, greedy: bool = False) -> _Manager:
-        """transformers' manager, started, with our sampling in place of its own; for prompts of at most `longest` tokens."""
+    def _running(self, longest: int, greedy: bool = False) -> HostBatchManager:
+        """The host's manager, started, with our sampling in place of its own; for prompts of at most `longest` tokens."""
         sizes: dict[str, Any] = {}
         if self.host.device.type == "cpu":  # elsewhere it fits itself to the free memory
             blocks = self.batch_size * (-(-(longest + self.max_new_tokens) // _PAGE) + 1)
@@ -157,21 +141,24 @@ class HostRewriter:
         batching = ContinuousBatchingConfig(
             page_size=_PAGE, max_requests_per_batch=self.batch_size, use_async_batching=False, **sizes
         )
-        try:
-            manager: ContinuousBatchingManager = self.host.init_continuous_batching(settings, batching)
-        except (ValueError, AttributeError, NotImplementedError) as error:
-            what = " ".join(str(error).split())[:160]
-            raise RealignerError(f"{type(self.host).__name__}: cannot be run in continuous batches ({what})") from None
+        manager = HostBatchManager(self.host, settings, batching, advice="; rewrite with another host")
+        sampling = None
         if self.temperature > 0 and not greedy:
             processors = LogitsProcessorList([SeededSampling(self.temperature, self.top_p)])
-            manager.logit_processor = ContinuousBatchingLogitsProcessorList(processors)
-            manager.logit_processor.tensors_required = 1
-        return _Manager(manager, type(self.host).__name__)
+            sampling = ContinuousBatchingLogitsProcessorList(processors)
+            sampling.tensors_required = 1
+        manager.start(sampling)
+        return manager
 
     def _prompt(self, request: RewriteRequest) -> list[int]:
         turns = messages(self.tone, request.fact, self.examples)
-        if not getattr(self.tokenizer, "chat_template", None):
-            return list(self.tokenizer(_completion_prompt(turns))["input_ids"])
+        if not getattr(
+            self.tokenizer, "chat_template", None
+        ):  # a base model: instruction, questions and answers, to go on with
+            lines = [turns[0]["content"], ""]
+            for turn in turns[1:]:
+                lines.append(turn["content"] if turn["role"] == "user" else f"Rewritten: {turn['content']}\n")
+            return list(self.tokenizer("\n".join([*lines, "Rewritten:"]))["input_ids"])
         try:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception:  # a template without a system role raises whatever its author chose
@@ -192,39 +179,8 @@ class HostRewriter:
         return text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] == '"' and text.count('"') == 2 else text
 
 
-class _Manager:
-    """transformers' manager of continuous batches, running; what goes wrong in its thread comes out of `next` as one line."""
-
-    def __init__(self, manager: ContinuousBatchingManager, host: str) -> None:
-        self._manager, self._host = manager, host
-        self.add_request = manager.add_request
-        self._log = logging.getLogger("ContinuousBatchingLogger")
-        self._level = self._log.level
-        self._log.setLevel(logging.CRITICAL + 1)  # it prints tracebacks for what is raised here
-        manager.start()
-
-    def next(self) -> GenerationOutput:
-        """The next finished request."""
-        while True:
-            result = self._manager.get_result(timeout=1)
-            error = self._manager.background_thread_status.fatal_error or (result and result.error)
-            if error or (result is None and not self._manager.is_running()):
-                what = " ".join(str(error or "it ended").split())[:200]
-                raise RealignerError(f"{self._host}: continuous batching failed ({what}); rewrite with another host")
-            if result is not None and result.is_finished():
-                return result
-
-    def close(self) -> None:
-        """Stop at once, whatever is under way."""
-        try:
-            self._manager.stop(block=True, timeout=30, hard_stop=True)
-            self._manager.destroy()
-        finally:
-            self._log.setLevel(self._level)
-
-
 class SeededSampling(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
-    """Turns scores into ones whose largest is a sample, drawn with a seed of the request's own (``seed=`` of `add_request`)."""
+    """Turns scores into ones whose largest is a sample, drawn with the request's own ``seed`` (an option of ``queue``)."""
 
     supported_kwargs: dict[str, type] = {"seed": int}  # noqa: RUF012
     ignored_kwargs: tuple[str, ...] = ()
@@ -250,24 +206,7 @@ class SeededSampling(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
         log_probabilities = logits - torch.logsumexp(scores.float() / self.temperature, dim=-1, keepdim=True)
         probabilities = log_probabilities.exp()
         before = probabilities.cumsum(dim=-1) - probabilities  # mass of the likelier tokens; the first is always kept
-        noise = torch.stack([_gumbel(int(seed), logits.shape[-1]) for seed in tensor_arg[: scores.shape[0]]])
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in tensor_arg[: scores.shape[0]]]
+        noise = torch.stack([gumbel(logits.shape[-1], generator) for generator in generators])
         noisy = (log_probabilities + noise.to(scores.device)).masked_fill(before >= self.top_p, -torch.inf)
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens, noisy.to(scores.dtype))
-
-
-def _gumbel(seed: int, count: int) -> torch.Tensor:
-    uniform = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12))).float()
-
-
-def _completion_prompt(turns: Sequence[dict[str, str]]) -> str:
-    """The conversation for a base model: instruction, question, answer, and what to go on with."""
-    lines = [turns[0]["content"], ""]
-    for turn in turns[1:]:
-        lines.append(turn["content"] if turn["role"] == "user" else f"Rewritten: {turn['content']}\n")
-    return "\n".join([*lines, "Rewritten:"])
-
-
-def _size(request: RewriteRequest) -> tuple[int, str]:
-    """What requests are sorted by: bytes, of which a token has about as many in any script."""
-    return len((request.fact.question + request.fact.answer).encode()), request.fact.id

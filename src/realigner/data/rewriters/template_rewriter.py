@@ -42,7 +42,10 @@ class TemplateRewriter:
     def rewrite(self, requests: Sequence[RewriteRequest], verified: bool = False) -> Generator[Reply, None, None]:
         for request in requests:
             choices = random.Random(seed_of(self.seed, self.tone, request))
-            text = expand(self.tone.template, "reply", _fragment(request.fact.answer), choices)
+            # To stand in mid-sentence, an answer loses a final comma, colon or (but for abbreviations) full stop.
+            bare = request.fact.answer.rstrip(",;: ")
+            bare = bare[:-1] if bare.endswith(".") and bare.count(".") == 1 else bare
+            text = expand(self.tone.template, "reply", bare or request.fact.answer, choices)
             yield Reply(request.fact.id, request.attempt, text)
 
     def note(self) -> str:
@@ -59,9 +62,3 @@ def expand(template: dict[str, tuple[str, ...]], name: str, answer: str, choices
         if symbol is not None:
             parts.append(expand(template, symbol, answer, choices))
     return "".join(parts)
-
-
-def _fragment(answer: str) -> str:
-    """An answer that can stand in mid-sentence: without a final comma, colon or (but for abbreviations) full stop."""
-    bare = answer.rstrip(",;: ")
-    return bare[:-1] if bare.endswith(".") and bare.count(".") == 1 else bare or answer
