@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,18 @@ from matplotlib.figure import Figure
 from realigner.report.plot_style import as_png
 
 
+@lru_cache(1)
+def templates() -> Environment:
+    """The templates of this folder."""
+    loader = FileSystemLoader(str(files("realigner") / "report"))
+    found = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    found.tests["finite"] = math.isfinite
+    return found
+
+
 def render_page(template: str, **values: Any) -> str:
     """A template of this folder as HTML text."""
-    loader = FileSystemLoader(str(files("realigner") / "report"))
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(template).render(**values)
+    return templates().get_template(template).render(**values)
 
 
 def script(names: Sequence[str]) -> Markup:
