@@ -192,8 +192,7 @@ def _profiles(item: Explanation, runs: RunStyles) -> list[dict[str, Any]]:
     entries = []
     for lines, name, words in drawn:
         log = name == over and charts.spans_much([y for line in lines for y in line.y])
-        chart = charts.line_chart(lines, "layer", name + " (log)" * log, words, not log, log)
-        entries.append({"chart": chart, "words": words, "key": charts.key(lines), "table": tables.points(lines, "layer")})
+        entries.append({"words": words, **tables.charted(lines, "layer", name + " (log)" * log, words, not log, log)})
     return entries
 
 

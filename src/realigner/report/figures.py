@@ -189,37 +189,29 @@ def _bars(table: pd.DataFrame, x: str, x_label: str, y_label: str, width: float)
     return figure
 
 
-def figure_sparsity(table: pd.DataFrame, statistics: Sequence[str] = ("hoyer", "small_share"), width: float = PAGE) -> Figure:
+def figure_sparsity(table: pd.DataFrame, width: float = PAGE) -> Figure:
     """Sparsity by layer, one line for each run; dotted: Gaussian noise.
 
     Args:
-        table: of `analysis.sparsity`.
-        statistics: a panel each; ``small_share`` is the paper's share of |v| < 1e-4.
+        table: of `analysis.sparsity`: Hoyer's, and the paper's share of |v| < 1e-4.
         width: in inches.
     """
-    names = {"hoyer": "Hoyer's sparsity", "small_share": "share of |v| < 0.0001", "gini": "Gini", "kurtosis": "kurtosis",
-             "participation": "participation ratio"}  # fmt: skip
+    statistics = {"hoyer": "Hoyer's sparsity", "small_share": "share of |v| < 0.0001"}
     by_layer = table[(table["layer"].astype(str) != "all") & (table["run"] != "all")]
     styles = RunStyles.of_table(by_layer)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(statistics), figsize=(width, 2.5), layout="constrained", squeeze=False)
-        for ax, statistic in zip(axes[0], statistics, strict=True):
+        for ax, (statistic, name) in zip(axes[0], statistics.items(), strict=True):
             own = by_layer[by_layer["statistic"] == statistic]
             for run in styles.names:
                 line = own[own["run"] == run].assign(layer=lambda t: t["layer"].astype(int)).sort_values("layer")
-                ax.plot(
-                    line["layer"],
-                    line["value"],
-                    color=_colour(styles, run),
-                    linestyle=DASHES[styles.dash(run)],
-                    lw=1,
-                    label=run,
-                )
+                look: Any = {"color": _colour(styles, run), "linestyle": DASHES[styles.dash(run)]}
+                ax.plot(line["layer"], line["value"], lw=1, label=run, **look)
             null = own["null"].dropna()
             if len(null):
                 ax.axhline(float(null.iloc[0]), color="black", lw=0.8, linestyle=":")
             ax.set_xlabel("layer")
-            ax.set_ylabel(names.get(statistic, statistic))
+            ax.set_ylabel(name)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from realigner.report.charts import NONE, Line, fmt
+from realigner.report.charts import NONE, Line, fmt, key, line_chart
 
 NAMES = {
     "icc": "ICC(C,1)",
@@ -111,13 +111,8 @@ def by_run(table: pd.DataFrame, statistics: Sequence[str], order: Sequence[str])
     for run in [name for name in ("all", *order) if name in runs]:
         own = table[table["run"] == run].drop_duplicates("statistic").set_index("statistic")
         cells = [cell(own.loc[statistic]) if statistic in own.index else cell({}) for statistic in there]
-        rows.append({"run": run, "cells": cells, "n": _counted(own)})
+        rows.append({"run": run, "cells": cells, "n": (fmt(number(own["n"].iloc[0])), str(own.iloc[0].get("unit", "")))})
     return {"head": [name_of(statistic) for statistic in there], "rows": rows}
-
-
-def _counted(own: pd.DataFrame) -> tuple[str, str]:
-    first = own.iloc[0]
-    return fmt(number(first["n"])), str(first.get("unit", ""))
 
 
 def full_table(table: pd.DataFrame, without: Sequence[str] = ()) -> dict[str, Any]:
@@ -148,3 +143,11 @@ def points(lines: Sequence[Line], x: str) -> dict[str, Any]:
     of_line = [dict(zip(line.x, line.y, strict=True)) for line in lines]
     rows = [[fmt(at), *(fmt(values.get(at, math.nan)) for values in of_line)] for at in across]
     return {"head": [x, *(line.label for line in lines)], "rows": rows, "numeric": [True] * (len(lines) + 1)}
+
+
+def charted(
+    lines: Sequence[Line], x: str, y_label: str, title: str, from_zero: bool = False, log: bool = False
+) -> dict[str, Any]:
+    """A line chart with its key and its numbers; see `charts.line_chart`."""
+    chart = line_chart(lines, x, y_label, title, from_zero, log)
+    return {"chart": chart, "key": key(lines), "table": points(lines, x)}
