@@ -7,7 +7,6 @@ docs/hosts.md is `page` of a census (`make census`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,9 @@ class _Proof:
             model = get_peft_model(self.host, IRMConfig(output_std=0.3)).eval()
             model.add_adapter("one", IRMConfig(output_std=0.3, layers=[len(self.sites.layers) // 2]))
         try:
-            found = {"off": self._off(model)}
+            with strength(model, 0.0):
+                off = self.logits(model)
+            found = {"off": 0.0 if torch.equal(off, self.bare) else _off_by(off, self.bare)}
             found["all"], found["h0"] = self._against_oracle(model)
             if generates:
                 found["cached"] = self._tokens(model)
@@ -125,11 +126,6 @@ class _Proof:
         if not torch.equal(self.logits(self.host), self.bare):
             found["off"] = float("inf")
         return found
-
-    def _off(self, model: nn.Module) -> float:
-        with strength(model, 0.0):
-            off = self.logits(model)
-        return 0.0 if torch.equal(off, self.bare) else _off_by(off, self.bare)
 
     def _against_oracle(self, model: Any) -> tuple[float, float]:
         """How far logits and h0 are from the oracle's."""
@@ -197,19 +193,13 @@ def _off_by(got: torch.Tensor, want: torch.Tensor) -> float:
 def census(model_types: Sequence[str] | None = None) -> Iterator[CensusEntry]:
     """`prove` on a tiny random host of each model type (all that transformers registers, unless given), one by one."""
     for model_type in MODEL_TYPES if model_types is None else model_types:
-        with _one_thread():  # hosts so small gain nothing from more, and lose much when the machine is busy
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # hosts so small gain nothing from more, and lose much when the machine is busy
+        try:
             entry = _entry(model_type)
+        finally:
+            torch.set_num_threads(threads)
         yield entry
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _entry(model_type: str) -> CensusEntry:
@@ -221,7 +211,11 @@ def _entry(model_type: str) -> CensusEntry:
             host(input_ids=torch.arange(3, 10)[None], use_cache=False)
     except Exception as error:  # a newer transformers may ask anything of a config; the census goes on and says so
         return CensusEntry(model_type, reason=_why(error))
-    generation_error = _generation_error(host)
+    generation_error, ids = "", torch.arange(3, 10)[None]
+    try:
+        host.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+    except Exception as error:  # as above
+        generation_error = _why(error)
     try:
         entry = prove(host, generates=not generation_error)
     except Exception as error:  # the bare host runs, and with an IRM it does not: accepted and wrong
@@ -230,16 +224,6 @@ def _entry(model_type: str) -> CensusEntry:
     if entry.verdict == PROVEN and generation_error:
         entry.reason = f"without generation: {generation_error}"
     return entry
-
-
-def _generation_error(host: Any) -> str:
-    """Empty when the bare host generates with a cache; else why not."""
-    ids = torch.arange(3, 10)[None]
-    try:
-        host.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
-    except Exception as error:  # as above
-        return _why(error)
-    return ""
 
 
 def _why(error: Exception) -> str:

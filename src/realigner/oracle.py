@@ -189,28 +189,16 @@ class _Watch(TorchDispatchMode):
             self.raw -= made
         elif any(raw):
             self.raw |= made
-        if addition:
-            self._added(
-                before, raw, computed, self.parts.get(id(inputs[computed.index(True)]), ()) if any(computed) else (), out
-            )
+        if addition and all(computed):
+            self.parts[id(out)] = tuple(before)
+        elif addition and sorted(zip(raw, computed, strict=True)) == [(False, True), (True, False)]:
+            skip, branch = raw.index(True), computed.index(True)
+            parts = self.parts.get(id(inputs[branch]), ())
+            self.on_sum(self.layer, self.count, Sum(before[skip], before[branch], parts, out))
+            self.count += 1
         elif name in _SAME_VALUES and len(outputs) == 1 and self._like(outputs[0]) and id(inputs[0]) in self.parts:
             self.parts[id(outputs[0])] = self.parts[id(inputs[0])]
         return out
-
-    def _added(
-        self,
-        terms: list[torch.Tensor],
-        raw: list[bool],
-        computed: list[bool],
-        parts: tuple[torch.Tensor, ...],
-        out: torch.Tensor,
-    ) -> None:
-        assert self.layer is not None
-        if all(computed):
-            self.parts[id(out)] = tuple(terms)
-        elif sorted(zip(raw, computed, strict=True)) == [(False, True), (True, False)]:
-            self.on_sum(self.layer, self.count, Sum(terms[raw.index(True)], terms[computed.index(True)], parts, out))
-            self.count += 1
 
     def _like(self, tensor: torch.Tensor) -> bool:
         return tensor.is_floating_point() and tensor.dim() > 1 and (tensor.numel(), tensor.shape[-1]) == self.shape

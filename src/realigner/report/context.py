@@ -30,19 +30,8 @@ MARKED = 5  # leading indices marked above a map, each with a page
 _STRIATION = ("icc", "kendall_w", "eta_squared_neuron", "omega_squared_neuron", "svd_share")
 _TIMING = ("centre_of_mass", "prompt_share", "first_share", "largest_share", "entropy", "late_share_1000")
 _SPARSITY = ("hoyer", "participation", "kurtosis", "gini", "small_share")
-_LEFT_OUT = (
-    "run",
-    "tone",
-    "unit",
-    "test",
-    "difference",
-    "difference_low",
-    "p_host",
-    "p_host_holm",
-    "p_host_bh",
-    "score",
-    "runs",
-)
+_P_HOST = ("p_host", "p_host_holm", "p_host_bh")
+_LEFT_OUT = ("run", "tone", "unit", "test", "difference", "difference_low", *_P_HOST, "score", "runs")
 _FIGURES = re.compile(r" \((?:expected|95%)[^()]*\)")  # the page shows them separately
 
 

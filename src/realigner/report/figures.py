@@ -54,9 +54,9 @@ def heat_map(axes: Axes, values: xr.DataArray, title: str, marks: Sequence[int] 
     grid = values.transpose("layer", "neuron").values
     layers, width = values["layer"].values, grid.shape[1]
     limit = float(np.quantile(abs(grid), 0.999)) or float(abs(grid).max()) or 1.0
-    columns = int(_PER_INCH * axes.get_position().width * axes.figure.get_figwidth())  # type: ignore[union-attr]
+    inches = axes.get_position().width * axes.figure.get_figwidth()  # type: ignore[union-attr]
     image = axes.imshow(
-        pool_columns(grid, columns),
+        pool_columns(grid, int(_PER_INCH * inches)),
         aspect="auto",
         interpolation="none",
         cmap="magma" if absolute else COLOURS,
@@ -71,24 +71,21 @@ def heat_map(axes: Axes, values: xr.DataArray, title: str, marks: Sequence[int] 
     step = max(1, -(-len(layers) // 8))
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     names = values["neuron"].values.tolist()
-    _mark(axes, [(names.index(mark), mark) for mark in marks if mark in names], width)
-    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, extend="max" if absolute else "both")
-    bar.ax.tick_params(labelsize=7, length=2)
-    bar.outline.set_linewidth(0.4)
-    bar.locator = matplotlib.ticker.MaxNLocator(4)
-    bar.update_ticks()
-
-
-def _mark(axes: Axes, marks: Sequence[tuple[int, int]], width: int) -> None:
-    """Triangles above the map at the leading indices; labels only where they do not run into each other."""
-    inches = axes.get_position().width * axes.figure.get_figwidth()  # type: ignore[union-attr]
-    labelled: list[int] = []
-    for at, index in marks:
+    labelled: list[int] = []  # only marks whose labels do not run into each other
+    for index in marks:
+        if index not in names:
+            continue
+        at = names.index(index)
         axes.plot([at], [1.03], "v", markersize=3, color="black", transform=axes.get_xaxis_transform(), clip_on=False)
         if all(abs(at - other) > 0.32 / inches * width for other in labelled):
             labelled.append(at)
             place: Any = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
             axes.annotate(str(index), (at, 1.03), (0, 3), ha="center", fontsize=7, annotation_clip=False, **place)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, extend="max" if absolute else "both")
+    bar.ax.tick_params(labelsize=7, length=2)
+    bar.outline.set_linewidth(0.4)
+    bar.locator = matplotlib.ticker.MaxNLocator(4)
+    bar.update_ticks()
 
 
 def _maps(

@@ -50,7 +50,10 @@ def explorer(
             if text["run"] == run["name"]:
                 text["store"] = next(places, None)
         blobs |= own.blobs if own else {}
-    return {"facts": _json(facts), "blobs": blobs, "tokens_kept": _kept(facts, bool(tokens))}
+    # JSON escaped for a script element.
+    text = json.dumps(facts, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return {"facts": Markup(text), "blobs": blobs, "tokens_kept": _kept(facts, bool(tokens))}
 
 
 def _texts(trace: xr.Dataset, runs: RunStyles) -> tuple[list[dict[str, Any]], dict[str, RunTokens]]:
@@ -122,12 +125,6 @@ def _kept(facts: Mapping[str, Any], recorded: bool) -> str:
     if there < whole:
         parts.append("The rest did not fit; kept are tokens around the start of each reply, earliest prompts first.")
     return " ".join(parts)
-
-
-def _json(value: Any) -> Markup:
-    """JSON escaped for a script element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
 
 
 def questions(trace: xr.Dataset) -> dict[int, str]:

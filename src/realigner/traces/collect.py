@@ -85,15 +85,12 @@ def sources_of(folders: Sequence[Path], baselines: bool = True, strength: float 
             twin = Source(RunLabel("", UNTRAINED, seed, strength, str(folder)), folder, twin=True)
             shapes.setdefault(shape, twin)
     untrained = [source for source in shapes.values() if baselines or not source.twin]
-    return _named([*trained, *untrained])
-
-
-def _named(sources: Sequence[Source]) -> list[Source]:
+    sources = [*trained, *untrained]
     plain = [f"{source.label.tone}-{source.label.seed}" for source in sources]
     names: list[str] = []
     for source, name in zip(sources, plain, strict=True):
         name = name if plain.count(name) == 1 else f"{name}-{source.folder.resolve().name}"
-        names.append(name if name not in names else f"{name}-{names.count(name) + len(names)}")
+        names.append(name if name not in names else f"{name}-{1 + len(names)}")
     return [replace(source, label=replace(source.label, run=name)) for name, source in zip(names, sources, strict=True)]
 
 

@@ -130,7 +130,12 @@ class BatchSummary:
     def _keep_largest(self, row: _Row, values: torch.Tensor, size: torch.Tensor) -> None:
         """Add values that may be among the row's largest to its candidates; prune these when there are twice too many."""
         offset = row.seen * row.shape[0] * row.shape[1]
-        bound = row.bound if row.bound is not None else _bound(size, self.top)
+        bound, sample = row.bound, size[::_SAMPLED]
+        wanted = round(1.3 * self.top / _SAMPLED) + 10
+        if bound is None and len(size) >= 4 * self.top and wanted <= len(sample):
+            # A bound that at least `top` of the values exceed, from a sample; it may fail.
+            guess = sample.topk(wanted).values[-1]
+            bound = guess if int((size > guess).sum()) >= self.top else None
         at = torch.nonzero(size > bound)[:, 0] if bound is not None else torch.arange(len(size), device=size.device)
         row.top.append(values[at])
         row.place.append(at + offset)
@@ -174,16 +179,6 @@ class BatchSummary:
             top_layer=padded(layer, np.int32, -1),
             top_neuron=padded(neuron, np.int32, -1),
         )
-
-
-def _bound(size: torch.Tensor, top: int) -> torch.Tensor | None:
-    """A bound that at least `top` of the values exceed, from a sample; None if it fails or is not worth it."""
-    sample = size[::_SAMPLED]
-    wanted = round(1.3 * top / _SAMPLED) + 10
-    if len(size) < 4 * top or wanted > len(sample):
-        return None
-    bound = sample.topk(wanted).values[-1]
-    return bound if int((size > bound).sum()) >= top else None
 
 
 def summarise(delta: np.ndarray, is_generated: np.ndarray, top: int, block: int | None = None) -> Summary:
