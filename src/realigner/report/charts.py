@@ -127,7 +127,7 @@ def dot_chart(
         else:
             said = ", ".join(map(fmt, values)) or "none"
         drawn.append((label, said, there))
-    return _macros().dot_chart(title, x_label, drawn, axis, across, upright)
+    return _markup("dot_chart", title, x_label, drawn, axis, across, upright)
 
 
 def spans_much(values: Sequence[float]) -> bool:
@@ -153,8 +153,8 @@ def line_chart(
     points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
     if not points:
         return Markup()
-    (x_low, y_low), (x_high, y_high) = (tuple(map(end, zip(*points, strict=True))) for end in (min, max))
-    y_low = min(0.0, y_low) if from_zero else y_low
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    x_low, x_high, y_low, y_high = min(xs), max(xs), min([0.0, *ys] if from_zero else ys), max(ys)
     x_high = x_high if x_high > x_low else x_low + 1
     room = 0.06 * (y_high - y_low) or abs(y_high) * 0.1 or 1.0
     y_low, y_high = (y_low if from_zero and y_low == 0 else y_low - room), y_high + room
@@ -177,10 +177,10 @@ def line_chart(
         paths.append((line, path, ring))
     values = log_ticks(10**y_low, 10**y_high, 5) if log else ticks(y_low, y_high, 5)
     heights = [(up(math.log10(value) if log else value), fmt(value)) for value in values]
-    whole = all(x == int(x) for x, _ in points)  # layers and steps have no halves
+    whole = all(x == int(x) for x in xs)  # layers and steps have no halves
     places = [(across(value), fmt(value)) for value in ticks(x_low, x_high, 8) if not whole or value == int(value)]
     edges = _LEFT, _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM
-    return _macros().line_chart(title, x_label, y_label, (_WIDTH, _HEIGHT), edges, heights, places, paths)
+    return _markup("line_chart", title, x_label, y_label, (_WIDTH, _HEIGHT), edges, heights, places, paths)
 
 
 def bar_chart(heights: Sequence[float], ends: tuple[float, float], highest: float, colour: int, title: str) -> Markup:
@@ -202,16 +202,17 @@ def bar_chart(heights: Sequence[float], ends: tuple[float, float], highest: floa
         if value > 0
     ]
     wide = round(max(1.0, across - 1), 1)
-    return _macros().bar_chart(title, (left, right), grid, bars, wide, colour, [fmt(end) for end in ends])
+    return _markup("bar_chart", title, (left, right), grid, bars, wide, colour, [fmt(end) for end in ends])
 
 
 def key(lines: Sequence[Line]) -> Markup:
     """The lines' names, each beside a piece of its line."""
-    return _macros().key(lines)
+    return _markup("key", lines)
 
 
-def _macros() -> Any:
-    return templates().get_template("charts.html.j2").module
+def _markup(macro: str, *values: Any) -> Markup:
+    """What a macro of charts.html.j2 makes of some values."""
+    return Markup(getattr(templates().get_template("charts.html.j2").module, macro)(*values))
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:

@@ -32,6 +32,14 @@ _TIMING = ("centre_of_mass", "prompt_share", "first_share", "largest_share", "en
 _SPARSITY = ("hoyer", "participation", "kurtosis", "gini", "small_share")
 _P_HOST = ("p_host", "p_host_holm", "p_host_bh")
 _LEFT_OUT = ("run", "tone", "unit", "test", "difference", "difference_low", *_P_HOST, "score", "runs")
+_SHADES = {
+    diagram.INK: "ink",
+    diagram.SOFT: "soft",
+    diagram.TRAINED: "c1",
+    diagram.FILL: "ground",
+    diagram.TINT: "paper",
+    "#ffffff": "paper",
+}  # of the diagram, on the page
 _FIGURES = re.compile(r" \((?:expected|95%)[^()]*\)")  # the page shows them separately
 
 
@@ -69,12 +77,12 @@ def page_context(item: ReportInput, number: int = 0, budget_bytes: int = BUDGET)
         "leading": {run: top[run].to_dict("records") for run in runs.names},
         "striation": _striation(found.striation, runs) if found else [],
         "consensus": _consensus(found.consensus, runs.names) if found else None,
-        "timing": _timing(trace, found and found.timing, runs),
-        "sparsity": _sparsity(trace, found and found.sparsity, runs),
+        "timing": _timing(trace, found.timing if found else None, runs),
+        "sparsity": _sparsity(trace, found.sparsity if found else None, runs),
         "explanations": explanation_sections(item.explained, runs),
         "training": _training(item, runs),
         "records": {run: item.records[run] for run in runs.names if run in item.records},
-        "indices": index_pages(trace, found and found.consensus, runs, maps, leading, marks, item.explained),
+        "indices": index_pages(trace, found.consensus if found else None, runs, maps, leading, marks, item.explained),
         "marked": MARKED,
         "prompts": questions(trace),
         "has_tokens": "delta" in trace,
@@ -105,30 +113,19 @@ def _words(item: ReportInput, runs: RunStyles, page: Mapping[str, Any]) -> dict[
         f"residual stream of {counts['layers']} layers; {twins} beside them. {tables.counted(counts['prompts'], 'prompt')}, "
         f"{counts['tokens']:,} tokens. Not one of the host's weights was changed."
     )
+    figure = ""
+    if record:  # Figure 1, in the colours of the page's theme
+        figure = as_svg(diagram.figure1(record, counts["neurons"]))
+        for colour, name in _SHADES.items():
+            figure = figure.replace(colour, f"var(--{name})")
+        figure = figure.replace("<svg", '<svg role="img" aria-label="The architecture"', 1)
     return {
         "title": what[:1].upper() + what[1:],
         "lead": lead,
         "record": record,
         "paged": {entry["index"] for entry in page["indices"]},
-        "diagram": _diagram(record, counts["neurons"]) if record else None,
-        "diagram_layers": len(record["irm"]["layers"]) if record else 0,
+        "diagram": Markup(figure),
     }
-
-
-def _diagram(record: Mapping[str, Any], neurons: int) -> Markup:
-    """Figure 1, in the colours of the page's theme."""
-    text = as_svg(diagram.figure1(record, neurons))
-    shades = {
-        diagram.INK: "ink",
-        diagram.SOFT: "soft",
-        diagram.TRAINED: "c1",
-        diagram.FILL: "ground",
-        diagram.TINT: "paper",
-        "#ffffff": "paper",
-    }
-    for colour, name in shades.items():
-        text = text.replace(colour, f"var(--{name})")
-    return Markup(text.replace("<svg", '<svg role="img" aria-label="The architecture"', 1))
 
 
 def _commands(item: ReportInput, runs: RunStyles) -> list[str]:
@@ -191,11 +188,11 @@ def _replies(item: ReportInput, runs: RunStyles) -> list[dict[str, Any]]:
 def _striation(table: pd.DataFrame, runs: RunStyles) -> list[dict[str, Any]]:
     return [
         {
-            "without": int(without),
+            "without": int(own["without"].iloc[0]),
             "table": tables.by_run(own, _STRIATION, runs.names),
             "all": tables.full_table(own, ("without", "tone", "unit")),
         }
-        for without, own in table.groupby("without")
+        for _, own in table.groupby("without")
     ]
 
 
@@ -289,8 +286,9 @@ def _training(item: ReportInput, runs: RunStyles) -> dict[str, Any] | None:
         for name, lines in drawn.items():
             own = [(entry["step"], entry[name]) for entry in item.logs.get(run, ()) if name in entry]
             if own:
+                steps, losses = zip(*own, strict=True)
                 kept = item.records.get(run, {}).get("kept_step") if name == "validation_loss" else None
-                lines.append(runs.line(run, *zip(*own, strict=True), marked=kept))
+                lines.append(runs.line(run, steps, losses, kept))
     lines, bare = drawn.values()
     if not lines and not bare:
         return None

@@ -51,9 +51,9 @@ def explorer(
                 text["store"] = next(places, None)
         blobs |= own.blobs if own else {}
     # JSON escaped for a script element.
-    text = json.dumps(facts, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return {"facts": Markup(text), "blobs": blobs, "tokens_kept": _kept(facts, bool(tokens))}
+    escaped = json.dumps(facts, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    escaped = escaped.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return {"facts": Markup(escaped), "blobs": blobs, "tokens_kept": _kept(facts, bool(tokens))}
 
 
 def _texts(trace: xr.Dataset, runs: RunStyles) -> tuple[list[dict[str, Any]], dict[str, RunTokens]]:

@@ -144,7 +144,13 @@ def trace_runs(
     writer = TraceWriter(out, "", layers, dtype, force, notes)
     with progress("answering", (len(sources) + 1) * len(prompts), quiet) as task:
         for source, config in zip(sources, configs, strict=True):
-            model = _attached(host, source, config)
+            if source.twin:
+                shape: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(IRMShape)}
+                fresh = IRMConfig(**shape, layers_path=config.layers_path, template=config.template, inference_mode=True)
+                set_seed(source.label.seed)
+                model = PeftModel(host, fresh, adapter_name=_ADAPTER)
+            else:
+                model = load_irm(host, source.folder, _ADAPTER)
             writer.host = tuner_of(model).fingerprint.name
             try:
                 if "base" not in writer.notes:
@@ -187,12 +193,3 @@ def trace_for_report(
     """
     trace_runs(sources_of(find_runs(places), strength=strength), out, host, tokenizer, keep="raw", **options)
     return Path(out)
-
-
-def _attached(host: PreTrainedModel, source: Source, config: IRMConfig) -> PeftModel:
-    if not source.twin:
-        return load_irm(host, source.folder, _ADAPTER)
-    shape: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(IRMShape)}
-    fresh = IRMConfig(**shape, layers_path=config.layers_path, template=config.template, inference_mode=True)
-    set_seed(source.label.seed)
-    return PeftModel(host, fresh, adapter_name=_ADAPTER)

@@ -176,8 +176,8 @@ class _Recorder:
         def watched(*args: Any, **kwargs: Any) -> Any:
             if not self.follows():
                 return generate(*args, **kwargs)
-            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-            embedded = kwargs.get("inputs_embeds")
+            ids: Any = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            embedded: Any = kwargs.get("inputs_embeds")
             prompt = ids if embedded is None else embedded
             ends = _refuse_scattered(kwargs, defaults, prompt)
             self.finish()
