@@ -57,6 +57,8 @@ def page_context(item: ReportInput, number: int = 0, budget_bytes: int = BUDGET)
     leading = {run: leading_indices(maps["absolute"].sel(run=run), trace.sizes["neuron"]) for run in runs.names}
     top = {run: leading_indices(maps["absolute"].sel(run=run), 10) for run in runs.names}
     marks = {run: [int(index) for index in table["neuron"][:MARKED]] for run, table in leading.items()}
+    record = next((item.records[run] for run in runs.trained if run in item.records), None)  # stands for all
+    pages = index_pages(trace, found.consensus if found else None, runs, maps, leading, marks, item.explained)
     page = {
         "name": item.name,
         "prefix": "" if number == 0 else f"{number + 1}-",
@@ -82,50 +84,26 @@ def page_context(item: ReportInput, number: int = 0, budget_bytes: int = BUDGET)
         "explanations": explanation_sections(item.explained, runs),
         "training": _training(item, runs),
         "records": {run: item.records[run] for run in runs.names if run in item.records},
-        "indices": index_pages(trace, found.consensus if found else None, runs, maps, leading, marks, item.explained),
+        "indices": pages,
+        "paged": {entry["index"] for entry in pages},
+        "record": record,
+        "diagram": _diagram(record, trace.sizes["neuron"]) if record else None,
         "marked": MARKED,
         "prompts": questions(trace),
         "has_tokens": "delta" in trace,
         "start": {"left": runs.trained[0], "right": runs.twin(runs.trained[0])},
         "commands": _commands(item, runs),
     }
-    page |= _words(item, runs, page)
     page |= explorer(trace, runs, maps, marks, budget_bytes - int(1.2 * len(json.dumps(page, default=str))) - 150_000)
     return page
 
 
-def _words(item: ReportInput, runs: RunStyles, page: Mapping[str, Any]) -> dict[str, Any]:
-    """Title and lead, and the record of the first trained run, which stands for all."""
-    record = next((item.records[run] for run in runs.trained if run in item.records), None)
-    counts, host = page["counts"], page["host"] or "its host"
-    trained = [run for run in runs.names if not runs.facts[run]["untrained"]]
-    tones = sorted({str(runs.facts[run]["tone"]) for run in trained})
-    named = " and ".join([", ".join(tones[:-1]), tones[-1]] if len(tones) > 1 else tones)
-    what = f"{named} on {host}" if tones else item.name
-    size = ""
-    if record:
-        share = 100 * record["irm"]["parameters"] / record["irm"]["host_parameters"]
-        size = f" of {record['irm']['parameters']:,} parameters ({share:.1f}% of the host)"
-    networks = tables.counted(len(trained), "small network")
-    twins = tables.counted(len(runs.names) - len(trained), "untrained twin")
-    lead = (
-        f"A frozen language model, {host}, and {networks}{size} that read its first post-attention residual and add to the "
-        f"residual stream of {counts['layers']} layers; {twins} beside them. {tables.counted(counts['prompts'], 'prompt')}, "
-        f"{counts['tokens']:,} tokens. Not one of the host's weights was changed."
-    )
-    figure = ""
-    if record:  # Figure 1, in the colours of the page's theme
-        figure = as_svg(diagram.figure1(record, counts["neurons"]))
-        for colour, name in _SHADES.items():
-            figure = figure.replace(colour, f"var(--{name})")
-        figure = figure.replace("<svg", '<svg role="img" aria-label="The architecture"', 1)
-    return {
-        "title": what[:1].upper() + what[1:],
-        "lead": lead,
-        "record": record,
-        "paged": {entry["index"] for entry in page["indices"]},
-        "diagram": Markup(figure),
-    }
+def _diagram(record: Mapping[str, Any], neurons: int) -> Markup:
+    """Figure 1, in the colours of the page's theme."""
+    text = as_svg(diagram.figure1(record, neurons)).replace("<svg", '<svg role="img" aria-label="The architecture"', 1)
+    for colour, name in _SHADES.items():
+        text = text.replace(colour, f"var(--{name})")
+    return Markup(text)
 
 
 def _commands(item: ReportInput, runs: RunStyles) -> list[str]:
