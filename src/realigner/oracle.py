@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _PRODUCTS = ("mm", "linear", "convolution", "attention", "cumsum")
 _ADDITIONS = ("add", "add_")
@@ -176,12 +177,12 @@ class _Watch(TorchDispatchMode):
         if self.layer is None:
             return func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        inputs = [a for a in _flat((args, kwargs or {})) if isinstance(a, torch.Tensor)]
+        inputs = [a for a in tree_leaves((args, kwargs or {})) if isinstance(a, torch.Tensor)]
         addition = name in _ADDITIONS and len(inputs) == 2 and all(self._like(a) for a in inputs)
         before = [a.clone() for a in inputs] if addition else []  # the operation may be in place
         raw, computed = ([id(a) in kind for a in inputs] for kind in (self.raw, self.computed))
         out = func(*args, **(kwargs or {}))
-        outputs = [o for o in _flat(out) if isinstance(o, torch.Tensor)]
+        outputs = [o for o in tree_leaves(out) if isinstance(o, torch.Tensor)]
         self.kept += inputs + outputs
         made = {id(o) for o in outputs}
         if any(computed) or (any(raw) and any(product in name for product in _PRODUCTS)):
@@ -202,13 +203,3 @@ class _Watch(TorchDispatchMode):
 
     def _like(self, tensor: torch.Tensor) -> bool:
         return tensor.is_floating_point() and tensor.dim() > 1 and (tensor.numel(), tensor.shape[-1]) == self.shape
-
-
-def _flat(values: Any) -> Iterator[Any]:
-    if isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _flat(value)
-    elif isinstance(values, dict):
-        yield from _flat(list(values.values()))
-    else:
-        yield values

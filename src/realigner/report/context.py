@@ -17,7 +17,7 @@ from realigner.analysis import Consensus, layer_counts, leading_indices, run_map
 from realigner.report import charts, diagram
 from realigner.report import page_tables as tables
 from realigner.report.charts import Line, fmt
-from realigner.report.explanation_section import MARKS, explanation_sections
+from realigner.report.explanation_section import MARKS, explanation_section
 from realigner.report.indices import index_pages
 from realigner.report.plot_style import as_svg
 from realigner.report.report_input import ReportInput
@@ -81,7 +81,7 @@ def page_context(item: ReportInput, number: int = 0, budget_bytes: int = BUDGET)
         "consensus": _consensus(found.consensus, runs.names) if found else None,
         "timing": _timing(trace, found.timing if found else None, runs),
         "sparsity": _sparsity(trace, found.sparsity if found else None, runs),
-        "explanations": explanation_sections(item.explained, runs),
+        "explanations": [explanation_section(found, at, runs) for at, found in enumerate(item.explained, 1)],
         "training": _training(item, runs),
         "records": {run: item.records[run] for run in runs.names if run in item.records},
         "indices": pages,
@@ -134,13 +134,12 @@ def _commands(item: ReportInput, runs: RunStyles) -> list[str]:
 
 def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "claim": verdict["claim"],
-        "verdict": verdict["verdict"],
+        "n": None,
+        "unit": "",
+        **verdict,
         "mark": MARKS.get(verdict["verdict"], "unknown"),
         "words": _FIGURES.sub("", verdict["words"]),
         "p_adjusted": "" if math.isnan(tables.number(verdict.get("p_adjusted"))) else tables.probability(verdict["p_adjusted"]),
-        "n": verdict.get("n"),
-        "unit": verdict.get("unit", ""),
         **tables.cell(verdict),
     }
 
@@ -210,14 +209,12 @@ def _timing(trace: xr.Dataset, table: pd.DataFrame | None, runs: RunStyles) -> d
             ]
             title = f"Where in their texts the {k:,} largest values lie: "
             figures.append({"k": f"{k:,}", "charts": _bars(lines, (0, 1), title), "table": tables.points(lines, "place")})
-    if table is None:
-        return {"figures": figures, "table": None, "all": None}
-    whole = table[table["without"] == 0] if "without" in table else table
-    return {
-        "figures": figures,
-        "table": tables.by_run(whole, _TIMING, runs.names),
-        "all": tables.full_table(table, ("tone", "unit")),
-    }
+    found: dict[str, Any] = {"figures": figures, "table": None, "all": None}
+    if table is not None:
+        whole = table[table["without"] == 0] if "without" in table else table
+        found["table"] = tables.by_run(whole, _TIMING, runs.names)
+        found["all"] = tables.full_table(table, ("tone", "unit"))
+    return found
 
 
 def _sparsity(trace: xr.Dataset, table: pd.DataFrame | None, runs: RunStyles) -> dict[str, Any]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
-from realigner.report.plot_style import as_png
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @lru_cache(1)
@@ -26,6 +24,12 @@ def templates() -> Environment:
     return found
 
 
+def page_filter(function: F) -> F:
+    """Let templates call a function by its name."""
+    templates().filters[function.__name__] = function
+    return function
+
+
 def render_page(template: str, **values: Any) -> str:
     """A template of this folder as HTML text."""
     return templates().get_template(template).render(**values)
@@ -35,11 +39,6 @@ def script(names: Sequence[str]) -> Markup:
     """Files of the folder ``js`` as one script's text: there is nowhere to import a module from in a page of one file."""
     folder = files("realigner") / "report" / "js"
     return Markup("\n".join((folder / name).read_text(encoding="utf-8") for name in names))
-
-
-def picture(figure: Figure) -> str:
-    """A figure as the source of an ``<img>``; the figure is closed."""
-    return "data:image/png;base64," + base64.b64encode(as_png(figure)).decode()
 
 
 def is_signed(path: Path, signature: str) -> bool:

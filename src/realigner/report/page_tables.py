@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from realigner.report.charts import NONE, Line, fmt, key, line_chart
+from realigner.report.page import page_filter
 
 NAMES = {
     "icc": "ICC(C,1)",
@@ -63,17 +64,13 @@ def name_of(key: Any) -> str:
     return NAMES.get(str(key), str(key).replace("_", " "))
 
 
+@page_filter
 def probability(p: Any) -> str:
     """A p-value."""
     value = number(p)
     if math.isnan(value):
         return NONE
     return "<0.0001" if value < 1e-4 else f"{value:.4f}".rstrip("0") if value < 1e-3 else fmt(value, 2)
-
-
-def counted(count: int, thing: str) -> str:
-    """A number of things: "1 run", "2 runs"."""
-    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def number(value: Any) -> float:
@@ -84,6 +81,7 @@ def number(value: Any) -> float:
         return math.nan
 
 
+@page_filter
 def fmt_interval(low: Any, high: Any) -> str:
     """An interval; empty where there is none."""
     ends = number(low), number(high)

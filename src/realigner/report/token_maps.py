@@ -53,7 +53,7 @@ def explorer(
     # JSON escaped for a script element.
     escaped = json.dumps(facts, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     escaped = escaped.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return {"facts": Markup(escaped), "blobs": blobs, "tokens_kept": _kept(facts, bool(tokens))}
+    return {"facts": Markup(escaped), "blobs": blobs, "tokens_kept": _kept(facts)}
 
 
 def _texts(trace: xr.Dataset, runs: RunStyles) -> tuple[list[dict[str, Any]], dict[str, RunTokens]]:
@@ -106,25 +106,15 @@ def _reader(trace: xr.Dataset, spans: Sequence[slice]) -> Any:
     return lru_cache(len(spans))(read) if size <= _AT_ONCE else read
 
 
-def _kept(facts: Mapping[str, Any], recorded: bool) -> str:
-    """Which tokens have a map of their own, in words."""
-    if not recorded:
-        return (
-            "This trace keeps sums, not every token's deltas: the maps are means, and the strip shows how much each token got."
-        )
-    whole = sum(len(text["words"]) for text in facts["texts"])
-    there = sum(text["store"]["count"] for text in facts["texts"] if text["store"])
-    parts = [f"{there:,} of {whole:,} tokens have a map of their own in this page."]
-    rebuilt = [run for run in facts["runs"] if run["tokens"] and run["tokens"]["kind"] == "components"]
-    if rebuilt:
-        ranks, lost = [run["tokens"]["rank"] for run in rebuilt], max(run["tokens"]["lost"] for run in rebuilt)
-        parts.append(
-            f"They are rebuilt from {min(ranks)} to {max(ranks)} components a run; the root mean square error is at most "
-            f"{100 * lost:.2g}% of the run's root mean square."
-        )
-    if there < whole:
-        parts.append("The rest did not fit; kept are tokens around the start of each reply, earliest prompts first.")
-    return " ".join(parts)
+def _kept(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """How many tokens have a map of their own, and what those that are rebuilt from components lost."""
+    rebuilt = [run["tokens"] for run in facts["runs"] if run["tokens"] and run["tokens"]["kind"] == "components"]
+    return {
+        "whole": sum(len(text["words"]) for text in facts["texts"]),
+        "there": sum(text["store"]["count"] for text in facts["texts"] if text["store"]),
+        "ranks": [own["rank"] for own in rebuilt],
+        "lost": max((own["lost"] for own in rebuilt), default=0.0),
+    }
 
 
 def questions(trace: xr.Dataset) -> dict[int, str]:
