@@ -69,44 +69,18 @@ def _trials(item: Explanation) -> dict[str, Any] | None:
     axis = ChartAxis.over([*ratios, 1.0], charts.spans_much(ratios))
     lines = [(1.0, "c0"), *([(mean, f"c{_INDEX} d1")] if math.isfinite(mean) else [])]
     title = f"Index {item.index} in trainings with one thing changed"
-    head = ["trained", "seed", "rank", "times the median", "leader", "loss, nats per target", "learned"]
-    numbers = [
-        (
-            KINDS.get(t.kind, t.kind),
-            t.seed,
-            t.rank,
-            fmt(t.ratio),
-            t.leader,
-            fmt(t.loss, 4),
-            fmt(t.learned, 4),
-        )
-        for t in item.trials
-    ]
     return {
         "chart": charts.dot_chart(rows, axis, "times the median" + " (log)" * axis.log, title, lines),
         "first": first,
-        "mean": "" if math.isnan(mean) else fmt(mean),
-        "table": {"head": head, "rows": numbers, "numeric": [False] + [True] * 6},
+        "mean": mean,
+        "kinds": KINDS,
     }
 
 
 def _ablations(index: int, whose: str, own: Sequence[Ablation], hows: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """The ablations of an IRM or the host: a chart for each kind, and a table."""
     by_how = {how: rows for how in hows if (rows := [row for row in own if row.how == how])}
-    numbers = [
-        (
-            hows[how][0],
-            row.index,
-            _GROUPS.get(row.group, row.group).format(row.index),
-            fmt(row.loss, 4),
-            fmt(row.change),
-            tables.fmt_interval(row.low, row.high),
-        )
-        for how, rows in by_how.items()
-        for row in rows
-    ]
     losses = {row.how: fmt(row.loss, 4) for row in own}
-    head = ["ablation", "index", "which", "loss", "change", "95% interval"]
     return {
         "whose": whose,
         "n": max((row.n for row in own), default=0),
@@ -118,7 +92,11 @@ def _ablations(index: int, whose: str, own: Sequence[Ablation], hows: Mapping[st
             }
             for how, rows in by_how.items()
         ],
-        "table": {"head": head, "rows": numbers, "numeric": [False, True, False, True, True, True]},
+        "rows": [
+            (hows[how][0], _GROUPS.get(row.group, row.group).format(row.index), row)
+            for how, rows in by_how.items()
+            for row in rows
+        ],
     }
 
 

@@ -14,7 +14,7 @@ from realigner.analysis import Consensus
 from realigner.explain.explanation import Explanation
 from realigner.report.charts import fmt
 from realigner.report.explanation_section import index_summary
-from realigner.report.page_tables import charted, number, probability
+from realigner.report.page_tables import charted
 from realigner.report.run_styles import RunStyles
 from realigner.traces.layout import text_spans
 
@@ -54,17 +54,13 @@ def index_pages(
             for run in runs.names
         ]
         own = None if agreed is None else agreed.indices[agreed.indices["neuron"] == index]
-        agreement = None
-        if own is not None and len(own):
-            agreement = {key: probability(own[key].iloc[0]) for key in ("p", "p_holm", "p_untrained_holm")}
-            agreement["untrained_rank"] = fmt(number(own["untrained_rank"].iloc[0]))
         pages.append(
             {
                 "index": index,
                 "leads": sum(row["rank"] == 1 for row in rows if row["run"] in runs.trained),
                 "top": sum(0 < row["rank"] <= 10 for row in rows if row["run"] in runs.trained),
                 "of": len(runs.trained),
-                "agreement": agreement,
+                "agreement": None if own is None or own.empty else own.iloc[0].to_dict(),
                 "rows": rows,
                 "host": index_summary(explained, index),
                 "profiles": [_profile(runs, maps[kind], index, kind) for kind in ("absolute", "signed")],

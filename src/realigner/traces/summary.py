@@ -95,9 +95,9 @@ class BatchSummary:
     def _reduce(self) -> None:
         if not self._waiting:
             return
-        rows = np.concatenate([waiting[1] for waiting in self._waiting])
-        generated = np.concatenate([waiting[2] for waiting in self._waiting])
-        deltas = torch.cat([waiting[0] for waiting in self._waiting]) if len(self._waiting) > 1 else self._waiting[0][0]
+        waiting, rows, generated = zip(*self._waiting, strict=True)
+        rows, generated = np.concatenate(rows), np.concatenate(generated)
+        deltas = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
         self._waiting, self._values = [], 0
         for number, row in enumerate(self.rows):
             (chosen,) = np.nonzero(rows == number)
