@@ -56,7 +56,17 @@ def find_places(layers: nn.ModuleList, forward: Callable[[], Any]) -> list[Place
     """Where each layer's residual is made, by two runs of `forward`; None where the rule of this module does not apply."""
     clean = _recorded(layers, forward)
     other = _recorded(layers, forward, [record.x for record in clean])
-    return [_place(*pair) for pair in zip(clean, other, strict=True)]
+    places: list[Place | None] = []
+    for one, two in zip(clean, other, strict=True):
+        # A layer without attention or the like: its only branch.
+        place = Place(0, None) if len(one.sums) == 1 else None
+        for number, (a, b) in enumerate(zip(one.sums, two.sums, strict=False)):
+            if _mixes(a.computed, b.computed):
+                mixing = [index for index, pair in enumerate(zip(a.parts, b.parts, strict=True)) if _mixes(*pair)]
+                place = Place(number, mixing[0] if len(mixing) == 1 else None)
+                break
+        places.append(place)
+    return places
 
 
 @contextmanager
@@ -104,14 +114,6 @@ def _recorded(
     with torch.no_grad(), _watching(layers, _Watch(on_sum), on_input):
         forward()
     return [_Record(x, found) for x, found in zip(seen, sums, strict=True)]
-
-
-def _place(clean: _Record, other: _Record) -> Place | None:
-    for number, (a, b) in enumerate(zip(clean.sums, other.sums, strict=False)):
-        if _mixes(a.computed, b.computed):
-            mixing = [index for index, pair in enumerate(zip(a.parts, b.parts, strict=True)) if _mixes(*pair)]
-            return Place(number, mixing[0] if len(mixing) == 1 else None)
-    return Place(0, None) if len(clean.sums) == 1 else None  # a layer without attention or the like: its only branch
 
 
 def _mixes(clean: torch.Tensor, other: torch.Tensor) -> bool:

@@ -63,7 +63,6 @@ def page_context(item: ReportInput, number: int = 0, budget_bytes: int = BUDGET)
         "name": item.name,
         "prefix": "" if number == 0 else f"{number + 1}-",
         "runs": [runs.shown(run) for run in runs.names],
-        "trained": runs.trained,
         "counts": {
             "tokens": int(count.sum()),
             "counted": int(count[:, :2].sum()),

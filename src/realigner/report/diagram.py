@@ -120,7 +120,5 @@ def _box(axes: Axes, corner: tuple[float, float], width: float, height: float, r
 
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, bend: float = 0.0) -> None:
-    style = f"arc3,rad={bend}"
-    axes.add_patch(
-        FancyArrowPatch(start, end, connectionstyle=style, arrowstyle="-|>", mutation_scale=6, lw=0.7, color=colour, zorder=2)
-    )
+    look: Any = {"arrowstyle": "-|>", "mutation_scale": 6, "lw": 0.7, "color": colour, "zorder": 2}
+    axes.add_patch(FancyArrowPatch(start, end, connectionstyle=f"arc3,rad={bend}", **look))

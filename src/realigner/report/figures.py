@@ -186,18 +186,16 @@ def _bars(table: pd.DataFrame, x: str, x_label: str, y_label: str, width: float)
     return figure
 
 
-def figure_sparsity(table: pd.DataFrame, width: float = PAGE) -> Figure:
-    """Sparsity by layer, one line for each run; dotted: Gaussian noise.
+def figure_sparsity(table: pd.DataFrame) -> Figure:
+    """Sparsity by layer, one line for each run (`table` of `analysis.sparsity`): Hoyer's, and the paper's share of |v| < 1e-4.
 
-    Args:
-        table: of `analysis.sparsity`: Hoyer's, and the paper's share of |v| < 1e-4.
-        width: in inches.
+    Dotted: Gaussian noise.
     """
     statistics = {"hoyer": "Hoyer's sparsity", "small_share": "share of |v| < 0.0001"}
     by_layer = table[(table["layer"].astype(str) != "all") & (table["run"] != "all")]
     styles = RunStyles.of_table(by_layer)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(statistics), figsize=(width, 2.5), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(1, len(statistics), figsize=(PAGE, 2.5), layout="constrained", squeeze=False)
         for ax, (statistic, name) in zip(axes[0], statistics.items(), strict=True):
             own = by_layer[by_layer["statistic"] == statistic]
             for run in styles.names:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,12 +32,6 @@ def page_filter(function: F) -> F:
 def render_page(template: str, **values: Any) -> str:
     """A template of this folder as HTML text."""
     return templates().get_template(template).render(**values)
-
-
-def script(names: Sequence[str]) -> Markup:
-    """Files of the folder ``js`` as one script's text: there is nowhere to import a module from in a page of one file."""
-    folder = files("realigner") / "report" / "js"
-    return Markup("\n".join((folder / name).read_text(encoding="utf-8") for name in names))
 
 
 def is_signed(path: Path, signature: str) -> bool:

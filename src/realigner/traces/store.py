@@ -37,21 +37,13 @@ from realigner.traces.layout import (
 RawType = Literal["auto", "float16", "float32"]
 _CHUNK = {"token": 16, "text": 1, "layer": 32, "neuron": 4096}  # of large arrays
 _LABELS_CHUNK = 4096  # tokens in a chunk of labels
-_NORMAL = float(np.finfo(np.float16).tiny)  # float16 loses digits below
+_FLOAT16 = np.finfo(np.float16)  # loses digits below `tiny`
 _HEADROOM = 16.0  # float16 is chosen when later texts may be this many times larger
 
 
 def unfinished_trace(path: Path) -> Path:
     """Path of a trace until it is finished."""
     return path.with_name(f"{path.name}.unfinished")
-
-
-def raw_dtype(text: xr.Dataset) -> RawType:
-    """``float16`` where a text's deltas lie well inside its range, else ``float32``."""
-    largest = float(np.nanmax(text["max_abs"].values))
-    typical = float(np.nanmedian(np.sqrt(text["energy"].values / text.sizes["neuron"])))
-    fits = largest * _HEADROOM < float(np.finfo(np.float16).max) and (typical == 0 or typical > 16 * _NORMAL)
-    return "float16" if fits else "float32"
 
 
 class TraceWriter:
@@ -61,7 +53,7 @@ class TraceWriter:
         path: the zarr folder, which `close` creates; until then it is ``PATH.unfinished``.
         host: the host's name.
         layers: all layers that any run adds to.
-        dtype: of raw deltas; ``auto``: `raw_dtype` of the first text.
+        dtype: of raw deltas; ``auto``: float16 where the first text's lie well inside its range, else float32.
         force: replace an existing trace.
         notes: JSON values stored among the attributes.
 
@@ -147,10 +139,13 @@ class TraceWriter:
             return text
         import torch
 
-        if self.dtype == "auto":
-            self.dtype = raw_dtype(text)
         largest = float(np.nanmax(text["max_abs"].values))
-        if self.dtype == "float16" and largest > float(np.finfo(np.float16).max):
+        if self.dtype == "auto":
+            # float16 where the first text's deltas lie well inside its range
+            typical = float(np.nanmedian(np.sqrt(text["energy"].values / text.sizes["neuron"])))
+            small = largest * _HEADROOM < _FLOAT16.max and (typical == 0 or typical > 16 * _FLOAT16.tiny)
+            self.dtype = "float16" if small else "float32"
+        if self.dtype == "float16" and largest > _FLOAT16.max:
             raise RealignerError(
                 f"{self.folder}: a delta of {largest:.3g} does not fit into float16; record again with float32{self._kept()}"
             )

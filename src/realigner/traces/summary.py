@@ -111,13 +111,10 @@ class BatchSummary:
         delta = delta.float()
         row.shape = (delta.shape[1], delta.shape[2])
         size, square = delta.abs(), delta.square()
-        for key, value in (
-            ("energy", square.sum(-1)),
-            ("l1", size.sum(-1)),
-            ("l4", square.square().sum(-1)),
-            ("small", (size < SMALL).sum(-1, dtype=torch.float32)),
-        ):
-            row.tokens[key].append(value)
+        row.tokens["energy"].append(square.sum(-1))
+        row.tokens["l1"].append(size.sum(-1))
+        row.tokens["l4"].append(square.square().sum(-1))
+        row.tokens["small"].append((size < SMALL).sum(-1, dtype=torch.float32))
         parts = parts_of(generated, row.generated)
         row.generated += int(generated.sum())
         for part in np.unique(parts):
