@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from realigner.report.page import page_filter, templates
+from realigner.report.page import number, page_filter, templates
 
 MINUS, NONE = "\u2212", "\u2013"  # signs as a printer sets them
 _WIDTH, _HEIGHT = 640, 240
@@ -236,8 +236,9 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 @page_filter
-def fmt(value: float, digits: int = 3, zeros: bool = False) -> str:
+def fmt(value: Any, digits: int = 3, zeros: bool = False) -> str:
     """A number in few characters: 0.0123, 1.2e-5, 1,512; with `zeros`, also 0.150, to stand under each other."""
+    value = number(value)
     if not math.isfinite(value):
         return NONE
     if value == 0:

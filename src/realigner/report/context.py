@@ -133,13 +133,11 @@ def _commands(item: ReportInput, runs: RunStyles) -> list[str]:
 
 def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "n": None,
+        **dict.fromkeys((*tables.CELL, "p_adjusted", "n")),
         "unit": "",
         **verdict,
         "mark": MARKS.get(verdict["verdict"], "unknown"),
         "words": _FIGURES.sub("", verdict["words"]),
-        "p_adjusted": "" if math.isnan(tables.number(verdict.get("p_adjusted"))) else tables.probability(verdict["p_adjusted"]),
-        **tables.cell(verdict),
     }
 
 

@@ -19,7 +19,7 @@ def templates() -> Environment:
     """The templates of this folder."""
     loader = FileSystemLoader(str(files("realigner") / "report"))
     found = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    found.tests["finite"] = math.isfinite
+    found.tests["finite"] = lambda value: math.isfinite(number(value))
     return found
 
 
@@ -27,6 +27,14 @@ def page_filter(function: F) -> F:
     """Let templates call a function by its name."""
     templates().filters[function.__name__] = function
     return function
+
+
+def number(value: Any) -> float:
+    """A float; NaN for anything that is not a number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def render_page(template: str, **values: Any) -> str:

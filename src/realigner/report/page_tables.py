@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from realigner.report.charts import NONE, Line, fmt, key, line_chart
-from realigner.report.page import page_filter
+from realigner.report.page import number, page_filter
 
 NAMES = {
     "icc": "ICC(C,1)",
@@ -56,6 +56,7 @@ NAMES = {
     "ratio": "times the median",
 }
 
+CELL = ("value", "low", "high", "null", "p", "difference", "difference_low", "difference_high")  # of one statistic
 _MODELS = {"uniform": "nothing", "untrained": "the untrained twins' scores", "host_residual": "the host's measurements"}
 
 
@@ -73,32 +74,11 @@ def probability(p: Any) -> str:
     return "<0.0001" if value < 1e-4 else f"{value:.4f}".rstrip("0") if value < 1e-3 else fmt(value, 2)
 
 
-def number(value: Any) -> float:
-    """A float; NaN for anything that is not a number."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
 @page_filter
 def fmt_interval(low: Any, high: Any) -> str:
     """An interval; empty where there is none."""
     ends = number(low), number(high)
     return "" if any(map(math.isnan, ends)) else f"{fmt(ends[0], zeros=True)} to {fmt(ends[1], zeros=True)}"
-
-
-def cell(row: Any) -> dict[str, str]:
-    """One statistic of one run, ready to be shown."""
-    difference, null = number(row.get("difference")), number(row.get("null"))
-    return {
-        "value": fmt(number(row.get("value")), zeros=True),
-        "interval": fmt_interval(row.get("low"), row.get("high")),
-        "null": "" if math.isnan(null) else "≈ 0" if 0 < abs(null) < 1e-3 else fmt(null),
-        "p": "" if math.isnan(number(row.get("p"))) else probability(row.get("p")),
-        "difference": "" if math.isnan(difference) else f"{'+' if difference > 0 else ''}{fmt(difference, zeros=True)}",
-        "apart": fmt_interval(row.get("difference_low"), row.get("difference_high")),
-    }
 
 
 def by_run(table: pd.DataFrame, statistics: Sequence[str], order: Sequence[str]) -> dict[str, Any]:
@@ -108,8 +88,8 @@ def by_run(table: pd.DataFrame, statistics: Sequence[str], order: Sequence[str])
     runs = set(table["run"])
     for run in [name for name in ("all", *order) if name in runs]:
         own = table[table["run"] == run].drop_duplicates("statistic").set_index("statistic")
-        cells = [cell(own.loc[statistic]) if statistic in own.index else cell({}) for statistic in there]
-        rows.append({"run": run, "cells": cells, "n": (fmt(number(own["n"].iloc[0])), str(own.iloc[0].get("unit", "")))})
+        cells = own.reindex(index=there, columns=CELL).to_dict("records")
+        rows.append({"run": run, "cells": cells, "n": (fmt(own["n"].iloc[0]), str(own.iloc[0].get("unit", "")))})
     return {"head": [name_of(statistic) for statistic in there], "rows": rows}
 
 
@@ -132,7 +112,7 @@ def _shown(column: str, row: dict[Any, Any]) -> str:
         return _MODELS.get(value, value) if column == "model" else NAMES.get(value, value)
     if column in ("neuron", "without", "n", "runs", "runs_in_top", "layer") and not math.isnan(number(value)):
         return str(int(value))
-    return fmt(number(value))
+    return fmt(value)
 
 
 def points(lines: Sequence[Line], x: str) -> dict[str, Any]:
