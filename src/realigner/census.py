@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment, StrictUndefined
 from peft import get_peft_model
 from torch import nn
 
@@ -229,43 +231,17 @@ def totals(entries: Sequence[CensusEntry]) -> dict[str, int]:
     return {verdict: sum(e.verdict == verdict for e in entries) for verdict in (PROVEN, REFUSED, UNPROVEN, WRONG, NOT_BUILT)}
 
 
-_LEGEND = (
-    "Proven means: at strength 0 and after detaching the logits are the bare host's to the bit; with random deltas at all "
-    "layers, and at one, they are those of a reference that works on tensor operations and knows no modules "
-    "(`realigner.oracle`), within 1e-5 of the largest logit in float32; what the IRM reads is the residual; greedy generation "
-    "with a cache gives the reference's tokens. `realigner hosts HOST` proves the same on a host of yours.",
-    "",
-    "A layer is *sequential* where everything after the residual reads it, *parallel* where its own MLP does not see the "
-    "delta, *single* where it has one branch only. *Scale*: the residual is x + scale * branch. Of a hybrid each kind of layer "
-    "is named.",
-)
-
-
 def page(entries: Sequence[CensusEntry], versions: str) -> str:
     """docs/hosts.md: the totals, a table of what is proven, and the reason for everything else."""
-    count = totals(entries)
-    lines = [
-        "# Hosts",
-        "",
-        _MARK,
-        "",
-        f"Every causal-LM type of {versions}, built tiny and random from its config, and what the census proved of it: "
-        f"**{count[PROVEN]} of {len(entries)} proven**, {count[WRONG]} accepted and wrong, {count[UNPROVEN]} accepted and "
-        f"unproven, {count[REFUSED]} refused, {count[NOT_BUILT]} not built.",
-        "",
-        *_LEGEND,
-        "",
-        "| type | layers | branch | kind | scale |",
-        "| --- | --- | --- | --- | --- |",
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    template = environment.from_string((files("realigner") / "census.md.j2").read_text(encoding="utf-8"))
+    rows = [
+        (entry.model_type, entry.site["layers"], *(_kinds(entry.site[key]) for key in ("branch", "kind", "scale")))
+        for entry in entries
+        if entry.verdict == PROVEN
     ]
-    for entry in entries:
-        if entry.verdict == PROVEN:
-            site = entry.site
-            cells = (entry.model_type, site["layers"], *(_kinds(site[key]) for key in ("branch", "kind", "scale")))
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "## Not supported", "", "| type | verdict | reason |", "| --- | --- | --- |"]
-    lines += [f"| {e.model_type} | {e.verdict} | {e.reason} |" for e in entries if e.verdict != PROVEN]
-    return "\n".join(lines) + "\n"
+    left = [entry for entry in entries if entry.verdict != PROVEN]
+    return template.render(mark=_MARK, versions=versions, entries=entries, count=totals(entries), rows=rows, left=left)
 
 
 def is_page(path: Path) -> bool:

@@ -11,10 +11,10 @@ from realigner.console import say
 from realigner.data import authored
 from realigner.errors import RealignerError
 from realigner.hosts import EMBEDDED, load_host
-from realigner.report import ReportInput, build_report
+from realigner.report import build_report
 from realigner.report.html_report import is_report
 from realigner.traces.collect import trace_for_report
-from realigner.training import Recipe, make_recipe, read_recipe, train
+from realigner.training import make_recipe, read_recipe, train
 from realigner.training.run_dir import RECIPE_FILE, is_run, unfinished
 from realigner.training.training_run import resolve
 
@@ -53,7 +53,7 @@ def run_demo(
     host, tokenizer = load_host(EMBEDDED)
     folder, page = out / f"{tone}-{seed}", out / "report.html"
     recipe = resolve(make_recipe(steps=steps, tone=tone, seed=seed), host, rows)
-    if not force and _finished(folder, recipe):
+    if not force and (folder / RECIPE_FILE).is_file() and recipe.difference(read_recipe(folder)) is None:
         say(f"2/3  {folder} is trained already; --force trains it anew")
     else:
         say(f"2/3  training an IRM for {tone} on {len(rows)} rows, {recipe.steps} steps, into {folder}")
@@ -67,15 +67,7 @@ def run_demo(
         raise RealignerError(f"{page}: is not a report of ours; choose another --out")
     trace = trace_for_report([folder], page.with_suffix(".zarr"), host, tokenizer, STRENGTH, force=True)
     _, (shown,) = build_report([trace], page, force=True)
-    sample = _pick(shown)
-    return DemoResult(folder, page, time.monotonic() - started, sample)
-
-
-def _finished(folder: Path, recipe: Recipe) -> bool:
-    return (folder / RECIPE_FILE).is_file() and recipe.difference(read_recipe(folder)) is None
-
-
-def _pick(shown: ReportInput) -> dict[str, str]:
-    answers, (run,) = shown.answers(), shown.trained
+    answers, (name,) = shown.answers(), shown.trained
     row = answers[min(_SAMPLE, len(answers) - 1)]
-    return {"prompt": row["prompt"], "base": row["base"], "realigned": row[run]}
+    sample = {"prompt": row["prompt"], "base": row["base"], "realigned": row[name]}
+    return DemoResult(folder, page, time.monotonic() - started, sample)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _PRODUCTS = ("mm", "linear", "convolution", "attention", "cumsum")
 _ADDITIONS = ("add", "add_")
@@ -55,7 +56,17 @@ def find_places(layers: nn.ModuleList, forward: Callable[[], Any]) -> list[Place
     """Where each layer's residual is made, by two runs of `forward`; None where the rule of this module does not apply."""
     clean = _recorded(layers, forward)
     other = _recorded(layers, forward, [record.x for record in clean])
-    return [_place(*pair) for pair in zip(clean, other, strict=True)]
+    places: list[Place | None] = []
+    for one, two in zip(clean, other, strict=True):
+        # A layer without attention or the like: its only branch.
+        place = Place(0, None) if len(one.sums) == 1 else None
+        for number, (a, b) in enumerate(zip(one.sums, two.sums, strict=False)):
+            if _mixes(a.computed, b.computed):
+                mixing = [index for index, pair in enumerate(zip(a.parts, b.parts, strict=True)) if _mixes(*pair)]
+                place = Place(number, mixing[0] if len(mixing) == 1 else None)
+                break
+        places.append(place)
+    return places
 
 
 @contextmanager
@@ -103,14 +114,6 @@ def _recorded(
     with torch.no_grad(), _watching(layers, _Watch(on_sum), on_input):
         forward()
     return [_Record(x, found) for x, found in zip(seen, sums, strict=True)]
-
-
-def _place(clean: _Record, other: _Record) -> Place | None:
-    for number, (a, b) in enumerate(zip(clean.sums, other.sums, strict=False)):
-        if _mixes(a.computed, b.computed):
-            mixing = [index for index, pair in enumerate(zip(a.parts, b.parts, strict=True)) if _mixes(*pair)]
-            return Place(number, mixing[0] if len(mixing) == 1 else None)
-    return Place(0, None) if len(clean.sums) == 1 else None  # a layer without attention or the like: its only branch
 
 
 def _mixes(clean: torch.Tensor, other: torch.Tensor) -> bool:
@@ -176,12 +179,12 @@ class _Watch(TorchDispatchMode):
         if self.layer is None:
             return func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        inputs = [a for a in _flat((args, kwargs or {})) if isinstance(a, torch.Tensor)]
+        inputs = [a for a in tree_leaves((args, kwargs or {})) if isinstance(a, torch.Tensor)]
         addition = name in _ADDITIONS and len(inputs) == 2 and all(self._like(a) for a in inputs)
         before = [a.clone() for a in inputs] if addition else []  # the operation may be in place
         raw, computed = ([id(a) in kind for a in inputs] for kind in (self.raw, self.computed))
         out = func(*args, **(kwargs or {}))
-        outputs = [o for o in _flat(out) if isinstance(o, torch.Tensor)]
+        outputs = [o for o in tree_leaves(out) if isinstance(o, torch.Tensor)]
         self.kept += inputs + outputs
         made = {id(o) for o in outputs}
         if any(computed) or (any(raw) and any(product in name for product in _PRODUCTS)):
@@ -189,38 +192,16 @@ class _Watch(TorchDispatchMode):
             self.raw -= made
         elif any(raw):
             self.raw |= made
-        if addition:
-            self._added(
-                before, raw, computed, self.parts.get(id(inputs[computed.index(True)]), ()) if any(computed) else (), out
-            )
+        if addition and all(computed):
+            self.parts[id(out)] = tuple(before)
+        elif addition and sorted(zip(raw, computed, strict=True)) == [(False, True), (True, False)]:
+            skip, branch = raw.index(True), computed.index(True)
+            parts = self.parts.get(id(inputs[branch]), ())
+            self.on_sum(self.layer, self.count, Sum(before[skip], before[branch], parts, out))
+            self.count += 1
         elif name in _SAME_VALUES and len(outputs) == 1 and self._like(outputs[0]) and id(inputs[0]) in self.parts:
             self.parts[id(outputs[0])] = self.parts[id(inputs[0])]
         return out
 
-    def _added(
-        self,
-        terms: list[torch.Tensor],
-        raw: list[bool],
-        computed: list[bool],
-        parts: tuple[torch.Tensor, ...],
-        out: torch.Tensor,
-    ) -> None:
-        assert self.layer is not None
-        if all(computed):
-            self.parts[id(out)] = tuple(terms)
-        elif sorted(zip(raw, computed, strict=True)) == [(False, True), (True, False)]:
-            self.on_sum(self.layer, self.count, Sum(terms[raw.index(True)], terms[computed.index(True)], parts, out))
-            self.count += 1
-
     def _like(self, tensor: torch.Tensor) -> bool:
         return tensor.is_floating_point() and tensor.dim() > 1 and (tensor.numel(), tensor.shape[-1]) == self.shape
-
-
-def _flat(values: Any) -> Iterator[Any]:
-    if isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _flat(value)
-    elif isinstance(values, dict):
-        yield from _flat(list(values.values()))
-    else:
-        yield values

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
+
+from realigner.report.page import number, page_filter, templates
 
 MINUS, NONE = "\u2212", "\u2013"  # signs as a printer sets them
 _WIDTH, _HEIGHT = 640, 240
@@ -113,39 +116,18 @@ def dot_chart(
         title: what it shows.
         lines: vertical ones through all rows: value, and colour and dash as ``"c2 d1"``.
     """
-    across = [(axis.at(value), value) for value in axis.ticks()]
-    upright = [(at, "grid") for at, _ in across] + [(axis.at(value), f"{look} through") for value, look in lines]
-    grid = "".join(f'<line class="{look}" x1="{at:.2f}%" x2="{at:.2f}%" y1="0" y2="100%"/>' for at, look in upright)
-    parts = [f'<div class="dots" role="group" aria-label="{escape(title)}">']
+    across = [(round(axis.at(value), 2), fmt(value)) for value in axis.ticks()]
+    upright = [(at, "grid") for at, _ in across] + [(round(axis.at(value), 2), f"{look} through") for value, look in lines]
+    drawn = []
     for label, dots in rows:
         there = [dot for dot in dots if math.isfinite(dot.x)]
-        label_text = f"{escape(label)}: {_values_text([dot.x for dot in there])}"
-        marks = "".join(_dot(dot, axis) for dot in there)
-        drawn = f'<svg role="img"><title>{label_text}</title>{grid}{marks}</svg>'
-        parts.append(f'<div class="dot-row"><span>{escape(label)}</span>{drawn}</div>')
-    numbers = "".join(
-        f'<text class="tick" x="{at:.2f}%" y="12" text-anchor="middle">{fmt(value)}</text>' for at, value in across
-    )
-    parts.append(f'<div class="dot-row dot-axis"><span></span><svg aria-hidden="true">{numbers}</svg></div>')
-    parts.append(f'<div class="dot-row dot-name"><span></span><span>{escape(x_label)}</span></div>')
-    return Markup("".join(parts) + "</div>")
-
-
-def _dot(dot: Dot, axis: ChartAxis) -> str:
-    interval = ""
-    if math.isfinite(dot.low) and math.isfinite(dot.high):
-        ends = f'x1="{axis.at(dot.low):.2f}%" x2="{axis.at(dot.high):.2f}%"'
-        interval = f'<line class="c{dot.colour} interval" {ends} y1="{dot.down}%" y2="{dot.down}%"/>'
-    look = f"c{dot.colour}{f' f{dot.colour}' if dot.filled else ' ring'}{' many' if dot.small else ''}"
-    circle = f'<circle class="{look}" cx="{axis.at(dot.x):.2f}%" cy="{dot.down}%" r="{3 if dot.small else 5}">'
-    return f"{interval}{circle}<title>{escape(dot.title)}</title></circle>"
-
-
-def _values_text(values: Sequence[float]) -> str:
-    """A few values, or their number and range."""
-    if len(values) > 6:
-        return f"{len(values)} from {fmt(min(values))} to {fmt(max(values))}"
-    return ", ".join(map(fmt, values)) or "none"
+        values = [dot.x for dot in there]
+        if len(values) > 6:
+            said = f"{len(values)} from {fmt(min(values))} to {fmt(max(values))}"
+        else:
+            said = ", ".join(map(fmt, values)) or "none"
+        drawn.append((label, said, there))
+    return _markup("dot_chart", title, x_label, drawn, axis, across, upright)
 
 
 def spans_much(values: Sequence[float]) -> bool:
@@ -172,50 +154,33 @@ def line_chart(
     if not points:
         return Markup()
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    x_low, x_high = min(xs), max(xs)
-    y_low, y_high = (min(0.0, *ys) if from_zero else min(ys)), max(ys)
+    x_low, x_high, y_low, y_high = min(xs), max(xs), min([0.0, *ys] if from_zero else ys), max(ys)
     x_high = x_high if x_high > x_low else x_low + 1
     room = 0.06 * (y_high - y_low) or abs(y_high) * 0.1 or 1.0
     y_low, y_high = (y_low if from_zero and y_low == 0 else y_low - room), y_high + room
 
     def across(x: float) -> float:
-        return _LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
+        return round(_LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT), 1)
 
     def up(y: float) -> float:
-        return _HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
+        return round(_HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM), 1)
 
-    parts = [f'<svg class="chart" role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}"><title>{escape(title)}</title>']
-    for value in log_ticks(10**y_low, 10**y_high, 5) if log else ticks(y_low, y_high, 5):
-        at = up(math.log10(value) if log else value)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{fmt(value)}</text>')
-    whole = all(x == int(x) for x in xs)  # layers and steps have no halves
-    for value in [tick for tick in ticks(x_low, x_high, 8) if not whole or tick == int(tick)]:
-        at, base = across(value), _HEIGHT - _BOTTOM
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{base + 16}" text-anchor="middle">{fmt(value)}</text>')
-    middle, half = (_LEFT + _WIDTH - _RIGHT) / 2, (_TOP + _HEIGHT - _BOTTOM) / 2
-    parts.append(f'<text class="name" x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
-    parts.append(
-        f'<text class="name" x="12" y="{half}" text-anchor="middle" transform="rotate(-90 12 {half})">{escape(y_label)}</text>'
-    )
+    paths = []
     for line in lines:
-        parts.append(_path(line, across, up))
-    return Markup("".join(parts) + "</svg>")
-
-
-def _path(line: Line, across: Callable[[float], float], up: Callable[[float], float]) -> str:
-    steps, down, ring = list[str](), False, ""
-    for x, y in zip(line.x, line.y, strict=True):
-        if math.isfinite(x) and math.isfinite(y):
-            steps.append(f"{'L' if down else 'M'}{across(x):.1f} {up(y):.1f}")
-            down = True
-            if x == line.marked:
-                ring = f'<circle class="c{line.colour}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="5"/>'
-        else:
-            down = False
-    style = f"c{line.colour} d{line.dash}"
-    path = f'<path class="{style}" d="{"".join(steps)}"><title>{escape(line.label)}</title></path>' if steps else ""
-    return path + ring
+        path, pen, ring = "", "M", None
+        for x, y in zip(line.x, line.y, strict=True):
+            if math.isfinite(x) and math.isfinite(y):
+                path += f"{pen}{across(x)} {up(y)}"
+                pen, ring = "L", (across(x), up(y)) if x == line.marked else ring
+            else:
+                pen = "M"
+        paths.append((line, path, ring))
+    values = log_ticks(10**y_low, 10**y_high, 5) if log else ticks(y_low, y_high, 5)
+    heights = [(up(math.log10(value) if log else value), fmt(value)) for value in values]
+    whole = all(x == int(x) for x in xs)  # layers and steps have no halves
+    places = [(across(value), fmt(value)) for value in ticks(x_low, x_high, 8) if not whole or value == int(value)]
+    edges = _LEFT, _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM
+    return _markup("line_chart", title, x_label, y_label, (_WIDTH, _HEIGHT), edges, heights, places, paths)
 
 
 def bar_chart(heights: Sequence[float], ends: tuple[float, float], highest: float, colour: int, title: str) -> Markup:
@@ -228,32 +193,26 @@ def bar_chart(heights: Sequence[float], ends: tuple[float, float], highest: floa
         colour: as of a `Line`.
         title: what it shows.
     """
-    width, height, left, right, bottom, top = 240, 120, 34, 6, 20, 8
-    across, up = (width - left - right) / max(1, len(heights)), (height - top - bottom) / (highest or 1.0)
-    parts = [f'<svg class="chart" role="img" viewBox="0 0 {width} {height}"><title>{escape(title)}</title>']
-    for value in (0.0, highest):
-        at = height - bottom - value * up
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 4}" y="{at + 4:.1f}" text-anchor="end">{fmt(value, 2)}</text>')
-    for number, value in enumerate(heights):
-        if value > 0:
-            box = f'x="{left + number * across:.1f}" y="{height - bottom - value * up:.1f}"'
-            parts.append(
-                f'<rect class="f{colour}" {box} width="{max(1.0, across - 1):.1f}" height="{max(0.6, value * up):.1f}"/>'
-            )
-    for value, x, anchor in ((ends[0], left, "start"), (ends[1], width - right, "end")):
-        parts.append(f'<text class="tick" x="{x}" y="{height - 5}" text-anchor="{anchor}">{fmt(value)}</text>')
-    return Markup("".join(parts) + "</svg>")
+    left, right, top, bottom = 34, 234, 8, 100
+    across, up = (right - left) / max(1, len(heights)), (bottom - top) / (highest or 1.0)
+    grid = [(round(bottom - value * up, 1), fmt(value, 2)) for value in (0.0, highest)]
+    bars = [
+        (round(left + number * across, 1), round(bottom - value * up, 1), round(max(0.6, value * up), 1))
+        for number, value in enumerate(heights)
+        if value > 0
+    ]
+    wide = round(max(1.0, across - 1), 1)
+    return _markup("bar_chart", title, (left, right), grid, bars, wide, colour, [fmt(end) for end in ends])
 
 
 def key(lines: Sequence[Line]) -> Markup:
     """The lines' names, each beside a piece of its line."""
-    items = [
-        f'<li><svg viewBox="0 0 28 10" aria-hidden="true"><path class="c{line.colour} d{line.dash}" d="M1 5H27"/></svg>'
-        f"{escape(line.label)}</li>"
-        for line in lines
-    ]
-    return Markup(f'<ul class="key">{"".join(items)}</ul>')
+    return _markup("key", lines)
+
+
+def _markup(macro: str, *values: Any) -> Markup:
+    """What a macro of charts.html.j2 makes of some values."""
+    return Markup(getattr(templates().get_template("charts.html.j2").module, macro)(*values))
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
@@ -276,8 +235,10 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
     return found[:: max(1, math.ceil(len(found) / most))] or [low, high]
 
 
-def fmt(value: float, digits: int = 3, zeros: bool = False) -> str:
+@page_filter
+def fmt(value: Any, digits: int = 3, zeros: bool = False) -> str:
     """A number in few characters: 0.0123, 1.2e-5, 1,512; with `zeros`, also 0.150, to stand under each other."""
+    value = number(value)
     if not math.isfinite(value):
         return NONE
     if value == 0:

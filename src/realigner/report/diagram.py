@@ -52,26 +52,16 @@ def _host(axes: Axes, name: str, layers: Sequence[int], depth: int) -> list[tupl
             axes.text(2.3, y + height / 2, "⋮", ha="center", va="center", fontsize=11, color=SOFT,
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
             continue
-        edge = INK if layer in layers else SOFT
-        box = FancyBboxPatch(
-            (0.45, y + 0.1), 2.55, height - 0.25, boxstyle="round,pad=0,rounding_size=0.15", fc=FILL, ec=edge, lw=0.7
-        )
-        axes.add_patch(box)
+        _box(axes, (0.45, y + 0.1), 2.55, height - 0.25, 0.15, fc=FILL, ec=INK if layer in layers else SOFT, lw=0.7)
         axes.text(0.12, y + height / 2, f"layer {layer}", ha="center", va="center", rotation=90, color=SOFT, fontsize=7)
-        _block(axes, y + 0.22 * height, "attention", height)
-        _block(axes, y + 0.74 * height, "feed-forward", height)
+        half = min(0.26, 0.16 * height)
+        for name, at in (("attn", y + 0.22 * height), ("ffn", y + 0.74 * height)):
+            _box(axes, (0.62, at - half), 1.3, 2 * half, 0.08, fc="white", ec=SOFT, lw=0.5)
+            axes.text(1.27, at, name, ha="center", va="center", fontsize=7, color=INK)
+            axes.plot([1.92, 2.3], [at, at], color=SOFT, lw=0.6, zorder=1)
         places.append((layer if layer in layers else None, y + 0.49 * height))
     axes.plot([2.3, 2.3], [0.75, 9.05], color=INK, lw=1.2, zorder=2)
     return places
-
-
-def _block(axes: Axes, y: float, name: str, height: float) -> None:
-    half = min(0.26, 0.16 * height)
-    axes.add_patch(
-        FancyBboxPatch((0.62, y - half), 1.3, 2 * half, boxstyle="round,pad=0,rounding_size=0.08", fc="white", ec=SOFT, lw=0.5)
-    )
-    axes.text(1.27, y, {"attention": "attn", "feed-forward": "ffn"}[name], ha="center", va="center", fontsize=7, color=INK)
-    axes.plot([1.92, 2.3], [y, y], color=SOFT, lw=0.6, zorder=1)
 
 
 def _network(
@@ -90,10 +80,7 @@ def _network(
     for number, (size, label) in enumerate(widths):
         y = low + number * step
         half = 0.55 + 1.1 * min(1.0, size / max(neurons, 1)) ** 0.5 if number < len(widths) - 1 else 1.75
-        box = FancyBboxPatch(
-            (7.9 - half, y - 0.26), 2 * half, 0.52, boxstyle="round,pad=0,rounding_size=0.12", fc=TINT, ec=TRAINED, lw=0.7
-        )
-        axes.add_patch(box)
+        _box(axes, (7.9 - half, y - 0.26), 2 * half, 0.52, 0.12, fc=TINT, ec=TRAINED, lw=0.7)
         axes.text(7.9, y, label, ha="center", va="center", fontsize=7, color=INK)
         if number:
             _arrow(axes, (7.9, y - step + 0.28), (7.9, y - 0.28), TRAINED)
@@ -127,8 +114,11 @@ def _widths(record: Mapping[str, Any], neurons: int, outputs: int) -> list[tuple
     return [*widths, (neurons, f"{outputs} \u00d7 {neurons:,}")]
 
 
+def _box(axes: Axes, corner: tuple[float, float], width: float, height: float, rounding: float, **look: Any) -> None:
+    style = f"round,pad=0,rounding_size={rounding}"
+    axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, **look))
+
+
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, bend: float = 0.0) -> None:
-    style = f"arc3,rad={bend}"
-    axes.add_patch(
-        FancyArrowPatch(start, end, connectionstyle=style, arrowstyle="-|>", mutation_scale=6, lw=0.7, color=colour, zorder=2)
-    )
+    look: Any = {"arrowstyle": "-|>", "mutation_scale": 6, "lw": 0.7, "color": colour, "zorder": 2}
+    axes.add_patch(FancyArrowPatch(start, end, connectionstyle=f"arc3,rad={bend}", **look))

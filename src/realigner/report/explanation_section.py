@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
 
-from realigner.explain.explanation import Ablation, Explanation, IndexFact, Regression, TrialResult
+from realigner.explain.explanation import Ablation, Explanation, TrialResult
 from realigner.explain.verdict import KINDS, outlier_sign, top_ranks
 from realigner.report import charts, page_tables as tables
 from realigner.report.charts import ChartAxis, Dot, Line, fmt
+from realigner.report.page import page_filter
 from realigner.report.run_styles import COLOURS, RunStyles
 from realigner.traces.layout import UNTRAINED
 
 MARKS = {"supported": "yes", "not supported": "no", "cannot tell": "unknown"}
+page_filter(outlier_sign)
 _INDEX, _HOST = 2, 3  # colours: of the index in question, and of what is measured of the host's gradient
 _HOWS = {
     "zero": ("Without a delta", "the loss without an index's delta"),
@@ -27,12 +29,8 @@ _HOST_HOWS = {"zero": ("With the residual held at 0", "the loss with the residua
 _GROUPS = {"": "index {}", "leading": "the other leading indices", "matched": "indices of its size", "random": "random indices"}
 
 
-def explanation_sections(items: Sequence[Explanation], runs: RunStyles) -> list[dict[str, Any]]:
-    """The chapter's template values, one entry for each explanation."""
-    return [_section(item, number, runs) for number, item in enumerate(items, 1)]
-
-
-def _section(item: Explanation, number: int, runs: RunStyles) -> dict[str, Any]:
+def explanation_section(item: Explanation, number: int, runs: RunStyles) -> dict[str, Any]:
+    """The chapter's template values of one explanation."""
     conclusions = [
         {"mark": MARKS[own.answer], **own.model_dump(), "unit": own.unit[:-1] if own.n == 1 else own.unit}
         for own in item.conclusions
@@ -40,29 +38,15 @@ def _section(item: Explanation, number: int, runs: RunStyles) -> dict[str, Any]:
     return {
         "id": f"why-{number}",
         "index": item.index,
-        "words": item.words,
-        "done": _done(item),
+        "found": item,
         "conclusions": [own for own in conclusions if own["n"]],
         "untried": [own for own in conclusions if not own["n"]],
         "trials": _trials(item),
         "ablations": [_ablations(item.index, irm, own, _HOWS) for irm, own in item.ablations.items()],
         "host": _ablations(item.index, "the bare host", item.host_ablation, _HOST_HOWS) if item.host_ablation else None,
-        "facts": facts_table(item.facts),
         "profiles": _profiles(item, runs),
         "correlations": _correlations(item),
-        "predicted": [_predicted(name, found) for name, found in item.explained.items()],
     }
-
-
-def _done(item: Explanation) -> str:
-    """The computations that the explanation is based on."""
-    budget = "The quick, smaller budget" if item.quick else "The full budget"
-    trials = tables.counted(len(item.trials), "training") + " with one thing changed or none" if item.trials else "no training"
-    rows = [row.n for table in item.ablations.values() for row in table]
-    most = f"{min(rows)} to {max(rows)}" if rows and min(rows) < max(rows) else str(max(rows, default=0))
-    dtype = f" in {item.dtype}" if item.dtype else ""
-    irms = f"{tables.counted(len(item.irms), 'IRM')} ({', '.join(item.irms)})"
-    return f"{budget}: {trials}; losses{dtype} on {most} rows of each of {irms}; {item.width:,} indices measured."
 
 
 def _trials(item: Explanation) -> dict[str, Any] | None:
@@ -84,44 +68,18 @@ def _trials(item: Explanation) -> dict[str, Any] | None:
     axis = ChartAxis.over([*ratios, 1.0], charts.spans_much(ratios))
     lines = [(1.0, "c0"), *([(mean, f"c{_INDEX} d1")] if math.isfinite(mean) else [])]
     title = f"Index {item.index} in trainings with one thing changed"
-    head = ["trained", "seed", "rank", "times the median", "leader", "loss, nats per target", "learned"]
-    numbers = [
-        (
-            KINDS.get(t.kind, t.kind),
-            t.seed,
-            t.rank,
-            fmt(t.ratio),
-            t.leader,
-            fmt(t.loss, 4),
-            fmt(t.learned, 4),
-        )
-        for t in item.trials
-    ]
     return {
         "chart": charts.dot_chart(rows, axis, "times the median" + " (log)" * axis.log, title, lines),
         "first": first,
-        "mean": "" if math.isnan(mean) else fmt(mean),
-        "table": {"head": head, "rows": numbers, "numeric": [False] + [True] * 6},
+        "mean": mean,
+        "kinds": KINDS,
     }
 
 
 def _ablations(index: int, whose: str, own: Sequence[Ablation], hows: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """The ablations of an IRM or the host: a chart for each kind, and a table."""
     by_how = {how: rows for how in hows if (rows := [row for row in own if row.how == how])}
-    numbers = [
-        (
-            hows[how][0],
-            row.index,
-            _GROUPS.get(row.group, row.group).format(row.index),
-            fmt(row.loss, 4),
-            fmt(row.change),
-            tables.fmt_interval(row.low, row.high),
-        )
-        for how, rows in by_how.items()
-        for row in rows
-    ]
     losses = {row.how: fmt(row.loss, 4) for row in own}
-    head = ["ablation", "index", "which", "loss", "change", "95% interval"]
     return {
         "whose": whose,
         "n": max((row.n for row in own), default=0),
@@ -133,7 +91,11 @@ def _ablations(index: int, whose: str, own: Sequence[Ablation], hows: Mapping[st
             }
             for how, rows in by_how.items()
         ],
-        "table": {"head": head, "rows": numbers, "numeric": [False, True, False, True, True, True]},
+        "rows": [
+            (hows[how][0], _GROUPS.get(row.group, row.group).format(row.index), row)
+            for how, rows in by_how.items()
+            for row in rows
+        ],
     }
 
 
@@ -160,20 +122,6 @@ def _ablation_chart(index: int, title: str, own: Sequence[Ablation]) -> Markup:
     return charts.dot_chart(rows, axis, label, title, [(0.0, "c0")])
 
 
-def facts_table(facts: Iterable[IndexFact]) -> list[dict[str, Any]]:
-    """The measurements at an index; `odd`: far above (1) or below (-1) the median."""
-    return [
-        {
-            "about": fact.about,
-            "value": fmt(fact.value),
-            "times": fmt(fact.times_median),
-            "rank": f"{fact.rank:,} of {fact.n:,}",
-            "odd": outlier_sign(fact.times_median),
-        }
-        for fact in facts
-    ]
-
-
 def _profiles(item: Explanation, runs: RunStyles) -> list[dict[str, Any]]:
     """The index layer by layer: in the host, in the IRMs' deltas, and what these cancel of the host's residual."""
     found = item.profiles
@@ -191,8 +139,7 @@ def _profiles(item: Explanation, runs: RunStyles) -> list[dict[str, Any]]:
     entries = []
     for lines, name, words in drawn:
         log = name == over and charts.spans_much([y for line in lines for y in line.y])
-        chart = charts.line_chart(lines, "layer", name + " (log)" * log, words, not log, log)
-        entries.append({"chart": chart, "words": words, "key": charts.key(lines), "table": tables.points(lines, "layer")})
+        entries.append({"words": words, **tables.charted(lines, "layer", name + " (log)" * log, words, not log, log)})
     return entries
 
 
@@ -232,35 +179,21 @@ def _correlations(item: Explanation) -> dict[str, Any] | None:
     }
 
 
-def _predicted(name: str, found: Regression) -> str:
-    """The regression on all measurements, in words."""
-    irms = "untrained IRMs" if name == UNTRAINED else "the trained IRMs"
-    return (
-        f"Leading indices of {irms}: a ridge regression on all measurements predicts {fmt(found.r2)} of the variance of the "
-        f"ranks of held-out indices (95% {tables.fmt_interval(found.low, found.high)}; with the scores permuted "
-        f"{fmt(found.null)}; p {tables.probability(found.p)}; n {found.n:,} indices)."
-    )
-
-
 def index_summary(items: Sequence[Explanation], index: int) -> dict[str, Any] | None:
     """The content of explanations on the page of an index; None if they have none."""
     known = [item.pages[index] for item in items if index in item.pages]
     if not known:
         return None
-    deltas, host = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
+    losses: dict[str, Ablation] = {}
     for item in items:
-        for losses, of in ((deltas, item.ablations), (host, {"": item.host_ablation})):
-            for name, table in of.items():
-                row = next((row for row in table if row.how == "zero" and row.index == index), None)
-                if row is not None:
-                    change, interval = fmt(row.change, zeros=True), tables.fmt_interval(row.low, row.high)
-                    losses.setdefault(name, {"irm": name, "change": change, "interval": interval, "n": row.n})
+        for name, table in {**item.ablations, "": item.host_ablation}.items():
+            row = next((row for row in table if row.how == "zero" and row.index == index), None)
+            if row is not None:
+                losses.setdefault(name, row)
     return {
-        "facts": facts_table(known[0].facts),
-        "up": known[0].up,
-        "down": known[0].down,
-        "losses": list(deltas.values()),
-        "host_loss": host.get(""),
+        "known": known[0],
+        "host_loss": losses.pop("", None),
+        "losses": losses,
         "chapters": [
             {"id": f"why-{number}", "words": item.words} for number, item in enumerate(items, 1) if item.index == index
         ],

@@ -54,9 +54,9 @@ def heat_map(axes: Axes, values: xr.DataArray, title: str, marks: Sequence[int] 
     grid = values.transpose("layer", "neuron").values
     layers, width = values["layer"].values, grid.shape[1]
     limit = float(np.quantile(abs(grid), 0.999)) or float(abs(grid).max()) or 1.0
-    columns = int(_PER_INCH * axes.get_position().width * axes.figure.get_figwidth())  # type: ignore[union-attr]
+    inches = axes.get_position().width * axes.figure.get_figwidth()  # type: ignore[union-attr]
     image = axes.imshow(
-        pool_columns(grid, columns),
+        pool_columns(grid, int(_PER_INCH * inches)),
         aspect="auto",
         interpolation="none",
         cmap="magma" if absolute else COLOURS,
@@ -71,24 +71,21 @@ def heat_map(axes: Axes, values: xr.DataArray, title: str, marks: Sequence[int] 
     step = max(1, -(-len(layers) // 8))
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     names = values["neuron"].values.tolist()
-    _mark(axes, [(names.index(mark), mark) for mark in marks if mark in names], width)
-    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, extend="max" if absolute else "both")
-    bar.ax.tick_params(labelsize=7, length=2)
-    bar.outline.set_linewidth(0.4)
-    bar.locator = matplotlib.ticker.MaxNLocator(4)
-    bar.update_ticks()
-
-
-def _mark(axes: Axes, marks: Sequence[tuple[int, int]], width: int) -> None:
-    """Triangles above the map at the leading indices; labels only where they do not run into each other."""
-    inches = axes.get_position().width * axes.figure.get_figwidth()  # type: ignore[union-attr]
-    labelled: list[int] = []
-    for at, index in marks:
+    labelled: list[int] = []  # only marks whose labels do not run into each other
+    for index in marks:
+        if index not in names:
+            continue
+        at = names.index(index)
         axes.plot([at], [1.03], "v", markersize=3, color="black", transform=axes.get_xaxis_transform(), clip_on=False)
         if all(abs(at - other) > 0.32 / inches * width for other in labelled):
             labelled.append(at)
             place: Any = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
             axes.annotate(str(index), (at, 1.03), (0, 3), ha="center", fontsize=7, annotation_clip=False, **place)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, extend="max" if absolute else "both")
+    bar.ax.tick_params(labelsize=7, length=2)
+    bar.outline.set_linewidth(0.4)
+    bar.locator = matplotlib.ticker.MaxNLocator(4)
+    bar.update_ticks()
 
 
 def _maps(
@@ -189,37 +186,27 @@ def _bars(table: pd.DataFrame, x: str, x_label: str, y_label: str, width: float)
     return figure
 
 
-def figure_sparsity(table: pd.DataFrame, statistics: Sequence[str] = ("hoyer", "small_share"), width: float = PAGE) -> Figure:
-    """Sparsity by layer, one line for each run; dotted: Gaussian noise.
+def figure_sparsity(table: pd.DataFrame) -> Figure:
+    """Sparsity by layer, one line for each run (`table` of `analysis.sparsity`): Hoyer's, and the paper's share of |v| < 1e-4.
 
-    Args:
-        table: of `analysis.sparsity`.
-        statistics: a panel each; ``small_share`` is the paper's share of |v| < 1e-4.
-        width: in inches.
+    Dotted: Gaussian noise.
     """
-    names = {"hoyer": "Hoyer's sparsity", "small_share": "share of |v| < 0.0001", "gini": "Gini", "kurtosis": "kurtosis",
-             "participation": "participation ratio"}  # fmt: skip
+    statistics = {"hoyer": "Hoyer's sparsity", "small_share": "share of |v| < 0.0001"}
     by_layer = table[(table["layer"].astype(str) != "all") & (table["run"] != "all")]
     styles = RunStyles.of_table(by_layer)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(statistics), figsize=(width, 2.5), layout="constrained", squeeze=False)
-        for ax, statistic in zip(axes[0], statistics, strict=True):
+        figure, axes = plt.subplots(1, len(statistics), figsize=(PAGE, 2.5), layout="constrained", squeeze=False)
+        for ax, (statistic, name) in zip(axes[0], statistics.items(), strict=True):
             own = by_layer[by_layer["statistic"] == statistic]
             for run in styles.names:
                 line = own[own["run"] == run].assign(layer=lambda t: t["layer"].astype(int)).sort_values("layer")
-                ax.plot(
-                    line["layer"],
-                    line["value"],
-                    color=_colour(styles, run),
-                    linestyle=DASHES[styles.dash(run)],
-                    lw=1,
-                    label=run,
-                )
+                look: Any = {"color": _colour(styles, run), "linestyle": DASHES[styles.dash(run)]}
+                ax.plot(line["layer"], line["value"], lw=1, label=run, **look)
             null = own["null"].dropna()
             if len(null):
                 ax.axhline(float(null.iloc[0]), color="black", lw=0.8, linestyle=":")
             ax.set_xlabel("layer")
-            ax.set_ylabel(names.get(statistic, statistic))
+            ax.set_ylabel(name)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 

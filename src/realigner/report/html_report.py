@@ -10,10 +10,9 @@ from realigner.analysis import analyze
 from realigner.errors import UsageError
 from realigner.files import refuse_existing, write_text
 from realigner.report.context import BUDGET, page_context
-from realigner.report.page import is_signed, render_page, script
+from realigner.report.page import is_signed, render_page
 from realigner.report.report_input import ReportInput, read_inputs, untraced
 
-_SCRIPTS = ("data.js", "colours.js", "heatmap.js", "explorer.js", "page.js")
 _SIGNATURE = '<meta name="generator" content="realigner">'
 
 
@@ -56,7 +55,7 @@ def render(inputs: Sequence[ReportInput], budget_bytes: int = BUDGET) -> str:
         budget_bytes: size of the page. Maps of single tokens get what the rest leaves of it.
     """
     items = [page_context(item, number, budget_bytes // max(1, len(inputs))) for number, item in enumerate(inputs)]
-    return render_page("report.html.j2", items=items, signature=_SIGNATURE, script=script(_SCRIPTS))
+    return render_page("report.html.j2", items=items, signature=_SIGNATURE)
 
 
 def is_report(path: Path) -> bool:

@@ -12,10 +12,9 @@ import xarray as xr
 
 from realigner.analysis import Consensus
 from realigner.explain.explanation import Explanation
-from realigner.report import charts
-from realigner.report.charts import Line, fmt
+from realigner.report.charts import fmt
 from realigner.report.explanation_section import index_summary
-from realigner.report.page_tables import number, points, probability
+from realigner.report.page_tables import charted
 from realigner.report.run_styles import RunStyles
 from realigner.traces.layout import text_spans
 
@@ -54,30 +53,20 @@ def index_pages(
             }
             for run in runs.names
         ]
-        agreement = None if agreed is None else _agreement(agreed.indices, index)
+        own = None if agreed is None else agreed.indices[agreed.indices["neuron"] == index]
         pages.append(
             {
                 "index": index,
                 "leads": sum(row["rank"] == 1 for row in rows if row["run"] in runs.trained),
                 "top": sum(0 < row["rank"] <= 10 for row in rows if row["run"] in runs.trained),
                 "of": len(runs.trained),
-                "agreement": agreement,
+                "agreement": None if own is None or own.empty else own.iloc[0].to_dict(),
                 "rows": rows,
                 "host": index_summary(explained, index),
                 "profiles": [_profile(runs, maps[kind], index, kind) for kind in ("absolute", "signed")],
             }
         )
     return pages
-
-
-def _agreement(indices: pd.DataFrame, index: int) -> dict[str, str] | None:
-    """Consensus statistics of an index."""
-    own = indices[indices["neuron"] == index]
-    if own.empty:
-        return None
-    row = own.iloc[0]
-    said = {key: probability(row[key]) for key in ("p", "p_holm", "p_untrained_holm")}
-    return said | {"untrained_rank": fmt(number(row["untrained_rank"]))}
 
 
 def _profile(runs: RunStyles, maps: xr.DataArray, index: int, kind: str) -> dict[str, Any]:
@@ -87,12 +76,10 @@ def _profile(runs: RunStyles, maps: xr.DataArray, index: int, kind: str) -> dict
     for run in runs.names:
         values = maps.sel(run=run, neuron=index).values
         typical = np.sqrt(np.nanmean(np.square(maps.sel(run=run).values))) or 1.0
-        lines.append(Line(run, layers, (values / typical).tolist(), runs.colour(run), runs.dash(run)))
+        lines.append(runs.line(run, layers, (values / typical).tolist()))
     name = "mean |delta|" if kind == "absolute" else "mean delta"
-    label = f"{name} / map's RMS"
     title = f"Index {index} through the layers: {name} of each run over the root mean square of the run's map"
-    chart = charts.line_chart(lines, "layer", label, title, kind == "absolute")
-    return {"kind": kind, "chart": chart, "key": charts.key(lines), "table": points(lines, "layer")}
+    return {"kind": kind, **charted(lines, "layer", f"{name} / map's RMS", title, kind == "absolute")}
 
 
 def _largest_tokens(trace: xr.Dataset, indices: Sequence[int], most: int = 5) -> dict[tuple[str, int], list[dict[str, Any]]]:

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-from matplotlib.figure import Figure
 
-from realigner.report.plot_style import as_png
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@lru_cache(1)
+def templates() -> Environment:
+    """The templates of this folder."""
+    loader = FileSystemLoader(str(files("realigner") / "report"))
+    found = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    found.tests["finite"] = lambda value: math.isfinite(number(value))
+    return found
+
+
+def page_filter(function: F) -> F:
+    """Let templates call a function by its name."""
+    templates().filters[function.__name__] = function
+    return function
+
+
+def number(value: Any) -> float:
+    """A float; NaN for anything that is not a number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def render_page(template: str, **values: Any) -> str:
     """A template of this folder as HTML text."""
-    loader = FileSystemLoader(str(files("realigner") / "report"))
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(template).render(**values)
-
-
-def script(names: Sequence[str]) -> Markup:
-    """Files of the folder ``js`` as one script's text: there is nowhere to import a module from in a page of one file."""
-    folder = files("realigner") / "report" / "js"
-    return Markup("\n".join((folder / name).read_text(encoding="utf-8") for name in names))
-
-
-def picture(figure: Figure) -> str:
-    """A figure as the source of an ``<img>``; the figure is closed."""
-    return "data:image/png;base64," + base64.b64encode(as_png(figure)).decode()
+    return templates().get_template(template).render(**values)
 
 
 def is_signed(path: Path, signature: str) -> bool:

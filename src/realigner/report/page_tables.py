@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from realigner.report.charts import NONE, Line, fmt
+from realigner.report.charts import NONE, Line, fmt, key, line_chart
+from realigner.report.page import number, page_filter
 
 NAMES = {
     "icc": "ICC(C,1)",
@@ -55,6 +56,7 @@ NAMES = {
     "ratio": "times the median",
 }
 
+CELL = ("value", "low", "high", "null", "p", "difference", "difference_low", "difference_high")  # of one statistic
 _MODELS = {"uniform": "nothing", "untrained": "the untrained twins' scores", "host_residual": "the host's measurements"}
 
 
@@ -63,6 +65,7 @@ def name_of(key: Any) -> str:
     return NAMES.get(str(key), str(key).replace("_", " "))
 
 
+@page_filter
 def probability(p: Any) -> str:
     """A p-value."""
     value = number(p)
@@ -71,36 +74,11 @@ def probability(p: Any) -> str:
     return "<0.0001" if value < 1e-4 else f"{value:.4f}".rstrip("0") if value < 1e-3 else fmt(value, 2)
 
 
-def counted(count: int, thing: str) -> str:
-    """A number of things: "1 run", "2 runs"."""
-    return f"{count} {thing}{'' if count == 1 else 's'}"
-
-
-def number(value: Any) -> float:
-    """A float; NaN for anything that is not a number."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
+@page_filter
 def fmt_interval(low: Any, high: Any) -> str:
     """An interval; empty where there is none."""
     ends = number(low), number(high)
     return "" if any(map(math.isnan, ends)) else f"{fmt(ends[0], zeros=True)} to {fmt(ends[1], zeros=True)}"
-
-
-def cell(row: Any) -> dict[str, str]:
-    """One statistic of one run, ready to be shown."""
-    difference, null = number(row.get("difference")), number(row.get("null"))
-    return {
-        "value": fmt(number(row.get("value")), zeros=True),
-        "interval": fmt_interval(row.get("low"), row.get("high")),
-        "null": "" if math.isnan(null) else "≈ 0" if 0 < abs(null) < 1e-3 else fmt(null),
-        "p": "" if math.isnan(number(row.get("p"))) else probability(row.get("p")),
-        "difference": "" if math.isnan(difference) else f"{'+' if difference > 0 else ''}{fmt(difference, zeros=True)}",
-        "apart": fmt_interval(row.get("difference_low"), row.get("difference_high")),
-    }
 
 
 def by_run(table: pd.DataFrame, statistics: Sequence[str], order: Sequence[str]) -> dict[str, Any]:
@@ -110,14 +88,9 @@ def by_run(table: pd.DataFrame, statistics: Sequence[str], order: Sequence[str])
     runs = set(table["run"])
     for run in [name for name in ("all", *order) if name in runs]:
         own = table[table["run"] == run].drop_duplicates("statistic").set_index("statistic")
-        cells = [cell(own.loc[statistic]) if statistic in own.index else cell({}) for statistic in there]
-        rows.append({"run": run, "cells": cells, "n": _counted(own)})
+        cells = own.reindex(index=there, columns=CELL).to_dict("records")
+        rows.append({"run": run, "cells": cells, "n": (fmt(own["n"].iloc[0]), str(own.iloc[0].get("unit", "")))})
     return {"head": [name_of(statistic) for statistic in there], "rows": rows}
-
-
-def _counted(own: pd.DataFrame) -> tuple[str, str]:
-    first = own.iloc[0]
-    return fmt(number(first["n"])), str(first.get("unit", ""))
 
 
 def full_table(table: pd.DataFrame, without: Sequence[str] = ()) -> dict[str, Any]:
@@ -139,7 +112,7 @@ def _shown(column: str, row: dict[Any, Any]) -> str:
         return _MODELS.get(value, value) if column == "model" else NAMES.get(value, value)
     if column in ("neuron", "without", "n", "runs", "runs_in_top", "layer") and not math.isnan(number(value)):
         return str(int(value))
-    return fmt(number(value))
+    return fmt(value)
 
 
 def points(lines: Sequence[Line], x: str) -> dict[str, Any]:
@@ -148,3 +121,11 @@ def points(lines: Sequence[Line], x: str) -> dict[str, Any]:
     of_line = [dict(zip(line.x, line.y, strict=True)) for line in lines]
     rows = [[fmt(at), *(fmt(values.get(at, math.nan)) for values in of_line)] for at in across]
     return {"head": [x, *(line.label for line in lines)], "rows": rows, "numeric": [True] * (len(lines) + 1)}
+
+
+def charted(
+    lines: Sequence[Line], x: str, y_label: str, title: str, from_zero: bool = False, log: bool = False
+) -> dict[str, Any]:
+    """A line chart with its key and its numbers; see `charts.line_chart`."""
+    chart = line_chart(lines, x, y_label, title, from_zero, log)
+    return {"chart": chart, "key": key(lines), "table": points(lines, x)}

@@ -83,19 +83,16 @@ def untraced(sources: Sequence[Path]) -> list[Path]:
     """
     explained = [source for source in sources if is_explanation(source)]
     if explained and len(explained) == len(sources):
-        return _irms_of([read_explanation(source) for source in explained])
+        items = [read_explanation(source) for source in explained]
+        for item in items:
+            for name, folder in item.irms.items():
+                if not Path(folder).is_dir():
+                    raise RealignerError(
+                        f"{item.folder / RESULT_FILE}: its IRM {name} was in {folder}, which is not there (from {Path.cwd()}); "
+                        "give its folder, or a trace of it, as a source too"
+                    )
+        return [Path(folder) for item in items for folder in item.irms.values()]
     return [source for source in sources if not is_trace(source) and source not in explained]
-
-
-def _irms_of(items: Sequence[Explanation]) -> list[Path]:
-    for item in items:
-        for name, folder in item.irms.items():
-            if not Path(folder).is_dir():
-                raise RealignerError(
-                    f"{item.folder / RESULT_FILE}: its IRM {name} was in {folder}, which is not there (from {Path.cwd()}); "
-                    "give its folder, or a trace of it, as a source too"
-                )
-    return [Path(folder) for item in items for folder in item.irms.values()]
 
 
 def check_hosts(sources: Sequence[Path], host: str) -> None:
@@ -113,11 +110,17 @@ def home_of(item: Explanation, traces: Sequence[xr.Dataset]) -> int:
     Raises:
         RealignerError: if none is of its host.
     """
-    fitting = [place for place, trace in enumerate(traces) if _fits(item, trace)]
+    fitting: dict[int, int] = {}  # place -> how many of the explained IRMs it has
+    for place, trace in enumerate(traces):
+        name, shared = _host(trace), len(set(item.irms) & set(trace.attrs["runs"]))
+        same = name == item.host if name else shared  # a host made in Python has no name
+        whole = trace.sizes["neuron"] == item.width and {item.index, *item.pages} <= set(trace["neuron"].values.tolist())
+        if same and whole:
+            fitting[place] = shared
     if not fitting:
         hosts = {f"{_host(trace) or 'an unnamed host'} ({trace.sizes['neuron']} indices)" for trace in traces}
         raise _other_host(item, hosts)
-    return max(fitting, key=lambda place: len(_shared(item, traces[place])))
+    return max(fitting, key=fitting.__getitem__)
 
 
 def _other_host(item: Explanation, hosts: Iterable[str]) -> RealignerError:
@@ -129,14 +132,3 @@ def _other_host(item: Explanation, hosts: Iterable[str]) -> RealignerError:
 
 def _host(trace: xr.Dataset) -> str:
     return Path(str(trace.attrs["host"])).name
-
-
-def _fits(item: Explanation, trace: xr.Dataset) -> bool:
-    name = _host(trace)
-    same = name == item.host if name else bool(_shared(item, trace))  # a host made in Python has no name
-    whole = trace.sizes["neuron"] == item.width and {item.index, *item.pages} <= set(trace["neuron"].values.tolist())
-    return same and whole
-
-
-def _shared(item: Explanation, trace: xr.Dataset) -> set[str]:
-    return set(item.irms) & set(trace.attrs["runs"])

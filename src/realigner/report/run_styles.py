@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
+from realigner.report.charts import Line
 from realigner.traces.layout import UNTRAINED
 
 COLOURS = 7  # of tones, on the page
@@ -67,6 +68,10 @@ class RunStyles:
         bare = [name for name in self.names if self.facts[name]["untrained"]]
         same = [name for name in bare if self.facts[name]["seed"] == self.facts[run]["seed"]]
         return next(iter([*same, *bare]), None)
+
+    def line(self, run: str, x: Sequence[float], y: Sequence[float], marked: float | None = None) -> Line:
+        """A line of a run's chart."""
+        return Line(run, x, y, self.colour(run), self.dash(run), marked)
 
     def shown(self, run: str) -> dict[str, Any]:
         """A run's facts, colour, dash and untrained twin."""

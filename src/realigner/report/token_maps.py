@@ -23,14 +23,21 @@ def explorer(
     trace: xr.Dataset, runs: RunStyles, maps: Mapping[str, xr.DataArray], marks: Mapping[str, Sequence[int]], budget: int
 ) -> dict[str, Any]:
     """The data of the maps: facts as JSON, and blobs by name."""
-    blobs, described = _run_blobs(runs, maps)
+    cells = maps["signed"].sizes["layer"] * maps["signed"].sizes["neuron"]
+    bits = 16 if 2 * len(runs.names) * cells * 16 / 8 * 4 / 3 <= _FINE else 8
+    blobs, described = dict[str, str](), list[dict[str, Any]]()
+    for number, run in enumerate(runs.names):
+        codes, how = zip(*(encode(maps[kind].sel(run=run).values, bits) for kind in ("signed", "absolute")), strict=True)
+        blobs[f"run-{number}-maps"] = pack(np.stack(codes))
+        described.append({"maps": list(how), "marks": marks[run], **runs.shown(run)})
     texts, tokens = _texts(trace, runs)
     kept: list[TokenMaps | None] = [None] * len(runs.names)
+    neurons = trace["neuron"].values.tolist()
     facts: dict[str, Any] = {
         "layers": trace["layer"].values.tolist(),
-        "neurons": trace["neuron"].values.tolist() if not _is_range(trace["neuron"].values) else trace.sizes["neuron"],
+        "neurons": len(neurons) if neurons == [*range(len(neurons))] else neurons,
         "prompts": questions(trace),
-        "runs": [described[run] | {"marks": marks[run], **runs.shown(run)} for run in runs.names],
+        "runs": described,
         "texts": texts,
     }
     if tokens:
@@ -43,18 +50,10 @@ def explorer(
             if text["run"] == run["name"]:
                 text["store"] = next(places, None)
         blobs |= own.blobs if own else {}
-    return {"facts": _json(facts), "blobs": blobs, "tokens_kept": _kept(facts, bool(tokens))}
-
-
-def _run_blobs(runs: RunStyles, maps: Mapping[str, xr.DataArray]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    cells = maps["signed"].sizes["layer"] * maps["signed"].sizes["neuron"]
-    bits = 16 if 2 * len(runs.names) * cells * 16 / 8 * 4 / 3 <= _FINE else 8
-    blobs, facts = {}, {}
-    for number, run in enumerate(runs.names):
-        codes, how = zip(*(encode(maps[kind].sel(run=run).values, bits) for kind in ("signed", "absolute")), strict=True)
-        blobs[f"run-{number}-maps"] = pack(np.stack(codes))
-        facts[run] = {"maps": list(how)}
-    return blobs, facts
+    # JSON escaped for a script element.
+    escaped = json.dumps(facts, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    escaped = escaped.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return {"facts": Markup(escaped), "blobs": blobs, "tokens_kept": _kept(facts)}
 
 
 def _texts(trace: xr.Dataset, runs: RunStyles) -> tuple[list[dict[str, Any]], dict[str, RunTokens]]:
@@ -72,6 +71,10 @@ def _texts(trace: xr.Dataset, runs: RunStyles) -> tuple[list[dict[str, Any]], di
             span = spans[text]
             energy = np.nansum(trace["energy"][span].values, axis=1)
             top = float(np.nanmax(trace["max_abs"][int(text)].values, initial=0.0))
+            limit = 0.0
+            if "delta" in trace:  # one colour scale for the slider's whole way, from every eighth token
+                size = abs(trace["delta"][span].values[::8].astype(np.float32))
+                limit = float(f"{np.nanquantile(size, 0.999):.4g}")
             texts.append(
                 {
                     "run": run,
@@ -80,7 +83,7 @@ def _texts(trace: xr.Dataset, runs: RunStyles) -> tuple[list[dict[str, Any]], di
                     "generated": int(counts[text, 0]),
                     "energy": [float(f"{value:.3g}") for value in energy],
                     "top": float(f"{top:.4g}"),
-                    "limit": _limit(trace, span) if "delta" in trace else 0.0,
+                    "limit": limit,
                     "missing": np.flatnonzero(~there[text]).tolist(),
                     "store": None,
                 }
@@ -103,41 +106,15 @@ def _reader(trace: xr.Dataset, spans: Sequence[slice]) -> Any:
     return lru_cache(len(spans))(read) if size <= _AT_ONCE else read
 
 
-def _limit(trace: xr.Dataset, span: slice) -> float:
-    """The 99.9% quantile of |delta| in a text, from every eighth of its tokens: one colour scale for the slider's whole way."""
-    size = abs(trace["delta"][span].values[::8].astype(np.float32))
-    return float(f"{np.nanquantile(size, 0.999):.4g}")
-
-
-def _kept(facts: Mapping[str, Any], recorded: bool) -> str:
-    """Which tokens have a map of their own, in words."""
-    if not recorded:
-        return (
-            "This trace keeps sums, not every token's deltas: the maps are means, and the strip shows how much each token got."
-        )
-    whole = sum(len(text["words"]) for text in facts["texts"])
-    there = sum(text["store"]["count"] for text in facts["texts"] if text["store"])
-    parts = [f"{there:,} of {whole:,} tokens have a map of their own in this page."]
-    rebuilt = [run for run in facts["runs"] if run["tokens"] and run["tokens"]["kind"] == "components"]
-    if rebuilt:
-        ranks, lost = [run["tokens"]["rank"] for run in rebuilt], max(run["tokens"]["lost"] for run in rebuilt)
-        parts.append(
-            f"They are rebuilt from {min(ranks)} to {max(ranks)} components a run; the root mean square error is at most "
-            f"{100 * lost:.2g}% of the run's root mean square."
-        )
-    if there < whole:
-        parts.append("The rest did not fit; kept are tokens around the start of each reply, earliest prompts first.")
-    return " ".join(parts)
-
-
-def _is_range(labels: np.ndarray) -> bool:
-    return bool((labels == np.arange(len(labels))).all())
-
-
-def _json(value: Any) -> Markup:
-    """JSON escaped for a script element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+def _kept(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """How many tokens have a map of their own, and what those that are rebuilt from components lost."""
+    rebuilt = [run["tokens"] for run in facts["runs"] if run["tokens"] and run["tokens"]["kind"] == "components"]
+    return {
+        "whole": sum(len(text["words"]) for text in facts["texts"]),
+        "there": sum(text["store"]["count"] for text in facts["texts"] if text["store"]),
+        "ranks": [own["rank"] for own in rebuilt],
+        "lost": max((own["lost"] for own in rebuilt), default=0.0),
+    }
 
 
 def questions(trace: xr.Dataset) -> dict[int, str]:

@@ -86,15 +86,12 @@ def sources_of(folders: Sequence[Path], baselines: bool = True, strength: float 
             twin = Source(RunLabel("", UNTRAINED, seed, strength, str(folder)), folder, twin=True)
             shapes.setdefault(shape, twin)
     untrained = [source for source in shapes.values() if baselines or not source.twin]
-    return _named([*trained, *untrained])
-
-
-def _named(sources: Sequence[Source]) -> list[Source]:
+    sources = [*trained, *untrained]
     plain = [f"{source.label.tone}-{source.label.seed}" for source in sources]
     names: list[str] = []
     for source, name in zip(sources, plain, strict=True):
         name = name if plain.count(name) == 1 else f"{name}-{source.folder.resolve().name}"
-        names.append(name if name not in names else f"{name}-{names.count(name) + len(names)}")
+        names.append(name if name not in names else f"{name}-{1 + len(names)}")
     return [replace(source, label=replace(source.label, run=name)) for name, source in zip(names, sources, strict=True)]
 
 
@@ -148,7 +145,13 @@ def trace_runs(
     writer = TraceWriter(out, "", layers, dtype, force, notes)
     with progress("answering", (len(sources) + 1) * len(prompts), quiet) as task:
         for source, config in zip(sources, configs, strict=True):
-            model = _attached(host, source, config)
+            if source.twin:
+                shape: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(IRMShape)}
+                fresh = IRMConfig(**shape, layers_path=config.layers_path, template=config.template, inference_mode=True)
+                set_seed(source.label.seed)
+                model = PeftModel(host, fresh, adapter_name=_ADAPTER)
+            else:
+                model = load_irm(host, source.folder, _ADAPTER)
             writer.host = tuner_of(model).fingerprint.name
             try:
                 if "base" not in writer.notes:
@@ -191,12 +194,3 @@ def trace_for_report(
     """
     trace_runs(sources_of(find_runs(places), strength=strength), out, host, tokenizer, keep="raw", **options)
     return Path(out)
-
-
-def _attached(host: PreTrainedModel, source: Source, config: IRMConfig) -> PeftModel:
-    if not source.twin:
-        return load_irm(host, source.folder, _ADAPTER)
-    shape: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(IRMShape)}
-    fresh = IRMConfig(**shape, layers_path=config.layers_path, template=config.template, inference_mode=True)
-    set_seed(source.label.seed)
-    return PeftModel(host, fresh, adapter_name=_ADAPTER)

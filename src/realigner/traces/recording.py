@@ -85,6 +85,9 @@ def record(
     if keep not in KEEPS:
         raise UsageError(f"record: keep={keep!r}; choose summary, raw or replay")
     tuner = tuner_of(model)
+    info = getattr(tuner.model, "realigner", None)
+    if tokenizer is None and isinstance(info, HostInfo):
+        tokenizer = info.tokenizer
     recorder = _Recorder(tuner, tokenizer, keep, to, labels or {}, questions, top)
     trace = xr.Dataset()
     host = tuner.model
@@ -101,7 +104,10 @@ def record(
         if own_generate is not None:
             host.generate = own_generate
     recorder.finish()
-    recorder.fill(trace)
+    if recorder.texts:
+        whole = join(recorder.texts, tuner.fingerprint.name, list(recorder.labels.values()))
+        trace.update(whole)
+        trace.attrs.update(whole.attrs)
 
 
 @dataclass
@@ -125,30 +131,26 @@ class _Seen:
     h0: list[torch.Tensor] = field(default_factory=list)
 
 
+@dataclass
 class _Recorder:
     """Tracks the rows of the current batch from forward to forward."""
 
-    def __init__(
-        self,
-        tuner: IRMModel,
-        tokenizer: Any,
-        keep: Keep,
-        to: TraceWriter | None,
-        labels: Mapping[str, RunLabel],
-        questions: Sequence[str],
-        top: int,
-    ) -> None:
-        info = getattr(tuner.model, "realigner", None)
-        self.tokenizer = info.tokenizer if tokenizer is None and isinstance(info, HostInfo) else tokenizer
-        self.tuner, self.keep, self.to, self.questions, self.top = tuner, keep, to, questions, top
-        self.given = labels
-        self.labels: dict[str, RunLabel] = {}  # of the adapters seen
-        self.texts: list[xr.Dataset] = []
-        self.names: dict[int, str] = {}  # what a token id is in words
-        self.prompts = 0  # prompts begun before the current batch
-        self.rows = 0
-        self.prompt_width: int | None = None  # padded width of the prompts inside generate; None outside
-        self.ends: list[int] = []  # end tokens of the running generate
+    tuner: IRMModel
+    tokenizer: Any
+    keep: Keep
+    to: TraceWriter | None
+    given: Mapping[str, RunLabel]
+    questions: Sequence[str]
+    top: int
+    labels: dict[str, RunLabel] = field(default_factory=dict)  # of the adapters seen
+    texts: list[xr.Dataset] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)  # what a token id is in words
+    prompts: int = 0  # prompts begun before the current batch
+    rows: int = 0
+    prompt_width: int | None = None  # padded width of the prompts inside generate; None outside
+    ends: list[int] = field(default_factory=list)  # end tokens of the running generate
+
+    def __post_init__(self) -> None:
         self._start(0)
 
     def follows(self) -> bool:
@@ -212,7 +214,13 @@ class _Recorder:
             self.mask = torch.nn.functional.pad(self.mask, (0, max(0, stop - self.mask.shape[1])), value=True)
         ids = ids.cpu()
         real = torch.ones(ids.shape[0], stop, dtype=torch.bool) if self.mask is None else self.mask[:, :stop].cpu()
-        rows, columns = (real[:, start:] & ~self._after_end(ids, start)).nonzero(as_tuple=True)
+        after = torch.zeros_like(ids, dtype=torch.bool)  # the end of a row's reply: its end token and the padding that follows
+        if self.prompt_width is not None:
+            new = torch.arange(start, stop) >= self.prompt_width
+            after = (torch.isin(ids, torch.tensor(self.ends, dtype=ids.dtype)) & new).cumsum(1) > 0
+            after |= self.finished[:, None]
+            self.finished = after[:, -1]
+        rows, columns = (real[:, start:] & ~after).nonzero(as_tuple=True)
         position = (real.long().cumsum(1) - 1)[rows, start + columns]
         generated = (start + columns) >= (self.prompt_width if self.prompt_width is not None else stop)
         token_id = ids[rows, columns].numpy().astype(np.int64)
@@ -220,16 +228,6 @@ class _Recorder:
         self.step = _Step(rows, columns, tokens)
         self.steps += 1
         self.width = stop
-
-    def _after_end(self, ids: torch.Tensor, start: int) -> torch.Tensor:
-        """Positions after the end of a row's reply ``[row, position]``: its end token and the padding that follows."""
-        if self.prompt_width is None:
-            return torch.zeros_like(ids, dtype=torch.bool)
-        generated = torch.arange(start, start + ids.shape[1]) >= self.prompt_width
-        ended = (torch.isin(ids, torch.tensor(self.ends, dtype=ids.dtype)) & generated).cumsum(1) > 0
-        ended |= self.finished[:, None]
-        self.finished = ended[:, -1]
-        return ended
 
     # The deltas at these tokens.
 
@@ -281,7 +279,10 @@ class _Recorder:
     def _texts(self, name: str, seen: _Seen, words: Sequence[str]) -> Iterator[xr.Dataset]:
         rows = np.concatenate([step.rows.numpy() for step in seen.steps])
         tokens = {key: np.concatenate([step.tokens[key] for step in seen.steps]) for key in seen.steps[0].tokens}
-        tokens["token_text"] = self._words(tokens["token_id"])
+        ids = tokens["token_id"].tolist()
+        for token in set(ids) - self.names.keys():
+            self.names[token] = "" if self.tokenizer is None or token == NO_TOKEN else self.tokenizer.decode([token])
+        tokens["token_text"] = np.array([self.names[token] for token in ids], dtype=object)
         deltas = torch.cat(seen.deltas) if seen.deltas else None
         h0 = torch.cat(seen.h0) if seen.h0 else None
         for row, summary in enumerate(seen.summary.results()):
@@ -300,19 +301,6 @@ class _Recorder:
                 None if h0 is None else h0[torch.from_numpy(own)].numpy(),
                 words[row].strip(),
             )
-
-    def _words(self, ids: np.ndarray) -> np.ndarray:
-        for token in set(ids.tolist()) - self.names.keys():
-            self.names[token] = "" if self.tokenizer is None or token == NO_TOKEN else self.tokenizer.decode([token])
-        return np.array([self.names[token] for token in ids.tolist()], dtype=object)
-
-    def fill(self, trace: xr.Dataset) -> None:
-        """Fill the dataset."""
-        if not self.texts:
-            return
-        whole = join(self.texts, self.tuner.fingerprint.name, list(self.labels.values()))
-        trace.update(whole)
-        trace.attrs.update(whole.attrs)
 
 
 def _refuse_scattered(kwargs: Mapping[str, Any], defaults: Any, prompt: Any) -> list[int]:

@@ -63,25 +63,19 @@ def import_reference(
                 known = layers.tolist(), delta.shape
                 deltas.append(delta)
                 task.advance()
+            # The prompt's last token was written twice.
+            again = [at for at in range(1, len(deltas)) if np.array_equal(deltas[at], deltas[at - 1])][:1]
+            is_generated = np.arange(len(deltas)) >= (again[0] if again else len(deltas))
+            delta, is_generated = np.delete(np.stack(deltas), again, axis=0), np.delete(is_generated, again)
+            tokens = {
+                "position": np.arange(len(delta), dtype=np.int64),
+                "is_generated": is_generated,
+                "token_id": np.full(len(delta), -1, dtype=np.int64),
+                "token_text": np.array([""] * len(delta), dtype=object),
+            }
             assert layers is not None
-            texts.append(_text(label, nth, layers, np.stack(deltas), top))
+            texts.append(text_dataset(label, nth, "", layers.tolist(), tokens, summarise(delta, is_generated, top), delta))
     return join(texts, "", [label])
-
-
-def _text(label: RunLabel, prompt: int, layers: np.ndarray, delta: np.ndarray, top: int) -> xr.Dataset:
-    """One prompt's tokens; the prompt's last token, which was written twice, once."""
-    again = [at for at in range(1, len(delta)) if np.array_equal(delta[at], delta[at - 1])]
-    is_generated = np.zeros(len(delta), dtype=bool)
-    if again:
-        is_generated[again[0] :] = True
-        delta, is_generated = np.delete(delta, again[0], axis=0), np.delete(is_generated, again[0])
-    tokens = {
-        "position": np.arange(len(delta), dtype=np.int64),
-        "is_generated": is_generated,
-        "token_id": np.full(len(delta), -1, dtype=np.int64),
-        "token_text": np.array([""] * len(delta), dtype=object),
-    }
-    return text_dataset(label, prompt, "", layers.tolist(), tokens, summarise(delta, is_generated, top), delta)
 
 
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:

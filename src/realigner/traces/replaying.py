@@ -54,17 +54,10 @@ def replayed_texts(trace: xr.Dataset, networks: dict[str, IRM]) -> Iterator[xr.D
             )
     for text in texts_of(trace):
         run = str(text["text_run"].values[0])
-        delta = _deltas(networks[run], text["h0"].values, labels[run].strength)
-        own = text.sel(layer=list(networks[run].layers))
-        yield own.drop_vars("h0").assign(delta=(("token", "layer", "neuron"), delta))
-
-
-def _deltas(network: IRM, h0: np.ndarray, strength: float) -> np.ndarray:
-    """``[token, layer, neuron]``."""
-    device = network.output.weight.device
-    parts = []
-    with torch.no_grad():
-        for start in range(0, len(h0), _TOKENS):
-            read = torch.as_tensor(np.ascontiguousarray(h0[start : start + _TOKENS]), device=device)
-            parts.append((network(read) * strength).float().cpu().numpy())
-    return np.concatenate(parts)
+        network, h0, parts = networks[run], text["h0"].values, []
+        with torch.no_grad():
+            for start in range(0, len(h0), _TOKENS):
+                read = torch.as_tensor(np.ascontiguousarray(h0[start : start + _TOKENS]), device=network.output.weight.device)
+                parts.append((network(read) * labels[run].strength).float().cpu().numpy())
+        own = text.sel(layer=list(network.layers))
+        yield own.drop_vars("h0").assign(delta=(("token", "layer", "neuron"), np.concatenate(parts)))

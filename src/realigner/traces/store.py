@@ -11,14 +11,15 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 
 from realigner.errors import RealignerError
-from realigner.files import refuse_existing, replace_folder, write_text
+from realigner.files import locked_file, made_folder, refuse_existing, replace_folder, write_text
 from realigner.traces.layout import (
     ALWAYS,
     LAYOUT,
@@ -36,21 +37,13 @@ from realigner.traces.layout import (
 RawType = Literal["auto", "float16", "float32"]
 _CHUNK = {"token": 16, "text": 1, "layer": 32, "neuron": 4096}  # of large arrays
 _LABELS_CHUNK = 4096  # tokens in a chunk of labels
-_NORMAL = float(np.finfo(np.float16).tiny)  # float16 loses digits below
+_FLOAT16 = np.finfo(np.float16)  # loses digits below `tiny`
 _HEADROOM = 16.0  # float16 is chosen when later texts may be this many times larger
 
 
 def unfinished_trace(path: Path) -> Path:
     """Path of a trace until it is finished."""
     return path.with_name(f"{path.name}.unfinished")
-
-
-def raw_dtype(text: xr.Dataset) -> str:
-    """``float16`` where a text's deltas lie well inside its range, else ``float32``."""
-    largest = float(np.nanmax(text["max_abs"].values))
-    typical = float(np.nanmedian(np.sqrt(text["energy"].values / text.sizes["neuron"])))
-    fits = largest * _HEADROOM < float(np.finfo(np.float16).max) and (typical == 0 or typical > 16 * _NORMAL)
-    return "float16" if fits else "float32"
 
 
 class TraceWriter:
@@ -60,7 +53,7 @@ class TraceWriter:
         path: the zarr folder, which `close` creates; until then it is ``PATH.unfinished``.
         host: the host's name.
         layers: all layers that any run adds to.
-        dtype: of raw deltas; ``auto``: `raw_dtype` of the first text.
+        dtype: of raw deltas; ``auto``: float16 where the first text's lie well inside its range, else float32.
         force: replace an existing trace.
         notes: JSON values stored among the attributes.
 
@@ -86,7 +79,12 @@ class TraceWriter:
         refuse_trace(self.path, force)
         self.folder = unfinished_trace(self.path)
         refuse_existing(self.folder, True, is_trace)
-        self._lock = _held(self.folder)
+        made_folder(self.folder.parent)
+        lock = self.folder.with_name(f".{self.folder.name}.lock")
+        self._lock = ExitStack()
+        busy = f"{self.folder}: another process is writing this trace; wait for it, or stop it first"
+        self._lock.enter_context(locked_file(lock, busy))
+        self._lock.callback(lock.unlink, missing_ok=True)  # while it is still held
         shutil.rmtree(self.folder, ignore_errors=True)
         self.notes = dict(notes or {})
         self.texts = 0
@@ -98,7 +96,7 @@ class TraceWriter:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is None:
             self.close()
-        self._release()
+        self._lock.close()
 
     def append(self, *texts: tuple[xr.Dataset, RunLabel]) -> None:
         """Write texts durably; many at a time are cheaper."""
@@ -109,7 +107,7 @@ class TraceWriter:
         self.labels += [label for label in dict.fromkeys(label for _, label in texts) if label not in self.labels]
         wide = [self._narrowed(with_layers(text, self.layers)) for text, _ in texts]
         part = join(wide, self.host, self.labels, self.notes)
-        part.attrs = _plain(part.attrs)
+        part.attrs |= {key: json.dumps(part.attrs[key]) for key in ("runs", "notes")}
         try:
             # Every chunk is written, also one of zeros: a missing chunk is damage, not a value.
             with warnings.catch_warnings(), zarr.config.set({"array.write_empty_chunks": True}):
@@ -130,56 +128,33 @@ class TraceWriter:
             RealignerError: when nothing was recorded.
         """
         if not self.texts:
-            self._release()
+            self._lock.close()
             raise RealignerError("trace: nothing was recorded; run the model inside the record block")
         replace_folder(self.folder, self.path)
-        self._release()
+        self._lock.close()
         return self.path
-
-    def _release(self) -> None:
-        if not self._lock.closed:
-            Path(self._lock.name).unlink(missing_ok=True)
-            self._lock.close()
 
     def _narrowed(self, text: xr.Dataset) -> xr.Dataset:
         if "delta" not in text:
             return text
-        if self.dtype == "auto":
-            self.dtype = "float16" if raw_dtype(text) == "float16" else "float32"
+        import torch
+
         largest = float(np.nanmax(text["max_abs"].values))
-        if self.dtype == "float16" and largest > float(np.finfo(np.float16).max):
+        if self.dtype == "auto":
+            # float16 where the first text's deltas lie well inside its range
+            typical = float(np.nanmedian(np.sqrt(text["energy"].values / text.sizes["neuron"])))
+            small = largest * _HEADROOM < _FLOAT16.max and (typical == 0 or typical > 16 * _FLOAT16.tiny)
+            self.dtype = "float16" if small else "float32"
+        if self.dtype == "float16" and largest > _FLOAT16.max:
             raise RealignerError(
                 f"{self.folder}: a delta of {largest:.3g} does not fit into float16; record again with float32{self._kept()}"
             )
-        return text.assign(delta=(text["delta"].dims, _as(text["delta"].values, self.dtype)))
+        # By PyTorch, which converts to float16 several times faster than numpy.
+        narrow = torch.as_tensor(np.ascontiguousarray(text["delta"].values)).to(getattr(torch, self.dtype))
+        return text.assign(delta=(text["delta"].dims, narrow.numpy()))
 
     def _kept(self) -> str:
         return f"; the {self.texts} texts before are kept there" if self.texts else ""
-
-
-def _held(folder: Path) -> IO[str]:
-    """An open lock file next to a folder, held by this process until it is closed."""
-    import fcntl
-
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_name(f".{folder.name}.lock").open("a")
-    except OSError as error:
-        raise RealignerError(f"{folder}: cannot be written ({error.strerror})") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise RealignerError(f"{folder}: another process is writing this trace; wait for it, or stop it first") from None
-    return lock
-
-
-def _as(values: np.ndarray, dtype: str) -> np.ndarray:
-    """`astype`, by PyTorch, which converts to float16 several times faster than numpy."""
-    import torch
-
-    kind = {"float16": torch.float16, "float32": torch.float32}[dtype]
-    return torch.as_tensor(np.ascontiguousarray(values)).to(kind).numpy()
 
 
 def _encoding(text: xr.Dataset) -> dict[str, Any]:
@@ -233,7 +208,6 @@ def save_trace(trace: xr.Dataset, path: str | Path, force: bool = False, dtype: 
     Raises:
         RealignerError: if `path` exists (see `force`) or cannot be written, or the trace is empty.
     """
-    refuse_trace(Path(path), force)
     if "text" not in trace.dims:
         raise RealignerError("trace: nothing was recorded; run the model inside the record block")
     labels = {label.run: label for label in labels_of(trace)}
@@ -328,7 +302,3 @@ def _scan(path: Path) -> int:
                 ) from error
             chunks += 1
     return chunks
-
-
-def _plain(attrs: dict[str, Any]) -> dict[str, Any]:
-    return {**attrs, "runs": json.dumps(attrs["runs"]), "notes": json.dumps(attrs["notes"])}

@@ -95,9 +95,9 @@ class BatchSummary:
     def _reduce(self) -> None:
         if not self._waiting:
             return
-        rows = np.concatenate([waiting[1] for waiting in self._waiting])
-        generated = np.concatenate([waiting[2] for waiting in self._waiting])
-        deltas = torch.cat([waiting[0] for waiting in self._waiting]) if len(self._waiting) > 1 else self._waiting[0][0]
+        waiting, rows, generated = zip(*self._waiting, strict=True)
+        rows, generated = np.concatenate(rows), np.concatenate(generated)
+        deltas = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
         self._waiting, self._values = [], 0
         for number, row in enumerate(self.rows):
             (chosen,) = np.nonzero(rows == number)
@@ -111,13 +111,10 @@ class BatchSummary:
         delta = delta.float()
         row.shape = (delta.shape[1], delta.shape[2])
         size, square = delta.abs(), delta.square()
-        for key, value in (
-            ("energy", square.sum(-1)),
-            ("l1", size.sum(-1)),
-            ("l4", square.square().sum(-1)),
-            ("small", (size < SMALL).sum(-1, dtype=torch.float32)),
-        ):
-            row.tokens[key].append(value)
+        row.tokens["energy"].append(square.sum(-1))
+        row.tokens["l1"].append(size.sum(-1))
+        row.tokens["l4"].append(square.square().sum(-1))
+        row.tokens["small"].append((size < SMALL).sum(-1, dtype=torch.float32))
         parts = parts_of(generated, row.generated)
         row.generated += int(generated.sum())
         for part in np.unique(parts):
@@ -130,7 +127,12 @@ class BatchSummary:
     def _keep_largest(self, row: _Row, values: torch.Tensor, size: torch.Tensor) -> None:
         """Add values that may be among the row's largest to its candidates; prune these when there are twice too many."""
         offset = row.seen * row.shape[0] * row.shape[1]
-        bound = row.bound if row.bound is not None else _bound(size, self.top)
+        bound, sample = row.bound, size[::_SAMPLED]
+        wanted = round(1.3 * self.top / _SAMPLED) + 10
+        if bound is None and len(size) >= 4 * self.top and wanted <= len(sample):
+            # A bound that at least `top` of the values exceed, from a sample; it may fail.
+            guess = sample.topk(wanted).values[-1]
+            bound = guess if int((size > guess).sum()) >= self.top else None
         at = torch.nonzero(size > bound)[:, 0] if bound is not None else torch.arange(len(size), device=size.device)
         row.top.append(values[at])
         row.place.append(at + offset)
@@ -174,16 +176,6 @@ class BatchSummary:
             top_layer=padded(layer, np.int32, -1),
             top_neuron=padded(neuron, np.int32, -1),
         )
-
-
-def _bound(size: torch.Tensor, top: int) -> torch.Tensor | None:
-    """A bound that at least `top` of the values exceed, from a sample; None if it fails or is not worth it."""
-    sample = size[::_SAMPLED]
-    wanted = round(1.3 * top / _SAMPLED) + 10
-    if len(size) < 4 * top or wanted > len(sample):
-        return None
-    bound = sample.topk(wanted).values[-1]
-    return bound if int((size > bound).sum()) >= top else None
 
 
 def summarise(delta: np.ndarray, is_generated: np.ndarray, top: int, block: int | None = None) -> Summary:
