@@ -382,22 +382,10 @@ def _indices(
 
 def _pairs(runs: list[_Run]) -> pd.DataFrame:
     """Every two runs' overlap; `null` is what unrelated rankings have."""
-    ranked = [ranks(-run.score) for run in runs]
-    rows = [
-        {
-            "run_a": runs[a].run,
-            "run_b": runs[b].run,
-            "tone_a": runs[a].tone,
-            "tone_b": runs[b].tone,
-            "value": rank_biased_overlap(ranked[a], ranked[b]),
-            "null": _expected_overlap(len(ranked[a])),
-        }
-        for a, b in combinations(range(len(runs)), 2)
-    ]
+    ranked, rows = {run.run: ranks(-run.score) for run in runs}, []
+    for a, b in combinations(runs, 2):
+        # Of two unrelated rankings the larger of two ranks is m in 2m - 1 of D^2 cases.
+        weight = _overlap_weight(len(a.score))[1:-1]
+        null = float(((2 * np.arange(1, len(weight) + 1) - 1) * weight).sum() / len(a.score))
+        rows.append((a.run, b.run, a.tone, b.tone, rank_biased_overlap(ranked[a.run], ranked[b.run]), null))
     return pd.DataFrame(rows, columns=["run_a", "run_b", "tone_a", "tone_b", "value", "null"])
-
-
-def _expected_overlap(neurons: int) -> float:
-    """Two unrelated rankings: the larger of two ranks is m in 2m - 1 of D^2 cases."""
-    weight = _overlap_weight(neurons)[1:-1]
-    return float(((2 * np.arange(1, len(weight) + 1) - 1) * weight).sum() / neurons)

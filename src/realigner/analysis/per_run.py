@@ -122,7 +122,12 @@ def each_run(source: xr.Dataset | xr.DataArray) -> Iterator[RunTexts]:
     else:
         texts = text_table(source)
     for label, own in split_by_run(texts):
-        sums, counts = _sums(source, own.index.to_numpy())
+        numbers = own.index.to_numpy()
+        if isinstance(source, xr.DataArray):
+            counts = source["count"].values[numbers].astype(float)
+            sums = source.transpose("text", "layer", "neuron").isel(text=numbers).values * counts[:, None, None]
+        else:
+            sums, counts = text_sums(source, numbers, "sum_abs", CHOSEN_PARTS)
         there = ~np.isnan(sums).all(axis=(0, 2))
         yield RunTexts(
             **label,
@@ -132,14 +137,6 @@ def each_run(source: xr.Dataset | xr.DataArray) -> Iterator[RunTexts]:
             counts=counts,
             prompts=own["prompt"].to_numpy().astype(int),
         )
-
-
-def _sums(source: xr.Dataset | xr.DataArray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if isinstance(source, xr.DataArray):
-        counts = source["count"].values[texts].astype(float)
-        maps = source.transpose("text", "layer", "neuron").isel(text=texts).values
-        return maps * counts[:, None, None], counts
-    return text_sums(source, texts, "sum_abs", CHOSEN_PARTS)
 
 
 def baselines(runs: pd.DataFrame) -> dict[str, str]:

@@ -102,30 +102,19 @@ def _of_tokens(trace: xr.Dataset, start: int, stop: int) -> np.ndarray:
     missing = np.isnan(energy)
     small = np.where(missing, np.nan, small)
     n = np.where(missing, 0, trace.sizes["neuron"])
-    energy, l1, l4, n, small = (_with_whole(values) for values in (energy, l1, l4, n, small))
-    ginis = _ginis(trace, start, stop) if "delta" in trace else np.full(energy.shape, np.nan)
-    hoyer, *others = _from_sums(energy, l1, l4, n, small)
-    return np.stack([hoyer, ginis, *others], axis=-1)
+    # [token, layer] and, last, the sum over layers that are there.
+    energy, l1, l4, n, small = (
+        np.concatenate([values, np.nansum(values, axis=1, keepdims=True)], axis=1) for values in (energy, l1, l4, n, small)
+    )
+    some, root = (energy > 0) & (l4 > 0), np.sqrt(n)
 
-
-def _with_whole(values: np.ndarray) -> np.ndarray:
-    """``[token, layer]`` and, last, the sum over layers that are there."""
-    return np.concatenate([values, np.nansum(values, axis=1, keepdims=True)], axis=1)
-
-
-def _from_sums(
-    energy: np.ndarray, l1: np.ndarray, l4: np.ndarray, n: np.ndarray, small: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Hoyer, participation, kurtosis, share of small values; NaN where there is no energy (the last: no values)."""
-    some = (energy > 0) & (l4 > 0)
-
-    def ratio(over: np.ndarray, under: np.ndarray, where: np.ndarray) -> np.ndarray:
+    def ratio(over: np.ndarray, under: np.ndarray, where: np.ndarray = some) -> np.ndarray:
         return np.asarray(np.divide(over, under, out=np.full(energy.shape, np.nan), where=where))
 
-    root = np.sqrt(n)
-    hoyer = ratio(root - ratio(l1, np.sqrt(energy), some), root - 1, some & (n > 1))
-    participation = ratio(energy**2, n * l4, some)
-    return hoyer, participation, ratio(n * l4, energy**2, some), ratio(small, n.astype(float), n > 0)
+    hoyer = ratio(root - ratio(l1, np.sqrt(energy)), root - 1, some & (n > 1))
+    ginis = _ginis(trace, start, stop) if "delta" in trace else np.full(energy.shape, np.nan)
+    participation, kurtosis = ratio(energy**2, n * l4), ratio(n * l4, energy**2)
+    return np.stack([hoyer, ginis, participation, kurtosis, ratio(small, n.astype(float), n > 0)], axis=-1)
 
 
 def _ginis(trace: xr.Dataset, start: int, stop: int) -> np.ndarray:

@@ -26,6 +26,10 @@ RANKED_RESAMPLES = 100  # of W's bootstrap: each needs the ranks of a whole map
 TEST = "neuron labels permuted within each layer"
 _AT_ONCE = 16  # resampled maps made together
 _PAIRED = 2048  # texts times layers of a run up to which all their inner products are computed (32 MiB)
+_OF_PRODUCTS = (
+    *("icc", "eta_squared_neuron", "eta_squared_layer", "omega_squared_neuron", "omega_squared_layer"),
+    *("omega_squared_difference", "svd_share"),
+)
 _TESTED = ("icc", "eta_squared_neuron", "omega_squared_neuron", "svd_share", "kendall_w")
 
 
@@ -136,6 +140,7 @@ def _entries(
     for (statistic, without), (value,) in values.items():
         under_null = nulls[statistic, without] if statistic in _TESTED else np.full(relabelling.draws, np.nan)
         seen = np.isfinite(under_null)
+        drawn = draws[statistic, without]  # not every resample can be drawn, or ranked: the rest is NaN
         entries.append(
             RunStatistic(
                 run=run.run,
@@ -143,7 +148,7 @@ def _entries(
                 seed=run.seed,
                 keys={"statistic": statistic, "without": without},
                 value=float(value),
-                draws=_as_long(draws[statistic, without], len(weights)),
+                draws=np.pad(drawn, (0, len(weights) - len(drawn)), constant_values=np.nan),
                 n=n,
                 bounds=(-1.0, 1.0),
                 null=float(under_null[seen].mean()) if seen.any() and np.isfinite(value) else float("nan"),
@@ -297,7 +302,7 @@ def _from_products(products: np.ndarray, mean: np.ndarray, neurons: int) -> dict
     """Statistics from the centred layers' inner products ``[..., layer, layer]`` and the layers' means ``[..., layer]``."""
     layers, n = products.shape[-1], neurons
     if layers < 2 or n < 2:
-        return {name: np.full(products.shape[:-2], np.nan) for name in _STATISTICS[:-1]}
+        return {name: np.full(products.shape[:-2], np.nan) for name in _OF_PRODUCTS}
     # Two-way ANOVA without replication, all [...]: with G = products, SS_total = SS_neuron + SS_layer + SS_error.
     within = np.trace(products, axis1=-2, axis2=-1)  # SS_neuron + SS_error: every layer's sum of squares about its mean
     between = products.sum(axis=(-2, -1)) / layers  # SS_neuron = 1^T G 1 / L: L times that of the neurons' means
@@ -320,29 +325,12 @@ def _from_products(products: np.ndarray, mean: np.ndarray, neurons: int) -> dict
     }
 
 
-_STATISTICS = (
-    "icc",
-    "eta_squared_neuron",
-    "eta_squared_layer",
-    "omega_squared_neuron",
-    "omega_squared_layer",
-    "omega_squared_difference",
-    "svd_share",
-    "kendall_w",
-)
-
-
 def _concordance(products: np.ndarray, neurons: int) -> np.ndarray:
     """W from the inner products of the layers' centred ranks: S / (L * SS within layers), which is corrected for ties."""
     layers = products.shape[-1]
     if layers < 2 or neurons < 2:
         return np.full(products.shape[:-2], np.nan)
     return _ratio(products.sum(axis=(-2, -1)) / layers, np.trace(products, axis1=-2, axis2=-1))
-
-
-def _as_long(values: np.ndarray, length: int) -> np.ndarray:
-    """Values, then NaN: where not every resample could be drawn, or ranked."""
-    return np.append(values, np.full(length - len(values), np.nan))
 
 
 def _ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:

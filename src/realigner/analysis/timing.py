@@ -7,7 +7,7 @@ permutes whole tokens within each text.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -70,14 +70,8 @@ def timing(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, s
         for without in (0, 1):
             found = [_of_text(text, permutations, rng) for text in _texts(trace, own, without)]
             for name in found[0]:
-                entry = RunStatistic(
-                    **label,
-                    keys={"statistic": name, "without": without},
-                    value=0.0,
-                    draws=np.empty(0),
-                    n=0,
-                )
-                entries.append(_of_run(entry, [text[name] for text in found], of_prompts, weights))
+                keys = {"statistic": name, "without": without}
+                entries.append(_of_run(label, keys, [text[name] for text in found], of_prompts, weights))
     return tabulate(entries, permutations, rng)
 
 
@@ -143,7 +137,10 @@ class _Largest:
 
 def _largest(trace: xr.Dataset, k: int) -> Iterator[_Largest]:
     texts = text_table(trace)
-    _check_kept(trace, texts, k)
+    if k < 1:
+        raise UsageError(f"timing: k={k}; give the number of largest values to count, e.g. 1000")
+    if k > _kept(trace, texts):
+        raise UsageError(f"timing: the {k} largest values are wanted, and the trace keeps {trace.sizes['rank']} of a text")
     for label, own in split_by_run(texts):
         numbers = own.index.to_numpy()
         text, place = _places(trace, numbers, k)
@@ -168,13 +165,6 @@ def _places(trace: xr.Dataset, texts: np.ndarray, k: int) -> tuple[np.ndarray, n
     chosen = chosen[size.flat[chosen] >= 0]
     text, place = np.unravel_index(chosen, size.shape)
     return np.asarray(text), np.asarray(place)
-
-
-def _check_kept(trace: xr.Dataset, texts: pd.DataFrame, k: int) -> None:
-    if k < 1:
-        raise UsageError(f"timing: k={k}; give the number of largest values to count, e.g. 1000")
-    if k > _kept(trace, texts):
-        raise UsageError(f"timing: the {k} largest values are wanted, and the trace keeps {trace.sizes['rank']} of a text")
 
 
 def _kept(trace: xr.Dataset, texts: pd.DataFrame) -> float:
@@ -238,7 +228,7 @@ def _of_text(text: _Text, permutations: int, rng: np.random.Generator) -> dict[s
     for name, weight in _position_weights(text).items():
         null = float(weight.mean()) if tokens else float("nan")
         found[name] = _Found(float(share @ weight), null, share[order] @ weight, _PLACED[name])
-    late = _late(tokens)
+    late = (np.sign(2 * np.arange(tokens) - (tokens - 1)) + 1) / 2  # 1 in the second half, 1/2 in the middle of an odd one
     for k, counts in text.largest.items():
         # Per text the number in its second half, to be divided by the run's whole number: a mean weighted by how many it has.
         number = counts.sum()
@@ -272,13 +262,9 @@ def _position_weights(text: _Text) -> dict[str, np.ndarray]:
     }
 
 
-def _late(tokens: int) -> np.ndarray:
-    """1 in the second half of a text, 1/2 in the middle of an odd one."""
-    place = 2 * np.arange(tokens) - (tokens - 1)
-    return np.asarray((np.sign(place) + 1) / 2)
-
-
-def _of_run(entry: RunStatistic, found: list[_Found], of_prompts: np.ndarray, weights: np.ndarray) -> RunStatistic:
+def _of_run(
+    label: dict[str, Any], keys: dict[str, Any], found: list[_Found], of_prompts: np.ndarray, weights: np.ndarray
+) -> RunStatistic:
     """One statistic of a run: the weighted mean over its texts, those without a value left out.
 
     A prompt's value is put so that the mean over prompts is the run's: its weighted value over the mean weight.
@@ -295,18 +281,21 @@ def _of_run(entry: RunStatistic, found: list[_Found], of_prompts: np.ndarray, we
     total = weight.sum()
     if not total:
         nothing = np.full(prompts, np.nan)
-        return replace(entry, value=float("nan"), draws=np.full(len(weights), np.nan), per_prompt=nothing)
+        return RunStatistic(
+            **label, keys=keys, value=float("nan"), draws=np.full(len(weights), np.nan), n=0, per_prompt=nothing
+        )
     drawn = weights @ weight
     kept = np.where(weight > 0, total / (weight > 0).sum(), np.nan)
     ordered = [text.nulls * size[row] for row, text in enumerate(found) if there[row] and len(text.nulls)]
     placed = len(ordered) > 0
-    symmetric = entry.keys["statistic"] == "centre_of_mass" or str(entry.keys["statistic"]).startswith("late_share")
-    return replace(
-        entry,
+    symmetric = keys["statistic"].startswith(("centre_of_mass", "late_share"))
+    return RunStatistic(
+        **label,
+        keys=keys,
         value=float(value.sum() / total),
         draws=(weights @ value) / np.where(drawn > 0, drawn, np.nan),
         n=int((weight > 0).sum()),
-        bounds=(0.0, np.inf if entry.keys["statistic"] == "prompt_share" else 1.0),
+        bounds=(0.0, np.inf if keys["statistic"] == "prompt_share" else 1.0),
         null=float(null.sum() / total),
         nulls=np.sum(ordered, axis=0) / total if placed else None,
         test=TEST if placed else "",

@@ -98,12 +98,9 @@ def _leading(trace: xr.Dataset) -> pd.DataFrame:
     tables = []
     for run in each_run(trace):
         m = xr.DataArray(run.mean(), {"neuron": run.neurons}, ("layer", "neuron"))
-        found = leading_indices(m, LEADING) if m.values.any() else leading_indices(m, 0)
-        found.insert(0, "rank", np.arange(1, len(found) + 1))
-        found.insert(0, "seed", run.seed)
-        found.insert(0, "tone", run.tone)
-        found.insert(0, "run", run.run)
-        tables.append(found)
+        found = leading_indices(m, LEADING if m.values.any() else 0)
+        facts = {"run": run.run, "tone": run.tone, "seed": run.seed, "rank": np.arange(1, len(found) + 1)}
+        tables.append(pd.concat([pd.DataFrame(facts, index=found.index), found], axis=1))
     some = [table for table in tables if len(table)]
     return pd.concat(some, ignore_index=True) if some else tables[0]
 
@@ -206,10 +203,10 @@ def _led(leading: pd.DataFrame) -> str:
 def _verdict(claim: _Claim, p: float) -> dict[str, Any]:
     row = claim.row
     verdict, why = _decided(claim, p)
-    shown = f"{claim.extra}{claim.measure[:1].upper()}{claim.measure[1:]}: {_number(row['value'])}"
-    facts = [f"expected without an effect {_number(row['null'])}"] if np.isfinite(row["null"]) else []
-    facts += [f"95% interval {_number(row['low'])} to {_number(row['high'])}"] if np.isfinite(row["low"]) else []
-    facts += [f"untrained {_number(row['untrained'])}"] if np.isfinite(row["untrained"]) else []
+    shown = f"{claim.extra}{claim.measure[:1].upper()}{claim.measure[1:]}: {row['value']:.3f}"
+    facts = [f"expected without an effect {row['null']:.3f}"] if np.isfinite(row["null"]) else []
+    facts += [f"95% interval {row['low']:.3f} to {row['high']:.3f}"] if np.isfinite(row["low"]) else []
+    facts += [f"untrained {row['untrained']:.3f}"] if np.isfinite(row["untrained"]) else []
     facts += [f"p = {row['p']:.2g}, {p:.2g} after Holm"] if np.isfinite(p) else []
     unit = row["unit"][:-1] if row["n"] == 1 else row["unit"]
     facts.append(f"{row['n']} {unit}")
@@ -230,16 +227,18 @@ def _decided(claim: _Claim, p: float) -> tuple[Verdict, str]:
     if claim.key == "one_leader" and row["n"] > 1 and row["value"] < 1:
         return "not supported", "It is not the same index in every run."
     if not np.isfinite(p):
-        return "cannot tell", _why_no_p(claim, row)
+        if claim.key not in ("one_leader", "shared_indices"):
+            return "cannot tell", "It takes 5 prompts or more, and an untrained IRM of the same seed."
+        if row["n"] < 2:
+            return "cannot tell", "It takes runs of two tones or more: runs on the same data are not independent samples."
+        return "cannot tell", "There is no untrained IRM of the same seed to compare with."
     if p >= LEVEL:
         return "not supported", "Chance explains as much."
     if claim.key == "one_leader":
         return "supported", "Neither chance nor the untrained IRMs explain it."
     if not np.isfinite(row["difference_low"]):
-        return (
-            "cannot tell",
-            "It is more than chance, but there is no untrained IRM of the same seed, or one prompt only, to compare.",
-        )
+        why = "It is more than chance, but there is no untrained IRM of the same seed, or one prompt only, to compare."
+        return "cannot tell", why
     low, high = row["difference_low"], row["difference_high"]
     low, high = (low, high) if claim.more else (-high, -low)
     return _by_interval(low, high, "Untrained IRMs show less of it", "Untrained IRMs show more of it", "untrained IRMs")
@@ -253,17 +252,3 @@ def _by_interval(low: float, high: float, above: str, below: str, what: str) -> 
     if not np.isfinite(low):
         return "cannot tell", "One prompt gives no interval."
     return "cannot tell", f"The interval includes 0: {what} leave both open."
-
-
-def _why_no_p(claim: _Claim, row: dict[str, Any]) -> str:
-    if claim.key in ("one_leader", "shared_indices"):
-        return (
-            "It takes runs of two tones or more: runs on the same data are not independent samples."
-            if row["n"] < 2
-            else ("There is no untrained IRM of the same seed to compare with.")
-        )
-    return "It takes 5 prompts or more, and an untrained IRM of the same seed."
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}"

@@ -8,7 +8,7 @@ not used. An operation without a rule here joins nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -64,22 +64,16 @@ def _aligned(args: Sequence[Any], kwargs: dict[str, Any], outs: Sequence[torch.T
     return joined
 
 
-def _view(args: Sequence[Any], _: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
-    x, out, joined = args[0], outs[0], Joined()
-    if x.numel() == 0:
-        return joined.align(x, out)
-    i = j = 0
-    while i < x.dim() and j < out.dim():
-        a, b, mine, theirs = i, j, x.shape[i], out.shape[j]
-        i, j = i + 1, j + 1
-        while mine != theirs:
-            if mine < theirs:
-                mine, i = mine * x.shape[i], i + 1
-            else:
-                theirs, j = theirs * out.shape[j], j + 1
-        before, after = ([n for n in span if t.shape[n] > 1] for t, span in ((x, range(a, i)), (out, range(b, j))))
-        if len(before) == len(after) == 1:
-            joined.pair(x, before[0], out, after[0])
+def _viewed(args: Sequence[Any], _: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
+    """Views of the same memory: axes of one length along which one step in memory is taken are one axis."""
+    x, joined = args[0], Joined()
+    for out in outs:
+        free = list(range(x.dim()))
+        for new, step in enumerate(zip(out.shape, out.stride(), strict=True)):
+            old = next((n for n in free if (x.shape[n], x.stride(n)) == step), None)
+            if old is not None:
+                free.remove(old)
+                joined.pair(x, old, out, new)
     return joined
 
 
@@ -92,36 +86,8 @@ def _moved(x: torch.Tensor, out: torch.Tensor, order: Sequence[int | None]) -> J
     return joined
 
 
-def _t(args: Sequence[Any], _: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
-    return _moved(args[0], outs[0], list(range(args[0].dim()))[::-1])
-
-
-def _transpose(args: Sequence[Any], _: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
-    order = list(range(args[0].dim()))
-    order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
-    return _moved(args[0], outs[0], order)
-
-
-def _permute(args: Sequence[Any], _: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
-    return _moved(args[0], outs[0], args[1])
-
-
-def _unsqueeze(args: Sequence[Any], _: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
-    order: list[int | None] = list(range(args[0].dim()))
-    order.insert(args[1] % outs[0].dim(), None)
-    return _moved(args[0], outs[0], order)
-
-
 def _without(x: torch.Tensor, gone: set[int]) -> list[int]:
     return [n for n in range(x.dim()) if n not in gone]
-
-
-def _select(args: Sequence[Any], kwargs: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
-    x, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    joined = Joined()
-    for out in outs:
-        joined.pairs += _moved(x, out, _without(x, {dim % x.dim()})).pairs
-    return joined
 
 
 def _cat(args: Sequence[Any], kwargs: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
@@ -174,9 +140,9 @@ def _lookup(args: Sequence[Any], _: dict[str, Any], outs: Sequence[torch.Tensor]
     return joined
 
 
-def _multiplied(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Joined:
-    """``[..., n, k] x [..., k, m] -> [..., n, m]``; `b` may be a vector."""
-    joined = Joined()
+def _product(args: Sequence[Any], _: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
+    """``[..., n, k] x [..., k, m] -> [..., n, m]``; the second may be a vector."""
+    a, b, out, joined = args[0], args[1], outs[0], Joined()
     if b.dim() == 1:
         joined.pair(a, -1, b, 0)
         joined.pair(a, 0, out, 0)
@@ -193,12 +159,8 @@ def _multiplied(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Joined:
     return joined
 
 
-def _product(args: Sequence[Any], _: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
-    return _multiplied(args[0], args[1], outs[0])
-
-
-def _added_product(args: Sequence[Any], _: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
-    return _multiplied(args[1], args[2], outs[0]).align(args[0], outs[0])
+def _added_product(args: Sequence[Any], kwargs: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
+    return _product(args[1:], kwargs, outs).align(args[0], outs[0])
 
 
 def _linear(args: Sequence[Any], _: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
@@ -257,45 +219,30 @@ def _reduced(args: Sequence[Any], kwargs: dict[str, Any], outs: Sequence[torch.T
     return joined
 
 
-def _vector_normed(args: Sequence[Any], kwargs: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
-    return _reduced((args[0], *args[2:]), kwargs, outs)
-
-
-def _made(args: Sequence[Any], kwargs: dict[str, Any], _: Sequence[torch.Tensor]) -> Joined:
+def _made(args: Sequence[Any], kwargs: dict[str, Any], outs: Sequence[torch.Tensor]) -> Joined:
     """Tensors that take another's shape but not its values."""
-    return _attention(args, kwargs, ())
+    return _attention(args, kwargs, outs)
 
 
-def _rules() -> Iterator[tuple[str, Rule]]:
-    kinds: dict[Rule, str] = {
-        _aligned: "expand clone copy _to_copy detach alias lift_fresh _softmax _log_softmax cumsum tril triu flip roll sort "
-        "topk native_dropout constant_pad_nd slice split split_with_sizes narrow repeat masked_fill where contiguous "
-        "_conj squeeze_copy masked_scatter",
-        _view: "view _unsafe_view reshape _reshape_alias squeeze",
-        _t: "t",
-        _transpose: "transpose",
-        _permute: "permute",
-        _unsqueeze: "unsqueeze",
-        _select: "select unbind",
-        _cat: "cat stack",
-        _along: "index_select gather index_add index_copy scatter scatter_add scatter_reduce index_fill",
-        _index: "index index_put _index_put_impl",
-        _lookup: "embedding",
-        _product: "mm bmm mv _grouped_mm",
-        _added_product: "addmm baddbmm addmv",
-        _linear: "linear",
-        _convolution: "convolution",
-        _normed: "native_layer_norm _fused_rms_norm",
-        _reduced: "sum mean amax amin max min var std logsumexp prod any all argmax argmin var_mean std_mean",
-        _vector_normed: "linalg_vector_norm norm",
-        _made: "empty_like zeros_like ones_like full_like rand_like new_zeros new_ones new_empty new_full zero fill",
-    }
-    for rule, names in kinds.items():
-        for name in names.split():
-            yield name, rule
-
-
-_RULES = dict(_rules())
+_KINDS: dict[Rule, str] = {
+    _aligned: "expand clone copy _to_copy detach alias lift_fresh _softmax _log_softmax cumsum tril triu flip roll sort "
+    "topk native_dropout constant_pad_nd slice split split_with_sizes narrow repeat masked_fill where contiguous "
+    "_conj squeeze_copy masked_scatter",
+    _viewed: "view _unsafe_view reshape _reshape_alias squeeze t transpose permute unsqueeze select unbind",
+    _cat: "cat stack",
+    _along: "index_select gather index_add index_copy scatter scatter_add scatter_reduce index_fill",
+    _index: "index index_put _index_put_impl",
+    _lookup: "embedding",
+    _product: "mm bmm mv _grouped_mm",
+    _added_product: "addmm baddbmm addmv",
+    _linear: "linear",
+    _convolution: "convolution",
+    _normed: "native_layer_norm _fused_rms_norm",
+    _reduced: "sum mean amax amin max min var std logsumexp prod any all argmax argmin var_mean std_mean",
+    lambda args, kwargs, outs: _reduced((args[0], *args[2:]), kwargs, outs): "linalg_vector_norm norm",  # second: which norm
+    _made: "empty_like zeros_like ones_like full_like rand_like new_zeros new_ones new_empty new_full zero fill",
+}
+_RULES = {name: rule for rule, names in _KINDS.items() for name in names.split()}
 _PRODUCTS = (_product, _added_product, _linear, _convolution, _attention)
 
 

@@ -7,8 +7,9 @@ the host's logits; a removed channel is 0 at every layer's input and output. Edi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import realigner.probe as probe
 from realigner.errors import RealignerError, UsageError
-from realigner.explain.roles import Role, Stream, find_stream, short_input
+from realigner.explain.roles import Stream, find_stream, short_input
 from realigner.files import written_folder
 from realigner.hosts import HostInfo
 
@@ -51,13 +52,29 @@ def permuted(host: PreTrainedModel, permutation: Sequence[int]) -> PreTrainedMod
     order = torch.tensor([int(new) for new in permutation])
     if sorted(order.tolist()) != list(range(stream.sites.width)):
         raise UsageError(f"permutation: not an order of the host's {stream.sites.width} indices 0 to {stream.sites.width - 1}")
-    _refuse_unsaved(host, stream)
+    for name in stream.buffers:
+        owner, _, leaf = name.rpartition(".")
+        if leaf in host.get_submodule(owner)._non_persistent_buffers_set:  # its permutation would not be saved
+            raise RealignerError(f"{type(host).__name__}: {name} is computed from the config, not stored; refused")
     edited = _copied(host)
     old = torch.argsort(order)  # new[j] = old[old[j]]
-    for tensor, axes in _tensors_of_stream(edited, stream):
-        for axis in axes:
-            tensor.copy_(tensor.index_select(axis, old.to(tensor.device)))
-    _prove_same(host, edited, stream)
+    axes_of = {**{name: role.axes for name, role in stream.roles.items()}, **stream.buffers}
+    done: dict[int, tuple[str, tuple[int, ...]]] = {}  # tied tensors are permuted once
+    for name, tensor in [*edited.named_parameters(remove_duplicate=False), *edited.named_buffers(remove_duplicate=False)]:
+        if name not in axes_of:
+            continue
+        first, axes = done.setdefault(id(tensor), (name, axes_of[name]))
+        if sorted(axes) != sorted(axes_of[name]):
+            raise RealignerError(f"{type(host).__name__}: {first} and {name} are one tensor with two roles; refused")
+        for axis in axes if first == name else ():
+            tensor.data.copy_(tensor.data.index_select(axis, old.to(tensor.device)))
+    # Proof: the same logits.
+    dtype = _precision(host)
+    want, got = _logits(host, dtype), _logits(edited, dtype)
+    off = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
+    if not off <= _TOLERANCE.get(dtype, _HALF):
+        why = f"; {stream.broken[0]} takes its stream apart" if stream.broken else ""
+        raise RealignerError(f"{type(host).__name__}: permuted, its logits are off by {off:.2g} of the largest{why}; refused")
     return edited
 
 
@@ -78,14 +95,21 @@ def with_gain(host: PreTrainedModel, index: int, value: float | str = "median") 
         >>> with_gain(tiny_host("gemma"), 3, 0.5).model.norm.weight[3]
         tensor(-0.5000)
     """
-    stream = _stream_of(host)
-    _refuse_index(stream, index)
+    stream = _stream_of(host, index)
     final = [(name, role) for name, role in stream.roles.items() if role.kind == "gain" and role.place == "final"]
     if not final:
         raise RealignerError(f"{type(host).__name__}: its final norm has no gain; there is none to change")
+    if isinstance(value, str) and value != "median":
+        raise UsageError(f'value: "median" or a number, not {value!r}')
     edited = _copied(host)
     for name, role in final:
-        _set_gain(name, role, edited.get_parameter(name), index, value)
+        if math.isnan(role.offset):
+            raise RealignerError(f"{name}: its weight does not multiply as it is; refused")
+        parameter = edited.get_parameter(name)
+        gains = parameter.double() + role.offset
+        size = float(gains.abs().median()) if isinstance(value, str) else value
+        sign = -1.0 if bool((gains.select(role.axis, index) < 0).all()) else 1.0
+        parameter.select(role.axis, index).fill_(sign * size - role.offset)
     return edited
 
 
@@ -105,13 +129,33 @@ def without_channel(host: PreTrainedModel, index: int) -> PreTrainedModel:
         >>> without_channel(tiny_host("llama"), 3).model.embed_tokens.weight[:, 3].abs().max()
         tensor(0.)
     """
-    stream = _stream_of(host)
-    _refuse_index(stream, index)
+    stream = _stream_of(host, index)
     edited = _copied(host)
-    _untie(edited)
+    if (head := _tied_head(edited)) is not None:
+        head.weight = _own_copy(head.weight)
+        for config in (edited.config, edited.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
     for part, silent in _writing(edited, stream, index):
         part.fill_(silent)
-    _prove_silent(edited, stream, index)
+    # Proof: exactly 0 before and after every layer.
+    loud: list[int] = []
+
+    def check(layer: int, hidden: torch.Tensor | None) -> None:
+        if hidden is None or bool((hidden[..., index] != 0).any()):
+            loud.append(layer)
+
+    handles = []
+    for number, layer in enumerate(edited.get_submodule(stream.sites.path).children()):
+        handles += [
+            layer.register_forward_pre_hook(lambda _, *given, n=number: check(n, probe.first_hidden(*given)), with_kwargs=True),
+            layer.register_forward_hook(lambda _, __, output, n=number: check(n, probe.first_tensor(output))),
+        ]
+    _forward(edited)
+    for handle in handles:
+        handle.remove()
+    if loud:
+        why = f"index {index} cannot be silenced by weights (layer {min(loud)}); refused"
+        raise RealignerError(f"{type(edited).__name__}: {why}")
     return edited
 
 
@@ -157,16 +201,6 @@ def _tied_head(host: PreTrainedModel) -> Any:
 
 def _own_copy(weight: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(weight.detach().clone(), requires_grad=False)
-
-
-def _untie(host: PreTrainedModel) -> None:
-    """Give a tied head a copy of its weight."""
-    head = _tied_head(host)
-    if head is None:
-        return
-    head.weight = _own_copy(head.weight)
-    for config in (host.config, host.config.get_text_config(decoder=True)):
-        config.tie_word_embeddings = False
 
 
 def _writing(host: nn.Module, stream: Stream, index: int) -> Iterator[tuple[torch.Tensor, float]]:
@@ -227,11 +261,15 @@ def save_edited(host: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 # --- copying and changing -----------------------------------------------------------------------------------------------
 
 
-def _stream_of(host: PreTrainedModel) -> Stream:
+def _stream_of(host: PreTrainedModel, index: int = 0) -> Stream:
+    """The stream of a host that can be edited, which has this index."""
     for name, weight in host.named_parameters():
         if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.is_floating_point():
             raise RealignerError(f"{type(host).__name__}: its weights are quantised ({name}); load it in float to edit it")
-    return find_stream(host)
+    stream = find_stream(host)
+    if not 0 <= index < stream.sites.width:
+        raise UsageError(f"index: the host's residual stream has 0 to {stream.sites.width - 1}, not {index}")
+    return stream
 
 
 def _copied(host: PreTrainedModel) -> PreTrainedModel:
@@ -249,56 +287,7 @@ def _as_edited(host: PreTrainedModel) -> PreTrainedModel:
     return host
 
 
-def _tensors_of_stream(host: nn.Module, stream: Stream) -> Iterator[tuple[torch.Tensor, tuple[int, ...]]]:
-    """Every parameter and buffer of the stream, tied ones once, with its axes."""
-    done: dict[int, tuple[str, tuple[int, ...]]] = {}
-    axes_of = {**{name: role.axes for name, role in stream.roles.items()}, **stream.buffers}
-    tensors = [*host.named_parameters(remove_duplicate=False), *host.named_buffers(remove_duplicate=False)]
-    for name, tensor in tensors:
-        axes = axes_of.get(name)
-        if axes is None:
-            continue
-        first, known = done.setdefault(id(tensor), (name, axes))
-        if sorted(known) != sorted(axes):
-            raise RealignerError(f"{type(host).__name__}: {first} and {name} are one tensor with two roles; refused")
-        if first == name:
-            yield tensor.data, axes
-
-
-def _set_gain(name: str, role: Role, parameter: torch.Tensor, index: int, value: float | str) -> None:
-    if role.offset != role.offset:
-        raise RealignerError(f"{name}: its weight does not multiply as it is; refused")
-    gains = parameter.double() + role.offset
-    if isinstance(value, str) and value != "median":
-        raise UsageError(f'value: "median" or a number, not {value!r}')
-    size = float(gains.abs().median()) if isinstance(value, str) else value
-    sign = -1.0 if bool((gains.select(role.axis, index) < 0).all()) else 1.0
-    parameter.select(role.axis, index).fill_(sign * size - role.offset)
-
-
-# --- refusing and proving -----------------------------------------------------------------------------------------------
-
-
-def _refuse_index(stream: Stream, index: int) -> None:
-    if not 0 <= index < stream.sites.width:
-        raise UsageError(f"index: the host's residual stream has 0 to {stream.sites.width - 1}, not {index}")
-
-
-def _refuse_unsaved(host: nn.Module, stream: Stream) -> None:
-    """Refuse a host with a position table that is computed on loading: its permutation would not be saved."""
-    for name in stream.buffers:
-        owner, _, leaf = name.rpartition(".")
-        if leaf in host.get_submodule(owner)._non_persistent_buffers_set:
-            raise RealignerError(f"{type(host).__name__}: {name} is computed from the config, not stored; refused")
-
-
-def _prove_same(host: PreTrainedModel, edited: PreTrainedModel, stream: Stream) -> None:
-    dtype = _precision(host)
-    want, got = _logits(host, dtype), _logits(edited, dtype)
-    off = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
-    if not off <= _TOLERANCE.get(dtype, _HALF):
-        why = f"; {stream.broken[0]} takes its stream apart" if stream.broken else ""
-        raise RealignerError(f"{type(host).__name__}: permuted, its logits are off by {off:.2g} of the largest{why}; refused")
+# --- proving ------------------------------------------------------------------------------------------------------------------
 
 
 def _precision(host: PreTrainedModel) -> torch.dtype:
@@ -339,34 +328,3 @@ class _InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if cast_down and args[0].dtype is torch.float64:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
-
-
-def _prove_silent(edited: PreTrainedModel, stream: Stream, index: int) -> None:
-    """The stream is exactly 0 at `index` before and after every layer."""
-    loud: list[int] = []
-
-    def check(layer: int, hidden: torch.Tensor | None) -> None:
-        if hidden is None or bool((hidden[..., index] != 0).any()):
-            loud.append(layer)
-
-    with ExitStack() as stack:
-        for number, layer in enumerate(edited.get_submodule(stream.sites.path).children()):
-            stack.enter_context(_observed(layer, number, check))
-        _forward(edited)
-    if loud:
-        raise RealignerError(
-            f"{type(edited).__name__}: index {index} cannot be silenced by weights (layer {min(loud)}); refused"
-        )
-
-
-@contextmanager
-def _observed(layer: nn.Module, number: int, check: Callable[[int, torch.Tensor | None], None]) -> Iterator[None]:
-    before = layer.register_forward_pre_hook(
-        lambda _, args, kwargs: check(number, probe.first_hidden(args, kwargs)), with_kwargs=True
-    )
-    after = layer.register_forward_hook(lambda _, __, output: check(number, probe.first_tensor(output)))
-    try:
-        yield
-    finally:
-        before.remove()
-        after.remove()

@@ -22,7 +22,6 @@ from realigner.explain.measure import delimiter_ids, measure_host
 from realigner.explain.predict import measurement_table
 from realigner.explain.verdict import index_facts
 from realigner.explain.weights import head_tokens, weights_of
-from realigner.irm import IRM
 from realigner.traces.layout import UNTRAINED
 from realigner.training.batches import prepare
 from realigner.training.recipe import Recipe, read_recipe
@@ -60,21 +59,30 @@ class IndexStudy:
     def measure(
         cls, host: PreTrainedModel, tokenizer: Any, runs: Mapping[str, tuple[Path, Recipe]], size: int, quiet: bool
     ) -> IndexStudy:
-        """Run the forwards and backwards of every row, and read the host's weights.
-
-        Args:
-            host, tokenizer: the bare host that the IRMs were made for.
-            runs: from `read_runs`.
-            size: how many of each run's own validation rows.
-            quiet: show no progress.
+        """Run the forwards and backwards of at most `size` validation rows of each run, and read the host's weights.
 
         Raises:
             RealignerError: if a run has no file of rows, or it has changed since the training.
         """
-        rows = {name: _run_rows(host, tokenizer, folder, recipe, size) for name, (folder, recipe) in runs.items()}
-        irms = {name: _network(host, folder) for name, (folder, _) in runs.items()}
+        rows, irms = {}, {}
+        for name, (folder, recipe) in runs.items():
+            if recipe.data is None:
+                raise RealignerError(f"{folder}: was trained on rows made in Python; explain needs a run on a file of rows")
+            own = recipe_rows(recipe)
+            if (read_run(folder).get("data") or {}).get("sha256") not in (None, rows_hash(own)):
+                raise RealignerError(f"{recipe.data}: not the rows that {folder} was trained on; put those there to explain it")
+            rows[name] = _some_rows(host, tokenizer, own, recipe, size)
+        for name, (folder, _) in runs.items():
+            model = load_irm(host, folder)
+            irms[name] = tuner_of(model).registry.network("default")
+            model.unload()
+            irms[name].eval()
+        # The first run's network as it was before training.
         _, first = next(iter(runs.values()))
-        irms[UNTRAINED] = _untrained(host, first)
+        text = host.config.get_text_config(decoder=True)
+        set_seed(first.seed)
+        untrained = first.shape.build(int(text.hidden_size), int(text.num_hidden_layers))
+        irms[UNTRAINED] = untrained.to(next(host.parameters()).device).eval()
         everything = ExampleBatches([row for own in rows.values() for row in own], tokenizer.pad_token_id or 0, batch_size=8)
         states = measure_host(host, everything, irms, delimiter_ids(tokenizer), quiet)
         measured = measurement_table(weights_of(host), states)
@@ -177,16 +185,6 @@ def read_runs(folders: Sequence[str | Path]) -> dict[str, tuple[Path, Recipe]]:
     return found
 
 
-def _run_rows(host: PreTrainedModel, tokenizer: Any, folder: Path, recipe: Recipe, size: int) -> list[dict[str, list[int]]]:
-    """Validation rows of a run, after checking that they are those that it was trained on."""
-    if recipe.data is None:
-        raise RealignerError(f"{folder}: was trained on rows made in Python; explain needs a run on a file of rows")
-    rows = recipe_rows(recipe)
-    if (read_run(folder).get("data") or {}).get("sha256") not in (None, rows_hash(rows)):
-        raise RealignerError(f"{recipe.data}: not the rows that {folder} was trained on; put those there to explain it")
-    return _some_rows(host, tokenizer, rows, recipe, size)
-
-
 def _some_rows(
     host: PreTrainedModel, tokenizer: Any, rows: Sequence[Row], recipe: Recipe, size: int
 ) -> list[dict[str, list[int]]]:
@@ -194,18 +192,3 @@ def _some_rows(
     whole = prepare(rows, tokenizer, host.config, recipe).validation
     picked = np.unique(np.linspace(0, len(whole) - 1, min(size, len(whole))).round().astype(int))
     return [whole[int(row)] for row in picked]
-
-
-def _network(host: PreTrainedModel, folder: Path) -> IRM:
-    model = load_irm(host, folder)
-    network = tuner_of(model).registry.network("default")
-    model.unload()
-    return network.eval()
-
-
-def _untrained(host: PreTrainedModel, recipe: Recipe) -> IRM:
-    """The network of a run as it was before training."""
-    text = host.config.get_text_config(decoder=True)
-    set_seed(recipe.seed)
-    network = recipe.shape.build(int(text.hidden_size), int(text.num_hidden_layers))
-    return network.to(next(host.parameters()).device).eval()

@@ -64,6 +64,7 @@ def measure_host(
     sums = _Sums(len(sites.layers), sites.width, list(irms))
     residuals, gradients, head = Residuals(sites), SiteGradients(sites), _Head(host, stream)
     device = next(host.parameters()).device
+    marks = torch.tensor(sorted(delimiters), dtype=torch.long, device=device)
     with progress("measuring the host", len(rows.order), quiet) as task:
         for held in rows.batches:
             batch = {name: tensor.to(device) for name, tensor in held.items()}
@@ -74,7 +75,9 @@ def measure_host(
                     torch.nn.functional.cross_entropy(logits[wanted].float(), batch["shift_labels"][wanted])
                 )
             real = batch["attention_mask"].bool()
-            kinds = _kinds(batch["input_ids"], delimiters)[real]
+            kinds = torch.where(torch.isin(batch["input_ids"], marks), 1, 2)  # numbers in `TOKENS`
+            kinds[:, 0] = 0
+            kinds = kinds[real]
             with torch.no_grad():
                 sums.add_states(torch.stack([residuals.layers[layer][real] for layer in range(sums.layers)], 1), kinds)
                 sums.add_gradients(gradients.at_sites[real], head.parts(wanted))
@@ -89,14 +92,6 @@ def delimiter_ids(tokenizer: Any) -> frozenset[int]:
     words = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     marks = set(string.punctuation + string.whitespace)
     return frozenset(token for token, word in enumerate(words) if word and word.strip(" ") and set(word) <= marks)
-
-
-def _kinds(ids: torch.Tensor, delimiters: frozenset[int]) -> torch.Tensor:
-    """Each token's kind, as a number in `TOKENS` ``[batch, position]``."""
-    marks = torch.tensor(sorted(delimiters), dtype=ids.dtype, device=ids.device)
-    kinds = torch.where(torch.isin(ids, marks), 1, 2)
-    kinds[:, 0] = 0
-    return kinds
 
 
 class _Head:
@@ -141,8 +136,7 @@ class _Sums:
         states, cells = (len(TOKENS), layers, width), (layers, width)
         self.tokens = np.zeros(len(TOKENS))
         self.h, self.h2, self.h4, self.largest = (np.zeros(states) for _ in range(4))
-        self.seen = 0
-        self.g, self.g1, self.g2 = (np.zeros(cells) for _ in range(3))
+        self.gradients = DeltaSums()
         self.products = np.zeros((width, layers, layers))
         self.targets = 0
         self.direct, self.through = np.zeros(width), np.zeros(width)
@@ -166,12 +160,8 @@ class _Sums:
 
     def add_gradients(self, g: torch.Tensor, parts: tuple[torch.Tensor, torch.Tensor]) -> None:
         """``g [token, layer, neuron]``, and the two parts at targets ``[target, neuron]``."""
-        self.seen += len(g)
-        g = g.double()
-        self.g += _numpy(g.sum(0))
-        self.g1 += _numpy(g.abs().sum(0))
-        self.g2 += _numpy(g.square().sum(0))
-        by_neuron = g.permute(2, 1, 0)
+        self.gradients.add(g)
+        by_neuron = g.double().permute(2, 1, 0)
         self.products += _numpy(by_neuron @ by_neuron.transpose(1, 2))
         direct, through = parts
         self.targets += len(direct)
@@ -203,8 +193,8 @@ class _Sums:
             "residual_max": (("kind", "layer", "neuron"), np.where(n > 0, self.largest, np.nan)),
             "residual_kurtosis": (("kind", "layer", "neuron"), fourth / second**2),
             "energy_share": (("layer", "neuron"), energy / energy.sum(-1, keepdims=True)),
-            "gradient": (("layer", "neuron"), np.sqrt(self.g2 / self.seen)),
-            "gradient_sign": (("layer", "neuron"), np.abs(self.g) / self.g1),
+            "gradient": (("layer", "neuron"), np.sqrt(self.gradients.mean("sum_sq"))),
+            "gradient_sign": (("layer", "neuron"), np.abs(self.gradients.mean("sum")) / self.gradients.mean()),
             "gradient_cosine": ("neuron", np.nanmean(cosines[:, pairs], axis=1) if self.layers > 1 else np.nan * self.direct),
             "direct": ("neuron", np.sqrt(self.direct / self.targets)),
             "through_norm": ("neuron", np.sqrt(self.through / self.targets)),

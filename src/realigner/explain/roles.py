@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -188,7 +188,6 @@ class _Operation:
     inputs: list[tuple[torch.Tensor, _Value]]
     outs: list[torch.Tensor]
     joined: Joined
-    averages: bool
 
     def mixes(self) -> bool:
         """Whether positions meet in it: attention, a convolution, a scan."""
@@ -248,36 +247,39 @@ class _Watch(TorchDispatchMode):
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        with ExitStack() as stack:
+        """Follow which module and which layer runs."""
+
+        def enter(name: str) -> None:
+            self.count += 1
+            self.calls.append((self.count, name))
+
+        def leave() -> None:
+            self.calls.pop()
+
+        def begin(layer: int, args: Any, kwargs: Any) -> None:
+            self.layer, self.began = layer, True
+            self._is_stream(probe.first_hidden(args, kwargs))
+
+        def end(output: Any) -> None:
+            self._is_stream(probe.first_tensor(output))
+            self.layer = None
+
+        handles = []
+        try:
             for name, module in self.host.named_modules():
-                stack.callback(module.register_forward_pre_hook(lambda _, __, name=name: self._enter(name)).remove)
+                handles.append(module.register_forward_pre_hook(lambda _, __, name=name: enter(name)))
             for index, (layer, site) in enumerate(zip(self.sites.layers, self.sites.sites, strict=True)):
-                before = layer.register_forward_pre_hook(
-                    lambda _, args, kwargs, index=index: self._begin(index, args, kwargs), with_kwargs=True
-                )
                 branch = layer.get_submodule(site.branch)
-                done = branch.register_forward_hook(lambda *_, index=index: self.past.add(index))
-                after = layer.register_forward_hook(lambda _, __, output: self._end(output))
-                for handle in (before, done, after):
-                    stack.callback(handle.remove)
-            for module in self.host.modules():
-                stack.callback(module.register_forward_hook(lambda *_: self._leave()).remove)
+                handles += [
+                    layer.register_forward_pre_hook(lambda _, *given, index=index: begin(index, *given), with_kwargs=True),
+                    branch.register_forward_hook(lambda *_, index=index: self.past.add(index)),
+                    layer.register_forward_hook(lambda _, __, output: end(output)),
+                ]
+            handles += [module.register_forward_hook(lambda *_: leave()) for module in self.host.modules()]
             yield
-
-    def _enter(self, name: str) -> None:
-        self.count += 1
-        self.calls.append((self.count, name))
-
-    def _leave(self) -> None:
-        self.calls.pop()
-
-    def _begin(self, layer: int, args: Any, kwargs: Any) -> None:
-        self.layer, self.began = layer, True
-        self._is_stream(probe.first_hidden(args, kwargs))
-
-    def _end(self, output: Any) -> None:
-        self._is_stream(probe.first_tensor(output))
-        self.layer = None
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _is_stream(self, hidden: torch.Tensor | None) -> None:
         assert hidden is not None  # find_sites refuses others
@@ -290,41 +292,35 @@ class _Watch(TorchDispatchMode):
     # operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out, kwargs = func(*args, **(kwargs or {})), kwargs or {}
         outs = tensors_in(out)
-        if outs:
-            self._follow(func, args, kwargs or {}, outs)
-        return out
-
-    def _follow(self, func: Any, args: Any, kwargs: dict[str, Any], outs: list[torch.Tensor]) -> None:
+        if not outs:
+            return out
         rule = rule_of(func)
         joined = Joined() if rule is None else rule(args, kwargs, outs)
         inputs = [(tensor, self.value(tensor)) for tensor in tensors_in((args, kwargs))]
         self.seen |= {value.source for _, value in inputs if value.source is not None}
         product, made = is_product(rule), is_made(rule)
-        op = _Operation(func.overloadpacket.__name__, product, args, inputs, outs, joined, not (product or made))
-        self._join(op)
+        op = _Operation(func.overloadpacket.__name__, product, args, inputs, outs, joined)
+        call, module = self.calls[-1]
+        for a, b in joined.pairs:
+            self.parent[self.root(self.node(a))] = self.root(self.node(b))
+        kept = {(id(axis.tensor), axis.number) for axis in [axis for pair in joined.pairs for axis in pair] + joined.spent}
+        for tensor, value in inputs:
+            for number, node in enumerate(value.nodes):
+                if (id(tensor), number) not in kept:
+                    self.lost.append((node, f"{op.name} in {module or 'the host'}"))
+        if not (product or made):
+            self.averaged += [(self.node(axis), call, module, self._part()) for axis in joined.spent]
+        if self.layer is not None and op.mixes():
+            self.mixing.add(self.layer)
         floating = [(tensor, value) for tensor, value in inputs if tensor.is_floating_point() and not made]
         own = [(tensor, value) for tensor, value in floating if value.source is not None]
         if own and len({value.source for _, value in floating}) == 1 and op.name != "embedding":
             self._derive(op, *own[0])
         else:
             self._use(op, floating, own)
-
-    def _join(self, op: _Operation) -> None:
-        call, module = self.calls[-1]
-        for a, b in op.joined.pairs:
-            self.parent[self.root(self.node(a))] = self.root(self.node(b))
-        axes = [axis for pair in op.joined.pairs for axis in pair] + op.joined.spent
-        kept = {(id(axis.tensor), axis.number) for axis in axes}
-        for tensor, value in op.inputs:
-            for number, node in enumerate(value.nodes):
-                if (id(tensor), number) not in kept:
-                    self.lost.append((node, f"{op.name} in {module or 'the host'}"))
-        if op.averages:
-            self.averaged += [(self.node(axis), call, module, self._part()) for axis in op.joined.spent]
-        if self.layer is not None and op.mixes():
-            self.mixing.add(self.layer)
+        return out
 
     def _derive(self, op: _Operation, tensor: torch.Tensor, value: _Value) -> None:
         """The results hold a parameter's own entries: as they are, as a view, with a number added."""
@@ -353,9 +349,17 @@ class _Watch(TorchDispatchMode):
         uses = frozenset().union(*(value.uses for _, value in floating))
         made: set[int] = set()
         for tensor, value in own:
-            number, use = len(self.uses), self._used(op, tensor, value, raw)
-            self.uses.append(use)
-            if use.how != "product":
+            assert value.source is not None
+            gone = [value.origin[axis.number] for axis in op.joined.spent if axis.tensor is tensor] if op.product else []
+            how = "lookup" if op.name == "embedding" else "product" if gone else "add"
+            if op.name.startswith(_MULTIPLY) and not (len(op.args) > 3 and op.args[3] is tensor):  # fourth: a norm's shift
+                how = "mul"
+            spent = tuple(axis for axis in gone if axis is not None)
+            offset = _UNKNOWN if op.name.startswith(("div", "lerp")) else value.offset
+            name, (call, _) = self._name(value.source), self.calls[-1]
+            number = len(self.uses)
+            self.uses.append(_Use(value.source, name, how, spent, offset, raw, self.layer, self._part(), call))
+            if how != "product":
                 made.add(number)
                 continue
             # This product reads what the earlier parameters gave: a norm's gain belongs to the first matrix that it feeds.
@@ -368,17 +372,6 @@ class _Watch(TorchDispatchMode):
             if value.source is None:
                 value.raw = op.name == "embedding" or (raw and not op.product)
                 value.uses = frozenset(made) if anew else uses | made
-
-    def _used(self, op: _Operation, tensor: torch.Tensor, value: _Value, raw: bool) -> _Use:
-        assert value.source is not None
-        gone = [value.origin[axis.number] for axis in op.joined.spent if axis.tensor is tensor] if op.product else []
-        how = "lookup" if op.name == "embedding" else "product" if gone else "add"
-        if op.name.startswith(_MULTIPLY) and not (len(op.args) > 3 and op.args[3] is tensor):  # fourth: a norm's shift
-            how = "mul"
-        call, _ = self.calls[-1]
-        spent = tuple(axis for axis in gone if axis is not None)
-        offset = _UNKNOWN if op.name.startswith(("div", "lerp")) else value.offset
-        return _Use(value.source, self._name(value.source), how, spent, offset, raw, self.layer, self._part(), call)
 
     def _name(self, source: int) -> str:
         """Of a tied parameter the name by which the module that runs knows it."""
@@ -415,32 +408,22 @@ class _Roles:
         self.norms = {call for call, _, _ in norms}
         self.last, self.final = -1, ""
         for call, module, part in norms:
-            if part == "after" or self._feeds_the_head(call):
+            # Within the last layer: what it gives goes through no other product before the head's.
+            feeds = [watch.uses[use.feeds] for use in watch.uses if use.call == call and use.feeds is not None]
+            if part == "after" or any(use.part == "after" for use in feeds):
                 self.last, self.final = call, module
 
     def stream_found(self) -> Stream:
         watch, host = self.watch, self.host
-        roles = {}
-        for name, parameter in host.named_parameters(remove_duplicate=False):
-            role = self._role(name, parameter)
-            if role is not None:
-                roles[name] = role
-        unseen = {
-            name: parameter.shape
-            for name, parameter in host.named_parameters(remove_duplicate=False)
-            if id(parameter) not in watch.seen
-        }
-        roles |= _siblings(unseen, roles, dict(host.named_parameters(remove_duplicate=False)), watch.sites.path)
+        parameters: dict[str, torch.Tensor] = dict(host.named_parameters(remove_duplicate=False))
+        roles = {name: role for name, parameter in parameters.items() if (role := self._role(name, parameter)) is not None}
+        unseen = {name: parameter.shape for name, parameter in parameters.items() if id(parameter) not in watch.seen}
+        roles |= _siblings(unseen, roles, parameters, watch.sites.path)
         buffers = {
             name: axes for name, buffer in host.named_buffers(remove_duplicate=False) if (axes := self._axes(id(buffer)))
         }
         broken = tuple(dict.fromkeys(what for node, what in watch.lost if watch.root(node) == self.stream))
         return Stream(watch.sites, roles, buffers, self.final, broken)
-
-    def _feeds_the_head(self, norm: int) -> bool:
-        """Whether what a norm within the last layer gives goes through no other product before the head's."""
-        uses = self.watch.uses
-        return any(use.call == norm and use.feeds is not None and uses[use.feeds].part == "after" for use in uses)
 
     def _axes(self, source: int) -> tuple[int, ...]:
         nodes = self.watch.values[source].nodes

@@ -56,10 +56,6 @@ class Trial:
     permuted_index: int
     order: np.ndarray | None = None
 
-    def original_index(self, permuted: int) -> int:
-        """The number on the original host of an index of this trial's host."""
-        return permuted if self.order is None else int(np.flatnonzero(self.order == permuted)[0])
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -109,24 +105,20 @@ class TrialRunner:
 
     def trials(self, counts: Mapping[str, int]) -> list[Trial]:
         """The given number of trials of each kind, with the same seeds; none of a kind that is impossible on this host."""
+        after = ((self.recipe.seed + n) % 2**32 for n in itertools.count(1))
+        seeds = list(itertools.islice((seed for seed in after if seed not in self.taken), max(counts.values(), default=0)))
+        alone = {"samples": 0, "report_to": [], "evaluations": 1, "keep": "last"}
         found = []
         for kind, count in counts.items():
             try:
-                found += [self._trial(kind, seed) for seed in self._seeds(count)]
+                recipes = [self.recipe.changed(seed=seed, **alone, **self._changes(kind)) for seed in seeds[:count]]
             except RealignerError as error:
                 self.refused[kind] = str(error)
+                continue
+            order = self.order() if kind == "permuted" else None
+            place = self.index if order is None else int(order[self.index])
+            found += [Trial(kind, recipe.seed, recipe, place, order) for recipe in recipes]
         return found
-
-    def _seeds(self, count: int) -> list[int]:
-        after = ((self.recipe.seed + n) % 2**32 for n in itertools.count(1))
-        return list(itertools.islice((seed for seed in after if seed not in self.taken), count))
-
-    def _trial(self, kind: str, seed: int) -> Trial:
-        recipe = self.recipe.changed(seed=seed, samples=0, report_to=[], evaluations=1, keep="last", **self._changes(kind))
-        if kind != "permuted":
-            return Trial(kind, seed, recipe, self.index)
-        order = self.order()
-        return Trial(kind, seed, recipe, int(order[self.index]), order)
 
     def _changes(self, kind: str) -> dict[str, Any]:
         depth = int(self.host.config.get_text_config(decoder=True).num_hidden_layers)
@@ -193,26 +185,31 @@ class TrialRunner:
         rows = {trial.seed: rows_of(trial.recipe) for trial, _ in made}  # trials of a seed split alike
         outcomes = []
         for name, group in itertools.groupby(made, key=lambda pair: pair[0].recipe.host):
-            host = self._loaded(name)
+            host = self.host
+            if name and Path(name).is_relative_to((self.out / "hosts").resolve()):  # an edited one
+                host, _ = load_host(name, str(host.dtype).removeprefix("torch."), str(host.device))
             outcomes += [_outcome(host, trial, folder / run.name, rows[trial.seed]) for trial, run in group]
         return outcomes
 
-    def _loaded(self, name: str | None) -> PreTrainedModel:
-        """A trial's host, edited or not."""
-        if not name or not Path(name).is_relative_to((self.out / "hosts").resolve()):
-            return self.host
-        return load_host(name, str(self.host.dtype).removeprefix("torch."), str(self.host.device))[0]
-
 
 def _outcome(host: PreTrainedModel, trial: Trial, run: Path, rows: ExampleBatches) -> Outcome:
+    """M over the rows' tokens, and the rows' losses with and without the IRM."""
     model = load_irm(host, run)
+    sums, masks = DeltaSums(), iter([batch["attention_mask"].bool() for batch in rows.batches])
+
+    def observe(_: ActiveIRM, __: torch.Tensor, delta: torch.Tensor) -> None:
+        sums.add(delta.detach()[next(masks).to(delta.device)])
+
+    observers = tuner_of(model).injector.observers
     try:
-        magnitude, losses, counts = magnitude_and_losses(model, rows)
+        observers.append(observe)
+        losses, counts = rows.losses(model)
+        observers.remove(observe)
         with model.disable_adapter():
             bare, _ = rows.losses(model)
     finally:
         model.unload()
-    return Outcome(trial, magnitude, losses, counts, bare)
+    return Outcome(trial, sums.mean(), losses, counts, bare)
 
 
 def _planned(recipe: Recipe) -> RunSpec:
@@ -220,28 +217,12 @@ def _planned(recipe: Recipe) -> RunSpec:
     return run
 
 
-def magnitude_and_losses(model: Any, rows: ExampleBatches) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """M of a model's deltas ``[layer, neuron]`` over the rows' tokens, and the rows' losses and targets."""
-    tuner = tuner_of(model)
-    sums = DeltaSums()
-
-    def observe(_: ActiveIRM, __: torch.Tensor, delta: torch.Tensor) -> None:
-        sums.add(delta.detach()[next(masks).to(delta.device)])
-
-    masks = iter([batch["attention_mask"].bool() for batch in rows.batches])
-    tuner.injector.observers.append(observe)
-    try:
-        losses, counts = rows.losses(model)
-    finally:
-        tuner.injector.observers.remove(observe)
-    return sums.mean(), losses, counts
-
-
 def trial_results(outcomes: Sequence[Outcome]) -> list[TrialResult]:
     """The rank of the index and the losses of each trial; ties count against the index."""
     found = []
     for outcome in outcomes:
         trial, score, targets = outcome.trial, leading_score(outcome.magnitude), outcome.counts.sum()
+        leader = int(score.argmax())
         loss, bare = float(outcome.losses.sum() / targets), float(outcome.bare.sum() / targets)
         ratio = float(score[trial.permuted_index])
         found.append(
@@ -251,7 +232,7 @@ def trial_results(outcomes: Sequence[Outcome]) -> list[TrialResult]:
                 place=trial.permuted_index,
                 rank=int((score >= ratio).sum()),
                 ratio=ratio,
-                leader=trial.original_index(int(score.argmax())),
+                leader=leader if trial.order is None else int(np.flatnonzero(trial.order == leader)[0]),
                 leader_ratio=float(score.max()),
                 loss=loss,
                 bare_loss=bare,

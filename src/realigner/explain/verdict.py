@@ -225,12 +225,8 @@ def _moves(evidence: Evidence) -> Conclusion:
         "The host decides which index it is: in a host with its indices in another order, the index leads in its new place"
     )
     outcomes, ranks, n = _against(evidence, "permuted")
-    if not n:
-        return _conclusion("moves", question, "cannot tell", f"{ranks[:1].upper()}{ranks[1:]}.", 0, "trials")
-    answer: Answer = (
-        "supported" if set(outcomes) == {"stayed"} else "not supported" if set(outcomes) == {"dropped"} else "cannot tell"
-    )
-    return _conclusion("moves", question, answer, f"In its new place: {ranks}.", n, "trials")
+    words = f"In its new place: {ranks}." if n else f"{ranks[:1].upper()}{ranks[1:]}."
+    return _conclusion("moves", question, _all(outcomes, "stayed", "dropped"), words, n, "trials")
 
 
 def _channel(evidence: Evidence) -> Conclusion:
@@ -247,45 +243,38 @@ def _cause_tests(evidence: Evidence) -> list[Conclusion]:
     gain += f" {times_median(facts, 'head_norm'):.2g} times the median."
     large, view = "the host's residual is large there", "of how the final norm and the head see it"
     small = "Its residual is of ordinary size."
-    found = [
-        _dropping(evidence, "no channel", f"It leads because {large}", "Without it" if channel else small, channel),
-        _dropping(
-            evidence,
-            "gain",
-            f"It leads because {view}",
-            f"{gain} With a gain that makes the head see it as the median" if seen else gain,
-            seen,
-        ),
+    shown = f"{gain} With a gain that makes the head see it as the median" if seen else gain
+    tests = [
+        ("no channel", f"It leads because {large}", "Without it" if channel else small, channel),
+        ("gain", f"It leads because {view}", shown, seen),
+        ("ordinary", f"It leads because {large} or because {view}", "Without both", channel and seen),
     ]
-    if seen and channel:
-        found.append(_dropping(evidence, "ordinary", f"It leads because {large} or because {view}", "Without both", True))
+    found = []
+    for kind, question, words, asked in tests:
+        if asked:
+            outcomes, ranks, n = _against(evidence, kind)
+            found.append(_conclusion(kind, question, _all(outcomes), f"{words}: {ranks}.", n, "trials"))
+        elif kind != "ordinary":
+            found.append(_conclusion(kind, question, "not supported", words, evidence.width, "indices"))
     return found
 
 
-def _dropping(evidence: Evidence, kind: str, question: str, words: str, asked: bool) -> Conclusion:
-    """Whether the index drops in trials of a kind; not supported where there was nothing to change."""
-    if not asked:
-        return _conclusion(kind, question, "not supported", words, evidence.width, "indices")
-    outcomes, ranks, n = _against(evidence, kind)
-    return _conclusion(kind, question, _dropped(outcomes), f"{words}: {ranks}.", n, "trials")
-
-
-def _dropped(outcomes: Sequence[str]) -> Answer:
-    """Whether an index dropped in all trials."""
-    return "supported" if set(outcomes) == {"dropped"} else "not supported" if set(outcomes) == {"stayed"} else "cannot tell"
+def _all(outcomes: Sequence[str], yes: str = "dropped", no: str = "stayed") -> Answer:
+    """Whether all trials had one outcome, or all the other."""
+    return "supported" if set(outcomes) == {yes} else "not supported" if set(outcomes) == {no} else "cannot tell"
 
 
 def _optimiser(evidence: Evidence) -> Conclusion:
     question = "It leads because of Adam: with SGD it does not"
     outcomes, ranks, n = _against(evidence, "sgd")
-    if not n:
-        return _conclusion("sgd", question, "cannot tell", f"{ranks[:1].upper()}{ranks[1:]}.", 0, "trials")
-    learned, of_adam = ([trial.learned for trial in _of_kind(evidence, kind)] for kind in ("sgd", "reference"))
-    share = float(np.mean(learned) / np.mean(of_adam))
-    words = f"With SGD: {ranks}; it learned {100 * share:.0f}% of what Adam did."
-    if share < _HALF:
-        return _conclusion("sgd", question, "cannot tell", words + " That is too little to compare.", n, "trials")
-    return _conclusion("sgd", question, _dropped(outcomes), words, n, "trials")
+    answer, words = _all(outcomes), f"{ranks[:1].upper()}{ranks[1:]}."
+    if n:
+        learned, of_adam = ([trial.learned for trial in _of_kind(evidence, kind)] for kind in ("sgd", "reference"))
+        share = float(np.mean(learned) / np.mean(of_adam))
+        words = f"With SGD: {ranks}; it learned {100 * share:.0f}% of what Adam did."
+        if share < _HALF:
+            answer, words = "cannot tell", f"{words} That is too little to compare."
+    return _conclusion("sgd", question, answer, words, n, "trials")
 
 
 def _other_trials(evidence: Evidence) -> list[Conclusion]:
@@ -297,7 +286,7 @@ def _other_trials(evidence: Evidence) -> list[Conclusion]:
     for kind, question in questions.items():
         outcomes, ranks, n = _against(evidence, kind)
         if n:
-            found.append(_conclusion(kind, question, _dropped(outcomes), f"{ranks}.", n, "trials"))
+            found.append(_conclusion(kind, question, _all(outcomes), f"{ranks}.", n, "trials"))
     return found
 
 

@@ -34,8 +34,6 @@ from realigner.explain.roles import Role, find_stream, roles_of
 from realigner.hosts import text_config
 from realigner.locate import find_layers
 
-_PLACES = ("attention", "mlp")
-
 
 def weights_of(host: nn.Module | str | Path) -> xr.Dataset:
     """`measure_weights` of a host in memory, or of a checkpoint's folder.
@@ -78,29 +76,22 @@ def measure_weights(source: Tensors, roles: Mapping[str, Role]) -> xr.Dataset:
     table = _Table(source, roles)
     gain = table.gain([name for name, role in roles.items() if role.kind == "gain" and role.place == "final"])
     norms = table.norms([head] if head in roles else [n for n, role in roles.items() if role.place == "head"])
-    neurons: dict[str, np.ndarray] = {
-        "final_gain": gain,
-        "head_norm": norms,
-        "head_reach": np.abs(gain) * norms,
-        "embedding_norm": table.norms([embedding] if embedding in roles else []),
+    values: dict[str, Any] = {
+        "final_gain": ("neuron", gain),
+        "head_norm": ("neuron", norms),
+        "head_reach": ("neuron", np.abs(gain) * norms),
+        "embedding_norm": ("neuron", table.norms([embedding] if embedding in roles else [])),
     }
-    layers: dict[str, np.ndarray] = {}
-    for place in _PLACES:
-        layers[f"{place}_gain"] = table.by_layer(place, "gain")
-        layers[f"{place}_write"] = table.by_layer(place, "write")
-    return xr.Dataset(
-        {
-            **{name: ("neuron", values) for name, values in neurons.items()},
-            **{name: (("layer", "neuron"), values) for name, values in layers.items()},
-        },
-        coords={"neuron": np.arange(table.width), "layer": np.arange(table.depth)},
-        attrs={
-            "host": source.origin,
-            "model_type": str(getattr(text_config(source.host), "model_type", "")),
-            "tied": int(tied),
-            "norm": head_norm_kind(source.example),
-        },
-    )
+    for place in ("attention", "mlp"):
+        for kind in ("gain", "write"):
+            values[f"{place}_{kind}"] = ("layer", "neuron"), table.by_layer(place, kind)
+    attrs = {
+        "host": source.origin,
+        "model_type": str(getattr(text_config(source.host), "model_type", "")),
+        "tied": int(tied),
+        "norm": head_norm_kind(source.example),
+    }
+    return xr.Dataset(values, {"neuron": np.arange(table.width), "layer": np.arange(table.depth)}, attrs)
 
 
 class _Table:
@@ -159,7 +150,18 @@ def roles_for(source: Tensors) -> dict[str, Role]:
     """
     if source.example is source.host:
         return roles_of(source.host)
-    known, last = _by_pattern(source)
+    # The example's roles by pattern: a name with its numbers as ``*``; None for a parameter that does not touch the stream.
+    roles, path = roles_of(source.example), find_layers(source.example)[2]
+    known: dict[str, Role | None] = {}
+    last: dict[str, Role] = {}  # where norms follow the branches, the last layer's last one is the final norm
+    for name, _ in source.example.named_parameters(remove_duplicate=False):
+        pattern = _pattern(name, path)[1]
+        role = replace(roles[name], layer=None) if name in roles else None
+        if role is not None and role.place == "final" and pattern in known:
+            last[pattern] = role
+        elif known.setdefault(pattern, role) != role:
+            raise RealignerError(f"{source.origin}: {name} has another part in other layers; load the host to measure it")
+    # Carried over to the host's names.
     _, layers, path = find_layers(source.host)
     found = {}
     for name, _ in source.host.named_parameters(remove_duplicate=False):
@@ -175,24 +177,6 @@ def roles_for(source: Tensors) -> dict[str, Role]:
         if any(axis >= len(shape) or shape[axis] != width for axis in role.axes):
             raise RealignerError(f"{source.origin}: {name} is {list(shape)}; its axes {list(role.axes)} should be {width} long")
     return found
-
-
-def _by_pattern(source: Tensors) -> tuple[dict[str, Role | None], dict[str, Role]]:
-    """Roles in the example by name pattern (numbers as ``*``); None for a parameter that does not touch the stream.
-
-    Where norms follow the branches, the last layer's last one is the final norm: its name is among the second, too.
-    """
-    roles, path = roles_of(source.example), find_layers(source.example)[2]
-    known: dict[str, Role | None] = {}
-    last: dict[str, Role] = {}
-    for name, _ in source.example.named_parameters(remove_duplicate=False):
-        pattern = _pattern(name, path)[1]
-        role = replace(roles[name], layer=None) if name in roles else None
-        if role is not None and role.place == "final" and pattern in known:
-            last[pattern] = role
-        elif known.setdefault(pattern, role) != role:
-            raise RealignerError(f"{source.origin}: {name} has another part in other layers; load the host to measure it")
-    return known, last
 
 
 def _pattern(name: str, path: str) -> tuple[int | None, str]:
