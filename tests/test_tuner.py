@@ -404,3 +404,9 @@ def round_trip(values: dict[str, Any]) -> None:
                 assert Path(folder, name).read_bytes() == Path(folder, "again", name).read_bytes()
     finally:
         model.unload()
+
+
+def test_deprecated_names() -> None:
+    tuner = tuner_of(realigned())
+    with pytest.warns(DeprecationWarning, match="registry"):
+        assert tuner.bank is tuner.registry
