@@ -265,8 +265,6 @@ def _training(item: ReportInput, runs: RunStyles) -> dict[str, Any] | None:
         return None
     name = "loss, nats per token"
     return {
-        "validation": charts.line_chart(lines, "step", name, "Validation loss by step"),
-        "batches": charts.line_chart(bare, "step", name, "Training loss by step, one batch each"),
-        "key": charts.key(lines or bare),
-        "table": tables.points(lines, "step"),
+        "validation": tables.charted(lines, "step", name, "Validation loss by step"),
+        "batches": tables.charted(bare, "step", name, "Training loss by step, one batch each"),
     }

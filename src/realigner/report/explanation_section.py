@@ -51,7 +51,6 @@ def explanation_section(item: Explanation, number: int, runs: RunStyles) -> dict
 
 def _trials(item: Explanation) -> dict[str, Any] | None:
     """The index in each training, one row for each kind of trial, as a chart and a table."""
-
     if not item.trials:
         return None
     first = top_ranks(item.width)
@@ -85,10 +84,7 @@ def _ablations(index: int, whose: str, own: Sequence[Ablation], hows: Mapping[st
         "n": max((row.n for row in own), default=0),
         "losses": [losses.get(how, "") for how in ("whole", "none")],
         "charts": [
-            {
-                "name": hows[how][0],
-                "chart": _ablation_chart(index, f"{whose}: change of {hows[how][1]}, beside other indices", rows),
-            }
+            (hows[how][0], _ablation_chart(index, f"{whose}: change of {hows[how][1]}, beside other indices", rows))
             for how, rows in by_how.items()
         ],
         "rows": [
