@@ -7,14 +7,20 @@ from typing import TYPE_CHECKING
 from realigner.lazy import lazily
 
 if TYPE_CHECKING:
-    from realigner.sweep.grid import Planned, RunSpec, Sweep, plan, read_sweep
-    from realigner.sweep.sweep_run import Result, run_sweep
+    from realigner.sweep.grid import (
+        Planned as Planned,
+        RunSpec as RunSpec,
+        Sweep as Sweep,
+        plan as plan,
+        read_sweep as read_sweep,
+    )
+    from realigner.sweep.sweep_run import Result as Result, run_sweep as run_sweep
 
 _HOMES = {
     **dict.fromkeys(("Planned", "RunSpec", "Sweep", "plan", "read_sweep"), "grid"),
     **dict.fromkeys(("Result", "run_sweep"), "sweep_run"),
 }
 
-__all__ = ["Planned", "RunSpec", "Result", "Sweep", "plan", "read_sweep", "run_sweep"]
+__all__ = [*_HOMES]
 
 __getattr__ = lazily(__name__, _HOMES)

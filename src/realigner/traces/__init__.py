@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING
 from realigner.lazy import lazily
 
 if TYPE_CHECKING:
-    from realigner.traces.layout import RunLabel, join_traces
-    from realigner.traces.recording import adapter_hash, record
-    from realigner.traces.reference_folder import import_reference
-    from realigner.traces.replaying import replay, replayed_texts
-    from realigner.traces.store import TraceWriter, load_trace, save_trace, texts_of, verify_trace
+    from realigner.traces.layout import RunLabel as RunLabel, join_traces as join_traces
+    from realigner.traces.recording import adapter_hash as adapter_hash, record as record
+    from realigner.traces.reference_folder import import_reference as import_reference
+    from realigner.traces.replaying import replay as replay, replayed_texts as replayed_texts
+    from realigner.traces.store import (
+        TraceWriter as TraceWriter,
+        load_trace as load_trace,
+        save_trace as save_trace,
+        texts_of as texts_of,
+        verify_trace as verify_trace,
+    )
 
 _HOMES = {
     "RunLabel": "layout",
@@ -31,19 +37,6 @@ _HOMES = {
     "verify_trace": "store",
 }
 
-__all__ = [
-    "RunLabel",
-    "TraceWriter",
-    "adapter_hash",
-    "import_reference",
-    "join_traces",
-    "load_trace",
-    "record",
-    "replay",
-    "replayed_texts",
-    "save_trace",
-    "texts_of",
-    "verify_trace",
-]
+__all__ = [*_HOMES]
 
 __getattr__ = lazily(__name__, _HOMES)

@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING
 from realigner.lazy import lazily
 
 if TYPE_CHECKING:
-    from realigner.training.recipe import Recipe, make_recipe, read_recipe
-    from realigner.training.run_dir import read_metrics, read_run, refuse_run, versions
-    from realigner.training.training_run import Run, train, train_recipe
+    from realigner.training.recipe import Recipe as Recipe, make_recipe as make_recipe, read_recipe as read_recipe
+    from realigner.training.run_dir import (
+        read_metrics as read_metrics,
+        read_run as read_run,
+        refuse_run as refuse_run,
+        versions as versions,
+    )
+    from realigner.training.training_run import Run as Run, train as train, train_recipe as train_recipe
 
 _HOMES = {
     **dict.fromkeys(("Recipe", "make_recipe", "read_recipe"), "recipe"),
@@ -17,17 +22,6 @@ _HOMES = {
     **dict.fromkeys(("Run", "train", "train_recipe"), "training_run"),
 }
 
-__all__ = [
-    "Recipe",
-    "Run",
-    "make_recipe",
-    "read_metrics",
-    "read_recipe",
-    "read_run",
-    "refuse_run",
-    "train",
-    "train_recipe",
-    "versions",
-]
+__all__ = [*_HOMES]
 
 __getattr__ = lazily(__name__, _HOMES)
