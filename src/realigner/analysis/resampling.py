@@ -57,7 +57,6 @@ def interval(value: float, draws: np.ndarray, n: int, bounds: tuple[float, float
     percentiles do.
 
     Args:
-        value: of the statistic.
         draws: ``[resample]``.
         n: how many prompts, or tones, were resampled.
         bounds: what the statistic cannot exceed.
@@ -142,8 +141,6 @@ def exchange_p(differences: list[np.ndarray], weights: np.ndarray, draws: int, r
     Args:
         differences: of every control, its runs' differences from it ``[run, prompt]``; a prompt that any lacks does not count.
         weights: of the runs in the mean, in the order of `differences`.
-        draws: how many.
-        rng: what draws them.
 
     Returns:
         p; NaN with fewer than 5 prompts, and where all differences are exactly 0.
@@ -193,8 +190,6 @@ class Relabelling:
     Args:
         rows: of the widest matrix; a matrix of fewer says which rows it has, and rows of the same number move together.
         neurons: columns.
-        draws: how many.
-        rng: what draws them.
     """
 
     def __init__(self, rows: int, neurons: int, draws: int, rng: np.random.Generator) -> None:

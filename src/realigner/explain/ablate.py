@@ -35,8 +35,6 @@ def edited_output(irm: IRM, index: int, how: How, mean: np.ndarray | None = None
     """Change an IRM's deltas at one index, in every layer, within a block.
 
     Args:
-        irm: the network.
-        index: of the residual stream.
         how: ``"zero"``: no delta there; ``"mean"``: always its mean; ``"keep"``: no delta anywhere else.
         mean: ``[layer, neuron]`` over the IRM's layers, for ``"mean"``.
 
@@ -69,9 +67,7 @@ def control_indices(score: np.ndarray, index: int, random: int, matched: int, rn
 
     Args:
         score: `leading_score` ``[neuron]``.
-        index: the index that is ablated.
         random, matched: how many of each; fewer if the host has fewer.
-        rng: draws the random ones.
     """
     others = np.array([n for n in range(len(score)) if n != index])
     near = others[np.argsort(np.abs(np.log(score[others] + 1e-30) - np.log(score[index] + 1e-30)), kind="stable")]
@@ -94,13 +90,9 @@ def delta_ablations(
 
     Args:
         model: a host with one IRM.
-        rows: the rows that losses are computed on.
-        index: of the residual stream.
         mean: the IRM's mean deltas ``[layer, neuron]``.
         controls: from `control_indices`; an index in several groups is ablated once.
-        hows: which ablations.
         seed: of the intervals' resamples.
-        quiet: show no progress.
 
     Returns:
         One entry for each ablation and group ("" is the index itself), with the change from the whole IRM; how ``"whole"``
@@ -129,15 +121,7 @@ def host_ablations(
     seed: int = 0,
     quiet: bool = True,
 ) -> list[Ablation]:
-    """The bare host's loss with its residual stream zeroed at an index, and at control indices.
-
-    Args:
-        host: without an IRM; left unchanged.
-        rows: the rows that losses are computed on.
-        index: of the residual stream.
-        controls: other indices, by group.
-        seed: of the intervals' resamples.
-        quiet: show no progress.
+    """The bare host's loss with its residual stream zeroed at an index, and at control indices; it is left unchanged.
 
     Returns:
         As `delta_ablations`, how ``"zero"``, and ``"whole"``: the host as it is.
