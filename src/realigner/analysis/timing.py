@@ -93,18 +93,15 @@ def top_histogram(trace: xr.Dataset, k: int = 1000, bins: int | None = None) -> 
     rows = []
     for largest in _largest(trace, k):
         if bins is None:
-            size = int(largest.tokens.max())
             place = largest.position
             every = np.concatenate([np.arange(tokens) for tokens in largest.tokens])
-            labels = np.arange(size, dtype=float)
+            labels = np.arange(int(largest.tokens.max()), dtype=float)
         else:
-            size = bins
             place = _bin(largest.position, largest.tokens[largest.text], bins)
             every = np.concatenate([_bin(np.arange(tokens), np.full(tokens, tokens), bins) for tokens in largest.tokens])
             labels = (np.arange(bins) + 0.5) / bins
-        counts = np.bincount(place, minlength=size)
-        facts = largest.label | {"position": labels, "count": counts}
-        rows.append(pd.DataFrame(facts | {"tokens": np.bincount(every, minlength=size)}))
+        counts, tokens = (np.bincount(places, minlength=len(labels)) for places in (place, every))
+        rows.append(pd.DataFrame(largest.label | {"position": labels, "count": counts, "tokens": tokens}))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -119,8 +116,7 @@ def layer_counts(trace: xr.Dataset, k: int = 1000) -> pd.DataFrame:
     layers, rows = trace["layer"].values, []
     for largest in _largest(trace, k):
         count = np.bincount(np.searchsorted(layers, largest.layer), minlength=len(layers))
-        facts = largest.label | {"layer": layers, "count": count}
-        rows.append(pd.DataFrame(facts))
+        rows.append(pd.DataFrame(largest.label | {"layer": layers, "count": count}))
     return pd.concat(rows, ignore_index=True)
 
 
