@@ -112,7 +112,17 @@ def consensus(
     check_draws(permutations, resamples)
     rng = np.random.default_rng(seed)
     neurons, prompts = source["neuron"].values, prompts_of(source)
-    measured = _measurements(host, len(neurons))
+    measured: np.ndarray | None = None
+    if host is not None:
+        measured = np.asarray(host, dtype=float)
+        measured = measured[:, None] if measured.ndim == 1 else measured
+        if len(measured) != len(neurons) or not np.isfinite(measured).all():
+            raise UsageError(
+                "consensus: host measurements are [neuron, measurement], finite, a row for each of the trace's "
+                f"{len(neurons)} indices; these are {list(measured.shape)}"
+            )
+        spread = measured.std(axis=0)
+        measured = (measured - measured.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
     runs = list(_runs(source, prompts))
     trained, untrained = ([run for run in runs if (run.tone == UNTRAINED) == bare] for bare in (False, True))
     weights = prompt_weights(len(prompts), min(resamples, RESAMPLES), rng)
@@ -235,20 +245,6 @@ def _residual(y: np.ndarray, x: np.ndarray | None) -> np.ndarray:
         x = np.column_stack([x, *(np.maximum(x - np.quantile(x, knot, axis=0), 0) for knot in _KNOTS)])
     design = np.column_stack([np.ones(len(y)), x])
     return np.asarray(y - design @ np.linalg.lstsq(design, y, rcond=None)[0])
-
-
-def _measurements(host: pd.DataFrame | np.ndarray | None, neurons: int) -> np.ndarray | None:
-    if host is None:
-        return None
-    values = np.asarray(host, dtype=float)
-    values = values[:, None] if values.ndim == 1 else values
-    if len(values) != neurons or not np.isfinite(values).all():
-        raise UsageError(
-            f"consensus: host measurements are [neuron, measurement], finite, a row for each of the trace's {neurons} indices; "
-            f"these are {list(values.shape)}"
-        )
-    spread = values.std(axis=0)
-    return np.asarray((values - values.mean(axis=0)) / np.where(spread > 0, spread, 1.0))
 
 
 def _rows(

@@ -65,8 +65,6 @@ def text_sums(trace: xr.Dataset, texts: np.ndarray, name: str, parts: int) -> tu
     """One of a trace's reductions over the first parts of some texts, read text by text.
 
     Args:
-        trace: see `traces.layout`.
-        texts: their numbers.
         name: ``sum``, ``sum_abs`` or ``sum_sq`` (summed over parts), or ``max_abs`` (the largest).
         parts: how many of `traces.layout.PARTS`, from the first on.
 

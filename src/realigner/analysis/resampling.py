@@ -57,7 +57,6 @@ def interval(value: float, draws: np.ndarray, n: int, bounds: tuple[float, float
     percentiles do.
 
     Args:
-        value: of the statistic.
         draws: ``[resample]``.
         n: how many prompts, or tones, were resampled.
         bounds: what the statistic cannot exceed.
@@ -142,8 +141,6 @@ def exchange_p(differences: list[np.ndarray], weights: np.ndarray, draws: int, r
     Args:
         differences: of every control, its runs' differences from it ``[run, prompt]``; a prompt that any lacks does not count.
         weights: of the runs in the mean, in the order of `differences`.
-        draws: how many.
-        rng: what draws them.
 
     Returns:
         p; NaN with fewer than 5 prompts, and where all differences are exactly 0.
@@ -193,8 +190,6 @@ class Relabelling:
     Args:
         rows: of the widest matrix; a matrix of fewer says which rows it has, and rows of the same number move together.
         neurons: columns.
-        draws: how many.
-        rng: what draws them.
     """
 
     def __init__(self, rows: int, neurons: int, draws: int, rng: np.random.Generator) -> None:
@@ -211,7 +206,7 @@ class Relabelling:
         """Every draw's relabelled matrix ``[row, neuron]``. It is overwritten by the next one."""
         drawn = np.empty_like(matrix)
         if self.circular:
-            twice = self._twice(matrix)
+            twice = np.tile(matrix[:, self.order], 2)
             for shifts in self.shifts[:, rows].tolist():
                 for row, shift in enumerate(shifts):
                     drawn[row] = twice[row, shift : shift + self.neurons]
@@ -224,14 +219,8 @@ class Relabelling:
     def sums(self, matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Column sums of every draw's matrix ``[draw, neuron]``."""
         result = np.zeros((self.draws, self.neurons), dtype=matrix.dtype)
-        if self.circular:
-            twice = self._twice(matrix)
-            for total, shifts in zip(result, self.shifts[:, rows].tolist(), strict=True):
-                for row, shift in enumerate(shifts):
-                    total += twice[row, shift : shift + self.neurons]
-        else:
-            for total, drawn in zip(result, self.each(matrix, rows), strict=True):
-                drawn.sum(axis=0, out=total)
+        for total, drawn in zip(result, self.each(matrix, rows), strict=True):
+            drawn.sum(axis=0, out=total)
         return result
 
     def products(self, matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -274,7 +263,3 @@ class Relabelling:
             return matrix[number, self.order[(columns[:, None] + self.shifts[:, rows, None]) % self.neurons]]
         draw = np.arange(self.draws)[:, None, None]
         return np.asarray(matrix[number, self.places[draw, rows[:, None], columns[:, None]]])
-
-    def _twice(self, matrix: np.ndarray) -> np.ndarray:
-        ordered = matrix[:, self.order]
-        return np.concatenate([ordered, ordered], axis=1)

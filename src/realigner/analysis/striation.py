@@ -123,41 +123,31 @@ def striation(
     weights = prompt_weights(len(prompts), resamples, rng)
     entries: list[RunStatistic] = []
     for run in each_run(source):
-        entries += _entries(run, np.searchsorted(layers, run.layers), relabelling, prompts, weights)
-    return tabulate(entries, permutations, rng)
-
-
-def _entries(
-    run: RunTexts, rows: np.ndarray, relabelling: Relabelling, prompts: np.ndarray, weights: np.ndarray
-) -> list[RunStatistic]:
-    m = run.mean()
-    leading = _leading(leading_score(m))
-    values = _Maps.of(m, leading).statistics()
-    nulls = _relabelled(m, rows, relabelling).statistics()
-    draws = _resampled(run, weights[:, np.searchsorted(prompts, run.prompts)], leading).statistics()
-    n = len(np.unique(run.prompts[run.counts > 0]))
-    entries = []
-    for (statistic, without), (value,) in values.items():
-        under_null = nulls[statistic, without] if statistic in _TESTED else np.full(relabelling.draws, np.nan)
-        seen = np.isfinite(under_null)
-        drawn = draws[statistic, without]  # not every resample can be drawn, or ranked: the rest is NaN
-        entries.append(
-            RunStatistic(
-                run=run.run,
-                tone=run.tone,
-                seed=run.seed,
-                keys={"statistic": statistic, "without": without},
-                value=float(value),
-                draws=np.pad(drawn, (0, len(weights) - len(drawn)), constant_values=np.nan),
-                n=n,
-                bounds=(-1.0, 1.0),
-                null=float(under_null[seen].mean()) if seen.any() and np.isfinite(value) else float("nan"),
-                nulls=under_null,
-                joint=True,
-                test=TEST,
+        m, rows = run.mean(), np.searchsorted(layers, run.layers)
+        leading = _leading(leading_score(m))
+        nulls = _relabelled(m, rows, relabelling).statistics()
+        draws = _resampled(run, weights[:, np.searchsorted(prompts, run.prompts)], leading).statistics()
+        for (statistic, without), (value,) in _Maps.of(m, leading).statistics().items():
+            under_null = nulls[statistic, without] if statistic in _TESTED else np.full(permutations, np.nan)
+            seen = np.isfinite(under_null)
+            drawn = draws[statistic, without]  # not every resample can be drawn, or ranked: the rest is NaN
+            entries.append(
+                RunStatistic(
+                    run=run.run,
+                    tone=run.tone,
+                    seed=run.seed,
+                    keys={"statistic": statistic, "without": without},
+                    value=float(value),
+                    draws=np.pad(drawn, (0, len(weights) - len(drawn)), constant_values=np.nan),
+                    n=len(np.unique(run.prompts[run.counts > 0])),
+                    bounds=(-1.0, 1.0),
+                    null=float(under_null[seen].mean()) if seen.any() and np.isfinite(value) else float("nan"),
+                    nulls=under_null,
+                    joint=True,
+                    test=TEST,
+                )
             )
-        )
-    return entries
+    return tabulate(entries, permutations, rng)
 
 
 @dataclass

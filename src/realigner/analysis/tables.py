@@ -86,12 +86,7 @@ class RunStatistic:
 
 
 def tabulate(entries: list[RunStatistic], flips: int, rng: np.random.Generator) -> pd.DataFrame:
-    """Entries as a tidy table.
-
-    Args:
-        entries: of every run.
-        flips: how many draws of signs.
-        rng: what draws them.
+    """Entries of every run as a tidy table; `flips`: how many draws of signs.
 
     Returns:
         ``run, tone, seed``, the entries' keys, ``value, null, low, high, p, n, unit, test`` (what p is held against), then
@@ -138,12 +133,11 @@ def _p(entry: RunStatistic, difference: RunStatistic | None, flips: int, rng: np
 def _dealt_p(differences: list[RunStatistic], draws: int, rng: np.random.Generator) -> float:
     """p of all runs' differences from their untrained runs, which are one for each seed."""
     by_seed = [[entry for entry in differences if entry.seed == seed] for seed in sorted({entry.seed for entry in differences})]
-    values = [[entry.per_prompt for entry in runs if entry.per_prompt is not None] for runs in by_seed]
-    if not differences or any(len(own) < len(runs) for own, runs in zip(values, by_seed, strict=True)):
+    if not differences or any(entry.per_prompt is None for entry in differences):
         return float("nan")
     tones = [entry.tone for entry in differences]
     weights = np.array([1 / (len(set(tones)) * tones.count(entry.tone)) for runs in by_seed for entry in runs])
-    return exchange_p([np.array(own) for own in values], weights, draws, rng)
+    return exchange_p([np.array([entry.per_prompt for entry in runs]) for runs in by_seed], weights, draws, rng)
 
 
 def _row(entry: RunStatistic, difference: RunStatistic | None, paired: float, p: float, test: str) -> dict[str, Any]:

@@ -93,18 +93,15 @@ def top_histogram(trace: xr.Dataset, k: int = 1000, bins: int | None = None) -> 
     rows = []
     for largest in _largest(trace, k):
         if bins is None:
-            size = int(largest.tokens.max())
             place = largest.position
             every = np.concatenate([np.arange(tokens) for tokens in largest.tokens])
-            labels = np.arange(size, dtype=float)
+            labels = np.arange(int(largest.tokens.max()), dtype=float)
         else:
-            size = bins
             place = _bin(largest.position, largest.tokens[largest.text], bins)
             every = np.concatenate([_bin(np.arange(tokens), np.full(tokens, tokens), bins) for tokens in largest.tokens])
             labels = (np.arange(bins) + 0.5) / bins
-        counts = np.bincount(place, minlength=size)
-        facts = largest.label | {"position": labels, "count": counts}
-        rows.append(pd.DataFrame(facts | {"tokens": np.bincount(every, minlength=size)}))
+        counts, tokens = (np.bincount(places, minlength=len(labels)) for places in (place, every))
+        rows.append(pd.DataFrame(largest.label | {"position": labels, "count": counts, "tokens": tokens}))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -119,8 +116,7 @@ def layer_counts(trace: xr.Dataset, k: int = 1000) -> pd.DataFrame:
     layers, rows = trace["layer"].values, []
     for largest in _largest(trace, k):
         count = np.bincount(np.searchsorted(layers, largest.layer), minlength=len(layers))
-        facts = largest.label | {"layer": layers, "count": count}
-        rows.append(pd.DataFrame(facts))
+        rows.append(pd.DataFrame(largest.label | {"layer": layers, "count": count}))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -143,14 +139,8 @@ def _largest(trace: xr.Dataset, k: int) -> Iterator[_Largest]:
         raise UsageError(f"timing: the {k} largest values are wanted, and the trace keeps {trace.sizes['rank']} of a text")
     for label, own in split_by_run(texts):
         numbers = own.index.to_numpy()
-        text, place = _places(trace, numbers, k)
-        yield _Largest(
-            label=label,
-            text=text,
-            position=_rows(trace, "top_position", numbers)[text, place],
-            layer=_rows(trace, "top_layer", numbers)[text, place],
-            tokens=(own["stop"] - own["start"]).to_numpy(),
-        )
+        text, position, layer = _places(trace, numbers, k)
+        yield _Largest(label, text, position, layer, (own["stop"] - own["start"]).to_numpy())
 
 
 def _rows(trace: xr.Dataset, name: str, texts: np.ndarray) -> np.ndarray:
@@ -158,13 +148,13 @@ def _rows(trace: xr.Dataset, name: str, texts: np.ndarray) -> np.ndarray:
     return np.stack([trace[name][int(text)].values for text in texts])
 
 
-def _places(trace: xr.Dataset, texts: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where in ``top_value [text, rank]`` the k largest of all these texts' values are."""
+def _places(trace: xr.Dataset, texts: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Text (its place in `texts`), position and layer of each of the k largest of all these texts' values."""
     size = np.nan_to_num(np.abs(_rows(trace, "top_value", texts)), nan=-1.0)
     chosen = np.argsort(-size, axis=None, kind="stable")[:k]
-    chosen = chosen[size.flat[chosen] >= 0]
-    text, place = np.unravel_index(chosen, size.shape)
-    return np.asarray(text), np.asarray(place)
+    text, rank = np.unravel_index(chosen[size.flat[chosen] >= 0], size.shape)
+    position, layer = (_rows(trace, name, texts)[text, rank] for name in ("top_position", "top_layer"))
+    return np.asarray(text), position, layer
 
 
 def _kept(trace: xr.Dataset, texts: pd.DataFrame) -> float:
@@ -193,8 +183,7 @@ def _texts(trace: xr.Dataset, own: pd.DataFrame, without: int) -> Iterator[_Text
     if "top_value" in trace:
         for k in LARGEST:
             if k <= _kept(trace, own):
-                text, place = _places(trace, numbers, k)
-                position = _rows(trace, "top_position", numbers)[text, place]
+                text, position, _ = _places(trace, numbers, k)
                 counts[k] = [
                     np.bincount(position[text == row], minlength=size)[without:].astype(float)
                     for row, size in enumerate(tokens)

@@ -7,8 +7,8 @@ comparisons are paired.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import numpy as np
@@ -35,8 +35,6 @@ def edited_output(irm: IRM, index: int, how: How, mean: np.ndarray | None = None
     """Change an IRM's deltas at one index, in every layer, within a block.
 
     Args:
-        irm: the network.
-        index: of the residual stream.
         how: ``"zero"``: no delta there; ``"mean"``: always its mean; ``"keep"``: no delta anywhere else.
         mean: ``[layer, neuron]`` over the IRM's layers, for ``"mean"``.
 
@@ -69,9 +67,7 @@ def control_indices(score: np.ndarray, index: int, random: int, matched: int, rn
 
     Args:
         score: `leading_score` ``[neuron]``.
-        index: the index that is ablated.
         random, matched: how many of each; fewer if the host has fewer.
-        rng: draws the random ones.
     """
     others = np.array([n for n in range(len(score)) if n != index])
     near = others[np.argsort(np.abs(np.log(score[others] + 1e-30) - np.log(score[index] + 1e-30)), kind="stable")]
@@ -94,13 +90,9 @@ def delta_ablations(
 
     Args:
         model: a host with one IRM.
-        rows: the rows that losses are computed on.
-        index: of the residual stream.
         mean: the IRM's mean deltas ``[layer, neuron]``.
         controls: from `control_indices`; an index in several groups is ablated once.
-        hows: which ablations.
         seed: of the intervals' resamples.
-        quiet: show no progress.
 
     Returns:
         One entry for each ablation and group ("" is the index itself), with the change from the whole IRM; how ``"whole"``
@@ -108,17 +100,12 @@ def delta_ablations(
     """
     tuner = tuner_of(model)
     irm = tuner.registry.network(tuner.registry.names[0])
-    changes = _Changes(rows.losses(model), seed)
-    with model.disable_adapter():  # type: ignore[operator]
-        changes.add("none", -1, [""], rows.losses(model)[0])
-    groups = _groups(index, controls)
-    with progress("ablating", len(groups) * len(hows), quiet) as task:
-        for how in hows:
-            for number, own in groups.items():
-                with edited_output(irm, number, how, mean):
-                    changes.add(how, number, own, rows.losses(model)[0])
-                task.advance()
-    return changes.entries
+
+    def edit(how: How, number: int) -> AbstractContextManager[None]:
+        return edited_output(irm, number, how, mean)
+
+    bare = model.disable_adapter()  # type: ignore[operator]
+    return _ablations(model, rows, index, controls, edit, hows, seed, quiet, bare)
 
 
 def host_ablations(
@@ -129,15 +116,7 @@ def host_ablations(
     seed: int = 0,
     quiet: bool = True,
 ) -> list[Ablation]:
-    """The bare host's loss with its residual stream zeroed at an index, and at control indices.
-
-    Args:
-        host: without an IRM; left unchanged.
-        rows: the rows that losses are computed on.
-        index: of the residual stream.
-        controls: other indices, by group.
-        seed: of the intervals' resamples.
-        quiet: show no progress.
+    """The bare host's loss with its residual stream zeroed at an index, and at control indices; it is left unchanged.
 
     Returns:
         As `delta_ablations`, how ``"zero"``, and ``"whole"``: the host as it is.
@@ -146,41 +125,47 @@ def host_ablations(
         RealignerError: as `find_stream`.
     """
     stream = find_stream(host)
-    changes = _Changes(rows.losses(host), seed)
-    groups = _groups(index, controls)
-    with progress("ablating the host", len(groups), quiet) as task:
-        for number, own in groups.items():
-            with silenced(host, stream, number):
-                changes.add("zero", number, own, rows.losses(host)[0])
-            task.advance()
-    return changes.entries
+    return _ablations(host, rows, index, controls, lambda _, number: silenced(host, stream, number), ("zero",), seed, quiet)
 
 
-def _groups(index: int, controls: Mapping[str, Sequence[int]]) -> dict[int, list[str]]:
-    """Every index to ablate, with its groups; that of the index in question is ""."""
-    groups = {index: [""]}
+def _ablations(
+    model: nn.Module,
+    rows: ExampleBatches,
+    index: int,
+    controls: Mapping[str, Sequence[int]],
+    edit: Callable[[How, int], AbstractContextManager[None]],
+    hows: Sequence[How],
+    seed: int,
+    quiet: bool,
+    bare: AbstractContextManager[None] | None = None,
+) -> list[Ablation]:
+    """Losses under every edit, each with its change from the loss of the whole and once for each group of its index."""
+    whole, counts = rows.losses(model)
+    weights = prompt_weights(len(counts), 1000, np.random.default_rng(seed))
+    entries: list[Ablation] = []
+
+    def add(how: str, number: int, groups: Sequence[str], sums: np.ndarray) -> None:
+        change, low, high = change_per_target(sums - whole, counts, weights)
+        loss, n = float(sums.sum() / counts.sum()), len(counts)
+        for group in groups:
+            found = Ablation(how=how, index=number, group=group, loss=loss, change=change, low=low, high=high, n=n)
+            entries.append(found)
+
+    add("whole", -1, [""], whole)
+    if bare is not None:
+        with bare:
+            add("none", -1, [""], rows.losses(model)[0])
+    groups = {index: [""]}  # "": the index in question
     for group, some in controls.items():
         for other in some:
             groups.setdefault(other, []).append(group)
-    return groups
-
-
-class _Changes:
-    """Losses under ablations, with their changes from the loss of the whole."""
-
-    def __init__(self, whole: tuple[np.ndarray, np.ndarray], seed: int) -> None:
-        self.whole, self.counts = whole
-        self.weights = prompt_weights(len(self.counts), 1000, np.random.default_rng(seed))
-        self.entries: list[Ablation] = []
-        self.add("whole", -1, [""], self.whole)
-
-    def add(self, how: str, index: int, groups: Sequence[str], sums: np.ndarray) -> None:
-        """Add the summed loss of each row ``[row]`` under an ablation, once for each group."""
-        change, low, high = change_per_target(sums - self.whole, self.counts, self.weights)
-        loss, n = float(sums.sum() / self.counts.sum()), len(self.counts)
-        self.entries += [
-            Ablation(how=how, index=index, group=group, loss=loss, change=change, low=low, high=high, n=n) for group in groups
-        ]
+    with progress("ablating" if bare else "ablating the host", len(groups) * len(hows), quiet) as task:
+        for how in hows:
+            for number, own in groups.items():
+                with edit(how, number):
+                    add(how, number, own, rows.losses(model)[0])
+                task.advance()
+    return entries
 
 
 def against_controls(ablations: Sequence[Ablation], how: How) -> dict[str, float]:

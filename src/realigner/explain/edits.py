@@ -163,11 +163,6 @@ def without_channel(host: PreTrainedModel, index: int) -> PreTrainedModel:
 def silenced(host: PreTrainedModel, stream: Stream, index: int) -> Iterator[None]:
     """`without_channel` in place, within a block; the weights are restored bit for bit.
 
-    Args:
-        host: a transformers causal language model.
-        stream: from `find_stream`.
-        index: of the residual stream.
-
     Example:
         >>> from realigner.tiny import tiny_host
         >>> host = tiny_host("llama")
@@ -215,11 +210,7 @@ def _writing(host: nn.Module, stream: Stream, index: int) -> Iterator[tuple[torc
 
 
 def randomised(host: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A randomly initialised host of the same config, dtype and device.
-
-    Args:
-        host: a transformers causal language model.
-        seed: of transformers' own initialisation of the class.
+    """A host of the same config, dtype and device, as transformers initialises its class with a seed.
 
     Example:
         >>> from realigner.tiny import tiny_host

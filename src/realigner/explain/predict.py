@@ -42,20 +42,11 @@ ABOUT = {
 
 
 def weight_table(weights: xr.Dataset) -> pd.DataFrame:
-    """The columns of `measurement_table` that need no forward: measurements of the weights alone.
-
-    Args:
-        weights: from `weights_of`.
-    """
-    layered = {
-        **{name: weights[name].values for name in ("attention_gain", "mlp_gain")},
-        **{name: _relative(weights[name].values) for name in ("attention_write", "mlp_write")},
-    }
-    columns = {
-        "final_gain": np.abs(weights["final_gain"].values),
-        **{name: weights[name].values for name in ("head_norm", "head_reach", "embedding_norm")},
-        **{name: _geometric(values) for name, values in layered.items()},
-    }
+    """The columns of `measurement_table` that need no forward: measurements of the weights alone (of `weights_of`)."""
+    columns = {"final_gain": np.abs(weights["final_gain"].values)}
+    columns |= {name: weights[name].values for name in ("head_norm", "head_reach", "embedding_norm")}
+    columns |= {name: _geometric(weights[name].values) for name in ("attention_gain", "mlp_gain")}
+    columns |= {name: _geometric(_relative(weights[name].values)) for name in ("attention_write", "mlp_write")}
     return pd.DataFrame(columns, index=pd.RangeIndex(weights.sizes["neuron"], name="neuron")).dropna(axis=1)
 
 
@@ -71,19 +62,14 @@ def measurement_table(weights: xr.Dataset, states: xr.Dataset) -> pd.DataFrame:
         layers differ in size, and averaged over layers (geometrically where it is a ratio). What a host does not have is
         left out.
     """
-    by_kind = {name: states["residual"].sel(kind=kind).values for name, kind in _STATES.items()}
-    layered = {
-        **{name: _relative(values) for name, values in by_kind.items()},
-        "residual_max": _relative(states["residual_max"].max("kind").values),
-        "gradient": _relative(states["gradient"].values),
-    }
+    layered = {name: states["residual"].sel(kind=kind).values for name, kind in _STATES.items()}
+    layered |= {"residual_max": states["residual_max"].max("kind").values, "gradient": states["gradient"].values}
     known = weight_table(weights)
     columns = {
         **{str(name): known[name].to_numpy() for name in known},
-        **{name: _geometric(values) for name, values in layered.items()},
+        **{name: _geometric(_relative(values)) for name, values in layered.items()},
         "residual_kurtosis": np.nanmean(states["residual_kurtosis"].sel(kind="rest").values, axis=0),
-        "energy_share": states["energy_share"].values.mean(axis=0),
-        "gradient_sign": states["gradient_sign"].values.mean(axis=0),
+        **{name: states[name].values.mean(axis=0) for name in ("energy_share", "gradient_sign")},
         **{name: states[name].values for name in ("gradient_cosine", "direct", "through_norm")},
     }
     there = {name: columns[name] for name in ABOUT if name in columns}
@@ -147,7 +133,7 @@ def cross_validated_r2(
     Args:
         measured: from `measurement_table`.
         score: ``[neuron]``.
-        folds: of the cross-validation, over indices, shuffled.
+        folds: over indices, shuffled.
         permutations: of the score over indices: the null.
         resamples: of indices, for the interval.
         seed: of all draws.

@@ -205,14 +205,8 @@ def head_tokens(host: Any, tokenizer: Any, indices: Sequence[int], count: int = 
 
     What the index is multiplied with on its way to the logits, but for the norm's scale: sign(g_i) W_U[:, i].
 
-    Args:
-        host: in memory.
-        tokenizer: its own.
-        indices: of the residual stream.
-        count: of tokens each way.
-
     Returns:
-        Index -> ``up``, ``down``, the furthest first; empty where the head does not read the stream directly.
+        Index -> ``up``, ``down``: `count` tokens each, the furthest first; none where the head does not read the stream itself.
     """
     source = HostTensors(host)
     name, roles = _weight_name(host, "get_output_embeddings"), roles_of(host)
