@@ -9,14 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from realigner.cli.options import (
-    Dtype,
-    Force,
-    Json,
-    Trust,
-    print_json,
-    short,
-)
+from realigner.cli import options as opt
 from realigner.errors import RealignerError, UsageError
 
 
@@ -26,10 +19,10 @@ def hosts(
     ] = None,
     types: Annotated[Optional[list[str]], typer.Option("--type", help="Only this model type; may be repeated.")] = None,
     out: Annotated[Optional[Path], typer.Option(help="Also write the table as a Markdown page (docs/hosts.md).")] = None,
-    force: Force = False,
-    dtype: Dtype = "float32",
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
+    force: opt.Force = False,
+    dtype: opt.Dtype = "float32",
+    trust_remote_code: opt.Trust = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Prove injection on a host; without one, on a tiny host of every type in transformers (half a minute)."""
     if host is None:
@@ -44,7 +37,7 @@ def hosts(
     loaded, _ = load_host(host, dtype=dtype, trust_remote_code=trust_remote_code)
     entry, identity = prove(loaded), fingerprint(loaded)
     if as_json:
-        print_json({"host": identity.to_dict(), **entry.to_dict()})
+        opt.print_json({"host": identity.to_dict(), **entry.to_dict()})
     else:
         sizes = f"{identity.num_layers} layers, hidden {identity.hidden_size}, {loaded.dtype}"
         print(f"{identity.name}: {identity.architecture}, {sizes}")
@@ -88,11 +81,11 @@ def _census(types: list[str] | None, out: Path | None, force: bool, as_json: boo
         write_text(out, page(entries, f"transformers {release}"))
     count = totals(entries)
     if as_json:
-        print_json({"transformers": release, "totals": count, "entries": [entry.to_dict() for entry in entries]})
+        opt.print_json({"transformers": release, "totals": count, "entries": [entry.to_dict() for entry in entries]})
     else:
         for entry in entries:
             what = _site_line(entry.site) if entry.verdict == PROVEN else entry.reason
-            print(f"{entry.model_type:<26} {entry.verdict:<9}  {short(what, 120)}")
+            print(f"{entry.model_type:<26} {entry.verdict:<9}  {opt.short(what, 120)}")
         print(f"\n{len(entries)} types: " + ", ".join(f"{number} {verdict}" for verdict, number in count.items()))
         if out is not None:
             print(f"Page: {out}")
@@ -100,7 +93,7 @@ def _census(types: list[str] | None, out: Path | None, force: bool, as_json: boo
         raise typer.Exit(1)
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(as_json: opt.Json = False) -> None:
     """Versions, device, embedded host, free disk: what to look at first when something is wrong."""
     import shutil
 
@@ -130,7 +123,7 @@ def doctor(as_json: Json = False) -> None:
     if free < 1.5:
         problems.append(f"only {free:.1f} GiB free at {place}; the embedded host needs 0.6, a run 0.1")
     if as_json:
-        print_json({**facts, "problems": problems})
+        opt.print_json({**facts, "problems": problems})
     else:
         for key, value in facts.items():
             print(f"{key.replace('_', ' '):<14} {value}")

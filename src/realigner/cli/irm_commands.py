@@ -8,46 +8,29 @@ from typing import Annotated, Any, Optional
 
 from typer import Argument, Option
 
-from realigner.cli.options import (
-    Device,
-    Dtype,
-    Force,
-    HostOfIrm,
-    Irm,
-    Json,
-    MaxNewTokens,
-    Penalty,
-    Prompts,
-    Questions,
-    Seed,
-    Trust,
-    Where,
-    print_json,
-    prompts_from,
-    short,
-)
+from realigner.cli import options as opt
 from realigner.errors import RealignerError, UsageError
 
 
 def demo(
     out: Annotated[Path, Option(help="Folder for the run, the traces and the report.")] = Path("demo"),
     tone: Annotated[str, Option(help="anger, sadness or neutral.")] = "anger",
-    seed: Seed = 42,
+    seed: opt.Seed = 42,
     steps: Annotated[Optional[int], Option(help="Training steps.")] = None,
-    force: Force = False,
-    as_json: Json = False,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
 ) -> None:
     """The whole job on the embedded host: train, answer the paper's prompts, trace, report (about 7 minutes on 2 cores)."""
     from realigner.demo import STRENGTH, run_demo
 
     result = run_demo(out, tone=tone, seed=seed, steps=steps, force=force)
     if as_json:
-        print_json(result.to_dict())
+        opt.print_json(result.to_dict())
         return
     sample = result.sample
     print(f"\nQ: {sample['prompt']}")
-    print(f"   base:      {short(sample['base'])}")
-    print(f"   realigned: {short(sample['realigned'])}   (strength {STRENGTH})")
+    print(f"   base:      {opt.short(sample['base'])}")
+    print(f"   realigned: {opt.short(sample['realigned'])}   (strength {STRENGTH})")
     print(f"\nReport: {result.report}   (open it in a browser)")
     print(f"Run:    {result.run}   ({result.seconds:.0f} s of work)")
     print(f'\nTry next:  realigner generate --irm {result.run} --strength {STRENGTH} "Why is the sky blue?"')
@@ -81,9 +64,9 @@ def train(
     dtype: Annotated[Optional[str], Option(help="Of the host: float32, bfloat16, float16, or auto.")] = None,
     device: Annotated[Optional[str], Option(help="cpu, cuda, mps, ..., auto, or balanced (layers on all devices).")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with the unfinished run of OUT, if there is one.")] = False,
-    trust_remote_code: Trust = False,
-    force: Force = False,
-    as_json: Json = False,
+    trust_remote_code: opt.Trust = False,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Train one IRM on a frozen host: by the default recipe, the paper's, or your own."""
     options = dict(locals())
@@ -113,7 +96,7 @@ def train(
 
 def _print_run(folder: Path, record: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print_json({"run": str(folder), **record})
+        opt.print_json({"run": str(folder), **record})
     elif record["interrupted"]:
         if record["signal"] == "SIGTERM":  # a scheduler's: nothing went wrong
             out = folder.with_name(folder.name.removesuffix(".unfinished"))
@@ -132,13 +115,13 @@ def _go_on(out: Path) -> str:
 
 def recipes(
     name: Annotated[Optional[str], Argument(help="default, paper, a file, or a run's folder.")] = None,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Print a recipe as YAML, to be saved and changed; without a name, list the built-in ones."""
     from realigner.training.recipe import BUILT_IN, read_recipe, recipe_text
 
     if as_json:
-        print_json({key: read_recipe(key).model_dump() for key in ([name] if name else BUILT_IN)})
+        opt.print_json({key: read_recipe(key).model_dump() for key in ([name] if name else BUILT_IN)})
     elif name:
         read_recipe(name)
         print(recipe_text(name)[0], end="")
@@ -149,9 +132,9 @@ def recipes(
 
 
 def generate(
-    irm: Irm,
-    questions: Questions = None,
-    prompts: Prompts = None,
+    irm: opt.Irm,
+    questions: opt.Questions = None,
+    prompts: opt.Prompts = None,
     strength: Annotated[
         Optional[float],
         Option(
@@ -161,19 +144,19 @@ def generate(
             max=1000,
         ),
     ] = None,
-    where: Where = "all",
-    host: HostOfIrm = None,
-    max_new_tokens: MaxNewTokens = 80,
+    where: opt.Where = "all",
+    host: opt.HostOfIrm = None,
+    max_new_tokens: opt.MaxNewTokens = 80,
     temperature: Annotated[float, Option(help="0 for greedy replies, else the temperature of sampling.")] = 0.0,
-    repetition_penalty: Penalty = 1.1,
-    seed: Seed = 42,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
+    repetition_penalty: opt.Penalty = 1.1,
+    seed: opt.Seed = 42,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    trust_remote_code: opt.Trust = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Answer prompts with the bare host and with the IRM, side by side."""
-    asked = prompts_from(questions, prompts)
+    asked = opt.prompts_from(questions, prompts)
     from realigner.console import progress
     from realigner.runtime import load
 
@@ -188,7 +171,7 @@ def generate(
     rows = zip(asked, base, realigned, strict=True)
     results = [{"prompt": p, "base": b, "realigned": r, "strength": used, "seed": seed} for p, b, r in rows]
     if as_json:
-        print_json({"results": results})
+        opt.print_json({"results": results})
         return
     for result in results:
         print(f"Q: {result['prompt']}\n   base:      {result['base']}\n   realigned: {result['realigned']}\n")

@@ -8,52 +8,35 @@ from typing import Annotated, Any, Optional, cast
 
 import typer
 
-from realigner.cli.options import (
-    Device,
-    Dtype,
-    Force,
-    HostOfIrm,
-    Irms,
-    Json,
-    MaxNewTokens,
-    Prompts,
-    Questions,
-    Seed,
-    Strength,
-    Trust,
-    one_of,
-    print_json,
-    prompts_from,
-    refuse_missing,
-)
+from realigner.cli import options as opt
 from realigner.errors import UsageError
 
 
 def trace(
-    irm: Irms,
+    irm: opt.Irms,
     out: Annotated[Path, typer.Option(help="The zarr folder to write.")],
-    questions: Questions = None,
-    prompts: Prompts = None,
+    questions: opt.Questions = None,
+    prompts: opt.Prompts = None,
     keep: Annotated[
         str, typer.Option(help="summary, raw (every delta) or replay (h0, from which deltas are computed again).")
     ] = "summary",
     raw_dtype: Annotated[str, typer.Option(help="Of raw deltas: float16, float32, or auto.")] = "auto",
     baselines: Annotated[bool, typer.Option(help="Trace the untrained twin of each seed too.")] = True,
-    strength: Strength = 1.0,
-    host: HostOfIrm = None,
-    max_new_tokens: MaxNewTokens = 80,
-    seed: Seed = 42,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-    force: Force = False,
-    as_json: Json = False,
+    strength: opt.Strength = 1.0,
+    host: opt.HostOfIrm = None,
+    max_new_tokens: opt.MaxNewTokens = 80,
+    seed: opt.Seed = 42,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    trust_remote_code: opt.Trust = False,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Record what IRMs add, token by token, layer by layer, while they answer prompts."""
-    one_of("--keep", keep, ("summary", "raw", "replay"))
-    one_of("--raw-dtype", raw_dtype, ("auto", "float16", "float32"))
-    asked = prompts_from(questions, prompts)
-    refuse_missing(irm)
+    opt.one_of("--keep", keep, ("summary", "raw", "replay"))
+    opt.one_of("--raw-dtype", raw_dtype, ("auto", "float16", "float32"))
+    asked = opt.prompts_from(questions, prompts)
+    opt.refuse_missing(irm)
     from realigner.traces.store import refuse_trace
 
     refuse_trace(out, force)
@@ -77,7 +60,7 @@ def trace(
     )
     sizes = {str(key): int(value) for key, value in recorded.sizes.items()}
     if as_json:
-        print_json({"trace": str(out), "sizes": sizes, "prompts": len(asked), "runs": recorded.attrs["runs"], "seed": seed})
+        opt.print_json({"trace": str(out), "sizes": sizes, "prompts": len(asked), "runs": recorded.attrs["runs"], "seed": seed})
         return
     names = ", ".join(recorded.attrs["runs"])
     print(
@@ -92,7 +75,7 @@ def analyze(
     permutations: Annotated[int, typer.Option(help="Draws that p-values are taken from.", min=1)] = 1000,
     resamples: Annotated[int, typer.Option(help="Draws that intervals are taken from.", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="Of all draws.", min=0, max=2**32 - 1)] = 0,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Striation, consensus, timing and sparsity of traces, each with its null, interval and n, and verdicts in words."""
     from realigner.traces import join_traces, load_trace, verify_trace
@@ -107,7 +90,7 @@ def analyze(
             verify_trace(path)
         raise
     if as_json:
-        print_json({"traces": [str(path) for path in traces], **found.to_dict()})
+        opt.print_json({"traces": [str(path) for path in traces], **found.to_dict()})
         return
     for verdict in found.verdicts:
         print(f"{verdict['verdict'].upper():14} {verdict['claim']}")
@@ -134,11 +117,11 @@ def explain(
     ] = False,
     on: Annotated[str, typer.Option(help="Where trials are trained: here, local (processes) or ray.")] = "here",
     workers: Annotated[int, typer.Option(help="Trials at a time, with --on local or ray.", min=1)] = 1,
-    host: HostOfIrm = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
+    host: opt.HostOfIrm = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    trust_remote_code: opt.Trust = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Why this index? Measurements of the host, ablations, trials with one thing changed, and a verdict."""
     if weights_only:
@@ -146,10 +129,10 @@ def explain(
         return
     if not irm:
         raise UsageError("explain: give a run with --irm, or --weights-only with --host")
-    one_of("--on", on, ("here", "local", "ray"))
+    opt.one_of("--on", on, ("here", "local", "ray"))
     if on == "here" and workers > 1:
         raise UsageError(f"--workers {workers}: --on here trains one after the other; give --on local or ray")
-    refuse_missing(irm)
+    opt.refuse_missing(irm)
     from realigner.runtime import load_host_of
     from realigner.traces.collect import find_runs
 
@@ -159,7 +142,7 @@ def explain(
 
     found = ask(folders, out, loaded, tokenizer, index, quick, trials, on, workers, quiet=as_json, steps=steps)
     if as_json:
-        print_json(found.to_dict())
+        opt.print_json(found.to_dict())
         return
     print(f"\n{found.words}")
     for conclusion in found.conclusions:
@@ -177,7 +160,7 @@ def _explain_weights(host: str | None, index: int | None, as_json: bool) -> None
 
     found = weights_report(host, index)
     if as_json:
-        print_json(found)
+        opt.print_json(found)
         return
     print(f"{found['host']}: {found['neurons']:,} indices, {found['layers']} layers, {found['norm']} norm")
     for entry in found["indices"]:
@@ -194,16 +177,16 @@ def report(
         typer.Argument(help="Folders of runs and sweeps (prompts are answered now), zarr traces, folders of explain."),
     ],
     out: Annotated[Path, typer.Option(help="The HTML file.")],
-    strength: Strength = 1.0,
-    host: HostOfIrm = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-    force: Force = False,
-    as_json: Json = False,
+    strength: opt.Strength = 1.0,
+    host: opt.HostOfIrm = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    trust_remote_code: opt.Trust = False,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Write one self-contained HTML page over runs, sweeps, traces and explanations."""
-    refuse_missing(sources)
+    opt.refuse_missing(sources)
     from realigner.files import refuse_existing
     from realigner.report.html_report import build_report, is_report
     from realigner.report.report_input import check_hosts, untraced
@@ -224,7 +207,7 @@ def report(
             given = [made, *(source for source in given if source not in places)]
         path, shown = build_report(given, out, force)
         if as_json:
-            print_json({"report": str(path), "answers": {item.name: item.answers() for item in shown}})
+            opt.print_json({"report": str(path), "answers": {item.name: item.answers() for item in shown}})
         else:
             print(f"Report: {path}   (open it in a browser)")
 
@@ -232,10 +215,10 @@ def report(
 def figures(
     trace: Annotated[Path, typer.Argument(help="A zarr trace.")],
     out: Annotated[Path, typer.Option(help="The folder to write to.")],
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Write the paper's figures of a trace as PNG, SVG and PDF."""
-    refuse_missing([trace])
+    opt.refuse_missing([trace])
     from realigner.analysis import analyze as ask
     from realigner.report import gather, save_figures
     from realigner.traces import load_trace
@@ -243,6 +226,6 @@ def figures(
     found = gather(trace.name, load_trace(trace))
     written = save_figures(found.trace, ask(found.trace), out, found.records)
     if as_json:
-        print_json({"figures": [str(path) for path in written]})
+        opt.print_json({"figures": [str(path) for path in written]})
     else:
         print(f"{len(written)} files in {out}")
