@@ -7,6 +7,7 @@ every token is written where the forward will read it.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -86,6 +87,7 @@ class BatchManager:
         self.replies: int = self._manager.num_return_sequences
         self._manager.logit_processor = _BeforeForward(self._manager.logit_processor, self._write)
         self._requests: dict[str, _Request] = {}
+        self._finished: Counter[str] = Counter()  # replies to requests that have more to come
         self._strengths: dict[str, torch.Tensor] = {}
         logger = logging.getLogger(_LOG)
         self._level = logger.level
@@ -141,7 +143,15 @@ class BatchManager:
             if error or (result is None and not self._manager.is_running()):
                 raise RealignerError(f"{self._host}: continuous batching failed ({_line(error or 'it ended')})")
             if result is not None:
+                if result.is_finished():
+                    self._forget(result.request_id.partition("__child#")[0])
                 return result
+
+    def _forget(self, request_id: str) -> None:
+        self._finished[request_id] += 1
+        if self._finished[request_id] >= self.replies:
+            del self._finished[request_id]
+            self._requests.pop(request_id, None)
 
     def close(self) -> None:
         """Stop at once, whatever is under way, and give the host its attention back."""
