@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, TextIteratorStreamer
+from transformers import ContinuousBatchingConfig, GenerationConfig, T5Config, T5ForConditionalGeneration, TextIteratorStreamer
 
 import realigner as ra
 from realigner.batching import BatchManager
@@ -339,6 +340,18 @@ def test_continuous_batching_gives_each_request_what_it_gives_alone(family: str)
     assert [output.generated_tokens for output in outputs.values()] == alone
 
 
+def test_continuous_batching_forgets_what_is_finished() -> None:
+    model = two_tones()
+    settings = GenerationConfig(max_new_tokens=3, do_sample=True, num_return_sequences=2, eos_token_id=-1, pad_token_id=0)
+    with BatchManager(tuner_of(model), settings, SMALL) as batch:
+        for ids in prompts(3).tolist():
+            batch.add_request(ids)
+        for _ in range(6):
+            assert len(batch.next().generated_tokens) == 3
+        assert not batch._requests
+        assert not batch._finished
+
+
 def test_continuous_batching_refuses_what_is_not_one_number() -> None:
     model = two_tones()
     ids = prompts(2).tolist()
@@ -346,3 +359,188 @@ def test_continuous_batching_refuses_what_is_not_one_number() -> None:
         model.generate_batch(ids, None, SMALL, strength=[1.0, 2.0, 3.0])
     with BatchManager(tuner_of(model), batching_config=SMALL) as batch, pytest.raises(UsageError, match="one number"):
         batch.add_request(ids[0], strength=[1.0, 2.0])
+
+
+# --- what is left behind ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_a_forward_that_is_interrupted_leaves_nothing_behind(family: str) -> None:
+    """torch calls no hook on the way out of a KeyboardInterrupt."""
+    model = two_tones(tiny_host(family))
+    layer = tuner_of(model).sites.layers[1]
+    with torch.no_grad(), model.disable_adapter():
+        bare = model(input_ids=prompts()).logits
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = layer.register_forward_pre_hook(interrupt)
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        model(input_ids=prompts(2))
+    handle.remove()
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(input_ids=prompts()).logits, bare)
+
+
+def test_a_recomputation_that_fails_leaves_nothing_behind() -> None:
+    """Out of memory in the backward pass, caught, and the next forward."""
+    model = two_tones()
+    with torch.no_grad(), model.disable_adapter():
+        bare = model(input_ids=prompts()).logits
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss = model(input_ids=prompts(), labels=prompts()).loss
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    inside: Any = tuner_of(model).sites.layers[1].get_submodule("self_attn.q_proj")
+    handle = inside.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loss.backward()
+    handle.remove()
+    model.eval()
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(input_ids=prompts()).logits, bare)
+
+
+def test_blocks_that_overlapped_leave_nothing_behind() -> None:
+    model = two_tones()
+    one, two = ra.strength(model, 0.5), ra.strength(model, 2.0)
+    one.__enter__()
+    two.__enter__()
+    with pytest.raises(RealignerError, match="overlap"):
+        one.__exit__(None, None, None)
+    assert float(tuner_of(model).settings.strengths["anger"]) == 2.0
+    two.__exit__(None, None, None)
+    assert tuner_of(model).settings is tuner_of(model).injector.threads.default
+
+
+def test_a_strength_is_not_the_callers_memory() -> None:
+    model = two_tones()
+    given = torch.tensor([0.5, 1.0, 2.0, 3.0])
+    with ra.strength(model, given):
+        want = model(input_ids=prompts()).logits
+        given.zero_()
+        assert torch.equal(model(input_ids=prompts()).logits, want)
+
+
+def test_irms_that_are_switched_on_during_a_forward() -> None:
+    """It began while they were off, so there is nothing to complain of."""
+    model = two_tones()
+    tuner = tuner_of(model)
+
+    def switch_on(*_: Any) -> None:
+        tuner.enable_adapter_layers()
+
+    tuner.disable_adapter_layers()
+    bare = model(input_ids=prompts()).logits
+    handle = tuner.sites.layers[1].register_forward_pre_hook(switch_on)
+    assert torch.equal(model(input_ids=prompts()).logits, bare)
+    handle.remove()
+    assert not torch.equal(model(input_ids=prompts()).logits, bare)
+
+
+def test_an_irm_that_is_deleted_during_a_generation() -> None:
+    model = two_tones()
+    model.base_model.set_adapter(["anger", "sadness"])
+
+    def delete(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == 9:
+            model.delete_adapter("sadness")
+        return scores
+
+    with pytest.raises(UsageError, match="'sadness' is not loaded; loaded are anger"):
+        tokens(model, prompts(), logits_processor=[delete])
+    assert torch.equal(tokens(model, prompts()), tokens(model, prompts(), strength=1.0))
+
+
+def test_a_pool_of_anyio_does_not_keep_a_block() -> None:
+    anyio = pytest.importorskip("anyio")
+    model = two_tones()
+    want = tokens(model, prompts(1))
+
+    async def serve() -> torch.Tensor:
+        with ra.strength(model, 0.0):
+            await anyio.to_thread.run_sync(lambda: None)
+        got: torch.Tensor = await anyio.to_thread.run_sync(tokens, model, prompts(1))
+        return got
+
+    assert torch.equal(anyio.run(serve), want)
+
+
+# --- where a prompt ends ----------------------------------------------------------------------------------------------------
+
+
+def test_where_without_a_prompt() -> None:
+    """Generation then begins with the BOS token, which is the prompt."""
+    model = two_tones()
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "where": "reply",
+        "strength": 5.0,
+    }
+    one = torch.ones(1, 1, dtype=torch.long)
+    assert torch.equal(model.generate(**options), model.generate(input_ids=one, attention_mask=one, **options))
+
+
+@pytest.mark.parametrize("where", ["prompt", "reply", 2])
+def test_where_with_the_beginning_in_a_cache(where: Any) -> None:
+    """The whole text or its new tokens alone: the same."""
+    model = two_tones()
+    first = tokens(model, prompts(1), strength=0.0, return_dict_in_generate=True)
+    text = torch.cat([first.sequences, prompts(1, 3)], dim=1)
+    new = text[:, first.past_key_values.get_seq_length() :]
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "where": where,
+        "strength": 5.0,
+    }
+    options["attention_mask"] = torch.ones_like(text)
+    whole, part = (
+        model.generate(input_ids=ids, past_key_values=copy.deepcopy(first.past_key_values), **options) for ids in (text, new)
+    )
+    assert torch.equal(whole[:, -6:], part[:, -6:])
+
+
+def test_where_on_an_encoder_decoder() -> None:
+    """The prompt is what the decoder is given, not the encoder's text."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 101}
+    model = two_tones(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval())
+    shapes: dict[Any, list[float]] = {"prompt": [50.0, 0.0], "reply": [0.0, 50.0], 2: [0.0, 50.0, 50.0, 0.0]}
+    found = [tokens(model, prompts(2), where=where, strength=50.0) for where in shapes]
+    for got, strengths in zip(found, shapes.values(), strict=True):
+        assert torch.equal(got, tokens(model, prompts(2), strength=[strengths] * 2))
+    assert len({tuple(got[0].tolist()) for got in found}) == 3
+
+
+def test_a_generation_config_as_the_second_argument() -> None:
+    model = two_tones()
+    config = GenerationConfig(num_beams=3, max_new_tokens=5, eos_token_id=None, pad_token_id=0)
+    want = tokens(model, prompts(2), strength=[0.0, 2.0], num_beams=3, max_new_tokens=5)
+    assert torch.equal(model.generate(prompts(2), config, strength=[0.0, 2.0]), want)
+
+
+def test_where_is_compiled_once() -> None:
+    """Nothing that counts tokens is compiled in."""
+    model = two_tones()
+    want = tokens(model, prompts(2), where="reply", strength=3.0, max_new_tokens=12)
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    host = model.get_base_model()
+    torch._dynamo.reset()
+    host.forward = torch.compile(host.forward, backend=backend)
+    assert torch.equal(tokens(model, prompts(2), where="reply", strength=3.0, max_new_tokens=12), want)
+    assert len(graphs) < 5

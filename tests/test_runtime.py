@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from itertools import zip_longest
@@ -11,8 +13,12 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordPiece
+from transformers import PreTrainedTokenizerFast
 
 import realigner as ra
+from realigner import generation
 from realigner.errors import RealignerError, UsageError
 from realigner.irm_config import CONFIG_FILE, IRMConfig
 from realigner.prompts import prompt_ids
@@ -224,3 +230,65 @@ def test_a_named_adapters_parent_folder(irms: dict[str, Path], tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     with pytest.raises(RealignerError, match=f"no {CONFIG_FILE}"):
         ra.load(tmp_path / "empty")
+
+
+def test_a_stream_that_is_not_read_can_be_closed(runtime: Runtime) -> None:
+    before = threading.active_count()
+    runtime.stream(QUESTIONS[0], max_new_tokens=400).close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+
+
+def test_a_streams_settings_are_those_of_the_call(runtime: Runtime) -> None:
+    with pytest.raises(UsageError, match="loud"):
+        runtime.stream(QUESTIONS[0], strength="loud")
+    with pytest.raises(UsageError, match="joy"):
+        runtime.stream(QUESTIONS[0], irms="joy")
+
+
+def test_an_interpreter_that_ends_while_a_stream_is_made(irms: dict[str, Path]) -> None:
+    code = (
+        f"import realigner as ra\nruntime = ra.load({str(irms['anger'])!r}, dtype='float32')\n"
+        "pieces = runtime.stream('Why is the sky blue?', max_new_tokens=480)\nprint(len(next(pieces)) > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == "True\n"
+
+
+def test_spaces_that_are_cleaned_up_in_a_stream() -> None:
+    words = ["[UNK]", "do", "n", "'", "t", "it", "s", "hello", ","]
+    backend = Tokenizer(WordPiece(vocab={word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=True)
+    for made in ([1, 2, 3, 4], [5, 3, 6], [7, 8, 7, 8]):
+        pieces = generation._Pieces(tokenizer)
+        pieces.put(torch.tensor([[0]]))
+        for token in made:
+            pieces.put(torch.tensor([token]))
+        pieces.end()
+        assert "".join(map(str, pieces.queue.queue)) == tokenizer.decode(made)
+
+
+def test_a_block_around_a_runtimes_call(runtime: Runtime) -> None:
+    """A block goes before the strength that an IRM is best used at, for the IRMs that it names."""
+    bare = runtime.answer(QUESTIONS, strength=0.0, **SHORT)
+    with ra.strength(runtime.model, 0.0):
+        assert runtime.answer(QUESTIONS, **SHORT) == bare
+        assert "".join(runtime.stream(QUESTIONS[0], **SHORT)) == bare[0]
+    with ra.strength(runtime.model, 0.0, adapter="sadness"):
+        assert runtime.answer(QUESTIONS, **SHORT) == runtime.answer(QUESTIONS, strength=2.0, **SHORT) != bare
+
+
+@pytest.mark.parametrize("prompt", [None, 5, {"role": "user", "content": "Why?"}, ["Why?"], [["role", "user"]]])
+def test_prompts_of_another_kind(prompt: Any) -> None:
+    with pytest.raises(UsageError, match=r"neither a question nor a list of turns|not a turn"):
+        prompt_ids(tiny_tokenizer(), prompt)
+
+
+def test_what_is_no_irm(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RealignerError, match="a file; an IRM is a folder"):
+        ra.load(tmp_path / "file")
+    with pytest.raises(UsageError, match="irm: it is empty"):
+        ra.load([])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -284,8 +285,9 @@ def test_status_and_counts_work() -> None:
     assert total == trainable + sum(p.numel() for p in tiny_host("llama").parameters())
 
 
-def test_deepcopy_is_independent() -> None:
-    model = realigned()
+@pytest.mark.parametrize("family", ["llama", "minimax"])  # minimax: its residual has terms that are kept aside
+def test_deepcopy_is_independent(family: str) -> None:
+    model = realigned(tiny_host(family))
     twin = copy.deepcopy(model)
     want = logits(model)
     assert torch.equal(logits(twin), want)
@@ -410,3 +412,35 @@ def test_deprecated_names() -> None:
     tuner = tuner_of(realigned())
     with pytest.warns(DeprecationWarning, match="registry"):
         assert tuner.bank is tuner.registry
+
+
+def test_a_load_that_fails_leaves_nothing_behind(saved: Path, tmp_path: Path) -> None:
+    """The host is as it was and takes the next IRM; a second IRM that fails leaves the first alone."""
+    shutil.copytree(saved, tmp_path / "bad")
+    weights = load_file(tmp_path / "bad" / WEIGHTS_FILE)
+    weights["irm.output.bias"][0] = float("nan")
+    save_file(weights, tmp_path / "bad" / WEIGHTS_FILE, metadata={"format": "pt"})
+    host = tiny_host("llama")
+    bare = logits(host)
+    with pytest.raises(RealignerError, match="not finite"):
+        PeftModel.from_pretrained(host, tmp_path / "bad")
+    assert torch.equal(logits(host), bare)
+    assert not hasattr(host, "peft_config")
+    model = PeftModel.from_pretrained(host, saved)
+    want = logits(model)
+    assert not torch.equal(want, bare)
+    for name in ("other", "default"):  # a new one, and one that is there
+        with pytest.raises(RealignerError, match="not finite"):
+            model.load_adapter(str(tmp_path / "bad"), adapter_name=name)
+        assert list(model.peft_config) == list(tuner_of(model).registry.networks) == ["default"]
+        assert torch.equal(logits(model), want)
+    model.load_adapter(str(saved), adapter_name="other")
+
+
+def test_sites_are_found_anew_in_a_changed_layer() -> None:
+    host = tiny_host("llama")
+    before = ra.find_sites(host)
+    assert ra.find_sites(host) is before
+    layer: Any = before.layers[1]
+    layer.self_attn = copy.deepcopy(layer.self_attn)
+    assert ra.find_sites(host) is not before

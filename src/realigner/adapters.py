@@ -45,6 +45,7 @@ class AdapterRegistry(nn.Module, BaseTunerLayer):
         self.default.strengths[name] = torch.ones((), device=device)
 
     def network(self, name: str) -> IRM:
+        self._check_loaded("adapter", name)  # a generation may name one that was deleted since it began
         network = self.networks[name]
         assert isinstance(network, IRM)
         return network

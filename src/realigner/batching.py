@@ -7,6 +7,7 @@ every token is written where the forward will read it.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -133,6 +134,7 @@ class BatchManager(HostBatchManager):
         super().__init__(host, generation_config, config, sizes)
         self.replies: int = self._manager.num_return_sequences
         self._requests: dict[str, _Request] = {}
+        self._finished: Counter[str] = Counter()  # replies to requests that have more to come
         self._strengths: dict[str, torch.Tensor] = {}
         self.start(_BeforeForward(self._manager.logit_processor, self._write))
 
@@ -172,6 +174,16 @@ class BatchManager(HostBatchManager):
         self._requests[request_id] = _Request(strengths, settings.where, len(input_ids))
         self.queue(list(input_ids), request_id, **options)
         return request_id
+
+    def next(self) -> GenerationOutput:
+        """As the base class has it; a request whose replies are all finished is forgotten."""
+        result = super().next()
+        request_id = result.request_id.partition("__child#")[0]
+        self._finished[request_id] += result.is_finished()
+        if self._finished[request_id] >= self.replies:
+            del self._finished[request_id]
+            self._requests.pop(request_id, None)
+        return result
 
     def __enter__(self) -> BatchManager:
         return self

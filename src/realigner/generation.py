@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from realigner.errors import UsageError
 from realigner.prompts import Prompt, batch_prompt_ids
 from realigner.settings import Strength, Where
-from realigner.tuner import template_of, tuner_of
+from realigner.tuner import find_tuner, template_of, tuner_of
 
 Names = str | tuple[str, ...]
 
@@ -113,7 +115,7 @@ def stream(
     """
     inputs = encode_prompts(tokenizer, [prompt], _device(model), template_of(model), system)
     options = _options(max_new_tokens, temperature, repetition_penalty)
-    options |= _settings(model, strength=strength, adapter_names=None if irms is None else [irms], where=where)
+    given = _settings(model, strength=strength, rows=None if irms is None else [irms], where=where)
     sampling = [SeededSampling(temperature, seed, 0)] if temperature > 0 else []
     pieces = _Pieces(tokenizer)
 
@@ -128,19 +130,32 @@ def stream(
             pieces.queue.put(error)
 
     thread = threading.Thread(target=generate, daemon=True)
-    thread.start()
-    return _read(pieces, thread)
+    with ExitStack() as stack:  # the thread begins with the settings of this block
+        if (tuner := find_tuner(model)) is not None:
+            stack.enter_context(tuner.injector.threads.using(tuner.current(**given)))
+        thread.start()
+    reading = _read(pieces, thread)
+    next(reading)  # from here on, closing or dropping it stops the thread
+    return reading
 
 
 def _read(pieces: _Pieces, thread: threading.Thread) -> Iterator[str]:
+    def stop() -> None:
+        pieces.stopped = True
+        thread.join()
+
+    # An interpreter that is on its way out never lets the thread finish, and has emptied this module when it comes to us.
+    unregister = atexit.unregister
+    atexit.register(stop)
     try:
+        yield ""
         while (piece := pieces.queue.get()) is not None:
             if isinstance(piece, BaseException):
                 raise piece
             yield piece
     finally:
-        pieces.stopped = True
-        thread.join()
+        stop()
+        unregister(stop)
 
 
 class _Pieces(BaseStreamer):  # type: ignore[misc]
@@ -153,6 +168,8 @@ class _Pieces(BaseStreamer):  # type: ignore[misc]
         self._tokens: list[int] = []
         self._sent = 0
         self._prompt = True  # the prompt comes first
+        # Cleaning spaces up can rewrite the last four characters (" n't") when the next token comes.
+        self._held = 4 if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
 
     def put(self, value: torch.Tensor) -> None:
         if self._prompt:
@@ -161,7 +178,7 @@ class _Pieces(BaseStreamer):  # type: ignore[misc]
         self._tokens += value.flatten().tolist()
         text = _text(self._tokenizer, self._tokens)
         if not text.endswith("\ufffd"):
-            self._send(text)
+            self._send(text[: len(text) - self._held])
 
     def end(self) -> None:
         self._send(_text(self._tokenizer, self._tokens))

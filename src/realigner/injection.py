@@ -16,6 +16,7 @@ The contract:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -109,10 +110,10 @@ class Injector:
         Called by itself in time, but for code that is compiled: a hook must be there before the first compiled call.
         """
         if self.carries and not self._carrying:
-            self._carrying = True
             for hooks, layer in zip(self._sites, self.sites.layers, strict=True):
                 carrier = layer.get_submodule(hooks.site.carrier)
                 self._handles.append(carrier.register_forward_pre_hook(hooks.take, with_kwargs=True))
+            self._carrying = True  # last: other threads hand contexts down from now on
 
     def detach(self) -> None:
         """Remove every hook; the host is as it was before `attach`."""
@@ -123,6 +124,8 @@ class Injector:
 
     def _begin(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         state = self.threads.state
+        state.running = state.taken = None  # left by a forward that was interrupted, or by a failed recomputation
+        state.terms.clear()
         settings = state.settings
         active = self.active(settings)
         if not active:
@@ -189,15 +192,14 @@ def _start(settings: Settings, args: Any, kwargs: dict[str, Any]) -> int | torch
         start: int | torch.Tensor = kwargs["past_key_values"].get_seq_length()
         if isinstance(start, torch.Tensor):
             start = start.clone()  # a static cache counts on in place
+        return start
     except (KeyError, AttributeError, ValueError):  # no cache, or one that knows no length (Mamba's)
-        start = generation.seen if kwargs.get("use_cache") else 0
-    tokens = next(
-        (value for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if isinstance(value, torch.Tensor)),
-        None,
-    )
-    if tokens is not None:
-        generation.seen += tokens.shape[1]
-    return start
+        if not kwargs.get("use_cache"):
+            return 0
+    seen = generation.seen
+    inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+    generation.seen += next((value.shape[1] for value in inputs if isinstance(value, torch.Tensor)), 0)
+    return seen
 
 
 def refuse_attached(decoder: nn.Module) -> None:
@@ -218,7 +220,7 @@ class _SiteHooks:
         if self.site.layer == 0:
             for name, _ in self.site.base:
                 if name != INPUT:
-                    handles.append(layer.get_submodule(name).register_forward_hook(self._keeper(name)))
+                    handles.append(layer.get_submodule(name).register_forward_hook(partial(self._keep, name)))
         handles.append(layer.get_submodule(self.site.branch).register_forward_hook(self.add))
         return handles
 
@@ -228,13 +230,10 @@ class _SiteHooks:
         self.injector.threads.state.taken = kwargs[CONTEXT_KEY]
         return args, {key: value for key, value in kwargs.items() if key != CONTEXT_KEY}
 
-    def _keeper(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            tensor = first_tensor(output)
-            if tensor is not None:
-                self.injector.threads.state.terms[name] = tensor
-
-        return keep
+    def _keep(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
+        tensor = first_tensor(output)
+        if tensor is not None:
+            self.injector.threads.state.terms[name] = tensor
 
     def add(self, _: nn.Module, __: Any, output: Any) -> Any:
         # The one hook that runs in every layer for every token: kept lean.

@@ -94,6 +94,7 @@ class IRMConfig(PeftConfig, IRMShape):
         self.task_type: Any = self.task_type or "CAUSAL_LM"
         super().__post_init__()
         self.peft_type = _PEFT_TYPE
+        self.awaits_weights = False  # whether it came of a file whose weights are to be loaded
         if self.base_model_name_or_path:
             self.base_model_name_or_path: str | None = folder_of(self.base_model_name_or_path)
         self.validate()
@@ -128,6 +129,7 @@ class IRMConfig(PeftConfig, IRMShape):
             check_adapter(folder)
         config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         assert isinstance(config, IRMConfig)
+        config.awaits_weights = True
         return config
 
 

@@ -86,7 +86,8 @@ def find_sites(host: nn.Module, path: str | None = None) -> HostSites:
         'self_attn'
     """
     decoder, layers, path = find_layers(host, path)
-    key = path, id(decoder), *map(id, layers), next(host.parameters()).dtype
+    parts = (part for layer in layers for part in (layer, *layer.children()))
+    key = path, id(decoder), *map(id, parts), next(host.parameters()).dtype
     known, found = vars(host).get("irm_sites", (None, None))
     if known == key:
         return cast(HostSites, found)

@@ -58,12 +58,19 @@ def batch_prompt_ids(
 
 
 def _turns(prompt: Prompt, system: str | None) -> list[dict[str, str]]:
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+    if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
+        raise UsageError(f"prompt: {prompt!r} is neither a question nor a list of turns (of conversations, give a list)")
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     for turn in turns:
-        if set(turn) != {"role", "content"} or not all(isinstance(value, str) for value in turn.values()):
+        if (
+            not isinstance(turn, Mapping)
+            or set(turn) != {"role", "content"}
+            or not all(isinstance(value, str) for value in turn.values())
+        ):
             raise UsageError(f"prompt: {turn!r} is not a turn; give a dict with role and content, two strings")
     if not turns or not turns[-1]["content"].strip():
         raise UsageError("prompt: it is empty")
+    turns = [dict(turn) for turn in turns]
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 

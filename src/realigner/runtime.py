@@ -14,7 +14,7 @@ from realigner.generation import answer, stream
 from realigner.hosts import EMBEDDED, cache_root, load_host
 from realigner.irm_config import CONFIG_FILE, adapter_folder, check_adapter
 from realigner.prompts import Prompt
-from realigner.tuner import load_irm
+from realigner.tuner import load_irm, tuner_of
 
 Source = str | Path
 
@@ -68,7 +68,10 @@ class Runtime:
     def _with_strength(self, options: dict[str, Any]) -> dict[str, Any]:
         if options.get("strength") is not None or not self.strengths:
             return options
-        return {**options, "strength": self.strengths}
+        tuner = tuner_of(self.model)
+        block, default = tuner.settings.strengths, tuner.injector.threads.default.strengths
+        own = {name: value for name, value in self.strengths.items() if block.get(name) is default.get(name)}
+        return {**options, "strength": own} if own else options
 
 
 def load(
@@ -98,6 +101,8 @@ def load(
     given = (
         {} if irm is None else dict(irm) if isinstance(irm, Mapping) else _named([irm] if isinstance(irm, (str, Path)) else irm)
     )
+    if irm is not None and not given:
+        raise UsageError("irm: it is empty; leave it out to load the host alone")
     folders = {name: find_irm(source) for name, source in given.items()}
     configs = {name: check_adapter(folder) for name, folder in folders.items()}
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "revision": revision}
@@ -140,6 +145,8 @@ def find_irm(source: Source) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return adapter_folder(folder)
+    if folder.is_file():
+        raise RealignerError(f"{source}: a file; an IRM is a folder with {CONFIG_FILE}")
     name, known = str(source), ready_made()
     if name in known:
         return known[name]

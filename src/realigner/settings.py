@@ -131,7 +131,7 @@ def check_strength(value: Any, device: torch.device | str = "cpu") -> torch.Tens
         UsageError: when it is no such thing, or a number is beyond 1000 either way.
     """
     try:
-        tensor = torch.as_tensor(value, dtype=torch.float32, device=device).detach()
+        tensor = torch.as_tensor(value, dtype=torch.float32, device=device).detach().clone()  # not the caller's memory
     except (TypeError, ValueError, RuntimeError):
         tensor = torch.tensor(float("nan"))
     if isinstance(value, bool) or tensor.dim() > 2 or tensor.numel() == 0 or not bool((tensor.abs() <= 1000).all()):
@@ -173,11 +173,14 @@ class Threads(threading.local):
 
     def __init__(self, default: Settings) -> None:
         self.default = default
-        settings = next((settings for owner, settings in reversed(_blocks.open) if owner is self), default)
-        self.state = ThreadState(settings)  # an object of its own: the compiler does not follow writes to a thread's locals
+        # An object of its own: the compiler does not follow writes to a thread's locals.
+        self.state = ThreadState(self._of_innermost(_blocks.open))
 
     def __reduce__(self) -> tuple[type[Threads], tuple[Settings]]:
         return Threads, (self.default,)  # copied and pickled without what threads are about to do
+
+    def _of_innermost(self, opened: Sequence[tuple[Threads, Settings]]) -> Settings:
+        return next((settings for owner, settings in reversed(opened) if owner is self), self.default)
 
     @contextmanager
     def using(self, settings: Settings) -> Iterator[None]:
@@ -188,15 +191,15 @@ class Threads(threading.local):
         """
         _inherit()
         state = self.state
-        before, state.settings = state.settings, settings
+        state.settings = settings
         opened, entry = _blocks.open, (self, settings)
         opened.append(entry)
         try:
             yield
         finally:
             nested = state.settings is settings
-            state.settings = before
             opened.remove(entry)
+            state.settings = self._of_innermost(opened)
         if not nested:
             raise RealignerError("blocks of settings overlap in one thread (coroutines?); give strength= to the call instead")
 
@@ -220,9 +223,11 @@ def _inherit() -> None:
     start = threading.Thread.start
 
     def start_with_settings(thread: threading.Thread) -> None:
-        pool = getattr(getattr(thread, "_target", None), "__module__", "") in (
+        work = getattr(thread, "_target", None) or type(thread)  # anyio's workers (of FastAPI) are a class of threads
+        pool = getattr(work, "__module__", "") in (
             "concurrent.futures.thread",
             "multiprocessing.pool",
+            "anyio._backends._asyncio",
         )
         if _blocks.open and not pool:
             thread._irm_blocks = tuple(_blocks.open)  # type: ignore[attr-defined]

@@ -72,13 +72,28 @@ class IRMModel(BaseTuner):
 
     def generate(self, *args: Any, strength: Strength | None = None, where: Where | None = None, **kwargs: Any) -> Any:
         """The host's ``generate``, with settings of its own if any are given."""
-        config = kwargs.get("generation_config") or self.model.generation_config
+        given = kwargs.get("generation_config"), *args[1:2]  # transformers takes it as the second argument too
+        config = next((value for value in given if value is not None), self.model.generation_config)
         repeats = [kwargs.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences")]
-        inputs = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), *args)
-        prompt = next((value.shape[1] for value in inputs if isinstance(value, torch.Tensor)), 0)
-        settings = self.registry.settings(self.settings, strength, where)
-        settings = replace(settings, irms=self.registry.enabled(), generation=Generation(prompt, max(repeats)))
+        own, mask = [kwargs.get(key) for key in ("inputs_embeds", "input_ids", "inputs")], kwargs.get("attention_mask")
+        inputs = (*own, *args)
+        if self.model.config.is_encoder_decoder:  # what it is given is the encoder's
+            inputs, mask = (kwargs.get("decoder_inputs_embeds"), kwargs.get("decoder_input_ids")), None
+        prompt = next((value.shape[1] for value in inputs if isinstance(value, torch.Tensor)), 1)  # without one: the BOS token
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            prompt = max(prompt, mask.shape[1])  # of a text whose beginning is in a cache, the new tokens alone may be given
+        settings = replace(self.current(strength, where), generation=Generation(prompt, max(repeats)))
         return self._run(self.model.generate, settings, args, kwargs)
+
+    def current(
+        self,
+        strength: Strength | None = None,
+        where: Where | None = None,
+        rows: Sequence[str | tuple[str, ...]] | None = None,
+    ) -> Settings:
+        """This thread's settings with some changed, and with the IRMs that are active now, whatever is set active later."""
+        settings = self.registry.settings(self.settings, strength, where, rows)
+        return settings if settings.irms is not None else replace(settings, irms=self.registry.enabled())
 
     def generate_batch(
         self,
@@ -142,9 +157,10 @@ class IRMModel(BaseTuner):
         """Make a call, and refuse its result when no IRM had a part in it though some were to."""
         state = self.injector.threads.state
         state.began = False
+        enabled = self.registry.enabled()  # before and after: another thread may switch the IRMs off or on meanwhile
         with nullcontext() if settings is None else self.injector.threads.using(settings):
             result = call(*args, **kwargs)
-            if not state.began and self.registry.active(state.settings):
+            if not state.began and enabled and self.registry.active(state.settings):
                 raise RealignerError(
                     f"{type(self.model).__name__}: the IRM was never run; this model's forward does not call its decoder as a "
                     "module (was it replaced, or compiled before the IRM was attached?)"
@@ -226,6 +242,12 @@ class IRMModel(BaseTuner):
         BaseTunerLayer.delete_adapter(self.registry, adapter_name)
         self.active_adapter = self.registry.names
 
+    def _forget(self, adapter_name: str) -> None:
+        if len(self.registry.networks) == 1:
+            self._unload_and_optionally_merge(merge=False)
+        else:
+            self.delete_adapter(adapter_name)
+
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make the named IRMs trainable or not."""
         BaseTunerLayer.set_requires_grad(self.registry, adapter_names, requires_grad)
@@ -287,7 +309,16 @@ class IRMModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         tuner = tuner_of(model)
-        expected = tuner.registry.network(adapter_name).state_dict()
+        try:
+            return tuner._checked(adapter_name, state_dict)
+        except RealignerError:
+            if tuner.peft_config[adapter_name].awaits_weights:  # it was attached for this file: nothing of it stays
+                tuner._forget(adapter_name)
+            raise
+
+    def _checked(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A file's tensors by their names in the model; refused if they are not those of this IRM."""
+        expected = self.registry.network(adapter_name).state_dict()
         beside = {key: value for key, value in state_dict.items() if f".modules_to_save.{adapter_name}." in key}
         # PEFT adds the embeddings where the vocabulary was resized; they are the host's, and it has them.
         copies = {key for key in state_dict if (key.startswith("base_model.") and "embed" in key) or ".lm_head." in key}
@@ -306,6 +337,7 @@ class IRMModel(BaseTuner):
         for key in given:
             if key not in expected:
                 raise RealignerError(f"{where}: {WEIGHTS_FILE} has a tensor {key!r} that this IRM does not have")
+        self.peft_config[adapter_name].awaits_weights = False
         return beside | {f"base_model.registry.networks.{adapter_name}.{key}": value for key, value in given.items()}
 
 
@@ -352,13 +384,14 @@ def tuner_of(model: nn.Module) -> IRMModel:
     Raises:
         UsageError: when the model carries no IRM.
     """
-    tuner = _tuner(model)
+    tuner = find_tuner(model)
     if tuner is None:
         raise UsageError(f"{type(model).__name__} has no IRM; attach one with peft.get_peft_model(host, IRMConfig(...))")
     return tuner
 
 
-def _tuner(model: Any) -> IRMModel | None:
+def find_tuner(model: Any) -> IRMModel | None:
+    """`tuner_of`, or None when the model carries no IRM."""
     while not isinstance(model, (IRMModel, PeftModel)):
         # DataParallel and DDP keep the model in `module`, torch.compile in `_orig_mod`.
         inner = next((m for key in ("module", "_orig_mod") if isinstance(m := getattr(model, key, None), nn.Module)), None)
@@ -375,7 +408,7 @@ def refuse_vllm(model: nn.Module) -> None:
     Raises:
         RealignerError: saying what to do.
     """
-    if _tuner(model) is not None:
+    if find_tuner(model) is not None:
         raise RealignerError(
             "TRL sends merged weights to vLLM, and an IRM cannot be merged (it depends on its input); let transformers "
             "generate: use_vllm=False"
@@ -384,7 +417,7 @@ def refuse_vllm(model: nn.Module) -> None:
 
 def template_of(model: nn.Module) -> str:
     """The prompt template of the active IRM: ``"chat"`` or ``"plain"``; ``"chat"`` if there is none."""
-    tuner = _tuner(model)
+    tuner = find_tuner(model)
     return "chat" if tuner is None or not tuner.registry.names else str(tuner.peft_config[tuner.registry.names[0]].template)
 
 
