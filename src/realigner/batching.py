@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -225,21 +225,6 @@ class _BeforeForward(ContinuousBatchingLogitsProcessorList):  # type: ignore[mis
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], *args: Any, **kwargs: Any) -> Any:
         self._call(requests_in_batch)
         return super().prepare_tensor_args(requests_in_batch, *args, **kwargs)
-
-
-def of_request(value: Any, number: int, count: int, name: str) -> Any:
-    """A request's part of what is given for all: one for each in a list, or the same for all.
-
-    Raises:
-        UsageError: for a list of another length.
-    """
-    if isinstance(value, Mapping):
-        return {key: of_request(item, number, count, name) for key, item in value.items()}
-    if isinstance(value, (list, torch.Tensor)) and not (isinstance(value, torch.Tensor) and value.dim() == 0):
-        if len(value) != count:
-            raise UsageError(f"{name}: {len(value)} given for {count} requests; give one for each")
-        return value[number]
-    return value
 
 
 def _line(error: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from realigner.errors import UsageError
 from realigner.prompts import Prompt, batch_prompt_ids
-from realigner.settings import Strength, Where
+from realigner.settings import Strength, Where, part_of
 from realigner.tuner import find_tuner, template_of, tuner_of
 
 Names = str | tuple[str, ...]
@@ -76,8 +76,8 @@ def answer(
         inputs = encode_prompts(tokenizer, prompts[part], _device(model), template_of(model), system)
         rows = len(inputs["input_ids"])
         own = {
-            "strength": _part("strength", strength, part, len(prompts)),
-            "adapter_names": _part("irms", names, part, len(prompts)),
+            "strength": part_of(strength, part, len(prompts), "strength", "prompts"),
+            "adapter_names": part_of(names, part, len(prompts), "irms", "prompts"),
         }
         settings = _settings(model, **own, where=where)
         sampling = [SeededSampling(temperature, seed, start)] if temperature > 0 else []
@@ -258,17 +258,6 @@ def _settings(model: nn.Module, **given: Any) -> dict[str, Any]:
     if chosen:
         tuner_of(model)
     return chosen
-
-
-def _part(name: str, value: Any, part: slice, count: int) -> Any:
-    """A batch's part of what is given for each prompt, or the value that is given for all."""
-    if isinstance(value, Mapping):
-        return {key: _part(name, item, part, count) for key, item in value.items()}
-    if not isinstance(value, (list, torch.Tensor)) or (isinstance(value, torch.Tensor) and value.dim() == 0):
-        return value
-    if len(value) != count:
-        raise UsageError(f"{name}: {len(value)} given for {count} prompts; give one for each")
-    return value[part]
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -7,6 +7,8 @@ come back frozen and in eval mode. Nothing from a host's repository is executed 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -76,12 +78,9 @@ def load_host(
     name, source, options = _source(name, trust_remote_code, revision)
     if spread:
         options["device_map"] = "balanced"
-    try:
-        with quiet_transformers():
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **options)
-            host = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **options)
-    except Exception as error:  # a damaged host can make its parsers raise anything
-        raise RealignerError(_why_not(name, error)) from error
+    with _loading(name):
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **options)
+        host = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **options)
     if not spread:
         host = cast(PreTrainedModel, host.to(torch_device))
     host.eval().requires_grad_(False)
@@ -99,11 +98,8 @@ def load_tokenizer(
         RealignerError: when there is no such host.
     """
     name, source, options = _source(name, trust_remote_code, revision)
-    try:
-        with quiet_transformers():
-            return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, **options))
-    except Exception as error:  # as in load_host
-        raise RealignerError(_why_not(name, error)) from error
+    with _loading(name):
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, **options))
 
 
 def load_config(name: str = EMBEDDED, trust_remote_code: bool = False, revision: str | None = None) -> Any:
@@ -113,10 +109,19 @@ def load_config(name: str = EMBEDDED, trust_remote_code: bool = False, revision:
         RealignerError: when there is no such host.
     """
     name, source, options = _source(name, trust_remote_code, revision)
+    with _loading(name):
+        return AutoConfig.from_pretrained(source, **options)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Load quietly; a damaged host can make its parsers raise anything, which becomes one line."""
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(source, **options)
-    except Exception as error:  # as in load_host
+            yield
+    except RealignerError:
+        raise
+    except Exception as error:
         raise RealignerError(_why_not(name, error)) from error
 
 
@@ -129,12 +134,8 @@ def _source(name: str, trust_remote_code: bool, revision: str | None) -> tuple[s
     if name.endswith(".gguf"):
         if not path.is_file():
             raise RealignerError(f"host {name}: there is no such file; {_MOVED}")
-        try:
+        with _loading(name):
             return str(path), str(gguf_folder(path)), options
-        except RealignerError:
-            raise
-        except Exception as error:  # a damaged file can make its parser raise anything
-            raise RealignerError(_why_not(name, error)) from error
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise RealignerError(f"host {name}: the folder has no config.json; give a folder save_pretrained wrote")

@@ -142,6 +142,21 @@ def check_strength(value: Any, device: torch.device | str = "cpu") -> torch.Tens
     return tensor
 
 
+def part_of(value: Any, at: int | slice, count: int, name: str, unit: str) -> Any:
+    """The part that one (or some) of `count` prompts or requests have of a list with one for each, or what all have.
+
+    Raises:
+        UsageError: for a list of another length; `name` and `unit` say of what.
+    """
+    if isinstance(value, Mapping):
+        return {key: part_of(item, at, count, name, unit) for key, item in value.items()}
+    if not isinstance(value, (list, torch.Tensor)) or (isinstance(value, torch.Tensor) and value.dim() == 0):
+        return value
+    if len(value) != count:
+        raise UsageError(f"{name}: {len(value)} given for {count} {unit}; give one for each")
+    return value[at]
+
+
 # --- threads ----------------------------------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ from realigner.fingerprints import Fingerprint, fingerprint
 from realigner.injection import Injector, refuse_attached
 from realigner.irm_config import FILE_PREFIX, PEFT_NAME, WEIGHTS_FILE, IRMConfig, adapter_folder, check_adapter
 from realigner.locate import find_layers, find_sites
-from realigner.settings import Generation, Settings, Strength, Where
+from realigner.settings import Generation, Settings, Strength, Where, part_of
 
 
 class IRMModel(BaseTuner):
@@ -121,7 +121,6 @@ class IRMModel(BaseTuner):
         """
         from realigner.batching import (
             BatchManager,
-            of_request,
         )  # imports transformers' continuous batching: for those who use it
 
         for unused in ("warmup", "progress_bar", "persistent_manager"):
@@ -130,7 +129,7 @@ class IRMModel(BaseTuner):
             return {}
         each = {"strength": strength, "irms": None if adapter_names is None else list(adapter_names), "where": where}
         count = len(inputs)
-        chosen = [{key: of_request(value, n, count, key) for key, value in each.items()} for n in range(count)]
+        chosen = [{key: part_of(value, n, count, key, "requests") for key, value in each.items()} for n in range(count)]
         longest = max(len(prompt) for prompt in inputs), int(options.get("max_new_tokens") or 0)
         done: dict[str, Any] = {}
         with BatchManager(self, generation_config, continuous_batching_config, (*longest, count)) as batch:
@@ -242,12 +241,6 @@ class IRMModel(BaseTuner):
         BaseTunerLayer.delete_adapter(self.registry, adapter_name)
         self.active_adapter = self.registry.names
 
-    def _forget(self, adapter_name: str) -> None:
-        if len(self.registry.networks) == 1:
-            self._unload_and_optionally_merge(merge=False)
-        else:
-            self.delete_adapter(adapter_name)
-
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make the named IRMs trainable or not."""
         BaseTunerLayer.set_requires_grad(self.registry, adapter_names, requires_grad)
@@ -313,7 +306,10 @@ class IRMModel(BaseTuner):
             return tuner._checked(adapter_name, state_dict)
         except RealignerError:
             if tuner.peft_config[adapter_name].awaits_weights:  # it was attached for this file: nothing of it stays
-                tuner._forget(adapter_name)
+                if len(tuner.registry.networks) == 1:
+                    tuner._unload_and_optionally_merge(merge=False)
+                else:
+                    tuner.delete_adapter(adapter_name)
             raise
 
     def _checked(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -11,21 +11,12 @@ from transformers import PreTrainedModel
 
 from realigner.console import say
 from realigner.errors import RealignerError
+from realigner.explain import verdict
 from realigner.explain.ablate import How, against_controls
 from realigner.explain.explanation import Explanation, IndexFact
 from realigner.explain.index_study import IndexStudy, read_runs
 from realigner.explain.predict import correlations, cross_validated_r2, gain_for_median_reach
 from realigner.explain.trials import FULL, QUICK, Outcome, TrialRunner, say_budget, trial_results
-from realigner.explain.verdict import (
-    CAUSES,
-    Evidence,
-    check_index,
-    conclude,
-    has_atypical_readout,
-    index_facts,
-    is_channel,
-    masked_loss,
-)
 from realigner.files import made_folder
 from realigner.hosts import host_name
 from realigner.traces.layout import UNTRAINED
@@ -100,14 +91,14 @@ def explain(
     runs = read_runs(folders)
     if trials and any(recipe.host is None for _, recipe in runs.values()):
         raise RealignerError("explain: a run was trained on a host made in Python and cannot be repeated; see trials=False")
-    check_index(index, int(host.config.get_text_config(decoder=True).hidden_size))
+    verdict.check_index(index, int(host.config.get_text_config(decoder=True).hidden_size))
     made_folder(out)
 
     # Measure the host and the IRMs: forwards and backwards over validation rows.
     study = IndexStudy.measure(host, tokenizer, runs, budget.rows, quiet)
     mean_score = study.mean_score
     index = int(mean_score.argmax()) if index is None else index
-    ranks, facts = study.ranks(index), index_facts(study.measured, index)
+    ranks, facts = study.ranks(index), verdict.index_facts(study.measured, index)
     if not quiet:
         say(f"index {index}: {mean_score[index]:.2f} times the median over {len(runs)} IRMs")
 
@@ -143,8 +134,8 @@ def explain(
         name: {how: against_controls(own, how) | {"size": study.size_ratio(name, index, own)} for how in budget.hows}
         for name, own in ablations.items()
     }
-    cause, conclusions = conclude(
-        Evidence(
+    cause, conclusions = verdict.conclude(
+        verdict.Evidence(
             index=index,
             width=len(mean_score),
             ranks=ranks,
@@ -164,7 +155,7 @@ def explain(
         irms={run: str(folder) for run, (folder, _) in runs.items()},
         index=index,
         cause=cause,
-        words=f"Index {index} of {name}: {CAUSES[cause]}.",
+        words=f"Index {index} of {name}: {verdict.CAUSES[cause]}.",
         quick=quick,
         dtype=str(host.dtype).removeprefix("torch."),
         conclusions=conclusions,
@@ -186,7 +177,7 @@ def explain(
 
 def _informative(budget: Budget, facts: Sequence[IndexFact]) -> dict[str, int]:
     """The trials of a budget that can tell something about this index: an ordinary gain or residual is not edited."""
-    readout, channel = has_atypical_readout(facts), is_channel(facts)
+    readout, channel = verdict.has_atypical_readout(facts), verdict.is_channel(facts)
     changes = {"gain": readout, "no channel": channel, "ordinary": readout and channel}
     return {kind: count for kind, count in budget.trials.items() if changes.get(kind, True)}
 
@@ -197,4 +188,4 @@ def _masked(outcomes: Sequence[Outcome]) -> dict[str, float]:
     if not masked:
         return {}
     pairs = [(outcome.losses, references[outcome.trial.seed].losses, outcome.counts) for outcome in masked]
-    return masked_loss(pairs, [(outcome.losses, outcome.counts) for outcome in references.values()])
+    return verdict.masked_loss(pairs, [(outcome.losses, outcome.counts) for outcome in references.values()])

@@ -20,19 +20,7 @@ import xarray as xr
 
 from realigner.errors import RealignerError
 from realigner.files import locked_file, made_folder, refuse_existing, replace_folder, write_text
-from realigner.traces.layout import (
-    ALWAYS,
-    LAYOUT,
-    ON_REQUEST,
-    SOURCE,
-    TEXT_LABELS,
-    TOKEN_LABELS,
-    RunLabel,
-    join,
-    labels_of,
-    text_spans,
-    with_layers,
-)
+from realigner.traces import layout
 
 RawType = Literal["auto", "float16", "float32"]
 _CHUNK = {"token": 16, "text": 1, "layer": 32, "neuron": 4096}  # of large arrays
@@ -88,7 +76,7 @@ class TraceWriter:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.notes = dict(notes or {})
         self.texts = 0
-        self.labels: list[RunLabel] = []
+        self.labels: list[layout.RunLabel] = []
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -98,15 +86,15 @@ class TraceWriter:
             self.close()
         self._lock.close()
 
-    def append(self, *texts: tuple[xr.Dataset, RunLabel]) -> None:
+    def append(self, *texts: tuple[xr.Dataset, layout.RunLabel]) -> None:
         """Write texts durably; many at a time are cheaper."""
         if not texts:
             return
         import zarr
 
         self.labels += [label for label in dict.fromkeys(label for _, label in texts) if label not in self.labels]
-        wide = [self._narrowed(with_layers(text, self.layers)) for text, _ in texts]
-        part = join(wide, self.host, self.labels, self.notes)
+        wide = [self._narrowed(layout.with_layers(text, self.layers)) for text, _ in texts]
+        part = layout.join(wide, self.host, self.labels, self.notes)
         part.attrs |= {key: json.dumps(part.attrs[key]) for key in ("runs", "notes")}
         try:
             # Every chunk is written, also one of zeros: a missing chunk is damage, not a value.
@@ -163,7 +151,7 @@ def _encoding(text: xr.Dataset) -> dict[str, Any]:
     encoding: dict[str, Any] = {}
     for name in map(str, text.variables):
         sizes = dict(zip(text[name].dims, text[name].shape, strict=True))
-        large = name in (*ALWAYS, *ON_REQUEST) and name not in ("count", "energy", "l1", "l4", "small")
+        large = name in (*layout.ALWAYS, *layout.ON_REQUEST) and name not in ("count", "energy", "l1", "l4", "small")
         chunks = [
             max(1, min(_CHUNK.get(str(dim), size), size) if large else _LABELS_CHUNK if dim == "token" else size)
             for dim, size in sizes.items()
@@ -171,7 +159,7 @@ def _encoding(text: xr.Dataset) -> dict[str, Any]:
         if large and "token" in sizes:
             chunks[0] = _CHUNK["token"]
         # Deltas shrink by a tenth at most, which is not worth the time; their checksum is.
-        squeeze = [] if name in ON_REQUEST else [ZstdCodec(level=1)]
+        squeeze = [] if name in layout.ON_REQUEST else [ZstdCodec(level=1)]
         encoding[name] = {"chunks": tuple(chunks), "compressors": [*squeeze, Crc32cCodec()]}
     return encoding
 
@@ -210,7 +198,7 @@ def save_trace(trace: xr.Dataset, path: str | Path, force: bool = False, dtype: 
     """
     if "text" not in trace.dims:
         raise RealignerError("trace: nothing was recorded; run the model inside the record block")
-    labels = {label.run: label for label in labels_of(trace)}
+    labels = {label.run: label for label in layout.labels_of(trace)}
     host, layers, notes = str(trace.attrs["host"]), trace["layer"].values.tolist(), trace.attrs["notes"]
     with TraceWriter(path, host, layers, dtype, force, notes) as writer:
         for text in texts_of(trace):
@@ -220,13 +208,13 @@ def save_trace(trace: xr.Dataset, path: str | Path, force: bool = False, dtype: 
 
 def texts_of(trace: xr.Dataset) -> list[xr.Dataset]:
     """A trace text by text, in order, read lazily."""
-    return [trace.isel(token=span, text=slice(at, at + 1)) for at, span in enumerate(text_spans(trace))]
+    return [trace.isel(token=span, text=slice(at, at + 1)) for at, span in enumerate(layout.text_spans(trace))]
 
 
 def is_trace(folder: Path) -> bool:
     """Whether a folder is a trace written by realigner."""
     group = folder / "zarr.json"
-    return group.is_file() and SOURCE in group.read_text(encoding="utf-8", errors="replace")
+    return group.is_file() and layout.SOURCE in group.read_text(encoding="utf-8", errors="replace")
 
 
 def refuse_trace(path: Path, force: bool) -> None:
@@ -249,14 +237,14 @@ def load_trace(path: str | Path) -> xr.Dataset:
         trace: xr.Dataset = xr.open_zarr(path, chunks=None)
     except Exception as error:  # zarr raises many kinds for a damaged store
         raise RealignerError(f"{path}: not a readable zarr store ({str(error).splitlines()[0]})") from error
-    if trace.attrs.get("source") == SOURCE and trace.attrs.get("layout") != LAYOUT:
+    if trace.attrs.get("source") == layout.SOURCE and trace.attrs.get("layout") != layout.LAYOUT:
         raise RealignerError(f"{path}: a trace of another version of realigner; record it again")
-    missing = [name for name in (*TOKEN_LABELS, *TEXT_LABELS, *ALWAYS) if name not in trace.variables]
+    missing = [name for name in (*layout.TOKEN_LABELS, *layout.TEXT_LABELS, *layout.ALWAYS) if name not in trace.variables]
     if missing:
         raise RealignerError(f"{path}: not a trace: {missing[0]!r} is missing")
     trace.attrs |= {key: json.loads(trace.attrs[key]) for key in ("runs", "notes")}
     try:
-        for name in (*TOKEN_LABELS, *TEXT_LABELS, "count"):
+        for name in (*layout.TOKEN_LABELS, *layout.TEXT_LABELS, "count"):
             trace[name].load()
     except Exception as error:  # codecs raise many kinds
         _scan(path)
