@@ -34,7 +34,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, template: str = "chat", system: s
         system: a system prompt, put before the conversation.
 
     Raises:
-        UsageError: for an empty prompt, a turn that is none, or a conversation in the plain form.
+        UsageError: for an empty prompt, something that is not a turn, or a conversation in the plain form.
         RealignerError: when the host's chat template refuses the conversation (it knows no system role, say).
     """
     return batch_prompt_ids(tokenizer, [prompt], template, system)[0]

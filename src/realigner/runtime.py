@@ -143,7 +143,7 @@ def find_irm(source: Source) -> Path:
         RealignerError: when there is no such IRM.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if str(source).strip() and folder.is_dir():
         return adapter_folder(folder)
     if folder.is_file():
         raise RealignerError(f"{source}: a file; an IRM is a folder with {CONFIG_FILE}")
@@ -170,7 +170,7 @@ def ready_made() -> dict[str, Path]:
 
 
 def _named(sources: Sequence[Source]) -> dict[str, Source]:
-    """One IRM is called as PEFT calls it, several by their folders."""
+    """A single IRM gets PEFT's default name, several are named after their folders."""
     if len(sources) == 1:
         return {"default": sources[0]}
     named = {Path(source).name: source for source in sources}

@@ -167,7 +167,7 @@ class ThreadState:
         settings: of the next call.
         running: the context of the forward that is under way, where none is handed down.
         taken: a context handed down to the layer that is under way.
-        terms: outputs of layer 0's modules, of which its residual is made.
+        terms: outputs of layer 0's modules, that its residual is the sum of.
         began: whether a forward of the decoder began since this was last set to False.
     """
 
@@ -231,7 +231,7 @@ _blocks = _Blocks()
 
 @cache
 def _inherit() -> None:
-    """From now on a thread begins with the settings of the block that it is begun in, as a streamer's thread should.
+    """From now on a thread begins with the settings of the block that it is begun in, so that a streamer's thread has them.
 
     Python does this for context variables from 3.14 on, where asked to. Workers of a pool are left out: they outlive the block.
     """
