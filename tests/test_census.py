@@ -124,7 +124,7 @@ def test_a_wrong_site_is_found_out(mistake: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_oracle_without_an_account_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oracle, "_place", lambda *_: None)
+    monkeypatch.setattr(oracle, "find_places", lambda layers, _: [None] * len(layers))
     entry = prove(tiny_host("llama"))
     assert entry.verdict == UNPROVEN
     assert "layer 0" in entry.reason
