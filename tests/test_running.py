@@ -319,6 +319,7 @@ def test_compiled_code_gives_the_same_numbers(family: str) -> None:
 
 
 @pytest.mark.host
+@pytest.mark.slow
 def test_embedded_host(embedded: tuple[Any, Any]) -> None:
     """A real host: cached in three ways and not at all, in a padded batch whose rows give what each gives alone."""
     host, tokenizer = embedded

@@ -87,6 +87,7 @@ def check_core_alone(python: Path) -> None:
     assert "the core works alone" in out, out
 
 
+@pytest.mark.slow  # CI runs it, as make wheel-check
 def test_core_works_alone(wheel: Path, requirements: list[Requirement], tmp_path: Path) -> None:
     """The wheel in an environment of its own; what the core depends on is lent by links, so that nothing is fetched."""
     python = bare_environment(tmp_path / "bare")
