@@ -371,6 +371,5 @@ def test_version_1_made_on_a_quantised_or_multimodal_host(tmp_path: Path) -> Non
     assert differs_from_old(quantised, llama()) is None
     assert differs_from_old(multimodal(llama()), multimodal(llama())) is None
     assert "architecture" in str(differs_from_old(multimodal(llama()), llama()))  # the vision tower cannot be checked
-    assert Fingerprint.from_dict(version_1(llama())).difference(Fingerprint.from_dict(version_1(llama()))) is None
     found = pickle.loads(pickle.dumps(fingerprint(llama())))
     assert "in memory" in str(Fingerprint.from_dict(version_1(llama())).difference(found))

@@ -420,9 +420,11 @@ def template_of(model: nn.Module) -> str:
 def load_irm(host: nn.Module, folder: str | Path, adapter_name: str = "default", trainable: bool = False) -> PeftModel:
     """`PeftModel.from_pretrained` for a local folder, with every refusal a `RealignerError` of one line."""
     check_adapter(folder)
-    model: PeftModel = PeftModel.from_pretrained(
-        host, str(adapter_folder(folder)), adapter_name=adapter_name, is_trainable=trainable
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that will be gone
+        model: PeftModel = PeftModel.from_pretrained(
+            host, str(adapter_folder(folder)), adapter_name=adapter_name, is_trainable=trainable
+        )
     return model
 
 
