@@ -45,7 +45,7 @@ class AdapterRegistry(nn.Module, BaseTunerLayer):
         self.default.strengths[name] = torch.ones((), device=device)
 
     def network(self, name: str) -> IRM:
-        self._check_loaded("adapter", name)  # a generation may name one that was deleted since it began
+        self.check_loaded("adapter", name)  # a generation may name one that was deleted since it began
         network = self.networks[name]
         assert isinstance(network, IRM)
         return network
@@ -82,7 +82,7 @@ class AdapterRegistry(nn.Module, BaseTunerLayer):
             chosen = self.networks if adapter is None else [adapter]
             named = strength if isinstance(strength, Mapping) else dict.fromkeys(chosen, strength)
             for name in named:
-                self._check_loaded("strength: adapter", name)
+                self.check_loaded("strength: adapter", name)
             device = next(iter(self.default.strengths.values())).device
             strengths = {name: check_strength(value, device) for name, value in named.items()}
             current = replace(current, strengths={**current.strengths, **strengths})
@@ -96,12 +96,13 @@ class AdapterRegistry(nn.Module, BaseTunerLayer):
             raise UsageError("adapter_names: give a list with an entry for each row of the batch, or use set_adapter")
         chosen = [[] if row == NO_IRM else [row] if isinstance(row, str) else list(row) for row in rows]
         for name in {name for row in chosen for name in row}:
-            self._check_loaded("adapter_names:", name)
+            self.check_loaded("adapter_names:", name)
         device = next(iter(self.default.strengths.values())).device
         names = [name for name in self.networks if any(name in row for row in chosen)]
         return {name: torch.tensor([float(name in row) for row in chosen], device=device) for name in names}
 
-    def _check_loaded(self, what: str, name: str) -> None:
+    def check_loaded(self, what: str, name: str) -> None:
+        """Raise UsageError, with `what` before the name, unless an IRM of this name is loaded."""
         if name not in self.networks:
             raise UsageError(f"{what} {name!r} is not loaded; loaded are {', '.join(self.networks) or 'none'}")
 

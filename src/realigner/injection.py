@@ -152,8 +152,8 @@ class Injector:
         state.terms.clear()
         if context is None or output is None:  # no IRM, or an error is on its way
             return
-        chosen = len({layer for active in context.active for layer in active.irm.layers})
-        if context.touched < chosen:
+        if context.deltas is None or context.touched < len(context.deltas):
+            chosen = len({layer for active in context.active for layer in active.irm.layers})
             raise RealignerError(
                 f"{type(decoder).__name__}: {context.touched} of {chosen} layers were given their delta; its forward does not "
                 "call the modules that the IRM is attached to (was it replaced, by a faster one say?)"

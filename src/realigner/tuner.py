@@ -119,9 +119,7 @@ class IRMModel(BaseTuner):
         Returns:
             Request id -> transformers' ``GenerationOutput``, in the order of `inputs`.
         """
-        from realigner.batching import (
-            BatchManager,
-        )  # imports transformers' continuous batching: for those who use it
+        from realigner.batching import BatchManager  # brings transformers' continuous batching
 
         for unused in ("warmup", "progress_bar", "persistent_manager"):
             options.pop(unused, None)
@@ -196,11 +194,11 @@ class IRMModel(BaseTuner):
         if not low_cpu_mem_usage and not any(p.is_meta for p in network.parameters()):
             network.to(device)
         self.registry.add(adapter_name, network, device)
-        if adapter_name in self.active_adapters:
+        active = adapter_name in self.active_adapters
+        if active:
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         else:
             network.requires_grad_(False)
-        active = adapter_name in self.active_adapters
         set_additional_trainable_modules(model, config, BaseTuner.get_model_config(self), adapter_name, active)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,8 +214,7 @@ class IRMModel(BaseTuner):
         """Make one IRM active, or several at once (their deltas are summed)."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
-            if name not in self.registry.networks:
-                raise UsageError(f"adapter {name!r} is not loaded; loaded are {', '.join(self.registry.networks) or 'none'}")
+            self.registry.check_loaded("adapter", name)
         BaseTunerLayer.set_adapter(self.registry, names, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
