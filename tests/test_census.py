@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import realigner.oracle as oracle
-from realigner.census import NOT_BUILT, PROVEN, REFUSED, UNPROVEN, WRONG, CensusEntry, census, page, prove, totals
+from realigner.census import EXACT, NOT_BUILT, PROVEN, REFUSED, UNPROVEN, WRONG, CensusEntry, census, page, prove, totals
 from realigner.locate import find_layers
 from realigner.tiny import MODEL_TYPES, tiny_host
 from tests.reference import FAMILIES, reference_host
@@ -31,7 +31,18 @@ def test_the_census(entries: list[CensusEntry]) -> None:
     assert count[PROVEN] >= 120
     assert all(e.reason for e in entries if e.verdict in (REFUSED, NOT_BUILT))
     assert {e.model_type for e in entries if e.verdict == PROVEN} >= set(FAMILIES)
-    assert all(set(e.errors) == {"off", "all", "one", "h0", "cached"} for e in entries if e.verdict == PROVEN)
+    tried = {"off", "all", "one", "h0", "cached", "trained"}
+    for e in entries:
+        exact = {"checkpointed"} if e.checkpointing == EXACT else set()
+        assert e.verdict != PROVEN or set(e.errors) == tried | exact, e
+
+
+def test_checkpointing_is_exact_or_refused_by_name(entries: list[CensusEntry]) -> None:
+    proven = {e.model_type: e.checkpointing for e in entries if e.verdict == PROVEN}
+    refusals = {why for why in proven.values() if why != EXACT}
+    assert all("drop activations at random" in why or "does not support activation checkpointing" in why for why in refusals)
+    assert {proven[name] for name in ("mamba2", "nemotron_h", "gptj", "megatron-bert", "rembert", "git", "falcon")} == {EXACT}
+    assert sum(why == EXACT for why in proven.values()) >= 140
 
 
 def test_the_page_is_up_to_date(entries: list[CensusEntry]) -> None:

@@ -234,7 +234,7 @@ def gradients(model: Any, calls: int = 1, between: bool = False) -> dict[str, to
 
 
 @pytest.mark.parametrize(("calls", "between"), [(1, False), (2, False), (2, True)])
-@pytest.mark.parametrize("family", [f for f in EVERY_FAMILY if f != "gptj"])
+@pytest.mark.parametrize("family", [f for f in EVERY_FAMILY if f != "opt"])
 def test_checkpointing_is_exact(family: str, calls: int, between: bool) -> None:
     """Non-reentrant checkpointing: also forward-forward-backward, with a no_grad forward in between."""
     model = attach(tiny_host(family))
@@ -274,12 +274,67 @@ def test_reentrant_checkpointing_is_refused() -> None:
         model(input_ids=prompts()["input_ids"], labels=prompts()["input_ids"])
 
 
-def test_checkpointing_is_refused_where_layers_take_no_keywords() -> None:
-    model = attach(tiny_host("gptj"))
+def test_checkpointing_is_exact_when_compiled() -> None:
+    torch._dynamo.reset()
+    model = attach(tiny_host("llama"))
+    want = gradients(model.train(), 1, False)
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    got = gradients(torch.compile(model.train(), backend="aot_eager"), 1, False)
+    for name in want:
+        assert torch.allclose(got[name], want[name], rtol=1e-5, atol=1e-8), name
+
+
+def test_checkpointing_is_refused_where_layers_drop_activations() -> None:
+    """OPT's layers drop by themselves, and are only checkpointed in training mode."""
+    model = attach(tiny_host("opt"))
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with pytest.raises(RealignerError, match="checkpointing"):
+    with pytest.raises(RealignerError, match="OPTDecoder: its layers drop activations at random"):
         model(input_ids=prompts()["input_ids"], labels=prompts()["input_ids"])
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama"])
+def test_the_host_is_trained_through_without_dropout(family: str) -> None:
+    """Training mode is the IRM's: what the loss is taken of is what evaluation gives, to the bit."""
+    host = tiny_host(family)
+    for module in host.modules():
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.5)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    model = attach(host)
+    with torch.no_grad():
+        want = model.eval()(**prompts()).logits
+    assert torch.equal(model.train()(**prompts()).logits, want)
+    assert tuner_of(model).registry.network("default").training
+
+
+@pytest.mark.parametrize("how", ["wrapper", "by hand"])
+def test_checkpointing_by_others(how: str) -> None:
+    """PyTorch's wrapper (FSDP's) is followed; code that recomputes a layer by itself is refused, in the backward pass."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
+    from torch.utils.checkpoint import checkpoint
+
+    model = attach(tiny_host("llama"))
+    model.train()
+    want = gradients(model, 2, True)
+    layers = tuner_of(model).sites.layers
+    model.zero_grad()
+    if how == "wrapper":
+        apply_activation_checkpointing(
+            model.base_model.model,
+            checkpoint_wrapper_fn=checkpoint_wrapper,
+            check_fn=lambda m: any(m is layer for layer in layers),
+        )
+        got = gradients(model, 2, True)
+        assert all(torch.equal(got[name], want[name]) for name in want)
+        return
+    forward = layers[1].forward
+    layers[1].forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    with pytest.raises(RealignerError, match="layer 1 is recomputed by a checkpointing that an IRM cannot follow"):
+        gradients(model, 1, False)
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------------

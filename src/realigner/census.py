@@ -25,6 +25,7 @@ from realigner.sites import HostSites
 from realigner.tiny import MODEL_TYPES, UNBUILDABLE, tiny_host
 from realigner.tuner import strength, tuner_of
 
+EXACT = "exact"
 PROVEN, REFUSED, UNPROVEN, WRONG, NOT_BUILT = "proven", "refused", "unproven", "wrong", "not built"
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # of the largest logit; else _HALF
 _HALF = 0.15  # rounding, amplified from layer to layer: prove in float32 where memory allows
@@ -45,6 +46,8 @@ class CensusEntry:
     site: dict[str, Any] = field(default_factory=dict)  # `sites.HostSites.summary`, once accepted
     # the largest deviation of each proof, as a share of the largest logit (of the largest entry, for h0)
     errors: dict[str, float] = field(default_factory=dict)
+    # of a proven one: `EXACT`, or why an IRM cannot be trained with gradient checkpointing on it
+    checkpointing: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,8 +56,9 @@ class CensusEntry:
 def prove(host: nn.Module, generates: bool = True) -> CensusEntry:
     """Attach random IRMs to a host and hold every number against the oracle's; the host is left as it was.
 
-    Five proofs: ``off`` (strength 0 and detaching give the bare logits, bit by bit), ``all`` and ``one`` (deltas at all layers,
-    at one layer), ``h0`` (what the network read is the residual) and ``cached`` (greedy tokens with a cache).
+    Seven proofs: ``off`` (strength 0 and detaching give the bare logits, bit by bit), ``all`` and ``one`` (deltas at all
+    layers, at one layer), ``h0`` (what the network read is the residual), ``cached`` (greedy tokens with a cache), ``trained``
+    (training mode gives the same logits) and ``checkpointed`` (gradient checkpointing gives the same gradients, if possible).
 
     Args:
         host: a frozen causal language model, bare.
@@ -78,7 +82,7 @@ def prove(host: nn.Module, generates: bool = True) -> CensusEntry:
     if missing:
         entry.verdict, entry.reason = UNPROVEN, f"the oracle has no account of layer {missing[0]}'s residual"
         return entry
-    entry.errors = proof.errors(generates)
+    entry.errors, entry.checkpointing = proof.errors(generates)
     wrong = [name for name, error in entry.errors.items() if not error <= (0.0 if name == "off" else proof.tolerance)]
     entry.verdict = WRONG if wrong else PROVEN
     entry.reason = ", ".join(f"{name} is off by {entry.errors[name]:.1e}" for name in wrong)
@@ -103,7 +107,8 @@ class _Proof:
             out: torch.Tensor = model(input_ids=self.ids, use_cache=False).logits
         return out
 
-    def errors(self, generates: bool) -> dict[str, float]:
+    def errors(self, generates: bool) -> tuple[dict[str, float], str]:
+        """The largest deviation of each proof, and `CensusEntry.checkpointing`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = get_peft_model(self.host, IRMConfig(output_std=0.3)).eval()
@@ -115,13 +120,15 @@ class _Proof:
             found["all"], found["h0"] = self._against_oracle(model)
             if generates:
                 found["cached"] = self._tokens(model)
+            trained, checkpointing = self._checkpointed(model)
+            found |= trained
             model.set_adapter("one")
             found["one"], _ = self._against_oracle(model)
         finally:
             model.unload()
         if not torch.equal(self.logits(self.host), self.bare):
             found["off"] = float("inf")
-        return found
+        return found, checkpointing
 
     def _against_oracle(self, model: Any) -> tuple[float, float]:
         """How far logits and h0 are from the oracle's."""
@@ -150,6 +157,31 @@ class _Proof:
             return float("inf")
         steps = len(same) if all(same) else same.index(False) + 1  # in half precision, until a near tie falls the other way
         return max(_off_by(*pair) for pair in list(zip(got.logits, want.logits, strict=True))[:steps])
+
+    def _checkpointed(self, model: Any) -> tuple[dict[str, float], str]:
+        """How far training mode is from evaluation and checkpointing from none, and `CensusEntry.checkpointing`."""
+
+        def gradient() -> torch.Tensor:
+            model.zero_grad()
+            model(input_ids=self.ids, use_cache=False).logits.float().pow(2).mean().backward()
+            return torch.cat([p.grad.flatten() for p in _network(model).parameters()])
+
+        host: Any = self.host
+        before = self.logits(model)
+        found = {"trained": _off_by(self.logits(model.train()), before)}
+        want = gradient()
+        try:
+            host.activation_checkpointing_enable({"use_reentrant": False})
+            model.train()  # as trainers do before each step
+            found["checkpointed"] = _off_by(gradient(), want)
+            return found, EXACT
+        except RealignerError as error:
+            return found, str(error).partition(": ")[2].partition("; ")[0]
+        except Exception as error:  # the host cannot, and says so in its own way
+            return found, _why(error)
+        finally:
+            host.activation_checkpointing_disable()
+            model.eval()
 
     def _oracle(self, deltas: oracle.Deltas) -> Any:
         return oracle.reference(self.sites.layers, [place for place in self.places if place is not None], deltas)
@@ -236,12 +268,20 @@ def page(entries: Sequence[CensusEntry], versions: str) -> str:
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string((files("realigner") / "census.md.j2").read_text(encoding="utf-8"))
     rows = [
-        (entry.model_type, entry.site["layers"], *(_kinds(entry.site[key]) for key in ("branch", "kind", "scale")))
+        (
+            entry.model_type,
+            entry.site["layers"],
+            *(_kinds(entry.site[key]) for key in ("branch", "kind", "scale")),
+            entry.checkpointing if entry.checkpointing == EXACT else "refused",
+        )
         for entry in entries
         if entry.verdict == PROVEN
     ]
     left = [entry for entry in entries if entry.verdict != PROVEN]
-    return template.render(mark=_MARK, versions=versions, entries=entries, count=totals(entries), rows=rows, left=left)
+    unchecked = [entry for entry in entries if entry.verdict == PROVEN and entry.checkpointing != EXACT]
+    return template.render(
+        mark=_MARK, versions=versions, entries=entries, count=totals(entries), rows=rows, left=left, unchecked=unchecked
+    )
 
 
 def is_page(path: Path) -> bool:

@@ -5,17 +5,16 @@ The contract:
 1. Nothing of the host is replaced or changed: hooks are registered, and `Injector.detach` removes them all.
 2. ``residual = x + branch`` becomes ``x + (branch + delta)`` (form A of docs/architecture.md): nothing is mutated, it
    holds for parallel layers, and a delta of zero is bit-exact.
-3. The deltas of a forward live in a `ForwardContext` made for that forward, with the settings it began with. Where gradients
-   are recorded it is handed down as a keyword argument, so that a second forward before the first backward, and a recomputed
-   (checkpointed) layer, see their own deltas. Where none are, nothing is ever recomputed: it is kept with the thread
-   (`settings.ThreadState`) for the length of the forward, and each layer costs one hook.
+3. The deltas of a forward live in a `ForwardContext` made for that forward, with the settings it began with. It is kept with
+   the thread (`settings.ThreadState`) for the length of the forward, and no longer: not after an error either. A checkpointed
+   layer is recomputed under the context of its own forward (`_Checkpointing`), whatever ran since.
 4. All deltas are computed once per forward, at layer 0; the other layers add.
 5. A forward that ends with fewer layers touched than chosen is an error: something kept the hooks from running.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from realigner.errors import RealignerError
 from realigner.irm import IRM
-from realigner.probe import CONTEXT_KEY, first_hidden, first_tensor, replaced
+from realigner.probe import first_hidden, first_tensor, replaced
 from realigner.settings import Settings, Threads
 from realigner.sites import INPUT, HostSites, Site
 
@@ -49,18 +48,20 @@ class ForwardContext:
         settings: those of the call when the forward began.
         start: the place in its text of the first token.
         x0: layer 0's input ``[batch, position, neuron]``, kept to form h0.
+        terms: outputs of layer 0's modules, that its residual is the sum of.
         deltas: layer -> summed, scaled delta ``[batch, position, neuron]``; None until layer 0's site ran.
         touched: how many layers were given their delta so far.
         grad_enabled: whether gradients were recorded when the forward began.
     """
 
-    __slots__ = ("active", "deltas", "grad_enabled", "settings", "start", "touched", "x0")
+    __slots__ = ("active", "deltas", "grad_enabled", "settings", "start", "terms", "touched", "x0")
 
     def __init__(self, active: Sequence[ActiveIRM], settings: Settings, start: int | torch.Tensor) -> None:
         self.active = active
         self.settings = settings
         self.start = start
         self.x0: torch.Tensor | None = None
+        self.terms: dict[str, torch.Tensor] = {}
         self.deltas: dict[int, torch.Tensor] | None = None
         self.touched = 0
         self.grad_enabled = torch.is_grad_enabled()
@@ -87,69 +88,61 @@ class Injector:
     ) -> None:
         self.sites = sites
         self.active = active
-        self.carries = all(site.carrier for site in sites.sites)  # whether a context reaches every layer as a keyword argument
         self.observers: list[Observer] = []
         self.threads = Threads(Settings() if default is None else default)
         self._handles: list[RemovableHandle] = []
-        self._sites: list[_SiteHooks] = []
-        self._carrying = False
 
     def attach(self) -> None:
         """Register the hooks: two on the decoder, one on layer 0, one on each layer."""
         decoder, layers = self.sites.decoder, self.sites.layers
         self._handles.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self._handles.append(decoder.register_forward_hook(self._end, with_kwargs=True, always_call=True))
+        self._handles.append(decoder.register_forward_hook(self._end, always_call=True))
         self._handles.append(layers[0].register_forward_pre_hook(self._read_input, with_kwargs=True))
-        self._sites = [_SiteHooks(self, site) for site in self.sites.sites]
-        for hooks, layer in zip(self._sites, layers, strict=True):
-            self._handles += hooks.attach(layer)
-
-    def carry(self) -> None:
-        """Register, once, the hooks that take a handed-down context: another on each layer, for forwards with gradients.
-
-        Called by itself in time, but for code that is compiled: a hook must be there before the first compiled call.
-        """
-        if self.carries and not self._carrying:
-            for hooks, layer in zip(self._sites, self.sites.layers, strict=True):
-                carrier = layer.get_submodule(hooks.site.carrier)
-                self._handles.append(carrier.register_forward_pre_hook(hooks.take, with_kwargs=True))
-            self._carrying = True  # last: other threads hand contexts down from now on
+        for site, layer in zip(self.sites.sites, layers, strict=True):
+            self._handles += _SiteHooks(self, site).attach(layer)
 
     def detach(self) -> None:
         """Remove every hook; the host is as it was before `attach`."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._carrying = False
+        for module, key, function in _checkpointing_functions(self.sites.decoder):
+            if isinstance(function, _Checkpointing) and function.threads is self.threads:
+                setattr(module, key, function.function)
 
-    def _begin(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def follow_checkpointing(self) -> None:
+        """Have layers that are checkpointed recomputed under their own forward's context.
+
+        Called by itself before every forward with gradients, but for compiled ones: there before the first.
+        """
+        for module, key, function in _checkpointing_functions(self.sites.decoder):
+            if not isinstance(function, _Checkpointing):
+                setattr(module, key, _Checkpointing(self.threads, function))
+
+    def _begin(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         state = self.threads.state
-        state.running = state.taken = None  # left by a forward that was interrupted, or by a failed recomputation
-        state.terms.clear()
+        state.running = None  # left by a forward that Ctrl-C ended
         settings = state.settings
         active = self.active(settings)
         if not active:
-            return None
+            return
         state.began = True
-        context = ForwardContext(active, settings, _start(settings, args, kwargs))
-        if context.grad_enabled:
-            if not self._carrying and not torch.compiler.is_compiling():
-                self.carry()
-            if self._carrying:
-                return args, {**kwargs, CONTEXT_KEY: context}
-            if decoder.training and getattr(decoder, "gradient_checkpointing", False):
-                raise RealignerError(
-                    f"{type(decoder).__name__}: its layers take no keyword arguments, so gradient checkpointing would "
-                    "recompute them without their deltas; turn checkpointing off"
-                )
-        state.running = context
-        return None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.follow_checkpointing()
+            if self.sites.random_in_training and any(one.irm.training for one in active):
+                self._refuse_random(decoder)
+        state.running = ForwardContext(active, settings, _start(settings, args, kwargs))
 
-    def _end(self, decoder: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _refuse_random(self, decoder: nn.Module) -> None:
+        if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
+            raise RealignerError(
+                f"{type(decoder).__name__}: its layers drop activations at random (dropout) when they are checkpointed, and "
+                "parts of the deltas with them; turn gradient checkpointing off"
+            )
+
+    def _end(self, decoder: nn.Module, _: Any, output: Any) -> None:
         state = self.threads.state
-        context = kwargs.get(CONTEXT_KEY, state.running)
-        state.running = state.taken = None
-        state.terms.clear()
+        context, state.running = state.running, None
         if context is None or output is None:  # no IRM, or an error is on its way
             return
         if context.deltas is None or context.touched < len(context.deltas):
@@ -160,9 +153,18 @@ class Injector:
             )
 
     def _read_input(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        context = kwargs.get(CONTEXT_KEY, self.threads.state.running)
+        context = self.threads.state.running
         if context is not None:
             context.x0 = first_hidden(args, kwargs)
+
+    def refuse_recomputed(self, layer: int) -> None:
+        """Raise if a layer without a context is being recomputed by a checkpointing that `_Checkpointing` does not know."""
+        recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0  # within a backward pass
+        if recomputed and self.active(self.threads.state.settings):
+            raise RealignerError(
+                f"layer {layer} is recomputed by a checkpointing that an IRM cannot follow; use the host's own "
+                "(gradient_checkpointing_enable), or PyTorch's CheckpointWrapper"
+            )
 
     def fill(self, context: ForwardContext, h0: torch.Tensor) -> dict[int, torch.Tensor]:
         """Compute the deltas of all layers from ``h0 [batch, position, neuron]``: summed over IRMs, in h0's dtype."""
@@ -208,8 +210,41 @@ def refuse_attached(decoder: nn.Module) -> None:
         raise RealignerError("this host carries an IRM already; add another with model.add_adapter, or model.unload() it first")
 
 
+class _Checkpointing:
+    """A host's checkpointing function, with what it recomputes put under the context of the forward that it belongs to.
+
+    Args:
+        threads: of the injector.
+        function: called as ``function(layer_forward, *args)``; runs it now, and again in the backward pass.
+    """
+
+    def __init__(self, threads: Threads, function: Callable[..., Any]) -> None:
+        self.threads = threads
+        self.function = function
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        context = self.threads.state.running
+        return self.function(forward if context is None else partial(self._within, context, forward), *args, **kwargs)
+
+    def _within(self, context: ForwardContext, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        state = self.threads.state  # of the thread that recomputes: on a GPU, autograd's
+        before, state.running = state.running, context
+        try:
+            return forward(*args, **kwargs)
+        finally:  # a recomputation often stops halfway, by an exception
+            state.running = before
+
+
+def _checkpointing_functions(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """The modules of a decoder that checkpoint, the attribute that holds the function, and the function."""
+    for module in decoder.modules():
+        for key in ("_gradient_checkpointing_func", "checkpoint_fn"):  # transformers'; PyTorch's CheckpointWrapper (FSDP)
+            if callable(function := vars(module).get(key)):
+                yield module, key, function
+
+
 class _SiteHooks:
-    """The hooks of one layer: take the context on the way in if it is handed down, add the delta on the way out."""
+    """The hooks of one layer: keep what its residual is the sum of (layer 0), add the delta."""
 
     def __init__(self, injector: Injector, site: Site) -> None:
         self.injector = injector
@@ -224,24 +259,16 @@ class _SiteHooks:
         handles.append(layer.get_submodule(self.site.branch).register_forward_hook(self.add))
         return handles
 
-    def take(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if CONTEXT_KEY not in kwargs:
-            return None
-        self.injector.threads.state.taken = kwargs[CONTEXT_KEY]
-        return args, {key: value for key, value in kwargs.items() if key != CONTEXT_KEY}
-
     def _keep(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
-        tensor = first_tensor(output)
-        if tensor is not None:
-            self.injector.threads.state.terms[name] = tensor
+        context, tensor = self.injector.threads.state.running, first_tensor(output)
+        if context is not None and tensor is not None:
+            context.terms[name] = tensor
 
     def add(self, _: nn.Module, __: Any, output: Any) -> Any:
         # The one hook that runs in every layer for every token: kept lean.
-        state = self.injector.threads.state
-        context: ForwardContext | None = state.taken
-        if context is not None:
-            state.taken = None
-        elif (context := state.running) is None:
+        context: ForwardContext | None = self.injector.threads.state.running
+        if context is None:
+            self.injector.refuse_recomputed(self.site.layer)
             return None
         branch = output if isinstance(output, torch.Tensor) else first_tensor(output)
         if branch is None:
@@ -265,7 +292,7 @@ class _SiteHooks:
         x0 = context.x0
         if x0 is None:
             raise RealignerError("layer 0 ran without hidden states; the IRM has nothing to read")
-        terms = {**self.injector.threads.state.terms, INPUT: x0, self.site.branch: branch}
+        terms = {**context.terms, INPUT: x0, self.site.branch: branch}
         deltas = self.injector.fill(context, self.site.residual(lambda name: terms[name].view_as(x0)))
         if context.deltas is None:  # a recomputed layer 0 must not replace what later layers already used
             context.deltas = deltas

@@ -71,7 +71,7 @@ def _layer_count(host: nn.Module) -> int:
 
 
 def find_sites(host: nn.Module, path: str | None = None) -> HostSites:
-    """Probe a host and prove the site of every layer: three short forwards, once for a host; it is left as it was.
+    """Probe a host and prove the site of every layer: four short forwards, once for a host; it is left as it was.
 
     Args:
         host: a transformers causal language model.
@@ -110,9 +110,9 @@ def find_sites(host: nn.Module, path: str | None = None) -> HostSites:
         else:
             first = min(reasons)
             raise RealignerError(f"{name}: layer {first} {reasons[first]}; refused")
-    proven = enumerate(zip(clean, findings, strict=True))
-    sites = tuple(replace(site, layer=index, carrier=record.carrier) for index, (record, site) in proven)
-    found = HostSites(decoder, layers, path, _width(clean), sites)
+        random = probe.random_in_training(host, decoder, layers, clean)
+    sites = tuple(replace(site, layer=index) for index, site in enumerate(findings))
+    found = HostSites(decoder, layers, path, _width(clean), sites, random)
     vars(host)["irm_sites"] = key, found
     return found
 

@@ -1,6 +1,6 @@
 """What short forwards show of a decoder layer, as arithmetic: where its residual is made, and that nothing goes past it.
 
-Three forwards of seven tokens, each recorded module by module:
+Forwards of seven tokens, each recorded module by module:
 
 1. Clean. `candidates` are the modules (branches) and weights with which the layer may make its residual.
 2. Moved: a random delta on every branch. Reader and output must move by exactly that delta.
@@ -24,7 +24,6 @@ from torch import nn
 from realigner.hosts import text_config
 from realigner.sites import INPUT, PLAIN_BASE, Site
 
-CONTEXT_KEY = "irm_context"  # the keyword argument that carries a forward's deltas from the decoder to its layers
 _TOKENS = 7
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 _STAYS = {torch.float64: 1e-6, torch.float32: 1e-2}  # else 0.3: half precision; a bypass gives 1 or more
@@ -45,12 +44,11 @@ class Call:
 
 @dataclass
 class LayerRecord:
-    """One forward of a layer: its input and output, the calls within it, the child that carries the decoder's keywords."""
+    """One forward of a layer: its input and output, and the calls within it."""
 
     x: torch.Tensor | None = None
     out: torch.Tensor | None = None
     calls: list[Call] = field(default_factory=list)
-    carrier: str = ""
     streams: int = 0  # how many residual-shaped tensors the layer was given
     times: int = 0  # how often the layer ran in one forward
     running: bool = False
@@ -83,25 +81,14 @@ def run(host: nn.Module, decoder: nn.Module, layers: nn.ModuleList, edits: Seque
     with ExitStack() as stack:
         for index, (layer, record) in enumerate(zip(layers, records, strict=True)):
             _watch(stack, layer, record, Edits() if edits is None else edits[index])
-        arguments: dict[str, Any] = {"input_ids": ids.unsqueeze(0), "use_cache": False}
         for kind in {"cpu", device.type} - {"meta"}:
             stack.enter_context(torch.autocast(kind, enabled=False))  # its roundings would hide the site
-        try:
-            decoder(**arguments, **{CONTEXT_KEY: records})
-        except TypeError as error:
-            if CONTEXT_KEY not in str(error):
-                raise
-            for record in records:
-                record.calls.clear()
-                record.times = 0
-                record.carrier = ""
-            decoder(**arguments)
+        decoder(input_ids=ids.unsqueeze(0), use_cache=False)
     return records
 
 
 def _watch(stack: ExitStack, layer: nn.Module, record: LayerRecord, edits: Edits) -> None:
     clock = itertools.count()
-    children = {id(child) for child in layer.children()}
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
         record.times += 1
@@ -122,16 +109,12 @@ def _watch(stack: ExitStack, layer: nn.Module, record: LayerRecord, edits: Edits
         record.out = None if out is None else out.clone()
         record.running = False
 
-    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def enter(name: str, args: Any, kwargs: Any) -> None:
         if not record.running:  # a module that another layer has too
-            return None
-        if CONTEXT_KEY in kwargs and id(module) in children:
-            kwargs = {key: value for key, value in kwargs.items() if key != CONTEXT_KEY}
-            record.carrier = record.carrier or name
+            return
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()]
         seen = [] if record.x is None else [t.reshape(record.x.shape).clone() for t in tensors if _alike(t, record.x)]
         record.calls.append(Call(name, seen, None, next(clock)))
-        return args, kwargs
 
     def leave(name: str, output: Any) -> Any:
         if not record.running:
@@ -154,7 +137,7 @@ def _watch(stack: ExitStack, layer: nn.Module, record: LayerRecord, edits: Edits
         if module is layer:
             continue
         handles.append(
-            module.register_forward_pre_hook(lambda m, args, kwargs, name=name: enter(name, m, args, kwargs), with_kwargs=True)
+            module.register_forward_pre_hook(lambda _, args, kwargs, name=name: enter(name, args, kwargs), with_kwargs=True)
         )
         handles.append(module.register_forward_hook(lambda _, __, output, name=name: leave(name, output)))
     for handle in handles:
@@ -191,13 +174,24 @@ def replaced(output: Any, first: torch.Tensor) -> Any:
 @contextmanager
 def as_in_evaluation(host: nn.Module) -> Iterator[None]:
     """Run without dropout, then put every module's mode back."""
-    training = [module for module in host.modules() if module.training]
+    modes = [(module, module.training) for module in host.modules()]
     host.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            module.training = training
+
+
+def random_in_training(host: nn.Module, decoder: nn.Module, layers: nn.ModuleList, clean: Sequence[LayerRecord]) -> bool:
+    """Whether a decoder drops activations at random when its own mode and its layers' is training (no other's)."""
+    device = next(host.parameters()).device
+    for module in (decoder, *layers):
+        module.training = True
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        training = run(host, decoder, layers)
+    pairs = [(after.out, before.out) for after, before in zip(training, clean, strict=True)]
+    return any(a is None or b is None or a.shape != b.shape or _error(a, b, b) > tolerance(b) for a, b in pairs)
 
 
 def _alike(tensor: torch.Tensor, x: torch.Tensor) -> bool:

@@ -165,17 +165,13 @@ class ThreadState:
 
     Attributes:
         settings: of the next call.
-        running: the context of the forward that is under way, where none is handed down.
-        taken: a context handed down to the layer that is under way.
-        terms: outputs of layer 0's modules, that its residual is the sum of.
+        running: the context of the forward that is under way, or of the one that is being recomputed.
         began: whether a forward of the decoder began since this was last set to False.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.running: Any = None
-        self.taken: Any = None
-        self.terms: dict[str, torch.Tensor] = {}
         self.began = False
 
 

@@ -35,7 +35,6 @@ class Site:
         reader: the module that reads the residual; empty unless sequential.
         which: which of the reader's tensor inputs it is.
         other: the second branch of a parallel layer.
-        carrier: the child that receives the decoder's extra keyword arguments; empty where none does.
         layer: index of the layer.
 
     Example:
@@ -51,7 +50,6 @@ class Site:
     reader: str = ""
     which: int = 0
     other: str = ""
-    carrier: str = ""
     layer: int = 0
 
     @property
@@ -75,13 +73,24 @@ class Site:
 
 @dataclass(frozen=True)
 class HostSites:
-    """The decoder, its layers and their path in the host, the width of the residual stream, and the site of each layer."""
+    """Where a host's deltas go.
+
+    Attributes:
+        decoder: the module that runs the layers.
+        layers: its layers.
+        path: of the layers, in the host.
+        width: of the residual stream.
+        sites: one for each layer.
+        random_in_training: whether the decoder or a layer drops activations by itself (OPT, BART) in training mode, in which
+            layers that are checkpointed must be.
+    """
 
     decoder: nn.Module
     layers: nn.ModuleList
     path: str
     width: int
     sites: tuple[Site, ...]
+    random_in_training: bool = False
 
     def summary(self) -> dict[str, Any]:
         """The sites as JSON for an adapter's config; one value where all layers agree, else a list."""

@@ -188,8 +188,6 @@ class IRMModel(BaseTuner):
             self.registry = AdapterRegistry(default)
             self.injector = Injector(self.sites, self.registry.active, default)
             self.injector.attach()
-        if not config.inference_mode:
-            self.injector.carry()
         device = _device(model)
         if not low_cpu_mem_usage and not any(p.is_meta for p in network.parameters()):
             network.to(device)
@@ -200,6 +198,26 @@ class IRMModel(BaseTuner):
         else:
             network.requires_grad_(False)
         set_additional_trainable_modules(model, config, BaseTuner.get_model_config(self), adapter_name, active)
+
+    def train(self, mode: bool = True) -> IRMModel:
+        """Set the mode of the IRMs. The frozen host stays in evaluation mode: its dropout would act on the deltas too.
+
+        Of the host, only what is trained there follows (`modules_to_save`, LoRA), and the layers' own mode, without which they
+        are not checkpointed, where that has no other effect.
+        """
+        super().train(mode)
+        self.model.eval()
+        for module in self.model.modules():
+            trained = isinstance(module, (AuxiliaryTrainingWrapper, BaseTunerLayer))
+            if mode and trained and any(parameter.requires_grad for parameter in module.parameters()):
+                module.train()
+        for module in (self.sites.decoder, *self.sites.layers):
+            module.training = mode and not self.sites.random_in_training
+        if mode:
+            self.injector.follow_checkpointing()
+            if getattr(self.model, "_require_grads_hooks", None):  # of use to reentrant checkpointing only; GIT fails with it
+                self.model.disable_input_require_grads()
+        return self
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """The host's; one that cannot generate (a classifier) has none, and PEFT asks for it all the same."""

@@ -30,7 +30,7 @@ def hosts(
         return
     if types or out is not None:
         raise UsageError("hosts: --type and --out belong to the census; leave out the host")
-    from realigner.census import PROVEN, prove
+    from realigner.census import EXACT, PROVEN, prove
     from realigner.fingerprints import fingerprint
     from realigner.hosts import load_host
 
@@ -44,7 +44,9 @@ def hosts(
         print(f"site:   {_site_line(entry.site)}" if entry.site else "site:   none")
         print(f"proof:  {entry.verdict}" + (f" ({entry.reason})" if entry.reason else ""))
         for name, error in entry.errors.items():
-            print(f"        {_PROOFS[name]:<44} {'equal to the bit' if error == 0 else f'off by {error:.1e}'}")
+            print(f"        {_PROOFS[name]:<52} {'equal to the bit' if error == 0 else f'off by {error:.1e}'}")
+        if entry.checkpointing not in ("", EXACT):
+            print(f"        no gradient checkpointing: {entry.checkpointing}")
     if entry.verdict != PROVEN:
         raise typer.Exit(1)
 
@@ -55,6 +57,8 @@ _PROOFS = {
     "one": "deltas at one layer, against the reference",
     "h0": "what the IRM reads, against the residual",
     "cached": "cached generation, against the reference",
+    "trained": "in training mode, against evaluation mode",
+    "checkpointed": "gradients with checkpointing, against those without",
 }
 
 
