@@ -239,10 +239,10 @@ def test_a_host_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         realigned(host).unload()
         ra.find_sites(host)
-    assert len(forwards) == 3
+    assert len(forwards) == 4
     host.to(torch.float64)
     ra.find_sites(host)
-    assert len(forwards) == 6
+    assert len(forwards) == 8
 
 
 def test_sites_are_read_back_from_a_config() -> None:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         save_trace as save_trace,
     )
     from realigner.training import Recipe as Recipe, Run as Run, train as train
-    from realigner.tuner import load_irm as load_irm, strength as strength, tuner_of as tuner_of
+    from realigner.tuner import load_irm as load_irm, strength as strength, tuner_of as tuner_of, unload as unload
 
 __version__ = "0.1.0"
 
@@ -61,7 +61,7 @@ _HOMES = {
     **dict.fromkeys(("Row", "authored", "read_rows"), "data"),
     **dict.fromkeys(("Runtime", "load"), "runtime"),
     **dict.fromkeys(("answer", "stream"), "generation"),
-    **dict.fromkeys(("load_irm", "strength", "tuner_of"), "tuner"),
+    **dict.fromkeys(("load_irm", "strength", "tuner_of", "unload"), "tuner"),
     **dict.fromkeys(("import_reference", "join_traces", "load_trace", "record", "replay", "save_trace"), "traces"),
     **{"IRMConfig": "irm_config", "build_report": "report", "find_sites": "locate", "load_host": "hosts"},
 }

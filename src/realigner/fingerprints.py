@@ -15,7 +15,7 @@ import hashlib
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -71,11 +71,17 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Fingerprint:
-        """Read what `to_dict` wrote; raises RealignerError naming a missing or unknown key."""
-        try:
-            found = cls(**values)
-        except TypeError as error:
-            raise RealignerError(f"host fingerprint: {str(error).partition('() ')[2] or error}") from None
+        """Read what `to_dict` wrote; raises RealignerError naming a key that is missing, unknown or of another type."""
+        known = {f.name: f for f in fields(cls) if f.name[0] != "_"}
+        if unknown := sorted(map(str, values.keys() - known.keys())):
+            raise RealignerError(f"host fingerprint: unknown key {unknown[0]!r}")
+        for name, f in known.items():
+            if name not in values and f.default is MISSING:
+                raise RealignerError(f"host fingerprint: {name!r} is missing")
+            kind = {"str": str, "int": int, "bool": bool}[f.type.partition(" ")[0]]  # the annotation, a text
+            if name in values and type(values[name]) is not kind and not (values[name] is None and "None" in f.type):
+                raise RealignerError(f"host fingerprint: {name} is not of type {kind.__name__}")
+        found = cls(**values)
         if found.version not in (1, 2):
             raise RealignerError(f"host fingerprint: version {found.version!r} is unknown; it may come from a newer realigner")
         return found

@@ -93,7 +93,9 @@ class Injector:
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Register the hooks: two on the decoder, one on layer 0, one on each layer."""
+        """Register the hooks, if they are not: two on the decoder, one on layer 0, one on each layer."""
+        if self._handles:
+            return
         decoder, layers = self.sites.decoder, self.sites.layers
         self._handles.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(decoder.register_forward_hook(self._end, always_call=True))
@@ -204,10 +206,19 @@ def _start(settings: Settings, args: Any, kwargs: dict[str, Any]) -> int | torch
     return seen
 
 
-def refuse_attached(decoder: nn.Module) -> None:
-    """Raise if a host's decoder carries an injector already: two would not know of each other's deltas."""
-    if any(isinstance(getattr(hook, "__self__", None), Injector) for hook in decoder._forward_pre_hooks.values()):
-        raise RealignerError("this host carries an IRM already; add another with model.add_adapter, or model.unload() it first")
+def attached_injectors(host: nn.Module) -> list[Injector]:
+    """The injectors whose hooks are on a host."""
+    hooks = [hook for module in host.modules() for hook in module._forward_pre_hooks.values()]
+    found = {id(owner): owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Injector)}
+    return list(found.values())
+
+
+def refuse_attached(host: nn.Module) -> None:
+    """Raise if a host carries an injector already: two would not know of each other's deltas."""
+    if attached_injectors(host):
+        raise RealignerError(
+            "this host carries an IRM already; add another with model.add_adapter, or take it off first (realigner.unload)"
+        )
 
 
 class _Checkpointing:

@@ -8,6 +8,7 @@ Source: Smith et al. 2024, "The Mysterious Case of Neuron 1512", arXiv 2407.0362
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -19,6 +20,8 @@ from realigner.errors import UsageError
 
 PRESETS = ("compact", "paper")
 LayerChoice = str | Sequence[int] | range
+_MOST_LAYERS = 100_000  # of a host: what a text of layers may name
+_MOST_WIDTHS = 100  # hidden layers of an IRM
 
 
 def _round_to_8(value: float) -> int:
@@ -64,10 +67,10 @@ def parse_layers(layers: LayerChoice, num_layers: int | None = None, field: str 
     elif isinstance(layers, Sequence):
         indices = list(cast("Sequence[int]", layers))
     else:
-        raise UsageError(f"{field}: {layers!r} is not 'all', a list of layer numbers or a range")
+        raise UsageError(f"{field}: {reprlib.repr(layers)} is not 'all', a list of layer numbers or a range")
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, int):
-            raise UsageError(f"{field}: {index!r} is not a layer number (an int)")
+            raise UsageError(f"{field}: {reprlib.repr(index)} is not a layer number (an int)")
         if index < 0 or (num_layers is not None and index >= num_layers):
             top = "" if num_layers is None else f"; this host has layers 0 to {num_layers - 1}"
             raise UsageError(f"{field}: there is no layer {index}{top}")
@@ -84,8 +87,10 @@ def _parse_layer_text(text: str, field: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         numbers = [first, last] if dash else [first]
         if not all(n.isascii() and n.isdecimal() and len(n) < 6 for n in numbers) or int(numbers[-1]) < int(first):
-            raise UsageError(f"{field}: cannot read {part.strip()!r} in {text!r}; write 'all', '0-31' or '0,5,7-9'")
+            raise UsageError(f"{field}: cannot read {part.strip()[:40]!r} in {text[:60]!r}; write 'all', '0-31' or '0,5,7-9'")
         indices.extend(range(int(first), int(numbers[-1]) + 1))
+        if len(indices) > _MOST_LAYERS:
+            raise UsageError(f"{field}: more than {_MOST_LAYERS} layers in {text[:60]!r}")
     return indices
 
 
@@ -124,13 +129,15 @@ class IRMShape:
     def validate(self) -> None:
         """Check every field on its own; raises UsageError naming the first bad one."""
         if self.preset not in PRESETS:
-            raise UsageError(f"preset: unknown preset {self.preset!r}; choose one of {', '.join(PRESETS)}")
+            raise UsageError(f"preset: unknown preset {reprlib.repr(self.preset)}; choose one of {', '.join(PRESETS)}")
         parse_layers(self.layers)
         if isinstance(self.layers, range):
             self.layers = list(self.layers)
         if self.widths is not None:
             if not isinstance(self.widths, (list, tuple)) or not self.widths:
-                raise UsageError(f"widths: {self.widths!r} is not a non-empty list of layer widths")
+                raise UsageError(f"widths: {reprlib.repr(self.widths)} is not a non-empty list of layer widths")
+            if len(self.widths) > _MOST_WIDTHS:
+                raise UsageError(f"widths: {len(self.widths)} hidden layers; an IRM has {_MOST_WIDTHS} at most")
             for width in self.widths:
                 _check_int("widths", width, at_least=1)
             self.widths = list(self.widths)
@@ -138,12 +145,12 @@ class IRMShape:
             _check_int("rank", self.rank, at_least=0)
         std = self.output_std
         if std is not None and (isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 <= std < 1e3):
-            raise UsageError(f"output_std: {std!r} is not a number of 0 or more")
+            raise UsageError(f"output_std: {reprlib.repr(std)} is not a number of 0 or more")
         if self.input_norm not in (None, True, False):
-            raise UsageError(f"input_norm: {self.input_norm!r} is not true or false")
+            raise UsageError(f"input_norm: {reprlib.repr(self.input_norm)} is not true or false")
         if self.masked is not None:
             if not isinstance(self.masked, (list, tuple)):
-                raise UsageError(f"masked: {self.masked!r} is not a list of neuron indices")
+                raise UsageError(f"masked: {reprlib.repr(self.masked)} is not a list of neuron indices")
             for index in self.masked:
                 _check_int("masked", index, at_least=0)
             self.masked = sorted(set(self.masked)) or None
@@ -184,7 +191,7 @@ class IRMShape:
 
 def _check_int(field: str, value: object, at_least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise UsageError(f"{field}: {value!r} is not a whole number of {at_least} or more")
+        raise UsageError(f"{field}: {reprlib.repr(value)} is not a whole number of {at_least} or more")
 
 
 class IRM(nn.Module):

@@ -1,11 +1,12 @@
 """An IRM's config as PEFT keeps it, and the two files of a saved adapter.
 
-On load nothing is forgiven: a missing or pickled weights file, a truncated one, an unknown key are each refused with one line.
+On load nothing is forgiven: a missing or pickled weights file, a truncated one, an unknown key, a value of another type,
+tensors that are no floating-point numbers are each refused with one line, before anything is attached or allocated.
 """
 
 from __future__ import annotations
 
-import json
+import reprlib
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,8 @@ from peft.utils import PeftType
 from safetensors import SafetensorError, safe_open
 
 from realigner.errors import RealignerError, UsageError
+from realigner.files import parsed, read_bytes
+from realigner.fingerprints import Fingerprint
 from realigner.hosts import folder_of
 from realigner.irm import IRMShape
 from realigner.settings import check_strength
@@ -38,6 +41,23 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 """
+_LARGEST_CONFIG = 16 * 2**20  # bytes; one of a host of a hundred layers has a hundred thousand
+_DTYPES = ("F64", "F32", "F16", "BF16")  # that the weights may have
+_TYPES: dict[str, tuple[type, ...]] = {  # of what IRMShape does not check
+    "base_model_name_or_path": (str,),
+    "revision": (str,),
+    "task_type": (str,),
+    "peft_version": (str,),
+    "inference_mode": (bool,),
+    "auto_mapping": (dict,),
+    "layers_path": (str,),
+    "tone": (str,),
+    "template": (str,),
+    "strength": (int, float),
+    "host": (dict,),
+    "site": (dict,),
+    "modules_to_save": (tuple, set, list),
+}
 FILE_PREFIX = "irm."  # tensors in the file are named irm.trunk.0.weight, ..., whatever host and adapter name
 
 
@@ -91,10 +111,14 @@ class IRMConfig(PeftConfig, IRMShape):
     modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
+        for key, types in _TYPES.items():
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+                raise UsageError(f"{key}: {reprlib.repr(value)} is not of type {types[-1].__name__}")
         self.task_type: Any = self.task_type or "CAUSAL_LM"
         super().__post_init__()
         self.peft_type = _PEFT_TYPE
-        self.awaits_weights = False  # whether it came of a file whose weights are to be loaded
+        self.file_tensors: dict[str, list[int]] | None = None  # tensor -> shape of the file that it came with, until loaded
         if self.base_model_name_or_path:
             self.base_model_name_or_path: str | None = folder_of(self.base_model_name_or_path)
         self.validate()
@@ -119,17 +143,27 @@ class IRMConfig(PeftConfig, IRMShape):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> IRMConfig:
-        """Read an adapter's config; in a local folder the weights file is checked too, before anything is built.
+        """Read an adapter's config, in a local folder or on the hub; the weights file is checked too, before anything is built.
 
         Raises:
             RealignerError: naming the file and what is wrong with it.
         """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if folder.is_dir():
-            check_adapter(folder)
-        config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+        name = str(pretrained_model_name_or_path)
+        folder = Path(name, subfolder or "")
+        if not folder.is_dir():
+            from huggingface_hub import hf_hub_download
+
+            options = cls._split_kwargs(kwargs)[0]
+            try:
+                files = [hf_hub_download(name, file, subfolder=subfolder, **options) for file in (CONFIG_FILE, WEIGHTS_FILE)]
+            except (OSError, ValueError) as error:
+                why = " ".join(str(error).split())[:200]
+                raise RealignerError(f"{name}: no IRM found here or on the hub [{why}]") from None
+            folder = Path(files[0]).parent
+        check_adapter(folder)
+        config = super().from_pretrained(str(folder), **kwargs)
         assert isinstance(config, IRMConfig)
-        config.awaits_weights = True
+        config.file_tensors = file_tensors(adapter_folder(folder))
         return config
 
 
@@ -160,27 +194,48 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
     """
     folder = adapter_folder(folder)
     path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RealignerError(f"{path}: not valid JSON ({error})") from None
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise RealignerError(f"{path}: larger than {_LARGEST_CONFIG // 2**20} MB; it is no adapter's config")
+    values = parsed(read_bytes(path), path)
     if not isinstance(values, dict) or values.get("peft_type") != PEFT_NAME.upper():
         found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
         raise RealignerError(f"{path}: not an IRM (peft_type is {found!r})")
     unknown = sorted(set(values) - {f.name for f in fields(IRMConfig)})
     if unknown:
         raise RealignerError(f"{path}: unknown key {unknown[0]!r}; the adapter may come from a newer realigner")
+    try:
+        IRMConfig(**values)
+        if values.get("host") is not None:
+            Fingerprint.from_dict(values["host"])
+    except (RealignerError, ValueError) as error:  # ValueError: PEFT's own
+        raise RealignerError(f"{path}: {error}") from None
+    file_tensors(folder)
+    return values
+
+
+def file_tensors(folder: Path) -> dict[str, list[int]]:
+    """Tensor -> shape of an adapter's weights, from the file's header.
+
+    Raises:
+        RealignerError: when it is missing, truncated or pickled, or a tensor is not of floating-point numbers.
+    """
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         pickled = (folder / _PICKLE_FILE).exists()
         why = f"{_PICKLE_FILE} is a pickle and is not read" if pickled else "its weights are missing"
         raise RealignerError(f"{folder}: no {WEIGHTS_FILE}; {why}")
+    shapes: dict[str, list[int]] = {}
     try:
         with safe_open(str(weights), framework="pt") as handle:
-            handle.keys()
+            for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                tensor = handle.get_slice(name)
+                shapes[name] = tensor.get_shape()
+                if (dtype := tensor.get_dtype()) not in _DTYPES:
+                    known = ", ".join(_DTYPES)
+                    raise RealignerError(f"{weights}: tensor {reprlib.repr(name)} is of type {dtype}; an IRM's are {known}")
     except (SafetensorError, OSError) as error:
         raise RealignerError(f"{weights}: truncated or damaged ({error})") from None
-    return values
+    return shapes
 
 
 # Whoever has a config may give it to PEFT, which must know the tuner by then. (The tuner imports this file, now whole.)

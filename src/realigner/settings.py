@@ -76,10 +76,12 @@ class Settings:
             return strength
         if strength.dim() > 0:
             rows, repeats = strength.shape[0], 1 if self.generation is None else self.generation.repeats
-            if batch == rows * repeats:
-                strength = strength.repeat_interleave(repeats, dim=0)
-            elif batch != rows:
-                raise UsageError(f"strength or adapter_names: {rows} given for a batch of {batch} rows; give one for each row")
+            if batch != rows * repeats:
+                each = "row" if repeats == 1 else f"prompt, not for each of its {repeats} rows"
+                raise UsageError(
+                    f"strength or adapter_names: {rows} given for a batch of {batch} rows; give one for each {each}"
+                )
+            strength = strength.repeat_interleave(repeats, dim=0)
         strength = self._of_tokens(strength, positions, start) if strength.dim() == 2 else strength[..., None]
         if self.where != "all":
             strength = strength * self._acts(positions, start, strength.device)
@@ -131,15 +133,24 @@ def check_strength(value: Any, device: torch.device | str = "cpu") -> torch.Tens
         UsageError: when it is no such thing, or a number is beyond 1000 either way.
     """
     try:
+        if _has_truth_values(value):
+            raise TypeError
         tensor = torch.as_tensor(value, dtype=torch.float32, device=device).detach().clone()  # not the caller's memory
     except (TypeError, ValueError, RuntimeError):
         tensor = torch.tensor(float("nan"))
-    if isinstance(value, bool) or tensor.dim() > 2 or tensor.numel() == 0 or not bool((tensor.abs() <= 1000).all()):
+    if tensor.dim() > 2 or tensor.numel() == 0 or not bool((tensor.abs() <= 1000).all()):
         raise UsageError(
             f"strength: {value!r} is not a number between -1000 and 1000, a list with one for each row, or a list of lists "
             "with one for each token"
         )
     return tensor
+
+
+def _has_truth_values(value: Any) -> bool:
+    """Whether True or False stands among what should be numbers."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_truth_values, value))
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def part_of(value: Any, at: int | slice, count: int, name: str, unit: str) -> Any:
@@ -194,8 +205,12 @@ class Threads(threading.local):
         return next((settings for owner, settings in reversed(opened) if owner is self), self.default)
 
     @contextmanager
-    def using(self, settings: Settings) -> Iterator[None]:
+    def using(self, settings: Settings, may_overlap: bool = False) -> Iterator[None]:
         """Make these the settings of this thread, and of threads begun in the block.
+
+        Args:
+            settings: of the block.
+            may_overlap: whether blocks within it may outlast it (they then keep what they took over from it).
 
         Raises:
             RealignerError: when blocks overlap instead of nesting, as those of two coroutines in one thread can.
@@ -211,7 +226,7 @@ class Threads(threading.local):
             nested = state.settings is settings
             opened.remove(entry)
             state.settings = self._of_innermost(opened)
-        if not nested:
+        if not (nested or may_overlap):
             raise RealignerError("blocks of settings overlap in one thread (coroutines?); give strength= to the call instead")
 
 

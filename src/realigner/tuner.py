@@ -10,8 +10,9 @@ tensor, a truncated or pickled file are each refused with one line.
 
 from __future__ import annotations
 
+import reprlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +28,9 @@ from torch import nn
 from realigner.adapters import AdapterRegistry
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import Fingerprint, fingerprint
-from realigner.injection import Injector, refuse_attached
+from realigner.injection import Injector, attached_injectors, refuse_attached
 from realigner.irm_config import FILE_PREFIX, PEFT_NAME, WEIGHTS_FILE, IRMConfig, adapter_folder, check_adapter
-from realigner.locate import find_layers, find_sites
+from realigner.locate import find_sites
 from realigner.settings import Generation, Settings, Strength, Where, part_of
 
 
@@ -53,10 +54,9 @@ class IRMModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
-        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
         if isinstance(model, PeftModel) and not isinstance(model.base_model, IRMModel):
             model = model.get_base_model()  # a host with LoRA: attach beside it, to the same host
-        refuse_attached(find_layers(model, config.layers_path)[0])
+        refuse_attached(model)
         others = model.__dict__.pop("peft_config", None)  # else PEFT would file our config under LoRA's
         try:
             super().__init__(model, peft_config, adapter_name, **kwargs)
@@ -152,11 +152,16 @@ class IRMModel(BaseTuner):
 
     def _run(self, call: Any, settings: Settings | None, args: Any, kwargs: Any) -> Any:
         """Make a call, and refuse its result when no IRM had a part in it though some were to."""
+        self.injector.attach()  # not yet done where a config is a file's and its weights were never loaded
         state = self.injector.threads.state
         state.began = False
         enabled = self.registry.enabled()  # before and after: another thread may switch the IRMs off or on meanwhile
         with nullcontext() if settings is None else self.injector.threads.using(settings):
-            result = call(*args, **kwargs)
+            try:
+                result = call(*args, **kwargs)
+            except BaseException:
+                state.running = None  # Ctrl-C skips the hook that ends a forward
+                raise
             if not state.began and enabled and self.registry.active(state.settings):
                 raise RealignerError(
                     f"{type(self.model).__name__}: the IRM was never run; this model's forward does not call its decoder as a "
@@ -164,6 +169,7 @@ class IRMModel(BaseTuner):
                 )
         return result
 
+    @torch.inference_mode(False)  # tensors made in that mode could not be trained
     def inject_adapter(
         self,
         model: nn.Module,
@@ -172,7 +178,10 @@ class IRMModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Attach an IRM under a name: prove the host's sites, check that the config is for this host, build the network."""
+        """Add an IRM under a name: prove the host's sites, check that the config is for this host, build the network.
+
+        One whose weights are in a file is attached once they are loaded, so that a load that fails leaves the host bare.
+        """
         config = self.peft_config[adapter_name]
         _check_name(adapter_name)
         first = "registry" not in self._modules
@@ -180,14 +189,19 @@ class IRMModel(BaseTuner):
             self.sites = find_sites(model, config.layers_path)
             self.fingerprint = fingerprint(model, self.sites.layers)
         _bind(config, self.fingerprint, self.sites.summary())
+        size = self.sites.width, len(self.sites.layers)
+        if config.file_tensors is not None:
+            with torch.device("meta"):
+                expected = _named_as_in_file(config.build(*size)) | _beside(model, config.modules_to_save or ())
+            own = {key: s for key, s in config.file_tensors.items() if key.startswith(FILE_PREFIX) or key in expected}
+            _check_tensors(adapter_name, expected, own)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            network = config.build(self.sites.width, len(self.sites.layers))
+            network = config.build(*size)
         if first:
             model.requires_grad_(False)
             default = Settings()
             self.registry = AdapterRegistry(default)
             self.injector = Injector(self.sites, self.registry.active, default)
-            self.injector.attach()
         device = _device(model)
         if not low_cpu_mem_usage and not any(p.is_meta for p in network.parameters()):
             network.to(device)
@@ -197,7 +211,22 @@ class IRMModel(BaseTuner):
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         else:
             network.requires_grad_(False)
-        set_additional_trainable_modules(model, config, BaseTuner.get_model_config(self), adapter_name, active)
+        with self._forgotten_on_error(adapter_name):
+            set_additional_trainable_modules(model, config, BaseTuner.get_model_config(self), adapter_name, active)
+            if config.file_tensors is None:
+                self.injector.attach()
+
+    @contextmanager
+    def _forgotten_on_error(self, adapter_name: str) -> Iterator[None]:
+        """Leave nothing of an IRM on the host when the block does not end well."""
+        try:
+            yield
+        except BaseException:
+            if len(self.registry.networks) == 1:
+                self._unload_and_optionally_merge(merge=False)
+            else:
+                self.delete_adapter(adapter_name)
+            raise
 
     def train(self, mode: bool = True) -> IRMModel:
         """Set the mode of the IRMs. The frozen host stays in evaluation mode: its dropout would act on the deltas too.
@@ -238,12 +267,8 @@ class IRMModel(BaseTuner):
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         BaseTunerLayer.enable_adapters(self.registry, enabled)
-        for _, wrapper in self._modules_to_save():
+        for _, wrapper in _wrappers(self.model):
             wrapper.enable_adapters(enabled)
-
-    def _modules_to_save(self) -> list[tuple[str, Any]]:
-        """The host's modules that stand in a wrapper with their trained copies, by name."""
-        return [(name, module) for name, module in self.model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget one IRM."""
@@ -276,12 +301,8 @@ class IRMModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             self._check_merge_allowed()
-        self.injector.detach()
         host: nn.Module = self.model
-        for name, wrapper in self._modules_to_save():
-            host.set_submodule(name, wrapper.original_module)
-        if getattr(host, "peft_config", None) is self.peft_config:
-            del host.peft_config
+        unload(host)
         return host
 
     @contextmanager
@@ -317,39 +338,25 @@ class IRMModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         tuner = tuner_of(model)
-        try:
-            return tuner._checked(adapter_name, state_dict)
-        except RealignerError:
-            if tuner.peft_config[adapter_name].awaits_weights:  # it was attached for this file: nothing of it stays
-                if len(tuner.registry.networks) == 1:
-                    tuner._unload_and_optionally_merge(merge=False)
-                else:
-                    tuner.delete_adapter(adapter_name)
-            raise
+        config = tuner.peft_config[adapter_name]
+        first_load = config.file_tensors is not None  # it was added for this file: nothing of it stays
+        with tuner._forgotten_on_error(adapter_name) if first_load else nullcontext():
+            checked = tuner._checked(adapter_name, state_dict, model)
+            tuner.injector.attach()
+        config.file_tensors = None
+        return checked
 
-    def _checked(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _checked(self, adapter_name: str, state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
         """A file's tensors by their names in the model; refused if they are not those of this IRM."""
-        expected = self.registry.network(adapter_name).state_dict()
-        beside = {key: value for key, value in state_dict.items() if f".modules_to_save.{adapter_name}." in key}
+        saved = f".modules_to_save.{adapter_name}."
+        beside = {key: value for key, value in state_dict.items() if saved in key}
         # PEFT adds the embeddings where the vocabulary was resized; they are the host's, and it has them.
         copies = {key for key in state_dict if (key.startswith("base_model.") and "embed" in key) or ".lm_head." in key}
-        own = state_dict.keys() - beside.keys() - copies
-        given = {key.removeprefix(FILE_PREFIX): state_dict[key] for key in sorted(own)}
-        where = f"adapter {adapter_name!r}"
-        for key, tensor in expected.items():
-            if key not in given:
-                raise RealignerError(f"{where}: tensor {FILE_PREFIX}{key} is missing from {WEIGHTS_FILE}")
-            if given[key].shape != tensor.shape:
-                raise RealignerError(
-                    f"{where}: tensor {FILE_PREFIX}{key} has shape {list(given[key].shape)}, not {list(tensor.shape)}"
-                )
-            if not bool(torch.isfinite(given[key]).all()):
-                raise RealignerError(f"{where}: tensor {FILE_PREFIX}{key} of {WEIGHTS_FILE} has values that are not finite")
-        for key in given:
-            if key not in expected:
-                raise RealignerError(f"{where}: {WEIGHTS_FILE} has a tensor {key!r} that this IRM does not have")
-        self.peft_config[adapter_name].awaits_weights = False
-        return beside | {f"base_model.registry.networks.{adapter_name}.{key}": value for key, value in given.items()}
+        own = {key: state_dict[key] for key in sorted(state_dict.keys() - beside.keys() - copies)}
+        _check_tensors(adapter_name, _named_as_in_file(self.registry.network(adapter_name)), own)
+        _check_tensors(adapter_name, {key: value for key, value in model.state_dict().items() if saved in key}, beside)
+        place = f"base_model.registry.networks.{adapter_name}."
+        return beside | {place + key.removeprefix(FILE_PREFIX): value for key, value in own.items()}
 
 
 register_peft_method(name=PEFT_NAME, config_cls=IRMConfig, model_cls=IRMModel)
@@ -385,7 +392,9 @@ def strength(model: nn.Module, value: Strength = 1.0, adapter: str | None = None
         ...     model.generate(**two_rows)
     """
     tuner = tuner_of(model)
-    with tuner.injector.threads.using(tuner.registry.settings(tuner.settings, value, where, adapter=adapter)):
+    with torch.inference_mode(False):  # tensors made in that mode could not take part in training
+        settings = tuner.registry.settings(tuner.settings, value, where, adapter=adapter)
+    with tuner.injector.threads.using(settings):
         yield
 
 
@@ -433,14 +442,83 @@ def template_of(model: nn.Module) -> str:
 
 
 def load_irm(host: nn.Module, folder: str | Path, adapter_name: str = "default", trainable: bool = False) -> PeftModel:
-    """`PeftModel.from_pretrained` for a local folder, with every refusal a `RealignerError` of one line."""
+    """`PeftModel.from_pretrained` for a local folder, with every refusal a `RealignerError` of one line.
+
+    When it does not end well, be it by Ctrl-C, the host is as it was.
+    """
     check_adapter(folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that will be gone
-        model: PeftModel = PeftModel.from_pretrained(
-            host, str(adapter_folder(folder)), adapter_name=adapter_name, is_trainable=trainable
-        )
+    refuse_attached(host)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that will be gone
+            model: PeftModel = PeftModel.from_pretrained(
+                host, str(adapter_folder(folder)), adapter_name=adapter_name, is_trainable=trainable
+            )
+    except BaseException:
+        unload(host)
+        raise
     return model
+
+
+def unload(host: nn.Module) -> None:
+    """Take all IRMs off a host, also where the model that they came with is lost; the host is as it was before.
+
+    Args:
+        host: what the IRMs were attached to; one without IRMs stays as it is.
+
+    Example:
+        >>> from realigner.tiny import tiny_host
+        >>> host = tiny_host("llama")
+        >>> _ = PeftModel(host, IRMConfig())
+        >>> unload(host)
+        >>> _ = PeftModel(host, IRMConfig())  # which would be refused
+    """
+    for injector in attached_injectors(host):
+        injector.detach()
+    if any(isinstance(config, IRMConfig) for config in vars(host).get("peft_config", {}).values()):
+        del host.peft_config
+    if not any(isinstance(module, BaseTunerLayer) for module in host.modules()):  # else the wrappers may be LoRA's
+        for name, wrapper in _wrappers(host):
+            host.set_submodule(name, wrapper.original_module)
+
+
+def _wrappers(host: nn.Module) -> list[tuple[str, Any]]:
+    """A host's modules that stand in a wrapper with their trained copies (`modules_to_save`), by name."""
+    return [(name, module) for name, module in host.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+
+
+def _named_as_in_file(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {FILE_PREFIX + key: value for key, value in network.state_dict().items()}
+
+
+def _beside(host: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The weights of a host's modules that are saved beside an IRM (`modules_to_save`), named as in the file."""
+    found: dict[str, torch.Tensor] = {}
+    for name, module in host.named_modules(remove_duplicate=False):
+        inside = {"original_module", "modules_to_save"} & set(name.split("."))  # of the wrapper of another IRM
+        if not inside and name.endswith(tuple(names)):
+            plain = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+            found |= {f"base_model.model.{name}.{key}": value for key, value in plain.state_dict().items()}
+    return found
+
+
+def _check_tensors(
+    adapter_name: str, expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor] | Mapping[str, list[int]]
+) -> None:
+    """Raise unless tensors (or shapes) of a file are those that an IRM has, and finite."""
+    where = f"adapter {adapter_name!r}: {WEIGHTS_FILE}"
+    for key, tensor in expected.items():
+        if key not in given:
+            raise RealignerError(f"{where}: tensor {key} is missing")
+        found = given[key]
+        shape = list(found.shape) if isinstance(found, torch.Tensor) else found
+        if shape != list(tensor.shape):
+            raise RealignerError(f"{where}: tensor {key} has shape {shape}, not {list(tensor.shape)}")
+        if isinstance(found, torch.Tensor) and not (found.is_floating_point() and bool(torch.isfinite(found).all())):
+            raise RealignerError(f"{where}: tensor {key} has values that are not finite numbers")
+    for key in given:
+        if key not in expected:
+            raise RealignerError(f"{where}: has a tensor {reprlib.repr(key)} that this IRM does not have")
 
 
 def _bind(config: IRMConfig, host: Fingerprint, site: dict[str, Any]) -> None:

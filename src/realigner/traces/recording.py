@@ -92,22 +92,46 @@ def record(
     trace = xr.Dataset()
     host = tuner.model
     handle = host.register_forward_pre_hook(recorder.begin, with_kwargs=True)
-    own_generate = vars(host).get("generate")
-    host.generate = recorder.around(host.generate, host.generation_config)
+    watched = vars(host).get("generate")
+    if not isinstance(watched, _WatchedGenerate):
+        watched = host.generate = _WatchedGenerate(host)
+    watched.recorders.append(recorder)
     observers = (*tuner.settings.observers, recorder.observe)
     try:
-        with tuner.injector.threads.using(replace(tuner.settings, observers=observers)):
+        with tuner.injector.threads.using(replace(tuner.settings, observers=observers), may_overlap=True):
             yield trace
     finally:
+        recorder.closed = True
         handle.remove()
-        del host.generate
-        if own_generate is not None:
-            host.generate = own_generate
+        watched.remove(recorder)
     recorder.finish()
     if recorder.texts:
         whole = join(recorder.texts, tuner.fingerprint.name, list(recorder.labels.values()))
         trace.update(whole)
         trace.attrs.update(whole.attrs)
+
+
+class _WatchedGenerate:
+    """A host's ``generate`` while recordings are open, which may be closed in any order."""
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+        self.own = vars(host).get("generate")  # where it is not the class's
+        self.generate = host.generate
+        self.recorders: list[_Recorder] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        generate = self.generate
+        for recorder in self.recorders:
+            generate = recorder.around(generate, self.host.generation_config)
+        return generate(*args, **kwargs)
+
+    def remove(self, recorder: _Recorder) -> None:
+        self.recorders.remove(recorder)
+        if not self.recorders:
+            del self.host.generate
+            if self.own is not None:
+                self.host.generate = self.own
 
 
 @dataclass
@@ -131,7 +155,7 @@ class _Seen:
     h0: list[torch.Tensor] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Recorder:
     """Tracks the rows of the current batch from forward to forward."""
 
@@ -149,13 +173,14 @@ class _Recorder:
     rows: int = 0
     prompt_width: int | None = None  # padded width of the prompts inside generate; None outside
     ends: list[int] = field(default_factory=list)  # end tokens of the running generate
+    closed: bool = False  # whether its block was left; blocks that were begun in it may be open still
 
     def __post_init__(self) -> None:
         self._start(0)
 
     def follows(self) -> bool:
         """Whether the calling thread is in the block of this recording; the calls of others are not in the trace."""
-        return self.observe in self.tuner.settings.observers
+        return not self.closed and self.observe in self.tuner.settings.observers
 
     # Which tokens are new, real, and whose.
 
@@ -233,6 +258,8 @@ class _Recorder:
 
     def observe(self, active: ActiveIRM, h0: torch.Tensor, delta: torch.Tensor) -> None:
         name, step = active.name, self.step
+        if self.closed:
+            return
         if step is None:
             raise RealignerError("record: the decoder was called directly; call the model or its generate")
         if self.keep == "replay" and self.tuner.settings.where != "all":
