@@ -380,3 +380,16 @@ def test_recordings_that_are_closed_out_of_order(order: str) -> None:
     assert "generate" not in vars(host)
     assert tuner_of(model).settings is tuner_of(model).injector.threads.default
     assert not host._forward_pre_hooks
+
+
+def test_a_config_of_a_file_without_its_weights(saved: Path) -> None:
+    """PEFT's way to make another IRM of the same kind; a model whose IRM was taken off does not put it back."""
+    host, _ = tiny_pair()
+    bare = logits(host)
+    torch.manual_seed(2)
+    model = get_peft_model(host, IRMConfig.from_pretrained(str(saved))).eval()
+    assert not torch.equal(logits(model), bare)
+    model.unload()
+    with pytest.raises(RealignerError, match="never run"):
+        logits(model)
+    assert torch.equal(logits(host), bare)

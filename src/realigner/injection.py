@@ -93,9 +93,7 @@ class Injector:
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Register the hooks, if they are not: two on the decoder, one on layer 0, one on each layer."""
-        if self._handles:
-            return
+        """Register the hooks: two on the decoder, one on layer 0, one on each layer."""
         decoder, layers = self.sites.decoder, self.sites.layers
         self._handles.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(decoder.register_forward_hook(self._end, always_call=True))

@@ -152,7 +152,8 @@ class IRMModel(BaseTuner):
 
     def _run(self, call: Any, settings: Settings | None, args: Any, kwargs: Any) -> Any:
         """Make a call, and refuse its result when no IRM had a part in it though some were to."""
-        self.injector.attach()  # not yet done where a config is a file's and its weights were never loaded
+        if self.awaits_weights:  # a config of a file without its weights: the IRM stays as it was initialised
+            self._attach()
         state = self.injector.threads.state
         state.began = False
         enabled = self.registry.enabled()  # before and after: another thread may switch the IRMs off or on meanwhile
@@ -202,6 +203,7 @@ class IRMModel(BaseTuner):
             default = Settings()
             self.registry = AdapterRegistry(default)
             self.injector = Injector(self.sites, self.registry.active, default)
+            self.awaits_weights = True
         device = _device(model)
         if not low_cpu_mem_usage and not any(p.is_meta for p in network.parameters()):
             network.to(device)
@@ -214,7 +216,13 @@ class IRMModel(BaseTuner):
         with self._forgotten_on_error(adapter_name):
             set_additional_trainable_modules(model, config, BaseTuner.get_model_config(self), adapter_name, active)
             if config.file_tensors is None:
-                self.injector.attach()
+                self._attach()
+
+    def _attach(self) -> None:
+        """Register the hooks, unless they are."""
+        if self.awaits_weights:
+            self.injector.attach()
+            self.awaits_weights = False
 
     @contextmanager
     def _forgotten_on_error(self, adapter_name: str) -> Iterator[None]:
@@ -342,7 +350,7 @@ class IRMModel(BaseTuner):
         first_load = config.file_tensors is not None  # it was added for this file: nothing of it stays
         with tuner._forgotten_on_error(adapter_name) if first_load else nullcontext():
             checked = tuner._checked(adapter_name, state_dict, model)
-            tuner.injector.attach()
+            tuner._attach()
         config.file_tensors = None
         return checked
 
