@@ -96,13 +96,13 @@ def work(job: Job, devices: str = "", stopping: Callable[[], bool] | None = None
 
 
 def wait_until_free(run: Path, seconds: float = _PATIENCE) -> None:
-    """Wait while another process holds an unfinished run: a worker of a driver that was killed takes a moment to be gone.
+    """Wait while another process holds a run: a worker of a driver that was killed takes a moment to be gone.
 
     Raises:
         RealignerError: when it is still held after that time.
     """
     deadline = time.monotonic() + seconds
-    while run.is_dir():
+    while True:
         try:
             with run_dir.locked(run):
                 return
@@ -123,7 +123,7 @@ def main() -> None:
         from realigner.training import read_recipe, train_recipe
 
         with suppress(RealignerError, OSError):  # what is still held is refused by the training, with a message of its own
-            wait_until_free(run_dir.unfinished(Path(out)))
+            wait_until_free(Path(out))
         if not Path(out).is_dir():
             train_recipe(read_recipe(recipe), out, resume=True)
     except Exception as error:
