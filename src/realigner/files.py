@@ -1,7 +1,7 @@
 """Writing so that nothing is half-written or overwritten unasked; reading so that what is wrong is one line with the place.
 
-Whatever a command makes is an `Artifact`: a name, what it may hold, and how its record is read. `is_ours` tells it from what others
-made, `taken` holds its place from before the work begins until it has its name.
+Whatever a command makes is an `Artifact`: a name, what it may hold, and how its record is read. `is_ours` tells it from what
+others made, `taken` holds its place from before the work begins until it has its name.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from realigner.errors import RealignerError
 
+_T = TypeVar("_T")
 _ASIDE = ".aside"  # the end of a file's or folder's name while it is being written
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)  # of file systems without hard links
 _RUST = re.compile(r"\(os error (\d+)\)")  # how Rust's libraries (safetensors, tokenizers) end a message about the disk
@@ -40,6 +42,13 @@ class Artifact:
     name: str
     record: Callable[[Path], object]
     entries: str = ""
+
+
+def _not_ours(path: Path) -> None:
+    raise RealignerError(f"{path}: is never replaced")
+
+
+NEVER = Artifact("anything", _not_ours)  # of a place where nothing is ever replaced
 
 
 def is_ours(path: Path, artifact: Artifact) -> bool:
@@ -129,7 +138,12 @@ class Output:
     def folder(self) -> Iterator[Path]:
         """A folder to fill, made beside the place and given its name when the block ends well; removed when it does not."""
         with writing(self.path), _aside_folder(self.path) as aside:
-            yield aside
+            try:
+                yield aside
+            except RealignerError as error:
+                if str(aside) not in str(error):
+                    raise
+                raise RealignerError(str(error).replace(str(aside), str(self.path))) from error
             _open_up(aside)
             self.put(aside)
 
@@ -184,13 +198,22 @@ class Output:
         shutil.rmtree(away, ignore_errors=True)
 
 
+def unfinished(path: Path) -> Path:
+    """Where something that takes long is until it is finished: ``PATH.unfinished``.
+
+    Raises:
+        RealignerError: for a path without a name of its own, like ``.``.
+    """
+    if path.name in ("", ".."):
+        raise RealignerError(f"{path}: give the name of a new folder")
+    return path.with_name(f"{path.name}.unfinished")
+
+
 @contextmanager
 def taken(path: str | Path, artifact: Artifact, force: bool = False) -> Iterator[Output]:
     """Hold an output's place while the block runs: refused where something is there or another process holds it.
 
-    It is asked what is there before and after the lock is had, and again when the output gets its place (`Output.put`). The same
-    thread may take the same place again within the block, so a command can take it before its long work and call what takes it
-    anew.
+    It is asked what is there before and after the lock is had, and again when the output gets its place (`Output.put`).
 
     Raises:
         RealignerError: at once, naming the path and the way out.
@@ -207,13 +230,41 @@ def taken(path: str | Path, artifact: Artifact, force: bool = False) -> Iterator
 
 
 @contextmanager
+def claimed(place: AbstractContextManager[_T]) -> Iterator[_T]:
+    """Hold a place (`taken`, `locked`) so that what the block calls in this thread may take it anew, one at a time.
+
+    A command claims its place before its long work (loading a host), and the function that does the work takes it as it would
+    for anybody.
+    """
+    with ExitStack() as held:
+        _OURS.claiming = True
+        try:
+            entered = held.enter_context(place)
+        finally:
+            _OURS.claiming = False
+        yield entered
+
+
+class _Claims(threading.local):
+    """The lock files that this thread has claimed, each with whether it is taken within."""
+
+    def __init__(self) -> None:
+        self.claiming = False
+        self.files: dict[Path, bool] = {}
+
+
+_OURS = _Claims()
+
+
+@contextmanager
 def locked(
     path: Path, busy: str = "another process is writing there; wait for it, stop it, or choose another place"
 ) -> Iterator[None]:
-    """Hold a place for this thread of this process by a lock file beside it; a process that died holds nothing.
+    """Hold a place by a lock file beside it; a process that died holds nothing.
 
-    The file is removed while it is still held, so whoever had it open and gets the lock afterwards has one of a file without a
-    name: filelock looks for that (since 3.24) and tries anew.
+    The lock file is removed while it is still held. Whoever had it open and gets the lock then has that of a file without a
+    name: filelock looks for that (since 3.24) and does not take it. The folders above are made; those that are empty at the
+    end are removed again.
 
     Args:
         path: the place; what is there is not looked at.
@@ -222,14 +273,33 @@ def locked(
     Raises:
         RealignerError: at once, when another holds it or the lock file cannot be written.
     """
+    with writing(path):
+        place = path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+    file = place.with_name(f".{place.name}.lock") if place.name else place / ".lock"
+    claiming, claims = _OURS.claiming, _OURS.files
+    if claims.get(file):
+        raise RealignerError(f"{path}: {busy}")
+    with nullcontext() if file in claims else _lock_file(file, path, busy):
+        mine = file in claims
+        if mine or claiming:
+            claims[file] = mine
+        try:
+            yield
+        finally:
+            if mine:
+                claims[file] = False
+            elif claiming:
+                del claims[file]
+
+
+@contextmanager
+def _lock_file(file: Path, path: Path, busy: str) -> Iterator[None]:
     from filelock import FileLock, Timeout  # in the extras of all who lock
 
-    named = path.name not in ("", "..")
+    made = [folder for folder in file.parents if not folder.exists()]
+    lock = FileLock(file, timeout=0)
     with writing(path):
-        place = path.parent.resolve() / path.name if named else path.resolve()
-        file = place.with_name(f".{place.name}.lock") if place.name else place / ".lock"
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(file, timeout=0, is_singleton=True)
         try:
             lock.acquire()
         except Timeout:
@@ -237,11 +307,13 @@ def locked(
     try:
         yield
     finally:
-        if lock.lock_counter == 1:
-            with suppress(OSError):
-                if not file.stat().st_size:  # else it was there before and is somebody's
-                    file.unlink()
+        with suppress(OSError):
+            if not file.stat().st_size:  # else it was there before and is somebody's
+                file.unlink()
         lock.release()
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
 
 @contextmanager
@@ -328,7 +400,7 @@ def writing(path: str | Path, remedy: str = "") -> Iterator[None]:
 
 
 def disk_fault(error: BaseException) -> str | None:
-    """What the operating system said, if it is what an error is about; libraries in Rust say it in errors that are no OSError."""
+    """What the operating system said, where an error is about that; libraries in Rust say it in errors that are no OSError."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     number = _RUST.search(str(error))

@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 import realigner
 from realigner.cli import data_commands, host_commands, irm_commands, study_commands, sweep_commands
+from realigner.console import sigterm_interrupts
 from realigner.errors import RealignerError, UsageError
 
 app = typer.Typer(
@@ -84,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         try:
-            code = app(args=arguments, prog_name="realigner", standalone_mode=False)
+            with sigterm_interrupts():
+                code = app(args=arguments, prog_name="realigner", standalone_mode=False)
         except ImportError as error:
             from realigner.extras import raise_missing_extra
 

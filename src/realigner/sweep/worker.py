@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import realigner.training.run_dir as run_dir
+from realigner.console import sigterm_interrupts
 from realigner.errors import RealignerError
-from realigner.files import write_text
+from realigner.files import write_text, writing
 
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 Report = Callable[[str, str, str], None]  # (run, state, note)
@@ -58,8 +59,10 @@ def work(job: Job, devices: str = "", stopping: Callable[[], bool] | None = None
         RealignerError: with the run's own message, when it failed and would fail again.
         WorkerLostError: when the process died, or something else had it stop.
     """
-    Path(job.log).parent.mkdir(parents=True, exist_ok=True)
-    job.error.unlink(missing_ok=True)
+    with writing(job.log):
+        Path(job.log).parent.mkdir(parents=True, exist_ok=True)
+        job.error.unlink(missing_ok=True)
+        Path(job.log).touch()
     threads = str(job.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     environment = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment
@@ -125,7 +128,8 @@ def main() -> None:
         with suppress(RealignerError, OSError):  # what is still held is refused by the training, with a message of its own
             wait_until_free(Path(out))
         if not Path(out).is_dir():
-            train_recipe(read_recipe(recipe), out, resume=True)
+            with sigterm_interrupts():
+                train_recipe(read_recipe(recipe), out, resume=True)
     except Exception as error:
         traceback.print_exc()
         known = isinstance(error, RealignerError)

@@ -31,7 +31,7 @@ from typing import Any
 
 import realigner.files as files
 from realigner.errors import RealignerError
-from realigner.files import Artifact, Output, discard, parsed, read_bytes, write_text
+from realigner.files import Artifact, Output, discard, parsed, read_bytes, unfinished as unfinished, write_text
 
 RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.yaml"
@@ -81,17 +81,6 @@ class RunPlace:
 
     out: Output
     work: Output
-
-
-def unfinished(out: Path) -> Path:
-    """Where a run lives until it is finished.
-
-    Raises:
-        RealignerError: for a path without a name of its own, like ``.``.
-    """
-    if out.name in ("", ".."):
-        raise RealignerError(f"{out}: give the name of a new folder")
-    return out.with_name(f"{out.name}.unfinished")
 
 
 def is_run(folder: Path) -> bool:

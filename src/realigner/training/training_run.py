@@ -250,7 +250,7 @@ def _train(
 def _unfinished_run(place: run_dir.RunPlace, record: dict[str, Any], recipe: Recipe, resume: bool) -> Iterator[None]:
     """The folder of an unfinished run: made anew, or found to be this very run and cut back to its last checkpoint.
 
-    On an error before the first checkpoint nothing is left behind; Ctrl-C and a full disk become a line that says what is saved.
+    On an error before the first checkpoint nothing is left behind; Ctrl-C and a full disk become a line with what is saved.
     """
     work = place.work.path
     if resume and work.exists():
