@@ -47,6 +47,9 @@ for command in (  # in the order of --help
 app.add_typer(data_commands.app, name="data")
 
 
+_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
+
+
 def _version(value: bool) -> None:
     if value:
         print(f"realigner {realigner.__version__}")
@@ -92,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             raise_missing_extra(error, next((word for word in arguments if not word.startswith("-")), "realigner"))
             raise
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except TyperException as error:
         if message := _one_line(_message(error)):  # empty where help was printed instead

@@ -283,8 +283,8 @@ def _unfinished_run(place: run_dir.RunPlace, record: dict[str, Any], recipe: Rec
         cause = error.__cause__ if isinstance(error, RealignerError) else error
         if cause is not None and (why := disk_fault(cause)):
             said = str(error) if isinstance(error, RealignerError) else f"{work}: cannot be written ({why})"
-            last = f"the last good checkpoint is {good[-1].name}, to resume from when there is room (resume)"
-            raise RealignerError(f"{said}; {last if good else 'nothing was saved'}") from cause
+            last = f"the last good checkpoint is {good[-1].name}, to resume from when there is room (resume)" if good else ""
+            raise RealignerError(f"{said}; {last or 'nothing was saved'}") from cause
         raise
 
 
