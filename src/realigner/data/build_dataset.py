@@ -168,9 +168,10 @@ class RowsPlace:
             )
 
     def write(self, rows: Sequence[Row], rejected: Sequence[Mapping[str, Any]]) -> None:
-        """The dataset, after what was rejected: where the one is, the other is."""
-        self.rejected.write(_lines(rejected))
-        self.rows.write(_text(rows))
+        """The dataset, and what was rejected: where the one is, the other is, and where there is no room, neither."""
+        with self.rows.file() as aside:
+            aside.write_text(_text(rows), encoding="utf-8")
+            self.rejected.write(_lines(rejected))
 
 
 @contextmanager
