@@ -130,7 +130,11 @@ def main() -> None:
         if not Path(out).is_dir():
             with sigterm_interrupts():
                 train_recipe(read_recipe(recipe), out, resume=True)
+    except KeyboardInterrupt:  # a signal outside the training's steps
+        sys.exit(0)
     except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # the same, said with what is saved
+            sys.exit(0)
         traceback.print_exc()
         known = isinstance(error, RealignerError)
         write_text(Path(error_file), str(error) if known else f"unexpected {type(error).__name__}: {error}")
