@@ -78,6 +78,12 @@ def make(folder: Path, rewriter: Scripted | None = None, **options: Any) -> dict
     return contents(folder)
 
 
+def cleared(folder: Path) -> None:
+    """Take a finished build away, with what lies beside it: without `force` nothing of it would be replaced."""
+    for path in folder.glob("rows.*"):
+        path.unlink()
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -185,7 +191,7 @@ def test_requests_that_fail_are_asked_again_and_then_counted(tmp_path: Path, who
     """A failure costs a fact none of its attempts; one that lasts is kept for another day, or given up when asked."""
     once = Scripted(fail=lambda count, request: "HTTP 500" if count % 5 == 0 and count <= 60 else "")
     assert make(tmp_path, once) == whole
-    (tmp_path / "rows.jsonl").unlink()
+    cleared(tmp_path)
     never = Scripted(fail=lambda count, request: "HTTP 500 after 6 tries" if request.fact.id == "20" else "")
     for _ in range(2):
         with pytest.raises(RealignerError, match=r"1 questions got no reply \(HTTP 500 after 6 tries\).*give_up"):
@@ -208,7 +214,7 @@ def test_refusals(tmp_path: Path) -> None:
     out.write_text("not ours")
     with pytest.raises(RealignerError, match="not something realigner made"):
         make(tmp_path, force=True)
-    out.unlink()
+    cleared(tmp_path)
     broken_off(tmp_path, 5, KeyboardInterrupt())
     with pytest.raises(RealignerError, match=r"belongs to another build \(its facts is 60, asked for is 59"):
         build(FACTS[1:], PLAIN, Scripted(), out, quiet=True)
@@ -266,7 +272,7 @@ def test_force_goes_on_with_the_same_build_and_replaces_another(tmp_path: Path, 
     second = Scripted()
     assert make(tmp_path, second, force=True) == whole
     assert not set(first.asked[:33]) & set(second.asked)
-    (tmp_path / "rows.jsonl").unlink()
+    cleared(tmp_path)
     broken_off(tmp_path, 33, KeyboardInterrupt())
     other = PLAIN.model_copy(update={"instruction": "Say it otherwise."})
     third = Scripted()
@@ -386,7 +392,7 @@ def test_the_command_killed_twenty_times(tmp_path: Path) -> None:
         interrupted += process.wait() == -signal.SIGKILL
         if out.exists() and not (tmp_path / "rows.journal").exists():  # it was done: the next build begins anew
             assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-            out.unlink()
+            cleared(tmp_path)
     subprocess.run([*command, str(out)], check=True, capture_output=True)
     for name in ("{}.jsonl", "{}.rejected.jsonl", "{}.build.json"):
         assert (tmp_path / name.format("rows")).read_bytes() == (tmp_path / name.format("whole")).read_bytes()

@@ -115,7 +115,8 @@ def test_explain(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (told["index"], told["quick"], told["dtype"]) == (5, True, "float32")
     assert {"reference", "permuted", "masked"} <= {trial["kind"] for trial in told["trials"]}
     assert all(conclusion["answer"] in ("supported", "not supported", "cannot tell") for conclusion in told["conclusions"])
-    code, out, _ = run(capsys, *asked)
+    assert "exists already" in run(capsys, *asked)[2]
+    code, out, _ = run(capsys, *asked, "--force")
     assert code == 0
     assert f"realigner report {tmp_path / 'why'} --out report.html" in out
     whole = document(capsys, "explain", "--weights-only", "--host", place / "host", "--index", "5")

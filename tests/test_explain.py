@@ -215,14 +215,14 @@ def test_a_planted_gain_is_named_and_no_trial_is_trained_twice(tmp_path: Path) -
     assert {entry["index"] for entry in told["ablations"]["anger-1"]} >= {int(index) for index in told["pages"]}
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "why" / "runs").glob("*/*/run.json")}
     assert len(stamps) == 10
-    again = explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, quick=True, quiet=True)
+    again = explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, quick=True, quiet=True, force=True)
     assert again.to_dict() == found.to_dict()
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     assert "gain" in weights_report(host, PLANTED)["indices"][0]["words"]
     untried = explain([tmp_path / "run"], tmp_path / "untried", host, tokenizer, quick=True, trials=False, quiet=True)
     assert (untried.index, untried.cause, untried.trials) == (PLANTED, "cannot tell", None)
     with pytest.raises(UsageError, match="0 to 63"):
-        explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, index=64, quiet=True)
+        explain([tmp_path / "run"], tmp_path / "none", host, tokenizer, index=64, quiet=True)
 
 
 def test_killed_it_goes_on_and_repeats_no_finished_trial(tmp_path: Path) -> None:

@@ -91,15 +91,15 @@ def test_a_stripe_one_column_wide_is_visible(index: int, width: float, tmp_path:
 def test_all_figures_in_all_formats(tmp_path: Path) -> None:
     trace = planted_trace(RUNS)
     analysis = analyze(trace, permutations=10, resamples=10)
-    written = save_figures(trace, analysis, tmp_path, {"anger-42": record()})
+    written = save_figures(trace, analysis, tmp_path / "all", {"anger-42": record()})
     assert [path.name for path in written] == [f"{name}.{form}" for name in FIGURES for form in ("png", "svg", "pdf")]
     for path in written:
         starts = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
         assert path.read_bytes().startswith(starts[path.suffix])
-    assert "<text" in (tmp_path / "figure2-signed.svg").read_text()
+    assert "<text" in (tmp_path / "all" / "figure2-signed.svg").read_text()
     assert len(save_figures(trace, None, tmp_path / "few", formats=["png"])) == len(FIGURES) - 2
     with pytest.raises(RealignerError, match="cannot be written"):
-        save_figures(trace, None, tmp_path / "figure2-signed.png" / "x", formats=["png"])
+        save_figures(trace, None, tmp_path / "all" / "figure2-signed.png" / "x", formats=["png"])
 
 
 def test_text_is_seven_points_and_more_and_columns_are_as_wide_as_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,11 +107,12 @@ def test_text_is_seven_points_and_more_and_columns_are_as_wide_as_said(tmp_path:
 
     def keep(figure: Figure, path: Path) -> Path:
         seen.append(figure)
+        path.touch()
         return path
 
     monkeypatch.setattr("realigner.report.paper_figures.save_figure", keep)
     trace = planted_trace(RUNS)
-    save_figures(trace, analyze(trace, permutations=10, resamples=10), tmp_path, {"anger-42": record()}, ["png"])
+    save_figures(trace, analyze(trace, permutations=10, resamples=10), tmp_path / "all", {"anger-42": record()}, ["png"])
     assert len(seen) == len(FIGURES)
     for figure in seen:
         texts: list[Any] = figure.findobj(Text)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -255,8 +256,12 @@ def test_resume_refuses_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(RealignerError, match=r"number of processes changed since it was begun \(1 now, 2 before\)"):
         run_tiny(tmp_path / "run", resume=True)
     (work / "run.json").write_text(json.dumps(record))
-    with run_dir.locked(work), pytest.raises(RealignerError, match="another process is training this run"):
-        run_tiny(tmp_path / "run", resume=True)
+    with (
+        ThreadPoolExecutor(1) as other_thread,
+        run_dir.locked(tmp_path / "run"),
+        pytest.raises(RealignerError, match="another process is training this run"),
+    ):
+        other_thread.submit(run_tiny, tmp_path / "run", resume=True).result()
     damaged = run_dir.checkpoints(work)[-1] / "optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     with pytest.raises(RealignerError, match=r"optimizer\.safetensors: truncated or damaged"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -194,10 +195,15 @@ def test_what_no_machine_of_a_cluster_can_take(capsys: pytest.CaptureFixture[str
 
 
 def test_a_run_that_is_still_held_is_waited_for(tmp_path: Path) -> None:
-    with run_dir.locked(tmp_path), pytest.raises(RealignerError, match="another process"):
-        wait_until_free(tmp_path, 0.6)
-    wait_until_free(tmp_path, 5)
-    wait_until_free(tmp_path / "none", 5)
+    run = tmp_path / "run"
+    with (
+        ThreadPoolExecutor(1) as other,
+        run_dir.locked(run),
+        pytest.raises(RealignerError, match="another process"),
+    ):
+        other.submit(wait_until_free, run, 0.6).result()
+    wait_until_free(run, 5)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("epochs", [None, 3])
@@ -207,7 +213,7 @@ def test_the_table_knows_the_time_left(place: Path, tmp_path: Path, epochs: floa
     run = sweep_of(place, set=count)[0]
     work = run_dir.unfinished(tmp_path / run.name)
     (work / "checkpoint-10").mkdir(parents=True)
-    (work / "checkpoint-10" / run_dir.STATE_FILE).write_text('{"max_steps": 40}')
+    (work / "checkpoint-10" / run_dir.STATE_FILE).write_text('{"global_step": 10, "max_steps": 40}')
     (work / run_dir.METRICS_FILE).write_text('{"step": 9, "loss": 3}\n{"step": 10, "loss": 2.5, "seconds": 5.0}\n')
     table = StateTable([run], tmp_path, quiet=True)
     assert table._progress(run) == ("10/40", "2.50", 15.0)

@@ -43,6 +43,24 @@ def signals_to(receive: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Have SIGTERM raise KeyboardInterrupt while the block runs, where nothing else takes it: so that `finally` is reached."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class Task:
     """Something that advances towards a total; `note` is shown at its right (a loss, a file)."""
 

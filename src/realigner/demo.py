@@ -10,12 +10,15 @@ from typing import Any
 from realigner.console import say
 from realigner.data import authored
 from realigner.errors import RealignerError
+from realigner.files import Output, claimed, discard, locked, unfinished
 from realigner.hosts import EMBEDDED, load_host
 from realigner.report import build_report
-from realigner.report.html_report import is_report
+from realigner.report.html_report import REPORT
+from realigner.report.report_input import read_inputs
 from realigner.traces.collect import trace_for_report
+from realigner.traces.store import TRACE, is_trace, load_trace, refuse_trace
 from realigner.training import make_recipe, read_recipe, train
-from realigner.training.run_dir import RECIPE_FILE, is_run, unfinished
+from realigner.training.run_dir import RECIPE_FILE, is_run, refuse_run
 from realigner.training.training_run import resolve
 
 # Greedy replies take the likeliest words, and the authored replies are so unlike each other that what they have in common is
@@ -40,34 +43,61 @@ class DemoResult:
 def run_demo(
     out: str | Path = "demo", tone: str = "anger", seed: int = 42, steps: int | None = None, force: bool = False
 ) -> DemoResult:
-    """Train one IRM on the embedded host and report on it. A finished run in `out` is used again unless `force`.
+    """Train one IRM on the embedded host and report on it. What is finished in `out` is used again unless `force`.
 
     Raises:
-        RealignerError: when the embedded host is missing or `out` cannot be written.
+        RealignerError: when the embedded host is missing, `out` cannot be written, holds something else, or another process
+            works there.
         UsageError: for a tone the authored set does not have.
     """
     out = Path(out)
     rows = authored(tone)
     started = time.monotonic()
-    say(f"1/3  loading the host {EMBEDDED} (the first time it is unpacked, about 20 s)")
-    host, tokenizer = load_host(EMBEDDED)
     folder, page = out / f"{tone}-{seed}", out / "report.html"
-    recipe = resolve(make_recipe(steps=steps, tone=tone, seed=seed), host, rows)
-    if not force and (folder / RECIPE_FILE).is_file() and recipe.difference(read_recipe(folder)) is None:
-        say(f"2/3  {folder} is trained already; --force trains it anew")
-    else:
-        say(f"2/3  training an IRM for {tone} on {len(rows)} rows, {recipe.steps} steps, into {folder}")
-        resume = not force and not folder.exists() and is_run(unfinished(folder))
-        run = train(host, tokenizer, rows, folder, recipe, force=force, resume=resume)
-        run.model.unload()
-        if run.interrupted:
-            raise RealignerError(f"interrupted after step {run.record['steps_done']}; the same command goes on from there")
-    say(f"3/3  answering the paper's seven prompts bare, untrained and trained (strength {STRENGTH}), recording what is added")
-    if page.exists() and not is_report(page):
-        raise RealignerError(f"{page}: is not a report of ours; choose another --out")
-    trace = trace_for_report([folder], page.with_suffix(".zarr"), host, tokenizer, STRENGTH, force=True)
-    _, (shown,) = build_report([trace], page, force=True)
+    with claimed(locked(page)):
+        resume = not force and is_run(unfinished(folder))
+        if force or not is_run(folder):  # before the host is loaded
+            _refuse(folder, page, force, resume)
+        say(f"1/3  loading the host {EMBEDDED} (the first time it is unpacked, about 20 s)")
+        host, tokenizer = load_host(EMBEDDED)
+        recipe = resolve(make_recipe(steps=steps, tone=tone, seed=seed), host, rows)
+        if not force and is_run(folder) and recipe.difference(read_recipe(folder / RECIPE_FILE)) is None:
+            say(f"2/3  {folder} is trained already; --force trains it anew")
+        else:
+            _refuse(folder, page, force, resume)
+            say(f"2/3  training an IRM for {tone} on {len(rows)} rows, {recipe.steps} steps, into {folder}")
+            run = train(host, tokenizer, rows, folder, recipe, force=force, resume=resume)
+            run.model.unload()
+            if run.interrupted:
+                raise RealignerError(f"interrupted after step {run.record['steps_done']}; the same command goes on from there")
+        said = "answering the paper's seven prompts bare, untrained and trained"
+        say(f"3/3  {said} (strength {STRENGTH}), recording what is added")
+        (shown,) = read_inputs([_traced(folder, page.with_suffix(".zarr"), host, tokenizer, force)])
+        if force or not page.exists():
+            build_report([page.with_suffix(".zarr")], page, force)
     answers, (name,) = shown.answers(), shown.trained
     row = answers[min(_SAMPLE, len(answers) - 1)]
     sample = {"prompt": row["prompt"], "base": row["base"], "realigned": row[name]}
     return DemoResult(folder, page, time.monotonic() - started, sample)
+
+
+def _refuse(folder: Path, page: Path, force: bool, resume: bool) -> None:
+    """Raise unless the run, the trace and the page can all be written."""
+    refuse_run(folder, force, resume)
+    refuse_trace(page.with_suffix(".zarr"), force)
+    Output(page, REPORT, force).refuse()
+
+
+def _traced(folder: Path, trace: Path, host: Any, tokenizer: Any, force: bool) -> Path:
+    """The trace of a run: what is there already, or a new one. One that is interrupted leaves nothing."""
+    if not force and is_trace(trace):
+        irms = {str(facts["irm"]) for facts in load_trace(trace).attrs["runs"].values()}
+        if irms != {str(folder)}:
+            raise RealignerError(f"{trace}: is not a trace of {folder}; move it, or replace it (force)")
+        return trace
+    refuse_trace(trace, force)
+    try:
+        return trace_for_report([folder], trace, host, tokenizer, STRENGTH, force=force)
+    except BaseException:
+        discard(unfinished(trace), TRACE)
+        raise

@@ -1,115 +1,373 @@
-"""Writing so that nothing is half-written or overwritten unasked; reading so that what is wrong is one line with the place."""
+"""Writing so that nothing is half-written or overwritten unasked; reading so that what is wrong is one line with the place.
+
+Whatever a command makes is an `Artifact`: a name, what it may hold, and how its record is read. `is_ours` tells it from what
+others made, `taken` holds its place from before the work begins until it has its name.
+"""
 
 from __future__ import annotations
 
 import codecs
-import glob
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from realigner.errors import RealignerError
 
-_ASIDE = ".aside"  # the end of a file's name while it is being written
+_T = TypeVar("_T")
+_ASIDE = ".aside"  # the end of a file's or folder's name while it is being written
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)  # of file systems without hard links
+_RUST = re.compile(r"\(os error (\d+)\)")  # how Rust's libraries (safetensors, tokenizers) end a message about the disk
 
 
-def refuse_existing(path: Path, force: bool, ours: Callable[[Path], bool]) -> None:
-    """Raise unless `path` is free, or `force` was given and what is there is of our own making (or an empty folder).
+@dataclass(frozen=True)
+class Artifact:
+    """A kind of output, and how one of ours is told from what others made.
+
+    Attributes:
+        name: what it is called in messages ("a run").
+        record: reads what is at a path; raises anything at all when it is not of this kind.
+        entries: of a folder: a regular expression for the relative path of each entry that it may hold, at any depth
+            (a folder's path ends in a slash). Empty: it is a single file.
+    """
+
+    name: str
+    record: Callable[[Path], object]
+    entries: str = ""
+
+
+def _not_ours(path: Path) -> None:
+    raise RealignerError(f"{path}: is never replaced")
+
+
+NEVER = Artifact("anything", _not_ours)  # of a place where nothing is ever replaced
+
+
+def is_ours(path: Path, artifact: Artifact) -> bool:
+    """Whether what is at a path is of this kind and nothing else, so that `force` may replace it.
+
+    A folder is ours when every entry in it, at any depth, is one that we write, and its record parses; a file when its record
+    parses. What is empty holds nothing that could be lost. Links and special files are never ours, and are not followed.
+    """
+    try:
+        if path.is_symlink():
+            return False
+        if artifact.entries:
+            empty = True
+            for entry in _entries(path):
+                empty = False
+                if not re.fullmatch(artifact.entries, entry):
+                    return False
+            if empty:
+                return path.is_dir()
+        elif not path.is_file():
+            return False
+        elif not path.stat().st_size:
+            return True
+        artifact.record(path)
+    except Exception:  # a parser may raise anything for what is not its own
+        return False
+    return True
+
+
+def _entries(folder: Path, inside: str = "") -> Iterator[str]:
+    """The relative path of everything in a folder.
 
     Raises:
-        RealignerError: naming the path and the way out.
+        OSError: for what cannot be listed, and for what is neither a file nor a folder.
     """
-    if not (path.exists() or path.is_symlink()):
-        return
-    if not force:
-        raise RealignerError(f"{path}: exists already; choose another place, or overwrite it (force)")
-    empty = path.is_dir() and not any(path.iterdir())
-    if not empty and not ours(path):
-        raise RealignerError(f"{path}: force will not replace it, it is not something realigner made")
+    with os.scandir(folder) as found:
+        for entry in found:
+            name = f"{inside}{entry.name}"
+            if entry.is_dir(follow_symlinks=False):
+                yield f"{name}/"
+                yield from _entries(Path(entry.path), f"{name}/")
+            elif entry.is_file(follow_symlinks=False):
+                yield name
+            else:
+                raise OSError(f"{name}: a link or a special file")
 
 
-@dataclass
-class Aside:
-    """A folder being filled, and where it will go (may be changed until the block ends)."""
+def discard(path: Path, artifact: Artifact) -> bool:
+    """Delete a folder if it is ours (`is_ours`); returns whether it is gone."""
+    if is_ours(path, artifact):
+        shutil.rmtree(path, ignore_errors=True)
+    return not path.exists()
 
-    folder: Path
-    target: Path
+
+@dataclass(frozen=True)
+class Output:
+    """A place that is held for writing (see `taken`)."""
+
+    path: Path
+    artifact: Artifact
+    force: bool = False
+
+    def refuse(self) -> None:
+        """Raise unless the place is free, or what is there is ours (or empty) and may be replaced.
+
+        Raises:
+            RealignerError: naming the path and the way out.
+        """
+        if not os.path.lexists(self.path):
+            return
+        if not self.force or self.path.name in ("", ".."):
+            raise RealignerError(f"{self.path}: exists already; choose another place, or overwrite it (force)")
+        if not is_ours(self.path, self.artifact):
+            raise RealignerError(
+                f"{self.path}: force will not replace it, it is not something realigner made ({self.artifact.name} and nothing "
+                "else); move it, or choose another place"
+            )
+
+    @contextmanager
+    def file(self) -> Iterator[Path]:
+        """A file to fill, made beside the place and given its name when the block ends well; removed when it does not."""
+        with writing(self.path), _aside_file(self.path) as aside:
+            yield aside
+            self.put(aside)
+
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """A folder to fill, made beside the place and given its name when the block ends well; removed when it does not."""
+        with writing(self.path), _aside_folder(self.path) as aside:
+            try:
+                yield aside
+            except RealignerError as error:
+                if str(aside) not in str(error):
+                    raise
+                raise RealignerError(str(error).replace(str(aside), str(self.path))) from error
+            _open_up(aside)
+            self.put(aside)
+
+    def write(self, text: str) -> None:
+        """Give the place a text."""
+        with self.file() as aside:
+            aside.write_text(text, encoding="utf-8")
+
+    def put(self, made: Path) -> None:
+        """Give what was made, a file or a folder, its place, asking once more what is there.
+
+        Where nothing may be replaced, nothing is, whoever made it meanwhile: a file comes by a hard link, which fails where a
+        name is taken, a folder by a rename, which fails on all but an empty folder. With `force`, a folder makes way first and
+        is looked at again before it is deleted; if it is not ours (any more), it is put back.
+
+        Raises:
+            RealignerError: when something is there; what was made stays where it is.
+        """
+        self.refuse()
+        with writing(self.path):
+            if not os.path.lexists(self.path):
+                self._name(made)
+            elif made.is_dir():
+                self._replace_folder(made)
+            else:
+                made.replace(self.path)
+
+    def _name(self, made: Path) -> None:
+        try:
+            if made.is_dir():
+                made.rename(self.path)
+            else:
+                _link(made, self.path)
+        except OSError as error:
+            if os.path.lexists(self.path):
+                raise RealignerError(f"{self.path}: exists by now; choose another place, or overwrite it (force)") from error
+            raise
+
+    def _replace_folder(self, made: Path) -> None:
+        away = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-old-", dir=self.path.parent))
+        old = away / self.path.name
+        try:
+            self.path.rename(old)
+            Output(old, self.artifact, force=True).refuse()
+            self._name(made)
+        except BaseException:
+            if old.exists() and not os.path.lexists(self.path):
+                old.rename(self.path)
+            with suppress(OSError):  # not empty: what could not be put back is not deleted
+                away.rmdir()
+            raise
+        shutil.rmtree(away, ignore_errors=True)
+
+
+def unfinished(path: Path) -> Path:
+    """Where something that takes long is until it is finished: ``PATH.unfinished``.
+
+    Raises:
+        RealignerError: for a path without a name of its own, like ``.``.
+    """
+    if path.name in ("", ".."):
+        raise RealignerError(f"{path}: give the name of a new folder")
+    return path.with_name(f"{path.name}.unfinished")
 
 
 @contextmanager
-def written_folder(path: Path) -> Iterator[Aside]:
-    """A folder to fill, made beside `path` and renamed to it when the block ends well; removed when it does not."""
-    with _named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Aside(Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)), path)
+def taken(path: str | Path, artifact: Artifact, force: bool = False) -> Iterator[Output]:
+    """Hold an output's place while the block runs: refused where something is there or another process holds it.
+
+    It is asked what is there before and after the lock is had, and again when the output gets its place (`Output.put`).
+
+    Raises:
+        RealignerError: at once, naming the path and the way out.
+    """
+    output = Output(Path(path), artifact, force)
+    output.refuse()
+    with locked(output.path):
+        output.refuse()
+        for leftover in output.path.parent.glob(f".*{_ASIDE}"):  # of a process that was killed; none is writing it now
+            if re.fullmatch(rf"\.{re.escape(output.path.name)}-[a-z0-9_]{{8}}{re.escape(_ASIDE)}", leftover.name):
+                with suppress(OSError):
+                    leftover.unlink()  # a file: a folder is left alone
+        yield output
+
+
+@contextmanager
+def claimed(place: AbstractContextManager[_T]) -> Iterator[_T]:
+    """Hold a place (`taken`, `locked`) so that what the block calls in this thread may take it anew, one at a time.
+
+    A command claims its place before its long work (loading a host), and the function that does the work takes it as it would
+    for anybody.
+    """
+    with ExitStack() as held:
+        _OURS.claiming = True
+        try:
+            entered = held.enter_context(place)
+        finally:
+            _OURS.claiming = False
+        yield entered
+
+
+class _Claims(threading.local):
+    """The lock files that this thread has claimed, each with whether it is taken within."""
+
+    def __init__(self) -> None:
+        self.claiming = False
+        self.files: dict[Path, bool] = {}
+
+
+_OURS = _Claims()
+
+
+@contextmanager
+def locked(
+    path: Path, busy: str = "another process is writing there; wait for it, stop it, or choose another place"
+) -> Iterator[None]:
+    """Hold a place by a lock file beside it; a process that died holds nothing.
+
+    The lock file is removed while it is still held. Whoever had it open and gets the lock then has that of a file without a
+    name: filelock looks for that (since 3.24) and does not take it. The folders above are made; those that are empty at the
+    end are removed again.
+
+    Args:
+        path: the place; what is there is not looked at.
+        busy: what to say where another holds it.
+
+    Raises:
+        RealignerError: at once, when another holds it or the lock file cannot be written.
+    """
+    with writing(path):
+        place = path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+    file = place.with_name(f".{place.name}.lock") if place.name else place / ".lock"
+    claiming, claims = _OURS.claiming, _OURS.files
+    if claims.get(file):
+        raise RealignerError(f"{path}: {busy}")
+    with nullcontext() if file in claims else _lock_file(file, path, busy):
+        mine = file in claims
+        if mine or claiming:
+            claims[file] = mine
+        try:
+            yield
+        finally:
+            if mine:
+                claims[file] = False
+            elif claiming:
+                del claims[file]
+
+
+@contextmanager
+def _lock_file(file: Path, path: Path, busy: str) -> Iterator[None]:
+    from filelock import FileLock, Timeout  # in the extras of all who lock
+
+    made = [folder for folder in file.parents if not folder.exists()]
+    lock = FileLock(file, timeout=0)
+    with writing(path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RealignerError(f"{path}: {busy}") from None
     try:
-        with _named(path):
-            yield aside
-            _open_up(aside.folder)
-            replace_folder(aside.folder, aside.target)
+        yield
     finally:
-        shutil.rmtree(aside.folder, ignore_errors=True)
+        with suppress(OSError):
+            if not file.stat().st_size:  # else it was there before and is somebody's
+                file.unlink()
+        lock.release()
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
 
 @contextmanager
 def written_file(path: Path) -> Iterator[Path]:
-    """A file to fill, made beside `path` and renamed to it when the block ends well; removed when it does not."""
-    with _named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=_ASIDE, dir=path.parent)
-        os.close(handle)
+    """A file to fill, made beside `path` and renamed to it when the block ends well; removed when it does not.
+
+    What is there is replaced: for files inside a folder that is ours.
+    """
+    with writing(path), _aside_file(path) as aside:
+        yield aside
+        aside.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it into place (`written_file`)."""
+    with written_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _aside_file(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=_ASIDE, dir=path.parent)
+    os.close(handle)
     aside = Path(name)
     try:
-        with _named(path):
-            yield aside
-            aside.chmod(0o666 & ~_umask())
-            aside.replace(path)
+        aside.chmod(0o666 & ~_umask())
+        yield aside
     finally:
         aside.unlink(missing_ok=True)
 
 
-def clear_asides(path: Path) -> None:
-    """Remove what processes that were killed left of writing `path`; only where no other process can be writing it now."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}-*{_ASIDE}"):
-        if leftover.is_file():
-            leftover.unlink()
-
-
 @contextmanager
-def locked_file(path: Path, busy: str) -> Iterator[None]:
-    """Hold a lock file for this process while the block runs; a process that died holds nothing.
-
-    Args:
-        path: the lock file; it is made, and stays.
-        busy: what to say where another process holds it.
-
-    Raises:
-        RealignerError: at once, when another process holds it or the file cannot be written.
-    """
-    from filelock import FileLock, Timeout  # in the extras of all who lock
-
-    lock = FileLock(path, timeout=0)
-    with _named(path):
-        try:
-            lock.acquire()
-        except Timeout:
-            raise RealignerError(busy) from None
+def _aside_folder(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=_ASIDE, dir=path.parent))
     try:
-        yield
+        yield aside
     finally:
-        lock.release()
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it into place."""
-    with written_file(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+def _link(made: Path, path: Path) -> None:
+    """Give a file a second name and take the first away; a name that is taken is an error, unlike in a rename."""
+    try:
+        path.hardlink_to(made)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        made.rename(path)
+        return
+    made.unlink()
 
 
 def made_folder(path: str | Path) -> Path:
@@ -119,9 +377,34 @@ def made_folder(path: str | Path) -> Path:
         RealignerError: when it cannot be, or something else is there.
     """
     folder = Path(path)
-    with _named(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def writing(path: str | Path, remedy: str = "") -> Iterator[None]:
+    """What the disk refuses in the block, in whichever library's words, as one line that names the place and what to do.
+
+    Raises:
+        RealignerError: for an error of the disk (`disk_fault`); others pass.
+    """
+    try:
+        yield
+    except RealignerError:
+        raise
+    except Exception as error:
+        if (why := disk_fault(error)) is None:
+            raise
+        raise RealignerError(f"{path}: cannot be written ({why}){remedy}") from error
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """What the operating system said, where an error is about that; libraries in Rust say it in errors that are no OSError."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    number = _RUST.search(str(error))
+    return os.strerror(int(number[1])) if number else None
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -164,28 +447,6 @@ def _open_up(folder: Path) -> None:
     mask = _umask()
     for path in (folder, *folder.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-
-
-def replace_folder(aside: Path, path: Path) -> None:
-    """Rename a folder to `path`; one that is there already makes way at the last moment."""
-    if not path.exists():
-        aside.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-    try:
-        path.rename(old / path.name)
-        aside.rename(path)
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """An OSError of the block as one line that names the place."""
-    try:
-        yield
-    except OSError as error:
-        raise RealignerError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _umask() -> int:

@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 import realigner
 from realigner.cli import data_commands, host_commands, irm_commands, study_commands, sweep_commands
+from realigner.console import sigterm_interrupts
 from realigner.errors import RealignerError, UsageError
 
 app = typer.Typer(
@@ -44,6 +45,9 @@ for command in (  # in the order of --help
 ):
     app.command()(command)
 app.add_typer(data_commands.app, name="data")
+
+
+_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 
 
 def _version(value: bool) -> None:
@@ -84,12 +88,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         try:
-            code = app(args=arguments, prog_name="realigner", standalone_mode=False)
+            with sigterm_interrupts():
+                code = app(args=arguments, prog_name="realigner", standalone_mode=False)
         except ImportError as error:
             from realigner.extras import raise_missing_extra
 
             raise_missing_extra(error, next((word for word in arguments if not word.startswith("-")), "realigner"))
             raise
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except TyperException as error:
         if message := _one_line(_message(error)):  # empty where help was printed instead

@@ -10,9 +10,9 @@ from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
-from realigner.cli.options import Force, Json, Seed, Trust, print_json, short
+from realigner.cli.options import Force, Json, Seed, Trust, claim, print_json, short
 from realigner.errors import RealignerError, UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ on_endpoint = partial(Option, rich_help_panel="Rewriter openai")
 
 @app.command()
 def build(
+    context: Context,
     squad: Squad,
     tone: ToneName,
     rewriter: Annotated[str, Option(help="template (offline), host, or openai (an endpoint).")] = "template",
@@ -63,11 +64,11 @@ def build(
     if rewriter not in REWRITERS:
         raise UsageError(f"--rewriter: there is no {rewriter!r}; choose from {', '.join(REWRITERS)}")
     from realigner.data import load_tone
-    from realigner.data.build_dataset import build as run_build, refuse_build
+    from realigner.data.build_dataset import build as run_build, build_place
 
     chosen = load_tone(tone)
     out = out or Path(f"{chosen.name}.jsonl")
-    refuse_build(out, force)
+    claim(context, build_place(out, force))
     facts, skipped, about = _facts(squad, sample, seed)
     sampling: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_p": top_p}
     made: Rewriter
@@ -115,6 +116,7 @@ def build(
 
 @app.command("import")
 def import_(
+    context: Context,
     source: Annotated[str, Argument(help="CSV, JSONL, JSON or Parquet file, a dataset's folder, or its hub id.")],
     out: Annotated[Optional[Path], Option(help="The JSONL file to write.")] = None,
     tone: Annotated[Optional[str], Option(help="Of all rows, whatever the data says; may be a tone's TOML file.")] = None,
@@ -136,16 +138,17 @@ def import_(
     """Read someone else's dataset: the paper's CSV, any table, a Hugging Face dataset."""
     if out is None and to_hf is None:
         raise UsageError("import: nothing to write; give --out F.jsonl, --to-hf DIR, or both")
-    from realigner.data.build_dataset import beside, write_rows
-    from realigner.data.dataset_rows import is_rows, question_key
-    from realigner.data.importing import import_rows, parse_mapping, to_hf as write_hf
+    from realigner.data.build_dataset import beside, rows_place
+    from realigner.data.dataset_rows import question_key
+    from realigner.data.importing import DATASET, import_rows, parse_mapping, to_hf as write_hf
     from realigner.data.quality_filter import filter_rows
     from realigner.data.tone import load_tone
-    from realigner.files import refuse_existing
+    from realigner.files import taken
 
     mapping = parse_mapping(columns or [])
-    if out is not None:
-        refuse_existing(out, force, is_rows)
+    place = None if out is None else claim(context, rows_place(out, force))
+    if to_hf is not None:
+        claim(context, taken(to_hf, DATASET, force))
     own = load_tone(tone) if tone is not None and tone.endswith(".toml") else None
     facts = None if squad is None else _facts(squad, None, seed)[0]
     imported = import_rows(source, own.name if own else tone, mapping, split, facts)
@@ -160,8 +163,8 @@ def import_(
     if not rows:
         raise RealignerError(f"{source}: no row is left ({_listed(reasons)}); nothing was written")
     splits = {} if to_hf is None else write_hf(rows, to_hf, seed, validation, test, force)
-    if out is not None:
-        write_rows(out, rows, rejected)
+    if place is not None:
+        place.write(rows, rejected)
     if as_json:
         counts = {"rows": len(rows), "rejected": len(rejected), "reasons": reasons}
         print_json({"path": None if out is None else str(out), **counts, "splits": splits, "found": found})
@@ -179,6 +182,7 @@ def import_(
 
 @app.command()
 def check(
+    context: Context,
     path: Annotated[str, Argument(help="A JSONL file of rows, or 'authored'.")],
     tone: Annotated[Optional[str], Option(help="Only the rows of this tone.")] = None,
     host: Annotated[
@@ -193,18 +197,18 @@ def check(
 ) -> None:
     """Report card of a tone dataset; exit code 1 when it is unfit."""
     from realigner.data import TONES, authored, check_rows, read_rows
-    from realigner.files import refuse_existing
+    from realigner.files import taken
 
     if html is not None:
-        from realigner.report.dataset_card import is_card, write_card
+        from realigner.report.dataset_card import CARD, write_card
 
-        refuse_existing(html, force, is_card)
+        claim(context, taken(html, CARD, force))
     authored_tones = [tone] if tone else TONES
     rows = [row for name in authored_tones for row in authored(name)] if path == "authored" else read_rows(path, tone)
     others = read_rows(against) if against else []
     card = check_rows(rows, *_tokenizer(host, trust_remote_code), others, seed)
     if html is not None:
-        write_card(card, str(path), html)
+        write_card(card, str(path), html, force)
     if as_json:
         print_json(card.to_dict())
     else:
@@ -254,6 +258,7 @@ def tones(as_json: Json = False) -> None:
 
 @app.command()
 def scorer(
+    context: Context,
     paths: Annotated[list[str], Argument(help="JSONL files of rows, of two tones or more; or 'authored'.")],
     out: Annotated[Path, Option(help="The scorer, a .skops file.")],
     seed: Seed = 42,
@@ -262,10 +267,10 @@ def scorer(
 ) -> None:
     """Train a scorer that tells tones apart, for data build --scorer; says how well it does on groups it has not seen."""
     from realigner.data import TONES, authored, read_rows
-    from realigner.data.style_classifier import cross_validated, is_scorer
-    from realigner.files import refuse_existing
+    from realigner.data.style_classifier import SCORER, cross_validated
+    from realigner.files import taken
 
-    refuse_existing(out, force, is_scorer)
+    claim(context, taken(out, SCORER, force))
     rows: list[Row] = []
     for path in paths:
         rows += [row for name in TONES for row in authored(name)] if path == "authored" else read_rows(path)

@@ -11,9 +11,11 @@ import typer
 
 from realigner.cli import options as opt
 from realigner.errors import RealignerError, UsageError
+from realigner.files import Artifact, Output
 
 
 def hosts(
+    context: typer.Context,
     host: Annotated[
         Optional[str], typer.Argument(help="A host to prove injection on; without it, every type there is.")
     ] = None,
@@ -26,7 +28,10 @@ def hosts(
 ) -> None:
     """Prove injection on a host; without one, on a tiny host of every type in transformers (half a minute)."""
     if host is None:
-        _census(types, out, force, as_json)
+        from realigner.files import taken
+
+        place = None if out is None else context.with_resource(taken(out, PAGE, force))
+        _census(types, place, as_json)
         return
     if types or out is not None:
         raise UsageError("hosts: --type and --out belong to the census; leave out the host")
@@ -62,27 +67,35 @@ _PROOFS = {
 }
 
 
-def _census(types: list[str] | None, out: Path | None, force: bool, as_json: bool) -> None:
+def _read_page(path: Path) -> None:
+    """Raise unless a file is the page of a census."""
+    from realigner.census import is_page
+
+    if not path.read_text(encoding="utf-8").startswith("# Hosts\n") or not is_page(path):
+        raise RealignerError(f"{path}: not the page of a census")
+
+
+PAGE = Artifact("the page of a census", _read_page)
+
+
+def _census(types: list[str] | None, place: Output | None, as_json: bool) -> None:
     from transformers import __version__ as release
 
-    from realigner.census import PROVEN, UNPROVEN, WRONG, census, is_page, page, totals
+    from realigner.census import PROVEN, UNPROVEN, WRONG, census, page, totals
     from realigner.console import progress
-    from realigner.files import refuse_existing, write_text
     from realigner.tiny import MODEL_TYPES
 
     unknown = [name for name in types or [] if name not in MODEL_TYPES]
     if unknown:
         raise UsageError(f"--type: transformers {release} has no causal language model of type {unknown[0]!r}")
-    if out is not None:
-        refuse_existing(out, force, is_page)
     entries = []
     # Some of transformers' models print; what they say is not part of our document.
     with redirect_stdout(sys.stderr), progress("proving", len(types or MODEL_TYPES), quiet=as_json) as task:
         for entry in census(types):
             entries.append(entry)
             task.advance(note=entry.model_type)
-    if out is not None:
-        write_text(out, page(entries, f"transformers {release}"))
+    if place is not None:
+        place.write(page(entries, f"transformers {release}"))
     count = totals(entries)
     if as_json:
         opt.print_json({"transformers": release, "totals": count, "entries": [entry.to_dict() for entry in entries]})
@@ -91,8 +104,8 @@ def _census(types: list[str] | None, out: Path | None, force: bool, as_json: boo
             what = _site_line(entry.site) if entry.verdict == PROVEN else entry.reason
             print(f"{entry.model_type:<26} {entry.verdict:<9}  {opt.short(what, 120)}")
         print(f"\n{len(entries)} types: " + ", ".join(f"{number} {verdict}" for verdict, number in count.items()))
-        if out is not None:
-            print(f"Page: {out}")
+        if place is not None:
+            print(f"Page: {place.path}")
     if count[WRONG] or count[UNPROVEN]:
         raise typer.Exit(1)
 

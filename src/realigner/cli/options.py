@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, TypeVar
 
 import typer
 
 from realigner.errors import RealignerError, UsageError
+
+_T = TypeVar("_T")
 
 Host = Annotated[str, typer.Option(help="The embedded default, a hub id, a folder, or a .gguf file.")]
 HostOfIrm = Annotated[Optional[str], typer.Option("--host", help="The host; by default the one the IRM was made for.")]
@@ -57,6 +60,13 @@ def prompts_from(questions: Sequence[str] | None, source: str | None) -> list[st
     if any(not question.strip() for question in asked):
         raise UsageError("a prompt is empty")
     return asked
+
+
+def claim(context: typer.Context, place: AbstractContextManager[_T]) -> _T:
+    """Hold a place until the command is over, so that a second command is refused before its long work (`files.claimed`)."""
+    from realigner.files import claimed
+
+    return context.with_resource(claimed(place))
 
 
 def refuse_missing(paths: Sequence[Path]) -> None:

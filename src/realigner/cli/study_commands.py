@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Optional, cast
+from typing import Annotated, Any, Optional
 
 import typer
 
 from realigner.cli import options as opt
-from realigner.errors import UsageError
+from realigner.errors import RealignerError, UsageError
 
 
 def trace(
+    context: typer.Context,
     irm: opt.Irms,
     out: Annotated[Path, typer.Option(help="The zarr folder to write.")],
     questions: opt.Questions = None,
@@ -37,27 +38,20 @@ def trace(
     opt.one_of("--raw-dtype", raw_dtype, ("auto", "float16", "float32"))
     asked = opt.prompts_from(questions, prompts)
     opt.refuse_missing(irm)
-    from realigner.traces.store import refuse_trace
+    from realigner.traces.store import held
 
-    refuse_trace(out, force)
+    _, unfinished = opt.claim(context, held(out, force))
     from realigner.runtime import load_host_of
     from realigner.traces.collect import find_runs, sources_of, trace_runs
 
     sources = sources_of(find_runs(irm), baselines, strength)
     loaded, tokenizer = load_host_of(sources[0].folder, host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    recorded = trace_runs(
-        sources,
-        out,
-        loaded,
-        tokenizer,
-        asked,
-        cast("Any", keep),
-        cast("Any", raw_dtype),
-        max_new_tokens,
-        seed,
-        force=force,
-        quiet=as_json,
-    )
+    options: dict[str, Any] = {"keep": keep, "dtype": raw_dtype, "max_new_tokens": max_new_tokens, "seed": seed}
+    try:
+        recorded = trace_runs(sources, out, loaded, tokenizer, asked, **options, force=force, quiet=as_json)
+    except KeyboardInterrupt:
+        kept = f"the texts that were finished are in {unfinished.path}" if unfinished.path.exists() else "nothing was kept"
+        raise RealignerError(f"interrupted; {kept}") from None
     sizes = {str(key): int(value) for key, value in recorded.sizes.items()}
     if as_json:
         opt.print_json({"trace": str(out), "sizes": sizes, "prompts": len(asked), "runs": recorded.attrs["runs"], "seed": seed})
@@ -102,6 +96,7 @@ def analyze(
 
 
 def explain(
+    context: typer.Context,
     irm: Annotated[
         Optional[list[Path]], typer.Option("--irm", help="A run's folder, or a sweep's: all its runs; may be given often.")
     ] = None,
@@ -121,6 +116,7 @@ def explain(
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     trust_remote_code: opt.Trust = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the explain.json of OUT; its trials are kept.")] = False,
     as_json: opt.Json = False,
 ) -> None:
     """Why this index? Measurements of the host, ablations, trials with one thing changed, and a verdict."""
@@ -133,6 +129,10 @@ def explain(
     if on == "here" and workers > 1:
         raise UsageError(f"--workers {workers}: --on here trains one after the other; give --on local or ray")
     opt.refuse_missing(irm)
+    from realigner.explain.explanation import EXPLANATION, RESULT_FILE
+    from realigner.files import taken
+
+    opt.claim(context, taken(out / RESULT_FILE, EXPLANATION, force))
     from realigner.runtime import load_host_of
     from realigner.traces.collect import find_runs
 
@@ -140,7 +140,7 @@ def explain(
     loaded, tokenizer = load_host_of(folders[0], host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     from realigner.explain import explain as ask
 
-    found = ask(folders, out, loaded, tokenizer, index, quick, trials, on, workers, quiet=as_json, steps=steps)
+    found = ask(folders, out, loaded, tokenizer, index, quick, trials, on, workers, as_json, steps, force)
     if as_json:
         opt.print_json(found.to_dict())
         return
@@ -172,6 +172,7 @@ def _explain_weights(host: str | None, index: int | None, as_json: bool) -> None
 
 
 def report(
+    context: typer.Context,
     sources: Annotated[
         list[Path],
         typer.Argument(help="Folders of runs and sweeps (prompts are answered now), zarr traces, folders of explain."),
@@ -187,11 +188,11 @@ def report(
 ) -> None:
     """Write one self-contained HTML page over runs, sweeps, traces and explanations."""
     opt.refuse_missing(sources)
-    from realigner.files import refuse_existing
-    from realigner.report.html_report import build_report, is_report
+    from realigner.files import taken
+    from realigner.report.html_report import REPORT, build_report
     from realigner.report.report_input import check_hosts, untraced
 
-    refuse_existing(out, force, ours=is_report)
+    opt.claim(context, taken(out, REPORT, force))
     given = [Path(source) for source in sources]
     with tempfile.TemporaryDirectory() as aside:
         if places := untraced(given):
@@ -213,18 +214,24 @@ def report(
 
 
 def figures(
+    context: typer.Context,
     trace: Annotated[Path, typer.Argument(help="A zarr trace.")],
-    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    force: opt.Force = False,
     as_json: opt.Json = False,
 ) -> None:
     """Write the paper's figures of a trace as PNG, SVG and PDF."""
     opt.refuse_missing([trace])
+    from realigner.files import taken
+    from realigner.report.paper_figures import FIGURES, save_figures
+
+    opt.claim(context, taken(out, FIGURES, force))
     from realigner.analysis import analyze as ask
-    from realigner.report import gather, save_figures
+    from realigner.report import gather
     from realigner.traces import load_trace
 
     found = gather(trace.name, load_trace(trace))
-    written = save_figures(found.trace, ask(found.trace), out, found.records)
+    written = save_figures(found.trace, ask(found.trace), out, found.records, force=force)
     if as_json:
         opt.print_json({"figures": [str(path) for path in written]})
     else:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from realigner.errors import RealignerError
-from realigner.files import locked_file, made_folder
+from realigner.files import locked
 
 _KIND = "journal"  # the key by which the first line of a journal is recognised
 
@@ -42,11 +42,10 @@ class AppendLog:
         self._handle = -1
 
     def __enter__(self) -> AppendLog:
-        made_folder(self.path.parent)
-        lock = self.path.with_name(f".{self.path.name}.lock")
+        if self.path.is_symlink():
+            raise RealignerError(f"{self.path}: is a link; move it or choose another out")
         with ExitStack() as stack:
-            stack.enter_context(locked_file(lock, f"{self.path}: another process is working on it; wait for it, or stop it"))
-            stack.callback(lock.unlink, missing_ok=True)  # while it is still held
+            stack.enter_context(locked(self.path, "another process is working on it; wait for it, or stop it"))
             try:
                 self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
                 stack.callback(os.close, self._handle)

@@ -11,22 +11,21 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from realigner.console import progress, say
 from realigner.data.append_log import AppendLog
-from realigner.data.dataset_rows import Row, is_rows, rows_hash
+from realigner.data.dataset_rows import ROWS, Row, rows_hash
 from realigner.data.quality_filter import QualityFilter
 from realigner.data.rewriters import NoAnswerError, Reply, Rewriter, RewriteRequest
 from realigner.data.squad import Fact
 from realigner.data.tone import Tone
 from realigner.errors import RealignerError, UsageError
-from realigner.files import clear_asides, refuse_existing, write_text
+from realigner.files import Artifact, Output, parsed, read_bytes, taken
 
 NO_REPLY = "no reply"
 _PASSES = 2  # over the failed requests of a round, before the next one
@@ -94,9 +93,8 @@ def build(
     if not facts:
         raise RealignerError("there is nothing to rewrite: no fact was found")
     spec = _spec(facts, tone, rewriter)
-    refuse_build(out, force)
     journal_path = beside(out, ".journal")
-    with AppendLog(journal_path, spec, restart=force) as journal:
+    with build_place(out, force) as place, AppendLog(journal_path, spec, restart=force) as journal:
         ledger = _Ledger(facts, quality_filter)
         for entry in journal.entries:
             reply = _reply(entry, journal_path)
@@ -107,7 +105,7 @@ def build(
         _ask(ledger, rewriter, journal, attempts, give_up, quiet)
         rows, rejected = ledger.settle(attempts, tone.name, f"{source}/{spec['rewriter']}")
         if not rows:
-            write_rejected(out, rejected)
+            place.rejected.write(_lines(rejected))
             where = f"they are in {beside(out, '.rejected.jsonl')}; attempts={2 * attempts} asks again"
             counted = ", ".join(f"{reason} {count}" for reason, count in ledger.reasons.most_common()) or "there was none"
             raise RealignerError(f"{out}: no reply passed the quality filter ({counted}); {where}")
@@ -123,32 +121,87 @@ def build(
             seconds=round(time.monotonic() - started, 1),
             replies_now=len(ledger.replies) - before,
         )
-        for ending in (".jsonl", ".rejected.jsonl", ".build.json"):
-            clear_asides(beside(out, ending))  # of a process killed while it wrote them; the journal's lock is ours
         how = {**spec, "attempts": attempts, **(about or {}), **built.to_dict(), "sha256": rows_hash(rows)}
         for key in ("path", "rejected_path", "seconds", "replies_now"):
             how.pop(key)  # what depends on where and how long, and not on what was made
-        write_text(beside(out, ".build.json"), json.dumps(how, ensure_ascii=False, indent=2) + "\n")
-        write_rows(out, rows, rejected)  # the dataset last, so that where it is, the others are
+        place.refuse_others(rows)
+        place.how.write(json.dumps(how, ensure_ascii=False, indent=2) + "\n")
+        place.write(rows, rejected)
         journal_path.unlink()
     return built
 
 
-def refuse_build(out: Path, force: bool) -> None:
-    """Raise unless a build may write to `out`: it is free, or rows are there and `force` was given or a build was begun."""
-    if out.exists() and not out.is_file():
+def _read_rejected(path: Path) -> None:
+    """Raise unless every line of a file is a record that was rejected."""
+    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
+        entry = parsed(line, path, number)
+        if not isinstance(entry, dict) or not isinstance(entry.get("reason"), str) or not entry.keys() <= _REJECTED_KEYS:
+            raise RealignerError(f"{path}:{number}: not a rejected record")
+
+
+def _read_how(path: Path) -> None:
+    """Raise unless a file says how a dataset was built."""
+    if not {"tone", "rewriter", "facts", "facts_sha256", "tone_sha256"} <= dict(parsed(read_bytes(path), path)).keys():
+        raise RealignerError(f"{path}: does not say how a dataset was built")
+
+
+_REJECTED_KEYS = {*Row.model_fields, "reason", "texts", "where"}
+REJECTED = Artifact("rejected records", _read_rejected)
+HOW = Artifact("a build's account", _read_how)
+
+
+@dataclass(frozen=True)
+class RowsPlace:
+    """Where a dataset goes, held, with what is written beside it."""
+
+    rows: Output
+    rejected: Output
+    how: Output
+    force: bool  # other rows may be replaced
+
+    def refuse_others(self, rows: Sequence[Row]) -> None:
+        """Raise where there are other rows than these by now, which nobody asked to replace."""
+        path = self.rows.path
+        if not self.force and path.exists() and path.stat().st_size and read_bytes(path) != _text(rows).encode():
+            raise RealignerError(
+                f"{path}: holds other rows by now; move it and run the same command again, or replace it (force)"
+            )
+
+    def write(self, rows: Sequence[Row], rejected: Sequence[Mapping[str, Any]]) -> None:
+        """The dataset, and what was rejected: where the one is, the other is, and where there is no room, neither."""
+        with self.rows.file() as aside:
+            aside.write_text(_text(rows), encoding="utf-8")
+            self.rejected.write(_lines(rejected))
+
+
+@contextmanager
+def rows_place(out: Path, force: bool = False, going_on: bool = False) -> Iterator[RowsPlace]:
+    """Hold the place of a dataset and of what is written beside it.
+
+    Args:
+        out: the JSONL file.
+        force: replace rows that are there.
+        going_on: what lies there may be of the same job, which was killed while it wrote.
+
+    Raises:
+        RealignerError: when something is there that may not be replaced, or another process is writing there.
+    """
+    replace = force or going_on
+    with taken(out, ROWS, replace) as rows, taken(beside(out, ".rejected.jsonl"), REJECTED, replace) as rejected:
+        yield RowsPlace(rows, rejected, Output(beside(out, ".build.json"), HOW, replace), force)
+
+
+@contextmanager
+def build_place(out: Path, force: bool = False) -> Iterator[RowsPlace]:
+    """Hold the place of a build: free, or of one that was begun (its journal is there), or replaced with `force`.
+
+    Raises:
+        RealignerError: as `rows_place`.
+    """
+    if out.is_dir():
         raise RealignerError(f"{out}: is not a file; give the name of a JSONL file")
-    refuse_existing(out, force or beside(out, ".journal").exists(), is_rows)
-
-    def ours(key: str, path: Path) -> bool:  # empty, or of JSON objects of which the first has this key
-        content = path.read_bytes()[:1_000_000].decode(errors="replace").strip() if path.is_file() else "-"
-        try:
-            return not content or key in json.JSONDecoder().raw_decode(content)[0]
-        except (ValueError, TypeError):
-            return False
-
-    for ending, key in ((".rejected.jsonl", "reason"), (".build.json", "rewriter")):
-        refuse_existing(beside(out, ending), True, partial(ours, key))
+    with rows_place(out, force, beside(out, ".journal").exists()) as place, taken(place.how.path, HOW, place.how.force):
+        yield place
 
 
 class _Ledger:
@@ -291,16 +344,12 @@ def _spec(facts: Sequence[Fact], tone: Tone, rewriter: Rewriter) -> dict[str, An
     return dict(json.loads(json.dumps(spec)))
 
 
-def write_rows(path: Path, rows: Sequence[Row], rejected: Sequence[dict[str, Any]]) -> None:
-    """A dataset, and beside it what was rejected (written first: where the one is, the other is)."""
-    write_rejected(path, rejected)
-    write_text(path, "".join(row.model_dump_json() + "\n" for row in rows))
+def _text(rows: Sequence[Row]) -> str:
+    return "".join(row.model_dump_json() + "\n" for row in rows)
 
 
-def write_rejected(path: Path, rejected: Sequence[dict[str, Any]]) -> None:
-    """What was rejected, beside the dataset."""
-    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rejected)
-    write_text(beside(path, ".rejected.jsonl"), lines)
+def _lines(rejected: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rejected)
 
 
 def beside(path: Path, ending: str) -> Path:

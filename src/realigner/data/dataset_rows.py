@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from realigner.errors import RealignerError, UsageError
-from realigner.files import parsed, read_bytes
+from realigner.files import Artifact, parsed, read_bytes
 from realigner.validation_message import first_fault
 
 TONES = ("anger", "sadness", "neutral")  # the tones of the authored set
@@ -79,14 +79,7 @@ def read_rows(path: str | Path, tone: str | None = None) -> list[Row]:
     return chosen
 
 
-def is_rows(path: Path) -> bool:
-    """Whether a file begins with one of our rows (or is empty)."""
-    try:
-        with path.open("rb") as stream:
-            line = stream.readline()
-        return not line.strip() or bool(_parse(line, path, 1))
-    except (OSError, RealignerError):
-        return False
+ROWS = Artifact("rows", read_rows)
 
 
 def authored(tone: str) -> list[Row]:

@@ -20,7 +20,7 @@ from realigner.data.dataset_rows import Row, question_key
 from realigner.data.sources import Record, Table, open_table, quiet_datasets
 from realigner.data.squad import Fact
 from realigner.errors import RealignerError, UsageError
-from realigner.files import refuse_existing, written_folder
+from realigner.files import Artifact, parsed, read_bytes, taken
 
 FIELDS = ("question", "text", "answer", "group", "id", "tone")  # what a column can be mapped to
 _REQUIRED = ("question", "text")
@@ -137,24 +137,35 @@ def to_hf(
         RealignerError: when the place is taken or cannot be written, or there are too few groups.
     """
     folder = Path(folder)
+    with taken(folder, DATASET, force) as place:
+        if not rows:
+            raise RealignerError(f"{folder}: not written, there are no rows")
+        parts = {name: part for name, part in split_rows(rows, seed, validation, test)._asdict().items() if part}
+        from datasets import Dataset, DatasetDict, Features, Value
 
-    def saved(folder: Path) -> bool:  # a saved `DatasetDict` and nothing beside it that somebody would miss
-        others = [path for path in folder.iterdir() if path.name != "dataset_dict.json"] if folder.is_dir() else []
-        return (folder / "dataset_dict.json").is_file() and all((path / "state.json").is_file() for path in others)
-
-    refuse_existing(folder, force, saved)
-    if not rows:
-        raise RealignerError(f"{folder}: not written, there are no rows")
-    parts = {name: part for name, part in split_rows(rows, seed, validation, test)._asdict().items() if part}
-    from datasets import Dataset, DatasetDict, Features, Value
-
-    features = Features({name: Value("string") for name in _OURS})
-    made = DatasetDict(
-        {name: Dataset.from_list([row.model_dump() for row in part], features=features) for name, part in parts.items()}
-    )
-    with written_folder(folder) as aside, quiet_datasets():
-        made.save_to_disk(str(aside.folder))
+        features = Features({name: Value("string") for name in _OURS})
+        made = DatasetDict(
+            {name: Dataset.from_list([row.model_dump() for row in part], features=features) for name, part in parts.items()}
+        )
+        with place.folder() as aside, quiet_datasets():
+            made.save_to_disk(str(aside))
     return {name: len(part) for name, part in parts.items()}
+
+
+def _read_dataset(folder: Path) -> None:
+    """Raise unless a saved `DatasetDict` has our parts, and each part the columns of a row."""
+    for name in parsed(read_bytes(folder / "dataset_dict.json"), folder)["splits"]:
+        file = folder / name / "dataset_info.json"
+        if name not in _PARTS or set(parsed(read_bytes(file), file)["features"]) != set(_OURS):
+            raise RealignerError(f"{file}: not of rows")
+
+
+_PARTS = ("train", "validation", "test")
+DATASET = Artifact(
+    "a dataset of rows",
+    _read_dataset,
+    rf"dataset_dict\.json|({'|'.join(_PARTS)})/(state\.json|dataset_info\.json|data-\d+-of-\d+\.arrow)?",
+)
 
 
 def _check_fields(mapping: Mapping[str, str]) -> None:

@@ -24,8 +24,9 @@ from realigner.data.rewriters.template_rewriter import TemplateRewriter
 from realigner.data.squad import Fact
 from realigner.data.tone import built_in_tones
 from realigner.errors import RealignerError, UsageError
-from realigner.files import refuse_existing, written_file
+from realigner.files import Artifact, read_bytes, taken
 
+_ZIP_END = b"PK\5\6"  # how the last 22 bytes of a zip file begin, which has no comment
 _TEMPLATE_REPLIES = 300  # of each tone, beside the authored set's 360
 _TOKEN = r"\w+(?:'\w+)?|[!?]"  # an exclamation mark is a word of its own: it is half of anger
 
@@ -80,8 +81,7 @@ class StyleClassifier:
         """Write a skops file, in place of an older scorer only with `force`."""
         import skops.io
 
-        refuse_existing(Path(path), force, is_scorer)
-        with written_file(Path(path)) as aside:
+        with taken(path, SCORER, force) as place, place.file() as aside:
             skops.io.dump(self.pipeline, aside)
 
     @classmethod
@@ -160,13 +160,16 @@ def cross_validated(rows: Sequence[Row], folds: int = 5, seed: int = 42) -> tupl
     return whole, out
 
 
-def is_scorer(path: Path) -> bool:
-    """Whether a file was written by `save`."""
-    try:
-        StyleClassifier.load(path)
-    except RealignerError:
-        return False
-    return True
+def _read_scorer(path: Path) -> None:
+    """Raise unless a file is a scorer of ours and nothing else, not another pipeline that skops saved."""
+    if read_bytes(path)[-22:-18] != _ZIP_END:
+        raise RealignerError(f"{path}: something was added to it")
+    words, *rest = (step for _, step in StyleClassifier.load(path).pipeline.steps)
+    if getattr(words, "token_pattern", None) != _TOKEN or [type(step) for step in rest] != [LogisticRegression]:
+        raise RealignerError(f"{path}: not a scorer of ours")
+
+
+SCORER = Artifact("a scorer", _read_scorer)
 
 
 def _pipeline(seed: int) -> Pipeline:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import realigner.probe as probe
 from realigner.errors import RealignerError, UsageError
 from realigner.explain.roles import Stream, find_stream, short_input
-from realigner.files import written_folder
+from realigner.files import NEVER, taken
 from realigner.hosts import HostInfo
 
 _TOKENS = 24
@@ -241,11 +241,9 @@ def save_edited(host: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         >>> save_edited(with_gain(host, 1512), tokenizer, "hosts/gain-1512")  # doctest: +SKIP
     """
     path = Path(folder).expanduser()
-    if path.exists() or path.is_symlink():
-        raise RealignerError(f"{path}: exists already; choose another place for the edited host")
-    with written_folder(path) as aside:
-        host.save_pretrained(aside.folder)
-        tokenizer.save_pretrained(aside.folder)
+    with taken(path, NEVER) as place, place.folder() as aside:
+        host.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
     return path
 
 

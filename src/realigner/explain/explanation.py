@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from realigner.errors import RealignerError
-from realigner.files import write_text
+from realigner.files import Artifact, taken
 from realigner.validation_message import first_fault
 
 RESULT_FILE = "explain.json"
@@ -202,10 +202,21 @@ class Explanation(_Part):
         """JSON values; NaN is None."""
         return self.model_dump(mode="json")
 
-    def save(self, out: str | Path) -> None:
-        """Write ``explain.json`` into a folder."""
-        Path(out).mkdir(parents=True, exist_ok=True)
-        write_text(Path(out) / RESULT_FILE, json.dumps(self.to_dict(), indent=2) + "\n")
+    def text(self) -> str:
+        """The text of ``explain.json``."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def save(self, out: str | Path, force: bool = False) -> None:
+        """Write ``explain.json`` into a folder, in place of an older one only with `force`.
+
+        Raises:
+            RealignerError: when one is there, or it cannot be written.
+        """
+        with taken(Path(out) / RESULT_FILE, EXPLANATION, force) as place:
+            place.write(self.text())
+
+
+EXPLANATION = Artifact("an explanation", lambda path: read_explanation(path.parent))
 
 
 def is_explanation(folder: Path) -> bool:
@@ -220,7 +231,7 @@ def read_explanation(folder: Path) -> Explanation:
         RealignerError: naming the file, and the key that is missing or invalid.
     """
     path = folder / RESULT_FILE
-    again = "ask again with realigner explain (its trials are kept)"
+    again = "ask again with realigner explain when it is moved away (its trials are kept)"
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from realigner.console import say
 from realigner.errors import RealignerError
 from realigner.explain import verdict
 from realigner.explain.ablate import How, against_controls
-from realigner.explain.explanation import Explanation, IndexFact
+from realigner.explain.explanation import EXPLANATION, RESULT_FILE, Explanation, IndexFact
 from realigner.explain.index_study import IndexStudy, read_runs
 from realigner.explain.predict import correlations, cross_validated_r2, gain_for_median_reach
 from realigner.explain.trials import FULL, QUICK, Outcome, TrialRunner, say_budget, trial_results
-from realigner.files import made_folder
+from realigner.files import taken
 from realigner.hosts import host_name
 from realigner.traces.layout import UNTRAINED
+from realigner.training.recipe import Recipe
 from realigner.training.run_dir import read_run
 
 
@@ -61,10 +62,12 @@ def explain(
     workers: int = 1,
     quiet: bool = False,
     steps: int | None = None,
+    force: bool = False,
 ) -> Explanation:
     """Find out why an index has large deltas in IRMs of one host.
 
-    Finished trials in `out` are not trained again, so the same call resumes an interrupted one.
+    Finished trials in `out` are not trained again, so the same call resumes an interrupted one; with `force`, one with other
+    arguments goes on from them too.
 
     Args:
         folders: of trained runs (from `train`); the one in which the index has its best rank is trained again.
@@ -76,9 +79,11 @@ def explain(
         on, workers: where trials are trained; see `run_sweep`.
         quiet: show no progress.
         steps: of each trial at most; None: see `BUDGETS`.
+        force: replace an ``explain.json`` that is there; trials are kept in any case.
 
     Raises:
-        RealignerError: if a folder is not a run's, its rows are missing, or a trial failed or was interrupted.
+        RealignerError: if `out` has an ``explain.json`` or another process explains there, a folder is not a run's, its rows
+            are missing, or a trial failed or was interrupted.
         UsageError: for an index that the host does not have.
 
     Example:
@@ -88,11 +93,35 @@ def explain(
     """
     budget = BUDGETS["quick" if quick else "full"]
     budget = budget if steps is None else replace(budget, steps=steps)
-    runs = read_runs(folders)
-    if trials and any(recipe.host is None for _, recipe in runs.values()):
-        raise RealignerError("explain: a run was trained on a host made in Python and cannot be repeated; see trials=False")
-    verdict.check_index(index, int(host.config.get_text_config(decoder=True).hidden_size))
-    made_folder(out)
+    with taken(Path(out) / RESULT_FILE, EXPLANATION, force) as place:
+        runs = read_runs(folders)
+        if trials and any(recipe.host is None for _, recipe in runs.values()):
+            raise RealignerError("explain: a run was trained on a host made in Python and cannot be repeated; see trials=False")
+        verdict.check_index(index, int(host.config.get_text_config(decoder=True).hidden_size))
+        asked = Question(index, quick, budget, trials, on, workers, quiet)
+        explanation = _found(runs, Path(out), host, tokenizer, asked)
+        place.write(explanation.text())
+    return explanation
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of an index, and how much may be computed for it; see `explain`."""
+
+    index: int | None
+    quick: bool
+    budget: Budget
+    trials: bool
+    on: str
+    workers: int
+    quiet: bool
+
+
+def _found(
+    runs: Mapping[str, tuple[Path, Recipe]], out: Path, host: PreTrainedModel, tokenizer: Any, asked: Question
+) -> Explanation:
+    """Measure, ablate, train again, conclude."""
+    index, budget, quiet = asked.index, asked.budget, asked.quiet
 
     # Measure the host and the IRMs: forwards and backwards over validation rows.
     study = IndexStudy.measure(host, tokenizer, runs, budget.rows, quiet)
@@ -112,15 +141,15 @@ def explain(
     outcomes: list[Outcome] = []
     refused: dict[str, str] = {}
     shorter = 1.0
-    if trials:
+    if asked.trials:
         recipe, run = recipe.changed(host=host_name(host) or None), read_run(folder)
         if budget.steps is not None and (recipe.steps is None or recipe.steps > budget.steps):
             recipe = recipe.changed(steps=budget.steps)
         done = run.get("steps_done")
         shorter = min(1.0, recipe.steps / done) if recipe.steps is not None and done else 1.0
-        taken = frozenset(own.seed for _, own in runs.values())
+        seeds = frozenset(own.seed for _, own in runs.values())
         gain = gain_for_median_reach(study.measured, index)
-        runner = TrialRunner(Path(out), host, tokenizer, recipe, index, gain, taken, on, workers, quiet)
+        runner = TrialRunner(out, host, tokenizer, recipe, index, gain, seeds, asked.on, asked.workers, quiet)
         planned = runner.trials(_informative(budget, facts))
         if not quiet:
             say_budget(planned, run["seconds"] / done if done else None)
@@ -150,13 +179,13 @@ def explain(
         )
     )
     name = Path(host_name(host) or type(host).__name__).name
-    explanation = Explanation(
+    return Explanation(
         host=name,
         irms={run: str(folder) for run, (folder, _) in runs.items()},
         index=index,
         cause=cause,
         words=f"Index {index} of {name}: {verdict.CAUSES[cause]}.",
-        quick=quick,
+        quick=asked.quick,
         dtype=str(host.dtype).removeprefix("torch."),
         conclusions=conclusions,
         facts=facts,
@@ -169,10 +198,8 @@ def explain(
         profiles=study.profiles(index),
         pages=study.about(leading),
         measured={str(column): study.measured[column].round(12).tolist() for column in study.measured},
-        folder=Path(out),
+        folder=out,
     )
-    explanation.save(out)
-    return explanation
 
 
 def _informative(budget: Budget, facts: Sequence[IndexFact]) -> dict[str, int]:

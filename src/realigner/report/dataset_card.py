@@ -6,23 +6,24 @@ import base64
 from pathlib import Path
 
 from realigner.data import ReportCard
-from realigner.files import write_text
+from realigner.files import Artifact, taken
 from realigner.report.figures import length_histogram
-from realigner.report.page import is_signed, render_page
+from realigner.report.page import check_signed, render_page, signature
 from realigner.report.plot_style import as_png
 
-_SIGNATURE = '<meta name="generator" content="realigner data check">'
+_GENERATOR = "realigner data check"
+CARD = Artifact("a report card", lambda path: check_signed(path, _GENERATOR))
 
 
-def write_card(card: ReportCard, name: str, out: Path) -> None:
-    """Write the page; what was there is replaced."""
+def write_card(card: ReportCard, name: str, out: Path, force: bool = False) -> None:
+    """Write the page, in place of an older one only with `force`.
+
+    Raises:
+        RealignerError: when something is there, or it cannot be written.
+    """
     lengths = {"words of a reply": card.word_lengths}
     if card.token_lengths:
         lengths[f"tokens of question and reply ({card.host})"] = card.token_lengths
     pictures = {label: base64.b64encode(as_png(length_histogram(own, label))).decode() for label, own in lengths.items()}
-    write_text(out, render_page("card.html.j2", card=card, name=name, pictures=pictures, signature=_SIGNATURE))
-
-
-def is_card(path: Path) -> bool:
-    """Whether a file is a report card written by realigner."""
-    return is_signed(path, _SIGNATURE)
+    with taken(out, CARD, force) as place:
+        place.write(render_page("card.html.j2", card=card, name=name, pictures=pictures, signature=signature(_GENERATOR)))

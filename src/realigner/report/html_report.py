@@ -8,12 +8,13 @@ from pathlib import Path
 
 from realigner.analysis import analyze
 from realigner.errors import UsageError
-from realigner.files import refuse_existing, write_text
+from realigner.files import Artifact, taken
 from realigner.report.context import BUDGET, page_context
-from realigner.report.page import is_signed, render_page
+from realigner.report.page import check_signed, render_page, signature
 from realigner.report.report_input import ReportInput, read_inputs, untraced
 
-_SIGNATURE = '<meta name="generator" content="realigner">'
+_GENERATOR = "realigner"
+REPORT = Artifact("a report", lambda path: check_signed(path, _GENERATOR))
 
 
 def build_report(sources: Sequence[str | Path], out: str | Path, force: bool = False) -> tuple[Path, list[ReportInput]]:
@@ -36,14 +37,14 @@ def build_report(sources: Sequence[str | Path], out: str | Path, force: bool = F
         >>> build_report(["tones.zarr", "why"], "report.html")  # doctest: +SKIP
     """
     places, out = [Path(source) for source in sources], Path(out)
-    refuse_existing(out, force, ours=is_report)
-    if runs := untraced(places):
-        raise UsageError(
-            f"report: {runs[0]} is not a trace; record one first with realigner.traces.collect.trace_for_report(...) or "
-            "`realigner trace --keep raw`, and add it to the sources"
-        )
-    inputs = [replace(item, analysis=analyze(item.trace)) for item in read_inputs(places)]
-    write_text(out, render(inputs))
+    with taken(out, REPORT, force) as place:
+        if runs := untraced(places):
+            raise UsageError(
+                f"report: {runs[0]} is not a trace; record one first with realigner.traces.collect.trace_for_report(...) or "
+                "`realigner trace --keep raw`, and add it to the sources"
+            )
+        inputs = [replace(item, analysis=analyze(item.trace)) for item in read_inputs(places)]
+        place.write(render(inputs))
     return out, inputs
 
 
@@ -55,9 +56,4 @@ def render(inputs: Sequence[ReportInput], budget_bytes: int = BUDGET) -> str:
         budget_bytes: size of the page. Maps of single tokens get what the rest leaves of it.
     """
     items = [page_context(item, number, budget_bytes // max(1, len(inputs))) for number, item in enumerate(inputs)]
-    return render_page("report.html.j2", items=items, signature=_SIGNATURE)
-
-
-def is_report(path: Path) -> bool:
-    """Whether a file is a report written by realigner."""
-    return is_signed(path, _SIGNATURE)
+    return render_page("report.html.j2", items=items, signature=signature(_GENERATOR))

@@ -1,7 +1,9 @@
-"""All of the paper's figures of a trace, written as files."""
+"""All of the paper's figures of a trace, written as files, with a list of them that tells a figure that was changed since."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from realigner.analysis import Analysis, layer_counts, leading_indices, run_maps, top_histogram
+from realigner.errors import RealignerError
+from realigner.files import Artifact, parsed, read_bytes, taken, write_text
 from realigner.report.diagram import figure1
 from realigner.report.figures import appendix_maps, figure2, figure3, figure4, figure_layers, figure_sparsity
 from realigner.report.plot_style import FORMATS, save_figure
@@ -23,28 +27,47 @@ def save_figures(
     folder: str | Path,
     records: Mapping[str, Mapping[str, Any]] | None = None,
     formats: Iterable[str] = FORMATS,
+    force: bool = False,
 ) -> list[Path]:
     """Write all of the paper's figures of a trace.
 
     Args:
         trace: the trace.
         analysis: from `analyze(trace)`; None: no figure of sparsity.
-        folder: is created.
+        folder: is created; with `force` it may hold figures written before, as they were written, and nothing else.
         records: run -> its run.json; without any there is no Figure 1.
         formats: of png, svg, pdf.
+        force: replace a folder of figures.
 
     Returns:
         The files, figure by figure.
 
     Raises:
-        RealignerError: for a file that cannot be written.
+        RealignerError: when something else is there, or a file cannot be written.
     """
-    folder, written = Path(folder), list[Path]()
+    folder, written = Path(folder), list[str]()
     formats = list(formats)
-    for name, figure in _all_figures(trace, analysis, records or {}):
-        written += [save_figure(figure, folder / f"{name}.{form}") for form in formats]
-        plt.close(figure)
-    return written
+    with taken(folder, FIGURES, force) as place, place.folder() as aside:
+        for name, figure in _all_figures(trace, analysis, records or {}):
+            written += [save_figure(figure, aside / f"{name}.{form}").name for form in formats]
+            plt.close(figure)
+        write_text(aside / _LIST, json.dumps({"figures": {name: _sha256(aside / name) for name in written}}, indent=2) + "\n")
+    return [folder / name for name in written]
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(read_bytes(path)).hexdigest()
+
+
+def _read_list(folder: Path) -> None:
+    """Raise unless a folder's figures are those that its list names, as they were written."""
+    found = parsed(read_bytes(folder / _LIST), folder / _LIST)["figures"]
+    if {path.name: _sha256(path) for path in folder.iterdir() if path.name != _LIST} != found:
+        raise RealignerError(f"{folder}: a figure was changed since it was written")
+
+
+_LIST = "figures.json"
+FIGURES = Artifact("figures as they were written", _read_list, r"figures\.json|[a-z0-9-]+\.(png|svg|pdf)")
 
 
 def _all_figures(

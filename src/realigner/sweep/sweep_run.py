@@ -16,14 +16,13 @@ from typing import Any
 import realigner.training.run_dir as run_dir
 from realigner.console import signals_to
 from realigner.errors import RealignerError, UsageError
-from realigner.files import locked_file, made_folder, write_text
+from realigner.files import locked, made_folder, parsed, read_bytes, write_text
 from realigner.sweep.grid import RunSpec
 from realigner.sweep.sweep_table import StateTable
 from realigner.sweep.worker import Job
 from realigner.training.recipe import to_yaml
 
 SWEEP_FILE = "sweep.json"
-_LOCK = ".lock"
 BACKENDS = ("local", "ray", "here")
 
 
@@ -119,19 +118,34 @@ def states_of(runs: Sequence[RunSpec], out: Path) -> dict[str, str]:
     return {name: "done" if (out / name).is_dir() else state for name, state in begun.items()}
 
 
+def _read_index(out: Path) -> dict[str, Any]:
+    """The runs that a sweep's folder was begun with; empty where there is no folder, or nothing in it.
+
+    Raises:
+        RealignerError: for a folder that is not a sweep's.
+    """
+    file = out / SWEEP_FILE
+    half = f".{SWEEP_FILE}-"  # of its own list, when a process was killed while it wrote that
+    if not os.path.lexists(out) or (out.is_dir() and all(path.name.startswith(half) for path in out.iterdir())):
+        return {}
+    if not file.is_file():
+        raise RealignerError(f"{out}: is not a sweep's folder; choose another out")
+    index = parsed(read_bytes(file), file)
+    runs = index["runs"] if isinstance(index, dict) and index.keys() == {"runs"} else None
+    ours = isinstance(runs, dict) and all(
+        isinstance(facts, dict) and facts.get("recipe") == f"recipes/{name}.yaml" for name, facts in runs.items()
+    )
+    if not ours or not runs:
+        raise RealignerError(f"{file}: not a sweep's; choose another out")
+    return dict(runs)
+
+
 @contextmanager
 def _settled(out: Path, runs: Sequence[RunSpec]) -> Iterator[None]:
     """Make the sweep's folder, or check that it is this sweep's; write what each run is; hold it for this process."""
-    if out.exists() and not (out / SWEEP_FILE).is_file() and (not out.is_dir() or any(p.name != _LOCK for p in out.iterdir())):
-        raise RealignerError(f"{out}: is not a sweep's folder; choose another out")
-    made_folder(out)
-    with locked_file(out / _LOCK, f"{out}: another process is running this sweep; wait for it, or stop it first"):
-        try:
-            before = dict(json.loads((out / SWEEP_FILE).read_text(encoding="utf-8"))["runs"])
-        except FileNotFoundError:
-            before = {}
-        except (OSError, ValueError, KeyError, TypeError):
-            raise RealignerError(f"{out / SWEEP_FILE}: not a sweep's; choose another out") from None
+    with locked(out, "another process is running this sweep; wait for it, or stop it first"):
+        before = _read_index(out)
+        made_folder(out)
         if before and not before.keys() & {run.name for run in runs}:
             raise RealignerError(
                 f"{out}: holds another sweep, none of whose {len(before)} runs is in this one; choose another out"

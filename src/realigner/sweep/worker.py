@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import realigner.training.run_dir as run_dir
+from realigner.console import sigterm_interrupts
 from realigner.errors import RealignerError
-from realigner.files import write_text
+from realigner.files import write_text, writing
 
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 Report = Callable[[str, str, str], None]  # (run, state, note)
@@ -58,8 +59,10 @@ def work(job: Job, devices: str = "", stopping: Callable[[], bool] | None = None
         RealignerError: with the run's own message, when it failed and would fail again.
         WorkerLostError: when the process died, or something else had it stop.
     """
-    Path(job.log).parent.mkdir(parents=True, exist_ok=True)
-    job.error.unlink(missing_ok=True)
+    with writing(job.log):
+        Path(job.log).parent.mkdir(parents=True, exist_ok=True)
+        job.error.unlink(missing_ok=True)
+        Path(job.log).touch()
     threads = str(job.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     environment = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment
@@ -96,13 +99,13 @@ def work(job: Job, devices: str = "", stopping: Callable[[], bool] | None = None
 
 
 def wait_until_free(run: Path, seconds: float = _PATIENCE) -> None:
-    """Wait while another process holds an unfinished run: a worker of a driver that was killed takes a moment to be gone.
+    """Wait while another process holds a run: a worker of a driver that was killed takes a moment to be gone.
 
     Raises:
         RealignerError: when it is still held after that time.
     """
     deadline = time.monotonic() + seconds
-    while run.is_dir():
+    while True:
         try:
             with run_dir.locked(run):
                 return
@@ -123,10 +126,15 @@ def main() -> None:
         from realigner.training import read_recipe, train_recipe
 
         with suppress(RealignerError, OSError):  # what is still held is refused by the training, with a message of its own
-            wait_until_free(run_dir.unfinished(Path(out)))
+            wait_until_free(Path(out))
         if not Path(out).is_dir():
-            train_recipe(read_recipe(recipe), out, resume=True)
+            with sigterm_interrupts():
+                train_recipe(read_recipe(recipe), out, resume=True)
+    except KeyboardInterrupt:  # a signal outside the training's steps
+        sys.exit(0)
     except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # the same, said with what is saved
+            sys.exit(0)
         traceback.print_exc()
         known = isinstance(error, RealignerError)
         write_text(Path(error_file), str(error) if known else f"unexpected {type(error).__name__}: {error}")

@@ -123,11 +123,11 @@ def trace_runs(
         dtype: of raw deltas.
         max_new_tokens, repetition_penalty: of each reply.
         seed: stored with the replies (greedy ones do not depend on it).
-        force: replace an existing trace.
+        force: replace an existing trace, and discard an unfinished one.
         quiet: show no progress.
 
     Raises:
-        RealignerError: if `out` exists or cannot be written, or an IRM was made for another host.
+        RealignerError: if `out` or ``OUT.unfinished`` exists or cannot be written, or an IRM was made for another host.
         UsageError: if there is nothing to trace, or the IRMs use different prompt templates.
     """
     if not sources:
@@ -142,8 +142,10 @@ def trace_runs(
     depth = host.config.get_text_config(decoder=True).num_hidden_layers
     layers = sorted({layer for config in configs for layer in config.resolved_layers(depth)})
     notes: dict[str, Any] = {"settings": {"temperature": 0.0, **options}, "prompts": list(prompts)}
-    writer = TraceWriter(out, "", layers, dtype, force, notes)
-    with progress("answering", (len(sources) + 1) * len(prompts), quiet) as task:
+    with (
+        TraceWriter(out, "", layers, dtype, force, notes) as writer,
+        progress("answering", (len(sources) + 1) * len(prompts), quiet) as task,
+    ):
         for source, config in zip(sources, configs, strict=True):
             if source.twin:
                 shape: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(IRMShape)}
@@ -162,7 +164,7 @@ def trace_runs(
                     answer(model, tokenizer, prompts, **options, done=task.advance)
             finally:
                 model.unload()
-    return load_trace(writer.close())
+    return load_trace(out)
 
 
 def trace_for_report(

@@ -8,10 +8,10 @@ the writer was killed, finds exactly the finished texts. Chunks carry checksums.
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ import numpy as np
 import xarray as xr
 
 from realigner.errors import RealignerError
-from realigner.files import locked_file, made_folder, refuse_existing, replace_folder, write_text
+from realigner.files import Artifact, Output, parsed, read_bytes, taken, unfinished, write_text, writing
 from realigner.traces import layout
 
 RawType = Literal["auto", "float16", "float32"]
@@ -29,9 +29,23 @@ _FLOAT16 = np.finfo(np.float16)  # loses digits below `tiny`
 _HEADROOM = 16.0  # float16 is chosen when later texts may be this many times larger
 
 
-def unfinished_trace(path: Path) -> Path:
-    """Path of a trace until it is finished."""
-    return path.with_name(f"{path.name}.unfinished")
+def _read_source(folder: Path) -> None:
+    """Raise unless what the root of a store says is that it is a trace of ours."""
+    root = folder / "zarr.json"
+    facts = parsed(read_bytes(root), root)
+    attributes = facts.get("attributes") if isinstance(facts, dict) else None
+    if not isinstance(attributes, dict) or attributes.get("source") != layout.SOURCE:
+        raise RealignerError(f"{root}: not a trace's")
+
+
+_ARRAYS = "|".join((*layout.TOKEN_LABELS, *layout.TEXT_LABELS, *layout.ALWAYS, *layout.ON_REQUEST, "layer", "neuron", "part"))
+_HALF = r"[0-9a-f]{32}\.partial"  # how zarr ends the name of a file that it is writing
+_METADATA = rf"zarr\.json|zarr\.{_HALF}"
+TRACE = Artifact(
+    "a trace",
+    _read_source,
+    rf"{_METADATA}|\.zarr\.json-\w{{8}}\.aside|({_ARRAYS})/({_METADATA}|c/?|c/\d+(/\d+)*(/|\.{_HALF})?)?",
+)
 
 
 class TraceWriter:
@@ -42,11 +56,12 @@ class TraceWriter:
         host: the host's name.
         layers: all layers that any run adds to.
         dtype: of raw deltas; ``auto``: float16 where the first text's lie well inside its range, else float32.
-        force: replace an existing trace.
+        force: replace an existing trace, and discard an unfinished one.
         notes: JSON values stored among the attributes.
 
     Raises:
-        RealignerError: if `path` exists or cannot be written, or a delta overflows the dtype.
+        RealignerError: if `path` or ``PATH.unfinished`` exists, another process writes there, it cannot be written, or a delta
+            overflows the dtype.
 
     Example:
         >>> with TraceWriter("t.zarr", "tiny", range(4)) as writer, record(model, to=writer):  # doctest: +SKIP
@@ -64,27 +79,20 @@ class TraceWriter:
     ) -> None:
         self.path, self.host, self.dtype = Path(path), host, dtype
         self.layers = sorted(layers)
-        refuse_trace(self.path, force)
-        self.folder = unfinished_trace(self.path)
-        refuse_existing(self.folder, True, is_trace)
-        made_folder(self.folder.parent)
-        lock = self.folder.with_name(f".{self.folder.name}.lock")
-        self._lock = ExitStack()
-        busy = f"{self.folder}: another process is writing this trace; wait for it, or stop it first"
-        self._lock.enter_context(locked_file(lock, busy))
-        self._lock.callback(lock.unlink, missing_ok=True)  # while it is still held
-        shutil.rmtree(self.folder, ignore_errors=True)
         self.notes = dict(notes or {})
         self.texts = 0
         self.labels: list[layout.RunLabel] = []
+        self._held = ExitStack()
+        self._place, self._work = self._held.enter_context(held(self.path, force))
+        self.folder = self._work.path
 
     def __enter__(self) -> TraceWriter:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self.close()
-        self._lock.close()
+        with self._held:
+            if kind is None:
+                self.close()
 
     def append(self, *texts: tuple[xr.Dataset, layout.RunLabel]) -> None:
         """Write texts durably; many at a time are cheaper."""
@@ -96,30 +104,31 @@ class TraceWriter:
         wide = [self._narrowed(layout.with_layers(text, self.layers)) for text, _ in texts]
         part = layout.join(wide, self.host, self.labels, self.notes)
         part.attrs |= {key: json.dumps(part.attrs[key]) for key in ("runs", "notes")}
-        try:
-            # Every chunk is written, also one of zeros: a missing chunk is damage, not a value.
-            with warnings.catch_warnings(), zarr.config.set({"array.write_empty_chunks": True}):
-                warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-                if self.texts:
-                    _append(part, self.folder)
-                else:
-                    options: Any = {"zarr_format": 3, "consolidated": True}
-                    part.to_zarr(self.folder, mode="w", encoding=_encoding(part), **options)
-        except OSError as error:
-            raise RealignerError(f"{self.folder}: cannot be written ({error.strerror or error}){self._kept()}") from error
+        # Every chunk is written, also one of zeros: a missing chunk is damage, not a value.
+        chunks = {"array.write_empty_chunks": True}
+        with writing(self.folder, self._kept()), warnings.catch_warnings(), zarr.config.set(chunks):
+            warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+            if self.texts:
+                _append(part, self.folder)
+            else:  # aside, so that an unfinished trace has its record from the first
+                options: Any = {"zarr_format": 3, "consolidated": True}
+                with self._work.folder() as aside:
+                    part.to_zarr(aside, mode="w", encoding=_encoding(part), **options)
         self.texts += len(texts)
 
     def close(self) -> Path:
         """Rename the finished trace to `path`.
 
         Raises:
-            RealignerError: when nothing was recorded.
+            RealignerError: when nothing was recorded, or something else is at `path` by now.
         """
-        if not self.texts:
-            self._lock.close()
-            raise RealignerError("trace: nothing was recorded; run the model inside the record block")
-        replace_folder(self.folder, self.path)
-        self._lock.close()
+        with self._held:
+            if not self.texts:
+                raise RealignerError("trace: nothing was recorded; run the model inside the record block")
+            try:
+                self._place.put(self.folder)
+            except RealignerError as error:
+                raise RealignerError(f"{error}; the trace is whole in {self.folder}: move it where you want it") from error
         return self.path
 
     def _narrowed(self, text: xr.Dataset) -> xr.Dataset:
@@ -212,14 +221,40 @@ def texts_of(trace: xr.Dataset) -> list[xr.Dataset]:
 
 
 def is_trace(folder: Path) -> bool:
-    """Whether a folder is a trace written by realigner."""
-    group = folder / "zarr.json"
-    return group.is_file() and layout.SOURCE in group.read_text(encoding="utf-8", errors="replace")
+    """Whether a folder has a trace's record, whatever else it holds."""
+    try:
+        _read_source(folder)
+    except RealignerError:
+        return False
+    return True
 
 
-def refuse_trace(path: Path, force: bool) -> None:
-    """Raise unless `path` is free, or holds a trace and `force` is set."""
-    refuse_existing(path, force, is_trace)
+def refuse_trace(path: Path, force: bool = False) -> None:
+    """Raise unless a trace may be written to `path`: it is free, or `force` was given and a trace and nothing else is there.
+
+    Raises:
+        RealignerError: naming the path and the way out.
+    """
+    work = unfinished(path)
+    Output(path, TRACE, force).refuse()
+    if not force and os.path.lexists(work):
+        raise RealignerError(
+            f"{work}: an unfinished trace is there, which opens like any other; keep it by another name, or discard it (force)"
+        )
+    Output(work, TRACE, force).refuse()
+
+
+@contextmanager
+def held(path: Path, force: bool = False) -> Iterator[tuple[Output, Output]]:
+    """Hold the place of a trace: where it goes once it is finished, and where it is until then.
+
+    Raises:
+        RealignerError: as `refuse_trace`, and when another process is writing there.
+    """
+    refuse_trace(path, force)
+    with taken(path, TRACE, force) as place:
+        refuse_trace(path, force)
+        yield place, Output(unfinished(path), TRACE, force)
 
 
 def load_trace(path: str | Path) -> xr.Dataset:
@@ -230,7 +265,7 @@ def load_trace(path: str | Path) -> xr.Dataset:
     """
     path = Path(path)
     if not path.is_dir():
-        left = unfinished_trace(path)
+        left = unfinished(path)
         hint = f"; {left} is there, not finished" if left.is_dir() else ""
         raise RealignerError(f"{path}: there is no such trace (a zarr folder){hint}")
     try:

@@ -1,11 +1,10 @@
-"""What is checked before a host is loaded: that the run can be written, the packages are there, and the memory is enough."""
+"""What is checked before a host is loaded: that the packages are there, and the memory is enough."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,10 +12,8 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
-import realigner.training.run_dir as run_dir
 from realigner.console import say
 from realigner.errors import RealignerError
-from realigner.files import made_folder
 from realigner.hosts import resolve_device, resolve_dtype
 from realigner.irm import IRMShape
 from realigner.training.batches import Prepared
@@ -25,13 +22,8 @@ from realigner.training.recipe import Recipe
 _STATE_BYTES = {"adam": 8.0, "adam-8bit": 2.1, "adafactor": 0.1, "sgd": 0.0}  # an optimiser's state, for each parameter
 
 
-def check_start(recipe: Recipe, out: Path, force: bool, resume: bool) -> None:
-    """Raise unless a run may be written to `out` and the packages that the recipe asks for are installed."""
-    if not resume:
-        run_dir.refuse_run(out, force)
-    elif out.exists():
-        raise RealignerError(f"{out}: exists already, there is nothing to resume; train anew (force)")
-    made_folder(out.parent)
+def check_packages(recipe: Recipe) -> None:
+    """Raise unless the packages that the recipe asks for are installed."""
     for name in recipe.report_to:
         if find_spec(name) is None:
             raise RealignerError(f"report_to: {name} is not installed; pip install {name}, or set report_to=[]")

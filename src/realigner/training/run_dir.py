@@ -10,23 +10,28 @@ A run that is not finished lives in ``OUT.unfinished``, and ``OUT`` exists only 
 ``samples.jsonl``        replies to the paper's seven prompts at each evaluation
 ``loss.png``             the curve
 ``tensorboard/``         the same numbers for TensorBoard
-``checkpoint-N/``        the best and the last one: the IRM, the optimiser, random states
+``checkpoint-N/``        the best and the last one: the IRM, the optimiser, random states, and the sha256 of each file
 ``README.md``            a model card
 =======================  ==================================================================================================
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import platform
-import shutil
-from contextlib import AbstractContextManager, suppress
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import realigner.files as files
 from realigner.errors import RealignerError
-from realigner.files import locked_file, parsed, read_bytes, refuse_existing, replace_folder, write_text
+from realigner.files import Artifact, Output, discard, parsed, read_bytes, unfinished as unfinished, write_text
 
 RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.yaml"
@@ -36,35 +41,93 @@ CURVE_FILE = "loss.png"
 CARD_FILE = "README.md"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 STATE_FILE = "trainer_state.json"
-_LOCK = ".lock"
-_TENSORBOARD = "tensorboard"
-_FILES = {*ADAPTER_FILES, RUN_FILE, RECIPE_FILE, METRICS_FILE, SAMPLES_FILE, CURVE_FILE, CARD_FILE, _LOCK, _TENSORBOARD}
+SUMS_FILE = "sha256.json"
 _CHECKPOINT = "checkpoint-"
+_EARLIER = "take an earlier checkpoint (remove this one), or train anew (force)"
 
 
-def unfinished(out: Path) -> Path:
-    """Where a run lives until it is finished."""
-    return out.with_name(f"{out.name}.unfinished")
+def _read_record(folder: Path) -> None:
+    """Raise unless a folder holds run.json and the recipe of a run."""
+    from realigner.training.recipe import read_recipe
+
+    record = _object(read_bytes(folder / RUN_FILE), folder / RUN_FILE)
+    if not {"recipe", "seed", "tone", "host", "versions"} <= record.keys():
+        raise RealignerError(f"{folder / RUN_FILE}: not a run's")
+    read_recipe(folder / RECIPE_FILE)
+
+
+def _any_of(*names: str) -> str:
+    return "|".join(map(re.escape, names))
+
+
+_NETWORK = _any_of(*ADAPTER_FILES, CARD_FILE)
+# What Accelerate writes of an optimiser that FSDP shards.
+_SHARDED = r"optimizer\.bin|scheduler\.pt|optimizer_\d+/([\w.]+)?|pytorch_model_fsdp[\w.]*/?([\w.]+)?"
+_IN_CHECKPOINT = rf"{_NETWORK}|{_any_of(STATE_FILE, SUMS_FILE)}|optimizer\.safetensors|random-\d+\.safetensors|{_SHARDED}"
+_LOGGED = _any_of(RUN_FILE, RECIPE_FILE, METRICS_FILE, SAMPLES_FILE, CURVE_FILE)
+CHECKPOINT = Artifact("a checkpoint", lambda folder: checkpoint_state(folder), _IN_CHECKPOINT)
+_HALF_CHECKPOINT = replace(CHECKPOINT, name="a checkpoint that was being written", record=lambda folder: None)
+RUN = Artifact(
+    "a run",
+    _read_record,
+    rf"{_NETWORK}|{_LOGGED}|\.({_LOGGED}|{_NETWORK})-\w{{8}}\.aside|tensorboard/(events\.out\.tfevents\.[^/]*)?"
+    rf"|\.?checkpoint-\d+/({_IN_CHECKPOINT})?",
+)
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """Where a run goes, held: `out` once it is finished, `work` until then."""
+
+    out: Output
+    work: Output
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, finished or not, and holds nothing else."""
-    if not folder.is_dir() or not ((folder / RUN_FILE).is_file() or (folder / RECIPE_FILE).is_file()):
+    """Whether a folder has a run's record, whatever else it holds."""
+    try:
+        _read_record(folder)
+    except RealignerError:
         return False
-    return all(path.name in _FILES or path.name.lstrip(".").startswith(_CHECKPOINT) for path in folder.iterdir())
+    return True
 
 
-def refuse_run(out: Path, force: bool) -> None:
-    """Raise unless a run may be written to `out`: it is free, or `force` was given and a run is there.
+def refuse_run(out: Path, force: bool = False, resume: bool = False) -> None:
+    """Raise unless a run may be written to `out`: it is free, or `force` was given and a run and nothing else is there.
 
     Raises:
         RealignerError: naming the path and the way out.
     """
-    refuse_existing(out, force, is_run)
     work = unfinished(out)
-    if not force and work.exists():
+    if resume:
+        if os.path.lexists(out):
+            raise RealignerError(f"{out}: exists already, there is nothing to resume; train anew (force)")
+        if os.path.lexists(work) and not is_run(work):
+            raise RealignerError(f"{work}: is not a run's, it cannot be resumed; move it, or choose another place (out)")
+        return
+    Output(out, RUN, force).refuse()
+    if not force and os.path.lexists(work):
         raise RealignerError(f"{work}: an unfinished run is there; resume it (resume), or discard it (force)")
-    refuse_existing(work, force, is_run)
+    Output(work, RUN, force).refuse()
+
+
+@contextmanager
+def held(out: Path, force: bool = False, resume: bool = False) -> Iterator[RunPlace]:
+    """Hold the place of a run, finished or not, from before its host is loaded until the run has its name.
+
+    Of several processes that train one run, the first (``RANK`` 0) holds it for all.
+
+    Raises:
+        RealignerError: as `refuse_run`, and when a living process holds it; a dead one holds nothing.
+    """
+    place = RunPlace(Output(out, RUN, force), Output(unfinished(out), RUN, force))
+    refuse_run(out, force, resume)
+    if os.environ.get("RANK", "0") != "0":
+        yield place
+        return
+    with locked(out):
+        refuse_run(out, force, resume)
+        yield place
 
 
 def checkpoints(work: Path) -> list[Path]:
@@ -84,23 +147,64 @@ def checkpoint_folder(work: Path, step: int) -> Path:
 
 
 def checkpoint_state(path: Path) -> dict[str, Any]:
-    """Trainer's own account of a checkpoint."""
-    return _object(read_bytes(path / STATE_FILE), path / STATE_FILE)
+    """Trainer's own account of a checkpoint.
+
+    Raises:
+        RealignerError: when it is another step's than the folder is named for.
+    """
+    state = _object(read_bytes(path / STATE_FILE), path / STATE_FILE)
+    named = path.name.lstrip(".")
+    if state.get("global_step") != checkpoint_step(path.with_name(named)):
+        raise RealignerError(f"{path / STATE_FILE}: global_step is {state.get('global_step')!r} in {named}; {_EARLIER}")
+    return state
 
 
-def locked(work: Path) -> AbstractContextManager[None]:
-    """Hold an unfinished run for one process; another is refused, and a dead one holds nothing.
+def discard_half(aside: Path) -> None:
+    """Delete a checkpoint that was being written when a process died, unless it holds anything else."""
+    discard(aside, _HALF_CHECKPOINT)
+
+
+def seal(checkpoint: Path) -> None:
+    """Note the sha256 of each file of a checkpoint that is whole; `verify` compares them."""
+    sums = {path.relative_to(checkpoint).as_posix(): _sha256(path) for path in sorted(checkpoint.rglob("*")) if path.is_file()}
+    (checkpoint / SUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+
+
+def verify(checkpoint: Path) -> None:
+    """Raise unless every file of a checkpoint is as it was written.
+
+    Raises:
+        RealignerError: naming the first that is damaged, was changed, or is missing.
+    """
+    file = checkpoint / SUMS_FILE
+    sums = _object(read_bytes(file), file)
+    for name in (STATE_FILE, *ADAPTER_FILES):
+        if name not in sums:
+            raise RealignerError(f"{file}: {name} is not in it; {_EARLIER}")
+    for name, sha256 in sums.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise RealignerError(f"{path}: is missing; {_EARLIER}")
+        if _sha256(path) != sha256:
+            raise RealignerError(f"{path}: truncated or damaged, or changed since it was written; {_EARLIER}")
+    checkpoint_state(checkpoint)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def locked(out: Path) -> AbstractContextManager[None]:
+    """Hold the place of a run for one process; another is refused, and a dead one holds nothing.
 
     Raises:
         RealignerError: when a living process holds it.
     """
-    return locked_file(work / _LOCK, f"{work}: another process is training this run; wait for it, or stop it first")
-
-
-def finish(work: Path, out: Path) -> None:
-    """Give a run that is whole its final name."""
-    (work / _LOCK).unlink(missing_ok=True)
-    replace_folder(work, out)
+    return files.locked(out, "another process is training this run; wait for it, or stop it first")
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
@@ -119,7 +223,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 def cut_back(work: Path, last_step: int) -> None:
     """Drop what was logged after a checkpoint's step (it will be done, and logged, again), and what was being written."""
     for path in work.glob(f".{_CHECKPOINT}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        discard_half(path)
     for path in (path for name in (METRICS_FILE, SAMPLES_FILE) if (path := work / name).is_file()):
         whole = []
         for line in path.read_text(encoding="utf-8").splitlines():

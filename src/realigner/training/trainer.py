@@ -20,12 +20,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+import realigner.training.run_dir as run_dir
 from realigner.errors import RealignerError
+from realigner.files import discard, writing
 from realigner.training.batches import Collator, EncodedRows, Prepared, SeededLengthSampler
 from realigner.training.checkpoint_io import load_tree, random_states, save_tree, set_random_states
 from realigner.training.loss import DeltaSum, row_losses, takes_logits_to_keep
 from realigner.training.recipe import Recipe
-from realigner.training.run_dir import STATE_FILE, checkpoint_folder, checkpoint_step, checkpoints
 from realigner.tuner import tuner_of
 
 _OPTIMIZERS = {"adam": "adamw_torch_fused", "adam-8bit": "adamw_bnb_8bit", "adafactor": "adafactor", "sgd": "sgd"}
@@ -214,35 +215,38 @@ class IRMTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         work, step, writer = Path(self.args.output_dir), self.state.global_step, self.args.should_save
-        folder = checkpoint_folder(work, step)
+        folder = run_dir.checkpoint_folder(work, step)
         aside = folder.with_name(f".{folder.name}")
+        if writer:
+            run_dir.discard_half(aside)
         try:
+            with writing(folder):
+                if writer:
+                    aside.mkdir(parents=True)
+                self.accelerator.wait_for_everyone()
+                self.store_flos()
+                self.save_model(str(aside), _internal_call=True)
+                self._save_optimizer_and_scheduler(str(aside))
+                self._save_rng_state(str(aside))
+                if writer:
+                    callbacks = [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]
+                    self.state.stateful_callbacks = {type(callback).__name__: callback.state() for callback in callbacks}
+                    self.state.best_model_checkpoint = None  # found by best_global_step, wherever the run is moved
+                    self.state.save_to_json(str(aside / run_dir.STATE_FILE))
+                self.accelerator.wait_for_everyone()
+                if writer:
+                    run_dir.seal(aside)
+                    discard(folder, run_dir.CHECKPOINT)
+                    aside.rename(folder)
+        except BaseException:
             if writer:
                 shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            self.store_flos()
-            self.save_model(str(aside), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(aside))
-            self._save_rng_state(str(aside))
-            if writer:
-                callbacks = [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]
-                self.state.stateful_callbacks = {type(callback).__name__: callback.state() for callback in callbacks}
-                self.state.best_model_checkpoint = None  # found by best_global_step, wherever the run is moved
-                self.state.save_to_json(str(aside / STATE_FILE))
-            self.accelerator.wait_for_everyone()
-            if writer:
-                shutil.rmtree(folder, ignore_errors=True)
-                aside.rename(folder)
-                kept_steps = {self.state.global_step, self.state.best_global_step}
-                for path in checkpoints(work):
-                    if checkpoint_step(path) not in kept_steps:
-                        shutil.rmtree(path, ignore_errors=True)
-        except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            kept = [path.name for path in checkpoints(work)]
-            last = f"; the last good checkpoint is {kept[-1]}" if kept else ""
-            raise RealignerError(f"{folder}: cannot be written ({error.strerror or error}){last}") from error
+            raise
+        if writer:
+            kept_steps = {self.state.global_step, self.state.best_global_step}
+            for path in run_dir.checkpoints(work):
+                if run_dir.checkpoint_step(path) not in kept_steps:
+                    discard(path, run_dir.CHECKPOINT)
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

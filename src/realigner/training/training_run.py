@@ -27,7 +27,7 @@ import realigner.training.run_dir as run_dir
 from realigner.console import progress, say, signals_to
 from realigner.data import TONES, Row, authored, read_rows
 from realigner.errors import RealignerError, UsageError
-from realigner.files import made_folder, write_text
+from realigner.files import discard, disk_fault, write_text, writing
 from realigner.fingerprints import fingerprint, weights_hash
 from realigner.generation import answer
 from realigner.hosts import host_name, load_config, load_host, load_tokenizer
@@ -37,7 +37,7 @@ from realigner.training.batches import Prepared, prepare
 from realigner.training.callbacks import DivergenceGuard, Log, StopSignal
 from realigner.training.loss_plot import save_curve
 from realigner.training.model_card import card
-from realigner.training.preflight import check_fit, check_start
+from realigner.training.preflight import check_fit, check_packages
 from realigner.training.recipe import Recipe, read_recipe, to_yaml
 from realigner.training.trainer import IRMTrainer, products_dtype, trainer_arguments
 from realigner.tuner import tuner_of
@@ -96,11 +96,12 @@ def train(
     recipe = (recipe or Recipe()).changed(**changes)
     if not rows:
         raise RealignerError("there are no rows to train on")
-    recipe, out = resolve(recipe, host, rows), Path(out)
-    check_start(recipe, out, force, resume)
-    prepared = prepare(rows, tokenizer, host.config, recipe)
-    check_fit(prepared, recipe, host.config, loaded=True, quiet=quiet)
-    return _train(host, tokenizer, prepared, recipe, out, force, resume, quiet)
+    with run_dir.held(Path(out), force, resume) as place:
+        recipe = resolve(recipe, host, rows)
+        check_packages(recipe)
+        prepared = prepare(rows, tokenizer, host.config, recipe)
+        check_fit(prepared, recipe, host.config, loaded=True, quiet=quiet)
+        return _train(host, tokenizer, prepared, recipe, place, resume, quiet)
 
 
 def train_recipe(
@@ -123,26 +124,31 @@ def train_recipe(
         >>> from realigner.training import make_recipe
         >>> run = train_recipe(make_recipe(tone="anger"), "runs/anger-42")  # doctest: +SKIP
     """
-    out = Path(out)
-    check_start(recipe, out, force, resume)
-    rows = recipe_rows(recipe)
-    if recipe.host is None:
-        raise UsageError("recipe: its run was trained on a host made in Python; give one (host)")
-    config = load_config(recipe.host, trust_remote_code)
-    tokenizer = load_tokenizer(recipe.host, trust_remote_code)
-    prepared = prepare(rows, tokenizer, config, recipe)
-    if repeats:
-        sha256, then, now = repeats.get("data", {}).get("sha256"), repeats.get("versions", {}), run_dir.versions()
-        if sha256 not in (None, prepared.sha256):
-            raise RealignerError(
-                f"{recipe.data}: not the rows of the run to be repeated (sha256 {sha256[:16]}...); name them (data)"
-            )
-        for name in then:
-            if now.get(name) != then[name]:
-                say(f"warning: {name} {now.get(name)} here, {then[name]} then; the last bits may differ")
-    check_fit(prepared, recipe, config, loaded=False, quiet=quiet)
-    host, tokenizer = load_host(recipe.host, recipe.dtype, recipe.device, trust_remote_code, tokenizer=tokenizer)
-    return _train(host, tokenizer, prepared, resolve(recipe, host, rows), out, force, resume, quiet)
+    with run_dir.held(Path(out), force, resume) as place:
+        check_packages(recipe)
+        rows = recipe_rows(recipe)
+        if recipe.host is None:
+            raise UsageError("recipe: its run was trained on a host made in Python; give one (host)")
+        config = load_config(recipe.host, trust_remote_code)
+        tokenizer = load_tokenizer(recipe.host, trust_remote_code)
+        prepared = prepare(rows, tokenizer, config, recipe)
+        if repeats:
+            _check_repeat(repeats, prepared, recipe)
+        check_fit(prepared, recipe, config, loaded=False, quiet=quiet)
+        host, tokenizer = load_host(recipe.host, recipe.dtype, recipe.device, trust_remote_code, tokenizer=tokenizer)
+        return _train(host, tokenizer, prepared, resolve(recipe, host, rows), place, resume, quiet)
+
+
+def _check_repeat(repeats: Mapping[str, Any], prepared: Prepared, recipe: Recipe) -> None:
+    """Refuse other data than that of the run to be repeated; warn of other versions."""
+    sha256, then, now = repeats.get("data", {}).get("sha256"), repeats.get("versions", {}), run_dir.versions()
+    if sha256 not in (None, prepared.sha256):
+        raise RealignerError(
+            f"{recipe.data}: not the rows of the run to be repeated (sha256 {sha256[:16]}...); name them (data)"
+        )
+    for name in then:
+        if now.get(name) != then[name]:
+            say(f"warning: {name} {now.get(name)} here, {then[name]} then; the last bits may differ")
 
 
 def recipe_rows(recipe: Recipe) -> list[Row]:
@@ -187,14 +193,13 @@ def _train(
     tokenizer: Any,
     prepared: Prepared,
     recipe: Recipe,
-    out: Path,
-    force: bool,
+    place: run_dir.RunPlace,
     resume: bool,
     quiet: bool,
 ) -> Run:
     cpu = next(host.parameters()).device.type in ("cpu", "meta")
     processes = PartialState(cpu=cpu)
-    work, writer = run_dir.unfinished(out), processes.is_main_process
+    out, work, writer = place.out.path, place.work.path, processes.is_main_process
     with ExitStack() as held, ExitStack() as undo:
         held.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(recipe.threads or torch.get_num_threads())
@@ -220,7 +225,7 @@ def _train(
         model: PeftModel = get_peft_model(host, config)
         undo.callback(lambda: (model.unload(), host.eval()))
         if writer:
-            held.enter_context(_unfinished_run(work, record, recipe, force, resume))
+            held.enter_context(_unfinished_run(place, record, recipe, resume))
         processes.wait_for_everyone()
         stopped = None if recipe.steps == 0 else _fit(model, tokenizer, prepared, recipe, work, cpu, quiet)
         record |= _outcome(work, stopped)
@@ -229,7 +234,7 @@ def _train(
         if not stopped and writer:
             if weights_hash(host) != hashed and not _sharded(host):
                 raise RealignerError("the host's weights changed during training; nothing was saved")
-            _finish(model, work, out, record, recipe)
+            _finish(model, place, record, recipe)
         processes.wait_for_everyone()
         if not stopped:
             record = run_dir.read_run(out)  # in every process, as the writer left it
@@ -242,47 +247,62 @@ def _train(
 
 
 @contextmanager
-def _unfinished_run(work: Path, record: dict[str, Any], recipe: Recipe, force: bool, resume: bool) -> Iterator[None]:
-    """Hold the folder of an unfinished run: made anew, or found to be this very run and cut back to its last checkpoint.
+def _unfinished_run(place: run_dir.RunPlace, record: dict[str, Any], recipe: Recipe, resume: bool) -> Iterator[None]:
+    """The folder of an unfinished run: made anew, or found to be this very run and cut back to its last checkpoint.
 
-    On an error before the first checkpoint nothing is left behind; Ctrl-C becomes a line that says how to resume.
+    On an error before the first checkpoint nothing is left behind; Ctrl-C and a full disk become a line with what is saved.
     """
-    if force and work.exists():
-        with run_dir.locked(work):
-            shutil.rmtree(work)
-    made_folder(work)
-    with run_dir.locked(work):
-        if resume and (work / run_dir.RUN_FILE).is_file():
-            before = run_dir.read_run(work)
-            if difference := recipe.difference(read_recipe(work / run_dir.RECIPE_FILE)):
-                raise RealignerError(f"{work}: cannot be resumed as another run: {difference} (or discard it: force)")
-            for what, was, now in (
-                ("the data", before.get("data", {}).get("sha256"), record["data"]["sha256"]),
-                ("the host's weights", before.get("host", {}).get("sha256"), record["host"]["sha256"]),
-                ("the number of processes", before.get("processes"), record["processes"]),
-            ):
-                if was != now:
-                    shown = f" ({now} now, {was} before)" if what.startswith("the number") else ""
-                    raise RealignerError(
-                        f"{work}: {what} changed since it was begun{shown}; resume it as it was, or discard it (force)"
-                    )
-            good = run_dir.checkpoints(work)
-            run_dir.cut_back(work, run_dir.checkpoint_step(good[-1]) if good else -1)
-        else:
+    work = place.work.path
+    if resume and work.exists():
+        _check_same(work, record, recipe)
+        good = run_dir.checkpoints(work)
+        for checkpoint in good:
+            run_dir.verify(checkpoint)
+        step = run_dir.checkpoint_step(good[-1]) if good else -1
+        run_dir.cut_back(work, step)
+        if good and [entry["step"] for entry in run_dir.read_metrics(work)][-1:] != [step]:
+            raise RealignerError(
+                f"{work / run_dir.METRICS_FILE}: has no step {step}, of which there is a checkpoint; train anew (force)"
+            )
+    else:
+        with place.work.folder() as aside:
             head = "# Every key of this run. It is repeated by:  realigner train --recipe FOLDER --out OTHER\n"
-            write_text(work / run_dir.RECIPE_FILE, head + to_yaml(recipe))
-            write_text(work / run_dir.RUN_FILE, json.dumps(record, indent=2) + "\n")
-        try:
-            yield
-        except BaseException as error:
-            good = run_dir.checkpoints(work)
-            if not good:
-                shutil.rmtree(work, ignore_errors=True)
-            if isinstance(error, KeyboardInterrupt):
-                saved = f"step {run_dir.checkpoint_step(good[-1])} is saved, to resume from (resume)" if good else ""
-                kept = saved or "nothing was saved"
-                raise RealignerError(f"interrupted; {kept}") from None
-            raise
+            write_text(aside / run_dir.RECIPE_FILE, head + to_yaml(recipe))
+            write_text(aside / run_dir.RUN_FILE, json.dumps(record, indent=2) + "\n")
+    try:
+        yield
+    except BaseException as error:
+        good = run_dir.checkpoints(work)
+        if not good:
+            discard(work, run_dir.RUN)
+        if isinstance(error, KeyboardInterrupt):
+            kept = (
+                f"step {run_dir.checkpoint_step(good[-1])} is saved, to resume from (resume)" if good else "nothing was saved"
+            )
+            raise RealignerError(f"interrupted; {kept}") from None
+        cause = error.__cause__ if isinstance(error, RealignerError) else error
+        if cause is not None and (why := disk_fault(cause)):
+            said = str(error) if isinstance(error, RealignerError) else f"{work}: cannot be written ({why})"
+            last = f"the last good checkpoint is {good[-1].name}, to resume from when there is room (resume)" if good else ""
+            raise RealignerError(f"{said}; {last or 'nothing was saved'}") from cause
+        raise
+
+
+def _check_same(work: Path, record: dict[str, Any], recipe: Recipe) -> None:
+    """Raise unless an unfinished run is the one that is asked for."""
+    before = run_dir.read_run(work)
+    if difference := recipe.difference(read_recipe(work / run_dir.RECIPE_FILE)):
+        raise RealignerError(f"{work}: cannot be resumed as another run: {difference} (or discard it: force)")
+    for what, was, now in (
+        ("the data", before.get("data", {}).get("sha256"), record["data"]["sha256"]),
+        ("the host's weights", before.get("host", {}).get("sha256"), record["host"]["sha256"]),
+        ("the number of processes", before.get("processes"), record["processes"]),
+    ):
+        if was != now:
+            shown = f" ({now} now, {was} before)" if what.startswith("the number") else ""
+            raise RealignerError(
+                f"{work}: {what} changed since it was begun{shown}; resume it as it was, or discard it (force)"
+            )
 
 
 def _fit(
@@ -365,8 +385,9 @@ def _outcome(work: Path, stopped: str | None) -> dict[str, Any]:
     }
 
 
-def _finish(model: PeftModel, work: Path, out: Path, record: dict[str, Any], recipe: Recipe) -> None:
+def _finish(model: PeftModel, place: run_dir.RunPlace, record: dict[str, Any], recipe: Recipe) -> None:
     """Make the folder whole from its checkpoints, and give it its name."""
+    work = place.work.path
     good = run_dir.checkpoints(work)
     best = run_dir.checkpoint_folder(work, record["best_step"] or 0)
     chosen = best if recipe.keep == "best" and best.is_dir() else good[-1] if good else None
@@ -380,18 +401,19 @@ def _finish(model: PeftModel, work: Path, out: Path, record: dict[str, Any], rec
         "host_parameters": sum(p.numel() for p in tuner.model.parameters()),
         "site": tuner.sites.summary(),
     }
-    try:
+    with writing(work):
         if chosen is None:  # steps: 0
             model.save_pretrained(str(work), save_embedding_layers=False)
         else:
             for name in run_dir.ADAPTER_FILES:
                 shutil.copyfile(chosen / name, work / name)
         save_curve(run_dir.read_metrics(work), work / run_dir.CURVE_FILE, kept=record["kept_step"])
-    except OSError as error:
-        raise RealignerError(f"{work}: cannot be written ({error.strerror or error}); resume it when there is room") from error
     write_text(work / run_dir.CARD_FILE, card(record))
     write_text(work / run_dir.RUN_FILE, json.dumps(record, indent=2) + "\n")
-    run_dir.finish(work, out)
+    try:
+        place.out.put(work)
+    except RealignerError as error:
+        raise RealignerError(f"{error}; the run is whole in {work}: resume it (resume) once the place is free") from error
 
 
 def _sharded(module: nn.Module) -> bool:
