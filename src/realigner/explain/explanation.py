@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from realigner.errors import RealignerError
-from realigner.files import write_text
+from realigner.files import read_object, write_text
 from realigner.validation_message import first_fault
 
 RESULT_FILE = "explain.json"
@@ -222,13 +222,9 @@ def read_explanation(folder: Path) -> Explanation:
     path = folder / RESULT_FILE
     again = "ask again with realigner explain (its trials are kept)"
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise RealignerError(f"{path}: not JSON ({error}); {again}") from None
-    if not isinstance(found, dict):
-        raise RealignerError(f"{path}: not an explanation; {again}")
+        found = read_object(path)
+    except RealignerError as error:
+        raise RealignerError(f"{error}; {again}") from None
     try:
         return Explanation.model_validate({**found, "folder": folder})
     except ValidationError as error:

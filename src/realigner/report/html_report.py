@@ -12,6 +12,7 @@ from realigner.files import refuse_existing, write_text
 from realigner.report.context import BUDGET, page_context
 from realigner.report.page import is_signed, render_page
 from realigner.report.report_input import ReportInput, read_inputs, untraced
+from realigner.traces.store import damage_named, is_trace
 
 _SIGNATURE = '<meta name="generator" content="realigner">'
 
@@ -42,8 +43,10 @@ def build_report(sources: Sequence[str | Path], out: str | Path, force: bool = F
             f"report: {runs[0]} is not a trace; record one first with realigner.traces.collect.trace_for_report(...) or "
             "`realigner trace --keep raw`, and add it to the sources"
         )
-    inputs = [replace(item, analysis=analyze(item.trace)) for item in read_inputs(places)]
-    write_text(out, render(inputs))
+    with damage_named(*filter(is_trace, places)):
+        inputs = [replace(item, analysis=analyze(item.trace)) for item in read_inputs(places)]
+        page = render(inputs)
+    write_text(out, page)
     return out, inputs
 
 

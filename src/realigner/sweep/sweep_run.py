@@ -16,7 +16,7 @@ from typing import Any
 import realigner.training.run_dir as run_dir
 from realigner.console import signals_to
 from realigner.errors import RealignerError, UsageError
-from realigner.files import locked_file, made_folder, write_text
+from realigner.files import locked_file, made_folder, read_object, write_text
 from realigner.sweep.grid import RunSpec
 from realigner.sweep.sweep_table import StateTable
 from realigner.sweep.worker import Job
@@ -126,12 +126,9 @@ def _settled(out: Path, runs: Sequence[RunSpec]) -> Iterator[None]:
         raise RealignerError(f"{out}: is not a sweep's folder; choose another out")
     made_folder(out)
     with locked_file(out / _LOCK, f"{out}: another process is running this sweep; wait for it, or stop it first"):
-        try:
-            before = dict(json.loads((out / SWEEP_FILE).read_text(encoding="utf-8"))["runs"])
-        except FileNotFoundError:
-            before = {}
-        except (OSError, ValueError, KeyError, TypeError):
-            raise RealignerError(f"{out / SWEEP_FILE}: not a sweep's; choose another out") from None
+        before = read_object(out / SWEEP_FILE).get("runs") if (out / SWEEP_FILE).exists() else {}
+        if not isinstance(before, dict):
+            raise RealignerError(f"{out / SWEEP_FILE}: key 'runs' is not a table; not a sweep's, choose another out")
         if before and not before.keys() & {run.name for run in runs}:
             raise RealignerError(
                 f"{out}: holds another sweep, none of whose {len(before)} runs is in this one; choose another out"

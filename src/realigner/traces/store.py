@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -256,6 +256,19 @@ def load_trace(path: str | Path) -> xr.Dataset:
         raise RealignerError(f"{path}: damaged: {trace.sizes['token']} tokens are there where its texts have {tokens}")
     whole: xr.Dataset = trace.isel(token=slice(0, tokens))  # a text that was being written has tokens but is not a text yet
     return whole
+
+
+@contextmanager
+def damage_named(*paths: str | Path) -> Iterator[None]:
+    """Where the block, which reads traces, fails with a library's own error, have the chunk named that cannot be read."""
+    try:
+        yield
+    except RealignerError:
+        raise
+    except Exception:  # codecs raise many kinds
+        for path in paths:
+            verify_trace(path)
+        raise
 
 
 def verify_trace(path: str | Path) -> int:

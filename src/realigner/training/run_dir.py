@@ -17,7 +17,6 @@ A run that is not finished lives in ``OUT.unfinished``, and ``OUT`` exists only 
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 from contextlib import AbstractContextManager, suppress
@@ -26,7 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from realigner.errors import RealignerError
-from realigner.files import locked_file, parsed, read_bytes, refuse_existing, replace_folder, write_text
+from realigner.files import (
+    decoded,
+    locked_file,
+    object_of,
+    read_bytes,
+    read_object,
+    refuse_existing,
+    replace_folder,
+    write_text,
+)
+from realigner.training.run_record import CheckpointRecord, FinishedRecord, MetricsEntry, RunRecord, checked
 
 RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.yaml"
@@ -85,7 +94,7 @@ def checkpoint_folder(work: Path, step: int) -> Path:
 
 def checkpoint_state(path: Path) -> dict[str, Any]:
     """Trainer's own account of a checkpoint."""
-    return _object(read_bytes(path / STATE_FILE), path / STATE_FILE)
+    return checked(read_object(path / STATE_FILE), CheckpointRecord, path / STATE_FILE, "a checkpoint's state")
 
 
 def locked(work: Path) -> AbstractContextManager[None]:
@@ -104,16 +113,28 @@ def finish(work: Path, out: Path) -> None:
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """run.json of a run's folder; empty for an adapter that was not made by `train`."""
+    """run.json of a run's folder, finished or not; empty for an adapter that was not made by `train`.
+
+    Raises:
+        RealignerError: when it cannot be read or is no run's, naming the line or the key.
+    """
     path = Path(folder) / RUN_FILE
-    return _object(read_bytes(path), path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    model = RunRecord if path.parent.name.endswith(".unfinished") else FinishedRecord
+    return checked(read_object(path), model, path, "the record of a run")
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The numbers by step of a run's folder (``loss`` or ``validation_loss``, in nats per token); empty when it has none."""
+    """The numbers by step of a run's folder (``loss`` or ``validation_loss``, in nats per token); empty when it has none.
+
+    Raises:
+        RealignerError: when they cannot be read, naming the line and the key.
+    """
     path = Path(folder) / METRICS_FILE
     lines = read_bytes(path).splitlines() if path.is_file() else []
-    return [_object(line, path, number) for number, line in enumerate(lines, start=1)]
+    numbered = enumerate(lines, start=1)
+    return [checked(object_of(line, path, n), MetricsEntry, f"{path}:{n}", "a line of a run's metrics") for n, line in numbered]
 
 
 def cut_back(work: Path, last_step: int) -> None:
@@ -122,10 +143,10 @@ def cut_back(work: Path, last_step: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in (path for name in (METRICS_FILE, SAMPLES_FILE) if (path := work / name).is_file()):
         whole = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, KeyError, TypeError):  # of a line that was being written when the process died
-                if json.loads(line)["step"] <= last_step:
-                    whole.append(f"{line}\n")
+        for line in read_bytes(path).splitlines():
+            with suppress(RealignerError, KeyError, TypeError):  # of a line that was being written when the process died
+                if object_of(line, path)["step"] <= last_step:
+                    whole.append(f"{decoded(line, path)}\n")
         write_text(path, "".join(whole))
 
 
@@ -133,10 +154,3 @@ def versions() -> dict[str, str]:
     """The versions that decide a result."""
     names = ("realigner", "torch", "transformers", "peft", "accelerate")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _object(data: bytes, path: Path, line: int = 1) -> dict[str, Any]:
-    record = parsed(data, path, line)
-    if not isinstance(record, dict):
-        raise RealignerError(f"{path}:{line}: not a JSON object")
-    return record
