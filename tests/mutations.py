@@ -46,14 +46,14 @@ _INSERTED = (
     b"\0", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\x1b[31m", b"\n", b"\r", b'"', b"{", b"}", b"[", b",", b"\\", b"\xef\xbb\xbf",
     b"\x85", b"\xe2\x80\xa8", b"\t", b"'", b"#", b"\x1a", b"9" * 5000, b"[" * _DEEP, b"x" * 200_000,
 )  # fmt: skip
-_TEXT = (".json", ".jsonl", ".yaml", ".toml", ".csv", ".jinja", ".txt")
+_TEXT = (".json", ".jsonl", ".journal", ".yaml", ".toml", ".csv", ".jinja", ".txt")
 BIG = 3 << 30  # bytes of a sparse file
 
 
 def mutate(draw: Any, path: Path, structured: bool = True) -> str:
     """Change one file; returns what was done, in words."""
     ways = ["bytes", "file", "encoding"] if path.suffix in _TEXT else ["bytes", "bytes", "file"]
-    if structured and path.suffix in (".json", ".jsonl", ".yaml", ".toml", ".safetensors", ".skops"):
+    if structured and path.suffix in (".json", ".jsonl", ".journal", ".yaml", ".toml", ".safetensors", ".skops"):
         ways = ["structure"] * (2 * len(ways)) + ways
     way: str = draw(st.sampled_from(ways))
     if way == "file":
@@ -65,7 +65,8 @@ def mutate(draw: Any, path: Path, structured: bool = True) -> str:
         what, data = _bytes(draw, data)
     else:
         what, data = {
-            ".jsonl": _lines, ".safetensors": _safetensors, ".skops": _zip, ".toml": _toml, ".yaml": _yaml
+            ".jsonl": _lines,
+            ".journal": _lines, ".safetensors": _safetensors, ".skops": _zip, ".toml": _toml, ".yaml": _yaml
         }.get(path.suffix, _json)(draw, data)  # fmt: skip
     path.write_bytes(data)
     return f"{path}: {what}"
