@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
+_NAMED_BY_OTHERS = ("run", "rows.jsonl", "recipe.yaml")
 _HERE = "@@here@@"
 _DEEP = 20_000
 _DIGITS = "9" * 5000
@@ -262,11 +263,14 @@ def _json_text(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
-def fresh(valid: Path, case: Path) -> None:
-    """A copy of a valid artefact in place of the last one."""
+def fresh(valid: Path, case: Path, wanted: str) -> None:
+    """Copies of valid artefacts in place of the last ones: those that a command names, and the small ones that others name."""
     if case.exists():
         for path in (case, *case.rglob("*")):
             if not path.is_symlink():
                 path.chmod(0o777 if path.is_dir() else 0o666)
         shutil.rmtree(case)
-    shutil.copytree(valid, case, symlinks=True)
+    case.mkdir()
+    for path in valid.iterdir():
+        if path.name in wanted or path.name in _NAMED_BY_OTHERS:
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, case / path.name)

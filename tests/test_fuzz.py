@@ -256,9 +256,8 @@ def fuzz(kind: str, valid: str, cases: int) -> dict[str, Any]:
     """Try so many cases of a kind; what was found, as plain values."""
     found, chosen = Found(kind), KINDS[kind]
     aside = Path(tempfile.mkdtemp(prefix="fuzz-", dir=Path(valid).parent))
-    (case := aside / "case").mkdir()
-    for folder in (aside, Path(valid).parent):
-        folder.chmod(0o755)
+    case = aside / "case"
+    aside.chmod(0o755)
     last = Path(valid).parent / f"last-{kind}.txt"
 
     @given(st.data())
@@ -267,8 +266,9 @@ def fuzz(kind: str, valid: str, cases: int) -> dict[str, Any]:
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     def each(data: st.DataObject) -> None:
-        fresh(Path(valid), case)
-        command, _, named = data.draw(st.sampled_from(chosen.commands)).partition(" | ")
+        line = data.draw(st.sampled_from(chosen.commands))
+        fresh(Path(valid), case, f"{line} {chosen.files}")
+        command, _, named = line.partition(" | ")
         with _inside(case):
             files = _files(named.split() or chosen.files)
             read_only = chosen.read_only and data.draw(st.integers(0, 19)) == 0
@@ -286,7 +286,7 @@ def fuzz(kind: str, valid: str, cases: int) -> dict[str, Any]:
             _try(found, command, what, as_nobody=read_only or "unreadable" in what)
 
     for command in chosen.commands:  # each succeeds where nothing is wrong, and what it imports is there
-        fresh(Path(valid), case)
+        fresh(Path(valid), case, f"{command} {chosen.files}")
         with _inside(case):
             _ran(*command.partition(" | ")[0].split())
     started = time.monotonic()
@@ -376,13 +376,14 @@ def _limited(seconds: float) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, ring)
     if seconds:
         faulthandler.dump_traceback_later(_EXIT, exit=True)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    others = signal.setitimer(signal.ITIMER_REAL, seconds)  # pytest-timeout's, where pytest calls
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *others)
 
 
 @contextmanager
@@ -425,8 +426,11 @@ def _memory(reset: bool = False) -> int:
 
 
 @pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return artefacts(tmp_path_factory.mktemp("fuzz") / "valid")
+def valid() -> Iterator[Path]:
+    place = Path(tempfile.mkdtemp(prefix="fuzz-"))  # pytest's own folders are closed to `nobody`
+    place.chmod(0o755)
+    yield artefacts(place / "valid")
+    shutil.rmtree(place)
 
 
 def tried(kind: str, valid: Path, cases: int) -> Found:
@@ -442,6 +446,119 @@ def tried(kind: str, valid: Path, cases: int) -> Found:
     return found
 
 
+DEEP, DIGITS = "[" * 100_000, '{"seed": ' + "9" * 5000 + "}"
+_REPORT = "report trace.zarr --out page.html"
+_ASK = f"generate --irm run {_TINY}"
+FOUND = [  # what it found, or was found by hand: the command, the file, what is in it (of JSON: key -> value), what is said
+    ("train --out run --resume", "run/run.json", DEEP, r"run/run\.json:1: JSON nested too deeply"),
+    ("train --out run --resume", "run/run.json", DIGITS, r"run/run\.json:1: .*a number has thousands of digits"),
+    ("train --out run --resume", "run/run.json", {"validation_loss": 5}, r"run\.json: key 'validation_loss' .* valid list"),
+    ("train --out run --resume", "run/run.json", "{}", r"run\.json: key 'tone' is missing; it is not the record of a run"),
+    (_REPORT, "run/run.json", {"host": 5}, r"run/run\.json: key 'host'"),
+    (_REPORT, "run/run.json", {"irm": {"parameters": "many"}}, r"run/run\.json: key 'irm\.preset' is missing"),
+    (_REPORT, "run/metrics.jsonl", b'{"step": 0, "seconds": 1}\n\xff\n', r"run/metrics\.jsonl:2: not UTF-8"),
+    (_REPORT, "run/metrics.jsonl", '{"step": [], "seconds": 1}', r"run/metrics\.jsonl:1: key 'step'"),
+    (_REPORT, "trace.zarr/sum_abs/c/0/0/0/0", b"\0" * 40, r"trace\.zarr: damaged: the chunk sum_abs/c/0/0/0/0 cannot be read"),
+    (f"trace --irm run --out new.zarr {_TINY}", "run/run.json", {"seed": [1]}, r"run/run\.json: key 'seed'"),
+    ("sweep sweep.yaml --out swept --on here", "swept/sweep.json", DEEP, r"swept/sweep\.json:1: JSON nested too deeply"),
+    ("sweep sweep.yaml --out swept --on here", "swept/sweep.json", {"runs": [1]}, r"sweep\.json: key 'runs' is not a table"),
+    (f"{_REPORT} explained", "explained/explain.json", DIGITS, r"explain\.json:1: .*thousands of digits\); ask again"),
+    (
+        "train --out work --resume",
+        "work.unfinished/checkpoint-1/trainer_state.json",
+        "[1]",
+        r"trainer_state\.json:1: not a JSON",
+    ),
+    ("train --out work --resume", "work.unfinished/run.json", {"data": []}, r"work\.unfinished/run\.json: key 'data'"),
+    (_ASK, "host/config.json", DEEP, r"host .*/config\.json:1: JSON nested too deeply"),
+    (_ASK, "host/config.json", {"num_hidden_layers": 10**12}, r"num_hidden_layers 1000000000000; from 1 to 10000 are loaded"),
+    (_ASK, "host/config.json", {"rms_norm_eps": "x"}, r"host .*rms_norm_eps|LlamaForCausalLM: it cannot run"),
+    (_ASK, "host/tokenizer.json", b"\xff", r"tokenizer\.json:1: not UTF-8"),
+    (_ASK, "host/generation_config.json", {"bos_token_id": "x"}, r"bos_token_id 'x', which is no token"),
+    (_ASK, "host/generation_config.json", {"eos_token_id": [None]}, r"eos_token_id \[None\], which is no token"),
+    (
+        _ASK,
+        "host/chat_template.jinja",
+        "{% for m in messages %}",
+        r"the host's chat template, line 1: Unexpected end of template",
+    ),
+    (
+        _ASK,
+        "host/chat_template.jinja",
+        "{{ raise_exception('No!') }}",
+        r"host's chat template refuses the conversation: No!",
+    ),
+    (_ASK, "host/chat_template.jinja", "{{ 1 / 0 }}", r"host's chat template refuses the conversation: division by zero"),
+    (
+        f"train {_TRAIN}",
+        "host/chat_template.jinja",
+        "{{ messages[1].x.y }}",
+        r"host's chat template refuses the conversation",
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "file", "content", "said"), FOUND, ids=[f"{n}-{case[1]}" for n, case in enumerate(FOUND)])
+def test_what_was_found(
+    valid: Path, tmp_path: Path, command: str, file: str, content: str | bytes | dict[str, Any], said: str
+) -> None:
+    fresh(valid, tmp_path / "case", f"{command} {file}")
+    with _inside(tmp_path / "case"):
+        path = Path(file)
+        if isinstance(content, dict):
+            content = json.dumps(json.loads(path.read_text()) | content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        code, line = called(command.split())
+    assert code in (1, 2)
+    assert not fault_of(code, line), line
+    assert re.search(said, line), line
+
+
+@pytest.mark.parametrize("folder", [".", "work.unfinished", "work.unfinished/checkpoint-1"])
+def test_resuming_where_nothing_can_be_written(valid: Path, folder: str) -> None:
+    case = valid.parent / "read-only"
+    fresh(valid, case, "work.unfinished")
+    with _inside(case):
+        _make_read_only(folder)
+        code, line = called(["train", "--out", "work", "--resume"], as_nobody=True)
+    assert not fault_of(code, line), line
+    assert (code == 1) == (folder != "work.unfinished/checkpoint-1")
+    assert not code or re.search(r"work(\.unfinished\S*)?: cannot be (read or )?written \(Permission denied\)", line), line
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory; give it less at a time"),
+        (
+            RuntimeError("[enforce fail] CPUAllocator: can't allocate memory: you tried to allocate 9"),
+            "out of memory",
+        ),
+        (RecursionError("maximum recursion depth exceeded"), "something that was given is nested too deeply"),
+        (OSError(30, "Read-only file system", "/a/b"), r"/a/b: cannot be read or written \(Read-only file system\)"),
+        (ValueError(), r"unexpected ValueError; run again with --debug"),
+        (ValueError("x" * 5000), r"unexpected ValueError: x{700,} \.\.\. x+; run again with --debug"),
+    ],
+)
+def test_the_last_resort(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("realigner.training.recipe.recipe_text", fail)
+    code, line = called(["recipes", "default"])
+    assert code == 1
+    assert re.match(rf"realigner: {said}", line), line
+    assert line.count("\n") == 1
+    assert len(line) < LETTERS
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_some_damaged_files(kind: str, valid: Path) -> None:
+    found = Found(**fuzz(kind, str(valid), QUICK[kind]))
+    assert found.tried >= QUICK[kind] // 2
+    assert not found.faults, "\n   ".join(["", *found.faults])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", KINDS)
@@ -453,7 +570,8 @@ def test_damaged_files_are_refused_in_one_line(kind: str, valid: Path) -> None:
 
 
 if __name__ == "__main__":  # python -m tests.test_fuzz KIND [CASES]: what a kind's cases come to, in full
-    place = Path(tempfile.mkdtemp())
+    place = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    place.chmod(0o755)
     made = artefacts(place / "valid")
     for name in sys.argv[1].split(","):
         outcome = tried(name, made, int(sys.argv[2]) if len(sys.argv) > 2 else CASES)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,6 +32,7 @@ from realigner.gguf_cache import (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEEPEST = 10_000  # layers
+_LARGEST = 256 << 20  # bytes of a config, a tokenizer, a chat template
 _MOVED = "if it was moved, pass host=... (any folder, file or hub id with the same weights; it is checked)"
 
 
@@ -146,6 +148,9 @@ def _source(name: str, trust_remote_code: bool, revision: str | None) -> tuple[s
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise RealignerError(f"host {name}: the folder has no config.json; give a folder save_pretrained wrote")
+        for file in path.iterdir():  # what transformers reads whole
+            if file.suffix in (".json", ".jinja", ".txt") and file.is_file() and file.stat().st_size > _LARGEST:
+                raise RealignerError(f"host {name}: {file.name} is larger than {_LARGEST >> 20} MiB; get it again")
         return _own_name(str(path)), str(path), options
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise RealignerError(f"host {name}: there is no such folder; {_MOVED}")
@@ -237,18 +242,30 @@ def _check_loaded(name: str, host: PreTrainedModel, found: dict[str, Any]) -> No
         raise RealignerError(f"host {name}: its weights lack {missing[0]}{more}; get it again")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(host.generation_config, key, None)
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and (type(number) is not int or not -1 <= number < 2**31):
+        for number in value if isinstance(value, list) else () if value is None else (value,):
+            if type(number) is not int or not -1 <= number < 2**31:
                 raise RealignerError(f"host {name}: its generation_config.json says {key} {value!r}, which is no token")
 
 
-def _why_not(name: str, error: BaseException) -> str:
-    if Path(name).is_dir():
-        for path in sorted(Path(name).glob("*.json")):
-            try:
+def _damage(folder: Path) -> str:
+    """The first file of a host that is damaged in itself, and how; empty when each is well-formed."""
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        try:
+            if path.suffix == ".json":
                 read_object(path)
-            except RealignerError as damage:
-                return f"host {name}: cannot be loaded: {damage}; get that file again"
+            else:
+                with safe_open(path, framework="pt"):
+                    pass
+        except RealignerError as error:
+            return str(error)
+        except (SafetensorError, OSError) as error:
+            return f"{path}: truncated or damaged ({error})"
+    return ""
+
+
+def _why_not(name: str, error: BaseException) -> str:
+    if Path(name).is_dir() and (damage := _damage(Path(name))):
+        return f"host {name}: cannot be loaded: {damage}; get that file again"
     first = " ".join(str(error).split())[:300]
     if not first or isinstance(error, (AttributeError, KeyError, IndexError, TypeError, RecursionError)):
         first = f"{type(error).__name__} {first}".strip() + "; are its JSON files as they were made?"
