@@ -69,7 +69,6 @@ KINDS = {
         (
             "train --out run --resume | run/run.json",
             "report trace.zarr --out page.html | run/run.json run/metrics.jsonl",
-            "figures trace.zarr --out drawn | run/run.json",
             f"train --recipe run {_TRAIN} | run/recipe.yaml run/run.json",
             f"trace --irm run --out new.zarr {_TINY} | run/run.json",
         ),
