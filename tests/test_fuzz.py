@@ -32,7 +32,7 @@ from tests.mutations import fresh, mutate
 from tests.planted import planted_explanation, planted_trace, written_explanation
 from tests.tiny import some_rows, tiny_folder
 
-SECONDS, BYTES, LETTERS = 10.0, 1 << 30, 2000  # what a case may take at most; the letters of its line
+SECONDS, BYTES, LETTERS = 10.0, 1 << 30, 2100  # what a case may take at most; the letters of its line
 CASES = 300
 QUICK = {"recipe": 15, "sweep": 15, "tone": 15, "rows": 15}
 NOBODY = 65534
@@ -67,7 +67,7 @@ KINDS = {
     "run": Kind(
         (),
         (
-            "train --out run --resume | run/run.json",
+            *["train --out run --resume | run/run.json"] * 3,
             "report trace.zarr --out page.html | run/run.json run/metrics.jsonl",
             f"train --recipe run {_TRAIN} | run/recipe.yaml run/run.json",
             f"trace --irm run --out new.zarr {_TINY} | run/run.json",
@@ -453,6 +453,7 @@ FOUND = [  # what it found, or was found by hand: the command, the file, what is
     ("train --out run --resume", "run/run.json", DIGITS, r"run/run\.json:1: .*a number has thousands of digits"),
     ("train --out run --resume", "run/run.json", {"validation_loss": 5}, r"run\.json: key 'validation_loss' .* valid list"),
     ("train --out run --resume", "run/run.json", "{}", r"run\.json: key 'tone' is missing; it is not the record of a run"),
+    ("recipes recipe.yaml", "recipe.yaml", "seed: !!timestamp x", r"recipe\.yaml: not YAML that can be read"),
     (_REPORT, "run/run.json", {"host": 5}, r"run/run\.json: key 'host'"),
     (_REPORT, "run/run.json", {"irm": {"parameters": "many"}}, r"run/run\.json: key 'irm\.preset' is missing"),
     (_REPORT, "run/metrics.jsonl", b'{"step": 0, "seconds": 1}\n\xff\n', r"run/metrics\.jsonl:2: not UTF-8"),

@@ -20,7 +20,7 @@ import realigner
 from realigner.cli import data_commands, host_commands, irm_commands, study_commands, sweep_commands
 from realigner.errors import RealignerError, UsageError
 
-_LONGEST = 1200  # letters of an error's line; of a longer one the middle is left out
+_LONGEST = 2000  # characters of an error's line; of a longer one the middle is left out
 _NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory")  # how torch says it, of CPUs and GPUs
 
 app = typer.Typer(

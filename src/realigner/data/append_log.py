@@ -85,7 +85,7 @@ class AppendLog:
         if whole or not start.startswith(line[: len(start)]):  # else it was killed before it could say which job it is of
             try:
                 first = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 first = None
             if not isinstance(first, dict) or _KIND not in first:
                 raise RealignerError(f"{self.path}: exists but is not a realigner journal; move it or choose another out")
@@ -101,7 +101,7 @@ class AppendLog:
         for number, line in enumerate(content[:whole].splitlines()[1:], start=2):
             try:
                 self.entries.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 if not self.restart:
                     raise RealignerError(f"{self.path}:{number}: is damaged; start anew (force)") from None
                 self.entries, whole = [], 0

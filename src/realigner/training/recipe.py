@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = ("default", "paper")
 _FOLDER = Path(__file__).parent / "recipes"
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of PyYAML, for tags that do not fit
 RUNTIME_ONLY_KEYS = frozenset({"device", "threads", "report_to"})  # where and how fast a run goes, not what it is
 
 
@@ -254,8 +255,8 @@ def read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f":{mark.line + 1}"
         raise RealignerError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or 'unreadable'})") from None
-    except (ValueError, RecursionError) as error:
-        raise RealignerError(f"{where}: not YAML that can be read ({error})") from None
+    except _UNREADABLE as error:
+        raise RealignerError(f"{where}: not YAML that can be read ({' '.join(str(error).split())})") from None
     if node is None:
         return {}, {}
     if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
