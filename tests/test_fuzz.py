@@ -454,6 +454,8 @@ FOUND = [  # what it found, or was found by hand: the command, the file, what is
     ("train --out run --resume", "run/run.json", {"validation_loss": 5}, r"run\.json: key 'validation_loss' .* valid list"),
     ("train --out run --resume", "run/run.json", "{}", r"run\.json: key 'tone' is missing; it is not the record of a run"),
     ("recipes recipe.yaml", "recipe.yaml", "seed: !!timestamp x", r"recipe\.yaml: not YAML that can be read"),
+    ("recipes recipe.yaml", "recipe.yaml", 'data: "\\0"', r"recipe\.yaml:1: data: .*holds a NUL"),
+    ("sweep sweep.yaml --out swept --dry-run", "sweep.yaml", 'data: {anger: "\\0"}', r"sweep\.yaml:1: .*holds a NUL"),
     (_REPORT, "run/run.json", {"host": 5}, r"run/run\.json: key 'host'"),
     (_REPORT, "run/run.json", {"irm": {"parameters": "many"}}, r"run/run\.json: key 'irm\.preset' is missing"),
     (_REPORT, "run/metrics.jsonl", b'{"step": 0, "seconds": 1}\n\xff\n', r"run/metrics\.jsonl:2: not UTF-8"),

@@ -139,8 +139,8 @@ def read_bytes(path: str | Path, most: int = 1 << 30) -> bytes:
         with Path(path).open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             data = stream.read(most + 1) if size <= most else b""  # a device has no size
-    except OSError as error:
-        raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        raise RealignerError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if max(size, len(data)) > most:
         raise RealignerError(f"{path}: larger than the {most >> 10:,} KiB that are read of such a file")
     return data.removeprefix(codecs.BOM_UTF8)
