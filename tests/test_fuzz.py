@@ -497,6 +497,7 @@ FOUND = [  # what it found, or was found by hand: the command, the file, what is
         "{{ messages[1].x.y }}",
         r"host's chat template refuses the conversation",
     ),
+    (f"{_ASK} --prompts questions.txt", "questions.txt", "x" * 200_000, r"prompt 2: it has 200,0\d\d tokens, and the host 512"),
 ]
 
 
