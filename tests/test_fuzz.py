@@ -471,6 +471,7 @@ FOUND = [  # what it found, or was found by hand: the command, the file, what is
         "[1]",
         r"trainer_state\.json:1: not a JSON",
     ),
+    (f"{_REPORT} explained", "explained/explain.json", {"irms": {"x": "\ud800"}}, r"explain\.json:1: holds half a character"),
     ("train --out work --resume", "work.unfinished/run.json", {"data": []}, r"work\.unfinished/run\.json: key 'data'"),
     (_ASK, "host/config.json", DEEP, r"host .*/config\.json:1: JSON nested too deeply"),
     (_ASK, "host/config.json", {"num_hidden_layers": 10**12}, r"num_hidden_layers 1000000000000; from 1 to 10000 are loaded"),

@@ -6,6 +6,7 @@ import codecs
 import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 from realigner.errors import RealignerError
 
 _ASIDE = ".aside"  # the end of a file's name while it is being written
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # JSON's escape of half a character
 DOCUMENT = 64 << 20  # bytes of a file that is one document (a config, a recipe, a record) at most
 
 
@@ -164,6 +166,11 @@ def object_of(data: bytes, path: str | Path, line: int = 1) -> dict[str, Any]:
     value = parsed(data, path, line)
     if not isinstance(value, dict):
         raise RealignerError(f"{path}:{line}: not a JSON object")
+    if _HALF.search(data):  # half a pair, perhaps: what could never be written again
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise RealignerError(f"{path}:{line}: holds half a character (a \\u escape of two without the other)") from None
     return value
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from realigner.errors import RealignerError
-from realigner.files import locked_file, made_folder
+from realigner.files import locked_file, made_folder, object_of
 
 _KIND = "journal"  # the key by which the first line of a journal is recognised
 
@@ -100,8 +100,8 @@ class AppendLog:
         self.entries = []
         for number, line in enumerate(content[:whole].splitlines()[1:], start=2):
             try:
-                self.entries.append(json.loads(line))
-            except (ValueError, RecursionError):
+                self.entries.append(object_of(line, self.path, number))
+            except RealignerError:
                 if not self.restart:
                     raise RealignerError(f"{self.path}:{number}: is damaged; start anew (force)") from None
                 self.entries, whole = [], 0
