@@ -73,7 +73,11 @@ KINDS = {
             f"trace --irm run --out new.zarr {_TINY} | run/run.json",
         ),
     ),
-    "checkpoint": Kind(("work.unfinished/**/*.*",), ("train --out work --resume",), read_only=True),
+    "checkpoint": Kind(
+        ("work.unfinished/**/*.json*", "work.unfinished/**/*.safetensors", "work.unfinished/recipe.yaml"),
+        ("train --out work --resume",),
+        read_only=True,
+    ),
     "trace": Kind(
         (),
         tuple(
