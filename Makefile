@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow wheel-check check bench validation census canary install help clean
+.PHONY: demo test test-slow fuzz wheel-check check bench validation census canary install help clean
 
 help:
 	@echo "make demo       train an IRM on the embedded host and open on a report: demo/report.html (about 7 minutes of work)"
 	@echo "make test       the tests (under 10 minutes on two cores)"
 	@echo "make test-slow  the longer proofs"
+	@echo "make fuzz       every kind of file that we read, damaged in 300 ways and more (part of test-slow; half an hour)"
 	@echo "make wheel-check the wheel in an environment of its own, everything fetched anew (1.2 GB for a while, a few minutes)"
 	@echo "make check      ruff and mypy --strict"
 	@echo "make census     prove injection on a tiny host of every type in transformers, and write docs/hosts.md"
@@ -46,6 +47,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow
+
+fuzz: $(READY)
+	@$(BIN)/python -m pytest -m slow -s tests/test_fuzz.py
 
 wheel-check: $(READY)
 	@$(BIN)/python -m pytest -m slow tests/test_wheel.py

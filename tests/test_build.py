@@ -235,7 +235,7 @@ def test_refusals(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"SPEC\n\xff\xfe\n", ":2: is damaged"),
-        (b"SPEC\nnull\n", "an entry that is not a reply"),
+        (b"SPEC\nnull\n", ":2: is damaged"),
         (b'SPEC\n{"id": "1"}\n', "an entry that is not a reply"),
         (b'SPEC\n{"id": "1", "attempt": "x", "text": "t", "tokens": [0, 0]}\n', "an entry that is not a reply"),
         (b"SPEC\n{\n", ":2: is damaged"),

@@ -317,3 +317,15 @@ def test_files_that_are_no_scorer(tmp_path: Path) -> None:
         with pytest.raises(RealignerError, match=str(tmp_path / name)) as caught:
             StyleClassifier.load(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+def test_a_scorer_whose_numbers_are_damaged() -> None:
+    scorer = StyleClassifier.fit(authored("anger")[:60] + authored("neutral")[:60])
+    words = scorer.pipeline[0].vocabulary_
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(words, "you", 10**6)
+        with pytest.raises(RealignerError, match=r"scorer: cannot judge a text \(.*\); is it damaged"):
+            scorer.probabilities(["you fool, you"])
+    scorer.pipeline[1].intercept_[:] = np.nan
+    with pytest.raises(RealignerError, match=r"scorer: (gives no probabilities of its 2 tones|cannot judge)"):
+        scorer.probabilities(["you fool, you"])

@@ -26,6 +26,8 @@ _T = TypeVar("_T")
 _ASIDE = ".aside"  # the end of a file's or folder's name while it is being written
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)  # of file systems without hard links
 _RUST = re.compile(r"\(os error (\d+)\)")  # how Rust's libraries (safetensors, tokenizers) end a message about the disk
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # JSON's escape of half a character
+DOCUMENT = 64 << 20  # bytes of a file that is one document (a config, a recipe, a record) at most
 
 
 @dataclass(frozen=True)
@@ -407,16 +409,51 @@ def disk_fault(error: BaseException) -> str | None:
     return os.strerror(int(number[1])) if number else None
 
 
-def read_bytes(path: str | Path) -> bytes:
+def read_bytes(path: str | Path, most: int = 1 << 30) -> bytes:
     """A file's content, without a byte order mark.
 
+    Args:
+        path: the file.
+        most: bytes it may have.
+
     Raises:
-        RealignerError: when it cannot be read.
+        RealignerError: when it cannot be read, or is larger.
     """
     try:
-        return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
+        with Path(path).open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            data = stream.read(most + 1) if size <= most else b""  # a device has no size
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        raise RealignerError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if max(size, len(data)) > most:
+        raise RealignerError(f"{path}: larger than the {most >> 10:,} KiB that are read of such a file")
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object that a file holds: a config, a record.
+
+    Raises:
+        RealignerError: when it cannot be read or is too large, naming the line where it is not JSON.
+    """
+    return object_of(read_bytes(path, DOCUMENT), path)
+
+
+def object_of(data: bytes, path: str | Path, line: int = 1) -> dict[str, Any]:
+    """The JSON object of `data`, which begins at `line` of a file.
+
+    Raises:
+        RealignerError: naming the line, when it is none.
+    """
+    value = parsed(data, path, line)
+    if not isinstance(value, dict):
+        raise RealignerError(f"{path}:{line}: not a JSON object")
+    if _HALF.search(data):  # half a pair, perhaps: what could never be written again
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise RealignerError(f"{path}:{line}: holds half a character (a \\u escape of two without the other)") from None
+    return value
 
 
 def decoded(data: bytes, path: str | Path, line: int = 1) -> str:
@@ -437,9 +474,9 @@ def parsed(data: bytes, path: str | Path, line: int = 1) -> Any:
         where = f"{path}:{line + error.lineno - 1}"
         raise RealignerError(f"{where}: not valid JSON (column {error.colno}: {error.msg})") from None
     except RecursionError:
-        raise RealignerError(f"{path}:{line}: JSON nested too deeply; a row is one flat object") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise RealignerError(f"{path}:{line}: not JSON that can be read ({' '.join(str(error).split())[:160]})") from None
+        raise RealignerError(f"{path}:{line}: JSON nested too deeply to be one of ours") from None
+    except ValueError:
+        raise RealignerError(f"{path}:{line}: not JSON that can be read (a number has thousands of digits)") from None
 
 
 def _open_up(folder: Path) -> None:

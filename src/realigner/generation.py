@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from realigner.errors import UsageError
+from realigner.errors import RealignerError, UsageError
 from realigner.prompts import Prompt, batch_prompt_ids
 from realigner.settings import Strength, Where, part_of
 from realigner.tuner import find_tuner, template_of, tuner_of
@@ -60,6 +60,7 @@ def answer(
 
     Raises:
         UsageError: for an empty prompt, a bad number, or settings of another number than there are prompts.
+        RealignerError: for a prompt of more tokens than the host has positions.
 
     Example:
         >>> answer(host, tokenizer, ["How many legs has a spider?"])  # doctest: +SKIP
@@ -74,6 +75,7 @@ def answer(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         inputs = encode_prompts(tokenizer, prompts[part], _device(model), template_of(model), system)
+        _check_positions(model, inputs, start)
         rows = len(inputs["input_ids"])
         own = {
             "strength": part_of(strength, part, len(prompts), "strength", "prompts"),
@@ -114,6 +116,7 @@ def stream(
         ...     print(piece, end="", flush=True)
     """
     inputs = encode_prompts(tokenizer, [prompt], _device(model), template_of(model), system)
+    _check_positions(model, inputs, 0)
     options = _options(max_new_tokens, temperature, repetition_penalty)
     given = _settings(model, strength=strength, rows=None if irms is None else [irms], where=where)
     sampling = [SeededSampling(temperature, seed, 0)] if temperature > 0 else []
@@ -238,6 +241,17 @@ def encode_prompts(
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def _check_positions(model: nn.Module, inputs: Mapping[str, torch.Tensor], first: int) -> None:
+    """Raise for a prompt that is longer than the host can read; some hosts would fail on it, others take all memory."""
+    config = getattr(model, "config", None)
+    positions = None if config is None else getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:  # some configs give no limit, or -1
+        return
+    for number, tokens in enumerate(inputs["attention_mask"].sum(dim=1).tolist(), start=first + 1):
+        if tokens > positions:
+            raise RealignerError(f"prompt {number}: it has {tokens:,} tokens, and the host {positions:,} positions; shorten it")
 
 
 def _options(max_new_tokens: int, temperature: float, repetition_penalty: float) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from realigner.errors import RealignerError, UsageError
+from realigner.files import read_object
 from realigner.gguf_cache import (
     EMBEDDED as EMBEDDED,
     EMBEDDED_INSTALL as EMBEDDED_INSTALL,
@@ -29,6 +31,8 @@ from realigner.gguf_cache import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEEPEST = 10_000  # layers
+_LARGEST = 256 << 20  # bytes of a config, a tokenizer, a chat template
 _MOVED = "if it was moved, pass host=... (any folder, file or hub id with the same weights; it is checked)"
 
 
@@ -79,12 +83,15 @@ def load_host(
     if spread:
         options["device_map"] = "balanced"
     with _loading(name):
+        config = AutoConfig.from_pretrained(source, **{key: value for key, value in options.items() if key != "device_map"})
+        _check_depth(name, config)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **options)
-        host = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **options)
-    if not spread:
-        host = cast(PreTrainedModel, host.to(torch_device))
-    host.eval().requires_grad_(False)
-    _prepare_tokenizer(tokenizer, host)
+        host, found = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, output_loading_info=True, **options)
+        _check_loaded(name, host, found)
+        if not spread:
+            host = cast(PreTrainedModel, host.to(torch_device))
+        host.eval().requires_grad_(False)
+        _prepare_tokenizer(tokenizer, host)
     host.realigner = HostInfo(name, tokenizer)
     return host, tokenizer
 
@@ -119,9 +126,11 @@ def _loading(name: str) -> Iterator[None]:
     try:
         with quiet_transformers():
             yield
-    except RealignerError:
+    except (RealignerError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # a panic of tokenizers, which is written in Rust, is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise RealignerError(_why_not(name, error)) from error
 
 
@@ -139,6 +148,9 @@ def _source(name: str, trust_remote_code: bool, revision: str | None) -> tuple[s
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise RealignerError(f"host {name}: the folder has no config.json; give a folder save_pretrained wrote")
+        for file in path.iterdir():  # what transformers reads whole
+            if file.suffix in (".json", ".jinja", ".txt") and file.is_file() and file.stat().st_size > _LARGEST:
+                raise RealignerError(f"host {name}: {file.name} is larger than {_LARGEST >> 20} MiB; get it again")
         return _own_name(str(path)), str(path), options
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise RealignerError(f"host {name}: there is no such folder; {_MOVED}")
@@ -216,8 +228,47 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, host: PreTrainedModel
         host.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def _why_not(name: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _check_depth(name: str, config: Any) -> None:
+    """Raise for a number of layers that no host has, before they are made."""
+    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if depth is not None and not 0 < depth <= _DEEPEST:
+        raise RealignerError(f"host {name}: its config.json says num_hidden_layers {depth}; from 1 to {_DEEPEST} are loaded")
+
+
+def _check_loaded(name: str, host: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Raise where transformers made up weights, or would make nothing of the tokens that end a reply."""
+    if (missing := sorted(found["missing_keys"])) and getattr(host, "hf_quantizer", None) is None:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise RealignerError(f"host {name}: its weights lack {missing[0]}{more}; get it again")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(host.generation_config, key, None)
+        for number in value if isinstance(value, list) else () if value is None else (value,):
+            if type(number) is not int or not -1 <= number < 2**31:
+                raise RealignerError(f"host {name}: its generation_config.json says {key} {value!r}, which is no token")
+
+
+def _damage(folder: Path) -> str:
+    """The first file of a host that is damaged in itself, and how; empty when each is well-formed."""
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        try:
+            if path.suffix == ".json":
+                read_object(path)
+            else:
+                with safe_open(path, framework="pt"):
+                    pass
+        except RealignerError as error:
+            return str(error)
+        except (SafetensorError, OSError) as error:
+            return f"{path}: truncated or damaged ({error})"
+    return ""
+
+
+def _why_not(name: str, error: BaseException) -> str:
+    if Path(name).is_dir() and (damage := _damage(Path(name))):
+        return f"host {name}: cannot be loaded: {damage}; get that file again"
+    first = " ".join(str(error).split())[:300]
+    if not first or isinstance(error, (AttributeError, KeyError, IndexError, TypeError, RecursionError)):
+        first = f"{type(error).__name__} {first}".strip() + "; are its JSON files as they were made?"
     if "trust_remote_code" in str(error):
         return f"host {name}: it needs code from its own repository; if you trust it, pass trust_remote_code=True"
     if isinstance(error, OSError) and not Path(name).exists():

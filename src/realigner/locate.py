@@ -93,7 +93,7 @@ def find_sites(host: nn.Module, path: str | None = None) -> HostSites:
         return cast(HostSites, found)
     name = type(host).__name__
     with probe.as_in_evaluation(host), torch.no_grad():
-        clean = probe.run(host, decoder, layers)
+        clean = _first_run(host, decoder, layers)
         for index, record in enumerate(clean):
             _refuse_odd(f"{name}: layer {index}", record)
         scales = probe.config_scales(host)
@@ -115,6 +115,21 @@ def find_sites(host: nn.Module, path: str | None = None) -> HostSites:
     found = HostSites(decoder, layers, path, _width(clean), sites, random)
     vars(host)["irm_sites"] = key, found
     return found
+
+
+def _first_run(host: nn.Module, decoder: nn.Module, layers: nn.ModuleList) -> list[probe.LayerRecord]:
+    """One forward, as the host is; it can fail in any way where a config's values are of odd kinds.
+
+    Raises:
+        RealignerError: when the host cannot run.
+    """
+    try:
+        return probe.run(host, decoder, layers)
+    except (RealignerError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise RealignerError(f"{type(host).__name__}: it cannot run ({why}); is its config its own?") from error
 
 
 def _next(where: str, ways: Iterator[Site], otherwise: str) -> Site:

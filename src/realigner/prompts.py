@@ -46,15 +46,36 @@ def batch_prompt_ids(
     """`prompt_ids` of many prompts in one call of the tokenizer."""
     conversations = [_turns(prompt, system) for prompt in prompts]
     if template == "chat" and getattr(tokenizer, "chat_template", None):
-        try:
-            texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template raises whatever its author chose
-            why = " ".join(str(error).split())
-            raise RealignerError(f"the host's chat template refuses the conversation: {why}") from None
+        texts = [chat_text(tokenizer, turns, add_generation_prompt=True) for turns in conversations]
         return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
     if any(len(turns) > 1 for turns in conversations):
         raise UsageError("prompt: the plain form has no turns and no system prompt; give one question")
     return list(tokenizer([turns[0]["content"] + "   " for turns in conversations])["input_ids"])
+
+
+def chat_text(tokenizer: Any, turns: Sequence[Mapping[str, str]], **options: Any) -> str:
+    """A conversation as the host's chat template writes it.
+
+    Args:
+        tokenizer: the host's.
+        turns: the conversation.
+        options: of ``apply_chat_template``.
+
+    Raises:
+        RealignerError: when the template refuses the conversation, or is itself not in order.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        text = tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, **options)
+    except TemplateSyntaxError as error:
+        raise RealignerError(f"the host's chat template, line {error.lineno}: {' '.join(str(error.message).split())}") from None
+    except Exception as error:  # a template raises whatever its author chose
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise RealignerError(f"the host's chat template refuses the conversation: {why}") from None
+    if not isinstance(text, str):
+        raise RealignerError("the host's chat template writes no text")
+    return text
 
 
 def _turns(prompt: Prompt, system: str | None) -> list[dict[str, str]]:
@@ -78,7 +99,7 @@ def end_ids(tokenizer: Any, template: str = "chat") -> list[int]:
     """The token that ends a reply, in a list: the chat template's end-of-turn token, else the tokenizer's end token, if any."""
     if template == "chat" and getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": _PLACEHOLDER}]
-        before, found, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_PLACEHOLDER)
+        before, found, after = chat_text(tokenizer, turns).rpartition(_PLACEHOLDER)
         if found and before:
             for token in tokenizer(after, add_special_tokens=False)["input_ids"]:
                 if token in tokenizer.all_special_ids:

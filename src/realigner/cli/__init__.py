@@ -21,6 +21,9 @@ from realigner.cli import data_commands, host_commands, irm_commands, study_comm
 from realigner.console import sigterm_interrupts
 from realigner.errors import RealignerError, UsageError
 
+_LONGEST = 2000  # characters of an error's line; of a longer one the middle is left out
+_NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory")  # how torch says it, of CPUs and GPUs
+
 app = typer.Typer(
     name="realigner",
     help="Injectable realignment models: make a frozen language model answer in another tone, and read how.",
@@ -70,7 +73,20 @@ def _message(error: Exception) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(str(text).split())
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST * 2 // 3]} ... {line[-_LONGEST // 3 :]}"
+
+
+def _last_resort(error: Exception) -> str:
+    """A line for what nobody caught where it was raised, so without the place that a reader would have named."""
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        return "out of memory; give it less at a time (fewer prompts or rows, a smaller batch_size or host), or more memory"
+    if isinstance(error, RecursionError):
+        return "something that was given is nested too deeply; run again with --debug to see which file was being read"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror or type(error).__name__})"
+    what = f"{type(error).__name__}: {error}".rstrip(": ")
+    return f"unexpected {what}; run again with --debug for the traceback"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,8 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        what = _one_line(f"{type(error).__name__}: {error}")
-        print(f"realigner: unexpected {what}; run again with --debug for the traceback", file=sys.stderr)
+        print(f"realigner: {_one_line(_last_resort(error))}", file=sys.stderr)
         return 1
 
 

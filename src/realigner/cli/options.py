@@ -48,12 +48,9 @@ def prompts_from(questions: Sequence[str] | None, source: str | None) -> list[st
 
         asked += PAPER_PROMPTS
     elif source is not None:
-        try:
-            lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RealignerError(
-                f"{source}: prompts cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
-            ) from None
+        from realigner.files import DOCUMENT, decoded, read_bytes
+
+        lines = decoded(read_bytes(source, DOCUMENT), source).splitlines()
         asked += [line.strip() for line in lines if line.strip()]
     if not asked:
         raise UsageError("no prompt given; write one, or use --prompts paper")

@@ -72,17 +72,14 @@ def analyze(
     as_json: opt.Json = False,
 ) -> None:
     """Striation, consensus, timing and sparsity of traces, each with its null, interval and n, and verdicts in words."""
-    from realigner.traces import join_traces, load_trace, verify_trace
+    from realigner.traces import join_traces, load_trace
+    from realigner.traces.store import damage_named
 
     opened = [load_trace(path) for path in traces]
     from realigner.analysis import analyze as ask
 
-    try:
+    with damage_named(*traces):
         found = ask(join_traces(opened) if len(opened) > 1 else opened[0], seed, permutations, resamples)
-    except ValueError:  # zarr's word for a damaged chunk; look which one
-        for path in traces:
-            verify_trace(path)
-        raise
     if as_json:
         opt.print_json({"traces": [str(path) for path in traces], **found.to_dict()})
         return
@@ -229,9 +226,11 @@ def figures(
     from realigner.analysis import analyze as ask
     from realigner.report import gather
     from realigner.traces import load_trace
+    from realigner.traces.store import damage_named
 
-    found = gather(trace.name, load_trace(trace))
-    written = save_figures(found.trace, ask(found.trace), out, found.records, force=force)
+    with damage_named(trace):
+        found = gather(trace.name, load_trace(trace))
+        written = save_figures(found.trace, ask(found.trace), out, found.records, force=force)
     if as_json:
         opt.print_json({"figures": [str(path) for path in written]})
     else:

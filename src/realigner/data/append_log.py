@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from realigner.errors import RealignerError
-from realigner.files import locked
+from realigner.files import locked, object_of
 
 _KIND = "journal"  # the key by which the first line of a journal is recognised
 
@@ -84,7 +84,7 @@ class AppendLog:
         if whole or not start.startswith(line[: len(start)]):  # else it was killed before it could say which job it is of
             try:
                 first = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 first = None
             if not isinstance(first, dict) or _KIND not in first:
                 raise RealignerError(f"{self.path}: exists but is not a realigner journal; move it or choose another out")
@@ -99,8 +99,8 @@ class AppendLog:
         self.entries = []
         for number, line in enumerate(content[:whole].splitlines()[1:], start=2):
             try:
-                self.entries.append(json.loads(line))
-            except ValueError:
+                self.entries.append(object_of(line, self.path, number))
+            except RealignerError:
                 if not self.restart:
                     raise RealignerError(f"{self.path}:{number}: is damaged; start anew (force)") from None
                 self.entries, whole = [], 0

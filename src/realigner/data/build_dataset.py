@@ -330,7 +330,7 @@ def _reply(entry: dict[str, Any], path: Path) -> Reply:
         read, written = entry["tokens"]
         error = str(entry.get("error", ""))
         return Reply(str(entry["id"]), int(entry["attempt"]), str(entry["text"]), int(read), int(written), error, bool(error))
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise RealignerError(f"{path}: holds an entry that is not a reply; remove the file to start anew") from None
 
 

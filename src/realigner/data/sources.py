@@ -14,7 +14,7 @@ from typing import Any
 
 from realigner.data.reference_csv import is_reference, question_and_reply, reference_records
 from realigner.errors import RealignerError, UsageError
-from realigner.files import decoded, parsed, read_bytes
+from realigner.files import decoded, parsed, read_bytes, read_object
 
 BATCH = 1000  # rows in memory at a time, of formats that are not read whole
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -176,6 +176,8 @@ def _parquet(path: Path, _: bool) -> Table:
 def _saved(folder: Path, split: str | None) -> Table:
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         raise RealignerError(f"{folder}: is a folder, but not one that `datasets` saved (save_to_disk); give a file in it")
+    for path in folder.rglob("*.json"):  # which `datasets` reads whole
+        read_object(path)
     with _one_line(lambda: f"{folder}: is not a readable saved dataset"), quiet_datasets():
         from datasets import load_from_disk
 

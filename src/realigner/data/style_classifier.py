@@ -28,6 +28,7 @@ from realigner.files import Artifact, read_bytes, taken
 
 _ZIP_END = b"PK\5\6"  # how the last 22 bytes of a zip file begin, which has no comment
 _TEMPLATE_REPLIES = 300  # of each tone, beside the authored set's 360
+_TRAIN_AGAIN = "is it damaged? train it again (data scorer)"
 _TOKEN = r"\w+(?:'\w+)?|[!?]"  # an exclamation mark is a word of its own: it is half of anger
 
 
@@ -43,8 +44,9 @@ class StyleClassifier:
         ['anger']
     """
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: Pipeline, place: str = "scorer") -> None:
         self.pipeline = pipeline
+        self.place = place  # where it was read from, for messages
 
     @property
     def tones(self) -> tuple[str, ...]:
@@ -68,10 +70,22 @@ class StyleClassifier:
         return cls(pipeline)
 
     def probabilities(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """``[text, tone]``, each row summing to 1; mask the texts first (`masked`)."""
+        """``[text, tone]``, each row summing to 1; mask the texts first (`masked`).
+
+        Raises:
+            RealignerError: for a scorer whose numbers are damaged.
+        """
         if not texts:
             return np.zeros((0, len(self.tones)))
-        return np.asarray(self.pipeline.predict_proba(list(texts)), dtype=np.float64)
+        try:
+            found = np.asarray(self.pipeline.predict_proba(list(texts)), dtype=np.float64)
+        except (MemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # its arrays may hold anything, and what is in them is used as indices
+            raise RealignerError(f"{self.place}: cannot judge a text ({_first_line(error)}); {_TRAIN_AGAIN}") from error
+        if found.shape != (len(texts), len(self.tones)) or not np.isfinite(found).all():
+            raise RealignerError(f"{self.place}: gives no probabilities of its {len(self.tones)} tones; {_TRAIN_AGAIN}")
+        return found
 
     def named(self, texts: Sequence[str]) -> list[str]:
         """The likeliest tone of each text."""
@@ -104,7 +118,7 @@ class StyleClassifier:
             raise RealignerError(f"{path}: not a scorer saved by realigner ({_first_line(error)})") from None
         if not isinstance(pipeline, Pipeline) or not hasattr(pipeline, "classes_"):
             raise RealignerError(f"{path}: holds no scorer")
-        return cls(pipeline)
+        return cls(pipeline, str(path))
 
 
 @cache

@@ -8,7 +8,6 @@ are stored, and places them in a host on the meta device.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from realigner.errors import RealignerError
+from realigner.files import read_object
 from realigner.gguf_cache import quiet_transformers
 from realigner.hosts import host_name, load_config
 from realigner.tiny import tiny_host
@@ -274,11 +274,12 @@ def _stored(folder: Path) -> list[_Stored]:
         raise RealignerError(f"{folder}: it has neither {SINGLE} nor {INDEX}; give a folder that save_pretrained wrote")
     placed: dict[str, list[str]] = defaultdict(list)
     try:
-        for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        for name, shard in read_object(index)["weight_map"].items():
             placed[shard].append(name)
         inside = all(Path(shard).name == shard for shard in placed)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RealignerError(f"{index}: it has no readable weight_map ({type(error).__name__}); {_AGAIN}") from error
+    except (RealignerError, TypeError, KeyError, AttributeError, ValueError) as error:
+        why = str(error) if isinstance(error, RealignerError) else type(error).__name__
+        raise RealignerError(f"{index}: it has no readable weight_map ({why}); {_AGAIN}") from error
     if not placed or not inside:
         raise RealignerError(f"{index}: its weight_map {'names files outside the folder' if placed else 'is empty'}; {_AGAIN}")
     found: list[_Stored] = []

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from realigner.errors import RealignerError
-from realigner.files import Artifact, taken
+from realigner.files import Artifact, read_object, taken
 from realigner.validation_message import first_fault
 
 RESULT_FILE = "explain.json"
@@ -233,13 +233,9 @@ def read_explanation(folder: Path) -> Explanation:
     path = folder / RESULT_FILE
     again = "ask again with realigner explain when it is moved away (its trials are kept)"
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise RealignerError(f"{path}: not JSON ({error}); {again}") from None
-    if not isinstance(found, dict):
-        raise RealignerError(f"{path}: not an explanation; {again}")
+        found = read_object(path)
+    except RealignerError as error:
+        raise RealignerError(f"{error}; {again}") from None
     try:
         return Explanation.model_validate({**found, "folder": folder})
     except ValidationError as error:

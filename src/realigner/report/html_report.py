@@ -12,6 +12,7 @@ from realigner.files import Artifact, taken
 from realigner.report.context import BUDGET, page_context
 from realigner.report.page import check_signed, render_page, signature
 from realigner.report.report_input import ReportInput, read_inputs, untraced
+from realigner.traces.store import damage_named, is_trace
 
 _GENERATOR = "realigner"
 REPORT = Artifact("a report", lambda path: check_signed(path, _GENERATOR))
@@ -43,8 +44,10 @@ def build_report(sources: Sequence[str | Path], out: str | Path, force: bool = F
                 f"report: {runs[0]} is not a trace; record one first with realigner.traces.collect.trace_for_report(...) or "
                 "`realigner trace --keep raw`, and add it to the sources"
             )
-        inputs = [replace(item, analysis=analyze(item.trace)) for item in read_inputs(places)]
-        place.write(render(inputs))
+        with damage_named(*filter(is_trace, places)):
+            inputs = [replace(item, analysis=analyze(item.trace)) for item in read_inputs(places)]
+            page = render(inputs)
+        place.write(page)
     return out, inputs
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from realigner.data.squad import file_sha256
 from realigner.errors import RealignerError, UsageError
 from realigner.files import decoded, read_bytes
-from realigner.training.recipe import BUILT_IN, RUNTIME_ONLY_KEYS, Recipe, read_recipe, read_yaml
+from realigner.training.recipe import BUILT_IN, RUNTIME_ONLY_KEYS, Name, Recipe, read_recipe, read_yaml
 from realigner.validation_message import first_fault
 
 PAPER = Path(__file__).parent / "paper.yaml"
@@ -38,10 +38,10 @@ class Sweep(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    recipe: str = "default"
+    recipe: Name = "default"
     set: dict[str, Any] = Field(default_factory=dict)
     grid: dict[str, list[Any]] = Field(default_factory=dict)
-    data: dict[str, str] = Field(default_factory=dict)
+    data: dict[str, Name] = Field(default_factory=dict)
     baselines: bool = False
     workers: int = Field(default=1, ge=1)
     gpus: float = Field(default=0.0, ge=0)

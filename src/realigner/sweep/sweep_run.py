@@ -16,7 +16,7 @@ from typing import Any
 import realigner.training.run_dir as run_dir
 from realigner.console import signals_to
 from realigner.errors import RealignerError, UsageError
-from realigner.files import locked, made_folder, parsed, read_bytes, write_text
+from realigner.files import locked, made_folder, read_object, write_text
 from realigner.sweep.grid import RunSpec
 from realigner.sweep.sweep_table import StateTable
 from realigner.sweep.worker import Job
@@ -130,8 +130,8 @@ def _read_index(out: Path) -> dict[str, Any]:
         return {}
     if not file.is_file():
         raise RealignerError(f"{out}: is not a sweep's folder; choose another out")
-    index = parsed(read_bytes(file), file)
-    runs = index["runs"] if isinstance(index, dict) and index.keys() == {"runs"} else None
+    index = read_object(file)
+    runs = index["runs"] if index.keys() == {"runs"} else None
     ours = isinstance(runs, dict) and all(
         isinstance(facts, dict) and facts.get("recipe") == f"recipes/{name}.yaml" for name, facts in runs.items()
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from rich.table import Table
 import realigner.training.run_dir as run_dir
 from realigner.console import console, say
 from realigner.errors import RealignerError
+from realigner.files import object_of
 from realigner.sweep.grid import RunSpec
+from realigner.training.run_record import MetricsEntry, checked
 
 _STYLES = {"done": "green", "running": "cyan", "failed": "red", "retrying": "yellow", "stopped": "yellow"}
 _ORDER = ("running", "retrying", "failed", "stopped", "waiting", "done")
@@ -110,10 +111,9 @@ def _last_line(path: Path) -> dict[str, Any] | None:
             stream.seek(0, 2)
             stream.seek(max(0, stream.tell() - 2000))
             lines = stream.read().splitlines()
-        value = json.loads(lines[-1]) if lines else None
-    except (OSError, ValueError):  # not there yet, or being written
+        return checked(object_of(lines[-1], path), MetricsEntry, path, "a line of a run's metrics") if lines else None
+    except (OSError, RealignerError):  # not there yet, or being written
         return None
-    return value if isinstance(value, dict) and "step" in value else None
 
 
 def _time(seconds: float | None) -> str:

@@ -293,6 +293,19 @@ def load_trace(path: str | Path) -> xr.Dataset:
     return whole
 
 
+@contextmanager
+def damage_named(*paths: str | Path) -> Iterator[None]:
+    """Where the block, which reads traces, fails with a library's own error, have the chunk named that cannot be read."""
+    try:
+        yield
+    except RealignerError:
+        raise
+    except Exception:  # codecs raise many kinds
+        for path in paths:
+            verify_trace(path)
+        raise
+
+
 def verify_trace(path: str | Path) -> int:
     """Verify the checksum of every chunk of a trace; returns the number of chunks.
 

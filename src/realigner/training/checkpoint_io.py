@@ -44,8 +44,9 @@ def load_tree(path: Path) -> Any:
                 return {int(key): item for key, item in value[_NUMBERED].items()} if set(value) == {_NUMBERED} else value
 
             return json.loads((handle.metadata() or {})["tree"], object_hook=restored)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise RealignerError(f"{path}: truncated or damaged ({error}); take an earlier checkpoint") from None
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise RealignerError(f"{path}: truncated or damaged ({why}); take an earlier checkpoint") from None
 
 
 def random_states() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from realigner.errors import RealignerError, UsageError
 from realigner.files import decoded, read_bytes
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = ("default", "paper")
 _FOLDER = Path(__file__).parent / "recipes"
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of PyYAML, for tags that do not fit
 RUNTIME_ONLY_KEYS = frozenset({"device", "threads", "report_to"})  # where and how fast a run goes, not what it is
 
 
@@ -32,6 +33,15 @@ def _as_layers(value: Any) -> Any:
 
 def _as_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _without_nul(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("holds a NUL, which no name has")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_without_nul)]  # of a file, a folder, a module
 
 
 class Recipe(BaseModel):
@@ -93,11 +103,11 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    host: str | None = "smollm2-135m-instruct"
+    host: Name | None = "smollm2-135m-instruct"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024)
-    data: str | None = "authored"
+    data: Name | None = "authored"
     tone: str | None = None
     seed: int = Field(default=42, ge=0, lt=2**32)
 
@@ -254,8 +264,8 @@ def read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f":{mark.line + 1}"
         raise RealignerError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or 'unreadable'})") from None
-    except (ValueError, RecursionError) as error:
-        raise RealignerError(f"{where}: not YAML that can be read ({error})") from None
+    except _UNREADABLE as error:
+        raise RealignerError(f"{where}: not YAML that can be read ({' '.join(str(error).split())})") from None
     if node is None:
         return {}, {}
     if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):

@@ -31,7 +31,18 @@ from typing import Any
 
 import realigner.files as files
 from realigner.errors import RealignerError
-from realigner.files import Artifact, Output, discard, parsed, read_bytes, unfinished as unfinished, write_text
+from realigner.files import (
+    Artifact,
+    Output,
+    decoded,
+    discard,
+    object_of,
+    read_bytes,
+    read_object,
+    unfinished as unfinished,
+    write_text,
+)
+from realigner.training.run_record import CheckpointRecord, FinishedRecord, MetricsEntry, RunRecord, checked
 
 RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.yaml"
@@ -50,7 +61,7 @@ def _read_record(folder: Path) -> None:
     """Raise unless a folder holds run.json and the recipe of a run."""
     from realigner.training.recipe import read_recipe
 
-    record = _object(read_bytes(folder / RUN_FILE), folder / RUN_FILE)
+    record = read_object(folder / RUN_FILE)
     if not {"recipe", "seed", "tone", "host", "versions"} <= record.keys():
         raise RealignerError(f"{folder / RUN_FILE}: not a run's")
     read_recipe(folder / RECIPE_FILE)
@@ -150,9 +161,9 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
     """Trainer's own account of a checkpoint.
 
     Raises:
-        RealignerError: when it is another step's than the folder is named for.
+        RealignerError: when it is not one, or another step's than the folder is named for.
     """
-    state = _object(read_bytes(path / STATE_FILE), path / STATE_FILE)
+    state = checked(read_object(path / STATE_FILE), CheckpointRecord, path / STATE_FILE, "a checkpoint's state")
     named = path.name.lstrip(".")
     if state.get("global_step") != checkpoint_step(path.with_name(named)):
         raise RealignerError(f"{path / STATE_FILE}: global_step is {state.get('global_step')!r} in {named}; {_EARLIER}")
@@ -177,7 +188,7 @@ def verify(checkpoint: Path) -> None:
         RealignerError: naming the first that is damaged, was changed, or is missing.
     """
     file = checkpoint / SUMS_FILE
-    sums = _object(read_bytes(file), file)
+    sums = read_object(file)
     for name in (STATE_FILE, *ADAPTER_FILES):
         if name not in sums:
             raise RealignerError(f"{file}: {name} is not in it; {_EARLIER}")
@@ -208,16 +219,28 @@ def locked(out: Path) -> AbstractContextManager[None]:
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """run.json of a run's folder; empty for an adapter that was not made by `train`."""
+    """run.json of a run's folder, finished or not; empty for an adapter that was not made by `train`.
+
+    Raises:
+        RealignerError: when it cannot be read or is no run's, naming the line or the key.
+    """
     path = Path(folder) / RUN_FILE
-    return _object(read_bytes(path), path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    model = RunRecord if path.parent.name.endswith(".unfinished") else FinishedRecord
+    return checked(read_object(path), model, path, "the record of a run")
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The numbers by step of a run's folder (``loss`` or ``validation_loss``, in nats per token); empty when it has none."""
+    """The numbers by step of a run's folder (``loss`` or ``validation_loss``, in nats per token); empty when it has none.
+
+    Raises:
+        RealignerError: when they cannot be read, naming the line and the key.
+    """
     path = Path(folder) / METRICS_FILE
     lines = read_bytes(path).splitlines() if path.is_file() else []
-    return [_object(line, path, number) for number, line in enumerate(lines, start=1)]
+    numbered = enumerate(lines, start=1)
+    return [checked(object_of(line, path, n), MetricsEntry, f"{path}:{n}", "a line of a run's metrics") for n, line in numbered]
 
 
 def cut_back(work: Path, last_step: int) -> None:
@@ -226,10 +249,10 @@ def cut_back(work: Path, last_step: int) -> None:
         discard_half(path)
     for path in (path for name in (METRICS_FILE, SAMPLES_FILE) if (path := work / name).is_file()):
         whole = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, KeyError, TypeError):  # of a line that was being written when the process died
-                if json.loads(line)["step"] <= last_step:
-                    whole.append(f"{line}\n")
+        for line in read_bytes(path).splitlines():
+            with suppress(RealignerError, KeyError, TypeError):  # of a line that was being written when the process died
+                if object_of(line, path)["step"] <= last_step:
+                    whole.append(f"{decoded(line, path)}\n")
         write_text(path, "".join(whole))
 
 
@@ -237,10 +260,3 @@ def versions() -> dict[str, str]:
     """The versions that decide a result."""
     names = ("realigner", "torch", "transformers", "peft", "accelerate")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _object(data: bytes, path: Path, line: int = 1) -> dict[str, Any]:
-    record = parsed(data, path, line)
-    if not isinstance(record, dict):
-        raise RealignerError(f"{path}:{line}: not a JSON object")
-    return record

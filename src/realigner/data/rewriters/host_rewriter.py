@@ -27,6 +27,7 @@ from realigner.data.tone import Tone
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import fingerprint
 from realigner.generation import gumbel
+from realigner.prompts import chat_text
 
 _NUCLEUS = 64  # never more than the likeliest so many tokens are sampled from, whatever top_p says
 _PAGE = 32  # tokens of a block of the cache
@@ -160,10 +161,10 @@ class HostRewriter:
                 lines.append(turn["content"] if turn["role"] == "user" else f"Rewritten: {turn['content']}\n")
             return list(self.tokenizer("\n".join([*lines, "Rewritten:"]))["input_ids"])
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception:  # a template without a system role raises whatever its author chose
+            text = chat_text(self.tokenizer, turns, add_generation_prompt=True)
+        except RealignerError:  # of a template without a system role
             first = {"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-            text = self.tokenizer.apply_chat_template([first, *turns[2:]], tokenize=False, add_generation_prompt=True)
+            text = chat_text(self.tokenizer, [first, *turns[2:]], add_generation_prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _ends(self) -> list[int]:
