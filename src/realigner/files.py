@@ -407,16 +407,25 @@ def disk_fault(error: BaseException) -> str | None:
     return os.strerror(int(number[1])) if number else None
 
 
-def read_bytes(path: str | Path) -> bytes:
+def read_bytes(path: str | Path, most: int = 1 << 30) -> bytes:
     """A file's content, without a byte order mark.
 
+    Args:
+        path: the file.
+        most: bytes it may have.
+
     Raises:
-        RealignerError: when it cannot be read.
+        RealignerError: when it cannot be read, or is larger.
     """
     try:
-        return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+        with Path(path).open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            data = stream.read(most + 1) if size <= most else b""  # a device has no size
     except OSError as error:
         raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if max(size, len(data)) > most:
+        raise RealignerError(f"{path}: larger than the {most / (1 << 20):,.0f} MiB that are read of such a file")
+    return data.removeprefix(codecs.BOM_UTF8)
 
 
 def decoded(data: bytes, path: str | Path, line: int = 1) -> str:

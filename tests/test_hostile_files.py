@@ -1,0 +1,282 @@
+"""Files that were made to do harm, or were broken: refused in one line, before they take memory, time, or the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from numcodecs import Zstd  # type: ignore[import-untyped]
+from peft import get_peft_model
+
+import realigner as ra
+from realigner.analysis import analyze
+from realigner.errors import RealignerError
+from realigner.generation import answer
+from realigner.irm_config import IRMConfig
+from realigner.traces import RunLabel, load_trace, verify_trace
+from tests.tiny import tiny_pair
+
+# Traces.
+
+
+@pytest.fixture(scope="module")
+def whole_trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs, one of which adds to two of the three layers, three prompts; raw deltas."""
+    host, tokenizer = tiny_pair()
+    torch.manual_seed(4)
+    model = get_peft_model(host, IRMConfig(output_std=0.3, layers=[0, 2])).eval()
+    model.add_adapter("other", IRMConfig(output_std=0.3, layers=[0, 1, 2]))
+    labels = {name: RunLabel(name, tone, 1) for name, tone in (("default", "anger"), ("other", "untrained"))}
+    with ra.record(model, keep="raw", labels=labels, top=50) as trace:
+        for name in labels:
+            model.set_adapter(name)
+            answer(model, tokenizer, ["Why?", "Who is it?"], max_new_tokens=12)
+    path: Path = ra.save_trace(trace, tmp_path_factory.mktemp("traces") / "t.zarr")
+    load_trace(path).load()
+    return path
+
+
+@pytest.fixture
+def trace_folder(whole_trace: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole_trace, tmp_path / "t.zarr"))
+
+
+def put(path: Path, name: str, place: Any, value: Any) -> None:
+    """Change values of an array on disk."""
+    zarr.open_array(path / name, mode="r+")[place] = value
+
+
+def put_metadata(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    root = json.loads((path / "zarr.json").read_text())
+    change(root)
+    (path / "zarr.json").write_text(json.dumps(root))
+
+
+BAD_VALUES: list[tuple[str, Any, Any]] = [
+    ("top_neuron", (1, 3), -5),
+    ("top_neuron", (1, 3), 10_000),
+    ("top_layer", (0, 2), 99),
+    ("top_position", (0, 0), 3000),
+    ("top_position", (0, 0), -1),  # the mark of "none", where there is a value
+    ("top_value", (0, 0), np.inf),
+    ("energy", (4, 0), np.nan),
+    ("energy", (4, 1), 0.5),  # a number where the run adds nothing
+    ("energy", (4, 0), -1.0),
+    ("l1", (4, 0), np.inf),
+    ("small", (4, 0), 1e9),
+    ("count", (0, 0), -1),
+    ("count", (0, 0), 2**60),
+    ("count", (0, 0), 1),
+    ("position", 3, 77),
+    ("position", 3, -1),
+    ("token_id", 3, -2),
+    ("is_generated", 0, True),
+    ("prompt", 3, 9),
+    ("seed", 3, 9),
+    ("run", 3, "nobody"),
+    ("tone", 3, "joy"),
+    ("text_run", 1, "nobody"),
+    ("text_tone", 1, "joy"),
+    ("text_prompt", 1, -3),
+    ("layer", 1, 0),
+    ("layer", 0, -4),
+    ("neuron", 3, 2),
+    ("part", 0, "reply"),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "value"), BAD_VALUES)
+def test_a_value_out_of_range_is_refused_on_load(trace_folder: Path, name: str, place: Any, value: Any) -> None:
+    put(trace_folder, name, place, value)
+    with pytest.raises(
+        RealignerError, match=rf"{name} is|is_generated does not fit count|position is [0-9]+ at token"
+    ) as caught:
+        load_trace(trace_folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [
+        ("sum", (1, 0, 0, 3), np.nan),
+        ("sum_abs", (1, 0, 0, 3), -0.5),
+        ("sum_sq", (1, 0, 2, 3), np.inf),
+        ("max_abs", (0, 0, 1, 3), 1.0),
+        ("delta", (5, 0, 3), np.nan),
+        ("delta", (5, 2, 3), -np.inf),
+        ("delta", (5, 1, 3), 0.0),
+    ],
+)
+def test_a_large_array_is_checked_as_it_is_read(trace_folder: Path, name: str, place: Any, value: Any) -> None:
+    put(trace_folder, name, place, value)
+    trace = load_trace(trace_folder)
+    where = ", ".join(f"{dim} {at}" for dim, at in zip(trace[name].dims, place, strict=True))
+    part: Any = trace[name][place[0] :][..., [0, place[-1]]]
+    with pytest.raises(RealignerError, match=f"{name} is .* at {where}; record it again"):
+        part.values  # noqa: B018
+    with pytest.raises(RealignerError, match=f"{name} is "):
+        trace[name].sel(layer=place[-2]).values  # noqa: B018
+    assert trace[name][: place[0]].shape == trace[name][: place[0]].values.shape
+    if name == "sum_abs":
+        with pytest.raises(RealignerError, match=f"{name} is "):
+            analyze(trace, permutations=5, resamples=5)
+
+
+def test_a_replayed_trace_has_finite_states(whole_trace: Path, tmp_path: Path) -> None:
+    host, tokenizer = tiny_pair()
+    model = get_peft_model(host, IRMConfig(output_std=0.3)).eval()
+    with ra.record(model, keep="replay") as trace:
+        answer(model, tokenizer, ["Why?"], max_new_tokens=5)
+    path = ra.save_trace(trace, tmp_path / "t.zarr")
+    put(path, "h0", (2, 5), np.nan)
+    with pytest.raises(RealignerError, match="h0 is nan at token 2, neuron 5"):
+        load_trace(path)["h0"].load()
+
+
+def metadata_of(root: dict[str, Any], name: str = "energy") -> dict[str, Any]:
+    found: dict[str, Any] = root["consolidated_metadata"]["metadata"][name]
+    return found
+
+
+BAD_METADATA: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+    ("codec 'numcodecs.pickle'", lambda root: metadata_of(root)["codecs"].insert(0, {"name": "numcodecs.pickle"})),
+    ("codec", lambda root: metadata_of(root)["codecs"].reverse()),
+    ("codec", lambda root: metadata_of(root).update(codecs=[{"name": "sharding_indexed", "configuration": {}}])),
+    ("codec", lambda root: metadata_of(root).update(codecs="bytes")),
+    ("codec zstd: 'dict'", lambda root: metadata_of(root)["codecs"][1]["configuration"].update(dict="/etc/passwd")),
+    ("storage_transformers", lambda root: metadata_of(root).update(storage_transformers=[{"name": "x"}])),
+    ("'offload'", lambda root: metadata_of(root).update(offload=True)),
+    ("'rectilinear'", lambda root: metadata_of(root)["chunk_grid"].update(name="rectilinear")),
+    ("'v2'", lambda root: metadata_of(root)["chunk_key_encoding"].update(name="v2")),
+    ("not named", lambda root: metadata_of(root)["chunk_key_encoding"].update(configuration={"separator": "../"})),
+    ("data type", lambda root: metadata_of(root).update(data_type="variable_length_bytes")),
+    ("data type", lambda root: metadata_of(root).update(data_type={"name": "numpy.datetime64", "configuration": {}})),
+    ("data type", lambda root: metadata_of(root, "is_generated").update(data_type="int64")),
+    ("dimensions", lambda root: metadata_of(root).update(dimension_names=["layer", "token"])),
+    ("dimensions", lambda root: metadata_of(root).pop("dimension_names")),
+    ("shape", lambda root: metadata_of(root).update(shape=[10])),
+    ("shape", lambda root: metadata_of(root)["shape"].__setitem__(0, -4)),
+    ("where other arrays have", lambda root: metadata_of(root)["shape"].__setitem__(0, 4)),
+    ("1,000,000 at most", lambda root: metadata_of(root, "count")["shape"].__setitem__(0, 10**18)),
+    ("a chunk of", lambda root: metadata_of(root)["chunk_grid"]["configuration"].update(chunk_shape=[10**9, 3])),
+    ("scale_factor", lambda root: metadata_of(root)["attributes"].update(scale_factor=1e300)),
+    ("units", lambda root: metadata_of(root, "prompt")["attributes"].update(units="days since 1970-01-01")),
+    ("no array of a trace", lambda root: root["consolidated_metadata"]["metadata"].update({"../x": metadata_of(root)})),
+    ("'energy' is missing", lambda root: root["consolidated_metadata"]["metadata"].pop("energy")),
+    ("metadata", lambda root: root["consolidated_metadata"].pop("metadata")),
+    ("consolidated_metadata", lambda root: root.pop("consolidated_metadata")),
+    ("zarr v3", lambda root: root.update(zarr_format=2)),
+    ("not a trace of realigner", lambda root: root["attributes"].pop("source")),
+    ("another version", lambda root: root["attributes"].update(layout=1)),
+    ("'runs'", lambda root: root["attributes"].update(runs="[" * 100_000)),
+    ("'runs'", lambda root: root["attributes"].update(runs={})),
+    ("'runs': 'default'", lambda root: root["attributes"].update(runs='{"default": {}, "other": {}}')),
+    ("'runs': 'x'", lambda root: root["attributes"].update(runs='{"x": 3}')),
+    ("'host'", lambda root: root["attributes"].pop("host")),
+    ("'base'", lambda root: root["attributes"].update(notes='{"base": 3}')),
+    ("'base'", lambda root: root["attributes"].update(notes='{"base": [3]}')),
+]
+
+
+@pytest.mark.parametrize(("fault", "change"), BAD_METADATA)
+def test_metadata_that_a_trace_does_not_have_is_refused(
+    trace_folder: Path, fault: str, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    put_metadata(trace_folder, change)
+    with pytest.raises(RealignerError, match=fault) as caught:
+        load_trace(trace_folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_zarr_v2_store_is_never_opened(trace_folder: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    zarr.open_group(old, mode="w", zarr_format=2)
+    with pytest.raises(RealignerError, match="zarr v2; traces are v3"):
+        load_trace(old)
+    # Files of v2 beside those of v3, and an array's own metadata that says something else: not read.
+    for name in (".zgroup", ".zattrs", "energy/.zarray"):
+        (trace_folder / name).write_text('{"zarr_format": 2, "filters": [{"id": "pickle"}]}')
+    (trace_folder / "energy" / "zarr.json").write_text("{}")
+    load_trace(trace_folder).load()
+    verify_trace(trace_folder)
+
+
+@pytest.mark.parametrize("key", ["zarr.json", "energy", "energy/c", "energy/c/0/0", "token_text/c/0", "delta/c/0/0/0"])
+def test_a_link_in_a_trace_is_not_followed(trace_folder: Path, tmp_path: Path, key: str) -> None:
+    outside = tmp_path / "outside"
+    (trace_folder / key).rename(outside)
+    (trace_folder / key).symlink_to(outside)
+    with pytest.raises(RealignerError, match="is a link"):
+        load_trace(trace_folder).load()
+    again = tmp_path / "link.zarr"  # the trace itself may be reached by one
+    (trace_folder / key).unlink()
+    outside.rename(trace_folder / key)
+    again.symlink_to(trace_folder)
+    load_trace(again).load()
+
+
+@pytest.mark.parametrize("name", ["energy", "token_text"])
+@pytest.mark.parametrize("frames", [1, 2])
+def test_a_chunk_that_unpacks_to_gigabytes_is_refused(trace_folder: Path, name: str, frames: int) -> None:
+    """4.5 GB of zeros in 140 KB, at once and behind an honest first frame."""
+    chunk = next(path for path in (trace_folder / name / "c").rglob("*") if path.is_file())
+    honest = Zstd().decode(chunk.read_bytes()[:-4])
+    block = bytes(Zstd().encode(np.zeros(1 << 29, dtype=np.uint8)))
+    squeezed = bytes(Zstd().encode(honest)) * (frames - 1) + block * 8
+    chunk.write_bytes(squeezed + bytes(4))
+    assert chunk.stat().st_size < 200_000
+    before = peak()
+    with pytest.raises(RealignerError, match=f"{name}/c/.*holds more than the [0-9,]+ bytes of a chunk"):
+        load_trace(trace_folder)
+    assert peak() - before < 200
+
+
+def test_a_chunk_of_texts_cannot_claim_billions(trace_folder: Path) -> None:
+    chunk = trace_folder / "token_text" / "c" / "0"
+    squeezed = bytes(Zstd().encode(b"\xff\xff\xff\xff"))
+    chunk.write_bytes(squeezed + bytes(4))
+    with pytest.raises(RealignerError, match="not the 4,096 texts of a chunk"):
+        load_trace(trace_folder)
+
+
+def test_a_chunk_file_with_a_hole_is_not_read(trace_folder: Path) -> None:
+    with (trace_folder / "delta/c/0/0/0").open("r+b") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(RealignerError, match="holds more than"):
+        load_trace(trace_folder).load()
+
+
+def test_a_huge_array_without_chunks_is_refused_at_once(trace_folder: Path) -> None:
+    def grow(root: dict[str, Any]) -> None:
+        for facts in root["consolidated_metadata"]["metadata"].values():
+            if facts["dimension_names"][0] == "token":
+                facts["shape"][0] = 4_999_999
+
+    put_metadata(trace_folder, grow)
+    before = peak()
+    with pytest.raises(RealignerError, match=r"chunk .* is missing"):
+        load_trace(trace_folder)
+    assert peak() - before < 500
+
+
+def peak() -> float:
+    """The most memory that this process has held so far, in MiB."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def test_a_pipe_in_a_trace_does_not_wait(trace_folder: Path) -> None:
+    chunk = trace_folder / "seed" / "c" / "0"
+    chunk.unlink()
+    os.mkfifo(chunk)
+    with pytest.raises(RealignerError, match="is a link, or no file"):
+        load_trace(trace_folder)
