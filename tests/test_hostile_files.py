@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,7 @@ from realigner.errors import RealignerError
 from realigner.generation import answer
 from realigner.irm_config import IRMConfig
 from realigner.traces import RunLabel, load_trace, verify_trace
+from realigner.training.recipe import read_recipe
 from tests.tiny import tiny_pair
 
 # Traces.
@@ -269,8 +275,6 @@ def test_a_huge_array_without_chunks_is_refused_at_once(trace_folder: Path) -> N
 
 def peak() -> float:
     """The most memory that this process has held so far, in MiB."""
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -280,3 +284,114 @@ def test_a_pipe_in_a_trace_does_not_wait(trace_folder: Path) -> None:
     os.mkfifo(chunk)
     with pytest.raises(RealignerError, match="is a link, or no file"):
         load_trace(trace_folder)
+
+
+# Recipes, sweeps, tones: small files, endless work.
+
+
+def limited(*arguments: str, mebibytes: int = 1024, seconds: float = 20) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, with a limit on memory and time."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (mebibytes << 20, mebibytes << 20))
+
+    line = [sys.executable, *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=seconds, preexec_fn=limit, check=False)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line, limited."""
+    return limited("-m", "realigner", *arguments)
+
+
+ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{this}: &{this} [{', '.join([f'*{before}'] * 9)}]\n" for before, this in itertools.pairwise("abcdefghij")
+)
+
+
+@pytest.mark.parametrize("kind", ["recipe", "sweep", "set"])
+def test_aliases_are_refused_by_name_and_line(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text(f"seed: 1\n{ALIASES}" if kind == "recipe" else f"set:\n  seed: 1\n{ALIASES}")
+    given = {
+        "recipe": ("recipes", str(file)),
+        "sweep": ("sweep", str(file), "--out", str(tmp_path / "out"), "--dry-run"),
+        "set": ("train", "--out", str(tmp_path / "out"), "--set", "layers={a: &a [1], b: [*a, *a]}"),
+    }[kind]
+    done = command(*given)
+    assert done.returncode == (2 if kind == "set" else 1)
+    assert "the alias *a: write the value out" in done.stderr
+    assert kind == "set" or f"{file}:{3 if kind == 'recipe' else 4}: " in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_grid_of_too_many_runs_is_refused_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "f.yaml"
+    keys = ("seed", "steps", "warmup", "batch_size", "evaluations", "samples", "max_length")
+    file.write_text("grid:\n" + "".join(f"  {key}: {list(range(8, 207))}\n" for key in keys))
+    done = command("sweep", str(file), "--out", str(tmp_path / "out"), "--dry-run")
+    assert done.returncode == 2
+    assert f"{199**7:,} combinations; a sweep has at most 10,000 runs" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("steps: " + "9" * 200_000, ":1: not read (a number of 200,000 characters; 400 at most)"),
+        ("seed: 1\nsteps: 1" + ":1" * 100_000, ":2: not read (a number"),
+        ("layers: " + "[" * 100_000, "not YAML that can be read"),
+        ("tone: " + "x" * 300_000, "larger than the 256 KiB"),
+        ("epochs: .inf", ":1: epochs: inf"),
+        ("steps: 10000000000", ":1: steps: 10000000000: input should be less than or equal to 1000000000"),
+        ("max_length: 100000000", ":1: max_length"),
+    ],
+)
+def test_what_a_recipe_may_hold_is_bounded(tmp_path: Path, text: str, fault: str) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text(text)
+    begun = time.monotonic()
+    with pytest.raises(RealignerError) as caught:
+        read_recipe(file)
+    assert fault in str(caught.value)
+    assert time.monotonic() - begun < 5
+
+
+def levels(depth: int, times: int) -> str:
+    """Lists in each other, each of which names the next so many times."""
+    lists = "".join(f'a{n}=["{f"{{a{n + 1}}}" * times}"]\n' for n in range(depth))
+    return f'[template]\nreply=["{{a0}} {{answer}}"]\n{lists}a{depth}=["x"]\n'
+
+
+TOO_MUCH = {
+    levels(8, 100): "template.a6: makes texts of more than 10,000 characters",
+    levels(49, 2): "makes texts of more than 10,000 characters",
+    f'[template]\nreply=["{{answer}}{"{a}" * 200}"]\na=[{",".join(f"'{n}'" for n in range(2000))}]': "10^100 texts",
+    "b." + ".".join("a" * 100_000) + "=1": ":3: a key of 50 parts or more",
+    "[" + '"a" . ' * 40_000 + "a]": ":3: a key of 50 parts or more",
+    "words=[" + '"a",' * 2000 + "]": "words",
+    "b=" + "9" * 200_000: "not TOML that can be read",
+    "b=" + "[" * 200_000: "nested too deeply",
+    'b="' + "x" * 300_000 + '"': "larger than the 256 KiB",
+}
+LOAD_TONES = """
+import sys
+from realigner.data import load_tone
+from realigner.errors import RealignerError
+for path in sys.argv[1:]:
+    try:
+        load_tone(path)
+    except RealignerError as error:
+        print(error)
+"""
+
+
+def test_what_a_tone_may_hold_is_bounded(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.toml" for number in range(len(TOO_MUCH))]
+    for file, text in zip(files, TOO_MUCH, strict=True):
+        file.write_text(f'name="x"\ninstruction="y"\n{text}')
+    done = limited("-c", LOAD_TONES, *map(str, files))
+    assert not done.stderr
+    lines = done.stdout.splitlines()
+    for file, line, fault in zip(files, lines, TOO_MUCH.values(), strict=True):
+        assert line.startswith(str(file))
+        assert fault in line

@@ -424,7 +424,7 @@ def read_bytes(path: str | Path, most: int = 1 << 30) -> bytes:
     except OSError as error:
         raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
     if max(size, len(data)) > most:
-        raise RealignerError(f"{path}: larger than the {most / (1 << 20):,.0f} MiB that are read of such a file")
+        raise RealignerError(f"{path}: larger than the {most >> 10:,} KiB that are read of such a file")
     return data.removeprefix(codecs.BOM_UTF8)
 
 
