@@ -365,7 +365,7 @@ def levels(depth: int, times: int) -> str:
 TOO_MUCH = {
     levels(8, 100): "template.a6: makes texts of more than 10,000 characters",
     levels(49, 2): "makes texts of more than 10,000 characters",
-    f'[template]\nreply=["{{answer}}{"{a}" * 200}"]\na=[{",".join(f"'{n}'" for n in range(2000))}]': "10^100 texts",
+    "[template]\nreply=['{answer}" + "{a}" * 200 + f"']\na={list(map(str, range(2000)))}": "10^100 texts",
     "b." + ".".join("a" * 100_000) + "=1": ":3: a key of 50 parts or more",
     "[" + '"a" . ' * 40_000 + "a]": ":3: a key of 50 parts or more",
     "words=[" + '"a",' * 2000 + "]": "words",
