@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -12,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,15 +23,20 @@ import torch
 import zarr
 from numcodecs import Zstd  # type: ignore[import-untyped]
 from peft import get_peft_model
+from rich.console import Console
 
 import realigner as ra
+from realigner import console
 from realigner.analysis import analyze
+from realigner.cli import main
 from realigner.errors import RealignerError
 from realigner.generation import answer
 from realigner.irm_config import IRMConfig
+from realigner.sweep.grid import RunSpec
+from realigner.sweep.sweep_table import StateTable
 from realigner.traces import RunLabel, load_trace, verify_trace
-from realigner.training.recipe import read_recipe
-from tests.tiny import tiny_pair
+from realigner.training.recipe import make_recipe, read_recipe
+from tests.tiny import some_rows, tiny_pair
 
 # Traces.
 
@@ -395,3 +403,110 @@ def test_what_a_tone_may_hold_is_bounded(tmp_path: Path) -> None:
     for file, line, fault in zip(files, lines, TOO_MUCH.values(), strict=True):
         assert line.startswith(str(file))
         assert fault in line
+
+
+# Terminals.
+
+EVIL = "\x1b]0;owned\x07 \x1b[2J \x9b31m \x7f \u202egnp.exe\u202c \u2066x\u2069 [bold]b[/bold] [link=http://e.vil]l[/link] \r :"
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def hostile_rows(path: Path, **change: str) -> Path:
+    rows = [row.model_dump() | change for row in some_rows(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_rows_are_printed_so_that_a_terminal_obeys_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = hostile_rows(tmp_path / "rows.jsonl", tone=f"anger{EVIL}", text=f"It is 3. {EVIL}", group=f"g{EVIL}")
+    main(["data", "check", str(file)])
+    shown = "".join(capsys.readouterr())
+    assert not OBEYED.search(shown)
+    assert "\\u001b]0;owned" in shown
+    assert "[bold]b[/bold]" in shown
+    assert "\\u202egnp.exe" in shown
+    main(["data", "check", str(file), "--json"])
+    out = capsys.readouterr().out
+    assert not OBEYED.search(out)
+    assert f"anger{EVIL}".strip() in json.loads(out)["tones"]
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_errors_are_printed_so_that_a_terminal_obeys_nothing(tmp_path: Path, debug: bool) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(json.dumps({f"key{EVIL}": 1}))
+    done = command("recipes", str(file), *["--debug"] * debug)
+    assert done.returncode == 1
+    assert not OBEYED.search(done.stderr + done.stdout)
+    assert "]0;owned" in done.stderr
+    assert ("Traceback" in done.stderr) == debug
+    with pytest.raises(RealignerError) as caught:  # in a notebook too
+        read_recipe(file)
+    assert not OBEYED.search(str(caught.value))
+
+
+def test_a_long_error_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("layers: [" + "x, " * 50_000 + "x]")
+    assert main(["recipes", str(file)]) == 1
+    assert len(capsys.readouterr().err) < 2100
+
+
+def test_replies_are_printed_so_that_a_terminal_obeys_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Runtime:
+        strengths: ClassVar[dict[str, float]] = {"default": 1.0}
+
+        def answer(self, asked: list[str], **_: Any) -> list[str]:
+            return [f"one\ntwo\t{EVIL}\ud800" for _ in asked]
+
+    monkeypatch.setattr("realigner.runtime.load", lambda *_: Runtime())
+    assert main(["generate", "--irm", str(tmp_path), f"Why {EVIL}?"]) == 0
+    shown = capsys.readouterr().out
+    assert not OBEYED.search(shown)
+    assert "one\ntwo\t" in shown  # lines and tabs stay
+    assert main(["generate", "--irm", str(tmp_path), "Why?", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert not OBEYED.search(out)
+    assert json.loads(out)["results"][0]["base"] == f"one\ntwo\t{EVIL}\ud800"
+
+
+def test_progress_obeys_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=400, highlight=False)
+    monkeypatch.setattr(console, "console", lambda: terminal)
+    with console.progress(f"label {EVIL}", 2) as task:
+        task.advance(note=f"note {EVIL}")
+    shown = screen.getvalue()
+    assert "\x1b]0;" not in shown
+    assert "\x1b[2J" not in shown
+    assert "\u202e" not in shown
+    assert shown.count("[bold]b[/bold]") >= 2
+    assert "e.vil]" in shown
+    monkeypatch.undo()
+    with console.progress(f"label {EVIL}", 1) as task:
+        task.advance(note=f"note {EVIL}")
+    assert not OBEYED.search(capsys.readouterr().err)
+
+
+def test_a_sweeps_table_obeys_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=600, height=50)
+    monkeypatch.setattr("realigner.sweep.sweep_table.console", lambda: terminal)
+    run = RunSpec("abc", make_recipe(), {"tone": EVIL, f"k{EVIL}": 1})
+    terminal.print(StateTable([run], tmp_path)._table())
+    shown = re.sub("\x1b\\[[0-9;]*m", "", screen.getvalue())  # rich's own colours
+    assert not OBEYED.search(shown)
+    assert "[bold]b[/bold]" in shown
+
+
+@pytest.mark.parametrize("path", sorted(Path(ra.__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
+def test_everything_is_printed_by_console(path: Path) -> None:
+    """`say` and `show` are the only ones that print, so that nothing can forget to make text harmless."""
+    if path.name == "console.py":
+        return
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    for call in calls:
+        name = ast.unparse(call.func)
+        assert name not in ("print", "sys.stdout.write", "sys.stderr.write", "typer.echo", "traceback.print_exc"), call.lineno

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional, TypeVar
 
 import typer
 
+from realigner.console import show
 from realigner.errors import RealignerError, UsageError
 
 _T = TypeVar("_T")
@@ -84,4 +85,4 @@ def short(text: str, most: int = 200) -> str:
 
 def print_json(value: Any) -> None:
     """The one document of ``--json``."""
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    show(json.dumps(value, ensure_ascii=False, indent=2))  # what a terminal would obey becomes JSON's own escape of it
