@@ -14,13 +14,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+import yaml
 import zarr
+from hypothesis import given, settings, strategies as st
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from numcodecs import Zstd  # type: ignore[import-untyped]
 from peft import get_peft_model
 from rich.console import Console
@@ -28,13 +35,16 @@ from rich.console import Console
 import realigner as ra
 from realigner import console
 from realigner.analysis import analyze
+from realigner.census import CensusEntry, page
 from realigner.cli import main
-from realigner.errors import RealignerError
+from realigner.errors import RealignerError, visible
 from realigner.generation import answer
 from realigner.irm_config import IRMConfig
+from realigner.report.page import render_page
 from realigner.sweep.grid import RunSpec
 from realigner.sweep.sweep_table import StateTable
 from realigner.traces import RunLabel, load_trace, verify_trace
+from realigner.training.model_card import card
 from realigner.training.recipe import make_recipe, read_recipe
 from tests.tiny import some_rows, tiny_pair
 
@@ -510,3 +520,90 @@ def test_everything_is_printed_by_console(path: Path) -> None:
     for call in calls:
         name = ast.unparse(call.func)
         assert name not in ("print", "sys.stdout.write", "sys.stderr.write", "typer.echo", "traceback.print_exc"), call.lineno
+
+
+# Model cards and other Markdown.
+
+PIECES = [*"`*_[]()<>#|~&{}!$^=+@-.:/\"'\\ \n\t\r", "---", "```", "a", "\n---\n", "\n# ", "<b>", "{{", "www.x.org"]
+NAMES = [EVIL, "a: b", "[x](http://e.vil)", "![x](http://e.vil/x.png)", '"); import os; os.system("x") #', "null", "3", "~"]
+names = st.one_of(
+    st.text(min_size=1, max_size=40),
+    st.lists(st.sampled_from(PIECES), max_size=30).map("".join),
+    st.sampled_from(NAMES),
+).filter(lambda name: name.strip())
+
+
+def card_of(tone: str, host: str) -> str:
+    return card(
+        {
+            "irm": {"layers": [0, 1], "preset": "compact", "parameters": 10, "host_parameters": 1000},
+            "data": {"train": 5, "validation": 1},
+            "validation_loss": [2.0, 1.0],
+            "host": {"name": host, "sha256": "0" * 64},
+            "early_stop": False,
+            "tone": tone,
+            "steps_done": 3,
+            "kept_step": 2,
+            "seed": 1,
+        }
+    )
+
+
+def shape_of(tokens: list[Token]) -> list[str]:
+    """The structure of a Markdown document: every block and every inline mark, without the texts."""
+    kinds = [child.type for token in tokens for child in [token, *(token.children or [])]]
+    return [kind for kind in kinds if kind not in ("text", "text_special")]
+
+
+def shown_text(token: Token) -> str:
+    return "".join(child.content for child in token.children or [])
+
+
+@settings(max_examples=150, deadline=None)
+@given(names, names)
+def test_a_card_stays_one_card(tone: str, host: str) -> None:
+    """YAML, Markdown and Python: three parsers find what a plain card has, and the names as text."""
+    parser = MarkdownIt("gfm-like", {"linkify": False}) if find_spec("linkify_it") is None else MarkdownIt("gfm-like")
+    text = card_of(tone, host)
+    start, front, body = re.split(r"^---\n", text, maxsplit=2, flags=re.MULTILINE)
+    assert start == ""
+    facts = yaml.safe_load(front)
+    assert list(facts) == ["library_name", "base_model", "tags"]
+    assert facts["base_model"] == visible(" ".join(host.split()))
+    assert facts["tags"] == ["realigner", "irm", "injectable-realignment-model", "peft"]
+    tokens = parser.parse(body)
+    plain = parser.parse(re.split(r"^---\n", card_of("anger", "tiny"), maxsplit=2, flags=re.MULTILINE)[2])
+    assert shape_of(tokens) == shape_of(plain)
+    expected = [visible(" ".join(name.split())) for name in (tone, host)]
+    assert shown_text(tokens[1]) == f"{expected[0]} for {expected[1]}"
+    (code,) = [token.content for token in tokens if token.type == "fence"]
+    tree = ast.parse(code)
+    literals = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    assert literals.count(host) >= 1
+    assert len(tree.body) == len(ast.parse(next(token.content for token in plain if token.type == "fence")).body)
+    assert not OBEYED.search(text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(names)
+def test_the_census_page_keeps_its_tables(reason: str) -> None:
+    parser = MarkdownIt("gfm-like", {"linkify": False})
+    tables = [parser.parse(page([CensusEntry("x", reason=why)], "transformers")) for why in (reason, "plain")]
+    assert shape_of(tables[0]) == shape_of(tables[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(names)
+def test_a_report_card_keeps_its_elements(name: str) -> None:
+    """The page of `data check --html`: autoescape holds."""
+
+    def tags(name: str) -> list[str]:
+        rows = [row.model_copy(update={"question": name, "text": name, "tone": "x"}) for row in some_rows(2)]
+        made = SimpleNamespace(fit=False, problems=[name], samples=rows, lines=lambda: [(name, name)])
+        found: list[str] = []
+        reader = HTMLParser()
+        reader.handle_starttag = lambda tag, attrs: found.append(f"{tag} {[key for key, _ in attrs]}")  # type: ignore[method-assign]
+        reader.feed(render_page("card.html.j2", card=made, name=name, pictures={name: "AA"}, signature="<meta>"))
+        return found
+
+    assert tags(name) == tags("plain")
