@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import base64
+import html
 import io
 import itertools
 import json
@@ -19,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -37,6 +40,9 @@ from realigner import console
 from realigner.analysis import analyze
 from realigner.census import CensusEntry, page
 from realigner.cli import main
+from realigner.data import Fact, load_tone
+from realigner.data.rewriters import RewriteRequest
+from realigner.data.rewriters.endpoint_rewriter import EndpointRewriter
 from realigner.errors import RealignerError, visible
 from realigner.generation import answer
 from realigner.irm_config import IRMConfig
@@ -46,6 +52,7 @@ from realigner.sweep.sweep_table import StateTable
 from realigner.traces import RunLabel, load_trace, verify_trace
 from realigner.training.model_card import card
 from realigner.training.recipe import make_recipe, read_recipe
+from tests.fake_endpoint import FakeEndpoint
 from tests.tiny import some_rows, tiny_pair
 
 # Traces.
@@ -319,7 +326,7 @@ def limited(*arguments: str, mebibytes: int = 1024, seconds: float = 20) -> subp
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command line, limited."""
-    return limited("-m", "realigner", *arguments)
+    return limited("-m", "realigner", *arguments, mebibytes=2048)
 
 
 ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -607,3 +614,54 @@ def test_a_report_card_keeps_its_elements(name: str) -> None:
         return found
 
     assert tags(name) == tags("plain")
+
+
+# What an endpoint says.
+
+
+@pytest.mark.parametrize("key", ["k1", "abc", "hunter2", "sk-short", "a/b+c=d&e<f", 'q"w\\e', "sk-secret-0123456789"])
+def test_a_key_is_taken_out_of_whatever_an_endpoint_says(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any length, plain or encoded: from replies, the journal, the rejected rows, errors, and tracebacks."""
+    monkeypatch.setenv("MY_KEY", key)
+    code = base64.b64encode(key.encode()).decode()
+    forms = (key, quote(key, safe=""), quote(key, safe="").lower(), json.dumps(key)[1:-1], html.escape(key), code)
+    said = " ".join(f"<{form}>" for form in forms)
+    facts = [Fact(str(n), f"g{n}", f"What is {n}?", f"{said} {n}") for n in range(3)]
+    statuses = {"What is 0?": "good", "What is 1?": "400", "What is 2?": "500"}
+    with FakeEndpoint(lambda question, _: statuses.get(question, "404"), echo=True) as server:
+        rewriter = EndpointRewriter(load_tone("anger"), server.url, "m", concurrency=1, retries=0, key_env="MY_KEY")
+        replies = list(rewriter.rewrite([RewriteRequest(fact, 0) for fact in facts]))
+        assert {seen.authorization for seen in server.seen} == {f"Bearer {key}"}
+    assert "***" in replies[0].text
+    assert all("***" in reply.error for reply in replies[1:])
+    told = [str(replies), str(vars(rewriter)), repr(rewriter)]
+    for text, form in itertools.product(told, forms):
+        assert not re.search(rf"(?<!\w){re.escape(form)}(?!\w)", text)
+
+
+def test_a_key_is_not_in_the_files_of_a_build_nor_in_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "hunter2")
+    statuses = {"What is 0?": "good", "What is 1?": "400", "What is 2?": "500"}
+    with FakeEndpoint(lambda question, _: statuses.get(question, "404"), echo=True) as server:
+        squad = tmp_path / "squad.json"
+        asked = [{"id": str(n), "question": f"What is {n}?", "answers": [{"text": f"hunter2 {n}"}]} for n in range(4)]
+        squad.write_text(json.dumps({"data": [{"title": "t", "paragraphs": [{"context": "", "qas": asked}]}]}))
+        options = ["--squad", str(squad), "--tone", "anger", "--rewriter", "openai", "--model", "m", "--endpoint", server.url]
+        options += ["--key-env", "MY_KEY", "--out", str(tmp_path / "rows.jsonl"), "--concurrency", "1", "--retries", "0"]
+        done = command("data", "build", *options, "--debug")
+    assert done.returncode == 1
+    assert "HTTP 404" in done.stderr
+    assert "Traceback" in done.stderr
+    written = {path.name: path.read_text() for path in tmp_path.iterdir() if path != squad}
+    assert any("***" in text for name, text in written.items() if name.endswith("journal"))
+    assert not any("hunter2" in text for text in (done.stdout, done.stderr, *written.values()))
+
+
+def test_what_stands_for_no_key_stays_in_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("none", "EMPTY", ""):
+        monkeypatch.setenv("MY_KEY", key)
+        own = EndpointRewriter(load_tone("anger"), "http://127.0.0.1:1/v1", "m", key_env="MY_KEY")
+        assert own._tidy("None of it is EMPTY!") == "None of it is EMPTY!"
+    monkeypatch.setenv("MY_KEY", "abc")
+    own = EndpointRewriter(load_tone("anger"), "http://127.0.0.1:1/v1", "m", key_env="MY_KEY")
+    assert own._tidy("abcess, abc.") == "abcess, ***."
