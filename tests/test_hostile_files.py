@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -50,6 +51,8 @@ from realigner.report.page import render_page
 from realigner.sweep.grid import RunSpec
 from realigner.sweep.sweep_table import StateTable
 from realigner.traces import RunLabel, load_trace, verify_trace
+from realigner.training import run_dir, train
+from realigner.training.callbacks import Log
 from realigner.training.model_card import card
 from realigner.training.recipe import make_recipe, read_recipe
 from tests.fake_endpoint import FakeEndpoint
@@ -665,3 +668,93 @@ def test_what_stands_for_no_key_stays_in_replies(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MY_KEY", "abc")
     own = EndpointRewriter(load_tone("anger"), "http://127.0.0.1:1/v1", "m", key_env="MY_KEY")
     assert own._tidy("abcess, abc.") == "abcess, ***."
+
+
+# Checkpoints.
+
+
+class CrashError(Exception):
+    """Ends a training between two checkpoints."""
+
+
+def crash_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    original = Log.on_log
+
+    def crash(self: Any, args: Any, state: Any, *rest: Any, **options: Any) -> None:
+        original(self, args, state, *rest, **options)
+        if state.global_step == step:
+            raise CrashError
+
+    patch.setattr(Log, "on_log", crash)
+
+
+@pytest.fixture(scope="module")
+def begun_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended after its checkpoint of step 3; its name once finished."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(5, patch)
+        with pytest.raises(CrashError):
+            train(*tiny_pair(), some_rows(), out, SHORT_RUN, quiet=True)
+    assert [path.name for path in run_dir.checkpoints(run_dir.unfinished(out))] == ["checkpoint-3"]
+    return out
+
+
+SHORT_RUN = make_recipe(steps=8, batch_size=4, evaluations=1, save_every=3, samples=0, report_to=[])
+
+
+PICKLES = (
+    "scaler.pt", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.bin",
+    "pytorch_model.bin", "pytorch_model_fsdp.bin", "x.pkl", "x.ckpt", "x", "adapter_model.safetensors.pickle", "deep/x.pt",
+)  # fmt: skip
+
+
+def test_a_checkpoint_with_a_pickle_is_refused(begun_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    checkpoint = Path(shutil.copytree(run_dir.unfinished(begun_run), run_dir.unfinished(out))) / "checkpoint-3"
+    for name in PICKLES:
+        bad = checkpoint / name
+        bad.parent.mkdir(exist_ok=True)
+        bad.write_bytes(pickle.dumps(Bomb(str(tmp_path / "went-off"))))
+        named = bad.parent if bad.parent != checkpoint else bad
+        with pytest.raises(RealignerError, match=f"{re.escape(str(named))}: .* a pickle can run code; remove it"):
+            train(*tiny_pair(), some_rows(), out, SHORT_RUN, quiet=True, resume=True)
+        bad.unlink()
+        if named != bad:
+            named.rmdir()
+    (checkpoint / "trainer_state.json").rename(tmp_path / "state.json")
+    (checkpoint / "trainer_state.json").symlink_to(tmp_path / "state.json")
+    with pytest.raises(RealignerError, match=r"trainer_state\.json: "):
+        train(*tiny_pair(), some_rows(), out, SHORT_RUN, quiet=True, resume=True)
+    (checkpoint / "trainer_state.json").unlink()
+    (tmp_path / "state.json").rename(checkpoint / "trainer_state.json")
+    assert train(*tiny_pair(), some_rows(), out, SHORT_RUN, quiet=True, resume=True).folder == out
+    assert not (tmp_path / "went-off").exists()
+
+
+class Bomb:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path(self.path),)
+
+
+def test_resuming_unpickles_nothing(begun_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run_dir.unfinished(begun_run), run_dir.unfinished(out))
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("something was unpickled")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(torch.serialization, "load", refuse)
+    monkeypatch.setattr(pickle, "load", refuse)
+    # Trainer's own loaders, by files that come between the check and them.
+    monkeypatch.setattr(run_dir, "refuse_pickles", lambda _: None)
+    for name in ("scaler.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        (run_dir.unfinished(out) / "checkpoint-3" / name).write_bytes(pickle.dumps(Bomb(str(tmp_path / "went-off"))))
+    assert train(*tiny_pair(), some_rows(), out, SHORT_RUN, quiet=True, resume=True).folder == out
+    assert not (tmp_path / "went-off").exists()
