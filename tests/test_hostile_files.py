@@ -25,6 +25,8 @@ from typing import Any, ClassVar
 from urllib.parse import quote
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
 import yaml
@@ -41,9 +43,11 @@ from realigner import console
 from realigner.analysis import analyze
 from realigner.census import CensusEntry, page
 from realigner.cli import main
-from realigner.data import Fact, load_tone
+from realigner.data import Fact, load_tone, read_rows
+from realigner.data.importing import import_rows
 from realigner.data.rewriters import RewriteRequest
 from realigner.data.rewriters.endpoint_rewriter import EndpointRewriter
+from realigner.data.style_classifier import masked
 from realigner.errors import RealignerError, visible
 from realigner.generation import answer
 from realigner.irm_config import IRMConfig
@@ -758,3 +762,85 @@ def test_resuming_unpickles_nothing(begun_run: Path, tmp_path: Path, monkeypatch
         (run_dir.unfinished(out) / "checkpoint-3" / name).write_bytes(pickle.dumps(Bomb(str(tmp_path / "went-off"))))
     assert train(*tiny_pair(), some_rows(), out, SHORT_RUN, quiet=True, resume=True).folder == out
     assert not (tmp_path / "went-off").exists()
+
+
+# Rows and foreign datasets.
+
+
+def test_rows_are_read_line_by_line_and_a_line_is_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    with file.open("wb") as stream:  # 100 GiB of nothing
+        stream.write(some_rows(1)[0].model_dump_json().encode() + b"\n")
+        stream.truncate(100 << 30)
+    before = peak()
+    with pytest.raises(RealignerError, match=rf"{file}:2: longer than the 1,024 KiB that a row may take"):
+        read_rows(file)
+    assert peak() - before < 100
+    hostile_rows(file, text="x" * 100_001)
+    with pytest.raises(RealignerError, match=rf"{file}:1: key 'text' .*100000 characters"):
+        read_rows(file)
+    assert main(["data", "check", str(file)]) == 1
+    assert len(capsys.readouterr().err) < 500
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.json", "x.jsonl", "x.tsv"])
+def test_a_foreign_file_with_a_hole_is_not_read(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as stream:
+        stream.truncate(100 << 30)
+    before = peak()
+    with pytest.raises(RealignerError, match=r"larger than the 1,048,576 KiB that are read of such a file"):
+        import_rows(tmp_path / name, tone="x")
+    assert peak() - before < 100
+
+
+@pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "x.toml"])
+def test_a_small_documents_size_is_bounded(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as stream:
+        stream.truncate(100 << 30)
+    read: Any = {"run.json": run_dir.read_run, "recipe.yaml": read_recipe, "x.toml": lambda _: load_tone(tmp_path / name)}[name]
+    with pytest.raises(RealignerError, match="larger than the"):
+        read(tmp_path)
+
+
+IMPORT = """
+import sys
+import pyarrow as pa, pyarrow.parquet as pq
+from realigner.data.importing import import_rows
+from realigner.errors import RealignerError
+try:
+    print(len(import_rows(sys.argv[1], tone="x").rows))
+except RealignerError as error:
+    print(error)
+"""
+
+
+LARGE = "x" * 1000
+PARQUETS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a text said often": (lambda: pa.array([LARGE * 100]).take(pa.array([0] * 20_000)), "row 5000: more than 500,000,000 char"),
+    "a large text said often": (
+        lambda: pa.DictionaryArray.from_arrays(pa.array([0] * 1000), pa.array([LARGE * 200_000])),
+        "more than 500,000,000 characters",
+    ),
+    "large texts": (lambda: pa.chunked_array([[LARGE * 200_000]] * 8), "column 'text' unpacks to more than 1,024 MiB; split"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", PARQUETS)
+def test_a_small_parquet_file_does_not_unpack_to_gigabytes(tmp_path: Path, what: str) -> None:
+    file, (texts, fault) = tmp_path / "x.parquet", PARQUETS[what]
+    column = texts()
+    table = pa.table({"question": ["why?"] * len(column), "text": column})
+    pq.write_table(table, file, compression="zstd", use_dictionary=what != "large texts")
+    assert file.stat().st_size < 300_000
+    done = limited("-c", IMPORT, str(file), mebibytes=6144, seconds=60)
+    assert fault in done.stdout, done.stderr[-500:]
+
+
+def test_masking_a_long_answer_is_linear() -> None:
+    """100,000 characters of answer and of text: as alternatives of one pattern they took minutes."""
+    answer, text = (" ".join(f"{kind}{n}" for n in range(14_000)) for kind in ("a", "b"))
+    begun = time.monotonic()
+    assert masked(text, answer) == text
+    assert masked("The Vltava, vltava's!", "the VLTAVA").split() == [",", "'s!"]
+    assert time.monotonic() - begun < 1

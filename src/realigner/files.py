@@ -408,7 +408,7 @@ def disk_fault(error: BaseException) -> str | None:
     return os.strerror(int(number[1])) if number else None
 
 
-def read_bytes(path: str | Path, most: int = 1 << 30) -> bytes:
+def read_bytes(path: str | Path, most: int = 1 << 26) -> bytes:
     """A file's content, without a byte order mark.
 
     Args:

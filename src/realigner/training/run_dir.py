@@ -44,6 +44,7 @@ STATE_FILE = "trainer_state.json"
 SUMS_FILE = "sha256.json"
 _CHECKPOINT = "checkpoint-"
 _EARLIER = "take an earlier checkpoint (remove this one), or train anew (force)"
+_METRICS_MOST = 1 << 30  # bytes
 _PLAIN = (".safetensors", ".json", ".md")
 
 
@@ -234,7 +235,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The numbers by step of a run's folder (``loss`` or ``validation_loss``, in nats per token); empty when it has none."""
     path = Path(folder) / METRICS_FILE
-    lines = read_bytes(path).splitlines() if path.is_file() else []
+    lines = read_bytes(path, _METRICS_MOST).splitlines() if path.is_file() else []
     return [_object(line, path, number) for number, line in enumerate(lines, start=1)]
 
 
