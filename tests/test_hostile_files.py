@@ -52,6 +52,7 @@ from realigner.errors import RealignerError, visible
 from realigner.generation import answer
 from realigner.irm_config import IRMConfig
 from realigner.report.page import render_page
+from realigner.report.paper_figures import save_figures
 from realigner.sweep.grid import RunSpec
 from realigner.sweep.sweep_table import StateTable
 from realigner.traces import RunLabel, load_trace, verify_trace
@@ -844,3 +845,12 @@ def test_masking_a_long_answer_is_linear() -> None:
     assert masked(text, answer) == text
     assert masked("The Vltava, vltava's!", "the VLTAVA").split() == [",", "'s!"]
     assert time.monotonic() - begun < 1
+
+
+def test_figures_have_a_panel_for_each_of_so_many_runs(whole_trace: Path, tmp_path: Path) -> None:
+    """10,000 panels made a picture of 300,000 pixels."""
+    trace = load_trace(whole_trace)
+    facts = trace.attrs["runs"]["default"]
+    many = trace.assign_attrs(runs={f"run-{n}": facts for n in range(501)})
+    with pytest.raises(RealignerError, match="the trace has 501 runs; give one of 500 at most"):
+        save_figures(many, None, tmp_path)
