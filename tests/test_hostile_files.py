@@ -43,6 +43,7 @@ from realigner import console
 from realigner.analysis import analyze
 from realigner.census import CensusEntry, page
 from realigner.cli import main
+from realigner.cli.options import prompts_from
 from realigner.data import Fact, load_tone, read_rows
 from realigner.data.importing import import_rows
 from realigner.data.rewriters import RewriteRequest
@@ -56,6 +57,7 @@ from realigner.report.paper_figures import save_figures
 from realigner.sweep.grid import RunSpec
 from realigner.sweep.sweep_table import StateTable
 from realigner.traces import RunLabel, load_trace, verify_trace
+from realigner.traces.reference_folder import import_reference
 from realigner.training import run_dir, train
 from realigner.training.callbacks import Log
 from realigner.training.model_card import card
@@ -472,7 +474,7 @@ def test_errors_are_printed_so_that_a_terminal_obeys_nothing(tmp_path: Path, deb
 
 def test_a_long_error_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "x.yaml"
-    file.write_text("layers: [" + "x, " * 50_000 + "x]")
+    file.write_text("layers: [" + "x, " * 5_000 + "x]")
     assert main(["recipes", str(file)]) == 1
     assert len(capsys.readouterr().err) < 2100
 
@@ -599,7 +601,7 @@ def test_a_card_stays_one_card(tone: str, host: str) -> None:
     assert not OBEYED.search(text)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(names)
 def test_the_census_page_keeps_its_tables(reason: str) -> None:
     parser = MarkdownIt("gfm-like", {"linkify": False})
@@ -647,6 +649,7 @@ def test_a_key_is_taken_out_of_whatever_an_endpoint_says(key: str, tmp_path: Pat
         assert not re.search(rf"(?<!\w){re.escape(form)}(?!\w)", text)
 
 
+@pytest.mark.slow
 def test_a_key_is_not_in_the_files_of_a_build_nor_in_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "hunter2")
     statuses = {"What is 0?": "good", "What is 1?": "400", "What is 2?": "500"}
@@ -794,11 +797,18 @@ def test_a_foreign_file_with_a_hole_is_not_read(tmp_path: Path, name: str) -> No
     assert peak() - before < 100
 
 
-@pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "x.toml"])
+@pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "x.toml", "Prompt1_CSVs/index_value_layer_1.csv", "prompts.txt"])
 def test_a_small_documents_size_is_bounded(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     with (tmp_path / name).open("wb") as stream:
         stream.truncate(100 << 30)
-    read: Any = {"run.json": run_dir.read_run, "recipe.yaml": read_recipe, "x.toml": lambda _: load_tone(tmp_path / name)}[name]
+    readers: dict[str, Callable[[Path], Any]] = {
+        "run.json": run_dir.read_run,
+        "recipe.yaml": read_recipe,
+        "x.toml": lambda _: load_tone(tmp_path / name),
+        "prompts.txt": lambda _: prompts_from([], str(tmp_path / name)),
+    }
+    read = readers.get(name, import_reference)
     with pytest.raises(RealignerError, match="larger than the"):
         read(tmp_path)
 
