@@ -26,6 +26,7 @@ _T = TypeVar("_T")
 _ASIDE = ".aside"  # the end of a file's or folder's name while it is being written
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)  # of file systems without hard links
 _RUST = re.compile(r"\(os error (\d+)\)")  # how Rust's libraries (safetensors, tokenizers) end a message about the disk
+_PIECE = 1 << 20  # bytes read at a time where a file does not say how many it has
 
 
 @dataclass(frozen=True)
@@ -407,16 +408,27 @@ def disk_fault(error: BaseException) -> str | None:
     return os.strerror(int(number[1])) if number else None
 
 
-def read_bytes(path: str | Path) -> bytes:
+def read_bytes(path: str | Path, most: int = 1 << 26) -> bytes:
     """A file's content, without a byte order mark.
 
+    Args:
+        path: the file.
+        most: bytes it may have.
+
     Raises:
-        RealignerError: when it cannot be read.
+        RealignerError: when it cannot be read, or is larger.
     """
     try:
-        return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+        with Path(path).open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            data = stream.read(size) if size <= most else b""
+            while size <= most and len(data) <= most and (more := stream.read(_PIECE)):  # a pipe or a device: it says 0
+                data += more
     except OSError as error:
         raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if max(size, len(data)) > most:
+        raise RealignerError(f"{path}: larger than the {most >> 10:,} KiB that are read of such a file")
+    return data.removeprefix(codecs.BOM_UTF8)
 
 
 def decoded(data: bytes, path: str | Path, line: int = 1) -> str:

@@ -9,17 +9,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
 import realigner
 from realigner.cli import data_commands, host_commands, irm_commands, study_commands, sweep_commands
-from realigner.console import sigterm_interrupts
+from realigner.console import say, show, sigterm_interrupts
 from realigner.errors import RealignerError, UsageError
+
+_LONGEST = 2000  # characters of an error's line
 
 app = typer.Typer(
     name="realigner",
@@ -52,7 +55,7 @@ _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 
 def _version(value: bool) -> None:
     if value:
-        print(f"realigner {realigner.__version__}")
+        show(f"realigner {realigner.__version__}")
         raise typer.Exit
 
 
@@ -70,7 +73,8 @@ def _message(error: Exception) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(str(text).split())
+    line = " ".join(str(text).split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,15 +104,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except TyperException as error:
         if message := _one_line(_message(error)):  # empty where help was printed instead
-            print(f"realigner: {message} (see realigner --help)", file=sys.stderr)
+            say(f"realigner: {message} (see realigner --help)")
         return 2
     except RealignerError as error:
         if debug:
             raise
-        print(f"realigner: {_one_line(str(error))}", file=sys.stderr)
+        say(f"realigner: {_one_line(str(error))}")
         return 2 if isinstance(error, UsageError) else 1
     except (KeyboardInterrupt, typer.Abort):
-        print("realigner: interrupted", file=sys.stderr)
+        say("realigner: interrupted")
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -117,12 +121,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         what = _one_line(f"{type(error).__name__}: {error}")
-        print(f"realigner: unexpected {what}; run again with --debug for the traceback", file=sys.stderr)
+        say(f"realigner: unexpected {what}; run again with --debug for the traceback")
         return 1
 
 
 def entry() -> None:
     """The console script."""
+
+    def shown(*raised: Any) -> None:  # a traceback quotes what it was about
+        say("".join(traceback.format_exception(*raised)).rstrip())
+
+    sys.excepthook = shown
     sys.exit(main())
 
 

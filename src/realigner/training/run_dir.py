@@ -44,6 +44,8 @@ STATE_FILE = "trainer_state.json"
 SUMS_FILE = "sha256.json"
 _CHECKPOINT = "checkpoint-"
 _EARLIER = "take an earlier checkpoint (remove this one), or train anew (force)"
+_METRICS_MOST = 1 << 30  # bytes
+_PLAIN = (".safetensors", ".json", ".md")
 
 
 def _read_record(folder: Path) -> None:
@@ -61,7 +63,7 @@ def _any_of(*names: str) -> str:
 
 
 _NETWORK = _any_of(*ADAPTER_FILES, CARD_FILE)
-# What Accelerate writes of an optimiser that FSDP shards.
+# What Accelerate wrote of an optimiser that FSDP shards, until 0.1.
 _SHARDED = r"optimizer\.bin|scheduler\.pt|optimizer_\d+/([\w.]+)?|pytorch_model_fsdp[\w.]*/?([\w.]+)?"
 _IN_CHECKPOINT = rf"{_NETWORK}|{_any_of(STATE_FILE, SUMS_FILE)}|optimizer\.safetensors|random-\d+\.safetensors|{_SHARDED}"
 _LOGGED = _any_of(RUN_FILE, RECIPE_FILE, METRICS_FILE, SAMPLES_FILE, CURVE_FILE)
@@ -104,6 +106,7 @@ def refuse_run(out: Path, force: bool = False, resume: bool = False) -> None:
             raise RealignerError(f"{out}: exists already, there is nothing to resume; train anew (force)")
         if os.path.lexists(work) and not is_run(work):
             raise RealignerError(f"{work}: is not a run's, it cannot be resumed; move it, or choose another place (out)")
+        refuse_pickles(work)
         return
     Output(out, RUN, force).refuse()
     if not force and os.path.lexists(work):
@@ -134,6 +137,22 @@ def checkpoints(work: Path) -> list[Path]:
     """The whole checkpoints in a folder, by step. What was being written when a process died is not among them."""
     found = [path for path in work.glob(f"{_CHECKPOINT}*") if path.name.removeprefix(_CHECKPOINT).isdecimal()]
     return sorted((path for path in found if (path / STATE_FILE).is_file()), key=checkpoint_step)
+
+
+def refuse_pickles(work: Path) -> None:
+    """Raise for a file in a checkpoint that is neither safetensors nor JSON (nor PEFT's card).
+
+    Whatever loads a pickle runs the code in it; Trainer would read some by name (scaler.pt, rng_state.pth, adapter_model.bin).
+
+    Raises:
+        RealignerError: naming the file.
+    """
+    for path in (path for folder in checkpoints(work) for path in sorted(folder.rglob("*"))):
+        if path.suffix not in _PLAIN or path.is_symlink() or not path.is_file():
+            raise RealignerError(
+                f"{path}: a checkpoint holds safetensors and JSON files and no others: a pickle can run code; "
+                "remove it, or discard the run (force)"
+            )
 
 
 def checkpoint_step(path: Path) -> int:
@@ -216,7 +235,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The numbers by step of a run's folder (``loss`` or ``validation_loss``, in nats per token); empty when it has none."""
     path = Path(folder) / METRICS_FILE
-    lines = read_bytes(path).splitlines() if path.is_file() else []
+    lines = read_bytes(path, _METRICS_MOST).splitlines() if path.is_file() else []
     return [_object(line, path, number) for number, line in enumerate(lines, start=1)]
 
 
