@@ -493,7 +493,7 @@ CASES: dict[str, Case] = {
     ),
     "no prompt": (2, "no prompt", lambda p, t: ("generate", "--irm", p / "run")),
     "empty prompt": (2, "prompt is empty", lambda p, t: ("generate", "--irm", p / "run", " ")),
-    "prompts missing": (1, "none: cannot be read", lambda p, t: ("generate", "--irm", p / "run", "--prompts", t / "none")),
+    "prompts missing": (1, "cannot be read", lambda p, t: ("generate", "--irm", p / "run", "--prompts", t / "none")),
     "strength not finite": (
         2,
         "strength",

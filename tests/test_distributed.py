@@ -127,6 +127,14 @@ def test_fsdp2_gradients(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_sharded_checkpoint_is_safetensors_and_exact(tmp_path: Path) -> None:
+    """The whole optimiser, gathered from two processes: put back, the next step is the same to the bit; nothing is pickled."""
+    done = worker("fsdp_checkpoint", tmp_path / "checkpoint")
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert {path.suffix for path in (tmp_path / "checkpoint").iterdir()} == {".safetensors"}
+
+
+@pytest.mark.slow
 def test_fsdp2_by_accelerate(tmp_path: Path) -> None:
     """The command line under what `accelerate launch --use_fsdp` sets: trains, and the file is a plain adapter."""
     host, rows = tiny_folder(tmp_path / "host"), tmp_path / "rows.jsonl"

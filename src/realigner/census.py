@@ -21,6 +21,7 @@ import realigner.oracle as oracle
 from realigner.errors import RealignerError
 from realigner.irm_config import IRMConfig
 from realigner.locate import find_sites
+from realigner.markdown import escaped
 from realigner.sites import HostSites
 from realigner.tiny import MODEL_TYPES, UNBUILDABLE, tiny_host
 from realigner.tuner import strength, tuner_of
@@ -266,6 +267,7 @@ def totals(entries: Sequence[CensusEntry]) -> dict[str, int]:
 def page(entries: Sequence[CensusEntry], versions: str) -> str:
     """docs/hosts.md: the totals, a table of what is proven, and the reason for everything else."""
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["escaped"] = escaped
     template = environment.from_string((files("realigner") / "census.md.j2").read_text(encoding="utf-8"))
     rows = [
         (

@@ -6,11 +6,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from realigner.errors import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,12 +25,31 @@ def console() -> Console:
     """A rich console on standard error (made anew, so that a redirected stream is respected)."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def say(text: str) -> None:
     """One line for people, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
+
+
+def show(text: str = "", end: str = "\n") -> None:
+    """A result for people, on standard output. Everything that is printed goes through here or `say`: see `visible`."""
+    print(visible(text), end=end)
+
+
+def show_table(rows: Iterable[Sequence[str]], header: Sequence[str] = (), bold_first: bool = False) -> None:
+    """A table on standard output, its cells as they are: no markup, no emoji codes, nothing for the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None, show_header=bool(header), header_style="bold", pad_edge=bool(header))
+    for row in rows:
+        table.add_row(*map(visible, row))
+    if bold_first:
+        table.columns[0].style = "bold"
+    table.columns[-1].overflow = "fold"
+    Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 @contextmanager
@@ -65,20 +86,20 @@ class Task:
     """Something that advances towards a total; `note` is shown at its right (a loss, a file)."""
 
     def __init__(self, label: str, total: int, bar: Progress | None, unit: str) -> None:
-        self.label, self.total, self.done, self.note, self.unit = label, total, 0, "", unit
+        self.label, self.total, self.done, self.note, self.unit = visible(label), total, 0, "", unit
         self._bar = bar
-        self._id = bar.add_task(label, total=total, note="", rate="") if bar else None
+        self._id = bar.add_task(self.label, total=total, note="", rate="") if bar else None
         self._start = self._last = time.monotonic()
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
         self.done += steps
-        self.note = self.note if note is None else note
+        self.note = self.note if note is None else visible(note)
         if self._bar is not None and self._id is not None:
             self._bar.update(self._id, advance=steps, note=self.note, rate=self._rate())
         elif time.monotonic() - self._last >= _LINE_EVERY or self.done >= self.total:
             self._last = time.monotonic()
             line = f"{self.label}: {self.done}/{self.total}  {self._rate()}{self._left()}{self.note}"
-            print(line.rstrip(), file=sys.stderr, flush=True)
+            say(line.rstrip())
 
     def _rate(self) -> str:
         """``12 rows/s``, for tasks that have a unit."""
@@ -112,14 +133,14 @@ def progress(label: str, total: int, quiet: bool = False, unit: str = "") -> Ite
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=screen) as bar:
         yield Task(label, total, bar, unit)

@@ -28,6 +28,7 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EX
 _RUST = re.compile(r"\(os error (\d+)\)")  # how Rust's libraries (safetensors, tokenizers) end a message about the disk
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # JSON's escape of half a character
 DOCUMENT = 64 << 20  # bytes of a file that is one document (a config, a recipe, a record) at most
+_PIECE = 1 << 20  # bytes read at a time where a file does not say how many it has
 
 
 @dataclass(frozen=True)
@@ -409,7 +410,7 @@ def disk_fault(error: BaseException) -> str | None:
     return os.strerror(int(number[1])) if number else None
 
 
-def read_bytes(path: str | Path, most: int = 1 << 30) -> bytes:
+def read_bytes(path: str | Path, most: int = 1 << 26) -> bytes:
     """A file's content, without a byte order mark.
 
     Args:
@@ -422,7 +423,9 @@ def read_bytes(path: str | Path, most: int = 1 << 30) -> bytes:
     try:
         with Path(path).open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            data = stream.read(most + 1) if size <= most else b""  # a device has no size
+            data = stream.read(size) if size <= most else b""
+            while size <= most and len(data) <= most and (more := stream.read(_PIECE)):  # a pipe or a device: it says 0
+                data += more
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         raise RealignerError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if max(size, len(data)) > most:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
 import realigner
 from realigner.cli import data_commands, host_commands, irm_commands, study_commands, sweep_commands
-from realigner.console import sigterm_interrupts
+from realigner.console import say, show, sigterm_interrupts
 from realigner.errors import RealignerError, UsageError
 
 _LONGEST = 2000  # characters of an error's line; of a longer one the middle is left out
@@ -55,7 +56,7 @@ _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 
 def _version(value: bool) -> None:
     if value:
-        print(f"realigner {realigner.__version__}")
+        show(f"realigner {realigner.__version__}")
         raise typer.Exit
 
 
@@ -116,15 +117,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except TyperException as error:
         if message := _one_line(_message(error)):  # empty where help was printed instead
-            print(f"realigner: {message} (see realigner --help)", file=sys.stderr)
+            say(f"realigner: {message} (see realigner --help)")
         return 2
     except RealignerError as error:
         if debug:
             raise
-        print(f"realigner: {_one_line(str(error))}", file=sys.stderr)
+        say(f"realigner: {_one_line(str(error))}")
         return 2 if isinstance(error, UsageError) else 1
     except (KeyboardInterrupt, typer.Abort):
-        print("realigner: interrupted", file=sys.stderr)
+        say("realigner: interrupted")
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -132,12 +133,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"realigner: {_one_line(_last_resort(error))}", file=sys.stderr)
+        say(f"realigner: {_one_line(_last_resort(error))}")
         return 1
 
 
 def entry() -> None:
     """The console script."""
+
+    def shown(*raised: Any) -> None:  # a traceback quotes what it was about
+        say("".join(traceback.format_exception(*raised)).rstrip())
+
+    sys.excepthook = shown
     sys.exit(main())
 
 

@@ -13,6 +13,7 @@ import typer
 from typer import Argument, Context, Option
 
 from realigner.cli.options import Force, Json, Seed, Trust, claim, print_json, short
+from realigner.console import show, show_table
 from realigner.errors import RealignerError, UsageError
 
 if TYPE_CHECKING:
@@ -103,15 +104,15 @@ def build(
     if as_json:
         print_json({**built.to_dict(), "skipped": skipped, "facts": len(facts)})
         return
-    print(f"{built.path}: {built.rows} rows of {len(facts)} questions in {built.seconds:.0f} s")
+    show(f"{built.path}: {built.rows} rows of {len(facts)} questions in {built.seconds:.0f} s")
     if built.rejected:
-        print(f"{built.rejected_path}: {built.rejected} without a good reply")
+        show(f"{built.rejected_path}: {built.rejected} without a good reply")
     _print_reasons(built.reasons, built.replies)
     if skipped:
-        print(f"skipped: {_listed(skipped)}")
+        show(f"skipped: {_listed(skipped)}")
     if note := made.note():
-        print(note)
-    print(f"Try next:  realigner data check {quote(str(built.path))}")
+        show(note)
+    show(f"Try next:  realigner data check {quote(str(built.path))}")
 
 
 @app.command("import")
@@ -169,15 +170,15 @@ def import_(
         counts = {"rows": len(rows), "rejected": len(rejected), "reasons": reasons}
         print_json({"path": None if out is None else str(out), **counts, "splits": splits, "found": found})
         return
-    print(f"{source}: {len(rows)} rows, {len(rejected)} rejected")
+    show(f"{source}: {len(rows)} rows, {len(rejected)} rejected")
     if found is not None:
-        print(f"{squad}: has {found} of the {len(imported.rows)} questions" + ("" if found else "; is it the right file?"))
+        show(f"{squad}: has {found} of the {len(imported.rows)} questions" + ("" if found else "; is it the right file?"))
     _print_reasons(reasons, len(rows) + len(rejected))
     if splits:
-        print(f"{to_hf}: {_listed(splits)} rows")
+        show(f"{to_hf}: {_listed(splits)} rows")
     if out is not None:
-        print(f"{out}" + (f", and what was rejected in {beside(out, '.rejected.jsonl')}" if rejected else ""))
-        print(f"Try next:  realigner data check {quote(str(out))}")
+        show(f"{out}" + (f", and what was rejected in {beside(out, '.rejected.jsonl')}" if rejected else ""))
+        show(f"Try next:  realigner data check {quote(str(out))}")
 
 
 @app.command()
@@ -212,27 +213,19 @@ def check(
     if as_json:
         print_json(card.to_dict())
     else:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-        for name, value in card.lines():
-            table.add_row(name, value)
-        Console().print(table, markup=False)
-        print("\nTen rows to read:" if len(card.samples) == 10 else "\nRows to read:")
+        show_table(card.lines(), bold_first=True)
+        show("\nTen rows to read:" if len(card.samples) == 10 else "\nRows to read:")
         for row in card.samples:
-            print(f"  Q: {short(row.question, 110)}\n     {row.tone}: {short(row.text, 220)}")
-        print()
+            show(f"  Q: {short(row.question, 110)}\n     {row.tone}: {short(row.text, 220)}")
+        show()
         if html is not None:
-            print(f"Page: {html}   (open it in a browser)")
+            show(f"Page: {html}   (open it in a browser)")
     if not card.fit:
         raise RealignerError(f"{path}: unfit: {'; '.join(card.problems)}")
     if not as_json:
-        print("fit to train on" if len(card.tones) == 1 else "fit to train on, one tone at a time (--tone)")
+        show("fit to train on" if len(card.tones) == 1 else "fit to train on, one tone at a time (--tone)")
         if path != "authored":
-            print(f"Try next:  realigner train --data {quote(path)} --out runs/{next(iter(card.tones))}")
+            show(f"Try next:  realigner train --data {quote(path)} --out runs/{next(iter(card.tones))}")
 
 
 @app.command()
@@ -245,15 +238,13 @@ def tones(as_json: Json = False) -> None:
     if as_json:
         print_json({"tones": facts})
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("tone", "words", "examples", "template replies", "instruction", box=None, header_style="bold")
+    header = ("tone", "words", "examples", "template replies", "instruction")
+    rows = []
     for tone in facts:
         replies = f"{tone['template_replies']:,}" if tone["template_replies"] else "none"
-        table.add_row(tone["name"], str(tone["words"]), str(tone["examples"]), replies, short(tone["instruction"], 90))
-    Console().print(table)
-    print("\nYour own: a TOML file in the same form, e.g. --tone mine.toml (docs/data.md shows one).")
+        rows.append((tone["name"], str(tone["words"]), str(tone["examples"]), replies, short(tone["instruction"], 90)))
+    show_table(rows, header)
+    show("\nYour own: a TOML file in the same form, e.g. --tone mine.toml (docs/data.md shows one).")
 
 
 @app.command()
@@ -283,9 +274,9 @@ def scorer(
         counts = {tone: len(hits) for tone, hits in right.items()}
         print_json({"scorer": str(out), "tones": made.tones, "rows": counts, "right": shares})
         return
-    print(f"{out}: named rightly, of groups it has not seen:")
+    show(f"{out}: named rightly, of groups it has not seen:")
     for tone, share in shares.items():
-        print(f"  {tone:<16} {100 * share:5.1f}% of {len(right[tone]):,} rows")
+        show(f"  {tone:<16} {100 * share:5.1f}% of {len(right[tone]):,} rows")
 
 
 def _facts(squad: Path, sample: int | None, seed: int) -> tuple[list[Fact], dict[str, int], dict[str, Any]]:
@@ -317,7 +308,7 @@ def _tokenizer(host: str | None, trust: bool) -> tuple[Any, str]:
 
 def _print_reasons(reasons: dict[str, int], total: int) -> None:
     if reasons:
-        print(f"rejected, of {total:,}: {_listed(reasons)}")
+        show(f"rejected, of {total:,}: {_listed(reasons)}")
 
 
 def _listed(counts: dict[str, int]) -> str:

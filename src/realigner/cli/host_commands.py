@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from realigner.cli import options as opt
+from realigner.console import show
 from realigner.errors import RealignerError, UsageError
 from realigner.files import Artifact, Output
 
@@ -45,13 +46,13 @@ def hosts(
         opt.print_json({"host": identity.to_dict(), **entry.to_dict()})
     else:
         sizes = f"{identity.num_layers} layers, hidden {identity.hidden_size}, {loaded.dtype}"
-        print(f"{identity.name}: {identity.architecture}, {sizes}")
-        print(f"site:   {_site_line(entry.site)}" if entry.site else "site:   none")
-        print(f"proof:  {entry.verdict}" + (f" ({entry.reason})" if entry.reason else ""))
+        show(f"{identity.name}: {identity.architecture}, {sizes}")
+        show(f"site:   {_site_line(entry.site)}" if entry.site else "site:   none")
+        show(f"proof:  {entry.verdict}" + (f" ({entry.reason})" if entry.reason else ""))
         for name, error in entry.errors.items():
-            print(f"        {_PROOFS[name]:<52} {'equal to the bit' if error == 0 else f'off by {error:.1e}'}")
+            show(f"        {_PROOFS[name]:<52} {'equal to the bit' if error == 0 else f'off by {error:.1e}'}")
         if entry.checkpointing not in ("", EXACT):
-            print(f"        no gradient checkpointing: {entry.checkpointing}")
+            show(f"        no gradient checkpointing: {entry.checkpointing}")
     if entry.verdict != PROVEN:
         raise typer.Exit(1)
 
@@ -102,10 +103,10 @@ def _census(types: list[str] | None, place: Output | None, as_json: bool) -> Non
     else:
         for entry in entries:
             what = _site_line(entry.site) if entry.verdict == PROVEN else entry.reason
-            print(f"{entry.model_type:<26} {entry.verdict:<9}  {opt.short(what, 120)}")
-        print(f"\n{len(entries)} types: " + ", ".join(f"{number} {verdict}" for verdict, number in count.items()))
+            show(f"{entry.model_type:<26} {entry.verdict:<9}  {opt.short(what, 120)}")
+        show(f"\n{len(entries)} types: " + ", ".join(f"{number} {verdict}" for verdict, number in count.items()))
         if place is not None:
-            print(f"Page: {place.path}")
+            show(f"Page: {place.path}")
     if count[WRONG] or count[UNPROVEN]:
         raise typer.Exit(1)
 
@@ -143,11 +144,11 @@ def doctor(as_json: opt.Json = False) -> None:
         opt.print_json({**facts, "problems": problems})
     else:
         for key, value in facts.items():
-            print(f"{key.replace('_', ' '):<14} {value}")
+            show(f"{key.replace('_', ' '):<14} {value}")
     if problems:
         raise RealignerError("; ".join(problems))
     if not as_json:
-        print("all well")
+        show("all well")
 
 
 def _site_line(summary: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 from typer import Argument, Option
 
 from realigner.cli import options as opt
+from realigner.console import show
 from realigner.errors import RealignerError, UsageError
 
 
@@ -28,12 +29,12 @@ def demo(
         opt.print_json(result.to_dict())
         return
     sample = result.sample
-    print(f"\nQ: {sample['prompt']}")
-    print(f"   base:      {opt.short(sample['base'])}")
-    print(f"   realigned: {opt.short(sample['realigned'])}   (strength {STRENGTH})")
-    print(f"\nReport: {result.report}   (open it in a browser)")
-    print(f"Run:    {result.run}   ({result.seconds:.0f} s of work)")
-    print(f'\nTry next:  realigner generate --irm {result.run} --strength {STRENGTH} "Why is the sky blue?"')
+    show(f"\nQ: {sample['prompt']}")
+    show(f"   base:      {opt.short(sample['base'])}")
+    show(f"   realigned: {opt.short(sample['realigned'])}   (strength {STRENGTH})")
+    show(f"\nReport: {result.report}   (open it in a browser)")
+    show(f"Run:    {result.run}   ({result.seconds:.0f} s of work)")
+    show(f'\nTry next:  realigner generate --irm {result.run} --strength {STRENGTH} "Why is the sky blue?"')
 
 
 def train(
@@ -100,13 +101,13 @@ def _print_run(folder: Path, record: dict[str, Any], as_json: bool) -> None:
     elif record["interrupted"]:
         if record["signal"] == "SIGTERM":  # a scheduler's: nothing went wrong
             out = folder.with_name(folder.name.removesuffix(".unfinished"))
-            print(f"stopped by SIGTERM after step {record['steps_done']}; {_go_on(out)}")
+            show(f"stopped by SIGTERM after step {record['steps_done']}; {_go_on(out)}")
     else:
         losses = record["validation_loss"]
         fell = f", validation loss {losses[0]:.2f} to {losses[-1]:.2f}" if losses else ""
         kept = f" (kept: step {record['kept_step']})" if record["kept_step"] != record["steps_done"] else ""
-        print(f"{folder}: {record['steps_done']} steps in {record['seconds']:.0f} s{fell}{kept}")
-        print(f'Try next:  realigner generate --irm {folder} "How many apples can fit in a basket?"')
+        show(f"{folder}: {record['steps_done']} steps in {record['seconds']:.0f} s{fell}{kept}")
+        show(f'Try next:  realigner generate --irm {folder} "How many apples can fit in a basket?"')
 
 
 def _go_on(out: Path) -> str:
@@ -124,11 +125,11 @@ def recipes(
         opt.print_json({key: read_recipe(key).model_dump() for key in ([name] if name else BUILT_IN)})
     elif name:
         read_recipe(name)
-        print(recipe_text(name)[0], end="")
+        show(recipe_text(name)[0], end="")
     else:
         for key in BUILT_IN:
-            print(f"{key:10}{recipe_text(key)[0].splitlines()[0].removeprefix('# ')}")
-        print("Try next:  realigner recipes paper > mine.yaml; realigner train --recipe mine.yaml --tone anger --out runs/mine")
+            show(f"{key:10}{recipe_text(key)[0].splitlines()[0].removeprefix('# ')}")
+        show("Try next:  realigner recipes paper > mine.yaml; realigner train --recipe mine.yaml --tone anger --out runs/mine")
 
 
 def generate(
@@ -174,4 +175,4 @@ def generate(
         opt.print_json({"results": results})
         return
     for result in results:
-        print(f"Q: {result['prompt']}\n   base:      {result['base']}\n   realigned: {result['realigned']}\n")
+        show(f"Q: {result['prompt']}\n   base:      {result['base']}\n   realigned: {result['realigned']}\n")

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Optional, TypeVar
 
 import typer
 
+from realigner.console import show
 from realigner.errors import RealignerError, UsageError
+from realigner.files import decoded, read_bytes
 
 _T = TypeVar("_T")
 
@@ -48,9 +50,7 @@ def prompts_from(questions: Sequence[str] | None, source: str | None) -> list[st
 
         asked += PAPER_PROMPTS
     elif source is not None:
-        from realigner.files import DOCUMENT, decoded, read_bytes
-
-        lines = decoded(read_bytes(source, DOCUMENT), source).splitlines()
+        lines = decoded(read_bytes(source), source).splitlines()
         asked += [line.strip() for line in lines if line.strip()]
     if not asked:
         raise UsageError("no prompt given; write one, or use --prompts paper")
@@ -81,4 +81,4 @@ def short(text: str, most: int = 200) -> str:
 
 def print_json(value: Any) -> None:
     """The one document of ``--json``."""
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    show(json.dumps(value, ensure_ascii=False, indent=2))  # what a terminal would obey becomes JSON's own escape of it

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from realigner.cli import options as opt
+from realigner.console import show
 from realigner.errors import RealignerError, UsageError
 
 
@@ -57,11 +58,9 @@ def trace(
         opt.print_json({"trace": str(out), "sizes": sizes, "prompts": len(asked), "runs": recorded.attrs["runs"], "seed": seed})
         return
     names = ", ".join(recorded.attrs["runs"])
-    print(
-        f"{out}: {sizes['token']} tokens x {sizes['layer']} layers x {sizes['neuron']} neurons ({keep}), {len(asked)} prompts"
-    )
-    print(f"runs: {names}")
-    print(f"Try next:  realigner analyze {out}")
+    show(f"{out}: {sizes['token']} tokens x {sizes['layer']} layers x {sizes['neuron']} neurons ({keep}), {len(asked)} prompts")
+    show(f"runs: {names}")
+    show(f"Try next:  realigner analyze {out}")
 
 
 def analyze(
@@ -84,12 +83,12 @@ def analyze(
         opt.print_json({"traces": [str(path) for path in traces], **found.to_dict()})
         return
     for verdict in found.verdicts:
-        print(f"{verdict['verdict'].upper():14} {verdict['claim']}")
-        print(f"{'':14} {verdict['words']}")
-    print("Leading indices (times the median of their layer):")
+        show(f"{verdict['verdict'].upper():14} {verdict['claim']}")
+        show(f"{'':14} {verdict['words']}")
+    show("Leading indices (times the median of their layer):")
     for run, table in found.leading.groupby("run", sort=False):
-        print(f"   {run:24} " + "  ".join(f"{row.neuron} ({row.ratio:.2f})" for row in table.head(5).itertuples()))
-    print(f"Try next:  realigner report {traces[0]} --out report.html    (--json has every table)")
+        show(f"   {run:24} " + "  ".join(f"{row.neuron} ({row.ratio:.2f})" for row in table.head(5).itertuples()))
+    show(f"Try next:  realigner report {traces[0]} --out report.html    (--json has every table)")
 
 
 def explain(
@@ -141,12 +140,12 @@ def explain(
     if as_json:
         opt.print_json(found.to_dict())
         return
-    print(f"\n{found.words}")
+    show(f"\n{found.words}")
     for conclusion in found.conclusions:
-        print(f"{conclusion.answer.upper():14} {conclusion.question}")
-        print(f"{'':14} {conclusion.words}  n = {conclusion.n} {conclusion.unit}")
+        show(f"{conclusion.answer.upper():14} {conclusion.question}")
+        show(f"{'':14} {conclusion.words}  n = {conclusion.n} {conclusion.unit}")
     named = f" --host {host}" if host else ""
-    print(f"Try next:  realigner report {out}{named} --out report.html    ({out}/explain.json has every table)")
+    show(f"Try next:  realigner report {out}{named} --out report.html    ({out}/explain.json has every table)")
 
 
 def _explain_weights(host: str | None, index: int | None, as_json: bool) -> None:
@@ -159,13 +158,13 @@ def _explain_weights(host: str | None, index: int | None, as_json: bool) -> None
     if as_json:
         opt.print_json(found)
         return
-    print(f"{found['host']}: {found['neurons']:,} indices, {found['layers']} layers, {found['norm']} norm")
+    show(f"{found['host']}: {found['neurons']:,} indices, {found['layers']} layers, {found['norm']} norm")
     for entry in found["indices"]:
-        print(f"index {entry['index']}: {entry['words']}")
+        show(f"index {entry['index']}: {entry['words']}")
         for fact in entry["facts"]:
             times = "" if fact["times_median"] is None else f", {fact['times_median']:.3g} times the median"
-            print(f"   {fact['about']:48} {fact['value']:.4g}{times} (rank {fact['rank']} of {fact['n']:,})")
-    print("Try next:  realigner explain --irm RUN    (with a trained IRM: what it makes of them)")
+            show(f"   {fact['about']:48} {fact['value']:.4g}{times} (rank {fact['rank']} of {fact['n']:,})")
+    show("Try next:  realigner explain --irm RUN    (with a trained IRM: what it makes of them)")
 
 
 def report(
@@ -207,7 +206,7 @@ def report(
         if as_json:
             opt.print_json({"report": str(path), "answers": {item.name: item.answers() for item in shown}})
         else:
-            print(f"Report: {path}   (open it in a browser)")
+            show(f"Report: {path}   (open it in a browser)")
 
 
 def figures(
@@ -234,4 +233,4 @@ def figures(
     if as_json:
         opt.print_json({"figures": [str(path) for path in written]})
     else:
-        print(f"{len(written)} files in {out}")
+        show(f"{len(written)} files in {out}")

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 from typer import Argument, Option
 
 from realigner.cli.options import Json, print_json
+from realigner.console import show
 from realigner.errors import RealignerError
 
 
@@ -40,8 +41,8 @@ def sweep(
             print_json({"runs": [{"run": run.name, **run.varies, "state": states[run.name]} for run in runs]})
         else:
             for run in runs:
-                print(f"{run.name}  {states[run.name]:8}{run.label}")
-            print(f"{len(runs)} runs. Try next:  realigner sweep {file} --out {out}")
+                show(f"{run.name}  {states[run.name]:8}{run.label}")
+            show(f"{len(runs)} runs. Try next:  realigner sweep {file} --out {out}")
         return
     gpus = chosen.gpus if gpus is None else gpus
     result = run_sweep(runs, out, on, workers or chosen.workers, gpus, address, retries, quiet=as_json)
@@ -50,11 +51,11 @@ def sweep(
     else:
         labels = {run.name: run.label for run in runs}
         done = [name for name, state in result.states.items() if state == "done"]
-        print(f"{len(done)} of {len(result.states)} runs done in {result.seconds:.0f} s, in {result.out}")
+        show(f"{len(done)} of {len(result.states)} runs done in {result.seconds:.0f} s, in {result.out}")
         for name, error in result.errors.items():
-            print(f"failed: {name} ({labels[name]}): {error}  [{result.out}/logs/{name}.log]")
+            show(f"failed: {name} ({labels[name]}): {error}  [{result.out}/logs/{name}.log]")
         if done:
-            print(f"Try next:  realigner trace --irm {result.out} --prompts paper --out {result.out}.zarr")
+            show(f"Try next:  realigner trace --irm {result.out} --prompts paper --out {result.out}.zarr")
     if result.errors:
         raise RealignerError(f"{len(result.errors)} of {len(runs)} runs failed")
     if not result.finished:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -12,16 +13,19 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from realigner.errors import RealignerError, UsageError
-from realigner.files import Artifact, parsed, read_bytes
+from realigner.files import Artifact, parsed
 from realigner.validation_message import first_fault
 
 TONES = ("anger", "sadness", "neutral")  # the tones of the authored set
 
-_Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+_LONGEST = 100_000  # characters of a field
+_LINE = 1 << 20  # bytes of a line
+
+_Text = Annotated[str, StringConstraints(min_length=1, max_length=_LONGEST, strip_whitespace=True)]
 
 
 class Row(BaseModel):
-    """One example of a tone.
+    """One example of a tone; a field has 100,000 characters at most.
 
     Attributes:
         id: unique within a file.
@@ -43,7 +47,7 @@ class Row(BaseModel):
     id: _Text
     group: _Text
     question: _Text
-    answer: Annotated[str, StringConstraints(strip_whitespace=True)]
+    answer: Annotated[str, StringConstraints(max_length=_LONGEST, strip_whitespace=True)]
     text: _Text
     tone: _Text
     source: _Text
@@ -61,7 +65,7 @@ def read_rows(path: str | Path, tone: str | None = None) -> list[Row]:
         raise RealignerError(f"{path}: is a folder; give a JSONL file of rows")
     rows: list[Row] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         row = _parse(line, path, number)
@@ -77,6 +81,20 @@ def read_rows(path: str | Path, tone: str | None = None) -> list[Row]:
     if not chosen:
         raise UsageError(f"{path}: has no rows of tone {tone!r}; it has {', '.join(sorted({r.tone for r in rows}))}")
     return chosen
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """A file's lines without their ends, one in memory at a time."""
+    try:
+        with path.open("rb") as stream:
+            number = 0
+            while line := stream.readline(_LINE + 1):
+                number += 1
+                if len(line) > _LINE:
+                    raise RealignerError(f"{path}:{number}: longer than the {_LINE >> 10:,} KiB that a row may take")
+                yield line.rstrip(b"\n").removeprefix(codecs.BOM_UTF8 if number == 1 else b"")
+    except OSError as error:
+        raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 ROWS = Artifact("rows", read_rows)

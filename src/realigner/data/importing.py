@@ -26,6 +26,7 @@ FIELDS = ("question", "text", "answer", "group", "id", "tone")  # what a column 
 _REQUIRED = ("question", "text")
 _OURS = tuple(Row.model_fields)
 _GROUP_LENGTH = 60
+_MOST = 500_000_000  # characters of a dataset: a small file may say the same long text a million times
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,18 @@ def import_rows(
     maker = _Maker(_columns(table, mapping, tone), tone, by_question, source_name, Path(source))
     rows: list[Row] = []
     rejected: list[dict[str, Any]] = []
+    room = _MOST
     for record in table.read(set(maker.columns.values())):
         try:
             rows.append(maker.row(record))
+            room -= sum(map(len, (rows[-1].question, rows[-1].answer, rows[-1].text)))
         except _UnfitError as reason:
             shown = {key: record.values.get(maker.columns[key], "") for key in _REQUIRED}
             texts = {key: _valid(value) for key, value in shown.items() if isinstance(value, str) and value}
             rejected.append({"where": record.where, "reason": str(reason), **texts})
+            room -= sum(map(len, texts.values()))
+        if room < 0:
+            raise RealignerError(f"{record.where}: more than {_MOST:,} characters so far; import the dataset in parts (split)")
     if not rows and not rejected:
         raise RealignerError(f"{table.place}: has no rows")
     return Imported(rows, rejected)

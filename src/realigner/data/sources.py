@@ -16,6 +16,8 @@ from realigner.data.reference_csv import is_reference, question_and_reply, refer
 from realigner.errors import RealignerError, UsageError
 from realigner.files import decoded, parsed, read_bytes, read_object
 
+_MOST = 1 << 30  # bytes of a file that is read whole, and of what a compressed one holds in a column of a group of rows
+_METADATA_MOST = 100_000_000  # bytes, or entries
 BATCH = 1000  # rows in memory at a time, of formats that are not read whole
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")  # ".csv"; ".5" is the version of a dataset
@@ -73,7 +75,7 @@ def open_table(source: str | Path, split: str | None = None, generic: bool = Fal
 
 
 def _bytes(path: Path) -> bytes:
-    data = read_bytes(path)
+    data = read_bytes(path, _MOST)
     if not data.strip():
         raise RealignerError(f"{path}: is empty; give a file with rows")
     return data
@@ -157,20 +159,35 @@ def _parquet(path: Path, _: bool) -> Table:
     if not path.stat().st_size:  # `open_table` has asked before
         raise RealignerError(f"{path}: is empty; give a file with rows")
     with _one_line(lambda: f"{path}: is not a readable Parquet file; is it cut?"):
-        from pyarrow import parquet  # type: ignore[import-untyped]
+        from pyarrow import parquet, types  # type: ignore[import-untyped]
 
-        file = parquet.ParquetFile(path)
-        columns = tuple(str(name) for name in file.schema_arrow.names)
+        limits = {"thrift_string_size_limit": _METADATA_MOST, "thrift_container_size_limit": _METADATA_MOST}
+        schema = parquet.ParquetFile(path, **limits).schema_arrow
+        columns = tuple(str(name) for name in schema.names)
+        # Texts stay as the file has them, each once: one text may be said a million times.
+        texts = [field.name for field in schema if types.is_string(field.type) or types.is_large_string(field.type)]
+        file = parquet.ParquetFile(path, read_dictionary=texts, **limits)
 
     def read(needed: Collection[str]) -> Iterator[Record]:
         number = 0
+        _check_sizes(path, file.metadata, needed)
         with _one_line(lambda: f"{path}: cannot be read past row {number}; is it cut?"), file:
             for batch in file.iter_batches(batch_size=BATCH, columns=sorted(needed)):
-                for values in batch.to_pylist():
+                for row in range(batch.num_rows):
                     number += 1
+                    values = {name: column[row].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
                     yield Record(f"{path}: row {number}", str(number), values)
 
     return Table(str(path), columns, read)
+
+
+def _check_sizes(path: Path, metadata: Any, needed: Collection[str]) -> None:
+    """Refuse columns that unpack to more than there is room for, by what the file says of itself."""
+    for group in range(metadata.num_row_groups):
+        for column in map(metadata.row_group(group).column, range(metadata.num_columns)):
+            name = column.path_in_schema
+            if (name in needed or name.partition(".")[0] in needed) and column.total_uncompressed_size > _MOST:
+                raise RealignerError(f"{path}: column {name!r} unpacks to more than {_MOST >> 20:,} MiB; split the file")
 
 
 def _saved(folder: Path, split: str | None) -> Table:

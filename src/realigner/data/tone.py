@@ -24,6 +24,7 @@ from which replies can be made without any model.
 from __future__ import annotations
 
 import hashlib
+import re
 import string
 import tomllib
 from functools import cache
@@ -41,6 +42,11 @@ from realigner.validation_message import first_fault
 _Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 _START, _FACT = "reply", "answer"
 _DEEPEST = 50  # lists in each other
+_LONGEST = 10_000  # characters of a reply that a template makes, the fact counted as one
+_MOST = 10**100  # replies that a template can make
+_FILE_BYTES = 1 << 18
+# A key of many parts, of which tomllib makes every beginning: 64 GB from 256 KiB.
+_LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:"[^"\n]*"|'[^'\n]*'|[\w-]+)[ \t]*\.[ \t]*){50}""")
 
 
 class Example(BaseModel):
@@ -72,7 +78,7 @@ class Tone(BaseModel):
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     language: Annotated[str, StringConstraints(pattern=r"^([a-z]{2}|any)$")] = "en"
     instruction: _Text
-    words: tuple[_Text, ...] = ()
+    words: Annotated[tuple[_Text, ...], Field(max_length=1000)] = ()
     examples: tuple[Example, ...] = ()
     template: dict[str, Annotated[tuple[_Text, ...], Field(min_length=1)]] = {}
 
@@ -141,10 +147,17 @@ def _built_in() -> dict[str, Path]:
 
 
 def _read(path: Path) -> Tone:
+    text = decoded(read_bytes(path, _FILE_BYTES), path)
+    if found := _LONG_KEY.search(text):
+        raise RealignerError(
+            f"{path}:{text.count(chr(10), 0, found.start()) + 1}: a key of 50 parts or more; a tone's have two"
+        )
     try:
-        values = tomllib.loads(decoded(read_bytes(path), path))
+        values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RealignerError(f"{path}: not valid TOML ({error})") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise RealignerError(f"{path}: not TOML that can be read ({str(error).partition(';')[0]})") from None
     except RecursionError:
         raise RealignerError(f"{path}: TOML nested too deeply; a tone is a flat file") from None
     try:
@@ -174,19 +187,28 @@ def symbols(text: str) -> list[str]:
 
 
 def _count(template: dict[str, tuple[str, ...]]) -> int:
-    """Ways to expand ``reply``; a list that contains itself, or lists too deep in each other, are an error."""
-    known = {_FACT: 1}
+    """Ways to expand ``reply``; an error for lists that contain themselves, are too deep in each other, or make too much."""
+    known = {_FACT: (1, 1)}
 
-    def ways(name: str, above: tuple[str, ...]) -> int:
+    def ways_and_longest(name: str, above: tuple[str, ...]) -> tuple[int, int]:
         if name in above:
             raise ValueError(f"template.{name}: contains itself ({' -> '.join((*above, name))})")
         if len(above) > _DEEPEST:
             raise ValueError(f"template.{name}: is more than {_DEEPEST} lists deep")
         if name not in known:
-            known[name] = sum(prod(ways(symbol, (*above, name)) for symbol in symbols(text)) for text in template[name])
+            ways, longest = 0, 0
+            for text in template[name]:
+                inner = [ways_and_longest(symbol, (*above, name)) for symbol in symbols(text)]
+                longest = max(longest, len(text) + sum(length for _, length in inner))
+                if longest > _LONGEST:
+                    raise ValueError(f"template.{name}: makes texts of more than {_LONGEST:,} characters")
+                ways += prod(number for number, _ in inner)
+                if ways > _MOST:
+                    raise ValueError(f"template.{name}: makes more than 10^{len(str(_MOST)) - 1} texts")
+            known[name] = ways, longest
         return known[name]
 
-    return ways(_START, ())
+    return ways_and_longest(_START, ())[0]
 
 
 def facts_of(tone: Tone) -> dict[str, Any]:

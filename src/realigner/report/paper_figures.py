@@ -20,6 +20,8 @@ from realigner.report.figures import appendix_maps, figure2, figure3, figure4, f
 from realigner.report.plot_style import FORMATS, save_figure
 from realigner.report.run_styles import RunStyles
 
+_MOST_RUNS = 500
+
 
 def save_figures(
     trace: xr.Dataset,
@@ -43,8 +45,11 @@ def save_figures(
         The files, figure by figure.
 
     Raises:
-        RealignerError: when something else is there, or a file cannot be written.
+        RealignerError: when something else is there, a file cannot be written, or the trace has more than 500 runs, each of
+            which has its panel.
     """
+    if (runs := len(trace.attrs["runs"])) > _MOST_RUNS:
+        raise RealignerError(f"figures: the trace has {runs:,} runs; give one of {_MOST_RUNS} at most")
     folder, written = Path(folder), list[str]()
     formats = list(formats)
     with taken(folder, FIGURES, force) as place, place.folder() as aside:

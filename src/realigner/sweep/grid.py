@@ -7,19 +7,20 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from realigner.data.squad import file_sha256
 from realigner.errors import RealignerError, UsageError
 from realigner.files import decoded, read_bytes
-from realigner.training.recipe import BUILT_IN, RUNTIME_ONLY_KEYS, Name, Recipe, read_recipe, read_yaml
+from realigner.training.recipe import BUILT_IN, MOST_YAML, RUNTIME_ONLY_KEYS, Name, Recipe, read_recipe, read_yaml
 from realigner.validation_message import first_fault
 
 PAPER = Path(__file__).parent / "paper.yaml"
+_MOST_RUNS = 10_000
 _TRAINING = ("tone", "data", "steps", "epochs")  # what an untrained IRM does not know
 
 
@@ -80,7 +81,7 @@ def read_sweep(file: str | Path, settings: Mapping[str, Any] | None = None) -> t
     path = PAPER if str(file) == "paper" else Path(file)
     if not path.is_file():
         raise UsageError(f"sweep {file}: there is no such file; 'paper' is the paper's own")
-    text = decoded(read_bytes(path), path)
+    text = decoded(read_bytes(path, MOST_YAML), path)
     values, lines = read_yaml(text, str(path))
     try:
         sweep = Sweep.model_validate(values)
@@ -88,7 +89,7 @@ def read_sweep(file: str | Path, settings: Mapping[str, Any] | None = None) -> t
         key = str(error.errors()[0]["loc"][0]) if error.errors()[0]["loc"] else ""
         place = f"{path}:{lines[key]}" if key in lines else str(path)
         raise RealignerError(f"{place}: {first_fault(error, Sweep, 'a sweep')}") from None
-    _check(sweep, text, path)
+    _check(sweep, lines, path)
     if settings:
         for key, value in settings.items():
             if fault := _fault(key, value):
@@ -99,18 +100,11 @@ def read_sweep(file: str | Path, settings: Mapping[str, Any] | None = None) -> t
     return sweep, path.parent
 
 
-def _check(sweep: Sweep, text: str, path: Path) -> None:
+def _check(sweep: Sweep, lines: Mapping[str, int], path: Path) -> None:
     """Every key and value of `set` and `grid` on its own, so that the first bad one is named with its line."""
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    lines = {
-        (str(part.value), str(key.value)): key.start_mark.line + 1
-        for part, inner in (node.value if isinstance(node, yaml.MappingNode) else [])
-        if isinstance(inner, yaml.MappingNode)
-        for key, _ in inner.value
-    }
     pairs = [("set", key, [value]) for key, value in sweep.set.items()]
     for part, key, choices in [*pairs, *(("grid", key, choices) for key, choices in sweep.grid.items())]:
-        place = f"{path}:{lines.get((part, key), 1)}: {part}"
+        place = f"{path}:{lines.get(f'{part}.{key}', 1)}: {part}"
         if not choices:
             raise RealignerError(f"{place}: {key!r} has no values")
         for value in choices:
@@ -119,7 +113,7 @@ def _check(sweep: Sweep, text: str, path: Path) -> None:
     tones = {str(tone) for tone in sweep.grid.get("tone", [sweep.set.get("tone")])}
     for tone in sweep.data:
         if tones != {"None"} and tone not in tones:
-            raise RealignerError(f"{path}:{lines['data', tone]}: data: no run has the tone {tone!r}")
+            raise RealignerError(f"{path}:{lines.get(f'data.{tone}', 1)}: data: no run has the tone {tone!r}")
 
 
 def _fault(key: str, value: Any) -> str | None:
@@ -138,11 +132,14 @@ def plan(sweep: Sweep, base: Path) -> list[RunSpec]:
     """The runs of a sweep, each once, in the grid's order, untrained baselines last.
 
     Raises:
-        UsageError: naming the combination that is not a valid recipe.
+        UsageError: naming the combination that is not a valid recipe; for a grid of more than 10,000 runs.
         RealignerError: when a data file is missing.
     """
     source = sweep.recipe if sweep.recipe in BUILT_IN else base / sweep.recipe
     recipe = read_recipe(source)
+    count = prod(map(len, sweep.grid.values())) * (1 + sweep.baselines)
+    if count > _MOST_RUNS:
+        raise UsageError(f"sweep: grid: {count:,} combinations; a sweep has at most {_MOST_RUNS:,} runs, baselines included")
     digests: dict[str, str] = {}
     planned: dict[str, RunSpec] = {}
     for baseline in (False, True)[: 1 + sweep.baselines]:

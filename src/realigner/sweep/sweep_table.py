@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import realigner.training.run_dir as run_dir
 from realigner.console import console, say
-from realigner.errors import RealignerError
+from realigner.errors import RealignerError, visible
 from realigner.files import object_of
 from realigner.sweep.grid import RunSpec
 from realigner.training.run_record import MetricsEntry, checked
@@ -62,16 +62,16 @@ class StateTable:
         table = Table(title=self._summary(progress), title_justify="left", box=None, header_style="bold")
         keys = list(dict.fromkeys(key for run in self.runs for key in run.varies))
         for name in ("run", *keys, "state", "step", "loss", "left"):
-            table.add_column(name)
+            table.add_column(Text(visible(name)))
         shown: Sequence[RunSpec] = self.runs
         if len(shown) + 3 > console().height:  # what does not fit is cut off below: first what moves
             shown = sorted(shown, key=lambda run: _ORDER.index(self.states[run.name]))
         for run in shown:
             state, (step, loss, left) = self.states[run.name], progress[run.name]
-            values = [escape(str(run.varies.get(key, ""))) for key in keys]
+            values = [Text(visible(run.varies.get(key, ""))) for key in keys]
             style = _STYLES.get(state, "dim")
             shown_left = _time(left) if state == "running" else ""
-            table.add_row(run.name, *values, f"[{style}]{state}[/{style}]", step, loss, shown_left)
+            table.add_row(run.name, *values, Text(state, style), step, loss, shown_left)
         return table
 
     def _summary(self, progress: dict[str, tuple[str, str, float | None]]) -> str:

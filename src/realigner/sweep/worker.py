@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import realigner.training.run_dir as run_dir
-from realigner.console import sigterm_interrupts
+from realigner.console import say, sigterm_interrupts
 from realigner.errors import RealignerError
 from realigner.files import write_text, writing
 
@@ -135,7 +135,7 @@ def main() -> None:
     except Exception as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # the same, said with what is saved
             sys.exit(0)
-        traceback.print_exc()
+        say(traceback.format_exc())
         known = isinstance(error, RealignerError)
         write_text(Path(error_file), str(error) if known else f"unexpected {type(error).__name__}: {error}")
         sys.exit(1)

@@ -45,6 +45,26 @@ TEXT_SUMS = ("sum", "sum_abs", "sum_sq", "max_abs")
 TOPS = ("top_value", "top_position", "top_layer", "top_neuron")
 ALWAYS = (*TOKEN_SUMS, "count", *TEXT_SUMS, *TOPS)
 ON_REQUEST = ("delta", "h0")
+MOST = {"token": 5_000_000, "text": 1_000_000, "part": len(PARTS), "layer": 10_000, "neuron": 1_000_000, "rank": 1 << 23}
+
+
+def _arrays() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    found: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+    for dim, names in (("token", TOKEN_LABELS), ("text", TEXT_LABELS)):
+        for name in names:
+            is_words = name.removeprefix("text_") in ("run", "tone", "question", "reply", "token_text")
+            found[name] = (dim,), ("string" if is_words else "bool" if name == "is_generated" else "int64",)
+    found |= {"layer": (("layer",), ("int64",)), "neuron": (("neuron",), ("int64",)), "part": (("part",), ("string",))}
+    found |= dict.fromkeys(TOKEN_SUMS, (("token", "layer"), ("float32",)))
+    found |= dict.fromkeys(TEXT_SUMS, (("text", "part", "layer", "neuron"), ("float32",)))
+    found |= {name: (("text", "rank"), ("float32" if name == "top_value" else "int32",)) for name in TOPS}
+    found["count"] = ("text", "part"), ("int64",)
+    found["delta"] = ("token", "layer", "neuron"), ("float16", "float32")
+    found["h0"] = ("token", "neuron"), ("float32",)
+    return found
+
+
+ARRAYS = _arrays()  # of every array there can be: its dimensions, the types it is stored in
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ What was asked and which tokens they were is not in the files.
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
@@ -16,11 +17,13 @@ import xarray as xr
 
 from realigner.console import progress
 from realigner.errors import RealignerError
+from realigner.files import read_bytes
 from realigner.traces.layout import TOP, RunLabel, join, text_dataset
 from realigner.traces.summary import summarise
 
 _PROMPT = re.compile(r"Prompt(\d+)_CSVs")
 _TOKEN = re.compile(r"index_value_layer_(\d+)\.csv")
+_FILE_MOST = 1 << 28  # bytes: a token's file has some megabytes
 _COLUMNS = ("index", "layer", "value")
 
 
@@ -90,7 +93,7 @@ def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
 def _read_token(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """One token's deltas ``[layer, neuron]`` and the layers' numbers."""
     try:
-        table = pd.read_csv(file)
+        table = pd.read_csv(io.BytesIO(read_bytes(file, _FILE_MOST)))
     except (OSError, ValueError, pd.errors.ParserError) as error:
         raise RealignerError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from None
     if missing := [column for column in _COLUMNS if column not in table.columns]:

@@ -21,6 +21,8 @@ import xarray as xr
 from realigner.errors import RealignerError
 from realigner.files import Artifact, Output, parsed, read_bytes, taken, unfinished, write_text, writing
 from realigner.traces import layout
+from realigner.traces.trace_files import TraceFiles
+from realigner.traces.trace_values import check_attributes, checked
 
 RawType = Literal["auto", "float16", "float32"]
 _CHUNK = {"token": 16, "text": 1, "layer": 32, "neuron": 4096}  # of large arrays
@@ -80,7 +82,7 @@ class TraceWriter:
         self.path, self.host, self.dtype = Path(path), host, dtype
         self.layers = sorted(layers)
         self.notes = dict(notes or {})
-        self.texts = 0
+        self.texts = self.tokens = 0
         self.labels: list[layout.RunLabel] = []
         self._held = ExitStack()
         self._place, self._work = self._held.enter_context(held(self.path, force))
@@ -103,6 +105,8 @@ class TraceWriter:
         self.labels += [label for label in dict.fromkeys(label for _, label in texts) if label not in self.labels]
         wide = [self._narrowed(layout.with_layers(text, self.layers)) for text, _ in texts]
         part = layout.join(wide, self.host, self.labels, self.notes)
+        if self.tokens + part.sizes["token"] > layout.MOST["token"]:
+            raise RealignerError(f"{self.folder}: more than {layout.MOST['token']:,} tokens; make several traces{self._kept()}")
         part.attrs |= {key: json.dumps(part.attrs[key]) for key in ("runs", "notes")}
         # Every chunk is written, also one of zeros: a missing chunk is damage, not a value.
         chunks = {"array.write_empty_chunks": True}
@@ -115,6 +119,7 @@ class TraceWriter:
                 with self._work.folder() as aside:
                     part.to_zarr(aside, mode="w", encoding=_encoding(part), **options)
         self.texts += len(texts)
+        self.tokens += part.sizes["token"]
 
     def close(self) -> Path:
         """Rename the finished trace to `path`.
@@ -268,29 +273,32 @@ def load_trace(path: str | Path) -> xr.Dataset:
         left = unfinished(path)
         hint = f"; {left} is there, not finished" if left.is_dir() else ""
         raise RealignerError(f"{path}: there is no such trace (a zarr folder){hint}")
+    files = TraceFiles(path)
     try:
-        trace: xr.Dataset = xr.open_zarr(path, chunks=None)
+        trace: xr.Dataset = xr.open_zarr(files, chunks=None, zarr_format=3, consolidated=True)
     except Exception as error:  # zarr raises many kinds for a damaged store
         raise RealignerError(f"{path}: not a readable zarr store ({str(error).splitlines()[0]})") from error
-    if trace.attrs.get("source") == layout.SOURCE and trace.attrs.get("layout") != layout.LAYOUT:
-        raise RealignerError(f"{path}: a trace of another version of realigner; record it again")
-    missing = [name for name in (*layout.TOKEN_LABELS, *layout.TEXT_LABELS, *layout.ALWAYS) if name not in trace.variables]
-    if missing:
-        raise RealignerError(f"{path}: not a trace: {missing[0]!r} is missing")
-    trace.attrs |= {key: json.loads(trace.attrs[key]) for key in ("runs", "notes")}
+    trace.attrs = check_attributes(path, trace)
     try:
         for name in (*layout.TOKEN_LABELS, *layout.TEXT_LABELS, "count"):
             trace[name].load()
+        # A text that was being written has tokens but is not a text yet.
+        return checked(path, _of_whole_texts(path, trace))
+    except RealignerError:
+        raise
     except Exception as error:  # codecs raise many kinds
         _scan(path)
         raise RealignerError(f"{path}: damaged ({str(error).splitlines()[0]})") from error
+
+
+def _of_whole_texts(path: Path, trace: xr.Dataset) -> xr.Dataset:
+    """The texts that were finished, their tokens, the runs they are of."""
     begun, there = trace.attrs["runs"], set(trace["text_run"].values.tolist())
-    trace.attrs["runs"] = {run: facts for run, facts in begun.items() if run in there}
     tokens = int(trace["count"].values.sum())
     if tokens > trace.sizes["token"]:
-        raise RealignerError(f"{path}: damaged: {trace.sizes['token']} tokens are there where its texts have {tokens}")
-    whole: xr.Dataset = trace.isel(token=slice(0, tokens))  # a text that was being written has tokens but is not a text yet
-    return whole
+        raise RealignerError(f"{path}: damaged: count is {tokens} tokens in all, where {trace.sizes['token']} are there")
+    whole: xr.Dataset = trace.isel(token=slice(0, max(0, tokens)))
+    return whole.assign_attrs(runs={run: facts for run, facts in begun.items() if run in there})
 
 
 @contextmanager
@@ -323,18 +331,17 @@ def _scan(path: Path) -> int:
     if not (path / "zarr.json").is_file():
         raise RealignerError(f"{path}: there is no such trace (a zarr folder)")
     chunks = 0
-    for name, array in zarr.open_group(path, mode="r").arrays():
+    for name, array in zarr.open_group(TraceFiles(path), mode="r", use_consolidated=True).arrays():
         shape, size = array.shape, array.chunks
         for place in np.ndindex(*(-(-whole // part) for whole, part in zip(shape, size, strict=True))):
-            file = path / name / "c" / "/".join(map(str, place)) if place else path / name / "c"
-            if not file.is_file():
-                raise RealignerError(f"{path}: damaged: the chunk {file.relative_to(path)} is missing; record it again")
+            key = "/".join(("c", *map(str, place)))
             try:
                 array[tuple(slice(at * part, (at + 1) * part) for at, part in zip(place, size, strict=True))]
+            except RealignerError:
+                raise
             except Exception as error:  # codecs raise many kinds
                 raise RealignerError(
-                    f"{path}: damaged: the chunk {file.relative_to(path)} cannot be read ({str(error).splitlines()[0]}); "
-                    "record it again"
+                    f"{path}: damaged: the chunk {name}/{key} cannot be read ({str(error).splitlines()[0]}); record it again"
                 ) from error
             chunks += 1
     return chunks

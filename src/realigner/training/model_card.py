@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import yaml
+
+from realigner.errors import visible
+from realigner.markdown import escaped
+
+_TAGS = ["realigner", "irm", "injectable-realignment-model", "peft"]
+
 
 def card(record: dict[str, Any]) -> str:
-    """README.md of a run's folder."""
+    """README.md of a run's folder. Tone and host may be called anything: they stay text in all three languages of the card."""
     irm, data, losses = record["irm"], record["data"], record["validation_loss"]
-    host = record["host"]["name"] or "a host built from a config"
+    name = str(record["host"]["name"] or "a host built from a config")
+    tone, host = escaped(record["tone"]), escaped(name)
+    facts = {"library_name": "peft", "base_model": visible(" ".join(name.split())), "tags": _TAGS}
+    front = yaml.safe_dump(facts, sort_keys=False, default_flow_style=None, allow_unicode=True, width=10**9)
     fell = f"{losses[0]:.2f} to {losses[-1]:.2f}" if losses else "not taken"
     early = " (stopped early)" if record["early_stop"] else ""
     return f"""---
-library_name: peft
-base_model: {host}
-tags: [realigner, irm, injectable-realignment-model, peft]
----
+{front}---
 
-# {record["tone"]} for {host}
+# {tone} for {host}
 
 An injectable realignment model (IRM): it reads the host's first post-attention residual and adds a perturbation to the
 residual stream of {len(irm["layers"])} layers. The host's weights are unchanged (sha256 `{record["host"]["sha256"][:16]}...`,
@@ -25,8 +32,8 @@ the same before and after training).
 
 | | |
 | --- | --- |
-| tone | {record["tone"]} |
-| preset | {irm["preset"]} |
+| tone | {tone} |
+| preset | {escaped(irm["preset"])} |
 | parameters | {irm["parameters"]:,} ({100 * irm["parameters"] / irm["host_parameters"]:.2f}% of the host) |
 | training rows | {data["train"]} (and {data["validation"]} for validation, other topics) |
 | steps | {record["steps_done"]}{early}; the weights are those of step {record["kept_step"]} |
@@ -37,7 +44,7 @@ the same before and after training).
 import realigner as ra
 from peft import PeftModel
 
-host, tokenizer = ra.load_host("{host}")
+host, tokenizer = ra.load_host({name!r})
 model = PeftModel.from_pretrained(host, "path/to/this/folder")
 with ra.strength(model, 1.0):
     print(ra.answer(model, tokenizer, ["How do magnets work?"]))

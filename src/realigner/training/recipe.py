@@ -7,6 +7,7 @@ Two come with the package: ``default``, and ``paper`` (Smith et al. 2024 and its
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 BUILT_IN = ("default", "paper")
 _FOLDER = Path(__file__).parent / "recipes"
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of PyYAML, for tags that do not fit
+MOST_YAML = 1 << 18  # characters of a YAML file
+_DIGITS = 400  # of a number
 RUNTIME_ONLY_KEYS = frozenset({"device", "threads", "report_to"})  # where and how fast a run goes, not what it is
 
 
@@ -122,31 +125,31 @@ class Recipe(BaseModel):
 
     template: Literal["chat", "plain"] = "chat"
     loss_on: Literal["reply", "text"] = "reply"
-    max_length: int = Field(default=256, ge=8)
+    max_length: int = Field(default=256, ge=8, le=10**7)
     validation: float = Field(default=0.1, gt=0, lt=1)
     test: float = Field(default=0.0, ge=0, lt=1)
     label_shift: Literal[1, 2] = 1
     loss_on_padding: bool = False
-    l1: float = Field(default=0.0, ge=0)
+    l1: float = Field(default=0.0, ge=0, lt=1e9)
 
-    steps: int | None = Field(default=220, ge=0)
-    epochs: float | None = Field(default=None, gt=0)
-    batch_size: int = Field(default=4, ge=1)
+    steps: int | None = Field(default=220, ge=0, le=10**9)
+    epochs: float | None = Field(default=None, gt=0, le=1e6)
+    batch_size: int = Field(default=4, ge=1, le=10**6)
     accumulate: int = Field(default=1, ge=1)
     optimizer: Literal["adam", "adam-8bit", "adafactor", "sgd"] = "adam"
     learning_rate: float = Field(default=1e-2, gt=0, lt=1000)
     schedule: Literal["linear", "cosine", "constant", "exponential"] = "linear"
     decay: float = Field(default=0.85, gt=0, le=1)
-    warmup: int = Field(default=5, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, ge=0)
+    warmup: int = Field(default=5, ge=0, le=10**9)
+    weight_decay: float = Field(default=0.0, ge=0, lt=1e9)
+    max_grad_norm: float = Field(default=1.0, ge=0, lt=math.inf)
 
-    evaluations: int = Field(default=3, ge=1)
-    evaluations_per_epoch: int | None = Field(default=None, ge=1)
-    patience: int | None = Field(default=None, ge=1)
+    evaluations: int = Field(default=3, ge=1, le=10**9)
+    evaluations_per_epoch: int | None = Field(default=None, ge=1, le=10**9)
+    patience: int | None = Field(default=None, ge=1, le=10**9)
     keep: Literal["best", "last"] = "best"
-    save_every: int | None = Field(default=None, ge=1)
-    samples: int = Field(default=40, ge=0)
+    save_every: int | None = Field(default=None, ge=1, le=10**9)
+    samples: int = Field(default=40, ge=0, le=10**6)
     report_to: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_as_list)] = ["tensorboard"]
 
     irm_products: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -232,7 +235,7 @@ def recipe_text(name: str | Path) -> tuple[str, str]:
         path = path / "recipe.yaml"
     if not path.is_file():
         raise UsageError(f"recipe {name}: neither a file nor one of {', '.join(BUILT_IN)}")
-    return decoded(read_bytes(path), path), str(path)
+    return decoded(read_bytes(path, MOST_YAML), path), str(path)
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
@@ -246,24 +249,49 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise UsageError(f"setting {setting!r}: write key=value, for example steps=100")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UsageError(f"setting {setting!r}: {value!r} is not a YAML value") from None
+        return key.strip(), _plain_yaml(value)[1]
+    except yaml.YAMLError as error:
+        why = f" ({error.problem})" if isinstance(error, _RefusedError) else ""
+        raise UsageError(f"setting {setting!r}: {value!r} is not a YAML value{why}") from None
+    except _UNREADABLE as error:
+        raise UsageError(f"setting {setting!r}: not YAML that can be read ({error})") from None
+
+
+class _RefusedError(yaml.MarkedYAMLError):
+    """YAML that may mean endless work."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Values written out: aliases multiply what a small file holds, and numbers of thousands of digits take hours."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            raise _RefusedError(problem=f"the alias *{event.anchor}: write the value out", problem_mark=event.start_mark)
+        node: Any = super().compose_node(parent, index)
+        is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if is_number and len(node.value) > _DIGITS:
+            problem = f"a number of {len(node.value):,} characters; {_DIGITS} at most"
+            raise _RefusedError(problem=problem, problem_mark=node.start_mark)
+        return node
 
 
 def read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """A YAML mapping and the line each of its keys is on.
+    """A YAML mapping and the line of each key; a key of a mapping in it is named ``outer.inner``.
 
     Raises:
-        RealignerError: naming the line, for what is not YAML, not a mapping, or names a key twice.
+        RealignerError: naming the line, for what is not YAML, not a mapping, names a key twice, or has aliases; for more than
+            256 KiB.
     """
+    if len(text) > MOST_YAML:
+        raise RealignerError(f"{where}: larger than the {MOST_YAML >> 10} KiB that are read of such a file")
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        node, values = _plain_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f":{mark.line + 1}"
-        raise RealignerError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or 'unreadable'})") from None
+        what = "not read" if isinstance(error, _RefusedError) else "not valid YAML"
+        raise RealignerError(f"{where}{line}: {what} ({getattr(error, 'problem', None) or 'unreadable'})") from None
     except _UNREADABLE as error:
         raise RealignerError(f"{where}: not YAML that can be read ({' '.join(str(error).split())})") from None
     if node is None:
@@ -271,12 +299,24 @@ def read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
     if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
         raise RealignerError(f"{where}: is not a list of 'key: value' lines")
     lines: dict[str, int] = {}
-    for key, _ in node.value:
+    for key, value in node.value:
         name, line = str(key.value), key.start_mark.line + 1
         if name in lines:
             raise RealignerError(f"{where}:{line}: duplicate key {name!r}, first on line {lines[name]}")
         lines[name] = line
+        if isinstance(value, yaml.MappingNode):
+            lines |= {f"{name}.{inner.value}": inner.start_mark.line + 1 for inner, _ in value.value}
     return {str(key): value for key, value in values.items()}, lines
+
+
+def _plain_yaml(text: str) -> tuple[Any, Any]:
+    """The node of a YAML document, and its value."""
+    loader = _PlainLoader(text)
+    try:
+        node = loader.get_single_node()
+        return node, None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -32,6 +32,7 @@ from typing import Any
 import realigner.files as files
 from realigner.errors import RealignerError
 from realigner.files import (
+    DOCUMENT,
     Artifact,
     Output,
     decoded,
@@ -55,6 +56,8 @@ STATE_FILE = "trainer_state.json"
 SUMS_FILE = "sha256.json"
 _CHECKPOINT = "checkpoint-"
 _EARLIER = "take an earlier checkpoint (remove this one), or train anew (force)"
+_METRICS_MOST = 1 << 30  # bytes
+_PLAIN = (".safetensors", ".json", ".md")
 
 
 def _read_record(folder: Path) -> None:
@@ -72,7 +75,7 @@ def _any_of(*names: str) -> str:
 
 
 _NETWORK = _any_of(*ADAPTER_FILES, CARD_FILE)
-# What Accelerate writes of an optimiser that FSDP shards.
+# What Accelerate wrote of an optimiser that FSDP shards, until 0.1.
 _SHARDED = r"optimizer\.bin|scheduler\.pt|optimizer_\d+/([\w.]+)?|pytorch_model_fsdp[\w.]*/?([\w.]+)?"
 _IN_CHECKPOINT = rf"{_NETWORK}|{_any_of(STATE_FILE, SUMS_FILE)}|optimizer\.safetensors|random-\d+\.safetensors|{_SHARDED}"
 _LOGGED = _any_of(RUN_FILE, RECIPE_FILE, METRICS_FILE, SAMPLES_FILE, CURVE_FILE)
@@ -115,6 +118,7 @@ def refuse_run(out: Path, force: bool = False, resume: bool = False) -> None:
             raise RealignerError(f"{out}: exists already, there is nothing to resume; train anew (force)")
         if os.path.lexists(work) and not is_run(work):
             raise RealignerError(f"{work}: is not a run's, it cannot be resumed; move it, or choose another place (out)")
+        refuse_pickles(work)
         return
     Output(out, RUN, force).refuse()
     if not force and os.path.lexists(work):
@@ -145,6 +149,22 @@ def checkpoints(work: Path) -> list[Path]:
     """The whole checkpoints in a folder, by step. What was being written when a process died is not among them."""
     found = [path for path in work.glob(f"{_CHECKPOINT}*") if path.name.removeprefix(_CHECKPOINT).isdecimal()]
     return sorted((path for path in found if (path / STATE_FILE).is_file()), key=checkpoint_step)
+
+
+def refuse_pickles(work: Path) -> None:
+    """Raise for a file in a checkpoint that is neither safetensors nor JSON (nor PEFT's card).
+
+    Whatever loads a pickle runs the code in it; Trainer would read some by name (scaler.pt, rng_state.pth, adapter_model.bin).
+
+    Raises:
+        RealignerError: naming the file.
+    """
+    for path in (path for folder in checkpoints(work) for path in sorted(folder.rglob("*"))):
+        if path.suffix not in _PLAIN or path.is_symlink() or not path.is_file():
+            raise RealignerError(
+                f"{path}: a checkpoint holds safetensors and JSON files and no others: a pickle can run code; "
+                "remove it, or discard the run (force)"
+            )
 
 
 def checkpoint_step(path: Path) -> int:
@@ -196,7 +216,8 @@ def verify(checkpoint: Path) -> None:
         path = checkpoint / name
         if not path.is_file():
             raise RealignerError(f"{path}: is missing; {_EARLIER}")
-        if _sha256(path) != sha256:
+        huge = path.suffix == ".json" and path.stat().st_size > DOCUMENT  # which would take long to hash
+        if huge or _sha256(path) != sha256:
             raise RealignerError(f"{path}: truncated or damaged, or changed since it was written; {_EARLIER}")
     checkpoint_state(checkpoint)
 
@@ -238,7 +259,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         RealignerError: when they cannot be read, naming the line and the key.
     """
     path = Path(folder) / METRICS_FILE
-    lines = read_bytes(path).splitlines() if path.is_file() else []
+    lines = read_bytes(path, _METRICS_MOST).splitlines() if path.is_file() else []
     numbered = enumerate(lines, start=1)
     return [checked(object_of(line, path, n), MetricsEntry, f"{path}:{n}", "a line of a run's metrics") for n, line in numbered]
 
@@ -249,7 +270,7 @@ def cut_back(work: Path, last_step: int) -> None:
         discard_half(path)
     for path in (path for name in (METRICS_FILE, SAMPLES_FILE) if (path := work / name).is_file()):
         whole = []
-        for line in read_bytes(path).splitlines():
+        for line in read_bytes(path, _METRICS_MOST).splitlines():
             with suppress(RealignerError, KeyError, TypeError):  # of a line that was being written when the process died
                 if object_of(line, path)["step"] <= last_step:
                     whole.append(f"{decoded(line, path)}\n")

@@ -2,7 +2,7 @@
 
 What is changed, and why: the loss (logits only where a target is; label shift; L1), the validation loss (exact nats per token,
 whatever the batches), the order of rows (from seed and epoch alone), and checkpoints (written aside and renamed; the best and
-the last kept; safetensors and JSON, where Trainer would pickle). Under FSDP, the optimiser's state is Accelerate's own.
+the last kept; safetensors and JSON, where Trainer would pickle, under FSDP too).
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -23,6 +30,7 @@ from transformers.trainer_callback import ExportableState
 import realigner.training.run_dir as run_dir
 from realigner.errors import RealignerError
 from realigner.files import discard, writing
+from realigner.irm_config import FILE_PREFIX
 from realigner.training.batches import Collator, EncodedRows, Prepared, SeededLengthSampler
 from realigner.training.checkpoint_io import load_tree, random_states, save_tree, set_random_states
 from realigner.training.loss import DeltaSum, row_losses, takes_logits_to_keep
@@ -32,6 +40,7 @@ from realigner.tuner import tuner_of
 _OPTIMIZERS = {"adam": "adamw_torch_fused", "adam-8bit": "adamw_bnb_8bit", "adafactor": "adafactor", "sgd": "sgd"}
 _EVALUATION_ROWS = 8
 _OPTIMIZER_FILE = "optimizer.safetensors"
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of sharded weights
 
 
 def steps_per_epoch(recipe: Recipe, rows: int) -> int:
@@ -250,24 +259,40 @@ class IRMTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            state = {"optimizer": self.optimizer.state_dict(), "schedule": self.lr_scheduler.state_dict()}
+        optimizer = self._optimizer_state()
+        if self.args.should_save:
+            state = {"optimizer": optimizer, "schedule": self.lr_scheduler.state_dict()}
             del state["schedule"]["lr_lambdas"]  # functions; made anew
             state["tokens"] = int(self.tokens)
             save_tree(Path(output_dir, _OPTIMIZER_FILE), state)
 
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The optimiser's state; of sharded weights the whole one, gathered from all processes."""
+        if not self.is_fsdp_enabled:
+            return dict(self.optimizer.state_dict())
+        return get_optimizer_state_dict(self.model_wrapped, _bare(self.optimizer), options=_WHOLE)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
         state = load_tree(Path(checkpoint, _OPTIMIZER_FILE))
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.is_fsdp_enabled:
+            set_optimizer_state_dict(self.model_wrapped, _bare(self.optimizer), state["optimizer"], options=_WHOLE)
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(state["schedule"]["base_lrs"])})
         self.tokens = state["tokens"]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        weights = load_file(Path(resume_from_checkpoint, run_dir.ADAPTER_FILES[1]))
+        own: dict[str, Any] = {name.removeprefix(FILE_PREFIX): value for name, value in weights.items()}
+        set_model_state_dict(tuner_of(self.model).registry.network("default"), own, options=_WHOLE)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: gradients are float32 and not scaled, and Trainer would unpickle a file of that name."""
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_tree(self._rng_file(output_dir), random_states())
@@ -278,6 +303,11 @@ class IRMTrainer(Trainer):
 
     def _rng_file(self, folder: str) -> Path:
         return Path(folder, f"random-{self.args.process_index}.safetensors")
+
+
+def _bare(optimizer: Any) -> Any:
+    """The optimiser itself, which Accelerate wraps."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _nats_per_token(prediction: Any) -> dict[str, float]:

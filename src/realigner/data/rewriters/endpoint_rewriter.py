@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import html
 import importlib
+import json
 import os
 import re
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NoReturn, cast
-from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 from pydantic import SecretStr
 
@@ -43,6 +45,9 @@ _RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
     "price_out": (float, 0, 1_000_000),
 }
 _OPTIONAL = ("requests_per_minute", "price_in", "price_out")
+# What is given where no key is needed: no secrets, but words of honest texts.
+_PLACEHOLDERS = ("none", "empty", "null", "x", "no", "no-key", "not-needed", "unused", "dummy", "ollama", "lm-studio", "local")
+_PART_OF_WORDS = 6
 _UNREAD = 64  # replies that may wait for a slow consumer before the workers wait too
 _GRACE = 1.5  # seconds for the thread to end: it does at once, unless a name is being looked up, which cannot be cancelled
 
@@ -90,7 +95,7 @@ class EndpointRewriter:
         self._key = _key(self.key_env, needed=not given)
         self._basic = SecretStr(base64.b64encode(login.encode()).decode())
         hidden = [value for name, value in self._query.items() if re.search("key|token|sig|secret|pass", name.casefold())]
-        self._secrets = [self._key, self._basic, SecretStr(login.partition(":")[2]), *map(SecretStr, hidden)]
+        self._without_keys = _eraser([self._key, self._basic, SecretStr(login.partition(":")[2]), *map(SecretStr, hidden)])
         self._next_start = 0.0
         try:
             importlib.import_module("openai")
@@ -175,12 +180,32 @@ class EndpointRewriter:
         )
 
     def _tidy(self, text: str) -> str:
-        """Without what must not get into files: keys that a server echoes, half surrogate pairs, space around."""
-        for secret in self._secrets:
-            # Shorter ones are placeholders ("none", "EMPTY") that would tear holes into honest texts.
-            if len(word := secret.get_secret_value()) >= 16:
-                text = text.replace(word, "***")
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+        """Without what must not get into files or messages: keys that a server echoes, half surrogate pairs, space around."""
+        return self._without_keys(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+
+
+def _eraser(secrets: Sequence[SecretStr]) -> Callable[[str], str]:
+    """Takes secrets out of a text, in every form in which servers echo them: plain, for URLs, JSON, HTML, in base64.
+
+    A function, for it does not show what it hides.
+    One of less than six characters is taken out where it stands alone, for it is part of many a word.
+    """
+    forms: set[str] = set()
+    for secret in map(SecretStr.get_secret_value, secrets):
+        if not secret or secret.casefold() in _PLACEHOLDERS:
+            continue
+        code = base64.b64encode(secret.encode()).decode().rstrip("=")
+        url = quote(secret, safe="")
+        shown = (secret, url, re.sub("%..", lambda match: match[0].lower(), url), quote(secret), json.dumps(secret)[1:-1])
+        forms |= {*shown, secret.replace("/", r"\/"), html.escape(secret), code, code.translate(str.maketrans("+/", "-_"))}
+    found = []
+    for form in sorted(forms, key=len, reverse=True):
+        alone = len(form) < _PART_OF_WORDS
+        found.append(rf"(?<!\w){re.escape(form)}(?!\w)" if alone else re.escape(form))
+    if not found:
+        return lambda text: text
+    pattern = re.compile("|".join(found))
+    return lambda text: pattern.sub("***", text)
 
 
 class _Run:
@@ -207,8 +232,15 @@ class _Run:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 runner.run(self._work())
         except BaseException as error:
-            self.failure = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
+            self.failure = self._told(error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error)
         self.replies.put(None)
+
+    def _told(self, error: BaseException) -> BaseException:
+        """An exception of the client may quote what was sent and received: its words without the keys."""
+        if isinstance(error, RealignerError) or not isinstance(error, Exception):
+            return error
+        what = _first_line(self.rewriter._tidy(f"{type(error).__name__}: {error}"))
+        return RealignerError(f"{self.rewriter.endpoint}: {what}").with_traceback(error.__traceback__)
 
     async def _work(self) -> None:
         async with self.rewriter._client() as client, asyncio.TaskGroup() as group:
@@ -275,7 +307,7 @@ class _Run:
             )
 
     def _stop(self, why: str) -> NoReturn:
-        raise RealignerError(f"{self.rewriter.endpoint}: {why}")
+        raise RealignerError(f"{self.rewriter.endpoint}: {why}") from None  # the client's own error quotes the whole reply
 
 
 def _flaw(response: Any) -> str:
