@@ -151,7 +151,7 @@ def test_refusals(place: Path, tmp_path: Path) -> None:
     ):
         run_sweep(sweep_of(place), tmp_path / "new", quiet=True)
     (tmp_path / "new" / "sweep.json").write_text("[]")
-    with pytest.raises(RealignerError, match=r"sweep\.json: not a sweep's"):
+    with pytest.raises(RealignerError, match=r"sweep\.json:1: not a JSON object"):
         run_sweep(sweep_of(place), tmp_path / "new", quiet=True)
 
 

@@ -15,6 +15,6 @@ def escaped(text: object) -> str:
 
     Example:
         >>> print(escaped("gpt_neox <b>*|*</b>"))
-        gpt_neox \\\\<b\\\\>\\\\*\\\\|\\\\*\\\\</b\\\\>
+        gpt_neox \\<b\\>\\*\\|\\*\\</b\\>
     """
     return _MARKUP.sub(lambda match: f"\\{match[0]}", visible(" ".join(str(text).split())))
