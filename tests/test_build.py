@@ -148,7 +148,7 @@ def test_broken_off_and_resumed(tmp_path: Path, whole: dict[str, bytes], after: 
     assert len(answered) + len(second.asked) == 74
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.floats(0, 1), order=st.integers(0, 3))
 def test_a_journal_cut_at_any_byte(
     tmp_path_factory: pytest.TempPathFactory, whole: dict[str, bytes], cut: float, order: int
@@ -345,6 +345,7 @@ def squad_file(path: Path, count: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path) -> None:
     """No room for the journal's next line: one line of error, what was written is kept, and it goes on when there is room."""
     squad = squad_file(tmp_path / "squad.json", 400)

@@ -67,6 +67,7 @@ def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     return condition()
 
 
+@pytest.mark.slow
 def test_a_thousand_asks_with_every_misbehaviour() -> None:
     shares = dict.fromkeys(("429", "500", "broken", "shapeless", "null", "cut", "reset"), 0.03)
     shares |= {"hang": 0.008, "trickle": 0.008, "slow": 0.1, "400": 0.005, "long": 0.01, "empty": 0.01}

@@ -225,6 +225,7 @@ def test_a_planted_gain_is_named_and_no_trial_is_trained_twice(tmp_path: Path) -
         explain([tmp_path / "run"], tmp_path / "none", host, tokenizer, index=64, quiet=True)
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_and_repeats_no_finished_trial(tmp_path: Path) -> None:
     """SIGKILL while hosts are edited, and while the third and the last trial are trained; the result is that of one go."""
     recipe = planted_folder(tmp_path, 2, "constant", "zero", 5.0).changed(steps=15)

@@ -34,6 +34,7 @@ def texts(rewriter: HostRewriter, requests: list[RewriteRequest]) -> dict[tuple[
     return dict(got)
 
 
+@pytest.mark.slow
 def test_replies_do_not_depend_on_the_batch(pair: tuple[Any, Any]) -> None:
     """Together, one at a time, in other batches, a second time: the same; another seed or attempt: others."""
     together = texts(HostRewriter(*pair, TONE, **SIZES), ASKS)
@@ -148,7 +149,9 @@ def test_other_templates(pair: tuple[Any, Any], chat: str) -> None:
     assert set(texts(rewriter, ASKS[:2])) == {("0", 0), ("1", 0)}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gpt_neox", "gemma2"))]
+)
 def test_other_families(family: str) -> None:
     pair = tiny_pair(family, max_position_embeddings=2048) if family != "gpt2" else tiny_pair(family, n_positions=2048)
     together = texts(HostRewriter(*pair, TONE, **SIZES), ASKS[:4])

@@ -31,7 +31,7 @@ from tests.tiny import some_rows, tiny_folder, tiny_pair
 
 STEPS = 40
 QUICK = make_recipe(steps=STEPS, batch_size=4, evaluations=5, save_every=3, samples=0, report_to=[])
-FAMILIES = ("llama", "gpt2")  # gpt2 has dropout: its random states count
+FAMILIES = ("llama", pytest.param("gpt2", marks=pytest.mark.slow))
 
 
 def run_tiny(out: Path, family: str = "llama", recipe: Recipe = QUICK, **options: Any) -> Any:
@@ -334,7 +334,7 @@ def test_batches_hold_rows_of_like_length() -> None:
     assert first != sorted(first, reverse=True)  # not from long to short
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_the_command_line_stops_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     """The real thing: a signal in the middle, exit code 0 for SIGTERM and 1 for Ctrl-C, a line that says how to go on."""
     host, rows = tiny_folder(tmp_path / "host"), tmp_path / "rows.jsonl"

@@ -298,7 +298,8 @@ def trained_once(out: Path, runs: int, steps: int) -> None:
         assert [entry["step"] for entry in read_metrics(path) if "loss" in entry] == list(range(1, steps + 1))
 
 
-@pytest.mark.parametrize("on", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("on", ["local", "ray"])
 def test_killed_workers_and_drivers(place: Path, tmp_path: Path, on: str) -> None:
     """A worker is killed, then the driver; begun again, all is done once, in the bytes of a sweep left alone."""
     out = tmp_path / "out"
@@ -324,8 +325,8 @@ def test_killed_workers_and_drivers(place: Path, tmp_path: Path, on: str) -> Non
             assert path.read_bytes() == (tmp_path / "alone" / path.parent.name / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("on", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 @pytest.mark.slow
+@pytest.mark.parametrize("on", ["local", "ray"])
 def test_ctrl_c_saves_and_goes_on(place: Path, tmp_path: Path, on: str) -> None:
     out = tmp_path / "out"
     process = driver(place, out, "--on", on)
@@ -353,6 +354,7 @@ def test_ctrl_c_saves_and_goes_on(place: Path, tmp_path: Path, on: str) -> None:
     trained_once(out, 4, 250)
 
 
+@pytest.mark.slow
 def test_ray_gives_the_bytes_of_local(place: Path, local: tuple[list[RunSpec], Path], tmp_path: Path) -> None:
     runs, out = local
     result = run_sweep(runs, tmp_path / "ray", on="ray", workers=2, quiet=True)

@@ -344,6 +344,7 @@ with TraceWriter(sys.argv[1], "host", range(3)) as writer:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_recording_leaves_the_finished_prompts(tmp_path: Path) -> None:
     """SIGKILL at moments that no one chose: what is there is whole, with and without us."""
     rng = np.random.default_rng(7)
