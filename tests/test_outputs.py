@@ -214,14 +214,25 @@ PLACES: dict[str, Callable[[Path, Path], None]] = {
 
 
 def command(name: str, own: Path, out: Path) -> list[str]:
-    """A command line that writes to `out`."""
+    """A command line that writes to `out`. One thread: OpenMP's do not outlive a fork."""
     local = ["--host", str(own / "host"), "--dtype", "float32"]
     steps = ["--steps", "2", "--batch-size", "4", "--set", "samples=0", "--set", "evaluations=1"]
     rows = str(own / "rows.jsonl")
     lines: dict[str, list[str]] = {
         "demo": ["demo", "--steps", "2"],
         "train": ["train", *local, "--data", rows, *steps],
-        "sweep": ["sweep", str(own / "sweep.yaml"), "--on", "here", "--set", f"host={own / 'host'}", "--set", "dtype=float32"],
+        "sweep": [
+            "sweep",
+            str(own / "sweep.yaml"),
+            "--on",
+            "here",
+            "--set",
+            f"host={own / 'host'}",
+            "--set",
+            "dtype=float32",
+            "--set",
+            "threads=1",
+        ],
         "trace": ["trace", "--irm", str(own / "run"), *local, "--max-new-tokens", "2", "Why?"],
         "explain": ["explain", "--irm", str(own / "run"), *local, "--quick", "--no-trials"],
         "report": ["report", str(own / "trace")],

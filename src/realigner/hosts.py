@@ -32,6 +32,20 @@ from realigner.gguf_cache import (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEEPEST = 10_000  # layers
+_NUMBERS = (  # and true or false, of a generation config
+    *(
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "min_new_tokens",
+        "num_beams",
+        "num_return_sequences",
+        "repetition_penalty",
+    ),
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "length_penalty", "no_repeat_ngram_size", "max_time"),
+    *("do_sample", "use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+    *("return_dict_in_generate", "remove_invalid_values", "renormalize_logits"),
+)
 _LARGEST = 256 << 20  # bytes of a config, a tokenizer, a chat template
 _MOVED = "if it was moved, pass host=... (any folder, file or hub id with the same weights; it is checked)"
 
@@ -85,7 +99,7 @@ def load_host(
     with _loading(name):
         config = AutoConfig.from_pretrained(source, **{key: value for key, value in options.items() if key != "device_map"})
         _check_depth(name, config)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = tokenizer or _tokenizer(name, source, options)
         host, found = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, output_loading_info=True, **options)
         _check_loaded(name, host, found)
         if not spread:
@@ -106,7 +120,14 @@ def load_tokenizer(
     """
     name, source, options = _source(name, trust_remote_code, revision)
     with _loading(name):
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, **options))
+        return _tokenizer(name, source, options)
+
+
+def _tokenizer(name: str, source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, **options))
+    if not isinstance(most := tokenizer.model_max_length, (int, float)):
+        raise RealignerError(f"host {name}: its tokenizer_config.json says model_max_length {most!r}, which is no number")
+    return tokenizer
 
 
 def load_config(name: str = EMBEDDED, trust_remote_code: bool = False, revision: str | None = None) -> Any:
@@ -236,7 +257,7 @@ def _check_depth(name: str, config: Any) -> None:
 
 
 def _check_loaded(name: str, host: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Raise where transformers made up weights, or would make nothing of the tokens that end a reply."""
+    """Raise where transformers made up weights, or could not generate by the config that it has read."""
     if (missing := sorted(found["missing_keys"])) and getattr(host, "hf_quantizer", None) is None:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise RealignerError(f"host {name}: its weights lack {missing[0]}{more}; get it again")
@@ -245,6 +266,10 @@ def _check_loaded(name: str, host: PreTrainedModel, found: dict[str, Any]) -> No
         for number in value if isinstance(value, list) else () if value is None else (value,):
             if type(number) is not int or not -1 <= number < 2**31:
                 raise RealignerError(f"host {name}: its generation_config.json says {key} {value!r}, which is no token")
+    for key in _NUMBERS:
+        value = getattr(host.generation_config, key, None)
+        if not isinstance(value, (int, float, type(None))):
+            raise RealignerError(f"host {name}: its generation_config.json says {key} {value!r}, which is no number")
 
 
 def _damage(folder: Path) -> str:

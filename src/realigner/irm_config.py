@@ -6,6 +6,7 @@ tensors that are no floating-point numbers are each refused with one line, befor
 
 from __future__ import annotations
 
+import codecs
 import reprlib
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -115,6 +116,8 @@ class IRMConfig(PeftConfig, IRMShape):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
                 raise UsageError(f"{key}: {reprlib.repr(value)} is not of type {types[-1].__name__}")
+        if not all(isinstance(name, str) for name in self.modules_to_save or ()):
+            raise UsageError(f"modules_to_save: {reprlib.repr(self.modules_to_save)} is not a list of modules' names")
         self.task_type: Any = self.task_type or "CAUSAL_LM"
         super().__post_init__()
         self.peft_type = _PEFT_TYPE
@@ -197,6 +200,8 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
     if path.stat().st_size > _LARGEST_CONFIG:
         raise RealignerError(f"{path}: larger than {_LARGEST_CONFIG // 2**20} MB; it is no adapter's config")
     values = parsed(read_bytes(path), path)
+    if path.read_bytes().startswith(codecs.BOM_UTF8):  # PEFT reads the file too, and cannot
+        raise RealignerError(f"{path}: begins with a byte order mark; save it without")
     if not isinstance(values, dict) or values.get("peft_type") != PEFT_NAME.upper():
         found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
         raise RealignerError(f"{path}: not an IRM (peft_type is {found!r})")

@@ -20,7 +20,7 @@ _Layer = Annotated[int, Field(ge=0, lt=100_000)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)  # strict: "0" is no number
 
 
 class DataFacts(_Part):
