@@ -200,6 +200,7 @@ REFUSED: dict[str, Callable[[Path], Any]] = {
     "task_type": config(task_type=["CAUSAL_LM"]),
     "strength": config(strength=[1.0]),
     "modules_to_save": config(modules_to_save=["lm_head"]),
+    "names": config(modules_to_save=[[]]),
     "tone": config(tone={"a": 1}),
 }
 
