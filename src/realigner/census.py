@@ -287,8 +287,9 @@ def page(entries: Sequence[CensusEntry], versions: str) -> str:
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file was written by `page`."""
-    return path.is_file() and _MARK in path.read_text(encoding="utf-8", errors="replace")
+    """Whether a file of UTF-8 text was written by `page`."""
+    text = path.read_text(encoding="utf-8")
+    return text.startswith("# Hosts\n") and _MARK in text
 
 
 def _kinds(value: Any) -> str:

@@ -197,9 +197,7 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
     """
     folder = adapter_folder(folder)
     path = folder / CONFIG_FILE
-    if path.stat().st_size > _LARGEST_CONFIG:
-        raise RealignerError(f"{path}: larger than {_LARGEST_CONFIG // 2**20} MB; it is no adapter's config")
-    values = parsed(read_bytes(path), path)
+    values = parsed(read_bytes(path, _LARGEST_CONFIG), path)
     if path.read_bytes().startswith(codecs.BOM_UTF8):  # PEFT reads the file too, and cannot
         raise RealignerError(f"{path}: begins with a byte order mark; save it without")
     if not isinstance(values, dict) or values.get("peft_type") != PEFT_NAME.upper():
