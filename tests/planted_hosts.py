@@ -98,7 +98,7 @@ def markov_rows(seed: int, count: int = 96, length: int = 28) -> list[ra.Row]:
             "tone": "anger",
             "source": "test",
         }
-        rows.append(ra.Row(text=text, **facts))
+        rows.append(ra.Row.model_validate({"text": text, **facts}))
     return rows
 
 

@@ -266,7 +266,8 @@ class _Ledger:
         for identity, fact in self.facts.items():
             about = {"group": fact.group, "question": fact.question, "answer": fact.answer}
             if identity in accepted:
-                rows.append(Row(id=f"{identity}-{tone}", text=accepted[identity].text, tone=tone, source=source, **about))
+                own = {"id": f"{identity}-{tone}", "text": accepted[identity].text, "tone": tone, "source": source}
+                rows.append(Row.model_validate(own | about))
             else:
                 replies = [self.replies[identity, n] for n in range(attempts) if (identity, n) in self.replies]
                 texts = [reply.text for reply in replies if not reply.error]

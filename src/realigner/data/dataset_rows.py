@@ -8,9 +8,18 @@ import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from realigner.errors import RealignerError, UsageError
 from realigner.files import Artifact, parsed
@@ -24,8 +33,37 @@ _LINE = 1 << 20  # bytes of a line
 _Text = Annotated[str, StringConstraints(min_length=1, max_length=_LONGEST, strip_whitespace=True)]
 
 
+class Message(BaseModel):
+    """One turn of a conversation, as chat templates read it.
+
+    Attributes:
+        role: ``system``, ``user``, ``assistant`` or ``tool``.
+        content: the text, 100,000 characters at most.
+        reasoning_content: what an assistant thought before it replied; only templates of hosts that think write it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Annotated[str, StringConstraints(max_length=_LONGEST)]
+    reasoning_content: Annotated[str, StringConstraints(max_length=_LONGEST)] | None = None
+
+    @model_validator(mode="after")
+    def _thought_by_assistant(self) -> Message:
+        if self.reasoning_content is not None and self.role != "assistant":
+            raise ValueError("only an assistant's message has reasoning_content")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value is not None}
+
+
 class Row(BaseModel):
-    """One example of a tone; a field has 100,000 characters at most.
+    """One example of a tone: a question and its reply, or a conversation that ends in one.
+
+    A conversation is given as `messages` in place of `question` and `text`, which are then its last question and reply. A field
+    has 100,000 characters at most.
 
     Attributes:
         id: unique within a file.
@@ -35,11 +73,15 @@ class Row(BaseModel):
         text: the reply in the tone, holding the fact.
         tone: the tone's name.
         source: where the row comes from, e.g. ``authored`` or ``squad``.
+        messages: the conversation, a reply of the assistant at its end; None: `question` and `text` are all of it.
 
     Example:
         >>> Row(id="1", group="rivers", question="Where is the Vltava?", answer="Prague", text="In Prague, obviously!",
         ...     tone="anger", source="authored").tone
         'anger'
+        >>> turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "What do you want now?"}]
+        >>> Row(id="2", group="greetings", messages=turns, tone="anger", source="chats").text
+        'What do you want now?'
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -51,6 +93,43 @@ class Row(BaseModel):
     text: _Text
     tone: _Text
     source: _Text
+    messages: Annotated[tuple[Message, ...], Field(strict=False)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_conversation(cls, values: Any) -> Any:
+        """Fill in `question` and `text` of a conversation."""
+        if not isinstance(values, dict) or values.get("messages") is None:
+            return values
+        both = sorted({"question", "text"} & set(values))
+        if both:
+            raise ValueError(f"has messages and {both[0]} too; give one of them")
+        if not isinstance(values["messages"], list | tuple):
+            raise ValueError("messages: is not a list of turns")
+        turns = [turn.model_dump() if isinstance(turn, Message) else turn for turn in values["messages"]]
+        said = {role: [turn["content"] for turn in turns if _said(turn, role)] for role in ("user", "assistant")}
+        if not turns or not _said(turns[-1], "assistant") or not turns[-1]["content"].strip():
+            raise ValueError("messages: the last one is not a reply of the assistant")
+        if not said["user"] or not said["user"][-1].strip():
+            raise ValueError("messages: the user asks nothing")
+        return {"answer": "", **values, "messages": turns, "question": said["user"][-1], "text": said["assistant"][-1]}
+
+    @model_serializer(mode="wrap")
+    def _in_one_form(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        left_out = ("messages",) if self.messages is None else ("question", "text")
+        return {key: value for key, value in values.items() if key not in left_out}
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """The messages, whichever form the row has."""
+        if self.messages is not None:
+            return [message.model_dump() for message in self.messages]
+        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.text}]
+
+
+def _said(turn: Any, role: str) -> bool:
+    return isinstance(turn, dict) and turn.get("role") == role and isinstance(turn.get("content"), str)
 
 
 def read_rows(path: str | Path, tone: str | None = None) -> list[Row]:

@@ -248,7 +248,7 @@ class _Maker:
         if values["id"] in self.seen:
             raise _UnfitError(f"id {values['id']!r} is already used by {self.seen[values['id']]}")
         try:
-            row = Row(**values)
+            row = Row.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             raise _UnfitError(f"{'.'.join(map(str, first['loc']))!r}: {first['msg']}") from None
