@@ -32,9 +32,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from realigner.chat_format import prompt_ids
 from realigner.files import write_text
 from realigner.hosts import embedded_folder, resolve_dtype
-from realigner.prompts import prompt_ids
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parent / ".bench"

@@ -64,7 +64,7 @@ def make_rows(shape: dict[str, int], batch: int, length: int) -> Prepared:
     generator = torch.Generator().manual_seed(42)
     items = [torch.randint(0, shape["vocab_size"], (length,), generator=generator).tolist() for _ in range(batch)]
     encoded = [{"input_ids": ids, "labels": ids} for ids in items]
-    return Prepared([row], Split([row] * batch, [row], []), encoded, encoded[:1], 0)
+    return Prepared([row], Split([row] * batch, [row], []), encoded, encoded[:1], ["1"] * batch, 0)
 
 
 def flops(host: Any, irm: int, tokens: int, length: int) -> float:

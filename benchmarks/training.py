@@ -61,10 +61,9 @@ from transformers.trainer_callback import PrinterCallback
 from worker import twin
 
 import realigner as ra
-from realigner.data.tokens import IGNORED
+from realigner.chat_format import IGNORED, TEMPLATES
 from realigner.files import write_text
 from realigner.hosts import EMBEDDED
-from realigner.irm_config import TEMPLATES
 from realigner.training.batches import Collator, EncodedRows, Prepared, SeededLengthSampler, prepare
 from realigner.training.loss import row_losses
 from realigner.training.recipe import Recipe

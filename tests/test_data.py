@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from realigner.chat_format import IGNORED
 from realigner.data import (
     PAPER_PROMPTS,
     TONES,
@@ -27,7 +28,6 @@ from realigner.data import (
 )
 from realigner.data.rewriters import RewriteRequest
 from realigner.data.rewriters.template_rewriter import TemplateRewriter
-from realigner.data.tokens import IGNORED
 from realigner.errors import RealignerError, UsageError
 from tests.tiny import some_rows, tiny_tokenizer
 
@@ -204,8 +204,10 @@ def test_loss_is_on_the_reply_and_its_end_only(chat: bool) -> None:
     prompt = prompt_ids(tokenizer, row.question)
     assert encoded["input_ids"][: len(prompt)] == prompt
     assert encoded["labels"][: len(prompt)] == [IGNORED] * len(prompt)
-    reply = encoded["labels"][len(prompt) :]
-    assert reply == encoded["input_ids"][len(prompt) :]
+    after = len(tokenizer("\n")["input_ids"]) if chat else 0  # what the template writes after the end token
+    reply = encoded["labels"][len(prompt) : len(encoded["labels"]) - after]
+    assert reply == encoded["input_ids"][len(prompt) : len(encoded["input_ids"]) - after]
+    assert encoded["labels"][len(encoded["labels"]) - after :] == [IGNORED] * after
     assert reply[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(reply[:-1]) == row.text
 
@@ -218,7 +220,7 @@ def test_plain_form_is_the_papers() -> None:
 def test_cutting() -> None:
     tokenizer, row = tiny_tokenizer(), some_rows()[0]
     assert len(encode_rows(tokenizer, [row], max_length=45)[0]["input_ids"]) == 45
-    with pytest.raises(RealignerError, match="question alone"):
+    with pytest.raises(RealignerError, match="before its reply"):
         encode_rows(tokenizer, [row], max_length=10)
 
 
@@ -226,7 +228,7 @@ def test_cutting() -> None:
 def test_embedded_template(embedded: tuple[Any, Any]) -> None:
     tokenizer, row = embedded[1], authored("anger")[0]
     text = tokenizer.decode(encode_rows(tokenizer, [row])[0]["input_ids"])
-    assert text.endswith(f"<|im_start|>assistant\n{row.text}<|im_end|>")
+    assert text.endswith(f"<|im_start|>assistant\n{row.text}<|im_end|>\n")
 
 
 # --- the report card ----------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 import realigner as ra
 from realigner import generation
+from realigner.chat_format import ChatFormat, prompt_ids
 from realigner.errors import RealignerError, UsageError
 from realigner.irm_config import CONFIG_FILE, IRMConfig
-from realigner.prompts import prompt_ids
 from realigner.runtime import Runtime, find_irm
 from tests.tiny import tiny_folder, tiny_tokenizer
 
@@ -179,8 +179,8 @@ def test_conversations_and_system_prompts(runtime: Runtime) -> None:
     [
         ("  ", "empty"),
         ([], "empty"),
-        ([{"role": "user"}], "not a turn"),
-        ([{"role": "user", "content": ["parts"]}], "not a turn"),
+        ([{"role": "user"}], "not a message"),
+        ([{"role": "user", "content": ["parts"]}], "not a message"),
     ],
 )
 def test_prompts_that_are_none(prompt: Any, message: str) -> None:
@@ -262,7 +262,7 @@ def test_spaces_that_are_cleaned_up_in_a_stream() -> None:
     backend.decoder = decoders.WordPiece(cleanup=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=True)
     for made in ([1, 2, 3, 4], [5, 3, 6], [7, 8, 7, 8]):
-        pieces = generation._Pieces(tokenizer)
+        pieces = generation._Pieces(ChatFormat(tokenizer, "plain"), False, False)
         pieces.put(torch.tensor([[0]]))
         for token in made:
             pieces.put(torch.tensor([token]))
@@ -282,7 +282,7 @@ def test_a_block_around_a_runtimes_call(runtime: Runtime) -> None:
 
 @pytest.mark.parametrize("prompt", [None, 5, {"role": "user", "content": "Why?"}, ["Why?"], [["role", "user"]]])
 def test_prompts_of_another_kind(prompt: Any) -> None:
-    with pytest.raises(UsageError, match=r"neither a question nor a list of turns|not a turn"):
+    with pytest.raises(UsageError, match=r"neither a question nor a list of messages|not a message"):
         prompt_ids(tiny_tokenizer(), prompt)
 
 

@@ -19,7 +19,7 @@ from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import weights_hash
 from realigner.irm_config import IRMConfig
 from realigner.training import make_recipe, read_metrics, read_recipe, read_run, train, train_recipe
-from realigner.tuner import load_irm, template_of, tuner_of
+from realigner.tuner import load_irm, tuner_of
 from tests.tiny import some_rows, tiny_folder, tiny_pair
 
 FAST = make_recipe(steps=6, batch_size=4, evaluations=2, samples=0)
@@ -208,7 +208,7 @@ def test_the_template_is_remembered(tmp_path: Path) -> None:
     run_tiny(tmp_path / "run", recipe=FAST.changed(template="plain", loss_on="text"))
     host, tokenizer = tiny_pair()
     model = load_irm(host, tmp_path / "run")
-    assert template_of(model) == "plain"
+    assert ra.generation.format_of(model, tokenizer).is_plain
     seen: list[torch.Tensor] = []
     host.get_input_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0]))
     ra.answer(model, tokenizer, ["Why?"], max_new_tokens=1)

@@ -60,7 +60,7 @@ def run_demo(
             _refuse(folder, page, force, resume)
         say(f"1/3  loading the host {EMBEDDED} (the first time it is unpacked, about 20 s)")
         host, tokenizer = load_host(EMBEDDED)
-        recipe = resolve(make_recipe(steps=steps, tone=tone, seed=seed), host, rows)
+        recipe = resolve(make_recipe(steps=steps, tone=tone, seed=seed), host, tokenizer, rows)
         if not force and is_run(folder) and recipe.difference(read_recipe(folder / RECIPE_FILE)) is None:
             say(f"2/3  {folder} is trained already; --force trains it anew")
         else:

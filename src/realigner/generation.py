@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,28 @@ from torch import nn
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from realigner.chat_format import ChatFormat, check_template_kwargs
 from realigner.errors import RealignerError, UsageError
-from realigner.prompts import Prompt, batch_prompt_ids
+from realigner.prompts import Prompt
 from realigner.settings import Strength, Where, part_of
-from realigner.tuner import find_tuner, template_of, tuner_of
+from realigner.thinking_budget import ThinkingBudget
+from realigner.tuner import find_tuner, tuner_of
 
 Names = str | tuple[str, ...]
+
+
+class Answer(str):
+    """A reply as text.
+
+    Attributes:
+        thought: what the host thought before it; empty on hosts that do not think.
+    """
+
+    thought: str = ""
+
+
+class Thought(str):
+    """A piece of a thought, as `stream` gives it."""
 
 
 def answer(
@@ -36,14 +53,16 @@ def answer(
     strength: Strength | None = None,
     irms: Names | list[Names] | None = None,
     where: Where | None = None,
-) -> list[str]:
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    thinking_budget: int = 512,
+) -> list[Answer]:
     """The replies to `prompts`, in order, as text.
 
     Args:
         model: a host, or a model with an IRM.
         tokenizer: the host's.
         prompts: questions or conversations; each is put through the template that the IRM was trained with, else the host's
-            chat template (see `prompts.prompt_ids`).
+            chat template (`format_of`).
         max_new_tokens: of each reply.
         temperature: 0 for greedy replies, else that of sampling.
         repetition_penalty: above 1, tokens already in the text are made less likely (small hosts run in circles); 1 is off.
@@ -57,10 +76,12 @@ def answer(
         irms: the IRMs that act: a name, a tuple of names that are summed, ``"__base__"`` for none, or a list with one of these
             for each prompt; the active ones when None.
         where: the tokens that they act on; see `tuner.strength`.
+        chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``, over those of the IRM.
+        thinking_budget: tokens of a thought, on hosts that think; then the thought is closed. They do not count as the reply's.
 
     Raises:
         UsageError: for an empty prompt, a bad number, or settings of another number than there are prompts.
-        RealignerError: for a prompt of more tokens than the host has positions.
+        RealignerError: for a prompt of more tokens than the host has positions, or that its chat template refuses.
 
     Example:
         >>> answer(host, tokenizer, ["How many legs has a spider?"])  # doctest: +SKIP
@@ -70,24 +91,29 @@ def answer(
         raise UsageError("prompts: give a list of prompts, not one string")
     _check_number("batch_size", batch_size, batch_size >= 1)
     names = [irms] * len(prompts) if isinstance(irms, (str, tuple)) else irms
-    options = _options(max_new_tokens, temperature, repetition_penalty)
-    replies: list[str] = []
+    sampling = _Sampling(max_new_tokens, thinking_budget, temperature, repetition_penalty, seed)
+    chat_format = format_of(model, tokenizer, chat_template_kwargs)
+    replies: list[Answer] = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        inputs = encode_prompts(tokenizer, prompts[part], _device(model), template_of(model), system)
+        rows = chat_format.prompts(prompts[part], system)
+        inputs = padded(rows, tokenizer, _device(model))
         _check_positions(model, inputs, start)
-        rows = len(inputs["input_ids"])
         own = {
             "strength": part_of(strength, part, len(prompts), "strength", "prompts"),
             "adapter_names": part_of(names, part, len(prompts), "irms", "prompts"),
         }
         settings = _settings(model, **own, where=where)
-        sampling = [SeededSampling(temperature, seed, start)] if temperature > 0 else []
+        opened = [chat_format.opens_thought(row) for row in rows]
+        options = sampling.options(model, chat_format, opened, start)
         with torch.no_grad():
-            tokens = model.generate(**inputs, **options, **settings, logits_processor=sampling)  # type: ignore[operator]
-        replies += [_text(tokenizer, row[inputs["input_ids"].shape[1] :]) for row in tokens]
+            tokens = model.generate(**inputs, **options, **settings)  # type: ignore[operator]
+        for row, is_open in zip(tokens[:, inputs["input_ids"].shape[1] :].tolist(), opened, strict=True):
+            thought, text = chat_format.split(row, is_open)
+            replies.append(Answer(text))
+            replies[-1].thought = thought
         if done is not None:
-            done(rows)
+            done(len(rows))
     return replies
 
 
@@ -103,10 +129,16 @@ def stream(
     strength: Strength | None = None,
     irms: Names | None = None,
     where: Where | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    thinking_budget: int = 512,
+    thoughts: bool = False,
 ) -> Iterator[str]:
     """The reply to one prompt, piece by piece as it is made; the pieces together are what `answer` gives.
 
     It is made in a thread that begins now, with the settings of now. Closing the iterator stops it.
+
+    Args:
+        thoughts: give the pieces of the thought, too, on hosts that think; they are `Thought`.
 
     Raises:
         UsageError: as `answer` does; what goes wrong later is raised where the pieces are read.
@@ -115,19 +147,21 @@ def stream(
         >>> for piece in stream(model, tokenizer, "Why is the sky blue?"):  # doctest: +SKIP
         ...     print(piece, end="", flush=True)
     """
-    inputs = encode_prompts(tokenizer, [prompt], _device(model), template_of(model), system)
+    sampling = _Sampling(max_new_tokens, thinking_budget, temperature, repetition_penalty, seed)
+    chat_format = format_of(model, tokenizer, chat_template_kwargs)
+    rows = chat_format.prompts([prompt], system)
+    inputs = padded(rows, tokenizer, _device(model))
     _check_positions(model, inputs, 0)
-    options = _options(max_new_tokens, temperature, repetition_penalty)
     given = _settings(model, strength=strength, rows=None if irms is None else [irms], where=where)
-    sampling = [SeededSampling(temperature, seed, 0)] if temperature > 0 else []
-    pieces = _Pieces(tokenizer)
+    opened = [chat_format.opens_thought(rows[0])]
+    options = sampling.options(model, chat_format, opened, 0)
+    pieces = _Pieces(chat_format, opened[0], thoughts)
+    options["stopping_criteria"].append(_Stopped(pieces))
 
     def generate() -> None:
         try:
             with torch.no_grad():
-                model.generate(  # type: ignore[operator]
-                    **inputs, **options, logits_processor=sampling, streamer=pieces, stopping_criteria=[_Stopped(pieces)]
-                )
+                model.generate(**inputs, **options, streamer=pieces)  # type: ignore[operator]
             pieces.queue.put(None)
         except BaseException as error:  # raised where the pieces are read
             pieces.queue.put(error)
@@ -140,6 +174,20 @@ def stream(
     reading = _read(pieces, thread)
     next(reading)  # from here on, closing or dropping it stops the thread
     return reading
+
+
+def format_of(model: nn.Module, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> ChatFormat:
+    """How conversations are put to a model: as its active IRM was trained; by the host's chat template where there is none.
+
+    Args:
+        chat_template_kwargs: variables of the chat template, over those that the IRM was trained with.
+    """
+    tuner = find_tuner(model)
+    if tuner is None or not tuner.registry.names:
+        return ChatFormat(tokenizer, chat_template_kwargs=chat_template_kwargs)
+    config = tuner.peft_config[tuner.registry.names[0]]
+    check_template_kwargs(chat_template_kwargs)
+    return ChatFormat(tokenizer, config.template, {**(config.chat_template_kwargs or {}), **(chat_template_kwargs or {})})
 
 
 def _read(pieces: _Pieces, thread: threading.Thread) -> Iterator[str]:
@@ -164,32 +212,41 @@ def _read(pieces: _Pieces, thread: threading.Thread) -> Iterator[str]:
 class _Pieces(BaseStreamer):  # type: ignore[misc]
     """A reply's text in pieces that never have to be taken back: no half characters, no space that may be the last."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, chat_format: ChatFormat, opened: bool, thoughts: bool) -> None:
         self.queue: queue.Queue[str | BaseException | None] = queue.Queue()
         self.stopped = False
-        self._tokenizer = tokenizer
+        self._format, self._opened, self._thoughts = chat_format, opened, thoughts
         self._tokens: list[int] = []
-        self._sent = 0
+        self._sent = {Thought: 0, str: 0}
         self._prompt = True  # the prompt comes first
         # Cleaning spaces up can rewrite the last four characters (" n't") when the next token comes.
-        self._held = 4 if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
+        self._held = 4 if getattr(chat_format.tokenizer, "clean_up_tokenization_spaces", False) else 0
 
     def put(self, value: torch.Tensor) -> None:
         if self._prompt:
             self._prompt = False
             return
         self._tokens += value.flatten().tolist()
-        text = _text(self._tokenizer, self._tokens)
-        if not text.endswith("\ufffd"):
-            self._send(text[: len(text) - self._held])
+        thought, reply = self._format.split(self._tokens, self._opened)
+        tags = self._format.tags
+        if tags is not None and not reply:  # what may become the end of the thought
+            thought = thought[: max(0, len(thought) - len(tags.close))]
+        if tags is not None and not thought and tags.open.startswith(reply):  # what may become its beginning
+            reply = ""
+        if not (reply or thought).endswith("\ufffd"):
+            self._send(Thought, thought)
+            self._send(str, reply[: len(reply) - self._held])
 
     def end(self) -> None:
-        self._send(_text(self._tokenizer, self._tokens))
+        thought, reply = self._format.split(self._tokens, self._opened)
+        self._send(Thought, thought)
+        self._send(str, reply)
 
-    def _send(self, text: str) -> None:
-        if len(text) > self._sent:
-            self.queue.put(text[self._sent :])
-            self._sent = len(text)
+    def _send(self, kind: type[str], text: str) -> None:
+        if len(text) > self._sent[kind]:
+            if kind is str or self._thoughts:
+                self.queue.put(kind(text[self._sent[kind] :]))
+            self._sent[kind] = len(text)
 
 
 class _Stopped(StoppingCriteria):  # type: ignore[misc]
@@ -235,10 +292,14 @@ def encode_prompts(
     tokenizer: Any, prompts: Sequence[Prompt], device: torch.device, template: str = "chat", system: str | None = None
 ) -> dict[str, torch.Tensor]:
     """``input_ids`` and ``attention_mask`` ``[prompt, position]``, padded on the left."""
-    rows = batch_prompt_ids(tokenizer, prompts, template, system)
+    return padded(ChatFormat(tokenizer, template).prompts(prompts, system), tokenizer, device)
+
+
+def padded(rows: Sequence[Sequence[int]], tokenizer: Any, device: torch.device) -> dict[str, torch.Tensor]:
+    """Rows of tokens as ``input_ids`` and ``attention_mask`` ``[row, position]``, padded on the left."""
     width = max(len(row) for row in rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return {"input_ids": ids, "attention_mask": mask}
 
@@ -254,11 +315,38 @@ def _check_positions(model: nn.Module, inputs: Mapping[str, torch.Tensor], first
             raise RealignerError(f"prompt {number}: it has {tokens:,} tokens, and the host {positions:,} positions; shorten it")
 
 
-def _options(max_new_tokens: int, temperature: float, repetition_penalty: float) -> dict[str, Any]:
-    _check_number("max_new_tokens", max_new_tokens, max_new_tokens >= 1)
-    _check_number("temperature", temperature, 0 <= temperature < 100)
-    _check_number("repetition_penalty", repetition_penalty, 0 < repetition_penalty < 100)
-    return {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty, "do_sample": False}
+@dataclass(frozen=True)
+class _Sampling:
+    """How a reply is made, checked."""
+
+    max_new_tokens: int
+    thinking_budget: int
+    temperature: float
+    repetition_penalty: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        _check_number("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1)
+        _check_number("thinking_budget", self.thinking_budget, self.thinking_budget >= 0)
+        _check_number("temperature", self.temperature, 0 <= self.temperature < 100)
+        _check_number("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < 100)
+
+    def options(self, model: nn.Module, chat_format: ChatFormat, opened: Sequence[bool], first_row: int) -> dict[str, Any]:
+        """The arguments of ``generate`` for the rows of a batch, the first one being the prompt of number `first_row`."""
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
+        options |= {"do_sample": False, "logits_processor": [], "stopping_criteria": []}
+        if self.temperature > 0:
+            options["logits_processor"].append(SeededSampling(self.temperature, self.seed, first_row))
+        if chat_format.tags is not None:
+            budget = ThinkingBudget(chat_format, opened, self.thinking_budget, self.max_new_tokens)
+            options["max_new_tokens"] = budget.most
+            options["logits_processor"].append(budget)
+            options["stopping_criteria"].append(budget.enough)
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        if not chat_format.is_plain and not set(chat_format.ends) <= set(ends):  # the template ends replies in another way
+            options["eos_token_id"] = ends + chat_format.ends
+        return options
 
 
 def _check_number(name: str, value: float, fits: bool) -> None:
@@ -276,7 +364,3 @@ def _settings(model: nn.Module, **given: Any) -> dict[str, Any]:
 
 def _device(model: nn.Module) -> torch.device:
     return next(parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
-
-
-def _text(tokenizer: Any, tokens: Any) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()

@@ -17,6 +17,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 from safetensors import SafetensorError, safe_open
 
+from realigner.chat_format import TEMPLATES, check_template_kwargs
 from realigner.errors import RealignerError, UsageError
 from realigner.files import parsed, read_bytes
 from realigner.fingerprints import Fingerprint
@@ -28,7 +29,6 @@ PEFT_NAME = "irm"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
-TEMPLATES = ("chat", "plain")
 _HOW_TO_LOAD = """
 
 ## How to load
@@ -54,6 +54,7 @@ _TYPES: dict[str, tuple[type, ...]] = {  # of what IRMShape does not check
     "layers_path": (str,),
     "tone": (str,),
     "template": (str,),
+    "chat_template_kwargs": (dict,),
     "strength": (int, float),
     "host": (dict,),
     "site": (dict,),
@@ -90,6 +91,7 @@ class IRMConfig(PeftConfig, IRMShape):
         layers_path: where the host's decoder layers are, for a host on which the probe cannot tell.
         tone: the tone it was trained for, if any.
         template: how prompts are put to it: ``"chat"``, the host's own way, or ``"plain"``, the paper's.
+        chat_template_kwargs: variables of the chat template that it was trained with, such as ``{"enable_thinking": False}``.
         strength: at which it is best used (1: as trained); `runtime.load` goes by it, an IRM attached by PEFT acts at 1.
         host: the fingerprint of the host it belongs to (`fingerprints.Fingerprint`).
         site: what the probe found on that host (`sites.HostSites.summary`).
@@ -106,6 +108,7 @@ class IRMConfig(PeftConfig, IRMShape):
     layers_path: str | None = None
     tone: str | None = None
     template: str = "chat"
+    chat_template_kwargs: dict[str, Any] | None = None
     strength: float = 1.0
     host: dict[str, Any] | None = None
     site: dict[str, Any] | None = None
@@ -127,6 +130,7 @@ class IRMConfig(PeftConfig, IRMShape):
         self.validate()
         if self.template not in TEMPLATES:
             raise UsageError(f"template: {self.template!r} is not one of {', '.join(TEMPLATES)}")
+        check_template_kwargs(self.chat_template_kwargs)
         if check_strength(self.strength).dim():
             raise UsageError(f"strength: {self.strength!r} is not a number")
 

@@ -1,16 +1,17 @@
-"""Prompts as tokens: the chat template or the paper's plain form, the same for training, generation and traces."""
+"""What hosts are asked: questions and conversations."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from realigner.errors import RealignerError, UsageError
+from realigner.errors import UsageError
 
-Prompt = str | Sequence[Mapping[str, str]]
-"""A question, or a conversation: turns with ``role`` (system, user, assistant) and ``content``, the last one the user's."""
+Message = Mapping[str, Any]
+"""A turn of a conversation: ``role`` (system, user, assistant, tool), ``content``, and an assistant's ``reasoning_content``."""
 
-_PLACEHOLDER = "zxqvj"  # a reply that occurs nowhere else in a chat template
+Prompt = str | Sequence[Message]
+"""A question, or a conversation: messages, the last one the user's."""
 
 PAPER_PROMPTS = (
     "In which decade did Beyonce become famous?",
@@ -24,84 +25,28 @@ PAPER_PROMPTS = (
 """The seven prompts of the paper (misspellings are the paper's)."""
 
 
-def prompt_ids(tokenizer: Any, prompt: Prompt, template: str = "chat", system: str | None = None) -> list[int]:
-    """The tokens a host reads before it replies: its chat template, or the question and three spaces for a base model.
+_KEYS = {"role", "content"}
 
-    Args:
-        tokenizer: the host's.
-        prompt: a question or a conversation.
-        template: ``"chat"``, or ``"plain"`` for the second form on every host, as in the paper.
-        system: a system prompt, put before the conversation.
+
+def messages_of(prompt: Prompt, system: str | None = None) -> list[dict[str, str]]:
+    """A prompt as messages, with a system prompt before them if one is given.
 
     Raises:
-        UsageError: for an empty prompt, something that is not a turn, or a conversation in the plain form.
-        RealignerError: when the host's chat template refuses the conversation (it knows no system role, say).
+        UsageError: when it is empty, holds what is not a message, or ends with the assistant's.
     """
-    return batch_prompt_ids(tokenizer, [prompt], template, system)[0]
-
-
-def batch_prompt_ids(
-    tokenizer: Any, prompts: Sequence[Prompt], template: str = "chat", system: str | None = None
-) -> list[list[int]]:
-    """`prompt_ids` of many prompts in one call of the tokenizer."""
-    conversations = [_turns(prompt, system) for prompt in prompts]
-    if template == "chat" and getattr(tokenizer, "chat_template", None):
-        texts = [chat_text(tokenizer, turns, add_generation_prompt=True) for turns in conversations]
-        return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    if any(len(turns) > 1 for turns in conversations):
-        raise UsageError("prompt: the plain form has no turns and no system prompt; give one question")
-    return list(tokenizer([turns[0]["content"] + "   " for turns in conversations])["input_ids"])
-
-
-def chat_text(tokenizer: Any, turns: Sequence[Mapping[str, str]], **options: Any) -> str:
-    """A conversation as the host's chat template writes it.
-
-    Args:
-        tokenizer: the host's.
-        turns: the conversation.
-        options: of ``apply_chat_template``.
-
-    Raises:
-        RealignerError: when the template refuses the conversation, or is itself not in order.
-    """
-    from jinja2 import TemplateSyntaxError
-
-    try:
-        text = tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, **options)
-    except TemplateSyntaxError as error:
-        raise RealignerError(f"the host's chat template, line {error.lineno}: {' '.join(str(error.message).split())}") from None
-    except Exception as error:  # a template raises whatever its author chose
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise RealignerError(f"the host's chat template refuses the conversation: {why}") from None
-    if not isinstance(text, str):
-        raise RealignerError("the host's chat template writes no text")
-    return text
-
-
-def _turns(prompt: Prompt, system: str | None) -> list[dict[str, str]]:
     if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
-        raise UsageError(f"prompt: {prompt!r} is neither a question nor a list of turns (of conversations, give a list)")
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    for turn in turns:
+        raise UsageError(f"prompt: {prompt!r} is neither a question nor a list of messages (of conversations, give a list)")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    for message in messages:
         if (
-            not isinstance(turn, Mapping)
-            or set(turn) != {"role", "content"}
-            or not all(isinstance(value, str) for value in turn.values())
+            not isinstance(message, Mapping)
+            or not _KEYS <= set(message) <= _KEYS | {"reasoning_content"}
+            or not all(isinstance(value, str) for value in message.values())
         ):
-            raise UsageError(f"prompt: {turn!r} is not a turn; give a dict with role and content, two strings")
-    if not turns or not turns[-1]["content"].strip():
+            raise UsageError(f"prompt: {message!r} is not a message; give a dict with role and content, two strings")
+    if not messages or not messages[-1]["content"].strip():
         raise UsageError("prompt: it is empty")
-    turns = [dict(turn) for turn in turns]
-    return turns if system is None else [{"role": "system", "content": system}, *turns]
-
-
-def end_ids(tokenizer: Any, template: str = "chat") -> list[int]:
-    """The token that ends a reply, in a list: the chat template's end-of-turn token, else the tokenizer's end token, if any."""
-    if template == "chat" and getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": _PLACEHOLDER}]
-        before, found, after = chat_text(tokenizer, turns).rpartition(_PLACEHOLDER)
-        if found and before:
-            for token in tokenizer(after, add_special_tokens=False)["input_ids"]:
-                if token in tokenizer.all_special_ids:
-                    return [token]
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if messages[-1]["role"] == "assistant":
+        raise UsageError("prompt: its last message is the assistant's; end it with the user's")
+    messages = [dict(message) for message in messages]
+    return messages if system is None else [{"role": "system", "content": system}, *messages]

@@ -59,7 +59,7 @@ class Runtime:
         """
         if isinstance(prompts, str):
             return self.answer([prompts], **options)[0]
-        return answer(self.model, self.tokenizer, prompts, **self._with_strength(options))
+        return [*answer(self.model, self.tokenizer, prompts, **self._with_strength(options))]
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """The reply to a question or a conversation, piece by piece; see `generation.stream`."""

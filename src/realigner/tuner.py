@@ -443,12 +443,6 @@ def refuse_vllm(model: nn.Module) -> None:
         )
 
 
-def template_of(model: nn.Module) -> str:
-    """The prompt template of the active IRM: ``"chat"`` or ``"plain"``; ``"chat"`` if there is none."""
-    tuner = find_tuner(model)
-    return "chat" if tuner is None or not tuner.registry.names else str(tuner.peft_config[tuner.registry.names[0]].template)
-
-
 def load_irm(host: nn.Module, folder: str | Path, adapter_name: str = "default", trainable: bool = False) -> PeftModel:
     """`PeftModel.from_pretrained` for a local folder, with every refusal a `RealignerError` of one line.
 

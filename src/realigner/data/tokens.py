@@ -1,64 +1,70 @@
-"""Rows as tokens: the chat template (or the paper's plain form), and labels on the reply only."""
+"""Rows as tokens to train on, and their labels; see `chat_format.ChatFormat`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from realigner.chat_format import IGNORED, ChatFormat
 from realigner.data.dataset_rows import Row
 from realigner.errors import RealignerError
-from realigner.prompts import batch_prompt_ids, end_ids
 
-IGNORED = -100  # the label PyTorch's cross-entropy leaves out
-_BATCH = 1000
+Example = dict[str, list[int]]  # "input_ids" and "labels", of one length
 
 
 def token_counts(tokenizer: Any, rows: Sequence[Row]) -> list[int]:
-    """Tokens of each row as it is trained on, template, question, reply and end; the tokens themselves are not kept."""
-    parts = (rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH))
-    return [len(item["input_ids"]) for part in parts for item in encode_rows(tokenizer, part, None)]
+    """Tokens of each row as it is trained on, template and all; the tokens themselves are not kept."""
+    return [len(example["input_ids"]) for _, example in encoded(ChatFormat(tokenizer), rows)]
 
 
 def encode_rows(
     tokenizer: Any, rows: Sequence[Row], max_length: int | None = 256, template: str = "chat", loss_on: str = "reply"
-) -> list[dict[str, list[int]]]:
+) -> list[Example]:
     """``input_ids`` and ``labels`` of each row, with the loss on the reply and its end token only, or on the whole text.
-
-    The reply's tokens are appended to exactly the tokens that `prompt_ids` gives at generation time.
 
     Args:
         tokenizer: the host's.
         rows: the rows.
-        max_length: tokens of a row at most; a longer reply is cut. None: nothing is cut.
-        template: ``"chat"`` or ``"plain"``; see `prompt_ids`.
-        loss_on: ``"reply"``, or ``"text"`` for the question too.
+        max_length: tokens of a row at most; what is over falls from the end. None: nothing is cut.
+        template: ``"chat"`` or ``"plain"``; see `ChatFormat`.
+        loss_on: ``"reply"``, ``"assistant"`` or ``"text"``; see `ChatFormat.examples`.
 
     Raises:
-        RealignerError: when not one token of a reply fits into `max_length`.
+        RealignerError: naming the row, when its conversation cannot be rendered, or no token of its reply is left.
     """
-    encoded: list[dict[str, list[int]]] = []
-    end = end_ids(tokenizer, template)
-    for start in range(0, len(rows), _BATCH):
-        batch = rows[start : start + _BATCH]
-        prompts = batch_prompt_ids(tokenizer, [row.question for row in batch], template)
-        replies = tokenizer([row.text for row in batch], add_special_tokens=False)["input_ids"]
-        for prompt, reply in zip(prompts, replies, strict=True):
-            labels = prompt if loss_on == "text" else [IGNORED] * len(prompt)
-            encoded.append({"input_ids": prompt + reply + end, "labels": labels + reply + end})
-    return encoded if max_length is None else clip(encoded, rows, max_length)
+    pairs = list(encoded(ChatFormat(tokenizer, template), rows, loss_on))
+    examples = [example for _, example in pairs]
+    return examples if max_length is None else clip(examples, [row for row, _ in pairs], max_length)
 
 
-def clip(encoded: Sequence[dict[str, list[int]]], rows: Sequence[Row], max_length: int) -> list[dict[str, list[int]]]:
-    """Encoded rows of at most `max_length` tokens; what is over falls from the reply's end.
+def encoded(
+    chat_format: ChatFormat, rows: Sequence[Row], loss_on: str = "reply", loss_on_thought: bool = False
+) -> Iterator[tuple[Row, Example]]:
+    """Each row with its example, or its examples one after the other.
 
     Raises:
-        RealignerError: naming the row of which no token of the reply would be left.
+        RealignerError: naming the row.
+    """
+    for row in rows:
+        try:
+            examples = chat_format.examples(row.conversation, loss_on, loss_on_thought)
+        except RealignerError as error:
+            raise type(error)(f"row {row.id!r}: {error}") from None
+        for example in examples:
+            yield row, example
+
+
+def clip(examples: Sequence[Example], rows: Sequence[Row], max_length: int) -> list[Example]:
+    """Examples of at most `max_length` tokens, each with its row; what is over falls from the end.
+
+    Raises:
+        RealignerError: naming the row of which no token with a loss would be left.
     """
     clipped = []
-    for item, row in zip(encoded, rows, strict=True):
-        short = {key: values[:max_length] for key, values in item.items()}
-        if short["labels"][-1] == IGNORED:
-            prompt = item["labels"].count(IGNORED)
-            raise RealignerError(f"row {row.id!r}: its question alone has {prompt} tokens; max_length is {max_length}")
+    for example, row in zip(examples, rows, strict=True):
+        short = {key: values[:max_length] for key, values in example.items()}
+        if all(label == IGNORED for label in short["labels"]):
+            prompt = next(at for at, label in enumerate(example["labels"]) if label != IGNORED)
+            raise RealignerError(f"row {row.id!r}: what comes before its reply has {prompt} tokens; max_length is {max_length}")
         clipped.append(short)
     return clipped

@@ -16,8 +16,8 @@ import torch
 import xarray as xr
 from torch import nn
 
+from realigner.chat_format import IGNORED
 from realigner.console import progress
-from realigner.data.tokens import IGNORED
 from realigner.explain.example_batches import ExampleBatches
 from realigner.explain.norm_gradient import GradientParts, norm_eps, norm_kind, split_gradient
 from realigner.explain.residuals import Residuals, SiteGradients

@@ -11,9 +11,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
+from realigner.chat_format import IGNORED, ChatFormat
 from realigner.data.data_split import Split, split_rows
 from realigner.data.dataset_rows import Row, rows_hash
-from realigner.data.tokens import IGNORED, clip, encode_rows
+from realigner.data.tokens import Example, clip, encoded
 from realigner.errors import RealignerError, UsageError
 from realigner.training.recipe import Recipe
 
@@ -26,9 +27,10 @@ class Prepared:
 
     rows: Sequence[Row]  # all of them, of one tone
     split: Split  # by group
-    train: list[dict[str, list[int]]]  # train, validation: encoded and cut (`encode_rows`), in the split's order
-    validation: list[dict[str, list[int]]]
-    cut: int  # how many rows were longer than the recipe allows
+    train: list[Example]  # train, validation: encoded and cut (`tokens.encoded`), in the split's order
+    validation: list[Example]
+    ids: list[str]  # of the row that each example of `train` comes from
+    cut: int  # how many examples were longer than the recipe allows
 
     @property
     def tone(self) -> str:
@@ -82,24 +84,27 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) ->
     if (depth := getattr(text, "num_hidden_layers", None)) is not None:
         recipe.shape.resolved_layers(int(depth))
     split = split_rows(rows, recipe.seed, validation=recipe.validation, test=recipe.test)
-    if len(split.train) < recipe.batch_size:
+    chat_format = ChatFormat(tokenizer, recipe.template, recipe.chat_template_kwargs)
+    parts = [
+        list(encoded(chat_format, rows, recipe.loss_on, recipe.loss_on_thought)) for rows in (split.train, split.validation)
+    ]
+    if len(parts[0]) < recipe.batch_size:
         raise RealignerError(
-            f"{len(split.train)} rows are left to train on, fewer than batch_size {recipe.batch_size}; "
-            f"give more rows, or set batch_size={len(split.train)}"
+            f"{len(parts[0])} rows are left to train on, fewer than batch_size {recipe.batch_size}; "
+            f"give more rows, or set batch_size={len(parts[0])}"
         )
-    whole = [encode_rows(tokenizer, part, None, recipe.template, recipe.loss_on) for part in (split.train, split.validation)]
-    cut = sum(len(item["input_ids"]) > recipe.max_length for part in whole for item in part)
-    train, validation = (clip(part, some, recipe.max_length) for part, some in zip(whole, split, strict=False))
+    cut = sum(len(item["input_ids"]) > recipe.max_length for part in parts for _, item in part)
+    train, validation = (clip([item for _, item in part], [row for row, _ in part], recipe.max_length) for part in parts)
 
     # Some configs give no limit of positions, or -1.
     if isinstance(positions := getattr(text, "max_position_embeddings", None), int) and positions > 0:
         limit = f"the host has {positions} positions; set max_length={positions}"
         if recipe.loss_on_padding and recipe.max_length > positions:
             raise RealignerError(f"rows are padded to {recipe.max_length} tokens, {limit}")
-        for item, row in zip((*train, *validation), (*split.train, *split.validation), strict=True):
+        for item, (row, _) in zip((*train, *validation), (*parts[0], *parts[1]), strict=True):
             if len(item["input_ids"]) > positions:
                 raise RealignerError(f"row {row.id!r}: {len(item['input_ids'])} tokens, {limit} to cut it")
-    return Prepared(rows, split, train, validation, cut)
+    return Prepared(rows, split, train, validation, [row.id for row, _ in parts[0]], cut)
 
 
 @dataclass(eq=False)

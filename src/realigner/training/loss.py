@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from realigner.data.tokens import IGNORED
+from realigner.chat_format import IGNORED
 from realigner.injection import ActiveIRM
 from realigner.tuner import IRMModel
 

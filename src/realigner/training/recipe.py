@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from realigner.chat_format import check_template_kwargs
 from realigner.errors import RealignerError, UsageError
 from realigner.files import decoded, read_bytes
 
@@ -44,6 +45,14 @@ def _without_nul(value: str) -> str:
     return value
 
 
+def _of_template(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        check_template_kwargs(value)
+    except UsageError as error:
+        raise ValueError(str(error).removeprefix("chat_template_kwargs: ")) from None
+    return value
+
+
 Name = Annotated[str, AfterValidator(_without_nul)]  # of a file, a folder, a module
 
 
@@ -63,7 +72,9 @@ class Recipe(BaseModel):
         layers_path: where the host's decoder layers are, for a host on which the probe cannot tell.
 
         template: ``chat``: the host's own; ``plain``: question, three spaces, reply (the paper's).
-        loss_on: ``reply``, or ``text``: the question too.
+        chat_template_kwargs: variables of the chat template, such as ``{enable_thinking: false}``.
+        loss_on: ``reply``: the last one of a conversation; ``assistant``: each of its replies; ``text``: the questions too.
+        loss_on_thought: on hosts that think, learn the thought before a reply too, and not the reply alone.
         max_length: tokens of a row at most; longer replies are cut.
         validation, test: shares of the rows, by group, held out: for the validation loss; unused.
         label_shift: 1: each position predicts the next token. 2: the reference code's mistake (labels shifted twice).
@@ -124,7 +135,9 @@ class Recipe(BaseModel):
     layers_path: str | None = None
 
     template: Literal["chat", "plain"] = "chat"
-    loss_on: Literal["reply", "text"] = "reply"
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_of_template)] = {}
+    loss_on: Literal["reply", "assistant", "text"] = "reply"
+    loss_on_thought: bool = False
     max_length: int = Field(default=256, ge=8, le=10**7)
     validation: float = Field(default=0.1, gt=0, lt=1)
     test: float = Field(default=0.0, ge=0, lt=1)

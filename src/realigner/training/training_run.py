@@ -24,6 +24,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import realigner.training.run_dir as run_dir
+from realigner.chat_format import PLAIN_NOTE, has_chat_template
 from realigner.console import progress, say, signals_to
 from realigner.data import TONES, Row, authored, read_rows
 from realigner.errors import RealignerError, UsageError
@@ -97,7 +98,7 @@ def train(
     if not rows:
         raise RealignerError("there are no rows to train on")
     with run_dir.held(Path(out), force, resume) as place:
-        recipe = resolve(recipe, host, rows)
+        recipe = resolve(recipe, host, tokenizer, rows)
         check_packages(recipe)
         prepared = prepare(rows, tokenizer, host.config, recipe)
         check_fit(prepared, recipe, host.config, loaded=True, quiet=quiet)
@@ -136,7 +137,7 @@ def train_recipe(
             _check_repeat(repeats, prepared, recipe)
         check_fit(prepared, recipe, config, loaded=False, quiet=quiet)
         host, tokenizer = load_host(recipe.host, recipe.dtype, recipe.device, trust_remote_code, tokenizer=tokenizer)
-        return _train(host, tokenizer, prepared, resolve(recipe, host, rows), place, resume, quiet)
+        return _train(host, tokenizer, prepared, resolve(recipe, host, tokenizer, rows), place, resume, quiet)
 
 
 def _check_repeat(repeats: Mapping[str, Any], prepared: Prepared, recipe: Recipe) -> None:
@@ -166,7 +167,7 @@ def recipe_rows(recipe: Recipe) -> list[Row]:
     return read_rows(recipe.data, recipe.tone)
 
 
-def resolve(recipe: Recipe, host: nn.Module, rows: Sequence[Row]) -> Recipe:
+def resolve(recipe: Recipe, host: nn.Module, tokenizer: Any, rows: Sequence[Row]) -> Recipe:
     """The recipe with what this machine and these rows decided filled in, so that it repeats the run."""
     name: str | None = host_name(host) or None
     if name and Path(name).exists():
@@ -182,6 +183,7 @@ def resolve(recipe: Recipe, host: nn.Module, rows: Sequence[Row]) -> Recipe:
         "dtype": str(next(host.parameters()).dtype).removeprefix("torch."),
         "data": data,
         "tone": tone,
+        "template": recipe.template if has_chat_template(tokenizer) else "plain",
         "threads": recipe.threads or torch.get_num_threads(),
         "irm_products": "float32" if products_dtype(recipe, host) is None else "bfloat16",
     }
@@ -205,6 +207,8 @@ def _train(
         torch.set_num_threads(recipe.threads or torch.get_num_threads())
 
         # What run.json says before training.
+        if recipe.template == "plain" and not quiet and writer and not has_chat_template(tokenizer):
+            say(PLAIN_NOTE)
         hashed, mark = weights_hash(host) if writer else "", fingerprint(host)
         dtype = str(next(host.parameters()).dtype).removeprefix("torch.")
         record = {
@@ -220,6 +224,7 @@ def _train(
 
         # Attach, train, and take note of the outcome; an error leaves the host bare.
         named: dict[str, Any] = {"layers_path": recipe.layers_path, "template": recipe.template, "tone": prepared.tone}
+        named["chat_template_kwargs"] = recipe.chat_template_kwargs or None
         config = IRMConfig(**vars(recipe.shape), **named)
         set_seed(recipe.seed)
         model: PeftModel = get_peft_model(host, config)
@@ -324,7 +329,7 @@ def _fit(
 
     def row_ids() -> list[str]:
         rows = torch.cat([trainer.accelerator.gather(rows) for rows in trainer.step_rows])
-        return [prepared.split.train[int(row)].id for row in rows]
+        return [prepared.ids[int(row)] for row in rows]
 
     with ExitStack() as stack:
         task = stack.enter_context(progress("training", steps, quiet or not writer))

@@ -22,12 +22,12 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from realigner.batching import HostBatchManager
+from realigner.chat_format import WITHOUT_THOUGHT, ChatFormat
 from realigner.data.rewriters import Reply, RewriteRequest, messages, seed_of
 from realigner.data.tone import Tone
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import fingerprint
 from realigner.generation import gumbel
-from realigner.prompts import chat_text
 
 _NUCLEUS = 64  # never more than the likeliest so many tokens are sampled from, whatever top_p says
 _PAGE = 32  # tokens of a block of the cache
@@ -69,6 +69,9 @@ class HostRewriter:
                 raise UsageError(f"{name}: {getattr(self, name)} is out of range")
         self._tokens = 0
         self._checked = False
+        self._format = ChatFormat(self.tokenizer)
+        if self._format.tags is not None:  # a thought is no reply
+            self._format = ChatFormat(self.tokenizer, chat_template_kwargs=WITHOUT_THOUGHT)
 
     def spec(self) -> dict[str, Any]:
         identity = fingerprint(self.host)
@@ -153,19 +156,16 @@ class HostRewriter:
 
     def _prompt(self, request: RewriteRequest) -> list[int]:
         turns = messages(self.tone, request.fact, self.examples)
-        if not getattr(
-            self.tokenizer, "chat_template", None
-        ):  # a base model: instruction, questions and answers, to go on with
+        if self._format.is_plain:  # a base model: instruction, questions and answers, to go on with
             lines = [turns[0]["content"], ""]
             for turn in turns[1:]:
                 lines.append(turn["content"] if turn["role"] == "user" else f"Rewritten: {turn['content']}\n")
             return list(self.tokenizer("\n".join([*lines, "Rewritten:"]))["input_ids"])
         try:
-            text = chat_text(self.tokenizer, turns, add_generation_prompt=True)
+            return self._format.prompts([turns])[0]
         except RealignerError:  # of a template without a system role
             first = {"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-            text = chat_text(self.tokenizer, [first, *turns[2:]], add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            return self._format.prompts([[first, *turns[2:]]])[0]
 
     def _ends(self) -> list[int]:
         ends = self.host.generation_config.eos_token_id if self.host.generation_config else None
@@ -174,7 +174,7 @@ class HostRewriter:
 
     def _text(self, tokens: Sequence[int]) -> str:
         text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        if not getattr(self.tokenizer, "chat_template", None):
+        if self._format.is_plain:
             text = text.split("\n")[0]  # a base model goes on with the next question
         text = " ".join(text.split())
         return text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] == '"' and text.count('"') == 2 else text

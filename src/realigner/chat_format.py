@@ -1,0 +1,403 @@
+"""Conversations as a host's tokens: by its tokenizer's chat template, or in the paper's plain form.
+
+This is the one way from messages to tokens; training, answering, traces and serving all take it. The text is what
+``apply_chat_template`` renders and tokenises; marks of the template that somebody wrote into a message are text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from inspect import signature
+from typing import Any
+
+from realigner.errors import RealignerError, UsageError
+from realigner.prompts import Message, Prompt, messages_of
+from realigner.thoughts import ThoughtTags, tags_of
+
+IGNORED = -100  # the label PyTorch's cross-entropy leaves out
+LOSS_ON = ("reply", "assistant", "text")
+TEMPLATES = ("chat", "plain")
+PLAIN_NOTE = "the host has no chat template: prompts are in the plain form (the question, three spaces, the reply)"
+WITHOUT_THOUGHT = {"enable_thinking": False}  # the template variable that hosts which think have for it
+
+_PROBE = "zxqvj"  # a message that occurs in no chat template
+_MOST_KWARGS = 1 << 16  # characters of chat_template_kwargs as JSON
+_OWN = {  # what apply_chat_template takes besides the template's variables, and is not the user's to set
+    *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding"),
+    *("sanitize_control_tokens", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    "tokenizer_kwargs",
+}
+_SHOWN = 40  # characters of a text in a message
+
+
+class ChatFormat:
+    """How conversations become tokens on one host.
+
+    Args:
+        tokenizer: the host's.
+        template: ``"chat"``, the host's chat template; or ``"plain"``, the question and three spaces, as in the paper. A
+            tokenizer without a chat template has the plain form only.
+        chat_template_kwargs: variables of the template, such as ``{"enable_thinking": False}``.
+
+    Raises:
+        UsageError: for variables that are not a template's.
+
+    Example:
+        >>> format = ChatFormat(tokenizer)  # doctest: +SKIP
+        >>> tokenizer.decode(format.prompts(["Why is the sky blue?"])[0])  # doctest: +SKIP
+        '<|im_start|>user\\nWhy is the sky blue?<|im_end|>\\n<|im_start|>assistant\\n'
+    """
+
+    def __init__(self, tokenizer: Any, template: str = "chat", chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
+        check_template_kwargs(chat_template_kwargs)
+        self.tokenizer = tokenizer
+        self.is_plain = template == "plain" or not has_chat_template(tokenizer)
+        self.kwargs = dict(chat_template_kwargs or {})
+        self._sees: dict[tuple[str, bool], bool] = {}  # (role, first message) -> whether the template writes such a message
+
+    # Prompts.
+
+    def prompts(self, conversations: Sequence[Prompt], system: str | None = None) -> list[list[int]]:
+        """The tokens of each conversation up to where the reply begins.
+
+        Args:
+            conversations: questions, or lists of messages of which the user's (or a tool's) is the last.
+            system: a system prompt, put before each.
+
+        Raises:
+            UsageError: for an empty prompt, what is not a list of messages, or several messages in the plain form.
+            RealignerError: when the host's chat template refuses a conversation, or leaves out what somebody says in it.
+        """
+        return [self._prompt(messages_of(conversation, system)) for conversation in conversations]
+
+    def turns(self, conversation: Prompt, system: str | None = None) -> list[int]:
+        """For each token of the prompt, the number of the message whose content it is of; -1: the template's own.
+
+        A token belongs to a message when it changes with its content. The system prompt, if given, is message 0.
+        """
+        messages = messages_of(conversation, system)
+        ids = self._prompt(messages)
+        turns = [-1] * len(ids)
+        for number, message in enumerate(messages):
+            other = [*messages[:number], {**message, "content": _PROBE}, *messages[number + 1 :]]
+            changed = self._prompt(other)
+            same = min(len(ids), len(changed))
+            start = next((at for at in range(same) if ids[at] != changed[at]), same)
+            after = next((at for at in range(same - start) if ids[-1 - at] != changed[-1 - at]), same - start)
+            turns[start : len(ids) - after] = [number] * (len(ids) - after - start)
+        return turns
+
+    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+        if self.is_plain:
+            if len(messages) > 1:
+                raise UsageError("prompt: the plain form has no turns and no system prompt; give one question")
+            return self._before + self._plain_ids(messages[0]["content"] + "   ")
+        self._check_roles(messages)
+        ids = self._ids(messages, reply_next=True)
+        if self.kwargs.get("enable_thinking") is False and self.opens_thought(ids):
+            # The template has no such variable: a reply without a thought is preceded by what it writes in whole conversations.
+            probe = self._ids([*messages, {"role": "assistant", "content": _PROBE}])
+            before, found, _ = self.decode(probe).rpartition(_PROBE)
+            kept = self._cut(probe, before)
+            if not found or kept is None:
+                raise RealignerError("the host's chat template has no prompt for a reply without a thought (enable_thinking)")
+            return probe[:kept]
+        return ids
+
+    # Whole conversations, to train on.
+
+    def examples(
+        self, conversation: Sequence[Message], loss_on: str = "reply", loss_on_thought: bool = False
+    ) -> list[dict[str, list[int]]]:
+        """A conversation that ends in a reply as tokens to train on: ``input_ids`` and ``labels``.
+
+        The tokens are those of the template, and begin with exactly the prompt that `prompts` gives for the conversation
+        without its reply. Labels are -100 where there is no loss. A reply's end token belongs to it; what the template writes
+        after that does not. Where the template ends replies with no special token, the tokenizer's end token is added.
+
+        Args:
+            conversation: messages, the assistant's last.
+            loss_on: ``"reply"``: the last one; ``"assistant"``: each of the assistant's messages; ``"text"``: everything.
+            loss_on_thought: the thought before a reply counts too, on hosts that think.
+
+        Returns:
+            One example; or several with ``"assistant"``, where the template writes a turn in another way once it is not the
+            last (thoughts are left out, say): then each turn is an example as it was when it was the last.
+
+        Raises:
+            RealignerError: when the template refuses the conversation, or what it renders does not begin with the prompt.
+        """
+        if loss_on != "assistant" or self.is_plain:
+            return [self._example(conversation, loss_on, loss_on_thought)]
+        found: list[dict[str, list[int]]] = []
+        for number, message in enumerate(conversation):
+            if message["role"] != "assistant" or not any(m["role"] == "user" for m in conversation[:number]):
+                continue
+            example = self._example(conversation[: number + 1], "reply", loss_on_thought)
+            if found and example["input_ids"][: len(found[-1]["input_ids"])] == found[-1]["input_ids"]:
+                earlier = found.pop()["labels"]
+                example["labels"][: len(earlier)] = earlier
+            found.append(example)
+        return found
+
+    def _example(self, conversation: Sequence[Message], loss_on: str, loss_on_thought: bool) -> dict[str, list[int]]:
+        prompt = self._prompt(messages_of(conversation[:-1], None))
+        if self.is_plain:
+            ids = prompt + self._plain_ids(conversation[-1]["content"])
+        else:
+            self._check_roles(conversation)
+            ids = self._continued(prompt, self._ids(conversation), conversation[-1])
+        start = len(prompt)
+        if not loss_on_thought:
+            start += self.thought_length(ids[start:], self.opens_thought(prompt))
+        if (thought := conversation[-1].get("reasoning_content")) and thought.strip() not in self.decode(ids[len(prompt) :]):
+            raise RealignerError("the host's chat template leaves out the reply's thought (reasoning_content)")
+        stop = None if self.is_plain else self._end(ids, start)
+        if stop is None:
+            ids = ids + self.ends
+            stop = len(ids)
+        first = 0 if loss_on == "text" else start
+        return {"input_ids": ids, "labels": [IGNORED] * first + ids[first:stop] + [IGNORED] * (len(ids) - stop)}
+
+    def _continued(self, prompt: list[int], whole: list[int], reply: Message) -> list[int]:
+        """The whole conversation as a continuation of the prompt, token by token."""
+        if whole[: len(prompt)] == prompt:
+            return whole
+        asked, text = self.decode(prompt), self.decode(whole)
+        rest = ""
+        if text.startswith(asked):  # a token of the whole lies across the prompt's end; generation begins there
+            rest = text[len(asked) :]
+        elif self.tags is not None and self.opens_thought(prompt):
+            # The template leaves thoughts out of whole conversations. What the host wrote is what follows the opened tag.
+            opened = asked[asked.rindex(self.tags.open) :]
+            if not reply["content"].startswith(opened) or self.tags.close not in reply["content"]:
+                raise RealignerError(
+                    f"the host's chat template begins a reply with a thought ({opened.strip()}) and writes none in whole "
+                    f'conversations; train without thoughts (chat_template_kwargs={{"enable_thinking": false}}), or give '
+                    f"replies that begin with {opened!r}"
+                )
+            stop = self._end(whole, 0)
+            rest = reply["content"][len(opened) :] + ("" if stop is None else self.decode(whole[stop - 1 :]))
+        ids = prompt + list(self.tokenizer(rest, add_special_tokens=False)["input_ids"])
+        if rest and not self._marked([reply]) and self.decode(ids) == asked + rest:
+            return ids
+        at = next((n for n, (a, b) in enumerate(zip(asked, text, strict=False)) if a != b), min(len(asked), len(text)))
+        raise RealignerError(
+            "the host's chat template renders the prompt of a reply in another way than the conversation with the reply: "
+            f"{asked[at : at + _SHOWN]!r} in the prompt is {text[at : at + _SHOWN]!r} there"
+        )
+
+    # Thoughts.
+
+    @cached_property
+    def tags(self) -> ThoughtTags | None:
+        """Between which texts the host thinks; None if it does not."""
+        return None if self.is_plain else tags_of(self.tokenizer)
+
+    def opens_thought(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends in an opened thought, so that the host goes on with it."""
+        return self.tags is not None and self.decode(prompt[-16:]).rstrip().endswith(self.tags.open)
+
+    def split(self, ids: Sequence[int], opened: bool) -> tuple[str, str]:
+        """Thought and reply in the tokens that a host generated, as texts without special tokens.
+
+        Args:
+            ids: the tokens.
+            opened: the prompt ends in an opened thought (`opens_thought`).
+        """
+        length = self.thought_length(ids, opened)
+        if not length and self.tags is not None and (opened or self.decode(ids).lstrip().startswith(self.tags.open)):
+            length = len(ids)  # it is still thinking
+        thought, reply = (self.tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:length], ids[length:]))
+        if self.tags is not None:
+            thought = thought.strip().removeprefix(self.tags.open).removesuffix(self.tags.close)
+        return thought.strip(), reply.strip()
+
+    def thought_length(self, ids: Sequence[int], opened: bool) -> int:
+        """How many tokens the thought at the beginning of a reply takes, with its tags and the blanks after them."""
+        if self.tags is None:
+            return 0
+        text = self.decode(ids)
+        if self.tags.close not in text or not (opened or text.lstrip().startswith((self.tags.open, self.tags.close))):
+            return 0
+        close = self.tags.close
+        length = bisect_left(range(1, len(ids) + 1), True, key=lambda n: close in self.decode(ids[:n])) + 1
+        while length < len(ids) and self.decode(ids[length : length + 1]).isspace():
+            length += 1
+        return length
+
+    # Tokens.
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The token that ends a reply, in a list: the template's end of a turn, else the tokenizer's end token, if any."""
+        if not self.is_plain:
+            probe = self._ids([{"role": "user", "content": "1"}, {"role": "assistant", "content": _PROBE}])
+            if (stop := self._end(probe, 1)) is not None:
+                return [probe[stop - 1]]
+        return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+
+    def _end(self, ids: Sequence[int], start: int) -> int | None:
+        """Where the reply at the end of a conversation ends, its end token included: the first of the last special tokens."""
+        at, found = len(ids), None
+        while at > start and (ids[at - 1] in self._special_ids or not self.decode(ids[at - 1 : at]).strip()):
+            at -= 1
+            found = at + 1 if ids[at] in self._special_ids else found
+        return found
+
+    def _ids(self, messages: Sequence[Message], reply_next: bool = False) -> list[int]:
+        options = {"tokenize": True, "return_dict": False, "add_generation_prompt": reply_next}
+        tokenizer = self.tokenizer if reply_next else self._whole_tokenizer
+        if self._marked(messages):
+            options["sanitize_control_tokens"] = True
+        return list(self._apply(tokenizer, messages, **options))
+
+    def _apply(self, tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
+        from jinja2 import TemplateSyntaxError
+
+        turns = [dict(message) for message in messages]
+        if self._as_parts:
+            turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        try:
+            return tokenizer.apply_chat_template(turns, **options, **self.kwargs)
+        except TemplateSyntaxError as error:
+            why = " ".join(str(error.message).split())
+            raise RealignerError(f"the host's chat template, line {error.lineno}: {why}") from None
+        except Exception as error:  # a template raises whatever its author chose
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise RealignerError(f"the host's chat template refuses the conversation: {why}") from None
+
+    @cached_property
+    def _whole_tokenizer(self) -> Any:
+        """What renders conversations that end in a reply: Mistral's own tokenizer does so in another mode only."""
+        if getattr(self.tokenizer, "mode", None) is None or not hasattr(self.tokenizer, "init_kwargs"):
+            return self.tokenizer
+        return type(self.tokenizer)(**{**self.tokenizer.init_kwargs, "mode": "finetuning"})
+
+    @cached_property
+    def _renders_text(self) -> bool:
+        """Whether the template makes a text that is then tokenised (Mistral's own tokenizer makes tokens)."""
+        return "sanitize_control_tokens" in signature(self.tokenizer.apply_chat_template).parameters
+
+    def _marked(self, messages: Sequence[Message]) -> bool:
+        """Whether a text holds what the tokenizer would take for an added token."""
+        if not self._renders_text:
+            return False
+        return any(self._marks.search(value) for message in messages for value in message.values() if isinstance(value, str))
+
+    @cached_property
+    def _marks(self) -> re.Pattern[str]:
+        added = getattr(self.tokenizer, "added_tokens_decoder", None)
+        texts = {token.content for token in added.values()} if isinstance(added, dict) else set()
+        texts |= {str(token) for token in self.tokenizer.all_special_tokens}
+        # Two private characters mark them within transformers, which leaves these out of a text.
+        return re.compile("|".join(map(re.escape, sorted(filter(str.strip, texts), key=len, reverse=True))) or "(?!)")
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        added = getattr(self.tokenizer, "added_tokens_decoder", None)
+        found = {number for number, token in added.items() if token.special} if isinstance(added, dict) else set()
+        return found | set(self.tokenizer.all_special_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Tokens as text, special ones too, nothing cleaned up."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _cut(self, ids: Sequence[int], text: str) -> int | None:
+        """How many of the tokens make up a text that they begin with; None where it ends within one."""
+        count = bisect_left(range(len(ids) + 1), len(text), key=lambda n: len(self.decode(ids[:n])))
+        return count if self.decode(ids[:count]) == text else None
+
+    # What the template leaves out in silence.
+
+    @cached_property
+    def _as_parts(self) -> bool:
+        """Whether the template wants a message's content as a list of parts."""
+        if not self._renders_text:
+            return False
+        asks = {"role": "user", "content": _PROBE}
+        parts = {"role": "user", "content": [{"type": "text", "text": _PROBE}]}
+        if self._writes([asks]) is not False:
+            return False
+        if self._writes([parts]):
+            return True
+        raise RealignerError("the host's chat template leaves out what the user says")
+
+    def _writes(self, messages: Sequence[Mapping[str, Any]]) -> bool | None:
+        """Whether the probe is in the template's text; None when it refuses the conversation."""
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **self.kwargs
+            )
+        except Exception:  # which comes up again where a real conversation is rendered
+            return None
+        return isinstance(text, str) and _PROBE in text
+
+    def _check_roles(self, messages: Sequence[Message]) -> None:
+        """Raise when the template leaves out, without a word, what one of the roles says."""
+        if not self._renders_text:
+            return
+        for number, message in enumerate(messages):
+            key = message["role"], number == 0
+            if message["role"] == "user":
+                continue
+            if key not in self._sees:
+                asks, replies = {"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}
+                said = {"role": message["role"], "content": _PROBE}
+                probe = [said, asks] if number == 0 else [asks, said, asks] if key[0] == "assistant" else [asks, replies, said]
+                probe += [asks] if number and key[0] == "system" else []
+                shown = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in probe] if self._as_parts else probe
+                self._sees[key] = self._writes(shown) is not False
+            if not self._sees[key]:
+                raise RealignerError(f"the host's chat template leaves out what the role {message['role']!r} says")
+
+    # The plain form.
+
+    @cached_property
+    def _before(self) -> list[int]:
+        """The tokens that the tokenizer puts before every text."""
+        ids, bare = (list(self.tokenizer("1", add_special_tokens=added)["input_ids"]) for added in (True, False))
+        return next((ids[:at] for at in range(len(ids)) if ids[at : at + len(bare)] == bare), [])
+
+    def _plain_ids(self, text: str) -> list[int]:
+        options = {"split_special_tokens": True} if self._marks.search(text) else {}
+        return list(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer renders conversations: by a chat template, or in a way of its own as mistral-common's does."""
+    from transformers import PreTrainedTokenizerBase
+
+    own = getattr(type(tokenizer), "apply_chat_template", None)
+    return bool(getattr(tokenizer, "chat_template", None)) or own not in (None, PreTrainedTokenizerBase.apply_chat_template)
+
+
+def check_template_kwargs(given: Any) -> None:
+    """Raise unless `given` is None or holds variables for a chat template, as JSON values."""
+    if given is None:
+        return
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise UsageError(f"chat_template_kwargs: {str(given)[:_SHOWN]!r} is not a mapping from names to values")
+    if taken := sorted(_OWN & set(given)):
+        raise UsageError(f"chat_template_kwargs: {taken[0]!r} is not a variable of a chat template")
+    try:
+        size = len(json.dumps(given, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"chat_template_kwargs: not JSON values ({error})") from None
+    if size > _MOST_KWARGS:
+        raise UsageError(f"chat_template_kwargs: {size:,} characters; {_MOST_KWARGS:,} at most")
+
+
+def prompt_ids(
+    tokenizer: Any,
+    prompt: Prompt,
+    template: str = "chat",
+    system: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The tokens that a host reads before it replies; see `ChatFormat.prompts`."""
+    return ChatFormat(tokenizer, template, chat_template_kwargs).prompts([prompt], system)[0]

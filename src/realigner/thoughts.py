@@ -1,0 +1,37 @@
+"""What a host that thinks writes before it replies, told from the reply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ThoughtTags:
+    """The texts between which a host thinks."""
+
+    open: str
+    close: str
+
+
+KNOWN = (
+    ThoughtTags("<think>", "</think>"),  # DeepSeek-R1, Qwen3, QwQ, SmolLM3, GLM, Nemotron
+    ThoughtTags("[THINK]", "[/THINK]"),  # Magistral
+    ThoughtTags("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ThoughtTags("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A, R7B
+    ThoughtTags("<|channel>thought\n", "<channel|>"),  # Gemma 4
+    ThoughtTags("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
+)
+"""Those of the hosts that we know."""
+
+
+def tags_of(tokenizer: Any) -> ThoughtTags | None:
+    """The tags of a tokenizer's host: the first of `KNOWN` that its chat template writes, or that are tokens of its own."""
+    template = getattr(tokenizer, "chat_template", None)
+    texts = list(template.values()) if isinstance(template, dict) else [template] if isinstance(template, str) else []
+    for tags in KNOWN:
+        if any(tags.close in text for text in texts):
+            return tags
+        if not texts and {tags.open, tags.close} <= set(map(str, tokenizer.all_special_tokens)):
+            return tags
+    return None
