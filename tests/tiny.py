@@ -41,6 +41,13 @@ def tiny_pair(family: str = "llama", seed: int = 0, **sizes: Any) -> tuple[Any, 
     return host, tokenizer
 
 
+def tiny_host_of_pair(tokenizer: Any, seed: int = 0) -> Any:
+    """A tiny host for another tokenizer than the usual one."""
+    host = tiny_host("llama", seed=seed, **{**SIZES, "vocab_size": max(300, len(tokenizer))})
+    host.realigner = HostInfo("", tokenizer)
+    return host
+
+
 def tiny_folder(path: Path, family: str = "llama", seed: int = 0) -> Path:
     """The same as a folder for `load_host`."""
     host, tokenizer = tiny_pair(family, seed)

@@ -274,9 +274,8 @@ class ChatFormat:
     @cached_property
     def _whole_tokenizer(self) -> Any:
         """What renders conversations that end in a reply: Mistral's own tokenizer does so in another mode only."""
-        if getattr(self.tokenizer, "mode", None) is None or not hasattr(self.tokenizer, "init_kwargs"):
-            return self.tokenizer
-        return type(self.tokenizer)(**{**self.tokenizer.init_kwargs, "mode": "finetuning"})
+        path = None if self._renders_text else getattr(self.tokenizer, "_tokenizer_path", None)
+        return self.tokenizer if path is None else type(self.tokenizer)(path, mode="finetuning")
 
     @cached_property
     def _renders_text(self) -> bool:

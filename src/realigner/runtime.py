@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from realigner.errors import RealignerError, UsageError
-from realigner.generation import answer, stream
+from realigner.generation import Answer, answer, stream
 from realigner.hosts import EMBEDDED, cache_root, load_host
 from realigner.irm_config import CONFIG_FILE, adapter_folder, check_adapter
 from realigner.prompts import Prompt
@@ -46,20 +46,23 @@ class Runtime:
         return list(self.strengths)
 
     @overload
-    def answer(self, prompts: str, **options: Any) -> str: ...
+    def answer(self, prompts: str, **options: Any) -> Answer: ...
     @overload
-    def answer(self, prompts: Sequence[Prompt], **options: Any) -> list[str]: ...
-    def answer(self, prompts: str | Sequence[Prompt], **options: Any) -> str | list[str]:
+    def answer(self, prompts: Sequence[Prompt], **options: Any) -> list[Answer]: ...
+    def answer(self, prompts: str | Sequence[Prompt], **options: Any) -> Answer | list[Answer]:
         """The reply to a question, or those to a list of questions and conversations.
 
         Args:
             prompts: one question, or a list; a conversation is a list of turns, so put a single one into a list.
             options: of `generation.answer`: ``strength``, ``irms``, ``where`` (one for all or a list with one for each
-                prompt), ``system``, ``max_new_tokens``, ``temperature``, ``seed``, ...
+                prompt), ``system``, ``max_new_tokens``, ``temperature``, ``seed``, ``chat_template_kwargs``, ...
+
+        Returns:
+            Strings, each with what the host thought before it as its ``thought``.
         """
         if isinstance(prompts, str):
             return self.answer([prompts], **options)[0]
-        return [*answer(self.model, self.tokenizer, prompts, **self._with_strength(options))]
+        return answer(self.model, self.tokenizer, prompts, **self._with_strength(options))
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """The reply to a question or a conversation, piece by piece; see `generation.stream`."""

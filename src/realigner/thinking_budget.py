@@ -33,7 +33,7 @@ class ThinkingBudget(LogitsProcessor):  # type: ignore[misc]
         self.closing: list[int] = list(chat_format.tokenizer(self.tags.close, add_special_tokens=False)["input_ids"])
         self.enough = _Enough(self)
         self._thinks: list[bool | None] = [True if is_open else None for is_open in opened]  # None: it has not begun
-        self._closed = [0] * len(opened)  # tokens of the closing tag that were forced
+        self._closed: list[int | None] = [None] * len(opened)  # tokens of the closing tag that are there, once it is forced
         self._begins = [0] * len(opened)  # where the reply begins, once it has
         self._prompt: int | None = None  # width of the prompts
         self._seen = 0
@@ -72,11 +72,19 @@ class ThinkingBudget(LogitsProcessor):  # type: ignore[misc]
         count = self.look(input_ids)
         for row, thinks in enumerate(self._thinks):
             if thinks and count >= self.thought:
-                token = self.closing[min(self._closed[row], len(self.closing) - 1)]
-                self._closed[row] += 1
+                closed = self._closed[row]
+                if closed is None:
+                    closed = self._begun_tag(input_ids[row, self._prompt :].tolist())
+                token = self.closing[min(closed, len(self.closing) - 1)]
+                self._closed[row] = closed + 1
                 scores[row] = -torch.inf
                 scores[row, token] = 0.0
         return scores
+
+    def _begun_tag(self, tokens: list[int]) -> int:
+        """How many tokens of the closing tag stand at a row's end already."""
+        lengths = range(min(len(tokens), len(self.closing) - 1), 0, -1)
+        return next((length for length in lengths if tokens[-length:] == self.closing[:length]), 0)
 
     def ended(self, row: int, count: int) -> bool:
         """Whether a row's reply has all the tokens it may have."""

@@ -260,6 +260,6 @@ class Relabelling:
         """
         number = np.arange(len(matrix))[:, None]
         if self.circular:
-            return matrix[number, self.order[(columns[:, None] + self.shifts[:, rows, None]) % self.neurons]]
+            return np.asarray(matrix[number, self.order[(columns[:, None] + self.shifts[:, rows, None]) % self.neurons]])
         draw = np.arange(self.draws)[:, None, None]
         return np.asarray(matrix[number, self.places[draw, rows[:, None], columns[:, None]]])

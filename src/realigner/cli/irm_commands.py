@@ -61,6 +61,10 @@ def train(
     batch_size: Annotated[Optional[int], Option(help="Rows a step, over all processes.")] = None,
     learning_rate: Annotated[Optional[float], Option(help="Peak learning rate.")] = None,
     max_length: Annotated[Optional[int], Option(help="Tokens of a row at most.")] = None,
+    loss_on: Annotated[
+        Optional[str], Option(help="reply (the last one), assistant (every reply) or text.", show_default="reply")
+    ] = None,
+    chat_template_kwargs: opt.TemplateKwargs = None,
     seed: Annotated[Optional[int], Option(help="Seed of everything random.", show_default="42")] = None,
     dtype: Annotated[Optional[str], Option(help="Of the host: float32, bfloat16, float16, or auto.")] = None,
     device: Annotated[Optional[str], Option(help="cpu, cuda, mps, ..., auto, or balanced (layers on all devices).")] = None,
@@ -70,7 +74,7 @@ def train(
     as_json: opt.Json = False,
 ) -> None:
     """Train one IRM on a frozen host: by the default recipe, the paper's, or your own."""
-    options = dict(locals())
+    options = {**locals(), "chat_template_kwargs": opt.template_kwargs(chat_template_kwargs)}
     import realigner.training.run_dir as run_dir
     from realigner.training.recipe import Recipe, read_recipe
 
@@ -147,7 +151,10 @@ def generate(
     ] = None,
     where: opt.Where = "all",
     host: opt.HostOfIrm = None,
+    system: opt.System = None,
+    chat_template_kwargs: opt.TemplateKwargs = None,
     max_new_tokens: opt.MaxNewTokens = 80,
+    thinking_budget: opt.ThinkingBudget = 512,
     temperature: Annotated[float, Option(help="0 for greedy replies, else the temperature of sampling.")] = 0.0,
     repetition_penalty: opt.Penalty = 1.1,
     seed: opt.Seed = 42,
@@ -158,21 +165,36 @@ def generate(
 ) -> None:
     """Answer prompts with the bare host and with the IRM, side by side."""
     asked = opt.prompts_from(questions, prompts)
-    from realigner.console import progress
+    variables = opt.template_kwargs(chat_template_kwargs)
+    from realigner.chat_format import PLAIN_NOTE, has_chat_template
+    from realigner.console import progress, say
     from realigner.runtime import load
 
     runtime = load(irm, host, dtype, device, trust_remote_code)
     used = next(iter(runtime.strengths.values())) if strength is None else strength
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    options["repetition_penalty"] = repetition_penalty
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "system": system}
+    options |= {"repetition_penalty": repetition_penalty, "thinking_budget": thinking_budget}
+    options["chat_template_kwargs"] = variables
+    if not has_chat_template(runtime.tokenizer):
+        say(PLAIN_NOTE)
     with progress("answering", 2 * len(asked), quiet=as_json) as task:
         base = runtime.answer(asked, irms="__base__", **options, done=task.advance)
         acting = int(where) if where.isdecimal() else where
         realigned = runtime.answer(asked, strength=used, where=acting, **options, done=task.advance)
     rows = zip(asked, base, realigned, strict=True)
-    results = [{"prompt": p, "base": b, "realigned": r, "strength": used, "seed": seed} for p, b, r in rows]
+    results = []
+    for prompt, *replies in rows:
+        made: dict[str, Any] = {"prompt": prompt}
+        for name, reply in zip(("base", "realigned"), replies, strict=True):
+            made |= {f"{name}_thought": reply.thought, name: reply} if reply.thought else {name: reply}
+        results.append(made | {"strength": used, "seed": seed})
     if as_json:
         opt.print_json({"results": results})
         return
     for result in results:
-        show(f"Q: {result['prompt']}\n   base:      {result['base']}\n   realigned: {result['realigned']}\n")
+        show(f"Q: {result['prompt']}")
+        for name in ("base", "realigned"):
+            if thought := result.get(f"{name}_thought"):
+                show(f"   {name} thought: {opt.short(thought)}")
+            show(f"   {name + ':':10} {result[name]}")
+        show()

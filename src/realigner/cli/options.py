@@ -33,6 +33,17 @@ Penalty = Annotated[float, typer.Option(help="Above 1, tokens already in the tex
 Prompts = Annotated[Optional[str], typer.Option(help="'paper' for the paper's seven, or a text file with a prompt a line.")]
 Questions = Annotated[Optional[list[str]], typer.Argument(help="Prompts.", show_default=False)]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens of a reply at most.", min=1)]
+System = Annotated[Optional[str], typer.Option(help="A system prompt.", show_default=False)]
+TemplateKwargs = Annotated[
+    Optional[str],
+    typer.Option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="""Variables of the host's chat template, e.g. '{"enable_thinking": false}'.""",
+        show_default=False,
+    ),
+]
+ThinkingBudget = Annotated[int, typer.Option(help="Tokens of a thought at most, on hosts that think.", min=0)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the host's repository run.")]
 
 
@@ -57,6 +68,22 @@ def prompts_from(questions: Sequence[str] | None, source: str | None) -> list[st
     if any(not question.strip() for question in asked):
         raise UsageError("a prompt is empty")
     return asked
+
+
+def template_kwargs(text: str | None) -> dict[str, Any] | None:
+    """The value of ``--chat-template-kwargs``."""
+    if text is None:
+        return None
+    from realigner.chat_format import check_template_kwargs
+
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--chat-template-kwargs: {short(text, 40)!r} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"--chat-template-kwargs: {short(text, 40)!r} is not a JSON object")
+    check_template_kwargs(value)
+    return value
 
 
 def claim(context: typer.Context, place: AbstractContextManager[_T]) -> _T:
