@@ -156,7 +156,7 @@ class ChatFormat:
             start += self.thought_length(ids[start:], self.opens_thought(prompt))
         if (thought := conversation[-1].get("reasoning_content")) and thought.strip() not in self.decode(ids[len(prompt) :]):
             raise RealignerError("the host's chat template leaves out the reply's thought (reasoning_content)")
-        stop = None if self.is_plain else self._end(ids, start)
+        stop = None if self.is_plain else self._end(ids)
         if stop is None:
             ids = ids + self.ends
             stop = len(ids)
@@ -180,7 +180,7 @@ class ChatFormat:
                     f'conversations; train without thoughts (chat_template_kwargs={{"enable_thinking": false}}), or give '
                     f"replies that begin with {opened!r}"
                 )
-            stop = self._end(whole, 0)
+            stop = self._end(whole)
             rest = reply["content"][len(opened) :] + ("" if stop is None else self.decode(whole[stop - 1 :]))
         ids = prompt + list(self.tokenizer(rest, add_special_tokens=False)["input_ids"])
         if rest and not self._marked([reply]) and self.decode(ids) == asked + rest:
@@ -235,19 +235,22 @@ class ChatFormat:
     @cached_property
     def ends(self) -> list[int]:
         """The token that ends a reply, in a list: the template's end of a turn, else the tokenizer's end token, if any."""
-        if not self.is_plain:
-            probe = self._ids([{"role": "user", "content": "1"}, {"role": "assistant", "content": _PROBE}])
-            if (stop := self._end(probe, 1)) is not None:
-                return [probe[stop - 1]]
+        if not self.is_plain and self._tail:
+            return self._tail[:1]
         return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
 
-    def _end(self, ids: Sequence[int], start: int) -> int | None:
-        """Where the reply at the end of a conversation ends, its end token included: the first of the last special tokens."""
-        at, found = len(ids), None
-        while at > start and (ids[at - 1] in self._special_ids or not self.decode(ids[at - 1 : at]).strip()):
-            at -= 1
-            found = at + 1 if ids[at] in self._special_ids else found
-        return found
+    @cached_property
+    def _tail(self) -> list[int]:
+        """What the template writes after the last reply, from its first special token on; empty if there is none."""
+        ids = self._ids([{"role": "user", "content": "1"}, {"role": "assistant", "content": _PROBE}])
+        reply = bisect_left(range(len(ids)), True, key=lambda n: _PROBE in self.decode(ids[: n + 1]))
+        first = next((at for at in range(reply, len(ids)) if ids[at] in self._special_ids), len(ids))
+        return ids[first:]
+
+    def _end(self, ids: Sequence[int]) -> int | None:
+        """Where the reply at the end of a conversation ends, its end token included; None where no special token ends it."""
+        ended = self._tail and list(ids[-len(self._tail) :]) == self._tail
+        return len(ids) - len(self._tail) + 1 if ended else None
 
     def _ids(self, messages: Sequence[Message], reply_next: bool = False) -> list[int]:
         options = {"tokenize": True, "return_dict": False, "add_generation_prompt": reply_next}

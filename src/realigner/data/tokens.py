@@ -65,6 +65,8 @@ def clip(examples: Sequence[Example], rows: Sequence[Row], max_length: int) -> l
         short = {key: values[:max_length] for key, values in example.items()}
         if all(label == IGNORED for label in short["labels"]):
             prompt = next(at for at, label in enumerate(example["labels"]) if label != IGNORED)
-            raise RealignerError(f"row {row.id!r}: what comes before its reply has {prompt} tokens; max_length is {max_length}")
+            raise RealignerError(
+                f"row {row.id!r}: what comes before its reply has {prompt} tokens; max_length is {max_length}; raise it"
+            )
         clipped.append(short)
     return clipped
