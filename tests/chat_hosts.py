@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - the marks of DeepSeek
 """Small tokenizers for real chat templates: the marks, flags and splitting of the real ones, with a vocabulary of bytes.
 
 What a template's text becomes depends on its tokenizer: which marks are single tokens, which of them swallow the blanks beside
@@ -126,9 +127,7 @@ def _smollm2() -> Any:
 
 
 def _smolvlm() -> Any:
-    marks = _special(
-        "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<fake_token_around_image>", "<end_of_utterance>"
-    )
+    marks = _special("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<end_of_utterance>")
     return _byte_level(marks, None, "<|im_start|>", "<end_of_utterance>", "<|im_end|>")
 
 
