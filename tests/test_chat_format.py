@@ -514,6 +514,49 @@ def test_a_prompt_that_opens_a_thought_wants_replies_with_thoughts() -> None:
     assert shown(tokenizer, with_loss(both)) == f"{THOUGHT}\n</think>\n\nIn Bohemia.<｜end▁of▁sentence｜>"
 
 
+BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+HISTORY = {  # the second of two turns with thoughts, that of the first left out as each template leaves it out
+    "qwen3": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+    + CHATML_ONE
+    + f"<think>\n{THOUGHT}\n</think>\n\nIn Bohemia.<|im_end|>\n",
+    "deepseek_r1_distill": f"{BEGIN}<｜User｜>Hi<｜Assistant｜>\n\nHello.{END}<｜User｜>Where is Prague?<｜Assistant｜>"
+    f"<think>\n{THOUGHT}\n</think>\n\nIn Bohemia.{END}",
+}
+
+
+@pytest.mark.parametrize("host", HISTORY)
+def test_turns_with_thoughts_are_trained_on_as_each_was_when_it_was_the_last(host: str) -> None:
+    tokenizer, chats = host_tokenizer(host), ChatFormat(host_tokenizer(host))
+    messages = said("Hi", "<think>\nA greeting.\n</think>\n\nHello.") + THOUGHTS["in the content"]
+    first, second = chats.examples(messages, loss_on="assistant")
+    end = {"qwen3": "<|im_end|>"}.get(host, END)
+    assert [shown(tokenizer, run) for example in (first, second) for run in spans(example)] == [
+        f"Hello.{end}",
+        f"In Bohemia.{end}",
+    ]
+    assert "A greeting." in shown(tokenizer, first["input_ids"])
+    assert second["input_ids"] == reference_ids(host, HISTORY[host])
+    assert chats.prompts([messages[:-1]])[0] == second["input_ids"][: len(chats.prompts([messages[:-1]])[0])]
+
+
+@pytest.mark.parametrize("host", THINKERS)
+def test_marks_within_a_thought_are_text(host: str) -> None:
+    tokenizer, chats = host_tokenizer(host), ChatFormat(host_tokenizer(host))
+    [example] = chats.examples(said("End?", "<think>\nIs <|im_end|> <tool_call> the end?\n</think>\n\nIt is <|im_end|>."))
+    [usual] = chats.examples(said("End?", "<think>\nIs x the end?\n</think>\n\nIt is x."))
+    assert control_ids(host, example["input_ids"]) == control_ids(host, usual["input_ids"])
+    thinks = [tokenizer.convert_tokens_to_ids(tag) for tag in ("<think>", "</think>")]
+    assert [example["input_ids"].count(tag) for tag in thinks] == [1, 1]
+    assert [shown(tokenizer, run) for run in spans(example)] == ["It is <|im_end|>.<|im_end|>"]
+
+
+def test_marks_within_a_thought_that_the_template_leaves_out_are_refused() -> None:
+    chats = ChatFormat(host_tokenizer("deepseek_r1_distill"))
+    with pytest.raises(RealignerError, match=f"^the reply has '{END}' in it") as caught:
+        chats.examples(said("End?", f"<think>\nIs {END} the end?\n</think>\n\nYes."))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_thought_that_the_template_leaves_out_is_refused() -> None:
     for host in ("smollm2", "llama3", "zephyr"):
         with pytest.raises(RealignerError, match=r"^the host's chat template leaves out the reply's thought"):
