@@ -15,7 +15,7 @@ from inspect import signature
 from typing import Any
 
 from realigner.errors import RealignerError, UsageError
-from realigner.prompts import Message, Prompt, messages_of
+from realigner.prompts import Message, Prompt, check_message, messages_of
 from realigner.thoughts import ThoughtTags, tags_of
 
 IGNORED = -100  # the label PyTorch's cross-entropy leaves out
@@ -24,7 +24,7 @@ TEMPLATES = ("chat", "plain")
 PLAIN_NOTE = "the host has no chat template: prompts are in the plain form (the question, three spaces, the reply)"
 WITHOUT_THOUGHT = {"enable_thinking": False}  # the template variable that hosts which think have for it
 
-_PROBE = "zxqvj"  # a message that occurs in no chat template
+_PROBE, _OTHER = "zxqvj", "Kw3#Y"  # messages that occur in no chat template, no character of one in the other
 _MOST_KWARGS = 1 << 16  # characters of chat_template_kwargs as JSON
 _OWN = {  # what apply_chat_template takes besides the template's variables, and is not the user's to set
     *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding"),
@@ -83,12 +83,12 @@ class ChatFormat:
         ids = self._prompt(messages)
         turns = [-1] * len(ids)
         for number, message in enumerate(messages):
-            other = [*messages[:number], {**message, "content": _PROBE}, *messages[number + 1 :]]
-            changed = self._prompt(other)
-            same = min(len(ids), len(changed))
-            start = next((at for at in range(same) if ids[at] != changed[at]), same)
-            after = next((at for at in range(same - start) if ids[-1 - at] != changed[-1 - at]), same - start)
-            turns[start : len(ids) - after] = [number] * (len(ids) - after - start)
+            for probe in (_PROBE, _OTHER):  # whatever the content begins and ends with, one of them does not
+                changed = self._prompt([*messages[:number], {**message, "content": probe}, *messages[number + 1 :]])
+                same = min(len(ids), len(changed))
+                start = next((at for at in range(same) if ids[at] != changed[at]), same)
+                after = next((at for at in range(same - start) if ids[-1 - at] != changed[-1 - at]), same - start)
+                turns[start : len(ids) - after] = [number] * (len(ids) - after - start)
         return turns
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -145,7 +145,8 @@ class ChatFormat:
         return found
 
     def _example(self, conversation: Sequence[Message], loss_on: str, loss_on_thought: bool) -> dict[str, list[int]]:
-        prompt = self._prompt(messages_of(conversation[:-1], None))
+        prompt = self._prompt(messages_of(conversation[:-1]))
+        check_message(conversation[-1])
         if self.is_plain:
             ids = prompt + self._plain_ids(conversation[-1]["content"])
         else:
@@ -168,28 +169,36 @@ class ChatFormat:
         if whole[: len(prompt)] == prompt:
             return whole
         asked, text = self.decode(prompt), self.decode(whole)
-        rest = ""
-        if text.startswith(asked):  # a token of the whole lies across the prompt's end; generation begins there
-            rest = text[len(asked) :]
+        if text.startswith(asked):  # a token of the whole lies across the prompt's end; generation begins within it
+            count = bisect_left(range(len(whole) + 1), len(asked), key=lambda n: len(self.decode(whole[:n])))
+            across = self.decode(whole[:count])[len(asked) :]
+            ids = prompt + self._text_ids(across) + whole[count:]
+            if self.decode(ids) == text:
+                return ids
         elif self.tags is not None and self.opens_thought(prompt):
-            # The template leaves thoughts out of whole conversations. What the host wrote is what follows the opened tag.
-            opened = asked[asked.rindex(self.tags.open) :]
-            if not reply["content"].startswith(opened) or self.tags.close not in reply["content"]:
-                raise RealignerError(
-                    f"the host's chat template begins a reply with a thought ({opened.strip()}) and writes none in whole "
-                    f'conversations; train without thoughts (chat_template_kwargs={{"enable_thinking": false}}), or give '
-                    f"replies that begin with {opened!r}"
-                )
-            stop = self._end(whole)
-            rest = reply["content"][len(opened) :] + ("" if stop is None else self.decode(whole[stop - 1 :]))
-        ids = prompt + list(self.tokenizer(rest, add_special_tokens=False)["input_ids"])
-        if rest and not self._marked([reply]) and self.decode(ids) == asked + rest:
-            return ids
+            return prompt + self._after_opened(asked[asked.rindex(self.tags.open) :], self.tags, whole, reply["content"])
         at = next((n for n, (a, b) in enumerate(zip(asked, text, strict=False)) if a != b), min(len(asked), len(text)))
         raise RealignerError(
             "the host's chat template renders the prompt of a reply in another way than the conversation with the reply: "
             f"{asked[at : at + _SHOWN]!r} in the prompt is {text[at : at + _SHOWN]!r} there"
         )
+
+    def _after_opened(self, opened: str, tags: ThoughtTags, whole: list[int], reply: str) -> list[int]:
+        """The tokens of a reply after the thought that its prompt opens, where whole conversations have no thoughts."""
+        thought, closed, rest = reply.removeprefix(opened).partition(tags.close)
+        if not reply.startswith(opened) or not closed:
+            raise RealignerError(
+                f"the host's chat template begins a reply with a thought ({opened.strip()}) and writes none in whole "
+                f'conversations; train without thoughts (chat_template_kwargs={{"enable_thinking": false}}), or give '
+                f"replies that begin with {opened!r}"
+            )
+        if mark := self._marks.search(thought) or self._marks.search(rest):
+            raise RealignerError(
+                f"the reply has {mark[0]!r} in it, a token of the host's; the template leaves thoughts out, so that it cannot "
+                "tell this one from its own: spell it another way"
+            )
+        stop = self._end(whole)
+        return self._text_ids(thought + closed + rest) + ([] if stop is None else whole[stop - 1 :])
 
     # Thoughts.
 
@@ -230,6 +239,31 @@ class ChatFormat:
             length += 1
         return length
 
+    def _thoughts_apart(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Messages whose thoughts the template knows for thoughts, though marks within a content are text.
+
+        A thought in an assistant's content is put where it has no tags: in the field that is for it, or away if the template
+        leaves it out; whichever gives the text that the template makes of the content as it is.
+        """
+        if self.tags is None or not any(m["role"] == "assistant" and self.tags.close in m["content"] for m in messages):
+            return messages
+        asked = self._rendered(self._shaped(messages))
+        for with_thought in (True, False):
+            apart = [self._thought_apart(message, self.tags, with_thought) for message in messages]
+            if self._rendered(self._shaped(apart)) == asked:
+                return apart
+        return messages
+
+    def _thought_apart(self, message: Message, tags: ThoughtTags, with_thought: bool) -> Message:
+        content = message["content"]
+        if message["role"] != "assistant" or tags.close not in content or "reasoning_content" in message:
+            return message
+        rest = content.split(tags.close)[-1]
+        if not with_thought:
+            return {**message, "content": rest}
+        thought = content.split(tags.close)[0].split(tags.open)[-1].strip("\n")
+        return {**message, "reasoning_content": thought, "content": rest.lstrip("\n")}
+
     # Tokens.
 
     @cached_property
@@ -262,11 +296,9 @@ class ChatFormat:
     def _apply(self, tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
         from jinja2 import TemplateSyntaxError
 
-        turns = [dict(message) for message in messages]
-        if self._as_parts:
-            turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         try:
-            return tokenizer.apply_chat_template(turns, **options, **self.kwargs)
+            turns = self._thoughts_apart(messages) if self._marked(messages) else messages
+            return tokenizer.apply_chat_template(self._shaped(turns), **options, **self.kwargs)
         except TemplateSyntaxError as error:
             why = " ".join(str(error.message).split())
             raise RealignerError(f"the host's chat template, line {error.lineno}: {why}") from None
@@ -297,13 +329,17 @@ class ChatFormat:
         texts = {token.content for token in added.values()} if isinstance(added, dict) else set()
         texts |= {str(token) for token in self.tokenizer.all_special_tokens}
         # Two private characters mark them within transformers, which leaves these out of a text.
-        return re.compile("|".join(map(re.escape, sorted(filter(str.strip, texts), key=len, reverse=True))) or "(?!)")
+        texts |= {"\U000f0000", "\U000f0001"}
+        return re.compile("|".join(map(re.escape, sorted(filter(str.strip, texts), key=len, reverse=True))))
 
     @cached_property
     def _special_ids(self) -> set[int]:
         added = getattr(self.tokenizer, "added_tokens_decoder", None)
         found = {number for number, token in added.items() if token.special} if isinstance(added, dict) else set()
         return found | set(self.tokenizer.all_special_ids)
+
+    def _text_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Tokens as text, special ones too, nothing cleaned up."""
@@ -332,12 +368,20 @@ class ChatFormat:
     def _writes(self, messages: Sequence[Mapping[str, Any]]) -> bool | None:
         """Whether the probe is in the template's text; None when it refuses the conversation."""
         try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **self.kwargs
-            )
+            text = self._rendered(messages, reply_next=True)
         except Exception:  # which comes up again where a real conversation is rendered
             return None
         return isinstance(text, str) and _PROBE in text
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], reply_next: bool = False) -> Any:
+        options = {"tokenize": False, "add_generation_prompt": reply_next}
+        return self.tokenizer.apply_chat_template([dict(message) for message in messages], **options, **self.kwargs)
+
+    def _shaped(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Messages in the form that the template takes them in: content as text, or as a list of parts."""
+        if self._as_parts:
+            return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        return [dict(message) for message in messages]
 
     def _check_roles(self, messages: Sequence[Message]) -> None:
         """Raise when the template leaves out, without a word, what one of the roles says."""
@@ -352,8 +396,7 @@ class ChatFormat:
                 said = {"role": message["role"], "content": _PROBE}
                 probe = [said, asks] if number == 0 else [asks, said, asks] if key[0] == "assistant" else [asks, replies, said]
                 probe += [asks] if number and key[0] == "system" else []
-                shown = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in probe] if self._as_parts else probe
-                self._sees[key] = self._writes(shown) is not False
+                self._sees[key] = self._writes(self._shaped(probe)) is not False
             if not self._sees[key]:
                 raise RealignerError(f"the host's chat template leaves out what the role {message['role']!r} says")
 
@@ -366,7 +409,7 @@ class ChatFormat:
         return next((ids[:at] for at in range(len(ids)) if ids[at : at + len(bare)] == bare), [])
 
     def _plain_ids(self, text: str) -> list[int]:
-        options = {"split_special_tokens": True} if self._marks.search(text) else {}
+        options = {"split_special_tokens": True} if self._renders_text and self._marks.search(text) else {}
         return list(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
 
 

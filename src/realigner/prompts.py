@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,15 +39,29 @@ def messages_of(prompt: Prompt, system: str | None = None) -> list[dict[str, str
         raise UsageError(f"prompt: {prompt!r} is neither a question nor a list of messages (of conversations, give a list)")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     for message in messages:
-        if (
-            not isinstance(message, Mapping)
-            or not _KEYS <= set(message) <= _KEYS | {"reasoning_content"}
-            or not all(isinstance(value, str) for value in message.values())
-        ):
-            raise UsageError(f"prompt: {message!r} is not a message; give a dict with role and content, two strings")
+        check_message(message)
     if not messages or not messages[-1]["content"].strip():
         raise UsageError("prompt: it is empty")
     if messages[-1]["role"] == "assistant":
         raise UsageError("prompt: its last message is the assistant's; end it with the user's")
     messages = [dict(message) for message in messages]
     return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
+def check_message(message: Any) -> None:
+    """Raise unless `message` is one: a role and a content, and nothing but characters in them.
+
+    Raises:
+        UsageError: when it is not.
+    """
+    if (
+        not isinstance(message, Mapping)
+        or not _KEYS <= set(message) <= _KEYS | {"reasoning_content"}
+        or not all(isinstance(value, str) for value in message.values())
+    ):
+        raise UsageError(f"prompt: {message!r} is not a message; give a dict with role and content, two strings")
+    for name, value in message.items():
+        if found := re.search("[\ud800-\udfff]", value):  # half a pair, from UTF-16 or from bytes that are no UTF-8
+            raise UsageError(
+                f"prompt: the {name} has {found[0]!r} at character {found.start()}, which is no character: repair it"
+            )
