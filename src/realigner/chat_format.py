@@ -32,6 +32,7 @@ _OWN = {  # what apply_chat_template takes besides the template's variables, and
     "tokenizer_kwargs",
 }
 _SHOWN = 40  # characters of a text in a message
+_WINDOW = 32  # tokens at a prompt's end in which an opened thought is looked for
 
 
 class ChatFormat:
@@ -209,7 +210,7 @@ class ChatFormat:
 
     def opens_thought(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt ends in an opened thought, so that the host goes on with it."""
-        return self.tags is not None and self.decode(prompt[-16:]).rstrip().endswith(self.tags.open)
+        return self.tags is not None and self.decode(prompt[-_WINDOW:]).rstrip().endswith(self.tags.open)
 
     def split(self, ids: Sequence[int], opened: bool) -> tuple[str, str]:
         """Thought and reply in the tokens that a host generated, as texts without special tokens.

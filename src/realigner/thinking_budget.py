@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from realigner.chat_format import ChatFormat
 
-_WINDOW = 16  # tokens in which the end of a thought is looked for
+_WINDOW = 32  # tokens in which the end of a thought is looked for
 
 
 class ThinkingBudget(LogitsProcessor):  # type: ignore[misc]

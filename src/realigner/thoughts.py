@@ -19,7 +19,7 @@ KNOWN = (
     ThoughtTags("[THINK]", "[/THINK]"),  # Magistral
     ThoughtTags("<seed:think>", "</seed:think>"),  # Seed-OSS
     ThoughtTags("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A, R7B
-    ThoughtTags("<|channel>thought\n", "<channel|>"),  # Gemma 4
+    ThoughtTags("<|channel>thought", "<channel|>"),  # Gemma 4
     ThoughtTags("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
 )
 """Those of the hosts that we know."""
