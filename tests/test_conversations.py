@@ -138,6 +138,8 @@ def test_a_stopped_run_on_conversations_resumes_exactly(tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Log, "on_log", press)
         assert run_tiny(tmp_path / "run").interrupted
+    with pytest.raises(RealignerError, match="the text that the chat template makes of the rows changed"):
+        run_tiny(tmp_path / "run", template="Today. " + TEMPLATE, resume=True)
     run = run_tiny(tmp_path / "run", resume=True)
     assert (run.folder / "adapter_model.safetensors").read_bytes() == (whole.folder / "adapter_model.safetensors").read_bytes()
     host, tokenizer = tiny_pair()

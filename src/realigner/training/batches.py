@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +44,14 @@ class Prepared:
         return rows_hash(self.rows)
 
     @property
+    def tokens_sha256(self) -> str:
+        """sha256 over the tokens and labels: a chat template can write the same rows in another way tomorrow."""
+        digest = hashlib.sha256()
+        for item in (*self.train, *self.validation):
+            digest.update(json.dumps([item["input_ids"], item["labels"]]).encode() + b"\n")
+        return digest.hexdigest()
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(len(item["input_ids"]) for item in (*self.train, *self.validation))
@@ -56,6 +66,7 @@ class Prepared:
         return {
             "rows": len(self.rows),
             "sha256": self.sha256,
+            "tokens_sha256": self.tokens_sha256,
             "train": len(self.train),
             "validation": len(self.validation),
             "test": len(self.split.test),

@@ -27,6 +27,7 @@ class DataFacts(_Part):
     """The rows, by content."""
 
     sha256: str
+    tokens_sha256: str = ""
 
 
 class HostFacts(_Part):

@@ -298,8 +298,14 @@ def _check_same(work: Path, record: dict[str, Any], recipe: Recipe) -> None:
     before = run_dir.read_run(work)
     if difference := recipe.difference(read_recipe(work / run_dir.RECIPE_FILE)):
         raise RealignerError(f"{work}: cannot be resumed as another run: {difference} (or discard it: force)")
+    data = before.get("data", {})
     for what, was, now in (
-        ("the data", before.get("data", {}).get("sha256"), record["data"]["sha256"]),
+        ("the data", data.get("sha256"), record["data"]["sha256"]),
+        (
+            "the text that the chat template makes of the rows",
+            data.get("tokens_sha256", record["data"]["tokens_sha256"]),  # older runs do not say
+            record["data"]["tokens_sha256"],
+        ),
         ("the host's weights", before.get("host", {}).get("sha256"), record["host"]["sha256"]),
         ("the number of processes", before.get("processes"), record["processes"]),
     ):
