@@ -17,7 +17,7 @@ SOURCE = Path(ra.__file__).parent
 FLOORS = [
     "errors", "markdown", "extras", "lazy", "prompts", "thoughts", "chat_format", "files", "console", "irm", "sites",
     "settings", "gguf_cache", "hosts", "probe", "locate", "fingerprints", "injection", "adapters", "batching",
-    "irm_config", "tuner", "thinking_budget", "generation", "runtime", "oracle", "tiny", "census",
+    "irm_config", "tuner", "thinking_budget", "generation", "runtime", "chat", "oracle", "tiny", "census",
     "validation_message", "data", "training", "sweep", "traces", "analysis", "explain", "report", "demo", "cli",
 ]  # fmt: skip
 

@@ -117,7 +117,7 @@ def test_a_stream_that_is_closed_stops(runtime: Runtime) -> None:
     pieces = runtime.stream(QUESTIONS[0], max_new_tokens=400)
     next(pieces)
     began = time.monotonic()
-    pieces.close()  # type: ignore[attr-defined]
+    pieces.close()
     assert time.monotonic() - began < 5
     assert threading.active_count() == before
 
@@ -234,7 +234,7 @@ def test_a_named_adapters_parent_folder(irms: dict[str, Path], tmp_path: Path) -
 
 def test_a_stream_that_is_not_read_can_be_closed(runtime: Runtime) -> None:
     before = threading.active_count()
-    runtime.stream(QUESTIONS[0], max_new_tokens=400).close()  # type: ignore[attr-defined]
+    runtime.stream(QUESTIONS[0], max_new_tokens=400).close()
     assert threading.active_count() == before
 
 

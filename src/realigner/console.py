@@ -38,6 +38,13 @@ def show(text: str = "", end: str = "\n") -> None:
     print(visible(text), end=end)
 
 
+def show_aside(text: str, end: str = "\n") -> None:
+    """What a result comes with, on standard output; dimmed on a terminal."""
+    from rich.console import Console
+
+    Console(markup=False, emoji=False, highlight=False, soft_wrap=True).print(visible(text), end=end, style="dim")
+
+
 def show_table(rows: Iterable[Sequence[str]], header: Sequence[str] = (), bold_first: bool = False) -> None:
     """A table on standard output, its cells as they are: no markup, no emoji codes, nothing for the terminal."""
     from rich.console import Console

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +132,7 @@ def stream(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     thinking_budget: int = 512,
     thoughts: bool = False,
-) -> Iterator[str]:
+) -> Generator[str]:
     """The reply to one prompt, piece by piece as it is made; the pieces together are what `answer` gives.
 
     It is made in a thread that begins now, with the settings of now. Closing the iterator stops it.
@@ -190,7 +190,7 @@ def format_of(model: nn.Module, tokenizer: Any, chat_template_kwargs: Mapping[st
     return ChatFormat(tokenizer, config.template, {**(config.chat_template_kwargs or {}), **(chat_template_kwargs or {})})
 
 
-def _read(pieces: _Pieces, thread: threading.Thread) -> Iterator[str]:
+def _read(pieces: _Pieces, thread: threading.Thread) -> Generator[str]:
     def stop() -> None:
         pieces.stopped = True
         thread.join()

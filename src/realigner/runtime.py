@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -64,7 +64,7 @@ class Runtime:
             return self.answer([prompts], **options)[0]
         return answer(self.model, self.tokenizer, prompts, **self._with_strength(options))
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt, **options: Any) -> Generator[str]:
         """The reply to a question or a conversation, piece by piece; see `generation.stream`."""
         return stream(self.model, self.tokenizer, prompt, **self._with_strength(options))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -137,9 +138,10 @@ def recipes(
 
 
 def generate(
-    irm: opt.Irm,
+    irm: Annotated[list[Path], Option(help="A run's folder (an IRM as a PEFT adapter); with --chat, may be given often.")],
     questions: opt.Questions = None,
     prompts: opt.Prompts = None,
+    chat: Annotated[bool, Option("--chat", help="Talk with the IRM on the terminal; /help there lists the commands.")] = False,
     strength: Annotated[
         Optional[float],
         Option(
@@ -163,23 +165,31 @@ def generate(
     trust_remote_code: opt.Trust = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Answer prompts with the bare host and with the IRM, side by side."""
-    asked = opt.prompts_from(questions, prompts)
+    """Answer prompts with the bare host and with the IRM, side by side; or talk with it (--chat)."""
+    asked = [] if chat and not questions and prompts is None else opt.prompts_from(questions, prompts)
+    if len(irm) > 1 and not chat:
+        raise UsageError("generate: several --irm are for --chat; without it, give one")
     variables = opt.template_kwargs(chat_template_kwargs)
     from realigner.chat_format import PLAIN_NOTE, has_chat_template
     from realigner.console import progress, say
     from realigner.runtime import load
 
-    runtime = load(irm, host, dtype, device, trust_remote_code)
+    runtime = load(_by_name(irm) if chat else irm[0], host, dtype, device, trust_remote_code)
     used = next(iter(runtime.strengths.values())) if strength is None else strength
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "system": system}
     options |= {"repetition_penalty": repetition_penalty, "thinking_budget": thinking_budget}
     options["chat_template_kwargs"] = variables
+    acting = int(where) if where.isdecimal() else where
+    if chat:
+        from realigner.chat import Chat
+        from realigner.cli.terminal_chat import run_chat
+
+        run_chat(Chat(runtime, strength, where=acting, **options), asked, as_json)
+        return
     if not has_chat_template(runtime.tokenizer):
         say(PLAIN_NOTE)
     with progress("answering", 2 * len(asked), quiet=as_json) as task:
         base = runtime.answer(asked, irms="__base__", **options, done=task.advance)
-        acting = int(where) if where.isdecimal() else where
         realigned = runtime.answer(asked, strength=used, where=acting, **options, done=task.advance)
     rows = zip(asked, base, realigned, strict=True)
     results = []
@@ -198,3 +208,11 @@ def generate(
                 show(f"   {name} thought: {opt.short(thought)}")
             show(f"   {name + ':':10} {result[name]}")
         show()
+
+
+def _by_name(irms: Sequence[Path]) -> dict[str, Path]:
+    """IRMs by the names of their folders, as `/irm` calls them."""
+    named = {path.resolve().name or "irm": path for path in irms}
+    if len(named) < len(irms):
+        raise UsageError("--irm: two have the same name; rename a folder")
+    return named

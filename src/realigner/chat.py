@@ -1,0 +1,154 @@
+"""A conversation with a host and its IRMs, in which the strength and the IRMs may change between the turns."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from realigner.errors import UsageError
+from realigner.generation import Thought, format_of
+from realigner.runtime import Runtime
+
+STRONGEST = 1000.0  # as of the command line's --strength
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What was said in one turn, and how.
+
+    Attributes:
+        prompt: what the user said.
+        reply: what was answered; of a reply that was stopped, what there was of it.
+        thought: what the host thought before it; empty on hosts that do not think.
+        irms: the IRMs that acted; none: the bare host answered.
+        strength: at which they acted, a number or one for each IRM by name; None where none acted.
+        stopped: whether the reply was stopped before its end.
+    """
+
+    prompt: str
+    reply: str
+    thought: str
+    irms: tuple[str, ...]
+    strength: float | dict[str, float] | None
+    stopped: bool
+
+
+class Chat:
+    """A conversation that is kept, turn by turn.
+
+    Each reply is made from the whole conversation with the settings of that moment: it is what `Runtime.answer` gives for those
+    messages. Thoughts are not part of the conversation.
+
+    Args:
+        runtime: the host and its IRMs; the first one acts.
+        strength: of the IRMs that act; None: each at its own.
+        system: a system prompt.
+        options: of `generation.stream`, for every reply.
+
+    Attributes:
+        messages: the conversation so far, as `answer` takes it; the system prompt is not in it.
+        turns: its turns with their settings.
+        irms: the names of the IRMs that act; empty for the bare host.
+        strength, system: as the arguments.
+
+    Raises:
+        UsageError: where conversations are in the plain form, which has no turns.
+
+    Example:
+        >>> chat = Chat(load("runs/anger-42"))  # doctest: +SKIP
+        >>> print("".join(chat.say("Where is Prague?")))  # doctest: +SKIP
+        On the Vltava, where it has always been!
+        >>> chat.set_strength(0.5)  # doctest: +SKIP
+        >>> print("".join(chat.say("And how do I get there?")))  # doctest: +SKIP
+        By train, as anybody knows.
+    """
+
+    def __init__(self, runtime: Runtime, strength: float | None = None, system: str | None = None, **options: Any) -> None:
+        if format_of(runtime.model, runtime.tokenizer).is_plain:
+            raise UsageError(
+                "chat: prompts of this host or IRM are in the plain form, which has no turns; ask single questions"
+            )
+        self.runtime = runtime
+        self.options = options
+        self.messages: list[dict[str, str]] = []
+        self.turns: list[Turn] = []
+        self.irms: tuple[str, ...] = tuple(runtime.irms[:1])
+        self.strength: float | None = None
+        self.system = system
+        if strength is not None:
+            self.set_strength(strength)
+
+    @property
+    def acting(self) -> dict[str, float]:
+        """The IRMs that act, each with its strength."""
+        return {name: self.runtime.strengths[name] if self.strength is None else self.strength for name in self.irms}
+
+    def use(self, *irms: str) -> None:
+        """Let these IRMs act from now on, several as their sum; without a name, none: the bare host.
+
+        Raises:
+            UsageError: for a name that no IRM has.
+        """
+        known = self.runtime.irms
+        if unknown := [name for name in irms if name not in known]:
+            raise UsageError(f"irm: there is no {unknown[0]!r}; there are {', '.join(known) or 'none'}")
+        self.irms = tuple(dict.fromkeys(irms))
+
+    def set_strength(self, strength: float) -> None:
+        """Scale the IRMs from now on; 0 is the bare host, 1 an IRM as trained.
+
+        Raises:
+            UsageError: for what is no number between -1000 and 1000.
+        """
+        if not -STRONGEST <= strength <= STRONGEST:
+            raise UsageError(f"strength: {strength} is out of range (-{STRONGEST:g} to {STRONGEST:g})")
+        self.strength = float(strength)
+
+    def reset(self) -> None:
+        """Forget what was said; the settings stay."""
+        self.messages, self.turns = [], []
+
+    def say(self, text: str) -> Generator[str]:
+        """Say something; the reply comes piece by piece, pieces of a thought as `Thought`.
+
+        The turn is kept when the pieces end, and also when they are stopped (by closing the iterator, or by Ctrl-C): then with
+        what there is of the reply. A turn without a reply is left out, and so is one that failed.
+
+        Raises:
+            UsageError: when the text is empty.
+            RealignerError: as `generation.answer` does, for a conversation that has become too long, say.
+        """
+        asked = [*self.messages, {"role": "user", "content": text}]
+        pieces: list[str] = []
+        stopped = True
+        reading = self.runtime.stream(asked, system=self.system, thoughts=True, **self._settings(), **self.options)
+        try:
+            with closing(reading):
+                for piece in reading:
+                    pieces.append(piece)
+                    yield piece
+            stopped = False
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException:
+            pieces.clear()
+            raise
+        finally:
+            self._keep(asked, pieces, stopped)
+
+    def _settings(self) -> dict[str, Any]:
+        if not self.runtime.irms:
+            return {}
+        return {"irms": self.irms or "__base__", "strength": self.acting or None}
+
+    def _keep(self, asked: list[dict[str, str]], pieces: list[str], stopped: bool) -> None:
+        reply = "".join(piece for piece in pieces if not isinstance(piece, Thought))
+        if not reply.strip():
+            return
+        thought = "".join(piece for piece in pieces if isinstance(piece, Thought)).strip()
+        same = set(self.acting.values())
+        strength = next(iter(same)) if len(same) == 1 else self.acting or None
+        self.messages = [*asked, {"role": "assistant", "content": reply}]
+        self.turns.append(Turn(asked[-1]["content"], reply, thought, self.irms, strength, stopped))
