@@ -429,6 +429,16 @@ def test_the_loss_can_be_on_every_turn_of_the_assistant(name: str) -> None:
         assert found["input_ids"] == reference_ids(host, rendered(host, upto, **table.kwargs))
 
 
+def test_a_greeting_is_no_reply() -> None:
+    """What the assistant says before anybody asked is read and not learned; where there is nothing else, nothing would be."""
+    tokenizer, greeting = host_tokenizer("llama3"), {"role": "assistant", "content": "Welcome."}
+    chats = ChatFormat(tokenizer)
+    [example] = chats.examples([{"role": "system", "content": "Be brief."}, greeting, *ONE], loss_on="assistant")
+    assert [shown(tokenizer, run) for run in spans(example)] == ["In Bohemia.<|eot_id|>"]
+    with pytest.raises(RealignerError, match="no reply to a message of the user"):
+        chats.examples([{"role": "system", "content": "Be brief."}, greeting], loss_on="assistant")
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_the_loss_can_be_on_the_whole_text(name: str) -> None:
     table, chats, tokenizer = TABLES[name], format_of(name), host_tokenizer(host_of(name))

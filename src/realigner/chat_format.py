@@ -143,6 +143,8 @@ class ChatFormat:
                 earlier = found.pop()["labels"]
                 example["labels"][: len(earlier)] = earlier
             found.append(example)
+        if not found:
+            raise RealignerError("the conversation has no reply to a message of the user")
         return found
 
     def _example(self, conversation: Sequence[Message], loss_on: str, loss_on_thought: bool) -> dict[str, list[int]]:
