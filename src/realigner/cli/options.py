@@ -18,7 +18,6 @@ _T = TypeVar("_T")
 
 Host = Annotated[str, typer.Option(help="The embedded default, a hub id, a folder, or a .gguf file.")]
 HostOfIrm = Annotated[Optional[str], typer.Option("--host", help="The host; by default the one the IRM was made for.")]
-Irm = Annotated[Path, typer.Option(help="A run's folder (an IRM as a PEFT adapter).")]
 Irms = Annotated[list[Path], typer.Option("--irm", help="A run's folder, or a sweep's: all its runs; may be given often.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
