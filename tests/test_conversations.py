@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import get_peft_model
 
 import realigner as ra
 from realigner.chat_format import IGNORED, ChatFormat
@@ -17,6 +18,7 @@ from realigner.data import Row, read_rows, rows_hash
 from realigner.data.tokens import encode_rows
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import format_of
+from realigner.irm_config import IRMConfig
 from realigner.tiny import tiny_host
 from realigner.training import Recipe, make_recipe, read_run, train
 from realigner.training.batches import prepare
@@ -231,3 +233,14 @@ def test_the_tokenizer_of_mistral_is_asked_in_its_own_way(tmp_path: Path) -> Non
     assert example["input_ids"][-1] == tokenizer.eos_token_id
     reply = tokenizer(some_rows(1)[0].text, add_special_tokens=False)["input_ids"]
     assert [label for label in example["labels"] if label != IGNORED] == [*reply, tokenizer.eos_token_id]
+
+
+def test_irms_of_different_templates_are_asked_apart(tmp_path: Path) -> None:
+    host, tokenizer = tiny_pair()
+    model = get_peft_model(host, IRMConfig(layers=[0]), adapter_name="chat")
+    model.add_adapter("plain", IRMConfig(layers=[0], template="plain"))
+    for irms, plain in ((None, False), ("chat", False), ("plain", True), (("plain",), True), (["plain", "__base__"], True)):
+        assert format_of(model, tokenizer, irms=irms).is_plain == plain
+    with pytest.raises(UsageError, match="different prompt templates"):
+        ra.answer(model, tokenizer, ["Why?", "Who?"], irms=["chat", "plain"])
+    assert ra.answer(model, tokenizer, ["Why?"], irms="plain", max_new_tokens=2) != []

@@ -92,7 +92,7 @@ def answer(
     _check_number("batch_size", batch_size, batch_size >= 1)
     names = [irms] * len(prompts) if isinstance(irms, (str, tuple)) else irms
     sampling = _Sampling(max_new_tokens, thinking_budget, temperature, repetition_penalty, seed)
-    chat_format = format_of(model, tokenizer, chat_template_kwargs)
+    chat_format = format_of(model, tokenizer, chat_template_kwargs, irms)
     replies: list[Answer] = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -148,7 +148,7 @@ def stream(
         ...     print(piece, end="", flush=True)
     """
     sampling = _Sampling(max_new_tokens, thinking_budget, temperature, repetition_penalty, seed)
-    chat_format = format_of(model, tokenizer, chat_template_kwargs)
+    chat_format = format_of(model, tokenizer, chat_template_kwargs, irms)
     rows = chat_format.prompts([prompt], system)
     inputs = padded(rows, tokenizer, _device(model))
     _check_positions(model, inputs, 0)
@@ -176,18 +176,34 @@ def stream(
     return reading
 
 
-def format_of(model: nn.Module, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> ChatFormat:
-    """How conversations are put to a model: as its active IRM was trained; by the host's chat template where there is none.
+def format_of(
+    model: nn.Module,
+    tokenizer: Any,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    irms: Names | Sequence[Names] | None = None,
+) -> ChatFormat:
+    """How conversations are put to a model: as its IRMs were trained; by the host's chat template where there is none.
 
     Args:
-        chat_template_kwargs: variables of the chat template, over those that the IRM was trained with.
+        model: a host, or a model with an IRM.
+        tokenizer: the host's.
+        chat_template_kwargs: variables of the chat template, over those that the IRMs were trained with.
+        irms: those that act, as in `answer`; the active ones when None, or when none of these is an IRM of the model.
+
+    Raises:
+        UsageError: when the IRMs were trained with different templates, or variables.
     """
+    check_template_kwargs(chat_template_kwargs)
     tuner = find_tuner(model)
     if tuner is None or not tuner.registry.names:
         return ChatFormat(tokenizer, chat_template_kwargs=chat_template_kwargs)
-    config = tuner.peft_config[tuner.registry.names[0]]
-    check_template_kwargs(chat_template_kwargs)
-    return ChatFormat(tokenizer, config.template, {**(config.chat_template_kwargs or {}), **(chat_template_kwargs or {})})
+    given = [irms] if isinstance(irms, str) else irms or ()
+    named = {name for names in given for name in ([names] if isinstance(names, str) else names)} & tuner.peft_config.keys()
+    configs = [tuner.peft_config[name] for name in (sorted(named) or tuner.registry.names)]
+    template, variables = configs[0].template, configs[0].chat_template_kwargs or {}
+    if any((config.template, config.chat_template_kwargs or {}) != (template, variables) for config in configs):
+        raise UsageError("irms: they were trained with different prompt templates; ask them in separate calls")
+    return ChatFormat(tokenizer, template, {**variables, **(chat_template_kwargs or {})})
 
 
 def _read(pieces: _Pieces, thread: threading.Thread) -> Generator[str]:
