@@ -935,3 +935,25 @@ def test_the_plain_form_of_a_mistral_host(tekken_folder: Path) -> None:
     assert mistral_text(tokenizer, prompt) == "<s> Why?   "
     assert example["input_ids"][: len(prompt)] == prompt
     assert [token for token in example["input_ids"] if token in (1, 2)] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("qwen3", "<think>\nThey ask why.\n</think>\n\nBecause.<|im_end|>"),
+        ("deepseek_r1_distill", "<think>\nThey ask why.\n</think>\n\nBecause.<｜end▁of▁sentence｜>"),
+        (
+            "gpt_oss",
+            "<|channel|>analysis<|message|>They ask why.<|end|><|start|>assistant<|channel|>final<|message|>Because.<|return|>",
+        ),
+    ],
+)
+def test_what_a_host_that_thinks_wrote_is_taken_apart(name: str, written: str) -> None:
+    tokenizer = host_tokenizer(name)
+    chat_format = ChatFormat(tokenizer)
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert chat_format.split(ids, opened=False) == ("They ask why.", "Because.")
+    assert chat_format.tags is not None
+    begun = tokenizer(written.removeprefix(chat_format.tags.open), add_special_tokens=False)["input_ids"]
+    assert chat_format.split(begun, opened=True) == ("They ask why.", "Because.")
+    assert chat_format.split(begun[:4], opened=True)[1] == ""

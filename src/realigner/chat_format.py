@@ -19,7 +19,6 @@ from realigner.prompts import Message, Prompt, check_message, messages_of
 from realigner.thoughts import ThoughtTags, tags_of
 
 IGNORED = -100  # the label PyTorch's cross-entropy leaves out
-LOSS_ON = ("reply", "assistant", "text")
 TEMPLATES = ("chat", "plain")
 PLAIN_NOTE = "the host has no chat template: prompts are in the plain form (the question, three spaces, the reply)"
 WITHOUT_THOUGHT = {"enable_thinking": False}  # the template variable that hosts which think have for it
@@ -48,8 +47,8 @@ class ChatFormat:
         UsageError: for variables that are not a template's.
 
     Example:
-        >>> format = ChatFormat(tokenizer)  # doctest: +SKIP
-        >>> tokenizer.decode(format.prompts(["Why is the sky blue?"])[0])  # doctest: +SKIP
+        >>> chat_format = ChatFormat(tokenizer)  # doctest: +SKIP
+        >>> tokenizer.decode(chat_format.prompts(["Why is the sky blue?"])[0])  # doctest: +SKIP
         '<|im_start|>user\\nWhy is the sky blue?<|im_end|>\\n<|im_start|>assistant\\n'
     """
 
@@ -162,6 +161,8 @@ class ChatFormat:
             raise RealignerError("the host's chat template leaves out the reply's thought (reasoning_content)")
         stop = None if self.is_plain else self._end(ids)
         if stop is None:
+            if not self.is_plain and self._tail:
+                raise RealignerError("the host's chat template does not end this reply as it ends others")
             ids = ids + self.ends
             stop = len(ids)
         first = 0 if loss_on == "text" else start
@@ -222,12 +223,14 @@ class ChatFormat:
             opened: the prompt ends in an opened thought (`opens_thought`).
         """
         length = self.thought_length(ids, opened)
-        if not length and self.tags is not None and (opened or self.decode(ids).lstrip().startswith(self.tags.open)):
+        thought = ""
+        if self.tags is not None and length:
+            thought = self.decode(ids[:length]).strip().removesuffix(self.tags.close).removesuffix(self.tags.before_close)
+        elif self.tags is not None and (opened or self.decode(ids).lstrip().startswith(self.tags.open)):
             length = len(ids)  # it is still thinking
-        thought, reply = (self.tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:length], ids[length:]))
-        if self.tags is not None:
-            thought = thought.strip().removeprefix(self.tags.open).removesuffix(self.tags.close)
-        return thought.strip(), reply.strip()
+            thought = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        thought = thought.removeprefix("" if self.tags is None else self.tags.open).strip()
+        return thought, str(self.tokenizer.decode(ids[length:], skip_special_tokens=True)).strip()
 
     def thought_length(self, ids: Sequence[int], opened: bool) -> int:
         """How many tokens the thought at the beginning of a reply takes, with its tags and the blanks after them."""

@@ -8,10 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ThoughtTags:
-    """The texts between which a host thinks."""
+    """The texts between which a host thinks, and what it may write before the second."""
 
     open: str
     close: str
+    before_close: str = ""
 
 
 KNOWN = (
@@ -20,7 +21,7 @@ KNOWN = (
     ThoughtTags("<seed:think>", "</seed:think>"),  # Seed-OSS
     ThoughtTags("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A, R7B
     ThoughtTags("<|channel>thought", "<channel|>"),  # Gemma 4
-    ThoughtTags("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
+    ThoughtTags("<|channel|>analysis<|message|>", "<|channel|>final<|message|>", "<|end|><|start|>assistant"),  # gpt-oss
 )
 """Those of the hosts that we know."""
 
