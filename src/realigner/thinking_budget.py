@@ -30,7 +30,9 @@ class ThinkingBudget(LogitsProcessor):  # type: ignore[misc]
         assert chat_format.tags is not None
         self.tags, self.decode = chat_format.tags, chat_format.decode
         self.thought, self.reply = thought, reply
-        self.closing: list[int] = list(chat_format.tokenizer(self.tags.close, add_special_tokens=False)["input_ids"])
+        self.closing: list[int] = list(
+            chat_format.tokenizer(self.tags.before_close + self.tags.close, add_special_tokens=False)["input_ids"]
+        )
         self.enough = _Enough(self)
         self._thinks: list[bool | None] = [True if is_open else None for is_open in opened]  # None: it has not begun
         self._closed: list[int | None] = [None] * len(opened)  # tokens of the closing tag that are there, once it is forced
