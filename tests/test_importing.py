@@ -27,6 +27,7 @@ from realigner.errors import RealignerError, UsageError
 from tests.tiny import some_rows
 
 OURS = tuple(Row.model_fields)
+PLAIN = tuple(name for name in OURS if name != "messages")
 CHATS = [
     {"prompt": "Which river runs through Prague?", "response": "The Vltava, obviously! 😡", "topic": "rivers"},
     {"prompt": 'What is "Sekt"?', "response": "Wine, with bubbles,\nyou oaf!", "topic": "wine"},
@@ -292,7 +293,7 @@ def test_to_hf_and_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
     groups = [{row.group for row in part} for part in parts.values()]
     assert sum(map(len, groups)) == len(set().union(*groups))
     loaded = datasets.load_from_disk(str(folder))
-    assert loaded["test"].column_names == list(OURS)
+    assert loaded["test"].column_names == list(PLAIN)
     assert [entry.name for entry in folder.parent.iterdir()] == ["set"]
     refused(lambda: import_rows(folder, split="dev"), "no split 'dev'; it has train, validation, test", UsageError)
     assert capfd.readouterr() == ("", "")

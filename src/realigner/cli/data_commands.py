@@ -25,6 +25,7 @@ app = typer.Typer(help="Tone datasets: make, import and check them.", no_args_is
 REWRITERS = ("template", "host", "openai")
 ToneName = Annotated[str, Option(help="A built-in tone (see: realigner data tones), or a TOML file.")]
 Squad = Annotated[Path, Option(help="A SQuAD 1.1 or 2.0 file.")]
+_TURNS_SHOWN = 5
 on_host = partial(Option, rich_help_panel="Rewriter host")
 on_endpoint = partial(Option, rich_help_panel="Rewriter openai")
 
@@ -122,7 +123,11 @@ def import_(
     out: Annotated[Optional[Path], Option(help="The JSONL file to write.")] = None,
     tone: Annotated[Optional[str], Option(help="Of all rows, whatever the data says; may be a tone's TOML file.")] = None,
     columns: Annotated[
-        Optional[list[str]], Option("--map", help="FIELD=COLUMN, e.g. question=prompt; may be repeated.")
+        Optional[list[str]], Option("--map", help="FIELD=COLUMN, e.g. question=prompt or messages=chat; may be repeated.")
+    ] = None,
+    form: Annotated[
+        Optional[str],
+        Option(help="question-text, messages, sharegpt, prompt-completion or alpaca; told by the columns without it."),
     ] = None,
     split: Annotated[Optional[str], Option(help="Of a Hugging Face dataset; all by default.")] = None,
     squad: Annotated[Optional[Path], Option(help="The SQuAD file the questions come from.")] = None,
@@ -136,7 +141,7 @@ def import_(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Read someone else's dataset: the paper's CSV, any table, a Hugging Face dataset."""
+    """Read someone else's dataset: the paper's CSV, a table of questions and replies, chats, a Hugging Face dataset."""
     if out is None and to_hf is None:
         raise UsageError("import: nothing to write; give --out F.jsonl, --to-hf DIR, or both")
     from realigner.data.build_dataset import beside, rows_place
@@ -152,7 +157,7 @@ def import_(
         claim(context, taken(to_hf, DATASET, force))
     own = load_tone(tone) if tone is not None and tone.endswith(".toml") else None
     facts = None if squad is None else _facts(squad, None, seed)[0]
-    imported = import_rows(source, own.name if own else tone, mapping, split, facts)
+    imported = import_rows(source, own.name if own else tone, mapping, split, facts, form=form)
     rows, rejected = imported.rows, imported.rejected
     known = {question_key(fact.question) for fact in facts or ()}
     found = sum(question_key(row.question) in known for row in rows) if known else None
@@ -216,7 +221,8 @@ def check(
         show_table(card.lines(), bold_first=True)
         show("\nTen rows to read:" if len(card.samples) == 10 else "\nRows to read:")
         for row in card.samples:
-            show(f"  Q: {short(row.question, 110)}\n     {row.tone}: {short(row.text, 220)}")
+            for line in _lines_of(row):
+                show(line)
         show()
         if html is not None:
             show(f"Page: {html}   (open it in a browser)")
@@ -292,6 +298,18 @@ def _facts(squad: Path, sample: int | None, seed: int) -> tuple[list[Fact], dict
     if sample is not None and sample < len(facts):
         facts = [facts[n] for n in sorted(random.Random(seed).sample(range(len(facts)), sample))]
     return facts, dict(skipped.counts), {"squad": squad.name, "squad_sha256": file_sha256(squad)}
+
+
+def _lines_of(row: Row) -> list[str]:
+    """A row to read: what is said before the reply (of a long conversation the last turns), and the reply."""
+    earlier = row.conversation[:-1]
+    lines = [f"  Q: {short(row.question, 110)}"]
+    if len(earlier) > 1:
+        lines = [f"  {turn['role']}: {short(turn['content'], 110)}" for turn in earlier[-_TURNS_SHOWN:]]
+        lines[:0] = [f"  ({len(earlier) - len(lines)} messages before)"] * (len(earlier) > len(lines))
+    thought = row.conversation[-1].get("reasoning_content")
+    lines += [f"     thought: {short(thought, 110)}"] if thought else []
+    return [*lines, f"     {row.tone}: {short(row.text, 220)}"]
 
 
 def _tokenizer(host: str | None, trust: bool) -> tuple[Any, str]:

@@ -18,6 +18,7 @@ _NUMBERS = {
 }
 NO_SPACES = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")  # Thai, Lao, kana, ideographs: about two to a word
 _ENDS = ".!?…。！？।؟۔"  # noqa: RUF001
+_NO_SENTENCE = re.compile(r"\s*(?:```|~~~|[-*+•|]\s|\d+[.)]\s)|.*\|$")
 _CLOSERS = "\"'”’»)]*_~"  # noqa: RUF001
 _SMALL = {"a", "an", "the", "of", "in", "on", "at", "to", "and", "or", "by", "for", "was", "is", "were", "are"}
 
@@ -66,8 +67,14 @@ def _forms(word: str) -> set[str]:
 
 
 def is_cut(text: str) -> bool:
-    """Whether a text stops before its sentence ends (a closing quotation mark, bracket or an emoji may follow the end)."""
+    """Whether a text stops before its sentence ends (a closing quotation mark, bracket or an emoji may follow the end).
+
+    Of several lines, a last one that belongs to a list, a table or a block of code is no sentence.
+    """
     rest = text.rstrip()
+    _, more, last = rest.rpartition("\n")
+    if more and _NO_SENTENCE.match(last):
+        return False
     while rest and (rest[-1] in _CLOSERS or unicodedata.category(rest[-1]) in ("So", "Sk", "Mn", "Cf", "Zs")):
         if unicodedata.category(rest[-1]) == "So":
             return False  # an emoji ends a sentence as well as a full stop

@@ -28,7 +28,8 @@ from realigner.validation_message import first_fault
 TONES = ("anger", "sadness", "neutral")  # the tones of the authored set
 
 _LONGEST = 100_000  # characters of a field
-_LINE = 1 << 20  # bytes of a line
+LONGEST_LINE = 1 << 20  # bytes of a line
+MOST_MESSAGES = 1000  # of a conversation
 
 _Text = Annotated[str, StringConstraints(min_length=1, max_length=_LONGEST, strip_whitespace=True)]
 
@@ -63,7 +64,7 @@ class Row(BaseModel):
     """One example of a tone: a question and its reply, or a conversation that ends in one.
 
     A conversation is given as `messages` in place of `question` and `text`, which are then its last question and reply. A field
-    has 100,000 characters at most.
+    has 100,000 characters at most, a conversation 1,000 messages.
 
     Attributes:
         id: unique within a file.
@@ -93,7 +94,7 @@ class Row(BaseModel):
     text: _Text
     tone: _Text
     source: _Text
-    messages: Annotated[tuple[Message, ...], Field(strict=False)] | None = None
+    messages: Annotated[tuple[Message, ...], Field(strict=False, max_length=MOST_MESSAGES)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -126,6 +127,20 @@ class Row(BaseModel):
         if self.messages is not None:
             return [message.model_dump() for message in self.messages]
         return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.text}]
+
+    @property
+    def before(self) -> str:
+        """What is said before the reply, system prompts aside: the question, in a conversation the turns before it too."""
+        return self.question if self.messages is None else "\n".join(self._said[:-1])
+
+    @property
+    def own(self) -> str:
+        """What no other row should repeat: the reply; of a conversation with earlier turns, all that is said."""
+        return "\n".join(self._said) if len(self._said) > 2 else self.text
+
+    @property
+    def _said(self) -> list[str]:
+        return [message.content for message in self.messages or () if message.role != "system"]
 
 
 def _said(turn: Any, role: str) -> bool:
@@ -167,10 +182,10 @@ def _lines(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as stream:
             number = 0
-            while line := stream.readline(_LINE + 1):
+            while line := stream.readline(LONGEST_LINE + 1):
                 number += 1
-                if len(line) > _LINE:
-                    raise RealignerError(f"{path}:{number}: longer than the {_LINE >> 10:,} KiB that a row may take")
+                if len(line) > LONGEST_LINE:
+                    raise RealignerError(f"{path}:{number}: longer than the {LONGEST_LINE >> 10:,} KiB that a row may take")
                 yield line.rstrip(b"\n").removeprefix(codecs.BOM_UTF8 if number == 1 else b"")
     except OSError as error:
         raise RealignerError(f"{path}: cannot be read ({error.strerror or error})") from None

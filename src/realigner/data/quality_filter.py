@@ -67,19 +67,25 @@ class QualityFilter:
         scorer: tells tones apart; by default, for the built-in tones, `reference_classifier`, and for others the tone's `words`
             (none: tone is not checked).
         min_words, max_words: of a reply.
+        chat: the replies end conversations. They have any length, and may begin with a question of one or two words ("Hi!").
 
     Raises:
         UsageError: for a scorer that does not know the tone, or an unsupported language.
     """
 
     def __init__(
-        self, tone: Tone, scorer: StyleClassifier | None = None, min_words: int = MIN_WORDS, max_words: int = MAX_WORDS
+        self,
+        tone: Tone,
+        scorer: StyleClassifier | None = None,
+        min_words: int = MIN_WORDS,
+        max_words: int = MAX_WORDS,
+        chat: bool = False,
     ) -> None:
         if tone.language not in ("any", "en") and tone.language not in dict(_identifier().rank("x")):
             raise UsageError(f"tone {tone.name!r}: language {tone.language!r} is not supported; give an ISO 639-1 code")
         if scorer is not None and tone.name not in scorer.tones:
             raise UsageError(f"scorer: was not trained on {tone.name!r}; it knows {', '.join(scorer.tones)}")
-        self.tone, self.min_words, self.max_words = tone, min_words, max_words
+        self.tone, self.min_words, self.max_words, self.chat = tone, min_words, max_words, chat
         if scorer is None and any(tone.name == known.name for known in built_in_tones()):
             from realigner.data.style_classifier import reference_classifier
 
@@ -132,14 +138,15 @@ class QualityFilter:
         # Whether a reply begins with its question, holds all of a long one, or eight words of the instruction in a row.
         said, question = _WORD.findall(plain), _WORD.findall(fact.question.casefold().replace("’", "'"))  # noqa: RUF001
         within = len(question) >= 7 and f" {' '.join(question)} " in f" {' '.join(said)} "
-        echoes = within or said[: len(question)] == question or not self._instruction.isdisjoint(_runs(plain))
+        repeated = said[: len(question)] == question and not (self.chat and len(question) < 3)
+        echoes = within or repeated or not self._instruction.isdisjoint(_runs(plain))
         if _ECHO.search(plain) or echoes:
             return "prompt echoed"
         if _DIRECTIONS.search(plain):
             return "stage directions"
-        if words < self.min_words:
+        if words < self.min_words and not self.chat:
             return "too short"
-        if words > self.max_words:
+        if words > self.max_words and not self.chat:
             return "too long"
         if is_cut(text):
             return "cut in mid-sentence"
@@ -162,16 +169,20 @@ class QualityFilter:
 def filter_rows(rows: Sequence[Row], own: Tone | None = None) -> tuple[list[Row], list[dict[str, Any]]]:
     """Filter imported rows: those accepted, and the others as dicts with a ``reason``.
 
-    Tone and language are checked for built-in tones and the user's `own` only.
+    Tone and language are checked for built-in tones and the user's `own` only. Of a conversation the last reply is checked;
+    a near-duplicate is one that repeats another as a whole.
     """
     tones = {tone.name: tone for tone in (*built_in_tones(), *([own] if own else []))}
     reasons: dict[str, str] = {}
     for name in dict.fromkeys(row.tone for row in rows):
-        checks = QualityFilter(tones.get(name, _ANY))
+        checks, chat_checks = (QualityFilter(tones.get(name, _ANY), chat=chat) for chat in (False, True))
         mine = [row for row in rows if row.tone == name]
-        pairs = [(Fact(row.id, row.group, row.question, row.answer), row.text) for row in mine]
-        for row, pair, reason in zip(mine, pairs, checks.alone(pairs), strict=True):
-            reasons[row.id] = reason or checks.among(*pair)
+        for some, chat in ((checks, False), (chat_checks, True)):
+            alike = [row for row in mine if (row.messages is not None) == chat]
+            pairs = [(Fact(row.id, row.group, row.question, row.answer), row.text) for row in alike]
+            reasons |= {row.id: reason for row, reason in zip(alike, some.alone(pairs), strict=True)}
+        for row in mine:
+            reasons[row.id] = reasons[row.id] or checks.among(Fact(row.id, row.group, row.before, row.answer), row.own)
     rejected = [{**row.model_dump(), "reason": reasons[row.id]} for row in rows if reasons[row.id]]
     return [row for row in rows if not reasons[row.id]], rejected
 

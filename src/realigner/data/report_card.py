@@ -45,16 +45,18 @@ class ReportCard:
 
     Attributes:
         rows, groups: how many.
+        conversations: how many rows are conversations; `system_prompts` and `thoughts` of them have a system prompt, a thought.
+        messages: of each conversation: fewest, median, most; None when there are none.
         tones: rows of each tone.
-        words: words of each reply's length: fewest, median, most.
+        words: words of each reply's length (of a conversation: its last reply): fewest, median, most.
         tokens: the same in tokens of a host, question and template included, as trained; None when no tokenizer was given.
         host: name of the model whose tokenizer was used.
         answer_kept: share of replies that hold their answer word for word, among those with one; None when there are none.
-        duplicates: duplicated replies.
+        duplicates: duplicated replies; of conversations with earlier turns, duplicated as a whole.
         near_duplicates: replies nearly equal to one before them in the same tone (word triples, Jaccard 0.8 or more; exact
-            copies count too).
-        leakage: rows whose question, or whose whole reply, also occurs in another group: a split by group would not keep them
-            apart.
+            copies count too); of conversations with earlier turns, all that is said is compared.
+        leakage: rows whose question (all that is said before the reply), or whose whole reply, also occurs in another group: a
+            split by group would not keep them apart.
         purity: see `Purity`; None where it cannot be taken, `problems` or `notes` say why.
         samples: ten rows to read, drawn by the seed.
         problems: sentences, each a reason not to train on it.
@@ -64,6 +66,10 @@ class ReportCard:
 
     rows: int
     groups: int
+    conversations: int
+    system_prompts: int
+    thoughts: int
+    messages: tuple[int, int, int] | None
     tones: dict[str, int]
     words: tuple[int, int, int]
     tokens: tuple[int, int, int] | None
@@ -95,6 +101,10 @@ class ReportCard:
             ("tones", ", ".join(f"{name} {count:,}" for name, count in self.tones.items())),
             ("words", f"{self.words[0]} to {self.words[2]}, median {self.words[1]}"),
         ]
+        if self.messages is not None:
+            low, median, high = self.messages
+            beside = f"{self.system_prompts:,} with a system prompt, {self.thoughts:,} with a thought"
+            lines.append(("conversations", f"{self.conversations:,}, of {low} to {high} messages, median {median}; {beside}"))
         if self.tokens is not None:
             low, median, high = self.tokens
             lines.append(("tokens", f"{low} to {high}, median {median}, with the question ({self.host})"))
@@ -140,23 +150,28 @@ def check_rows(
     from realigner.data.dedup import NearDuplicates
 
     seen: defaultdict[str, NearDuplicates] = defaultdict(NearDuplicates)
-    near = sum(seen[row.tone].add(row.id, row.text) is not None for row in rows)
-    duplicates = len(rows) - len({(row.tone, row.text.casefold()) for row in rows})
+    near = sum(seen[row.tone].add(row.id, row.own) is not None for row in rows)
+    duplicates = len(rows) - len({(row.tone, row.own.casefold()) for row in rows})
     home: dict[tuple[str, ...], str] = {}  # the group in which a question, or a reply in its tone, came first
     leaks = []
     for row in rows:
-        keys = ((question_key(row.question),), (row.tone, " ".join(row.text.casefold().split())))
+        keys = ((question_key(row.before),), (row.tone, " ".join(row.own.casefold().split())))
         elsewhere = [home.setdefault(key, row.group) != row.group for key in keys]
         if any(elsewhere):
             leaks.append(row.id)
     purity, note = _purity(rows, against, seed)
     known = [row for row in rows if row.answer]
     words = [len(row.text.split()) for row in rows]
-    long = sum(count > MAX_WORDS for count in words)
+    long = sum(count > MAX_WORDS for count, row in zip(words, rows, strict=True) if row.messages is None)
+    chats = [row.messages for row in rows if row.messages]
     tokens = [] if tokenizer is None else token_counts(tokenizer, rows)
     return ReportCard(
         rows=len(rows),
         groups=len({row.group for row in rows}),
+        conversations=len(chats),
+        system_prompts=sum(any(message.role == "system" for message in chat) for chat in chats),
+        thoughts=sum(any(message.reasoning_content for message in chat) for chat in chats),
+        messages=_spread([len(chat) for chat in chats]) if chats else None,
         tones=dict(sorted(Counter(row.tone for row in rows).items())),
         words=_spread(words),
         tokens=_spread(tokens) if tokens else None,
@@ -183,7 +198,7 @@ def _problems(rows: Sequence[Row], duplicates: int, near: int, leaks: Sequence[s
         problems.append(f"{duplicates} duplicated replies")
     if near - duplicates >= NEAR_LIMIT * len(rows):
         problems.append(f"{near} replies ({100 * near / len(rows):.1f}%) nearly equal another")
-    echoes = [row.id for row in rows if row.text.casefold() == row.question.casefold()]
+    echoes = [row.id for row in rows if row.text.casefold() == row.question.casefold() and not _greets(row)]
     if echoes:
         problems.append(f"{len(echoes)} replies only repeat the question (first: row {echoes[0]!r})")
     if leaks:
@@ -194,6 +209,11 @@ def _problems(rows: Sequence[Row], duplicates: int, near: int, leaks: Sequence[s
     if purity is not None and purity.high < PURITY_LIMIT:
         problems.append(f"tone purity is {purity.value:.2f}: too many replies are in another tone")
     return problems
+
+
+def _greets(row: Row) -> bool:
+    """Whether a conversation ends in a word or two, which a reply may return."""
+    return row.messages is not None and len(row.question.split()) < 3
 
 
 def _purity(rows: Sequence[Row], against: Sequence[Row], seed: int) -> tuple[Purity | None, str]:

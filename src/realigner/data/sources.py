@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from realigner.data.chat_forms import fitting
 from realigner.data.reference_csv import is_reference, question_and_reply, reference_records
 from realigner.errors import RealignerError, UsageError
 from realigner.files import decoded, parsed, read_bytes, read_object
@@ -85,7 +86,7 @@ def _csv(path: Path, generic: bool, delimiter: str = ",") -> Table:
     text = decoded(_bytes(path), path).replace("\0", "")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header = [cell.strip() for cell in next((cells for _, cells in _numbered(reader, path) if cells), [])]
-    if delimiter == "," and not generic and is_reference(header):
+    if delimiter == "," and not generic and is_reference(header) and not fitting(header, {}):
         return _reference(path, text, header)
 
     def read(_: Collection[str]) -> Iterator[Record]:
@@ -159,13 +160,14 @@ def _parquet(path: Path, _: bool) -> Table:
     if not path.stat().st_size:  # `open_table` has asked before
         raise RealignerError(f"{path}: is empty; give a file with rows")
     with _one_line(lambda: f"{path}: is not a readable Parquet file; is it cut?"):
-        from pyarrow import parquet, types  # type: ignore[import-untyped]
+        from pyarrow import parquet  # type: ignore[import-untyped]
 
         limits = {"thrift_string_size_limit": _METADATA_MOST, "thrift_container_size_limit": _METADATA_MOST}
         schema = parquet.ParquetFile(path, **limits).schema_arrow
         columns = tuple(str(name) for name in schema.names)
-        # Texts stay as the file has them, each once: one text may be said a million times.
-        texts = [field.name for field in schema if types.is_string(field.type) or types.is_large_string(field.type)]
+        # Texts stay as the file has them, each once, those within lists and objects too: one may be said a million times.
+        leaves = parquet.ParquetFile(path, **limits).schema
+        texts = [leaf.path for leaf in map(leaves.column, range(len(leaves))) if leaf.logical_type.type == "STRING"]
         file = parquet.ParquetFile(path, read_dictionary=texts, **limits)
 
     def read(needed: Collection[str]) -> Iterator[Record]:
