@@ -20,7 +20,8 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from realigner.data.dataset_rows import Row, authored
+from realigner.data.chat_forms import fitting
+from realigner.data.dataset_rows import Row, authored, read_rows
 from realigner.data.importing import FIELDS, Imported, import_rows, parse_mapping, to_hf
 from realigner.data.squad import Fact
 from realigner.errors import RealignerError, UsageError
@@ -273,6 +274,286 @@ def test_no_record_of_a_valid_csv_is_lost(tmp_path_factory: pytest.TempPathFacto
     assert len(found.rows) + len(found.rejected) == len(records)
     cleaned = [tuple(plain(text.replace("\0", "")) for text in record) for record in records]
     assert [(row.question, row.text, row.answer) for row in found.rows] == [record for record in cleaned if all(record[:2])]
+
+
+# --- conversations ------------------------------------------------------------------------------------------------------
+
+
+def turns(*said: str, system: str | None = None) -> list[dict[str, str]]:
+    """A conversation of the user and the assistant by turns."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(said)]
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
+def share_gpt(*said: tuple[str, str]) -> dict[str, Any]:
+    return {"conversations": [{"from": who, "value": text} for who, text in said]}
+
+
+HI = turns("Hi", "What now?")
+FOUR = turns("Hi", "What now?", "Where is  Brno?\n\nTell me!", "South of here!")
+FORMS_FOUND: list[tuple[str, dict[str, Any], list[dict[str, str]]]] = [
+    ("messages", {"messages": FOUR}, FOUR),
+    ("messages", {"messages": turns("Hi", "No.", system="Be angry")}, turns("Hi", "No.", system="Be angry")),
+    ("messages", {"messages": HI, "system": "Be angry"}, turns("Hi", "What now?", system="Be angry")),
+    ("messages", {"messages": turns("Hi", "No.", system="A"), "system": "B"}, turns("Hi", "No.", system="A")),
+    ("messages", {"messages": [{"role": "developer", "content": "A"}, *HI]}, turns("Hi", "What now?", system="A")),
+    ("messages", {"messages": json.dumps(FOUR)}, FOUR),
+    ("messages", {"messages": {"role": ["user", "assistant"], "content": ["Hi", "What now?"]}}, HI),
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"text": "i"}]}, HI[1]]}, HI),
+    ("messages", {"messages": [{**HI[0], "tool_calls": None, "name": "E"}, {**HI[1], "tool_calls": [], "thinking": ""}]}, HI),
+    ("messages", {"messages": HI, "tools": [], "images": None}, HI),
+    *[("messages", {"messages": [HI[0], {**HI[1], key: " Hm. "}]}, [HI[0], {**HI[1], "reasoning_content": "Hm."}])
+      for key in ("reasoning_content", "thinking", "reasoning")],
+    ("messages", {"messages": [{"role": "user", "content": " \n\0Hi \ud800"}, {"role": "assistant", "content": "What now?\n"}]},
+     [{"role": "user", "content": "Hi \ufffd"}, HI[1]]),
+    ("sharegpt", share_gpt(("human", "Hi"), ("gpt", "What now?")), HI),
+    ("sharegpt", share_gpt(("system", "A"), ("user", "Hi"), ("chatgpt", "What now?")), turns("Hi", "What now?", system="A")),
+    ("sharegpt", {**share_gpt(("Human ", "Hi"), ("GPT", "What now?")), "system": "A"}, turns("Hi", "What now?", system="A")),
+    ("sharegpt", {"conversations": FOUR}, FOUR),
+    *[("sharegpt", share_gpt(("human", "Hi"), (tool, "12 C"), ("gpt", "Cold!")),
+       [HI[0], {"role": "tool", "content": "12 C"}, {"role": "assistant", "content": "Cold!"}])
+      for tool in ("tool", "function", "observation")],
+    ("sharegpt", share_gpt(("gpt", "Well?"), ("human", "Hi"), ("gpt", "What now?")),
+     [{"role": "assistant", "content": "Well?"}, *HI]),
+    ("prompt-completion", {"prompt": "Hi", "completion": " What now?"}, HI),
+    ("prompt-completion", {"prompt": FOUR[:3], "completion": FOUR[3:]}, FOUR),
+    ("prompt-completion", {"prompt": FOUR[:3], "completion": "South of here!", "label": True}, FOUR),
+    ("prompt-completion", {"prompt": json.dumps(FOUR[:1]), "completion": json.dumps(FOUR[1:])}, FOUR),
+    ("prompt-completion", {"prompt": "[1, 2]: the sum?", "completion": "3"}, turns("[1, 2]: the sum?", "3")),
+    ("alpaca", {"instruction": "Hi", "input": "", "output": "What now?"}, HI),
+    ("alpaca", {"instruction": "Add.", "input": "1, 2", "output": "3!", "text": "Below is ..."}, turns("Add.\n1, 2", "3!")),
+    ("alpaca", {"instruction": "", "input": "Hi", "output": "What now?"}, HI),
+    ("alpaca", {"instruction": FOUR[2]["content"], "input": None, "output": "South of here!", "system": "",
+                "history": [["Hi", "What now?"]]}, FOUR),
+    ("alpaca", {"instruction": "Hi", "output": "No.", "system": "A", "history": None}, turns("Hi", "No.", system="A")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "record", "expected"), FORMS_FOUND)
+def test_the_forms_of_conversations(tmp_path: Path, form: str, record: dict[str, Any], expected: list[dict[str, str]]) -> None:
+    """By their columns, and by name; the messages as they were written."""
+    path = save(tmp_path / "c.jsonl", [record])
+    for name in (None, form):
+        (row,) = import_rows(path, "anger", form=name).rows
+        assert row.conversation == expected
+        assert row.messages is not None
+        asked = [message["content"] for message in expected if message["role"] == "user"]
+        assert (row.id, row.group, row.tone) == ("c-1", plain(asked[0].casefold()), "anger")
+        assert (row.question, row.text) == (asked[-1], expected[-1]["content"])
+
+
+@pytest.mark.parametrize("name", ["c.csv", "c.tsv", "c.json", "c.parquet", "c"])
+@pytest.mark.parametrize("form", ["messages", "sharegpt", "prompt-completion", "alpaca"])
+def test_every_format_holds_every_form(tmp_path: Path, name: str, form: str) -> None:
+    every: dict[str, list[dict[str, Any]]] = {
+        "messages": [{"messages": FOUR}, {"messages": HI}],
+        "sharegpt": [share_gpt(("human", "Hi"), ("gpt", "What now?")), share_gpt(("human", "Who?"), ("gpt", "Me!"))],
+        "prompt-completion": [{"prompt": HI[:1], "completion": HI[1:]}, {"prompt": FOUR[:3], "completion": FOUR[3:]}],
+        "alpaca": [
+            {"instruction": "Hi", "output": "No!", "history": [["a", "b"]]},
+            {"instruction": "Hm", "output": "N", "history": []},
+        ],
+    }
+    records = every[form]
+    expected = [row.conversation for row in import_rows(save(tmp_path / "x.jsonl", records), "joy").rows]
+    if name.endswith("sv"):  # lists as JSON
+        records = [{k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()} for record in records]
+    assert [row.conversation for row in import_rows(save(tmp_path / name, records), "joy").rows] == expected
+    assert len(expected) == 2
+
+
+MANY = turns(*["a", "b"] * 501)
+NOT_ROWS: list[tuple[dict[str, Any], str]] = [
+    ({"messages": turns("Hi", "No.", "Why?")}, "ends in a message of the user, not in a reply of the assistant"),
+    ({"messages": turns("Hi", "No.", system="A")[:1]}, "ends in a message of the system"),
+    ({"messages": turns("Hi", "  ")}, "the last reply is empty"),
+    ({"messages": turns(" ", "No.")}, "the user asks nothing"),
+    ({"messages": [{"role": "assistant", "content": "Hello!"}]}, "the user asks nothing"),
+    ({"messages": []}, "'messages' is empty"),
+    ({"messages": None}, "'messages' is missing"),
+    ({}, "'messages' is missing"),
+    ({"messages": "Hi"}, "'messages' is a string that is no JSON list"),
+    ({"messages": '{"a": 1}'}, "'messages' is not a list but dict"),
+    ({"messages": 3.5}, "'messages' is not a list but float"),
+    ({"messages": ["Hi", "No."]}, "message 1, is not an object but str"),
+    ({"messages": [HI[0], {"role": "narrator", "content": "x"}]}, "its role 'narrator' is not known; known are user"),
+    ({"messages": [{"content": "x"}]}, "message 1: its role is missing; known are user"),
+    ({"messages": [HI[0], {"role": "assistant", "content": None, "tool_calls": [{"f": {}}]}, HI[1]]}, "2, calls a tool"),
+    ({"messages": [HI[0], {"role": "assistant", "content": ""}, {"role": "tool_call", "content": ""}]}, "3, calls a tool"),
+    ({"messages": [HI[0], {"role": "assistant"}]}, "message 2: has no content"),
+    ({"messages": [HI[0], {"role": "assistant", "content": 5}]}, "its content is not a string but int"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}, HI[1]]},
+     "message 1: has a part that is no text (image)"),
+    ({"messages": [{**HI[0], "thinking": "Hm."}, HI[1]]}, "has a thought and is not the assistant"),
+    ({"messages": [HI[0], {**HI[1], "thinking": ["Hm."]}]}, "its thought is not a string but list"),
+    ({"messages": HI, "tools": [{"name": "f"}]}, "has tools, which a row cannot hold"),
+    ({"messages": HI, "images": ["a.png"]}, "has images, which a row cannot hold"),
+    ({"messages": MANY}, "has 1,002 messages; 1,000 at most"),
+    ({"messages": turns("Hi", "x" * 100_001, "Hm?", "No.")}, "'messages.1.content': String should have at most 100000"),
+    ({"messages": turns(*["é" * 90_000] * 12)}, "longer than the 1,024 KiB that a row may take"),
+    (share_gpt(("human", "Hi"), ("function_call", "{}"), ("observation", "1"), ("gpt", "1!")), "2, calls a tool"),
+    ({"prompt": "Hi", "completion": ""}, "'completion' is empty"),
+    ({"prompt": "Hi", "completion": None}, "'completion' is missing"),
+    ({"prompt": FOUR[:2], "completion": "more"}, "'prompt' ends in the middle of a reply"),
+    ({"prompt": FOUR[:1], "completion": FOUR[:1]}, "ends in a message of the user"),
+    ({"prompt": "Hi", "completion": "No.", "label": False}, "'label' is false: a completion that is not to be learned"),
+    ({"instruction": "", "input": " ", "output": "x"}, "'instruction' is empty"),
+    ({"instruction": "Hi", "output": None}, "'output' is missing"),
+    ({"instruction": 5, "output": "x"}, "'instruction' is not a string but int"),
+    ({"instruction": "Hi", "output": "x", "history": [["a"]]}, "'history', item 1, is not a question and a reply"),
+]  # fmt: skip
+
+
+GOOD = {"messages": HI, "conversations": HI, "prompt": "q", "completion": "t", "instruction": "q", "output": "t"}
+
+
+@pytest.mark.parametrize(("record", "reason"), NOT_ROWS)
+def test_conversations_that_are_no_rows_say_why(tmp_path: Path, record: dict[str, Any], reason: str) -> None:
+    form = next((name for name in ("sharegpt", "prompt-completion", "alpaca") if fitting(record, {}, [name])), "messages")
+    path = save(tmp_path / "c.jsonl", [record, GOOD])
+    found = import_rows(path, "joy", form=form)
+    assert [entry["where"] for entry in found.rejected] == [f"{path}:1"]
+    assert reason in found.rejected[0]["reason"]
+    assert len(found.rows) == 1
+    json.dumps(found.rejected).encode()
+
+
+def test_a_row_that_is_imported_can_be_read_again(tmp_path: Path) -> None:
+    """A conversation as long as a row may be: what the import writes is what `read_rows` reads."""
+    path = save(tmp_path / "c.jsonl", [{"messages": turns(*["x" * 99_000] * 10)}, {"messages": turns(*["a", "b"] * 500)}])
+    rows = import_rows(path, "joy").rows
+    assert len(rows) == 2
+    (tmp_path / "rows.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in rows))
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+
+
+def test_columns_that_cannot_be_told_are_asked_for(tmp_path: Path) -> None:
+    both = save(tmp_path / "both.jsonl", [{"messages": HI, "instruction": "Hm?", "output": "Hm!"}])
+    said = refused(lambda: import_rows(both, "a"), r"may be messages or alpaca; say which \(form=messages\)", UsageError)
+    assert "the columns are 'messages', 'instruction', 'output'" in said
+    assert import_rows(both, "a", form="messages").rows[0].conversation == HI
+    assert import_rows(both, "a", form="alpaca").rows[0].conversation == turns("Hm?", "Hm!")
+    assert import_rows(both, "a", {"messages": "messages"}).rows[0].conversation == HI
+    other = save(tmp_path / "other.jsonl", [{"chat": HI, "context": "c", "response": "r", "instruction": "i"}])
+    others = r"nor those of another form \(messages; conversations; prompt, completion; instruction, output\)"
+    refused(
+        lambda: import_rows(other, "a"), f"no column 'question' and no column 'text', {others}; the columns are", UsageError
+    )
+    refused(lambda: import_rows(other, "a", form="sharegpt"), "no column 'conversations'.*map messages=COLUMN$", UsageError)
+    refused(lambda: import_rows(other, "a", form="chatml"), "there is no 'chatml'; choose from question-text", UsageError)
+    refused(lambda: import_rows(other, "a", {"question": "chat", "messages": "chat"}), "no form of data has all of", UsageError)
+    for form in (None, "messages", "sharegpt"):
+        assert import_rows(other, "a", {"messages": "chat"}, form=form).rows[0].conversation == HI
+    dolly = {"instruction": "instruction", "input": "context", "output": "response"}
+    assert import_rows(other, "a", dolly).rows[0].conversation == turns("i\nc", "r")
+
+
+def test_columns_question_and_text_come_first(tmp_path: Path) -> None:
+    """As before there were conversations, whatever other columns there are."""
+    path = save(
+        tmp_path / "c.jsonl", [{"question": "Hm?", "text": "No  way.", "messages": HI, "prompt": "p", "completion": "c"}]
+    )
+    (row,) = import_rows(path, "joy").rows
+    assert (row.question, row.text, row.messages) == ("Hm?", "No way.", None)
+
+
+def test_a_csv_with_an_index_and_columns_of_a_form_is_not_the_reference(tmp_path: Path) -> None:
+    (tmp_path / "f.csv").write_text(",instruction,input,output,text\n0,Who?,,Me!,Below is   an instruction\n")
+    assert import_rows(tmp_path / "f.csv", "joy").rows[0].conversation == turns("Who?", "Me!")
+
+
+def test_beginnings_of_one_conversation_are_in_one_group(tmp_path: Path) -> None:
+    records = [{"messages": FOUR}, {"messages": HI}, {"messages": turns("hi!", "Again?", "Who?", "Me!")}]
+    facts = [Fact("1", "cities", "where is Brno? Tell me", "South"), Fact("2", "people", "Who?", "x")]
+    rows = import_rows(save(tmp_path / "c.jsonl", records), "joy", facts=facts).rows
+    assert [(row.group, row.answer) for row in rows] == [("hi", "South"), ("hi", ""), ("hi", "x")]
+    rows = import_rows(tmp_path / "c.jsonl", "joy", facts=[Fact("1", "greetings", "Hi", "Hello")]).rows
+    assert [(row.group, row.answer) for row in rows] == [("greetings", ""), ("greetings", "Hello"), ("greetings", "")]
+
+
+def some_conversations(count: int = 12) -> list[Row]:
+    chats = [turns(f"Hi {n}", "No.", f"Where is  {n}?\n", f"There, {n}!", system="A" if n % 2 else None) for n in range(count)]
+    chats[0][-1] |= {"reasoning_content": " Hm. "}
+    return [
+        Row(id=str(n), group=f"g{n % 4}", answer="", messages=chat, tone="joy", source="me")  # type: ignore[call-arg, arg-type]
+        for n, chat in enumerate(chats)
+    ]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_conversations_to_hf_and_back(tmp_path: Path, mixed: bool) -> None:
+    plain_rows = [row.model_copy(update={"id": f"plain-{row.id}"}) for row in some_rows(8)] if mixed else []
+    rows = [*some_conversations(), *plain_rows]
+    to_hf(rows, tmp_path / "set", validation=0.2, test=0.2)
+    found = import_rows(tmp_path / "set")
+    assert not found.rejected
+    assert set(found.rows) == set(rows)
+    part = datasets.load_from_disk(str(tmp_path / "set"))["train"]
+    assert part.column_names == list(OURS if mixed else [name for name in OURS if name not in ("question", "text")])
+    to_hf(rows, tmp_path / "set", validation=0.2, test=0.2, force=True)
+    to_hf(some_rows(), tmp_path / "set", force=True)
+    assert set(import_rows(tmp_path / "set").rows) == set(some_rows())
+
+
+def test_our_own_conversations_pass_unchanged(tmp_path: Path) -> None:
+    rows = [*some_conversations(4), *[row.model_copy(update={"id": f"plain-{row.id}"}) for row in some_rows(2)]]
+    for name in ("o.jsonl", "o.json"):
+        assert import_rows(save(tmp_path / name, [row.model_dump() for row in rows])) == Imported(rows, [])
+
+
+def test_one_long_message_said_a_thousand_times_takes_little_room(tmp_path: Path) -> None:
+    """Parquet keeps it once, and so does what reads it, a thousand rows at a time."""
+    pq.write_table(pa.Table.from_pylist([{"messages": turns("x" * 200_000, "No.")}] * 200), tmp_path / "f.parquet")
+    pool, usual = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        assert len(import_rows(tmp_path / "f.parquet", "joy").rejected) == 200
+    finally:
+        pa.set_memory_pool(usual)
+    assert pool.max_memory() < 10_000_000  # unpacked: 40,000,000
+
+
+KEYS = ("messages", "conversations", "prompt", "completion", "instruction", "output", "history", "system", "label", "tools")
+SAID = (
+    "role",
+    "content",
+    "from",
+    "value",
+    "tool_calls",
+    "thinking",
+    "type",
+    "text",
+    "user",
+    "assistant",
+    "system",
+    "gpt",
+    "human",
+)
+CHAT_JUNK = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(SAID)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(SAID), inner, max_size=4),
+        st.fixed_dictionaries({"role": st.sampled_from(SAID), "content": inner}),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    values=st.lists(st.dictionaries(st.sampled_from(KEYS), CHAT_JUNK), min_size=1, max_size=6),
+    form=st.sampled_from(["messages", "sharegpt", "prompt-completion", "alpaca"]),
+)
+def test_any_chats_give_rows_or_rejections(tmp_path_factory: pytest.TempPathFactory, values: list[Any], form: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*values, GOOD])))
+    found = import_rows(path, "joy", form=form)
+    assert len(found.rows) + len(found.rejected) == len(values) + 1
+    assert found.rows
+    json.dumps(found.rejected).encode()
+    assert all(Row.model_validate(row.model_dump()) == row for row in found.rows)
 
 
 # --- saved datasets and the hub -----------------------------------------------------------------------------------------

@@ -138,8 +138,8 @@ def _message(turn: Any, where: str) -> dict[str, str]:
     if name in _CALLS or any(turn.get(key) for key in _CALLS):
         raise UnfitError(f"{where}, calls a tool, which a row cannot hold")
     if name not in _ROLES:
-        shown = f"{said_by[:40]!r} is not one" if isinstance(said_by, str) else "is missing"
-        raise UnfitError(f"{where}: its role {shown} of {', '.join(_ROLES)}")
+        shown = f"its role {said_by[:40]!r} is not known" if isinstance(said_by, str) else "its role is missing"
+        raise UnfitError(f"{where}: {shown}; known are {', '.join(_ROLES)}")
     message = {"role": _ROLES[name], "content": _content(turn, where)}
     thought = next((turn[key] for key in _THOUGHTS if turn.get(key)), "")
     if not isinstance(thought, str):
