@@ -24,7 +24,7 @@ app = typer.Typer(help="Tone datasets: make, import and check them.", no_args_is
 
 REWRITERS = ("template", "host", "openai")
 ToneName = Annotated[str, Option(help="A built-in tone (see: realigner data tones), or a TOML file.")]
-Squad = Annotated[Path, Option(help="A SQuAD 1.1 or 2.0 file.")]
+Squad = Annotated[Path, Option(help="A SQuAD file: JSON of 1.1 or 2.0, or rows (JSON, JSONL, Parquet).")]
 _TURNS_SHOWN = 5
 on_host = partial(Option, rich_help_panel="Rewriter host")
 on_endpoint = partial(Option, rich_help_panel="Rewriter openai")
@@ -294,7 +294,9 @@ def _facts(squad: Path, sample: int | None, seed: int) -> tuple[list[Fact], dict
     skipped = Skipped()
     facts = list(read_squad(squad, skipped))
     if not facts:
-        raise RealignerError(f"{squad}: has no question with an answer ({_listed(dict(skipped.counts)) or 'it is empty'})")
+        raise RealignerError(
+            f"{squad}: has no question with an answer ({_listed(dict(skipped.counts)) or 'no questions at all'})"
+        )
     if sample is not None and sample < len(facts):
         facts = [facts[n] for n in sorted(random.Random(seed).sample(range(len(facts)), sample))]
     return facts, dict(skipped.counts), {"squad": squad.name, "squad_sha256": file_sha256(squad)}

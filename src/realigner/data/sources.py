@@ -156,7 +156,12 @@ def _json(path: Path, _: bool) -> Table:
     return Table(str(path), tuple(columns), read)
 
 
-def _parquet(path: Path, _: bool) -> Table:
+def read_parquet(path: Path) -> Table:
+    """A Parquet file; its rows are read a thousand at a time.
+
+    Raises:
+        RealignerError: when it is cut, damaged, or unpacks to more than there is room for.
+    """
     if not path.stat().st_size:  # `open_table` has asked before
         raise RealignerError(f"{path}: is empty; give a file with rows")
     with _one_line(lambda: f"{path}: is not a readable Parquet file; is it cut?"):
@@ -272,5 +277,5 @@ _READERS: dict[str, Callable[[Path, bool], Table]] = {
     ".jsonl": _json,
     ".ndjson": _json,
     ".json": _json,
-    ".parquet": _parquet,
+    ".parquet": lambda path, _: read_parquet(path),
 }
