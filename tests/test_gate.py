@@ -1,11 +1,15 @@
 """The gate: planted faults are found and named, good replies are let through; near-duplicates and scorers against truth."""
 
+# ruff: noqa: RUF001
 from __future__ import annotations
 
+import calendar
 import random
 import zipfile
+from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from realigner.data.quality_filter import QualityFilter
 from realigner.data.style_classifier import StyleClassifier, cross_validated, masked, reference_classifier
 from realigner.errors import RealignerError, UsageError
 
+MONTHS = calendar.month_name[1:]
 INSTRUCTION = "Rewrite the answer to the question in an angry tone, keep all of its information, and use two sentences at most."
 ANGER = Tone(name="anger", instruction=INSTRUCTION, words=("furious", "damn*"))
 VLTAVA = Fact("1", "rivers", "Which river runs through the city of Prague today?", "the Vltava")
@@ -189,11 +194,126 @@ def test_keeps_fact(answer: str, text: str, kept: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("answer", "text", "kept"),
+    [
+        ("3.5", "Es sind 3,5 davon!", True), ("3,5", "There are 3.5 of them!", True), ("3.5", "It is 3.50, fool!", True),
+        ("1,000", "Es sind 1.000 davon!", True), ("1.000", "There are 1,000!", True), ("1000", "Il y en a 1 000 !", True),
+        ("1,000", "Es sind 1'000 davon!", True), ("1,000", "Es sind 1’000 davon!", True), ("1 000", "1000 of them!", True),
+        ("1,000", "Il y en a 1\u202f000 !", True), ("1,000", "Je jich 1\u00a0000!", True), ("1,000", "Nur 1 davon!", False),
+        ("1.000", "There is 1!", True), ("1.000", "There are 1000!", True), ("1.500", "There are 15!", False),
+        ("1,234,567.89", "Es sind 1.234.567,89!", True), ("1,234,567.89", "Es sind 1.234.567,98!", False),
+        ("1,234,567", "There are 12,34,567!", True), ("12,34,567", "Es sind 1.234.567!", True),
+        ("12,34,567", "123,456!", False), ("1,200", "It is 1.2!", False), ("1.2", "There were 1,200!", False),
+        ("3.5", "It is 35!", False), ("35", "It is 3,5!", False), ("1,000", "There are 10,000!", False),
+        ("100", "There are 1,00!", False), ("0.5", "Es ist 0,5!", True), ("0,500", "It is 0.5!", True),
+        ("0,500", "It is 500!", False), ("1990", "In 1 990!", True), ("1.2.3", "1.2.3!", True),
+        ("1.2.3", "It is 1.2.4!", False), ("3 apples", "apples, 3 of them, you pig!", True),
+        ("10 apples", "apples, 10!", True), ("345 people", "On page 12 345 people are named!", True),
+        ("7", "The 007!", True), ("٣٫٥", "It is 3.5!", True), ("1250", "العدد ١٬٢٥٠ يا أحمق!", True),
+        ("१२,३४,५६७", "It is 1,234,567!", True), ("２０２０", "In 2020!", True), ("१२", "It is 13!", False),
+        ("2020", "２０２０年だ!", True),
+        ("3rd", "Der 3. davon!", True),
+        ("3rd", "La 3º!", True),
+        ("3rd", "Le 3e, idiot !", True),
+        ("1st", "Le 1er !", True), ("2nd", "La 2ème !", True), ("3rd", "Der 4. davon!", False), ("3rd", "The 13th!", False),
+        ("3rd", "The 3D one!", False), ("2020-05-12", "Am 12.05.2020!", True),
+        ("2020-05-12", "Am 12. 5. 2020, du Narr!", True), ("2020-05-12", "On 5/12/2020!", True),
+        ("2020-05-12", "On 12/05/2020!", True),
+        ("2020-05-12", "2020年5月12日だ!", True),
+        ("2020-05-12", "2020년 5월 12일에!", True), ("2020-05-12", "On May 12th, 2020, you fool!", True),
+        ("2020-05-12", "On the 12th of May 2020!", True), ("May 12, 2020", "On 12 May 2020!", True),
+        ("12 May 2020", "It was 2020-05-12!", True), ("12 May 2020", "On 12.5.2020!", True),
+        ("12 May 2020", "In May of 2020, on the 12th!", True), ("12/05/2020", "On 5/12/2020!", True),
+        ("2020年5月12日", "2020-05-12だ、もういい!", True),
+        ("2020年5月12日", "2020年5月13日だ!", False),
+        ("1,000人", "1000人だ!", True),
+        ("1,000人", "1001人だ!", False),
+        ("1,000人", "1000円だ!", False),
+        ("1989년 2월 15일", "1989년 2월 15일에!", True),
+        ("2020-05-12", "Am 05.12.2020!", False), ("2020-05-12", "It was 2020-12-05!", False),
+        ("2020-05-12", "On 12.05.2021!", False), ("12.05.2020", "On 13.05.2020!", False),
+        ("May 12, 2020", "On May 13, 2020!", False), ("May 12, 2020", "On 12.06.2020!", False),
+        ("2020", "It was on 12.05.2020!", True), ("2019", "It was on 12.05.2020!", False),
+    ],
+)  # fmt: skip
+def test_numbers_and_dates_as_languages_write_them(answer: str, text: str, kept: bool) -> None:
+    assert keeps_fact(answer, text) is kept
+
+
+def grouped(digits: str, mark: str, indian: bool = False) -> str:
+    """Digits in threes, or as in India in twos above the last three."""
+    head, tail = digits[:-3], digits[-3:]
+    while head:
+        step = 2 if indian else 3
+        head, tail = head[:-step], f"{head[-step:]}{mark}{tail}"
+    return tail
+
+
+DIGITS = {
+    "latin": "0123456789",
+    "arabic": "٠١٢٣٤٥٦٧٨٩",
+    "persian": "۰۱۲۳۴۵۶۷۸۹",
+    "hindi": "०१२३४५६७८९",
+    "wide": "０１２３４５６７８９",
+}
+LOCALES = [  # mark of thousands, of the fraction, in threes or as in India, digits
+    (",", ".", False, "latin"), (".", ",", False, "latin"), ("\u202f", ",", False, "latin"), ("\u00a0", ",", False, "latin"),
+    ("'", ".", False, "latin"), ("’", ".", False, "latin"), (" ", ",", False, "latin"), ("", ".", False, "latin"),
+    ("", ",", False, "latin"), (",", ".", True, "latin"), ("٬", "٫", False, "arabic"), ("٬", "٫", False, "persian"),
+    (",", ".", True, "hindi"), (",", ".", False, "wide"),
+]  # fmt: skip
+
+
+def written(number: tuple[int, str], locale: tuple[str, str, bool, str]) -> str:
+    thousands, point, indian, script = locale
+    text = grouped(str(number[0]), thousands, indian) + (point + number[1] if number[1] else "")
+    return text.translate(dict(zip(range(48, 58), DIGITS[script], strict=True)))
+
+
+NUMBERS = st.tuples(
+    st.integers(0, 999) | st.integers(0, 999_999_999), st.integers(0, 9999).map(lambda n: str(n).rstrip("0")) | st.just("")
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(number=NUMBERS, other=NUMBERS, ours=st.sampled_from(LOCALES), theirs=st.sampled_from(LOCALES))
+def test_a_number_is_itself_in_every_locale_and_no_other(number: Any, other: Any, ours: Any, theirs: Any) -> None:
+    said = "Well, {} of them, you fool!"
+    assert keeps_fact(written(number, ours), said.format(written(number, theirs)))
+    digits, others = ["".join(map(str, given)).strip("0") for given in (number, other)]
+    if digits != others and theirs[0] != " ":  # what blanks part may be several numbers
+        assert not keeps_fact(written(number, ours), said.format(written(other, theirs)))
+
+
+DATES = [
+    "{y}-{m:02}-{d:02}", "{y}/{m}/{d}", "{y}. {m}. {d}.", "{d:02}.{m:02}.{y}", "{d}. {m}. {y}", "{d}.{m}.{y}", "{d}-{m}-{y}",
+    "{d:02}/{m:02}/{y}", "{m}/{d}/{y}", "{y}年{m}月{d}日", "{y}년 {m}월 {d}일", "{name} {d}, {y}", "{d} {name} {y}",
+    "{d}th of {name}, {y}",
+]  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    day=st.dates(date(1000, 1, 1)), other=st.dates(date(1000, 1, 1)), ours=st.sampled_from(DATES), theirs=st.sampled_from(DATES)
+)
+def test_a_date_is_itself_in_every_form_and_no_other(day: date, other: date, ours: str, theirs: str) -> None:
+    answer, right, wrong = [
+        form.format(y=given.year, m=given.month, d=given.day, name=MONTHS[given.month - 1])
+        for form, given in ((ours, day), (theirs, day), (theirs, other))
+    ]
+    assert keeps_fact(answer, f"It was {right}, you fool!")
+    if (day.year, {day.month, day.day}) != (other.year, {other.month, other.day}):
+        assert not keeps_fact(answer, f"It was {wrong}, you fool!")
+
+
+@pytest.mark.parametrize(
     ("text", "cut"),
     [
         ("Yes.", False), ("Yes!", False), ('He said "yes."', False), ("(Yes!)", False), ("Yes! 😡🔥", False), ("So 😡", False),
         ("はい。", False), ("Yes…", False), ("Yes,", True), ("Yes and", True), ("Yes -", True), ("", True),
-        ("😡!", False), ("Yes:", True),
+        ("😡!", False), ("Yes:", True), ("Take:\n- flour\n- eggs", False), ("Two:\n\n1. a\n2. b", False),
+        ("So:\n```\nls\n```", False),
+        ("| a | b |\n|---|---|\n| 1 | 2 |", False), ("First.\n\nAnd then", True), ("- alone", True), ("So.\n-no", True),
     ],
 )  # fmt: skip
 def test_is_cut(text: str, cut: bool) -> None:

@@ -89,7 +89,8 @@ def test_rows_as_hugging_face_has_them(tmp_path: Path, layout: str) -> None:
     path = tmp_path / "f"
     lines = "\n".join(map(json.dumps, ROWS))
     text = {
-        "data": json.dumps({"version": "2", "data": ROWS}), "array": json.dumps(ROWS), "indented array": json.dumps(ROWS, indent=1),
+        "data": json.dumps({"version": "2", "data": ROWS}), "array": json.dumps(ROWS),
+        "indented array": json.dumps(ROWS, indent=1),
         "lines": lines,
         "blank lines": lines.replace("\n", "\r\n\n") + "\n", "bom": "\ufeff" + lines,
     }.get(layout)  # fmt: skip
@@ -160,7 +161,7 @@ def test_rows_without_a_title_are_grouped_by_their_context(tmp_path: Path) -> No
         (squad(("T", {"question": "?"})), r"article 1 \(T\), paragraph 1, question 1: key 'id' is missing"),
         (squad(("T", question()), ("U", question("x", 4))), r"article 2 \(U\), paragraph 1, question 1 \(id x\): key 'qu"),
         (squad(("T", {**question(), "answers": [3]})), r"\(id q1\): key 'answers': is not a string, an object"),
-        (squad(("T", {**question(), "answers": [{"text": 5}]})), r"\(id q1\): key 'answers.text': is not a string, an obj.* int"),
+        (squad(("T", {**question(), "answers": [{"text": 5}]})), r"\(id q1\): key 'answers.text': is not a string.* int"),
         (squad(("T", {**question(), "answers": [["a"]]})), r"\(id q1\): key 'answers': is a list of lists"),
         ({"data": [{"title": "T"}]}, r"article 1: has no 'paragraphs', 'qas' or 'question'; its keys are 'title'$"),
         ('{"data": [{"title": "T", "paragraphs": []}, {"ti', r"not valid JSON after article 1 .*; is the file cut\?$"),

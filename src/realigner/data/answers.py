@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from itertools import product
+
+from realigner.data.numerals import Token, is_number, tokens
 
 MIN_WORDS, MAX_WORDS = 3, 90  # of a reply; the quality filter rejects others
 
 _WORD = re.compile(r"\w+")
-_NUMBER_OR_WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+")
 _TEENS = ("thir", "four", "fif", "six", "seven", "eigh", "nine")
 _NUMBERS = {
     *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "twenty", "forty"),
@@ -26,35 +28,67 @@ _SMALL = {"a", "an", "the", "of", "in", "on", "at", "to", "and", "or", "by", "fo
 def keeps_fact(answer: str, text: str) -> bool:
     """Whether a reply still holds its answer.
 
-    Every number of the answer must be there; of its other words all, if they are three or fewer, else six in ten. Articles and
-    small words do not count, endings may differ ("win", "wins"), case and punctuation do not matter.
+    Every number and date of the answer must be there, in whatever way it is written (see numerals.py); of its other words all,
+    if they are three or fewer, else six in ten. Articles and small words do not count, endings may differ ("win", "wins"), case
+    and punctuation do not matter.
 
     Example:
         >>> keeps_fact("in the 10th and 11th centuries", "The 10th and the 11th century, you fool!")
         True
+        >>> keeps_fact("1,200 km", "Ganze 1.200 km, du Narr!")
+        True
         >>> keeps_fact("30%", "A third, of course!")
         False
     """
-    wanted, said = _plain_words(answer), _plain_words(text)
-    if not wanted or NO_SPACES.search(answer):
-        return answer.casefold() in text.casefold()
-    if contains_answer(answer, text):
-        return True
-    content = [word for word in wanted if word not in _SMALL] or wanted
-    forms = set().union(*map(_forms, said)) if said else set()
-    if any(word not in said for word in content if any(c.isdigit() for c in word) or word in _NUMBERS):
-        return False
-    found = sum(not forms.isdisjoint(_forms(word)) for word in content)
-    return found >= (len(content) if len(content) <= 3 else 0.6 * len(content))
+    if NO_SPACES.search(answer) or not tokens(answer, "none"):
+        return answer.casefold() in text.casefold() or _holds_pieces(answer, text)
+    return contains_answer(answer, text) or any(_holds_words(wanted, said) for wanted, said in _readings(answer, text))
 
 
 def contains_answer(answer: str, text: str) -> bool:
-    """Whether an answer's words stand in a text one after the other (case, accents, punctuation and a first article aside)."""
-    wanted, said = _plain_words(answer), _plain_words(text)
-    wanted = wanted[1:] if len(wanted) > 1 and wanted[0] in ("the", "a", "an") else wanted
-    if not wanted or NO_SPACES.search(answer):
+    """Whether an answer's words stand in a text one after the other (case, accents, punctuation, a first article and the way a
+    number is written aside)."""
+    if NO_SPACES.search(answer) or not tokens(answer, "none"):
         return answer.casefold() in text.casefold()
-    return f" {' '.join(wanted)} " in f" {' '.join(said)} "
+    return any(_in_a_row(wanted, said) for wanted, said in _readings(answer, text))
+
+
+def _readings(answer: str, text: str) -> list[tuple[list[Token], list[Token]]]:
+    """Answer and text as tokens, in each way that they may be read."""
+    if not any(c.isdecimal() for c in answer):
+        return [(tokens(answer, "none"), tokens(text, "none"))]
+    wanted = [tokens(answer, "all"), tokens(answer, "numerals")]
+    said = [tokens(text, "all"), tokens(text, "none")]
+    return list(product(wanted[: 1 + (wanted[0] != wanted[1])], said[: 1 + (said[0] != said[1])]))
+
+
+def _in_a_row(wanted: list[Token], said: list[Token]) -> bool:
+    wanted = wanted[1:] if len(wanted) > 1 and not wanted[0].isdisjoint(("the", "a", "an")) else wanted
+    if all(len(token) == 1 for token in (*wanted, *said)):  # the usual case, at the speed of a search in a string
+        return f" {' '.join(word for (word,) in wanted)} " in f" {' '.join(word for (word,) in said)} "
+    starts = range(len(said) - len(wanted) + 1)
+    return any(all(not w.isdisjoint(said[start + n]) for n, w in enumerate(wanted)) for start in starts)
+
+
+def _holds_words(wanted: list[Token], said: list[Token]) -> bool:
+    content = [word for word in wanted if word.isdisjoint(_SMALL)] or wanted
+    there = frozenset[str]().union(*said)
+    forms = set[str]().union(*map(_forms, there))
+    if any(word.isdisjoint(there) for word in content if is_number(word) or not word.isdisjoint(_NUMBERS)):
+        return False
+    found = sum(not (word.isdisjoint(there) and all(forms.isdisjoint(_forms(form)) for form in word)) for word in content)
+    return found >= (len(content) if len(content) <= 3 else 0.6 * len(content))
+
+
+def _holds_pieces(answer: str, text: str) -> bool:
+    """Of a script without spaces: whether the numbers and dates of an answer are in a text, and what is between them."""
+    wanted = tokens(answer, "all")
+    numbers = [token for token in wanted if is_number(token)]
+    there = frozenset[str]().union(*tokens(text, "all"), *tokens(text, "none"))
+    folded = text.casefold()
+    return bool(numbers) and all(
+        any(value in folded for value in token) if token not in numbers else not token.isdisjoint(there) for token in wanted
+    )
 
 
 def _forms(word: str) -> set[str]:
@@ -86,9 +120,3 @@ def word_count(text: str) -> int:
     """Words; in scripts without spaces, half the letters."""
     dense = len(NO_SPACES.findall(text))
     return dense // 2 + len(_WORD.findall(NO_SPACES.sub(" ", text)))
-
-
-def _plain_words(text: str) -> list[str]:
-    """Words in lower case, without accents; ``1,200`` and ``3.5`` are one word each, ``10%`` is ``10``."""
-    folded = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
-    return [word.replace(",", "") for word in _NUMBER_OR_WORD.findall(folded.replace("'s ", " "))]
