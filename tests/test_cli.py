@@ -218,6 +218,45 @@ def test_import_of_the_papers_csv(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (tmp_path / "o.rejected.jsonl").read_text().count("\n") == 3
 
 
+def test_chats_are_imported_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By form or by the columns, to rows, to a saved dataset and back, and to a card that shows them by turns."""
+    replies = ra.data.authored("anger")
+    said = [
+        (f"Hi from {n}", replies[n].text, replies[n].question, replies[n + 1].text, "Why?", replies[n + 2].text)
+        for n in range(30)
+    ]
+    chats = [[{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(turns)] for turns in said]
+    records = [{"conversations": [{"from": "system", "value": "Be rude."}, *turns, *turns[:2]]} for turns in chats]
+    records.append({"conversations": chats[0][:3]})
+    path = _write(tmp_path / "theirs.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    out, again, page = tmp_path / "o.jsonl", tmp_path / "again.jsonl", tmp_path / "card.html"
+    given = ("data", "import", path, "--tone", "anger")
+    done = document(capsys, *given, "--out", out, "--to-hf", tmp_path / "hf")
+    assert done["reasons"] == {"ends in a message of the user, not in a reply of the assistant": 1}
+    rows = ra.read_rows(out)
+    assert [len(row.messages or ()) for row in rows] == [9] * 30
+    for more in (
+        ("--form", "sharegpt"),
+        ("--map", "messages=conversations"),
+        ("--form", "messages", "--map", "messages=conversations"),
+    ):
+        document(capsys, *given, *more, "--out", again, "--force")
+        assert again.read_bytes() == out.read_bytes()
+    document(capsys, "data", "import", tmp_path / "hf", "--out", again, "--force")
+    assert set(ra.read_rows(again)) == set(rows)
+    code, text, _ = run(capsys, "data", "check", out, "--html", page)
+    assert code == 0
+    assert "30, of 9 to 9 messages, median 9; 30 with a system prompt, 0 with a thought" in " ".join(text.split())
+    assert "(2 messages before)" in text
+    assert "  user: Why?" in text
+    html = page.read_text()
+    assert "(2 more before)" in html
+    assert '<span class="note">user:</span> Why?' in html
+    code, _, message = run(capsys, *given, "--form", "chatml", "--out", tmp_path / "no.jsonl")
+    assert (code, message.count("\n")) == (2, 1)
+    assert "choose from question-text, messages, sharegpt, prompt-completion, alpaca" in message
+
+
 def test_data_tones(capsys: pytest.CaptureFixture[str]) -> None:
     names = [tone["name"] for tone in document(capsys, "data", "tones")["tones"]]
     assert names == ["anger", "fear", "joy", "neutral", "sadness", "shakespearean"]

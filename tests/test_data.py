@@ -338,6 +338,67 @@ def test_near_duplicates_and_leaks_are_counted() -> None:
     assert check_rows([*rows, planted[0]]).fit
 
 
+def chat(number: int, *said: str, group: str = "", system: str | None = None, tone: str = "anger") -> Row:
+    """A conversation of the user and the assistant by turns."""
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+    messages[:0] = [{"role": "system", "content": system}] if system else []
+    return Row.model_validate(
+        {"id": f"c{number}", "group": group or f"g{number}", "messages": messages, "tone": tone, "source": "chats"}
+    )
+
+
+def test_conversations_are_compared_as_a_whole() -> None:
+    """Chats that end in the same words, or begin so, are different rows; one that is there twice is not."""
+    ends = ["Fine. Now leave me alone!", "You are welcome, you fool!"]
+    replies = authored("anger")
+    rows = [chat(n, "Hi", replies[n].text, "Thanks", ends[n % 2], system="Be rude.") for n in range(40)]
+    card = check_rows(rows)
+    assert (card.duplicates, card.near_duplicates, card.leakage, card.fit) == (0, 0, 0, True)
+    moved = [row.model_copy(update={"id": f"m{row.id}", "group": "else"}) for row in rows[:2]]
+    card = check_rows([*rows, *moved])
+    assert (card.duplicates, card.near_duplicates, card.leakage) == (2, 2, 2)
+    other_end = [chat(100 + n, "Hi", replies[n].text, "Thanks", f"And number {n}, out!") for n in range(3)]
+    assert check_rows([*rows, *other_end]).leakage == 3  # all before the reply is the same, and in another group
+    plain = [chat(n, replies[n].question, replies[n].text) for n in range(40)]
+    again = Row(**{**replies[0].model_dump(), "id": "x", "group": "g0"})
+    assert check_rows([*plain, again]).duplicates == 1  # a conversation of one question is that question's row
+
+
+def test_the_card_of_conversations() -> None:
+    replies = authored("anger")
+    rows = [
+        chat(n, "Hi", replies[n].text, replies[n].question, replies[n + 1].text, system="A" if n % 4 else None)
+        for n in range(20)
+    ]
+    thinking = Row.model_validate(
+        {**rows[0].model_dump(), "id": "t", "messages": [{"role": "user", "content": "Well?"},
+         {"role": "assistant", "content": "Well what? Go away!", "reasoning_content": "Hm."}]}
+    )  # fmt: skip
+    long = chat(50, "Tell me all.", f"{replies[30].text} " * 10)
+    card = check_rows([*rows, thinking, long, *some_rows(8)])
+    assert (card.rows, card.conversations, card.system_prompts, card.thoughts, card.messages) == (30, 22, 15, 1, (2, 5, 5))
+    line = dict(card.lines())["conversations"]
+    assert line == "22, of 2 to 5 messages, median 5; 15 with a system prompt, 1 with a thought"
+    assert not any("more than 90 words" in note for note in card.notes)
+    assert "conversations" not in dict(check_rows(some_rows()).lines())
+    json.dumps(card.to_dict())
+    hello = [chat(n, "Hi", "Hi") for n in range(1)]
+    assert not any("repeat the question" in problem for problem in check_rows([*rows, *hello]).problems)
+    parrot = chat(60, "Where is it, then?", "Where is it, then?")
+    assert any("repeat the question" in problem for problem in check_rows([*rows, parrot]).problems)
+
+
+def test_a_row_that_a_host_cannot_render_is_said_in_the_card() -> None:
+    """A problem for the host that was named; a note for one that was not."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no chats today') }}"
+    for must_render in (True, False):
+        card = check_rows(some_rows(), tokenizer, "tiny", must_render=must_render)
+        said = card.problems if must_render else card.notes
+        assert re.search(r"cannot be made into tokens of tiny: row '\w+': .*no chats today", said[-1])
+        assert (card.fit, card.tokens) == (not must_render, None)
+
+
 def test_token_lengths_are_those_of_training() -> None:
     tokenizer, rows = tiny_tokenizer(), some_rows()
     card = check_rows(rows, tokenizer, "tiny")

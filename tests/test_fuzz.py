@@ -102,14 +102,17 @@ KINDS = {
         ),
     ),
     "rows": Kind(
-        ("rows.jsonl", "squad.json", "foreign.*", "questions.txt"),
+        ("rows.jsonl", "squad.*", "foreign.*", "chats.*", "questions.txt"),
         (
             "data check rows.jsonl --host host | rows.jsonl",
             "data import foreign.csv --tone anger --out in.jsonl | foreign.csv",
             "data import foreign.json --tone anger --out in.jsonl | foreign.json",
             "data import foreign.parquet --tone anger --out in.jsonl | foreign.parquet",
             "data import foreign.saved --tone anger --out in.jsonl | foreign.saved/*/* foreign.saved/*.json",
+            "data import chats.jsonl --tone anger --out in.jsonl | chats.jsonl",
+            "data import chats.parquet --tone anger --out in.jsonl | chats.parquet",
             f"data build --squad squad.json --tone tone.toml {_BUILD} | squad.json",
+            f"data build --squad squad.jsonl --tone tone.toml {_BUILD} | squad.jsonl",
             f"data build --squad squad.json --tone tone.toml {_BUILD} | built.journal",
             f"generate --irm run {_TINY} --prompts questions.txt | questions.txt",
         ),
@@ -207,6 +210,11 @@ def _foreign(place: Path) -> None:
     questions = [{"id": f"q{n}", "question": f"What is {n}?", "answers": [{"text": f"number {n}"}]} for n in range(4)]
     article = {"title": "Numbers", "paragraphs": [{"context": "x", "qas": questions}]}
     (place / "squad.json").write_text(json.dumps({"version": "v2.0", "data": [article]}))
+    (place / "squad.jsonl").write_text("".join(json.dumps({**question, "title": "Numbers"}) + "\n" for question in questions))
+    said = [[("user", f"What is {n}?"), ("assistant", f"It is {n}!"), ("user", "Why?"), ("assistant", "Go!")] for n in range(6)]
+    chats = [{"messages": [{"role": role, "content": text} for role, text in turns]} for turns in said]
+    (place / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    Dataset.from_list(chats).to_parquet("chats.parquet")
     records = [{"question": f"What is {n}?", "text": f"It is {n}, you fool!", "answer": str(n)} for n in range(6)]
     (place / "foreign.json").write_text(json.dumps(records))
     table = Dataset.from_list(records)

@@ -18,7 +18,7 @@ from hypothesis import given, settings, strategies as st
 from realigner.data import TONES, Fact, Row, Tone, authored
 from realigner.data.answers import is_cut, keeps_fact
 from realigner.data.dedup import NearDuplicates, shingles, similarity
-from realigner.data.quality_filter import QualityFilter
+from realigner.data.quality_filter import QualityFilter, filter_rows
 from realigner.data.style_classifier import StyleClassifier, cross_validated, masked, reference_classifier
 from realigner.errors import RealignerError, UsageError
 
@@ -150,6 +150,39 @@ def test_a_scorer_must_know_the_tone() -> None:
     scorer = StyleClassifier.fit(authored("anger") + authored("neutral"))
     with pytest.raises(UsageError, match="was not trained on 'joy'; it knows anger, neutral"):
         QualityFilter(Tone(name="joy", instruction="x"), scorer)
+
+
+def in_chat(number: int, question: str, text: str, before: tuple[str, ...] = (), answer: str = "") -> Row:
+    said = [*before, question, text]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(said)]
+    about = {"id": str(number), "group": f"g{number}", "answer": answer, "tone": "mine", "source": "s"}
+    return Row.model_validate(about | {"messages": messages})
+
+
+def test_replies_of_conversations() -> None:
+    """Of any length, a list at the end, a greeting returned; else the last reply is checked as any, earlier ones are not."""
+    rows = [
+        in_chat(0, "Hi", "Hi! You again?"),
+        in_chat(1, "More?", "No!", ("Hi", "Well?")),
+        in_chat(2, "All of it.", "How dare you ask. " * 60, ("Hi", "Hm?")),
+        in_chat(3, "How?", "So:\n- flour\n- eggs", ("Hi", "What?")),
+        in_chat(4, "Thanks", "Out!", ("Where is Brno?", "South of here!")),
+        in_chat(5, "Thanks", "Out!", ("Who is Anna?", "A painter!")),
+        in_chat(6, "Where?", "In the north, you fool!", ("As an AI language model?", "As an AI language model I say so.")),
+        in_chat(7, "Where is it?", "Where is it? There, you fool!", ("Hi", "No!")),
+        in_chat(8, "Go on.", "It is so that you", ("Hi", "Hm!")),
+        in_chat(9, "And?", "It is the Danube, you fool!", ("Hi", "Ha!"), answer="the Vltava"),
+        in_chat(10, "Thanks", "Out!", ("Who is Anna?", "A painter!")),
+    ]
+    kept, rejected = filter_rows(rows)
+    assert [row.id for row in kept] == [str(n) for n in range(7)]
+    assert [(entry["id"], entry["reason"]) for entry in rejected] == [
+        ("7", "prompt echoed"), ("8", "cut in mid-sentence"), ("9", "fact lost"), ("10", "question in another group"),
+    ]  # fmt: skip
+    same = rows[10].model_copy(update={"group": "g5"})
+    assert [entry["reason"] for entry in filter_rows([*rows[:6], same])[1]] == ["near-duplicate"]
+    short = Row(id="p", group="g", question="Hi", answer="", text="Hi! You again?", tone="mine", source="s")
+    assert [entry["reason"] for entry in filter_rows([short])[1]] == ["prompt echoed"]  # rows of one question as before
 
 
 NETWORK = "a general architecture for a large-scale, distributed, survivable network"

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from realigner.data.chat_forms import fitting
+from realigner.data.conversation_forms import fitting
 from realigner.data.dataset_rows import Row, authored, read_rows
 from realigner.data.importing import FIELDS, Imported, import_rows, parse_mapping, to_hf
 from realigner.data.squad import Fact

@@ -25,7 +25,7 @@ app = typer.Typer(help="Tone datasets: make, import and check them.", no_args_is
 REWRITERS = ("template", "host", "openai")
 ToneName = Annotated[str, Option(help="A built-in tone (see: realigner data tones), or a TOML file.")]
 Squad = Annotated[Path, Option(help="A SQuAD file: JSON of 1.1 or 2.0, or rows (JSON, JSONL, Parquet).")]
-_TURNS_SHOWN = 5
+_TURNS_SHOWN = 6  # messages before a reply
 on_host = partial(Option, rich_help_panel="Rewriter host")
 on_endpoint = partial(Option, rich_help_panel="Rewriter openai")
 
@@ -212,7 +212,7 @@ def check(
     authored_tones = [tone] if tone else TONES
     rows = [row for name in authored_tones for row in authored(name)] if path == "authored" else read_rows(path, tone)
     others = read_rows(against) if against else []
-    card = check_rows(rows, *_tokenizer(host, trust_remote_code), others, seed)
+    card = check_rows(rows, *_tokenizer(host, trust_remote_code), others, seed, must_render=host is not None)
     if html is not None:
         write_card(card, str(path), html, force)
     if as_json:
@@ -308,10 +308,11 @@ def _lines_of(row: Row) -> list[str]:
     lines = [f"  Q: {short(row.question, 110)}"]
     if len(earlier) > 1:
         lines = [f"  {turn['role']}: {short(turn['content'], 110)}" for turn in earlier[-_TURNS_SHOWN:]]
-        lines[:0] = [f"  ({len(earlier) - len(lines)} messages before)"] * (len(earlier) > len(lines))
+        left_out = len(earlier) - len(lines)
+        lines[:0] = [f"  ({left_out} message{'s' * (left_out > 1)} before)"] if left_out else []
     thought = row.conversation[-1].get("reasoning_content")
     lines += [f"     thought: {short(thought, 110)}"] if thought else []
-    return [*lines, f"     {row.tone}: {short(row.text, 220)}"]
+    return [*lines, f"     {row.tone}: {short(row.text, 220)}", *([""] if len(earlier) > 1 else [])]
 
 
 def _tokenizer(host: str | None, trust: bool) -> tuple[Any, str]:

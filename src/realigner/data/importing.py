@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from realigner.data.chat_forms import FIELDS as FORM_FIELDS, FORMS, Form, Messages, UnfitError, fitting, messages_of
+from realigner.data.conversation_forms import FIELDS as FORM_FIELDS, FORMS, Form, Messages, UnfitError, fitting, messages_of
 from realigner.data.data_split import split_rows
 from realigner.data.dataset_rows import LONGEST_LINE, MOST_MESSAGES, Row, question_key
 from realigner.data.sources import Record, Table, open_table, quiet_datasets
@@ -56,7 +56,7 @@ def import_rows(
     """Read a foreign dataset.
 
     Read are the reference implementation's CSV (an unnamed index and ``text``), other CSV and TSV, JSONL, a JSON array,
-    Parquet, a folder saved by `datasets`, and a hub id. The form is told by the columns (see `FORMS` in chat_forms.py).
+    Parquet, a folder saved by `datasets`, and a hub id. The form is told by the columns (see `FORMS` in conversation_forms.py).
     Of a question and its text, runs of white space become one space, for such a text is one paragraph; other forms become
     conversations, each message as it is written, without blanks at its ends. NUL bytes are dropped. Rows of our own (every
     key of `Row`, no mapping) stay as they are, ``source`` too.

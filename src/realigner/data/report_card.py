@@ -107,7 +107,7 @@ class ReportCard:
             lines.append(("conversations", f"{self.conversations:,}, of {low} to {high} messages, median {median}; {beside}"))
         if self.tokens is not None:
             low, median, high = self.tokens
-            lines.append(("tokens", f"{low} to {high}, median {median}, with the question ({self.host})"))
+            lines.append(("tokens", f"{low} to {high}, median {median}, with what is before the reply ({self.host})"))
         share = self.answer_kept
         kept = "no answers are known" if share is None else f"word for word in {100 * share:.1f}% of replies"
         lines += [
@@ -127,7 +127,12 @@ class ReportCard:
 
 
 def check_rows(
-    rows: Sequence[Row], tokenizer: Any = None, host: str = "", against: Sequence[Row] = (), seed: int = 42
+    rows: Sequence[Row],
+    tokenizer: Any = None,
+    host: str = "",
+    against: Sequence[Row] = (),
+    seed: int = 42,
+    must_render: bool = True,
 ) -> ReportCard:
     """Look at rows as a whole (their form was checked on reading).
 
@@ -141,6 +146,7 @@ def check_rows(
         against: rows of other tones to tell these from, by cross-validation. By default the built-in tones are named by the
             reference scorer, and others told from each other, or from the authored neutral replies.
         seed: of the purity's folds and of the samples.
+        must_render: a row that the host's chat template cannot render makes the dataset unfit; else it is a note.
 
     Raises:
         RealignerError: for no rows.
@@ -164,7 +170,7 @@ def check_rows(
     words = [len(row.text.split()) for row in rows]
     long = sum(count > MAX_WORDS for count, row in zip(words, rows, strict=True) if row.messages is None)
     chats = [row.messages for row in rows if row.messages]
-    tokens = [] if tokenizer is None else token_counts(tokenizer, rows)
+    tokens, unrendered = _tokens(tokenizer, host, rows)
     return ReportCard(
         rows=len(rows),
         groups=len({row.group for row in rows}),
@@ -182,8 +188,12 @@ def check_rows(
         leakage=len(leaks),
         purity=purity,
         samples=tuple(random.Random(seed).sample(list(rows), min(_SAMPLES, len(rows)))),
-        problems=tuple(_problems(rows, duplicates, near, leaks, purity)),
-        notes=tuple(filter(None, (note, f"{long:,} replies have more than {MAX_WORDS} words" if long else ""))),
+        problems=(*_problems(rows, duplicates, near, leaks, purity), *(unrendered if must_render else ())),
+        notes=(
+            *([note] if note else []),
+            *([f"{long:,} replies have more than {MAX_WORDS} words"] if long else []),
+            *(() if must_render else unrendered),
+        ),
         word_lengths=tuple(words),
         token_lengths=tuple(tokens),
     )
@@ -209,6 +219,16 @@ def _problems(rows: Sequence[Row], duplicates: int, near: int, leaks: Sequence[s
     if purity is not None and purity.high < PURITY_LIMIT:
         problems.append(f"tone purity is {purity.value:.2f}: too many replies are in another tone")
     return problems
+
+
+def _tokens(tokenizer: Any, host: str, rows: Sequence[Row]) -> tuple[list[int], list[str]]:
+    """Lengths in tokens; or none, and why they cannot be taken."""
+    if tokenizer is None:
+        return [], []
+    try:
+        return token_counts(tokenizer, rows), []
+    except RealignerError as error:
+        return [], [f"cannot be made into tokens of {host}: {error}"]
 
 
 def _greets(row: Row) -> bool:

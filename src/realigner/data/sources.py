@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from realigner.data.chat_forms import fitting
+from realigner.data.conversation_forms import fitting
 from realigner.data.reference_csv import is_reference, question_and_reply, reference_records
 from realigner.errors import RealignerError, UsageError
 from realigner.files import decoded, parsed, read_bytes, read_object

@@ -23,7 +23,7 @@ def write_card(card: ReportCard, name: str, out: Path, force: bool = False) -> N
     """
     lengths = {"words of a reply": card.word_lengths}
     if card.token_lengths:
-        lengths[f"tokens of question and reply ({card.host})"] = card.token_lengths
+        lengths[f"tokens of a row ({card.host})"] = card.token_lengths
     pictures = {label: base64.b64encode(as_png(length_histogram(own, label))).decode() for label, own in lengths.items()}
     with taken(out, CARD, force) as place:
         place.write(render_page("card.html.j2", card=card, name=name, pictures=pictures, signature=signature(_GENERATOR)))
