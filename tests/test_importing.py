@@ -442,7 +442,13 @@ def test_columns_that_cannot_be_told_are_asked_for(tmp_path: Path) -> None:
     )
     refused(lambda: import_rows(other, "a", form="sharegpt"), "no column 'conversations'.*map messages=COLUMN$", UsageError)
     refused(lambda: import_rows(other, "a", form="chatml"), "there is no 'chatml'; choose from question-text", UsageError)
-    refused(lambda: import_rows(other, "a", {"question": "chat", "messages": "chat"}), "no form of data has all of", UsageError)
+    refused(
+        lambda: import_rows(other, "a", {"question": "chat", "messages": "chat"}),
+        "no form has all of question, messages; question-text",
+        UsageError,
+    )
+    named = r"no form has all of text; alpaca has instruction, output, input, system, history, answer, group, id, tone$"
+    refused(lambda: import_rows(other, "a", {"text": "response"}, form="alpaca"), named, UsageError)
     for form in (None, "messages", "sharegpt"):
         assert import_rows(other, "a", {"messages": "chat"}, form=form).rows[0].conversation == HI
     dolly = {"instruction": "instruction", "input": "context", "output": "response"}

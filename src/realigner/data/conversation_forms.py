@@ -40,6 +40,11 @@ class Form:
     further: tuple[str, ...] = ()
     read: Callable[[Mapping[str, Any]], Messages] | None = None
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """Field -> the column where it is unless it is mapped."""
+        return {**self.needed, **{key: key for key in self.further}}
+
 
 def _conversation(values: Mapping[str, Any]) -> Messages:
     messages = _messages("messages", values.get("messages"))
@@ -84,7 +89,7 @@ FORMS = {
     ),
     "alpaca": Form({"instruction": "instruction", "output": "output"}, ("input", "system", "history"), _instruction_and_output),
 }
-FIELDS = tuple(dict.fromkeys(key for form in FORMS.values() for key in (*form.needed, *form.further)))
+FIELDS = tuple(dict.fromkeys(key for form in FORMS.values() for key in form.columns))
 
 
 def fitting(columns: Collection[str], mapping: Mapping[str, str], names: Collection[str] = tuple(FORMS)) -> list[str]:

@@ -26,11 +26,12 @@ from realigner.files import Artifact, parsed, read_bytes, taken
 _ABOUT = ("answer", "group", "id", "tone")  # fields of a row that any form may have
 _PAIR = ("question", "text")
 _UNMAPPED = ("label", "tools", "images")  # read under their own names only
-FIELDS = tuple(
-    key for key in dict.fromkeys((*_PAIR, *_ABOUT, *FORM_FIELDS)) if key not in _UNMAPPED
-)  # what a column can be mapped to
+# What a column can be mapped to.
+FIELDS = tuple(key for key in dict.fromkeys((*_PAIR, *_ABOUT, *FORM_FIELDS)) if key not in _UNMAPPED)
 _OURS_ALWAYS = ("id", "group", "answer", "tone", "source")
-_OURS = Form({}, (*_PAIR, "messages"), FORMS["messages"].read)  # rows of our own: each record in one form or the other
+_OURS = Form(
+    {}, (*_PAIR, "messages", "source"), FORMS["messages"].read
+)  # rows of our own: each record in one form or the other
 _GROUP_LENGTH = 60
 _MOST = 500_000_000  # characters of a dataset: a small file may say the same long text a million times
 
@@ -211,22 +212,17 @@ def _columns(table: Table, mapping: Mapping[str, str], tone: str | None, name: s
     for key, column in mapping.items():
         if column not in table.columns:
             raise UsageError(f"{table.place}: mapping {key}={column!r}: no such column; {there}")
-    forms = (
-        [name] if name else [key for key, form in FORMS.items() if not mapping.keys() - {*form.needed, *form.further, *_ABOUT}]
-    )
-    if not forms:
-        raise UsageError(f"mapping: no form of data has all of {', '.join(mapping)}; name the form, and map its fields")
-    ours = not mapping and not name and _are_ours(table.columns)
-    found = _OURS if ours else FORMS[_form(table, mapping, forms, there)]
-    columns = (
-        dict(found.needed) | {key: key for key in (*found.further, *_ABOUT, *(("source",) if ours else ()))} | dict(mapping)
-    )
+    if not mapping and not name and _are_ours(table.columns):
+        form = _OURS
+    else:
+        form = FORMS[_form(table, mapping, [name] if name else list(FORMS), there)]
+    columns = {**form.columns, **{key: key for key in _ABOUT}, **mapping}
     if tone is None and columns["tone"] not in table.columns:
         raise UsageError(f"{table.place}: tone is needed, for it has no column 'tone'; {there} (or map tone=COLUMN)")
     for column in columns.values():
         if table.columns.count(column) > 1:
             raise RealignerError(f"{table.place}: has column {column!r} more than once; rename one")
-    return found, {key: column for key, column in columns.items() if column in table.columns}
+    return form, {key: column for key, column in columns.items() if column in table.columns}
 
 
 def _are_ours(columns: Collection[str]) -> bool:
@@ -234,7 +230,12 @@ def _are_ours(columns: Collection[str]) -> bool:
 
 
 def _form(table: Table, mapping: Mapping[str, str], forms: Sequence[str], there: str) -> str:
-    """Which of some forms a table is in, told by its columns."""
+    """Which of some forms a table is in, told by its columns and by what is mapped."""
+    mappable = {name: [key for key in (*FORMS[name].columns, *_ABOUT) if key in FIELDS] for name in forms}
+    forms = [name for name in forms if mapping.keys() <= set(mappable[name])]
+    if not forms:
+        have = "; ".join(f"{name} has {', '.join(keys)}" for name, keys in mappable.items())
+        raise UsageError(f"mapping: no form has all of {', '.join(mapping)}; {have}")
     whole = fitting(table.columns, mapping, forms)
     if "question-text" in whole or len(whole) == 1:
         return whole[0]

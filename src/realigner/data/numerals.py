@@ -2,8 +2,8 @@
 
 ``3,5`` and ``3.5`` are one number, and so are ``1,000``, ``1.000``, ``1 000`` and ``1'000``; digits may be of any script. What
 can be read in two ways has both values (``1.500``: 1500 and 1.5; a comma before three digits parts thousands), and two numbers
-agree when they have one in common. A date is one thing: ``2020-05-12``, ``12.05.2020``, ``5/12/2020``, ``May 12th, 2020``,
-``2020年5月12日``.
+agree when they have one in common. ``3rd`` is the ordinal number that ``3.``, ``3e`` and ``3º`` may be. A date is one thing:
+``2020-05-12``, ``12.05.2020``, ``5/12/2020``, ``May 12th, 2020``, ``2020年5月12日``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ _DATES = {
 _BLANK_GROUPS = re.compile(r"(?<!\d)(?<!\d[.,'])\d{1,3}(?: \d{3})+(?!\d)(?:[.,]\d+)?")
 _THOUSANDS = re.compile(r"(?<=\d)[\u00a0\u2007\u2009\u202f\u066c\u2019'](?=\d{3}(?!\d))")
 _SUFFIX = r"(?:st|nd|rd|th|er|e|eme)\b"  # of ordinal numbers
-_TOKEN = re.compile(rf"(?P<number>\d+(?:[.,]\d+|'\d{{3}}(?!\d))+|\d++(?={_SUFFIX}|(?![a-z_])))(?:{_SUFFIX})?|\w+")
+_TOKEN = re.compile(
+    rf"(?P<number>\d+(?:[.,]\d+|'\d{{3}}(?!\d))+|\d++(?={_SUFFIX}|(?![a-z_])))(?P<mark>{_SUFFIX}|\.(?!\d))?|\w+"
+)
 
 
 def tokens(text: str, whole: Whole = "all") -> list[Token]:
@@ -87,6 +89,8 @@ def _parts(text: str, apart: bool) -> Iterator[Token]:
     for match in _TOKEN.finditer(text):
         number = match["number"]
         values = _values(number) if number else {match[0]}
+        if number and match["mark"]:  # "3rd" is an ordinal number, "3." may be one
+            values = {f"#{value}" for value in values} | (values if match["mark"] == "." else set())
         if values or not apart:
             yield frozenset(values or {number})
         else:
@@ -124,7 +128,7 @@ def _folded(text: str) -> str:
     """Lower case without accents; digits as 0 to 9; other marks between thousands than commas and points as ``'``."""
     text = _THOUSANDS.sub("'", text.casefold())
     if not text.isascii():
-        text = text.replace("º", "").replace("ª", "").replace("٫", ".")  # noqa: RUF001
+        text = text.replace("º", ".").replace("ª", ".").replace("٫", ".")  # noqa: RUF001
         text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
         text = unicodedata.normalize("NFC", "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text))
     return text.replace("'s ", " ")
