@@ -45,6 +45,7 @@ from realigner.census import CensusEntry, page
 from realigner.cli import main
 from realigner.cli.options import prompts_from
 from realigner.data import Fact, load_tone, read_rows
+from realigner.data.dataset_rows import Message
 from realigner.data.importing import import_rows
 from realigner.data.rewriters import RewriteRequest
 from realigner.data.rewriters.endpoint_rewriter import EndpointRewriter
@@ -616,7 +617,9 @@ def test_a_report_card_keeps_its_elements(name: str) -> None:
 
     def tags(name: str) -> list[str]:
         rows = [row.model_copy(update={"question": name, "text": name, "tone": "x"}) for row in some_rows(2)]
-        made = SimpleNamespace(fit=False, problems=[name], samples=rows, lines=lambda: [(name, name)])
+        said = [Message(role=role, content=name) for role in ("system", "user", "assistant", "user", "assistant")]
+        rows.append(rows[0].model_copy(update={"messages": tuple(said)}))
+        made = SimpleNamespace(fit=False, conversations=1, problems=[name], samples=rows, lines=lambda: [(name, name)])
         found: list[str] = []
         reader = HTMLParser()
         reader.handle_starttag = lambda tag, attrs: found.append(f"{tag} {[key for key, _ in attrs]}")  # type: ignore[method-assign]
