@@ -40,7 +40,7 @@ def keeps_fact(answer: str, text: str) -> bool:
         >>> keeps_fact("30%", "A third, of course!")
         False
     """
-    if NO_SPACES.search(answer) or not tokens(answer, "none"):
+    if NO_SPACES.search(answer) or not _WORD.search(answer):
         return answer.casefold() in text.casefold() or _holds_pieces(answer, text)
     return contains_answer(answer, text) or any(_holds_words(wanted, said) for wanted, said in _readings(answer, text))
 
@@ -48,7 +48,7 @@ def keeps_fact(answer: str, text: str) -> bool:
 def contains_answer(answer: str, text: str) -> bool:
     """Whether an answer's words stand in a text one after the other (case, accents, punctuation, a first article and the way a
     number is written aside)."""
-    if NO_SPACES.search(answer) or not tokens(answer, "none"):
+    if NO_SPACES.search(answer) or not _WORD.search(answer):
         return answer.casefold() in text.casefold()
     return any(_in_a_row(wanted, said) for wanted, said in _readings(answer, text))
 
