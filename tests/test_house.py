@@ -15,8 +15,8 @@ import realigner as ra
 SOURCE = Path(ra.__file__).parent
 # Bottom-up import order: a file may import from its own layer and those before it.
 FLOORS = [
-    "errors", "markdown", "extras", "lazy", "prompts", "thoughts", "chat_format", "files", "console", "irm", "sites",
-    "settings", "gguf_cache", "hosts", "probe", "locate", "fingerprints", "injection", "adapters", "batching",
+    "errors", "markdown", "extras", "lazy", "prompts", "thoughts", "chat_format", "files", "console", "dialogues", "irm",
+    "sites", "settings", "gguf_cache", "hosts", "probe", "locate", "fingerprints", "injection", "adapters", "batching",
     "irm_config", "tuner", "thinking_budget", "generation", "runtime", "chat", "oracle", "tiny", "census",
     "validation_message", "data", "training", "sweep", "traces", "analysis", "explain", "report", "demo", "cli",
 ]  # fmt: skip

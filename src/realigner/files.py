@@ -448,10 +448,20 @@ def object_of(data: bytes, path: str | Path, line: int = 1) -> dict[str, Any]:
     Raises:
         RealignerError: naming the line, when it is none.
     """
-    value = parsed(data, path, line)
+    value = value_of(data, path, line)
     if not isinstance(value, dict):
         raise RealignerError(f"{path}:{line}: not a JSON object")
-    if _HALF.search(data):  # half a pair, perhaps: what could never be written again
+    return value
+
+
+def value_of(data: bytes, path: str | Path, line: int = 1) -> Any:
+    """`parsed`, and its texts can be written again: no half characters.
+
+    Raises:
+        RealignerError: naming the line, when it is no JSON, or holds half a character.
+    """
+    value = parsed(data, path, line)
+    if _HALF.search(data):  # half a pair, perhaps
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:

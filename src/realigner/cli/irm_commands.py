@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from typer import Argument, Option
 
 from realigner.cli import options as opt
 from realigner.console import show
+from realigner.dialogues import Asked, Dialogue, all_replies, questions_in, readable, written
 from realigner.errors import RealignerError, UsageError
+
+if TYPE_CHECKING:
+    from realigner.generation import Answer
+    from realigner.prompts import Prompt
 
 
 def demo(
@@ -167,6 +173,7 @@ def generate(
 ) -> None:
     """Answer prompts with the bare host and with the IRM, side by side; or talk with it (--chat)."""
     asked = [] if chat and not questions and prompts is None else opt.prompts_from(questions, prompts)
+    first = _said_first(asked) if chat else []
     if len(irm) > 1 and not chat:
         raise UsageError("generate: several --irm are for --chat; without it, give one")
     variables = opt.template_kwargs(chat_template_kwargs)
@@ -184,30 +191,51 @@ def generate(
         from realigner.chat import Chat
         from realigner.cli.terminal_chat import run_chat
 
-        run_chat(Chat(runtime, strength, where=acting, **options), asked, as_json)
+        run_chat(Chat(runtime, strength, where=acting, **options), first, as_json)
         return
     if not has_chat_template(runtime.tokenizer):
         say(PLAIN_NOTE)
-    with progress("answering", 2 * len(asked), quiet=as_json) as task:
-        base = runtime.answer(asked, irms="__base__", **options, done=task.advance)
-        realigned = runtime.answer(asked, strength=used, where=acting, **options, done=task.advance)
-    rows = zip(asked, base, realigned, strict=True)
-    results = []
-    for prompt, *replies in rows:
-        made: dict[str, Any] = {"prompt": prompt}
-        for name, reply in zip(("base", "realigned"), replies, strict=True):
-            made |= {f"{name}_thought": reply.thought, name: reply} if reply.thought else {name: reply}
-        results.append(made | {"strength": used, "seed": seed})
+    with progress("answering", 2 * sum(map(questions_in, asked)), quiet=as_json) as task:
+
+        def answer(conversations: list[Prompt], **how: Any) -> list[Answer]:
+            return runtime.answer(conversations, **how, **options, done=task.advance)
+
+        base = all_replies(asked, partial(answer, irms="__base__"))
+        realigned = all_replies(asked, partial(answer, strength=used, where=acting))
+    rows = list(zip(asked, base, realigned, strict=True))
     if as_json:
-        opt.print_json({"results": results})
+        opt.print_json({"results": [{**_result(*row), "strength": used, "seed": seed} for row in rows]})
         return
-    for result in results:
-        show(f"Q: {result['prompt']}")
-        for name in ("base", "realigned"):
-            if thought := result.get(f"{name}_thought"):
-                show(f"   {name} thought: {opt.short(thought)}")
-            show(f"   {name + ':':10} {result[name]}")
-        show()
+    for prompt, *both in rows:
+        said = prompt.questions if isinstance(prompt, Dialogue) else (readable(prompt).replace("\n", "\n   "),)
+        for question, *replies in zip(said, *both, strict=True):
+            show(f"Q: {question}")
+            for name, reply in zip(("base", "realigned"), replies, strict=True):
+                if reply.thought:
+                    show(f"   {name} thought: {opt.short(reply.thought)}")
+                show(f"   {name + ':':10} {reply}")
+            show()
+
+
+def _result(prompt: Asked, base: list[Answer], realigned: list[Answer]) -> dict[str, Any]:
+    """A prompt and what was replied; lists, a reply to each question, of a dialogue."""
+    result = {"prompt": written(prompt)}
+    for name, replies in (("base", base), ("realigned", realigned)):
+        thoughts = [reply.thought for reply in replies]
+        named: dict[str, list[Any]] = {f"{name}_thought": thoughts} if any(thoughts) else {}
+        named[name] = replies
+        result |= {key: given if isinstance(prompt, Dialogue) else given[0] for key, given in named.items()}
+    return result
+
+
+def _said_first(asked: Sequence[Asked]) -> list[str]:
+    """What is said in a chat before anything is read: questions, and those of dialogues."""
+    lines: list[str] = []
+    for prompt in asked:
+        if not isinstance(prompt, str | Dialogue):
+            raise UsageError("--chat: --prompts has a conversation with messages, and here a conversation begins; give questions")
+        lines += [prompt] if isinstance(prompt, str) else prompt.questions
+    return lines
 
 
 def _by_name(irms: Sequence[Path]) -> dict[str, Path]:

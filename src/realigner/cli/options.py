@@ -11,8 +11,9 @@ from typing import Annotated, Any, Optional, TypeVar
 import typer
 
 from realigner.console import show
+from realigner.dialogues import Asked, read_prompts
 from realigner.errors import RealignerError, UsageError
-from realigner.files import decoded, read_bytes
+from realigner.prompts import PAPER_PROMPTS
 
 _T = TypeVar("_T")
 
@@ -29,7 +30,10 @@ Strength = Annotated[
     float, typer.Option(help="Scale of the IRM: 0 is the bare host, 1 the IRM as trained.", min=-1000, max=1000)
 ]
 Penalty = Annotated[float, typer.Option(help="Above 1, tokens already in the text are made less likely; 1 is off.")]
-Prompts = Annotated[Optional[str], typer.Option(help="'paper' for the paper's seven, or a text file with a prompt a line.")]
+Prompts = Annotated[
+    Optional[str],
+    typer.Option(help="'paper' for the paper's seven, a text file with a prompt a line, or a .jsonl file with conversations."),
+]
 Questions = Annotated[Optional[list[str]], typer.Argument(help="Prompts.", show_default=False)]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens of a reply at most.", min=1)]
 System = Annotated[Optional[str], typer.Option(help="A system prompt.", show_default=False)]
@@ -52,20 +56,15 @@ def one_of(flag: str, value: str, choices: Sequence[str]) -> None:
         raise UsageError(f"{flag}: {value!r} is not one of {', '.join(choices)}")
 
 
-def prompts_from(questions: Sequence[str] | None, source: str | None) -> list[str]:
+def prompts_from(questions: Sequence[str] | None, source: str | None) -> list[Asked]:
     """The prompts of the command line and those of ``--prompts``."""
-    asked = list(questions or [])
-    if source == "paper":
-        from realigner.prompts import PAPER_PROMPTS
-
-        asked += PAPER_PROMPTS
-    elif source is not None:
-        lines = decoded(read_bytes(source), source).splitlines()
-        asked += [line.strip() for line in lines if line.strip()]
+    asked: list[Asked] = [*(questions or [])]
+    if any(isinstance(question, str) and not question.strip() for question in asked):
+        raise UsageError("a prompt is empty")
+    if source is not None:
+        asked += PAPER_PROMPTS if source == "paper" else read_prompts(source)
     if not asked:
         raise UsageError("no prompt given; write one, or use --prompts paper")
-    if any(not question.strip() for question in asked):
-        raise UsageError("a prompt is empty")
     return asked
 
 

@@ -12,11 +12,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
 from realigner.console import progress
+from realigner.dialogues import Asked, play, questions_in, readable, written
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer
 from realigner.irm import IRMShape
 from realigner.irm_config import CONFIG_FILE, IRMConfig, check_adapter
-from realigner.prompts import PAPER_PROMPTS
+from realigner.prompts import PAPER_PROMPTS, Prompt
 from realigner.traces.layout import UNTRAINED, RunLabel
 from realigner.traces.recording import Keep, record
 from realigner.traces.store import RawType, TraceWriter, load_trace
@@ -100,7 +101,7 @@ def trace_runs(
     out: str | Path,
     host: PreTrainedModel,
     tokenizer: Any,
-    prompts: Sequence[str] = PAPER_PROMPTS,
+    prompts: Sequence[Asked] = PAPER_PROMPTS,
     keep: Keep = "summary",
     dtype: RawType = "auto",
     max_new_tokens: int = 80,
@@ -118,7 +119,9 @@ def trace_runs(
         sources: see `sources_of`; each at the strength of its label.
         out: the zarr folder.
         host, tokenizer: the base model that the IRMs were made for.
-        prompts: the paper's seven by default.
+        prompts: questions, conversations and dialogues (`dialogues.read_prompts`); the paper's seven by default. Each run plays
+            a dialogue itself, at its strength; what is recorded is its last question, with all that was said before in the
+            prompt.
         keep: see `record`.
         dtype: of raw deltas.
         max_new_tokens, repetition_penalty: of each reply.
@@ -141,10 +144,11 @@ def trace_runs(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "repetition_penalty": repetition_penalty}
     depth = host.config.get_text_config(decoder=True).num_hidden_layers
     layers = sorted({layer for config in configs for layer in config.resolved_layers(depth)})
-    notes: dict[str, Any] = {"settings": {"temperature": 0.0, **options}, "prompts": list(prompts)}
+    notes: dict[str, Any] = {"settings": {"temperature": 0.0, **options}, "prompts": [written(prompt) for prompt in prompts]}
+    replies = (len(sources) + 1) * sum(map(questions_in, prompts))
     with (
         TraceWriter(out, "", layers, dtype, force, notes) as writer,
-        progress("answering", (len(sources) + 1) * len(prompts), quiet) as task,
+        progress("answering", replies, quiet) as task,
     ):
         for source, config in zip(sources, configs, strict=True):
             if source.twin:
@@ -155,13 +159,21 @@ def trace_runs(
             else:
                 model = load_irm(host, source.folder, _ADAPTER)
             writer.host = tuner_of(model).fingerprint.name
+
+            def ask(conversations: Sequence[Prompt], model: PeftModel = model) -> list[str]:
+                return answer(model, tokenizer, conversations, **options, done=task.advance)
+
             try:
                 if "base" not in writer.notes:
                     with model.disable_adapter():
-                        writer.notes["base"] = answer(model, tokenizer, prompts, **options, done=task.advance)
-                recording = record(model, tokenizer, keep, writer, {_ADAPTER: source.label}, prompts)
-                with strength(model, source.label.strength), recording:
-                    answer(model, tokenizer, prompts, **options, done=task.advance)
+                        bare = play(prompts, ask)
+                        writer.notes["base"] = ask(bare)
+                        if bare != list(prompts):
+                            writer.notes["base_questions"] = [readable(asked) for asked in bare]
+                with strength(model, source.label.strength):
+                    conversations = play(prompts, ask)
+                    with record(model, tokenizer, keep, writer, {_ADAPTER: source.label}, conversations):
+                        ask(conversations)
             finally:
                 model.unload()
     return load_trace(out)

@@ -5,6 +5,8 @@ runs answer the same prompt at different lengths; every token carries its labels
 
 ============  ===============================================================================================================
 on ``token``  coordinates ``run``, ``tone``, ``seed``, ``prompt``, ``position``, ``is_generated``, ``token_id``, ``token_text``;
+              ``turn``, the number of the message in the conversation whose content the token is of, from 0 (-1: the chat
+              template's own, or not known), and ``role``, whose message that is (empty for those);
               ``energy``, ``l1``, ``l4`` (sums over neurons of delta^2, ``|delta|``, delta^4) and ``small`` (how many
               ``|delta|`` are below 1e-4), each ``[token, layer]``; on request ``delta [token, layer, neuron]`` and
               ``h0 [token, neuron]``
@@ -38,7 +40,8 @@ TOP = 10_000  # largest values kept of a text
 SMALL = 1e-4  # the paper's threshold for a value that counts as zero ("sparsity")
 UNTRAINED = "untrained"  # the tone of a baseline
 
-TOKEN_LABELS = ("run", "tone", "seed", "prompt", "position", "is_generated", "token_id", "token_text")
+TOKEN_LABELS = ("run", "tone", "seed", "prompt", "position", "is_generated", "token_id", "token_text", "turn", "role")
+LATER = ("turn", "role")  # labels that traces recorded before there were conversations do not have
 TEXT_LABELS = ("text_run", "text_tone", "text_seed", "text_prompt", "text_question", "text_reply")
 TOKEN_SUMS = ("energy", "l1", "l4", "small")
 TEXT_SUMS = ("sum", "sum_abs", "sum_sq", "max_abs")
@@ -52,7 +55,7 @@ def _arrays() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     found: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
     for dim, names in (("token", TOKEN_LABELS), ("text", TEXT_LABELS)):
         for name in names:
-            is_words = name.removeprefix("text_") in ("run", "tone", "question", "reply", "token_text")
+            is_words = name.removeprefix("text_") in ("run", "tone", "question", "reply", "token_text", "role")
             found[name] = (dim,), ("string" if is_words else "bool" if name == "is_generated" else "int64",)
     found |= {"layer": (("layer",), ("int64",)), "neuron": (("neuron",), ("int64",)), "part": (("part",), ("string",))}
     found |= dict.fromkeys(TOKEN_SUMS, (("token", "layer"), ("float32",)))
@@ -119,6 +122,11 @@ def text_spans(trace: xr.Dataset) -> list[slice]:
     return [slice(start, stop) for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
 
 
+def unlabelled(tokens: int) -> dict[str, np.ndarray]:
+    """The labels ``turn`` and ``role`` of tokens whose conversation is not known."""
+    return {"turn": _column(-1, tokens), "role": _column("", tokens)}
+
+
 def text_dataset(
     label: RunLabel,
     prompt: int,
@@ -135,7 +143,8 @@ def text_dataset(
     Args:
         label, prompt, question: the run, the prompt's number and its text.
         layers: the layers that the run's IRM adds to.
-        tokens: ``position``, ``is_generated``, ``token_id``, ``token_text``, one value a token.
+        tokens: ``position``, ``is_generated``, ``token_id``, ``token_text``, one value a token; ``turn`` and ``role`` where
+            the conversation is known.
         summary: its reductions.
         delta: ``[token, layer, neuron]``, where raw deltas are kept.
         h0: ``[token, neuron]``, where deltas are to be recomputed from it.
@@ -147,7 +156,7 @@ def text_dataset(
     coords["neuron"] = np.arange(summary.text_sums["sum"].shape[-1], dtype=np.int64)
     coords["part"] = np.array(PARTS, dtype=object)
     coords |= {key: ("token", _column(value, n)) for key, value in labels.items()}
-    coords |= {key: ("token", value) for key, value in tokens.items()}
+    coords |= {key: ("token", value) for key, value in (unlabelled(n) | dict(tokens)).items()}
     coords |= {
         f"text_{key}": ("text", _column(value, 1)) for key, value in (labels | {"question": question, "reply": reply}).items()
     }

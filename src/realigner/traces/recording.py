@@ -16,11 +16,14 @@ import torch
 import xarray as xr
 from torch import nn
 
+from realigner.dialogues import readable
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import tensors_hash
+from realigner.generation import format_of
 from realigner.hosts import HostInfo
 from realigner.injection import ActiveIRM
 from realigner.irm import IRM
+from realigner.prompts import Prompt
 from realigner.traces.layout import TOP, RunLabel, join, text_dataset
 from realigner.traces.store import TraceWriter
 from realigner.traces.summary import BatchSummary
@@ -49,7 +52,7 @@ def record(
     keep: Keep = "summary",
     to: TraceWriter | None = None,
     labels: Mapping[str, RunLabel] | None = None,
-    questions: Sequence[str] = (),
+    questions: Sequence[Prompt] = (),
     top: int = TOP,
 ) -> Iterator[xr.Dataset]:
     """Record the deltas of the active IRMs within a block; the dataset is filled when the block ends.
@@ -66,7 +69,8 @@ def record(
             layers).
         to: a store that the texts of each batch are written to; the dataset then stays empty.
         labels: adapter name -> label of its texts; default: the adapter's name.
-        questions: the prompts, in order, to label the texts with.
+        questions: the prompts, in order: questions or conversations. They label the texts, and, where the host's template
+            makes of them the very tokens that were read, those and the reply's (``turn``, ``role``: see `traces.layout`).
         top: how many of the largest values of each text to keep.
 
     Yields:
@@ -164,7 +168,7 @@ class _Recorder:
     keep: Keep
     to: TraceWriter | None
     given: Mapping[str, RunLabel]
-    questions: Sequence[str]
+    questions: Sequence[Prompt]
     top: int
     labels: dict[str, RunLabel] = field(default_factory=dict)  # of the adapters seen
     texts: list[xr.Dataset] = field(default_factory=list)
@@ -317,17 +321,37 @@ class _Recorder:
                 continue
             (own,) = np.nonzero(rows == row)
             prompt = self.prompts + row
+            asked = self.questions[prompt] if prompt < len(self.questions) else ""
+            of_text = {key: value[own] for key, value in tokens.items()}
             yield text_dataset(
                 self.labels[name],
                 prompt,
-                self.questions[prompt] if prompt < len(self.questions) else "",
+                readable(asked),
                 seen.irm.layers,
-                {key: value[own] for key, value in tokens.items()},
+                of_text | (self._turns(asked, of_text) if asked else {}),
                 summary,
                 None if deltas is None else deltas[torch.from_numpy(own)].numpy(),
                 None if h0 is None else h0[torch.from_numpy(own)].numpy(),
                 words[row].strip(),
             )
+
+    def _turns(self, asked: Prompt, tokens: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The labels ``turn`` and ``role`` of a text's tokens; none where the tokens read are not those of what was asked."""
+        if self.tokenizer is None:
+            return {}
+        chat = format_of(self.tuner, self.tokenizer)
+        prompt = ~tokens["is_generated"]
+        try:
+            if chat.prompts([asked])[0] != tokens["token_id"][prompt].tolist():
+                return {}
+            of_prompt = chat.turns(asked)
+        except RealignerError:  # it cannot be what was asked
+            return {}
+        roles = ["user"] if isinstance(asked, str) else [turn["role"] for turn in asked]
+        turn = np.full(len(prompt), len(roles), dtype=np.int64)  # the reply is the message after these
+        turn[prompt] = of_prompt
+        named = np.array([*roles, "assistant", ""], dtype=object)  # -1 is the last
+        return {"turn": turn, "role": named[turn]}
 
 
 def _refuse_scattered(kwargs: Mapping[str, Any], defaults: Any, prompt: Any) -> list[int]:

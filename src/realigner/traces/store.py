@@ -279,6 +279,9 @@ def load_trace(path: str | Path) -> xr.Dataset:
     except Exception as error:  # zarr raises many kinds for a damaged store
         raise RealignerError(f"{path}: not a readable zarr store ({str(error).splitlines()[0]})") from error
     trace.attrs = check_attributes(path, trace)
+    if not {*layout.LATER} & {*trace.variables}:
+        labels = layout.unlabelled(trace.sizes["token"]).items()
+        trace = trace.assign_coords({name: ("token", values) for name, values in labels})
     try:
         for name in (*layout.TOKEN_LABELS, *layout.TEXT_LABELS, "count"):
             trace[name].load()

@@ -138,8 +138,9 @@ def _checked(group: Any) -> dict[str, _Chunks]:
     listed = _object(_object(group.get("consolidated_metadata"), "consolidated_metadata").get("metadata"), "metadata")
     sizes: dict[str, int] = {}
     chunks = {name: _checked_array(name, _object(facts, name), sizes) for name, facts in listed.items()}
+    optional = {*layout.ON_REQUEST, *(() if chunks.keys() & {*layout.LATER} else layout.LATER)}
     for name in layout.ARRAYS:
-        if name not in chunks and name not in layout.ON_REQUEST:
+        if name not in chunks and name not in optional:
             raise _UnfitError(f"not a trace: {name!r} is missing")
     return chunks
 

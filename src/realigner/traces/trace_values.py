@@ -17,6 +17,7 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
+from realigner.dialogues import prompt_of
 from realigner.errors import RealignerError
 from realigner.traces import layout
 
@@ -50,9 +51,14 @@ def check_attributes(path: Path, trace: xr.Dataset) -> dict[str, Any]:
         if facts.get("untrained") is not (facts["tone"] == layout.UNTRAINED):
             raise RealignerError(f"{path}: attribute 'runs': {run!r}: 'untrained' is missing or not what its tone says")
     notes = found["notes"]
-    for key in ("prompts", "base"):
+    for key in ("base", "base_questions"):
         if not isinstance(notes.get(key, []), list) or not all(isinstance(text, str) for text in notes.get(key, [])):
             raise RealignerError(f"{path}: attribute 'notes': {key!r} is not a list of strings")
+    if not isinstance(notes.get("prompts", []), list):
+        raise RealignerError(f"{path}: attribute 'notes': 'prompts' is not a list")
+    for number, prompt in enumerate(notes.get("prompts", []), start=1):
+        if not isinstance(prompt, str):
+            prompt_of(prompt, f"{path}: attribute 'notes': prompt {number}")
     if not isinstance(notes.get("settings", {}), dict):
         raise RealignerError(f"{path}: attribute 'notes': 'settings' is not a JSON object")
     return found
@@ -173,6 +179,8 @@ def _check_labels(path: Path, trace: xr.Dataset, lengths: np.ndarray) -> None:
     generated = trace["is_generated"].values
     wrong = {
         "token_id": trace["token_id"].values < -1,
+        "turn": trace["turn"].values < -1,
+        "role": (trace["role"].values == "") != (trace["turn"].values == -1),
         "position": trace["position"].values != np.arange(len(text)) - begin[text],
     }
     wrong |= {key: trace[key].values != trace[f"text_{key}"].values[text] for key in ("run", "tone", "seed", "prompt")}

@@ -1,0 +1,267 @@
+"""Conversations and dialogues from a prompts file to the labels of a trace's tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from peft import get_peft_model
+
+import realigner as ra
+from realigner.dialogues import Dialogue, all_replies, play, read_prompts, readable, written
+from realigner.errors import RealignerError, UsageError
+from realigner.generation import answer
+from realigner.irm_config import IRMConfig
+from realigner.report.report_input import gather
+from realigner.traces.layout import LATER
+from tests.tiny import tiny_pair
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "Ada."},
+    {"role": "user", "content": "When?"},
+]
+DIALOGUE = Dialogue(("Who was she?", "When?", "Where?"))
+
+
+@pytest.fixture
+def model() -> Any:
+    """Its replies are six printable characters, so that a reply read again is the tokens that were generated."""
+    host, tokenizer = tiny_pair()
+    plain = [
+        n for n in range(len(tokenizer)) if tokenizer.decode([n]).isascii() and tokenizer.decode([n]).strip().isprintable()
+    ]
+    plain = [n for n in plain if tokenizer.decode([n]).strip() and n > 1]
+    host.generation_config.suppress_tokens = sorted(set(range(host.config.vocab_size)) - set(plain))
+    torch.manual_seed(4)
+    return get_peft_model(host, IRMConfig(output_std=0.3, layers=[0, 2])).eval()
+
+
+def of_prompt(trace: xr.Dataset, number: int) -> xr.Dataset:
+    return trace.isel(token=np.flatnonzero(trace["prompt"].values == number))
+
+
+def labelled(trace: xr.Dataset, tokenizer: Any) -> list[tuple[int, str, str]]:
+    """The turn, the role and the text of each stretch of tokens of one turn."""
+    found: list[tuple[int, str, list[int]]] = []
+    for turn, role, token in zip(*(trace[key].values.tolist() for key in ("turn", "role", "token_id")), strict=True):
+        if not found or found[-1][0] != turn:
+            found.append((turn, role, []))
+        found[-1][2].append(token)
+    return [(turn, role, tokenizer.decode(ids)) for turn, role, ids in found]
+
+
+# Prompts files.
+
+
+def test_a_prompts_file_holds_questions_conversations_and_dialogues(tmp_path: Path) -> None:
+    lines = ["Why?", {"prompt": " How? "}, {"messages": CHAT}, {"turns": list(DIALOGUE.questions)}]
+    (tmp_path / "p.jsonl").write_text("\n\n".join(map(json.dumps, lines)) + "\n")
+    asked = read_prompts(tmp_path / "p.jsonl")
+    assert asked == ["Why?", " How? ", CHAT, DIALOGUE]
+    assert [written(prompt) for prompt in asked] == ["Why?", " How? ", *lines[2:]]
+    (tmp_path / "p.txt").write_text('Why?\n\n  {"prompt": "How?"}\n')
+    assert read_prompts(tmp_path / "p.txt") == ["Why?", '{"prompt": "How?"}']
+    assert readable(CHAT) == "system: Be brief.\nuser: Who?\nassistant: Ada.\nuser: When?"
+    assert readable([{"role": "user", "content": "a\n  b"}]) == "user: a b"
+    assert readable(DIALOGUE) == "user: Who was she?\nuser: When?\nuser: Where?"
+
+
+USER = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("Why?", "not valid JSON"),
+        ("7", "not a prompt; give a string, or an object with one of prompt, messages, turns"),
+        ('{"prompt": "a", "turns": ["b"]}', "not a prompt"),
+        ('{"question": "a"}', "not a prompt"),
+        ('" "', "key 'prompt': not a text, or an empty one"),
+        ('{"prompt": ["a"]}', "key 'prompt': not a text"),
+        ('{"turns": "a"}', "key 'turns': not a list"),
+        ('{"turns": []}', "key 'turns': not a list with something in it"),
+        ('{"turns": ["a", ""]}', "key 'turns': question 2 is not a text, or an empty one"),
+        ('{"turns": [{"role": "user", "content": "a"}]}', "key 'turns': question 1"),
+        (json.dumps({"messages": [USER, {"role": "assistant"}]}), "key 'messages': message 2: 'content' is missing"),
+        (json.dumps({"messages": [USER | {"role": "bot"}]}), "key 'messages': message 1: role 'bot' is none of system, user"),
+        (json.dumps({"messages": [USER | {"weight": 1}]}), "key 'messages': message 1: 'weight' is unknown"),
+        (json.dumps({"messages": ["Hi"]}), "key 'messages': message 1: not an object"),
+        (json.dumps({"messages": [USER | {"reasoning_content": "x"}]}), "message 1: 'reasoning_content'"),
+        (json.dumps({"messages": [USER, {"role": "assistant", "content": "x"}]}), "the last message is not the user's"),
+        (json.dumps({"messages": [USER | {"content": " "}]}), "or it is empty"),
+        ('"half \\ud800"', "holds half a character"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_what_is_wrong_with_a_prompts_file_is_named(tmp_path: Path, line: str, fault: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'"Why?"\n{line}\n')
+    with pytest.raises(RealignerError) as error:
+        read_prompts(path)
+    assert str(error.value).startswith(f"{path}:2: ")
+    assert fault in str(error.value)
+    assert len(str(error.value)) < 300 + len(str(path))
+
+
+def test_prompts_files_without_prompts(tmp_path: Path) -> None:
+    for name in ("p.jsonl", "p.txt"):
+        (tmp_path / name).write_text("\n \n")
+        with pytest.raises(RealignerError, match="no prompt"):
+            read_prompts(tmp_path / name)
+    with pytest.raises(UsageError, match="one question or more"):
+        Dialogue(())
+
+
+# Dialogues.
+
+
+def test_dialogues_advance_together_and_each_hears_its_own_replies() -> None:
+    calls = []
+
+    def reply(asked: list[Any]) -> list[str]:
+        calls.append(len(asked))
+        return [f"({len(said)}) {said[0]['content']}" for said in asked]
+
+    said = play([DIALOGUE, "Why?", Dialogue(("A?", "B?")), CHAT, Dialogue(("C?",))], reply)
+    assert calls == [2, 1]
+    assert [turn["content"] for turn in said[0]] == ["Who was she?", "(1) Who was she?", "When?", "(3) Who was she?", "Where?"]
+    assert [turn["role"] for turn in said[0]] == ["user", "assistant"] * 2 + ["user"]
+    assert [turn["content"] for turn in said[2]] == ["A?", "(1) A?", "B?"]
+    assert said[1] == "Why?"
+    assert said[3] == CHAT
+    assert said[4] == [{"role": "user", "content": "C?"}]
+    replies = all_replies([DIALOGUE, CHAT], reply)
+    assert replies == [[f"({n}) Who was she?" for n in (1, 3, 5)], ["(4) Be brief."]]
+
+
+# Labels.
+
+
+def test_tokens_are_labelled_with_their_turn_and_role(model: Any) -> None:
+    tokenizer = model.realigner.tokenizer
+    with ra.record(model, questions=["Why?", CHAT]) as trace:
+        replies = answer(model, tokenizer, ["Why?", CHAT], max_new_tokens=4)
+    one, other = (of_prompt(trace, n) for n in (0, 1))
+    assert labelled(one, tokenizer) == [
+        (-1, "", "<|user|>"),
+        (0, "user", "Why?"),
+        (-1, "", "<eos>\n<|assistant|>"),
+        (1, "assistant", replies[0][:-1]),  # the last token of a reply is never read
+    ]
+    assert labelled(other, tokenizer) == [
+        (-1, "", "<|system|>"),
+        (0, "system", "Be brief."),
+        (-1, "", "<eos>\n<|user|>"),
+        (1, "user", "Who?"),
+        (-1, "", "<eos>\n<|assistant|>"),
+        (2, "assistant", "Ada."),
+        (-1, "", "<eos>\n<|user|>"),
+        (3, "user", "When?"),
+        (-1, "", "<eos>\n<|assistant|>"),
+        (4, "assistant", replies[1][:-1]),
+    ]
+    assert trace["text_question"].values.tolist() == ["Why?", readable(CHAT)]
+
+
+def test_nothing_is_guessed_about_other_tokens(model: Any) -> None:
+    tokenizer = model.realigner.tokenizer
+    with ra.record(model, questions=["Why?", "How?", [{"role": "user", "content": ""}]]) as trace:
+        answer(model, tokenizer, ["Why not?"], max_new_tokens=3)  # another question than was said
+        answer(model, tokenizer, ["How?"], max_new_tokens=3, system="Be brief.")  # with something before it
+        answer(model, tokenizer, ["Who?", "When?"], max_new_tokens=3)  # no question was said, or an impossible one
+    assert (trace["turn"].values == -1).all()
+    assert set(trace["role"].values) == {""}
+    assert trace["turn"].dtype == np.int64
+
+
+def test_an_earlier_reply_is_given_the_deltas_that_it_was_made_with(model: Any) -> None:
+    tokenizer = model.realigner.tokenizer
+    options: dict[str, Any] = {"max_new_tokens": 6, "repetition_penalty": 1.1}
+
+    def ask(conversations: Any) -> list[str]:
+        return answer(model, tokenizer, conversations, **options)
+
+    with ra.strength(model, 0.7):
+        first = [{"role": "user", "content": DIALOGUE.questions[0]}]
+        with ra.record(model, keep="raw", questions=[first]) as early:
+            reply = ask([first])[0]
+        (said,) = play([DIALOGUE], ask)
+        with ra.record(model, keep="raw", questions=[said]) as late:
+            ask([said])
+    assert said[1] == {"role": "assistant", "content": reply}
+    made = early.isel(token=np.flatnonzero(early["is_generated"].values))
+    read = late.isel(token=np.flatnonzero(late["turn"].values == 1))
+    assert len(read["token"] if "token" in read.coords else read["token_id"]) == 6
+    assert not read["is_generated"].any()
+    assert read["token_id"].values[:5].tolist() == made["token_id"].values.tolist()
+    assert read["position"].values[:5].tolist() == made["position"].values.tolist()
+    np.testing.assert_allclose(read["delta"].values[:5], made["delta"].values, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(read["energy"].values[:5], made["energy"].values, rtol=1e-4)
+    assert [turn for turn, _, _ in labelled(late, tokenizer) if turn >= 0] == [0, 1, 2, 3, 4, 5]
+
+
+# Traces of before.
+
+
+def without_labels(path: Path, names: tuple[str, ...] = LATER) -> Path:
+    """The same store as it was written before there were these labels."""
+    root = path / "zarr.json"
+    facts = json.loads(root.read_text())
+    arrays = facts["consolidated_metadata"]["metadata"]
+    for name in names:
+        del arrays[name]
+        shutil.rmtree(path / name)
+    for array in arrays.values():
+        if "coordinates" in array["attributes"]:
+            array["attributes"]["coordinates"] = " ".join(set(array["attributes"]["coordinates"].split()) - set(names))
+    root.write_text(json.dumps(facts))
+    return path
+
+
+def test_older_traces_are_read_joined_and_written(model: Any, tmp_path: Path) -> None:
+    with ra.record(model, keep="raw", questions=["Why?", CHAT]) as trace:
+        answer(model, model.realigner.tokenizer, ["Why?", CHAT], max_new_tokens=4)
+    new = ra.load_trace(ra.save_trace(trace, tmp_path / "new.zarr", dtype="float32"))
+    xr.testing.assert_identical(new.astype(object), trace.astype(object))
+    shutil.copytree(tmp_path / "new.zarr", tmp_path / "old.zarr")
+    old = ra.load_trace(without_labels(tmp_path / "old.zarr"))
+    assert (old["turn"].values == -1).all()
+    assert set(old["role"].values) == {""}
+    assert ra.traces.verify_trace(tmp_path / "old.zarr") == ra.traces.verify_trace(tmp_path / "new.zarr") - 2
+    unlabelled = new.assign_coords({name: old[name] for name in LATER})
+    xr.testing.assert_identical(old.astype(object), unlabelled.astype(object))
+    joined = ra.traces.join_traces([old, new])
+    tokens = old.sizes["token"]
+    assert joined["turn"].values.tolist() == [-1] * tokens + new["turn"].values.tolist()
+    again = ra.load_trace(ra.save_trace(joined, tmp_path / "joined.zarr"))
+    assert again["role"].values.tolist() == joined["role"].values.tolist()
+    assert gather("old", old).trace is old
+
+
+def test_labels_are_checked(model: Any, tmp_path: Path) -> None:
+    with ra.record(model, questions=["Why?"]) as trace:
+        answer(model, model.realigner.tokenizer, ["Why?"], max_new_tokens=4)
+    role, turn = trace["role"].values.copy(), trace["turn"].values.copy()
+    role[0], turn[1] = "user", -2
+    for name, values in (("role", role), ("turn", turn)):
+        path = ra.save_trace(trace.assign_coords({name: ("token", values)}), tmp_path / f"{name}.zarr")
+        with pytest.raises(RealignerError, match=rf"{name}.zarr: {name} is .* at token "):
+            ra.load_trace(path)
+        half = ra.save_trace(trace, tmp_path / f"without-{name}.zarr")
+        with pytest.raises(RealignerError, match=f"{name!r} is missing"):
+            ra.load_trace(without_labels(half, (name,)))
+    for notes, fault in (
+        ({"prompts": [{"turns": []}]}, "prompt 1: key 'turns'"),
+        ({"base_questions": [1]}, "'base_questions'"),
+    ):
+        path = ra.save_trace(trace.assign_attrs(notes=notes), tmp_path / "notes.zarr", force=True)
+        with pytest.raises(RealignerError, match=fault):
+            ra.load_trace(path)
