@@ -13,12 +13,13 @@ import json
 from pathlib import Path
 
 from realigner.files import write_text
-from tests.validation import NULLS, PLANTED, Planted, coverage, judged, put_into, simulate, tables
+from tests.validation import NULLS, PLANTED, Planted, coverage, judged, put_into, simulate, tables, turns_coverage
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "validation.json"
 DOCS = HERE.parent / "docs" / "statistics.md"
 WORLDS = [(5, 1.0), (7, 1.0), (7, 4.0), (20, 1.0), (20, 4.0)]  # prompts and noise of the intervals
+TALKS = [(5, 0.0), (5, 0.3), (7, 0.3), (20, 0.3)]  # prompts, and how much is planted, of the intervals over turns
 
 
 def main() -> None:
@@ -46,6 +47,7 @@ def main() -> None:
             print(f"planted: {name}", flush=True)
     if "coverage" in options.only:
         results["coverage"] = [coverage(prompts, noise, options.sets, 7) for prompts, noise in WORLDS]
+        results["turns_coverage"] = [turns_coverage(prompts, size, options.sets, 8) for prompts, size in TALKS]
     write_text(RESULTS, json.dumps(results, indent=2) + "\n")
     print(tables(results))
     write_text(DOCS, put_into(DOCS.read_text(), results))

@@ -14,10 +14,11 @@ import xarray as xr
 from peft import get_peft_model
 
 import realigner as ra
-from realigner.dialogues import Dialogue, all_replies, play, read_prompts, readable, written
+from realigner.dialogues import Dialogue, all_replies, play, read_prompts, readable, spoken, written
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer
 from realigner.irm_config import IRMConfig
+from realigner.prompts import messages_of
 from realigner.report.report_input import gather
 from realigner.traces.layout import LATER
 from tests.tiny import tiny_pair
@@ -71,6 +72,8 @@ def test_a_prompts_file_holds_questions_conversations_and_dialogues(tmp_path: Pa
     assert read_prompts(tmp_path / "p.txt") == ["Why?", '{"prompt": "How?"}']
     assert readable(CHAT) == "system: Be brief.\nuser: Who?\nassistant: Ada.\nuser: When?"
     assert readable([{"role": "user", "content": "a\n  b"}]) == "user: a b"
+    assert spoken(readable(CHAT)) == [(turn["role"], turn["content"]) for turn in CHAT]
+    assert spoken("Why?\nuser: x") == [("user", "Why?\nuser: x")]
     assert readable(DIALOGUE) == "user: Who was she?\nuser: When?\nuser: Where?"
 
 
@@ -132,9 +135,10 @@ def test_dialogues_advance_together_and_each_hears_its_own_replies() -> None:
 
     said = play([DIALOGUE, "Why?", Dialogue(("A?", "B?")), CHAT, Dialogue(("C?",))], reply)
     assert calls == [2, 1]
-    assert [turn["content"] for turn in said[0]] == ["Who was she?", "(1) Who was she?", "When?", "(3) Who was she?", "Where?"]
-    assert [turn["role"] for turn in said[0]] == ["user", "assistant"] * 2 + ["user"]
-    assert [turn["content"] for turn in said[2]] == ["A?", "(1) A?", "B?"]
+    first, third = messages_of(said[0]), messages_of(said[2])
+    assert [turn["content"] for turn in first] == ["Who was she?", "(1) Who was she?", "When?", "(3) Who was she?", "Where?"]
+    assert [turn["role"] for turn in first] == ["user", "assistant"] * 2 + ["user"]
+    assert [turn["content"] for turn in third] == ["A?", "(1) A?", "B?"]
     assert said[1] == "Why?"
     assert said[3] == CHAT
     assert said[4] == [{"role": "user", "content": "C?"}]

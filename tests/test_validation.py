@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.validation import NULLS, Planted, coverage, judged, simulate
+from tests.validation import NULLS, Planted, coverage, judged, simulate, turns_coverage
 
 ROOT = Path(__file__).parent.parent
 # the smallest sizes that are found with a power of 0.95 or more
@@ -17,6 +17,7 @@ FOUND = {
     "consensus": (4.0, ["in_top", "mean_reciprocal_rank", "the index, rank aggregation (Holm)"]),
     "timing": (1.0, ["centre_of_mass", "prompt_share"]),
     "sparsity": (0.02, ["hoyer", "gini", "participation"]),
+    "turns": (0.5, ["energy_ratio", "size_ratio"]),
 }
 
 
@@ -63,6 +64,12 @@ def test_intervals_hold_the_truth() -> None:
         found = coverage(7, noise, 200, seed=0)
         assert found["interval"] > 0.9
         assert found["interval"] > found["percentiles"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("prompts", "size"), [(5, 0.0), (7, 0.3)])
+def test_intervals_hold_the_planted_ratio_of_replies(prompts: int, size: float) -> None:
+    assert turns_coverage(prompts, size, 300, seed=1)["interval"] >= 0.9
 
 
 def test_the_docs_say_what_was_measured() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 from scipy.stats import kstest
 
-from realigner.analysis import consensus, icc, sparsity, striation, timing
+from realigner.analysis import consensus, icc, sparsity, striation, timing, turns
 from realigner.analysis.resampling import interval, prompt_weights
 
 DRAWS = 199  # permutations in a simulation
@@ -60,6 +60,22 @@ def token_trace(
         values["top_value"] = (("text", "rank"), 1 + np.random.default_rng(0).random(positions.shape))
         values["top_layer"] = (("text", "rank"), np.zeros_like(positions))
     return xr.Dataset(values, coords)
+
+
+def talk_trace(energy: np.ndarray, runs: Labels, neurons: int = 4) -> xr.Dataset:
+    """A trace of conversations whose replies' tokens have these energies ``[run, prompt, reply, token]``, in one layer.
+
+    Before each reply comes a token of the template, then two of the user's; what they have is not to be counted.
+    """
+    count, prompts, replies, tokens = energy.shape
+    before = np.full((count, prompts, replies, 3), 1e3)
+    whole = np.concatenate([before, energy], axis=-1).reshape(count, prompts, -1, 1)
+    turn = np.tile([-1, 0, 0, *[1] * tokens], (replies, 1))
+    turn = np.where(turn < 0, -1, turn + 2 * np.arange(replies)[:, None]).ravel()
+    role = np.array(["user", "assistant", ""], dtype=object)[np.where(turn < 0, 2, turn % 2)]
+    trace = token_trace({"energy": whole, "l1": np.sqrt(whole)}, runs, whole.shape[2] - tokens, neurons=neurons)
+    texts = count * prompts
+    return trace.assign_coords(turn=("token", np.tile(turn, texts)), role=("token", np.tile(role, texts)))
 
 
 def with_twins(tones: tuple[str, ...] = TONES, seeds: tuple[int, ...] = (42,)) -> Labels:
@@ -141,6 +157,15 @@ def null_sparsity(rng: np.random.Generator) -> PValues:
     return p_values(table, ("statistic", "layer"), "sparsity")
 
 
+def null_turns(rng: np.random.Generator) -> PValues:
+    """Conversations of three replies in any order; prompts and replies have levels of their own, which runs share in part."""
+    runs, prompts, replies = with_twins(), 7, 3
+    level = rng.lognormal(size=(prompts, 1, 1)) * rng.lognormal(sigma=0.3, size=(prompts, replies, 1))
+    own = rng.lognormal(sigma=0.3, size=(len(runs), prompts, replies, 1))
+    energy = level * own * rng.lognormal(size=(len(runs), prompts, replies, 6))
+    return p_values(turns(talk_trace(energy, runs), DRAWS, 1, int(rng.integers(2**31))), ("statistic", "reply"), "turns")
+
+
 def token_sums(delta: np.ndarray) -> dict[str, np.ndarray]:
     """A trace's token sums of deltas ``[run, prompt, token, layer, neuron]``, and the deltas."""
     size = np.abs(delta)
@@ -155,6 +180,7 @@ NULLS: dict[str, Callable[[np.random.Generator], PValues]] = {
     "consensus of what is left": null_residual,
     "timing": null_timing,
     "sparsity": null_sparsity,
+    "turns": null_turns,
 }
 
 
@@ -233,12 +259,27 @@ def planted_sparsity(rng: np.random.Generator, size: float) -> PValues:
     return {name: float(own[name]) for name in ("hoyer", "gini", "participation")}
 
 
+def planted_turns(rng: np.random.Generator, size: float) -> PValues:
+    """7 conversations of 3 replies of 20 tokens (noise 1 in log energy); log energy falls by `size` from reply to reply."""
+    energy = np.exp(fading(rng, 7, size))
+    table = turns(talk_trace(energy, [("a", "anger", 1)]), DRAWS, 1, int(rng.integers(2**31)))
+    own = table[table["run"] == "a"].set_index("statistic")["p"]
+    return {name: float(own[name]) for name in ("energy_ratio", "size_ratio")}
+
+
+def fading(rng: np.random.Generator, prompts: int, size: float) -> np.ndarray:
+    """Log energies ``[run, prompt, reply, token]`` of one run."""
+    level = rng.normal(size=(1, prompts, 1, 1)) + 0.2 * rng.normal(size=(1, prompts, 3, 1))
+    return np.asarray(level - size * np.arange(3)[:, None] + rng.normal(size=(1, prompts, 3, 20)))
+
+
 PLANTED: dict[str, tuple[Callable[[np.random.Generator, float], PValues], tuple[float, ...]]] = {
     "stripes": (planted_stripes, (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.2)),
     "one index": (planted_index, (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)),
     "consensus": (planted_consensus, (0.0, 2.0, 3.0, 4.0, 5.0, 6.0)),
     "timing": (planted_timing, (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)),
     "sparsity": (planted_sparsity, (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)),
+    "turns": (planted_turns, (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)),
 }
 
 
@@ -276,6 +317,18 @@ def coverage(prompts: int, noise: float, sets: int, seed: int) -> dict[str, floa
     return {"prompts": prompts, "noise": noise, "icc": truth} | {name: count / sets for name, count in held.items()}
 
 
+def turns_coverage(prompts: int, size: float, sets: int, seed: int) -> dict[str, float]:
+    """How often the 95% interval of the last reply's energy over the first's holds the planted ratio."""
+    rng, held = np.random.default_rng(seed), 0
+    truth = float(np.exp(-2 * size))
+    for _ in range(sets):
+        trace = talk_trace(np.exp(fading(rng, prompts, size)), [("a", "anger", 1)])
+        table = turns(trace, 1, 500, int(rng.integers(2**31)))
+        (row,) = table[(table["run"] == "a") & (table["statistic"] == "energy_ratio")].to_dict("records")
+        held += row["low"] <= truth <= row["high"]
+    return {"prompts": prompts, "ratio": truth, "interval": held / sets}
+
+
 # --- tables -------------------------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +361,9 @@ def tables(results: dict[str, Any]) -> str:
     for row in results["coverage"]:
         facts = f"| {row['prompts']} | {row['noise']:g} | {row['icc']:.2f} |"
         lines.append(f"{facts} {100 * row['interval']:.0f}% | {100 * row['percentiles']:.0f}% |")
+    lines += ["", "Of the last reply's energy over the first's:", "", "| prompts | planted ratio | interval holds it |"]
+    lines += ["| ---: | ---: | ---: |"]
+    lines += [f"| {row['prompts']} | {row['ratio']:.2f} | {100 * row['interval']:.0f}% |" for row in results["turns_coverage"]]
     return "\n".join(lines)
 
 

@@ -177,6 +177,17 @@ def readable(prompt: Asked) -> str:
     return "\n".join(f"{turn['role']}: {' '.join(turn['content'].split())}" for turn in prompt)
 
 
+def spoken(text: str) -> list[tuple[str, str]]:
+    """The role and the text of each turn, of what `readable` gives.
+
+    Example:
+        >>> spoken("user: Why?\nassistant: So."), spoken("Why?")
+        ([('user', 'Why?'), ('assistant', 'So.')], [('user', 'Why?')])
+    """
+    turns = [line.partition(": ") for line in text.split("\n")]
+    return [(role, said) for role, _, said in turns] if all(role in ROLES for role, _, _ in turns) else [("user", text)]
+
+
 def written(prompt: Asked) -> Any:
     """A prompt as a line of a prompts file holds it."""
     if isinstance(prompt, str):

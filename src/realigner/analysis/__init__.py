@@ -8,6 +8,7 @@ from realigner.analysis.mean_maps import FIRST_GENERATED, leading_indices, run_m
 from realigner.analysis.sparsity import gini, sparsity
 from realigner.analysis.striation import eta_squared, icc, kendall_w, omega_squared, striation, svd_share
 from realigner.analysis.timing import layer_counts, timing, top_histogram
+from realigner.analysis.turns import turns
 from realigner.analysis.verdicts import Analysis, analyze
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "text_maps",
     "timing",
     "top_histogram",
+    "turns",
 ]

@@ -22,6 +22,7 @@ from realigner.analysis.sparsity import sparsity
 from realigner.analysis.striation import striation
 from realigner.analysis.tables import ALL, json_value, records, table_rows
 from realigner.analysis.timing import timing
+from realigner.analysis.turns import LAST, turns
 from realigner.traces.layout import UNTRAINED
 
 Verdict = Literal["supported", "not supported", "cannot tell"]
@@ -37,7 +38,8 @@ class Analysis:
     """All tables of a trace, and the verdicts.
 
     Attributes:
-        striation, timing, sparsity: see the functions of these names.
+        striation, timing, sparsity, turns: see the functions of these names; `turns` is empty where no conversation has two
+            replies.
         consensus: see `Consensus`.
         leading: each run's 10 leading indices: ``run, tone, seed, rank, neuron, ratio, layers_in_top, layers``.
         verdicts: one dict a claim: ``claim``, ``verdict`` ("supported", "not supported", "cannot tell"), ``words``, ``value``,
@@ -51,10 +53,12 @@ class Analysis:
     sparsity: pd.DataFrame
     leading: pd.DataFrame
     verdicts: list[dict[str, Any]]
+    turns: pd.DataFrame
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: tables as lists of records, NaN as None."""
-        tables = {"striation": self.striation, "timing": self.timing, "sparsity": self.sparsity, "leading": self.leading}
+        tables = {"striation": self.striation, "timing": self.timing, "sparsity": self.sparsity, "turns": self.turns}
+        tables["leading"] = self.leading
         agreed = {"table": self.consensus.table, "indices": self.consensus.indices, "pairs": self.consensus.pairs}
         return {
             "verdicts": [{key: json_value(value) for key, value in verdict.items()} for verdict in self.verdicts],
@@ -70,7 +74,7 @@ def analyze(
     resamples: int = 1000,
     host: pd.DataFrame | np.ndarray | None = None,
 ) -> Analysis:
-    """Striation, consensus, timing and sparsity of a trace, and verdicts.
+    """Striation, consensus, timing, sparsity and turns of a trace, and verdicts.
 
     A trace may be larger than memory: it is read run by run, and raw deltas a few tokens at a time.
 
@@ -88,9 +92,10 @@ def analyze(
     """
     draws = {"permutations": permutations, "resamples": resamples, "seed": seed}
     tables = {"striation": striation(trace, **draws), "timing": timing(trace, **draws), "sparsity": sparsity(trace, **draws)}
+    tables["turns"] = turns(trace, **draws)
     agreed = consensus(trace, host, **draws)
     leading = _leading(trace)
-    verdicts = _verdicts(tables["striation"], agreed, tables["timing"], tables["sparsity"], leading)
+    verdicts = _verdicts(tables["striation"], agreed, tables["timing"], tables["sparsity"], tables["turns"], leading)
     return Analysis(consensus=agreed, leading=leading, verdicts=verdicts, **tables)
 
 
@@ -126,7 +131,12 @@ class _Claim:
 
 
 def _verdicts(
-    striped: pd.DataFrame, agreed: Consensus, timed: pd.DataFrame, sparse: pd.DataFrame, leading: pd.DataFrame
+    striped: pd.DataFrame,
+    agreed: Consensus,
+    timed: pd.DataFrame,
+    sparse: pd.DataFrame,
+    turned: pd.DataFrame,
+    leading: pd.DataFrame,
 ) -> list[dict[str, Any]]:
     claims = [
         _Claim(
@@ -164,6 +174,10 @@ def _verdicts(
             "Hoyer's sparsity of a token's values",
         ),
     ]
+    if len(turned):
+        faded = _find(turned, statistic="energy_ratio", reply=LAST)
+        sentence = "What is added fades from the first reply of a conversation to the last"
+        claims.append(_Claim("fading", sentence, faded, "energy of a token, last reply over first", more=False))
     adjusted = holm(np.array([claim.row["p"] for claim in claims], dtype=float))
     return [_verdict(claim, float(p)) for claim, p in zip(claims, adjusted, strict=True)]
 

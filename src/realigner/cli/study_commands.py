@@ -70,7 +70,7 @@ def analyze(
     seed: Annotated[int, typer.Option(help="Of all draws.", min=0, max=2**32 - 1)] = 0,
     as_json: opt.Json = False,
 ) -> None:
-    """Striation, consensus, timing and sparsity of traces, each with its null, interval and n, and verdicts in words."""
+    """Striation, consensus, timing, sparsity and turns of traces, each with its null, interval and n, and verdicts in words."""
     from realigner.traces import join_traces, load_trace
     from realigner.traces.store import damage_named
 
@@ -88,7 +88,22 @@ def analyze(
     show("Leading indices (times the median of their layer):")
     for run, table in found.leading.groupby("run", sort=False):
         show(f"   {run:24} " + "  ".join(f"{row.neuron} ({row.ratio:.2f})" for row in table.head(5).itertuples()))
+    _show_replies(found.turns)
     show(f"Try next:  realigner report {traces[0]} --out report.html    (--json has every table)")
+
+
+def _show_replies(turns: Any) -> None:
+    """What each reply of a conversation gets, where there are conversations."""
+    if not len(turns):
+        return
+    show("Energy of a token by reply of the conversation:")
+    for run, table in turns[(turns["run"] != "all") & turns["statistic"].isin(("energy", "energy_ratio"))].groupby(
+        "run", sort=False
+    ):
+        *replies, last = table.to_dict("records")
+        values = "  ".join(f"{row['value']:.3g}" for row in replies)
+        between = f" ({last['low']:.3g} to {last['high']:.3g})" if last["low"] == last["low"] else ""
+        show(f"   {run:24} {values}   last over first {last['value']:.3g}{between}")
 
 
 def explain(

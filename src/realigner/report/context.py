@@ -14,6 +14,7 @@ import xarray as xr
 from markupsafe import Markup
 
 from realigner.analysis import Consensus, layer_counts, leading_indices, run_maps, top_histogram
+from realigner.dialogues import spoken
 from realigner.report import charts, diagram, page_tables as tables
 from realigner.report.charts import Line, fmt
 from realigner.report.explanation_section import MARKS, explanation_section
@@ -21,7 +22,7 @@ from realigner.report.indices import index_pages
 from realigner.report.plot_style import as_svg
 from realigner.report.report_input import ReportInput
 from realigner.report.run_styles import RunStyles
-from realigner.report.token_maps import explorer, questions
+from realigner.report.token_maps import ARROW, explorer, questions
 
 _BINS = 20  # of the histograms over a text
 BUDGET = 14_500_000  # bytes of a page; what everything else leaves is spent on maps token by token
@@ -29,6 +30,7 @@ MARKED = 5  # leading indices marked above a map, each with a page
 _STRIATION = ("icc", "kendall_w", "eta_squared_neuron", "omega_squared_neuron", "svd_share")
 _TIMING = ("centre_of_mass", "prompt_share", "first_share", "largest_share", "entropy", "late_share_1000")
 _SPARSITY = ("hoyer", "participation", "kurtosis", "gini", "small_share")
+_RATIOS = ("energy_ratio", "size_ratio")
 _P_HOST = ("p_host", "p_host_holm", "p_host_bh")
 _LEFT_OUT = ("run", "tone", "unit", "test", "difference", "difference_low", *_P_HOST, "score", "runs")
 _SHADES = {
@@ -79,6 +81,7 @@ def page_context(item: ReportInput, number: int = 0, budget_bytes: int = BUDGET)
         "consensus": _consensus(found.consensus, runs.names) if found else None,
         "timing": _timing(trace, found.timing if found else None, runs),
         "sparsity": _sparsity(trace, found.sparsity if found else None, runs),
+        "turns": _turns(found.turns, runs) if found else None,
         "explanations": [explanation_section(found, at, runs) for at, found in enumerate(item.explained, 1)],
         "training": _training(item, runs),
         "records": {run: item.records[run] for run in runs.names if run in item.records},
@@ -147,15 +150,44 @@ def _replies(item: ReportInput, runs: RunStyles) -> list[dict[str, Any]]:
     firsts = {runs.facts[run]["tone"]: run for run in reversed(columns) if run != "base"}
     shown = {"base", *firsts.values()}
     order = sorted(columns, key=lambda run: (run != "base", run != "base" and not runs.facts[run]["untrained"]))
-    return [
-        {
-            "prompt": answer["prompt"],
-            "cells": [
-                {"run": run, "text": answer.get(run, ""), "colour": runs.colour(run), "shown": run in shown} for run in order
-            ],
-        }
-        for answer in answers
+    found = []
+    for answer in answers:
+        *before, (_, last) = spoken(answer["prompt"])
+        is_dialogue = any(isinstance(answer.get(run), list) for run in order)
+        questions = [text for role, text in spoken(answer["prompt"]) if role == "user"]
+        cells = [
+            {
+                "run": run,
+                "colour": runs.colour(run),
+                "shown": run in shown,
+                "turns": list(zip(questions, answer.get(run, []), strict=False))
+                if is_dialogue
+                else [("", answer.get(run, ""))],
+            }
+            for run in order
+        ]
+        title = ARROW.join(questions) if is_dialogue else last
+        before = [turn for turn in before if turn[0] == "system"] if is_dialogue else before
+        found.append({"prompt": title, "before": before, "cells": cells})
+    return found
+
+
+def _turns(table: pd.DataFrame, runs: RunStyles) -> dict[str, Any] | None:
+    """What is added to each reply of a conversation, as a chart; the last against the first, as a table."""
+    if not len(table):
+        return None
+    own = table[table["run"] != "all"]
+    lines = [
+        runs.line(run, part["reply"].astype(int).tolist(), (part["value"] / (part["value"].iloc[0] or math.nan)).tolist())
+        for run in runs.names
+        if len(part := own[(own["run"] == run) & (own["statistic"] == "energy")])
     ]
+    whole = table[table["reply"] == "last"]
+    return {
+        "chart": tables.charted(lines, "reply", "energy, first reply = 1", "Energy of a token by reply", from_zero=True),
+        "table": tables.by_run(whole, _RATIOS, runs.names),
+        "all": tables.full_table(table, ("tone", "unit")),
+    }
 
 
 def _striation(table: pd.DataFrame, runs: RunStyles) -> list[dict[str, Any]]:

@@ -37,6 +37,10 @@ NAMES = {
     "participation": "participation ratio",
     "kurtosis": "kurtosis",
     "small_share": "share |v| < 0.0001",
+    "energy": "energy of a token",
+    "size": "mean |δ|",
+    "energy_ratio": "energy, last over first",
+    "size_ratio": "mean |δ|, last over first",
     "model": "taken out first",
     "null": "null",
     "low": "95% interval",
@@ -110,7 +114,9 @@ def _shown(column: str, row: dict[Any, Any]) -> str:
         return probability(value)
     if isinstance(value, str):
         return _MODELS.get(value, value) if column == "model" else NAMES.get(value, value)
-    if column in ("neuron", "without", "n", "runs", "runs_in_top", "layer") and not math.isnan(number(value)):
+    if column in ("neuron", "without", "n", "runs", "runs_in_top", "layer", "reply", "tokens") and not math.isnan(
+        number(value)
+    ):
         return str(int(value))
     return fmt(value)
 

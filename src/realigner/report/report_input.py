@@ -10,6 +10,7 @@ from typing import Any
 import xarray as xr
 
 from realigner.analysis import Analysis
+from realigner.dialogues import spoken
 from realigner.errors import RealignerError
 from realigner.explain.explanation import RESULT_FILE, Explanation, is_explanation, read_explanation
 from realigner.traces.store import is_trace, load_trace
@@ -40,16 +41,36 @@ class ReportInput:
         """The runs that are not untrained twins."""
         return [run for run, facts in self.trace.attrs["runs"].items() if not facts["untrained"]]
 
-    def answers(self) -> list[dict[str, str]]:
-        """The prompts with the replies: ``prompt``, ``base`` (if recorded), and one for each run."""
+    def answers(self) -> list[dict[str, Any]]:
+        """The prompts with the replies: ``prompt``, ``base`` (if recorded), and one for each run.
+
+        Of a dialogue, which each run plays in its own way, ``prompt`` has the questions and a run the list of its replies.
+        """
         labels = (self.trace[f"text_{key}"].values.tolist() for key in ("prompt", "run", "question", "reply"))
-        rows: dict[int, dict[str, str]] = {}
+        notes, asked, said = self.trace.attrs["notes"], dict[int, dict[str, str]](), dict[int, dict[str, str]]()
         for prompt, run, question, reply in zip(*labels, strict=True):
-            rows.setdefault(prompt, {"prompt": question})[run] = reply
-        for prompt, reply in enumerate(self.trace.attrs["notes"].get("base", [])):
-            if prompt in rows:
-                rows[prompt]["base"] = reply
-        return [row for row in rows.values() if row["prompt"]]
+            asked.setdefault(prompt, {})[run] = question
+            said.setdefault(prompt, {})[run] = reply
+        for prompt, reply in enumerate(notes.get("base", [])):
+            if prompt in said:
+                own = dict(enumerate(notes.get("base_questions", [])))
+                asked[prompt]["base"] = own.get(prompt, next(iter(asked[prompt].values())))
+                said[prompt]["base"] = reply
+        return [_answered(asked[prompt], said[prompt]) for prompt in asked if any(asked[prompt].values())]
+
+
+def _answered(asked: dict[str, str], said: dict[str, str]) -> dict[str, Any]:
+    """A prompt with its replies.
+
+    Args:
+        asked, said: run -> what it was asked, with all that was said before, and its reply.
+    """
+    first = next(iter(asked.values()))
+    if len(set(asked.values())) == 1:
+        return {"prompt": first, **said}
+    earlier = {run: [text for role, text in spoken(text) if role == "assistant"] for run, text in asked.items()}
+    questions = "\n".join(f"{role}: {text}" for role, text in spoken(first) if role != "assistant")
+    return {"prompt": questions} | {run: [*earlier[run], reply] for run, reply in said.items()}
 
 
 def gather(name: str, trace: xr.Dataset) -> ReportInput:

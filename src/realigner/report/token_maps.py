@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from markupsafe import Markup
 
+from realigner.dialogues import spoken
 from realigner.report.quantize import RunTokens, TokenMaps, encode, pack, token_maps
 from realigner.report.run_styles import RunStyles
 from realigner.traces.layout import text_spans
 
+ARROW = " → "  # between the questions of a conversation
 _AT_ONCE = 1 << 27  # bytes of one run's deltas that are read once and kept while they are packed
 _FINE = 4_000_000  # bytes that maps of runs may take in 16 bits
 
@@ -81,6 +84,7 @@ def _texts(trace: xr.Dataset, runs: RunStyles) -> tuple[list[dict[str, Any]], di
                     "prompt": int(trace["text_prompt"].values[text]),
                     "words": [str(word) for word in words[span]],
                     "generated": int(counts[text, 0]),
+                    "turns": _turns(trace["turn"].values[span], trace["role"].values[span]),
                     "energy": [float(f"{value:.3g}") for value in energy],
                     "top": float(f"{top:.4g}"),
                     "limit": limit,
@@ -94,6 +98,12 @@ def _texts(trace: xr.Dataset, runs: RunStyles) -> tuple[list[dict[str, Any]], di
                 _reader(trace, [spans[text] for text in own]), lengths, asked, trace.sizes["layer"] * trace.sizes["neuron"]
             )
     return texts, tokens
+
+
+def _turns(turn: np.ndarray, role: np.ndarray) -> list[tuple[int, int, str]]:
+    """Where the content of each message lies, and whose it is: its first token, the one after its last, the role."""
+    edges = [0, *(np.flatnonzero(np.diff(turn)) + 1).tolist(), len(turn)]
+    return [(start, stop, str(role[start])) for start, stop in pairwise(edges) if start < stop and turn[start] >= 0]
 
 
 def _reader(trace: xr.Dataset, spans: Sequence[slice]) -> Any:
@@ -118,6 +128,7 @@ def _kept(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def questions(trace: xr.Dataset) -> dict[int, str]:
-    """Prompt number -> question."""
+    """Prompt number -> question, or the questions of a conversation."""
     asked = zip(trace["text_prompt"].values.tolist(), trace["text_question"].values.tolist(), strict=True)
-    return {int(prompt): str(question) or f"prompt {prompt + 1}" for prompt, question in asked}
+    said = {int(prompt): [text for role, text in spoken(str(question)) if role == "user"] for prompt, question in asked}
+    return {prompt: ARROW.join(texts) or f"prompt {prompt + 1}" for prompt, texts in said.items()}

@@ -3,6 +3,13 @@
 const FEWEST = 8; // columns at the closest zoom
 const SQUARE = 48; // columns below which rows are zoomed too
 
+/** What a token is part of: the prompt or the reply, and whose message. */
+function partOf(text, position) {
+  const part = position < text.generated ? "prompt" : "reply";
+  const turn = text.turns.findIndex(([start, stop]) => start <= position && position < stop);
+  return turn < 0 ? part : `${part}, message ${turn + 1}: ${text.turns[turn][2]}`;
+}
+
 class Explorer {
   constructor(root, book) {
     this.root = root;
@@ -175,7 +182,7 @@ class Explorer {
     const { left, prompt, position } = this.state;
     const text = this.book.text(left, prompt);
     const word = text && text.words[position];
-    const part = !text || word === undefined ? "" : position < text.generated ? "prompt" : "reply";
+    const part = !text || word === undefined ? "" : partOf(text, position);
     const read = word === undefined ? `token ${position + 1}: the reply has ended` :
       `token ${position + 1} of ${text.words.length} (${part}): “${visible(word)}”, energy ${short(text.energy[position])}`;
     this.find("token").textContent = read;
@@ -217,6 +224,7 @@ class Explorer {
       panel.strip.closest("[data-strip-box]").querySelector("[data-strip-name]").textContent = name;
       panel.strip.setAttribute("aria-label", `Tokens of ${name}, coloured by energy`);
       const most = Math.max(...text.energy) || 1;
+      const begins = new Map(text.turns.map(([start, , role]) => [start, role]));
       panel.strip.replaceChildren(...text.words.map((word, at) => {
         const span = document.createElement("span");
         span.id = `${panel.strip.id}-${at}`;
@@ -227,6 +235,7 @@ class Explorer {
         span.title = `token ${at + 1}, energy ${short(text.energy[at])}`;
         if (at === text.generated) span.className = "first";
         if (at < text.generated) span.classList.add("asked");
+        if (begins.has(at)) span.dataset.role = begins.get(at);
         span.addEventListener("click", () => this.choose(at));
         return span;
       }));
