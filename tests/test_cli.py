@@ -70,6 +70,32 @@ def test_prompts_from_paper_and_file(place: Path, capsys: pytest.CaptureFixture[
     assert [r["prompt"] for r in results] == ["Zero?", "One?", "Two?"]
 
 
+def test_prompts_of_conversations_and_dialogues(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]}
+    turns = {"turns": ["One?", "Two?"]}
+    path = place / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in ("Why?", talk, turns)))
+    options = ("generate", "--irm", place / "run", "--max-new-tokens", 3, "--dtype", "float32", "--prompts", path)
+    results = document(capsys, *options)["results"]
+    assert [r["prompt"] for r in results] == ["Why?", talk, turns]
+    assert [isinstance(r["base"], str) for r in results] == [True, True, False]
+    assert [len(results[2][key]) for key in ("base", "realigned")] == [2, 2]
+    assert document(capsys, *options[:-2], "Why?")["results"][0]["base"] == results[0]["base"]
+    code, out, _ = run(capsys, *options)
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith(("Q: ", "   user"))] == [
+        "Q: Why?",
+        "Q: system: Be brief.",
+        "   user: Who?",
+        "Q: One?",
+        "Q: Two?",
+    ]
+    path.write_text('"Why?"\n{"turns": [""]}\n')
+    code, _, err = run(capsys, *options)
+    assert code == 1
+    assert err.strip() == f"realigner: {path}:2: key 'turns': question 1 is not a text, or an empty one"
+
+
 def test_train_trace_report(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ("--dtype", "float32")
     trained = document(

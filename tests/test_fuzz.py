@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
@@ -102,7 +103,7 @@ KINDS = {
         ),
     ),
     "rows": Kind(
-        ("rows.jsonl", "squad.*", "foreign.*", "chats.*", "questions.txt"),
+        ("rows.jsonl", "squad.*", "foreign.*", "chats.*", "questions.txt", "questions.jsonl"),
         (
             "data check rows.jsonl --host host | rows.jsonl",
             "data import foreign.csv --tone anger --out in.jsonl | foreign.csv",
@@ -115,6 +116,7 @@ KINDS = {
             f"data build --squad squad.jsonl --tone tone.toml {_BUILD} | squad.jsonl",
             f"data build --squad squad.json --tone tone.toml {_BUILD} | built.journal",
             f"generate --irm run {_TINY} --prompts questions.txt | questions.txt",
+            f"generate --irm run {_TINY} --prompts questions.jsonl | questions.jsonl",
         ),
     ),
     "explain.json": Kind(("explained/explain.json",), ("report explained trace.zarr --out page.html",)),
@@ -171,13 +173,22 @@ def artefacts(place: Path) -> Path:
         lines = {**tone, "words": list(tone["words"])[:5], "examples": [], "template": {}}
         (place / "tone.toml").write_text(_tone_text(lines, small, tone["examples"][0]))
         (place / "questions.txt").write_text("Why?\nWhat is that?\n")
+        talk = [
+            {"role": "user", "content": "Why?"},
+            {"role": "assistant", "content": "So."},
+            {"role": "user", "content": "How?"},
+        ]
+        asked: list[Any] = ["Why?", {"prompt": "Who?"}, {"messages": talk}, {"turns": ["Why?", "What is that?"]}]
+        (place / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
         _foreign(place)
         _ran("train", "--host", "host", "--data", "rows.jsonl", "--out", "run", *_TRAINING)
         shutil.copy("run/recipe.yaml", "recipe.yaml")
         _stopped()
         trace = planted_trace({"run": ("anger", 42), "untrained-42": ("untrained", 42)}, generated=6, layers=3, neurons=40)
         trace.attrs["runs"]["run"]["irm"] = "run"
-        save_trace(trace, "trace.zarr")
+        turn = np.tile([-1, 0, 1, 2, *[3] * 6], trace.sizes["text"])
+        role = np.array(["user", "assistant", "user", "assistant", ""], dtype=object)[turn]
+        save_trace(trace.assign_coords(turn=("token", turn), role=("token", role)), "trace.zarr")
         written_explanation(Path("explained"), planted_explanation(neurons=40, layers=3))
         (place / "sweep.yaml").write_text(
             "recipe: recipe.yaml\nset: {steps: 0, samples: 0}\ngrid:\n  seed: [1, 2]\n  layers: ['0', '0-2']\n"

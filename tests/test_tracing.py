@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import xarray as xr
 
 import realigner as ra
+from realigner.dialogues import Asked, Dialogue, play, readable
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import load_host
 from realigner.traces import load_trace, texts_of
@@ -59,6 +61,32 @@ def test_runs_and_their_twins_in_one_store(place: Path, pair: tuple[Any, Any], t
     np.testing.assert_allclose(sad["delta"].values, alone["delta"].values, atol=1e-6)
     assert sad.attrs["runs"]["sadness-42"]["sha256"] == alone.attrs["runs"]["default"]["sha256"]
     model.unload()
+
+
+def test_each_run_plays_a_dialogue_itself(place: Path, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    host, tokenizer = pair
+    dialogue = Dialogue(("Who was she?", "When?"))
+    sources = sources_of(find_runs([place / "runs" / "anger42"]), strength=0.5)
+    prompts: list[Asked] = ["Why?", dialogue]
+    trace = trace_runs(sources, tmp_path / "t.zarr", host, tokenizer, prompts, max_new_tokens=5, quiet=True)
+    assert trace.attrs["notes"]["prompts"] == ["Why?", {"turns": ["Who was she?", "When?"]}]
+
+    def ask(conversations: Any, model: Any = host) -> list[str]:
+        return ra.answer(model, tokenizer, conversations, max_new_tokens=5)
+
+    bare = play(prompts, ask)  # the host plays it bare
+    assert trace.attrs["notes"]["base_questions"] == [readable(asked) for asked in bare]
+    assert trace.attrs["notes"]["base"] == ask(bare)
+    model = load_irm(host, place / "runs" / "anger42")
+    with ra.strength(model, 0.5):
+        own = play(prompts, partial(ask, model=model))
+        replies = ask(own, model)
+    model.unload()
+    mine = trace["text_run"].values == "anger-42"
+    assert trace["text_question"].values[mine].tolist() == [readable(asked) for asked in own]
+    assert trace["text_reply"].values[mine].tolist() == replies
+    plain = trace_runs(sources, tmp_path / "u.zarr", host, tokenizer, ["Why?"], max_new_tokens=5, quiet=True)
+    assert set(plain.attrs["notes"]) == {"settings", "prompts", "base"}
 
 
 def test_a_twin_is_the_run_before_its_first_step(place: Path, pair: tuple[Any, Any], tmp_path: Path) -> None:

@@ -14,14 +14,19 @@ import xarray as xr
 from peft import get_peft_model
 
 import realigner as ra
+from realigner.analysis import analyze, turns
 from realigner.dialogues import Dialogue, all_replies, play, read_prompts, readable, spoken, written
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer
 from realigner.irm_config import IRMConfig
 from realigner.prompts import messages_of
-from realigner.report.report_input import gather
-from realigner.traces.layout import LATER
+from realigner.report.context import page_context
+from realigner.report.html_report import render
+from realigner.report.report_input import ReportInput, gather
+from realigner.traces.layout import LATER, RunLabel
+from tests.planted import planted_trace
 from tests.tiny import tiny_pair
+from tests.validation import fading, talk_trace, turns_coverage
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -269,3 +274,150 @@ def test_labels_are_checked(model: Any, tmp_path: Path) -> None:
         path = ra.save_trace(trace.assign_attrs(notes=notes), tmp_path / "notes.zarr", force=True)
         with pytest.raises(RealignerError, match=fault):
             ra.load_trace(path)
+
+
+# Does it last?
+
+TWINS = [("a", "anger", 1), ("u", "untrained", 1)]
+
+
+def replies(table: Any, run: str, statistic: str) -> Any:
+    return table[(table["run"] == run) & (table["statistic"] == statistic)].set_index("reply")
+
+
+def test_values_of_replies_by_hand() -> None:
+    """Two prompts, two replies of two tokens; 4 neurons in one layer; the template's and the user's tokens have 1,000."""
+    energy = np.array([[[[1.0, 3.0], [1.0, 0.0]], [[4.0, 4.0], [4.0, 0.0]]], [[[1.0, 1.0]] * 2] * 2])
+    table = turns(talk_trace(energy, TWINS), 99, 50)
+    found = replies(table, "a", "energy")
+    assert found["value"].tolist() == [3.0, 1.25]  # means of 2 and 4, of 0.5 and 2
+    assert found["n"].tolist() == [2, 2]
+    assert found["tokens"].tolist() == [4, 4]
+    assert found["p"].isna().all()
+    (size,) = replies(table, "u", "size")["value"].unique()
+    assert size == 0.25  # |delta| 1 in one of 4 neurons
+    ratio = replies(table, "a", "energy_ratio")
+    assert ratio.index.tolist() == ["last"]
+    assert ratio["value"].tolist() == pytest.approx([np.sqrt(0.25 * 0.5)])
+    assert ratio["null"].tolist() == [1.0]
+    assert ratio["untrained"].tolist() == [1.0]
+    assert ratio["difference"].tolist() == pytest.approx([np.sqrt(0.125) - 1])
+    assert replies(table, "all", "energy")["tokens"].tolist() == [4, 4]  # the twin's do not count
+
+
+def test_layers_without_an_irm_and_replies_without_energy_do_not_count() -> None:
+    energy = np.exp(fading(np.random.default_rng(0), 6, 0.5))
+    one = talk_trace(energy, TWINS[:1])
+    wide = one.reindex(layer=[0, 1])
+    for statistic in ("energy", "size", "energy_ratio"):
+        a, b = (replies(turns(trace, 99, 50), "a", statistic) for trace in (one, wide))
+        assert a["value"].tolist() == b["value"].tolist()
+    energy[0, 0, 1] = 0.0
+    silent = replies(turns(talk_trace(energy, TWINS[:1]), 99, 50), "a", "energy_ratio")
+    assert silent["n"].tolist() == [5]
+    assert np.isfinite(silent["value"].iloc[0])
+    nothing = replies(turns(talk_trace(0 * energy, TWINS[:1]), 99, 50), "a", "energy_ratio")
+    assert nothing["value"].isna().all()
+    assert nothing["p"].isna().all()
+
+
+def test_a_planted_decay_is_found_and_none_is_not(recwarn: pytest.WarningsRecorder) -> None:
+    rng = np.random.default_rng(3)
+    log = np.concatenate([fading(rng, 8, 0.4), fading(rng, 8, 0.0)])
+    table = turns(talk_trace(np.exp(log), TWINS), 499, 500)
+    (fades,), (stays,) = (replies(table, run, "energy_ratio").to_dict("records") for run in ("a", "u"))
+    assert fades["low"] < np.exp(-0.8) < fades["high"] < 1
+    assert fades["p"] < 0.01
+    assert stays["low"] < 1 < stays["high"]
+    assert stays["p"] > 0.05
+    assert fades["difference_high"] < 0
+    growing = turns(talk_trace(np.exp(log[:, :, ::-1]), TWINS), 499, 500)
+    assert replies(growing, "a", "energy_ratio")["p"].iloc[0] > 0.99  # one-sided
+    assert not recwarn.list
+
+
+def test_the_interval_holds_the_planted_ratio() -> None:
+    """Of 40 with a coverage of 0.95: fewer than 32 once in 3,000."""
+    assert turns_coverage(7, 0.3, 40, seed=2)["interval"] >= 0.8
+
+
+def test_conversations_of_unequal_length_are_compared_each_with_itself() -> None:
+    rng = np.random.default_rng(0)
+    energy = np.exp(fading(rng, 6, 0.3))
+    trace = talk_trace(energy, TWINS[:1])
+    short = trace["turn"].values.copy()
+    tokens = energy.shape[3] + 3
+    short[: 3 * tokens][short[: 3 * tokens] < 2] = -1  # the first prompt has lost its first two messages
+    role = np.where(short < 0, "", trace["role"].values).astype(object)
+    table = turns(trace.assign_coords(turn=("token", short), role=("token", role)), 99, 50)
+    means = energy[0].mean(axis=-1)
+    logs = np.log([means[0, 2] / means[0, 1], *(means[1:, 2] / means[1:, 0])])
+    assert replies(table, "a", "energy_ratio")["value"].iloc[0] == pytest.approx(np.exp(logs.mean()))
+    assert replies(table, "a", "energy")["n"].tolist() == [6, 6, 5]
+
+
+def test_without_two_replies_there_is_no_such_analysis() -> None:
+    trace = planted_trace()
+    assert not len(turns(trace))
+    found = analyze(trace, permutations=19, resamples=10)
+    assert found.to_dict()["turns"] == []
+    assert "fading" not in [verdict["key"] for verdict in found.verdicts]
+    item = ReportInput("t", trace, {}, {}, found)
+    assert "does it last" not in render([item])
+
+
+# From a dialogue to its report.
+
+
+def talks(model: Any) -> xr.Dataset:
+    """Two runs that play two dialogues and answer a question."""
+    tokenizer = model.realigner.tokenizer
+    model.add_adapter("second", IRMConfig(output_std=0.1, layers=[0, 2]))
+    prompts = [DIALOGUE, Dialogue(("<b>Why?</b>", "How so?")), "A single one?"]
+    parts = []
+    for name in ("default", "second"):
+        model.base_model.set_adapter([name])
+
+        def ask(conversations: Any) -> list[str]:
+            return answer(model, tokenizer, conversations, max_new_tokens=5)
+
+        said = play(prompts, ask)
+        labels = {"default": RunLabel("anger-1", "anger", 1), "second": RunLabel("untrained-1", "untrained", 1)}
+        with ra.record(model, keep="raw", questions=said, labels=labels) as trace:
+            ask(said)
+        parts.append(trace)
+    return ra.traces.join_traces(parts)
+
+
+def test_a_dialogue_is_analysed_and_reported(model: Any) -> None:
+    trace = talks(model)
+    found = analyze(trace, permutations=99, resamples=50)
+    assert found.turns["reply"].unique().tolist() == [1, 2, 3, "last"]
+    energy = replies(found.turns, "anger-1", "energy")
+    assert energy["n"].tolist() == [2, 2, 1]
+    assert energy["tokens"].tolist() == [10, 9, 4]  # the last token of a reply that was just made is never read
+    first = trace.isel(token=np.flatnonzero((trace["run"].values == "anger-1") & (trace["turn"].values == 1)))
+    by_prompt = [np.nansum(of_prompt(first, n)["energy"].values, axis=1).mean() for n in (0, 1)]
+    assert energy["value"].iloc[0] == pytest.approx(np.mean(by_prompt))
+    (verdict,) = [verdict for verdict in found.verdicts if verdict["key"] == "fading"]
+    assert verdict["value"] == replies(found.turns, "all", "energy_ratio")["value"].iloc[0]
+    assert {row["statistic"] for row in found.to_dict()["turns"]} == {"energy", "size", "energy_ratio", "size_ratio"}
+    item = ReportInput("talks", trace, {}, {}, found)
+    dialogue, other, single = item.answers()
+    assert dialogue["prompt"] == readable(DIALOGUE)
+    assert [len(row["anger-1"]) for row in (dialogue, other)] == [3, 2]
+    assert single["prompt"] == "A single one?"
+    assert isinstance(single["anger-1"], str)
+    context = page_context(item)
+    page = render([item])
+    assert "does it last over a conversation?" in page
+    assert "Who was she? → When? → Where?" in page
+    assert "<b>Why?" not in page
+    cells = context["replies"][0]["cells"]
+    assert [question for question, _ in cells[0]["turns"]] == list(DIALOGUE.questions)
+    texts = json.loads(str(context["facts"]))["texts"]
+    (text,) = (text for text in texts if text["run"] == "anger-1" and text["prompt"] == 0)
+    assert [role for _, _, role in text["turns"]] == ["user", "assistant"] * 3
+    start, stop, _ = text["turns"][0]
+    assert "".join(text["words"][start:stop]) == "Who was she?"
+    assert text["turns"][-1][1] == len(text["words"])
