@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def test_each_run_plays_a_dialogue_itself(place: Path, pair: tuple[Any, Any], tm
     trace = trace_runs(sources, tmp_path / "t.zarr", host, tokenizer, prompts, max_new_tokens=5, quiet=True)
     assert trace.attrs["notes"]["prompts"] == ["Why?", {"turns": ["Who was she?", "When?"]}]
 
-    def ask(conversations: Any, model: Any = host) -> list[str]:
+    def ask(conversations: Any, model: Any = host) -> Sequence[str]:
         return ra.answer(model, tokenizer, conversations, max_new_tokens=5)
 
     bare = play(prompts, ask)  # the host plays it bare

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from peft import get_peft_model
 
 import realigner as ra
 from realigner.analysis import analyze, turns
-from realigner.dialogues import Dialogue, all_replies, play, read_prompts, readable, spoken, written
+from realigner.dialogues import Asked, Dialogue, all_replies, play, read_prompts, readable, spoken, written
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer
 from realigner.irm_config import IRMConfig
@@ -195,7 +196,7 @@ def test_an_earlier_reply_is_given_the_deltas_that_it_was_made_with(model: Any) 
     tokenizer = model.realigner.tokenizer
     options: dict[str, Any] = {"max_new_tokens": 6, "repetition_penalty": 1.1}
 
-    def ask(conversations: Any) -> list[str]:
+    def ask(conversations: Any) -> Sequence[str]:
         return answer(model, tokenizer, conversations, **options)
 
     with ra.strength(model, 0.7):
@@ -373,12 +374,12 @@ def talks(model: Any) -> xr.Dataset:
     """Two runs that play two dialogues and answer a question."""
     tokenizer = model.realigner.tokenizer
     model.add_adapter("second", IRMConfig(output_std=0.1, layers=[0, 2]))
-    prompts = [DIALOGUE, Dialogue(("<b>Why?</b>", "How so?")), "A single one?"]
+    prompts: list[Asked] = [DIALOGUE, Dialogue(("<b>Why?</b>", "How so?")), "A single one?"]
     parts = []
     for name in ("default", "second"):
         model.base_model.set_adapter([name])
 
-        def ask(conversations: Any) -> list[str]:
+        def ask(conversations: Any) -> Sequence[str]:
             return answer(model, tokenizer, conversations, max_new_tokens=5)
 
         said = play(prompts, ask)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from realigner.errors import RealignerError, UsageError
 from realigner.files import decoded, read_bytes, value_of
-from realigner.prompts import Prompt, messages_of
+from realigner.prompts import Prompt
 
+_Reply = TypeVar("_Reply", bound=str)
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -127,19 +128,10 @@ def play(prompts: Sequence[Asked], answer: Callable[[list[Prompt]], Sequence[str
         >>> play(["Why?", Dialogue(("Who?", "When?"))], lambda asked: ["Ada."] * len(asked))[1]
         [{'role': 'user', 'content': 'Who?'}, {'role': 'assistant', 'content': 'Ada.'}, {'role': 'user', 'content': 'When?'}]
     """
-    said: list[Any] = [
-        [{"role": "user", "content": prompt.questions[0]}] if isinstance(prompt, Dialogue) else prompt for prompt in prompts
-    ]
-    dialogues = {at: prompt.questions for at, prompt in enumerate(prompts) if isinstance(prompt, Dialogue)}
-    for nth in range(1, max(map(len, dialogues.values()), default=0)):
-        going = [at for at, questions in dialogues.items() if len(questions) > nth]
-        for at, reply in zip(going, answer([said[at] for at in going]), strict=True):
-            answered, asked = {"role": "assistant", "content": reply}, {"role": "user", "content": dialogues[at][nth]}
-            said[at] = [*said[at], answered, asked]
-    return said
+    return _played(prompts, answer)[0]
 
 
-def all_replies(prompts: Sequence[Asked], answer: Callable[[list[Prompt]], Sequence[str]]) -> list[list[str]]:
+def all_replies(prompts: Sequence[Asked], answer: Callable[[list[Prompt]], Sequence[_Reply]]) -> list[list[_Reply]]:
     """The replies to each prompt: to every question of a dialogue, else one.
 
     Args:
@@ -149,12 +141,26 @@ def all_replies(prompts: Sequence[Asked], answer: Callable[[list[Prompt]], Seque
         >>> all_replies(["Why?", Dialogue(("Who?", "When?"))], lambda asked: [f"{len(said)}" for said in asked])
         [['4'], ['1', '3']]
     """
-    played = play(prompts, answer)
-    found: list[list[str]] = []
-    for prompt, said, last in zip(prompts, played, answer(played), strict=True):
-        turns = messages_of(said) if isinstance(prompt, Dialogue) else []
-        found.append([*(turn["content"] for turn in turns if turn["role"] == "assistant"), last])
-    return found
+    conversations, earlier = _played(prompts, answer)
+    return [[*before, last] for before, last in zip(earlier, answer(conversations), strict=True)]
+
+
+def _played(
+    prompts: Sequence[Asked], answer: Callable[[list[Prompt]], Sequence[_Reply]]
+) -> tuple[list[Prompt], list[list[_Reply]]]:
+    """The conversations up to each prompt's last question, and the replies in them that were given here."""
+    said: list[Any] = [
+        [{"role": "user", "content": prompt.questions[0]}] if isinstance(prompt, Dialogue) else prompt for prompt in prompts
+    ]
+    replies: list[list[_Reply]] = [[] for _ in prompts]
+    dialogues = {at: prompt.questions for at, prompt in enumerate(prompts) if isinstance(prompt, Dialogue)}
+    for nth in range(1, max(map(len, dialogues.values()), default=0)):
+        going = [at for at, questions in dialogues.items() if len(questions) > nth]
+        for at, reply in zip(going, answer([said[at] for at in going]), strict=True):
+            answered, asked = {"role": "assistant", "content": str(reply)}, {"role": "user", "content": dialogues[at][nth]}
+            said[at] = [*said[at], answered, asked]
+            replies[at].append(reply)
+    return said, replies
 
 
 def questions_in(prompt: Asked) -> int:

@@ -26,6 +26,7 @@ def trace(
     baselines: Annotated[bool, typer.Option(help="Trace the untrained twin of each seed too.")] = True,
     strength: opt.Strength = 1.0,
     host: opt.HostOfIrm = None,
+    chat_template_kwargs: opt.TemplateKwargs = None,
     max_new_tokens: opt.MaxNewTokens = 80,
     seed: opt.Seed = 42,
     dtype: opt.Dtype = "auto",
@@ -38,6 +39,7 @@ def trace(
     opt.one_of("--keep", keep, ("summary", "raw", "replay"))
     opt.one_of("--raw-dtype", raw_dtype, ("auto", "float16", "float32"))
     asked = opt.prompts_from(questions, prompts)
+    variables = opt.template_kwargs(chat_template_kwargs)
     opt.refuse_missing(irm)
     from realigner.traces.store import held
 
@@ -48,6 +50,7 @@ def trace(
     sources = sources_of(find_runs(irm), baselines, strength)
     loaded, tokenizer = load_host_of(sources[0].folder, host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"keep": keep, "dtype": raw_dtype, "max_new_tokens": max_new_tokens, "seed": seed}
+    options["chat_template_kwargs"] = variables
     try:
         recorded = trace_runs(sources, out, loaded, tokenizer, asked, **options, force=force, quiet=as_json)
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, set_seed
 from realigner.console import progress
 from realigner.dialogues import Asked, play, questions_in, readable, written
 from realigner.errors import RealignerError, UsageError
-from realigner.generation import answer
+from realigner.generation import Answer, answer
 from realigner.irm import IRMShape
 from realigner.irm_config import CONFIG_FILE, IRMConfig, check_adapter
 from realigner.prompts import PAPER_PROMPTS, Prompt
@@ -109,6 +109,7 @@ def trace_runs(
     repetition_penalty: float = 1.1,
     force: bool = False,
     quiet: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
     """Answer the prompts with the bare host and with each IRM, and write the deltas of each to a store.
 
@@ -128,6 +129,7 @@ def trace_runs(
         seed: stored with the replies (greedy ones do not depend on it).
         force: replace an existing trace, and discard an unfinished one.
         quiet: show no progress.
+        chat_template_kwargs: variables of the chat template, over those of the IRMs.
 
     Raises:
         RealignerError: if `out` or ``OUT.unfinished`` exists or cannot be written, or an IRM was made for another host.
@@ -136,12 +138,14 @@ def trace_runs(
     if not sources:
         raise UsageError("trace: no IRM is given")
     configs = [IRMConfig.from_pretrained(str(source.folder)) for source in sources]
-    templates = {str(config.template) for config in configs}
+    templates = {f"{config.template} {config.chat_template_kwargs or ''}".strip() for config in configs}
     if len(templates) > 1:
         raise UsageError(
             f"trace: these IRMs were trained with different templates ({', '.join(sorted(templates))}); trace them apart"
         )
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "repetition_penalty": repetition_penalty}
+    if chat_template_kwargs is not None:
+        options["chat_template_kwargs"] = dict(chat_template_kwargs)
     depth = host.config.get_text_config(decoder=True).num_hidden_layers
     layers = sorted({layer for config in configs for layer in config.resolved_layers(depth)})
     notes: dict[str, Any] = {"settings": {"temperature": 0.0, **options}, "prompts": [written(prompt) for prompt in prompts]}
@@ -153,14 +157,15 @@ def trace_runs(
         for source, config in zip(sources, configs, strict=True):
             if source.twin:
                 shape: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(IRMShape)}
-                fresh = IRMConfig(**shape, layers_path=config.layers_path, template=config.template, inference_mode=True)
+                shape |= {"template": config.template, "chat_template_kwargs": config.chat_template_kwargs}
+                fresh = IRMConfig(**shape, layers_path=config.layers_path, inference_mode=True)
                 set_seed(source.label.seed)
                 model = PeftModel(host, fresh, adapter_name=_ADAPTER)
             else:
                 model = load_irm(host, source.folder, _ADAPTER)
             writer.host = tuner_of(model).fingerprint.name
 
-            def ask(conversations: Sequence[Prompt], model: PeftModel = model) -> list[str]:
+            def ask(conversations: Sequence[Prompt], model: PeftModel = model) -> list[Answer]:
                 return answer(model, tokenizer, conversations, **options, done=task.advance)
 
             try:
@@ -172,7 +177,8 @@ def trace_runs(
                             writer.notes["base_questions"] = [readable(asked) for asked in bare]
                 with strength(model, source.label.strength):
                     conversations = play(prompts, ask)
-                    with record(model, tokenizer, keep, writer, {_ADAPTER: source.label}, conversations):
+                    how: dict[str, Any] = {"questions": conversations, "chat_template_kwargs": chat_template_kwargs}
+                    with record(model, tokenizer, keep, writer, {_ADAPTER: source.label}, **how):
                         ask(conversations)
             finally:
                 model.unload()

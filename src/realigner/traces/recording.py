@@ -16,6 +16,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from realigner.chat_format import ChatFormat
 from realigner.dialogues import readable
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import tensors_hash
@@ -23,7 +24,7 @@ from realigner.generation import format_of
 from realigner.hosts import HostInfo
 from realigner.injection import ActiveIRM
 from realigner.irm import IRM
-from realigner.prompts import Prompt
+from realigner.prompts import Prompt, messages_of
 from realigner.traces.layout import TOP, RunLabel, join, text_dataset
 from realigner.traces.store import TraceWriter
 from realigner.traces.summary import BatchSummary
@@ -54,6 +55,7 @@ def record(
     labels: Mapping[str, RunLabel] | None = None,
     questions: Sequence[Prompt] = (),
     top: int = TOP,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[xr.Dataset]:
     """Record the deltas of the active IRMs within a block; the dataset is filled when the block ends.
 
@@ -72,6 +74,7 @@ def record(
         questions: the prompts, in order: questions or conversations. They label the texts, and, where the host's template
             makes of them the very tokens that were read, those and the reply's (``turn``, ``role``: see `traces.layout`).
         top: how many of the largest values of each text to keep.
+        chat_template_kwargs: variables of the chat template that the prompts were made with, over those of the IRM.
 
     Yields:
         A dataset as `traces.layout` describes it; strength is included in its numbers. Empty until the block ends.
@@ -92,7 +95,8 @@ def record(
     info = getattr(tuner.model, "realigner", None)
     if tokenizer is None and isinstance(info, HostInfo):
         tokenizer = info.tokenizer
-    recorder = _Recorder(tuner, tokenizer, keep, to, labels or {}, questions, top)
+    chat = None if tokenizer is None else format_of(tuner, tokenizer, chat_template_kwargs)
+    recorder = _Recorder(tuner, tokenizer, chat, keep, to, labels or {}, questions, top)
     trace = xr.Dataset()
     host = tuner.model
     handle = host.register_forward_pre_hook(recorder.begin, with_kwargs=True)
@@ -165,6 +169,7 @@ class _Recorder:
 
     tuner: IRMModel
     tokenizer: Any
+    chat: ChatFormat | None  # how the prompts were made
     keep: Keep
     to: TraceWriter | None
     given: Mapping[str, RunLabel]
@@ -293,13 +298,11 @@ class _Recorder:
 
     def finish(self, replies: torch.Tensor | None = None) -> None:
         """Store the texts of the current batch; `replies` are their generated tokens ``[row, token]``."""
-        words = [""] * self.rows
-        if replies is not None and self.tokenizer is not None:
-            words = self.tokenizer.batch_decode(replies, skip_special_tokens=True)
+        made = [[]] * self.rows if replies is None else replies.tolist()
         for name, seen in self.seen.items():
             if len(seen.steps) != self.steps:
                 raise UsageError(f"record: adapter {name!r} was active for only part of a text; record each setting separately")
-            texts = list(self._texts(name, seen, words))
+            texts = list(self._texts(name, seen, made))
             if self.to is not None:
                 self.to.append(*((text, self.labels[name]) for text in texts))
             else:
@@ -307,7 +310,7 @@ class _Recorder:
         self.seen = {}
         self.step = None
 
-    def _texts(self, name: str, seen: _Seen, words: Sequence[str]) -> Iterator[xr.Dataset]:
+    def _texts(self, name: str, seen: _Seen, replies: Sequence[list[int]]) -> Iterator[xr.Dataset]:
         rows = np.concatenate([step.rows.numpy() for step in seen.steps])
         tokens = {key: np.concatenate([step.tokens[key] for step in seen.steps]) for key in seen.steps[0].tokens}
         ids = tokens["token_id"].tolist()
@@ -323,35 +326,44 @@ class _Recorder:
             prompt = self.prompts + row
             asked = self.questions[prompt] if prompt < len(self.questions) else ""
             of_text = {key: value[own] for key, value in tokens.items()}
+            reply, labels = self._said(asked, of_text, replies[row])
             yield text_dataset(
                 self.labels[name],
                 prompt,
                 readable(asked),
                 seen.irm.layers,
-                of_text | (self._turns(asked, of_text) if asked else {}),
+                of_text | labels,
                 summary,
                 None if deltas is None else deltas[torch.from_numpy(own)].numpy(),
                 None if h0 is None else h0[torch.from_numpy(own)].numpy(),
-                words[row].strip(),
+                reply,
             )
 
-    def _turns(self, asked: Prompt, tokens: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The labels ``turn`` and ``role`` of a text's tokens; none where the tokens read are not those of what was asked."""
-        if self.tokenizer is None:
-            return {}
-        chat = format_of(self.tuner, self.tokenizer)
+    def _said(self, asked: Prompt, tokens: Mapping[str, np.ndarray], reply: list[int]) -> tuple[str, dict[str, np.ndarray]]:
+        """The reply's text, and the labels ``turn`` and ``role`` of a text's tokens.
+
+        There are no labels where the tokens that were read are not those of what was asked.
+        """
+        if self.chat is None:
+            return "", {}
         prompt = ~tokens["is_generated"]
+        read = tokens["token_id"][prompt].tolist()
+        opened = NO_TOKEN not in read and self.chat.opens_thought(read)
+        thought, words = self.chat.split(reply, opened)
         try:
-            if chat.prompts([asked])[0] != tokens["token_id"][prompt].tolist():
-                return {}
-            of_prompt = chat.turns(asked)
+            if not asked or self.chat.prompts([asked])[0] != read:
+                return words, {}
+            of_prompt = self.chat.turns(asked)
         except RealignerError:  # it cannot be what was asked
-            return {}
-        roles = ["user"] if isinstance(asked, str) else [turn["role"] for turn in asked]
-        turn = np.full(len(prompt), len(roles), dtype=np.int64)  # the reply is the message after these
-        turn[prompt] = of_prompt
+            return words, {}
+        length = len(reply) if thought and not words else self.chat.thought_length(reply, opened)
+        roles = [message["role"] for message in messages_of(asked)]
+        of_reply = np.full(int(tokens["is_generated"].sum()), len(roles))  # the reply is the message after these
+        of_reply[:length] = -1  # a thought is not what is said
+        turn = np.empty(len(prompt), dtype=np.int64)
+        turn[prompt], turn[~prompt] = of_prompt, of_reply
         named = np.array([*roles, "assistant", ""], dtype=object)  # -1 is the last
-        return {"turn": turn, "role": named[turn]}
+        return words, {"turn": turn, "role": named[turn]}
 
 
 def _refuse_scattered(kwargs: Mapping[str, Any], defaults: Any, prompt: Any) -> list[int]:
