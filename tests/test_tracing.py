@@ -19,7 +19,7 @@ from realigner.hosts import load_host
 from realigner.traces import load_trace, texts_of
 from realigner.traces.collect import find_runs, sources_of, trace_runs
 from realigner.tuner import load_irm, tuner_of
-from tests.tiny import some_rows, tiny_folder
+from tests.tiny import TEMPLATE, some_rows, tiny_folder
 
 PROMPTS = ["Why?", "How many apples can fit in a basket?"]
 
@@ -88,6 +88,28 @@ def test_each_run_plays_a_dialogue_itself(place: Path, pair: tuple[Any, Any], tm
     assert trace["text_reply"].values[mine].tolist() == replies
     plain = trace_runs(sources, tmp_path / "u.zarr", host, tokenizer, ["Why?"], max_new_tokens=5, quiet=True)
     assert set(plain.attrs["notes"]) == {"settings", "prompts", "base"}
+
+
+def test_twins_are_asked_with_the_variables_of_their_run(place: Path, tmp_path: Path) -> None:
+    host, tokenizer = load_host(str(place / "host"), dtype="float32", device="cpu")
+    tokenizer.chat_template = "{{ mood }}" + TEMPLATE
+    options: dict[str, Any] = {"steps": 1, "batch_size": 2, "samples": 0, "report_to": []}
+    for name, mood in (("a", "calm"), ("b", "cross")):
+        options["chat_template_kwargs"] = {"mood": mood}
+        ra.train(host, tokenizer, some_rows(), tmp_path / name, **options).model.unload()
+    trace = trace_runs(
+        sources_of([tmp_path / "a"]), tmp_path / "t.zarr", host, tokenizer, ["Why?"], max_new_tokens=2, quiet=True
+    )
+    asked = ["".join(text["token_text"].values[~text["is_generated"].values]) for text in texts_of(trace)]
+    assert asked == ["calm<|user|>Why?<eos>\n<|assistant|>"] * 2
+    assert [sorted({*text["turn"].values.tolist()}) for text in texts_of(trace)] == [[-1, 0, 1]] * 2
+    with pytest.raises(UsageError, match="different templates"):
+        trace_runs(sources_of([tmp_path / "a", tmp_path / "b"]), tmp_path / "u.zarr", host, tokenizer, quiet=True)
+    other: dict[str, Any] = {"max_new_tokens": 2, "quiet": True, "chat_template_kwargs": {"mood": "glad"}}
+    trace = trace_runs(sources_of([tmp_path / "a"]), tmp_path / "v.zarr", host, tokenizer, ["Why?"], **other)
+    assert "glad" in "".join(trace["token_text"].values)
+    assert (trace["turn"].values == 0).any()
+    assert trace.attrs["notes"]["settings"]["chat_template_kwargs"] == {"mood": "glad"}
 
 
 def test_a_twin_is_the_run_before_its_first_step(place: Path, pair: tuple[Any, Any], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from peft import get_peft_model
 
 import realigner as ra
 from realigner.analysis import analyze, turns
+from realigner.chat_format import WITHOUT_THOUGHT
 from realigner.dialogues import Asked, Dialogue, all_replies, play, read_prompts, readable, spoken, written
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer
@@ -26,6 +27,7 @@ from realigner.report.html_report import render
 from realigner.report.report_input import ReportInput, gather
 from realigner.traces.layout import LATER, RunLabel
 from tests.planted import planted_trace
+from tests.test_thinking import HYBRID, OPENED, Scripted, thinker
 from tests.tiny import tiny_pair
 from tests.validation import fading, talk_trace, turns_coverage
 
@@ -216,6 +218,36 @@ def test_an_earlier_reply_is_given_the_deltas_that_it_was_made_with(model: Any) 
     np.testing.assert_allclose(read["delta"].values[:5], made["delta"].values, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(read["energy"].values[:5], made["energy"].values, rtol=1e-4)
     assert [turn for turn, _, _ in labelled(late, tokenizer) if turn >= 0] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("template", [HYBRID, OPENED])
+def test_a_thought_is_not_part_of_what_is_said(template: str) -> None:
+    host, tokenizer = thinker(template, special=True)
+    script = Scripted(host, tokenizer)
+    begun = "<think>" if template == HYBRID else ""
+    script.texts = [f"{begun}Hm, hm.</think>\n\nSo.", f"{begun}Hm and hm"]
+    model = get_peft_model(host, IRMConfig(output_std=0.3)).eval()
+    with ra.record(model, tokenizer, questions=["Why?", "How?"]) as trace:
+        replies = answer(model, tokenizer, ["Why?", "How?"], max_new_tokens=20)
+    assert trace["text_reply"].values.tolist() == replies == ["So.", ""]
+    own = trace.isel(token=np.flatnonzero(trace["is_generated"].values & (trace["turn"].values >= 0)))
+    assert labelled(own, tokenizer) == [(1, "assistant", "So.")]
+    assert set(trace["role"].values[trace["turn"].values < 0]) == {""}
+    assert labelled(of_prompt(trace, 1), tokenizer)[1][:2] == (0, "user")
+
+
+def test_the_variables_of_the_template_are_those_of_the_call() -> None:
+    host, tokenizer = thinker(HYBRID, special=True)
+    model = get_peft_model(host, IRMConfig(output_std=0.3)).eval()
+    for variables, known in ((WITHOUT_THOUGHT, True), (None, False)):
+        with ra.record(model, tokenizer, questions=["Why?"], chat_template_kwargs=variables) as trace:
+            answer(model, tokenizer, ["Why?"], max_new_tokens=3, chat_template_kwargs=WITHOUT_THOUGHT)
+        assert (0 in trace["turn"].values) == known
+    with (
+        pytest.raises(UsageError, match="chat_template_kwargs"),
+        ra.record(model, tokenizer, chat_template_kwargs={"tools": set()}),
+    ):
+        pass
 
 
 # Traces of before.
