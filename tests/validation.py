@@ -361,9 +361,14 @@ def tables(results: dict[str, Any]) -> str:
     for row in results["coverage"]:
         facts = f"| {row['prompts']} | {row['noise']:g} | {row['icc']:.2f} |"
         lines.append(f"{facts} {100 * row['interval']:.0f}% | {100 * row['percentiles']:.0f}% |")
-    lines += ["", "Of the last reply's energy over the first's:", "", "| prompts | planted ratio | interval holds it |"]
+    lines += [
+        "",
+        "Of the last reply's energy over the first's:",
+        "",
+        "| prompts | planted ratio | share of intervals that hold it |",
+    ]
     lines += ["| ---: | ---: | ---: |"]
-    lines += [f"| {row['prompts']} | {row['ratio']:.2f} | {100 * row['interval']:.0f}% |" for row in results["turns_coverage"]]
+    lines += [f"| {row['prompts']} | {row['ratio']:.2f} | {row['interval']:.2f} |" for row in results["turns_coverage"]]
     return "\n".join(lines)
 
 

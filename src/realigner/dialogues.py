@@ -187,8 +187,8 @@ def spoken(text: str) -> list[tuple[str, str]]:
     """The role and the text of each turn, of what `readable` gives.
 
     Example:
-        >>> spoken("user: Why?\nassistant: So."), spoken("Why?")
-        ([('user', 'Why?'), ('assistant', 'So.')], [('user', 'Why?')])
+        >>> spoken(readable(Dialogue(("Who?", "When?")))), spoken("Why?")
+        ([('user', 'Who?'), ('user', 'When?')], [('user', 'Why?')])
     """
     turns = [line.partition(": ") for line in text.split("\n")]
     return [(role, said) for role, _, said in turns] if all(role in ROLES for role, _, _ in turns) else [("user", text)]

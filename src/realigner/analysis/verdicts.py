@@ -56,9 +56,10 @@ class Analysis:
     turns: pd.DataFrame
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values: tables as lists of records, NaN as None."""
-        tables = {"striation": self.striation, "timing": self.timing, "sparsity": self.sparsity, "turns": self.turns}
-        tables["leading"] = self.leading
+        """JSON values: tables as lists of records, NaN as None; without turns where there are none."""
+        tables = {"striation": self.striation, "timing": self.timing, "sparsity": self.sparsity, "leading": self.leading}
+        if len(self.turns):
+            tables["turns"] = self.turns
         agreed = {"table": self.consensus.table, "indices": self.consensus.indices, "pairs": self.consensus.pairs}
         return {
             "verdicts": [{key: json_value(value) for key, value in verdict.items()} for verdict in self.verdicts],
