@@ -185,13 +185,18 @@ def test_tokens_are_labelled_with_their_turn_and_role(model: Any) -> None:
 
 def test_nothing_is_guessed_about_other_tokens(model: Any) -> None:
     tokenizer = model.realigner.tokenizer
-    with ra.record(model, questions=["Why?", "How?", [{"role": "user", "content": ""}]]) as trace:
+    with ra.record(model, questions=["Why?", "How?"]) as trace:
         answer(model, tokenizer, ["Why not?"], max_new_tokens=3)  # another question than was said
         answer(model, tokenizer, ["How?"], max_new_tokens=3, system="Be brief.")  # with something before it
-        answer(model, tokenizer, ["Who?", "When?"], max_new_tokens=3)  # no question was said, or an impossible one
+        answer(model, tokenizer, ["Who?", "When?"], max_new_tokens=3)  # more than was said
     assert (trace["turn"].values == -1).all()
     assert set(trace["role"].values) == {""}
     assert trace["turn"].dtype == np.int64
+    with (
+        pytest.raises(UsageError, match="prompt: it is empty"),
+        ra.record(model, questions=[[{"role": "user", "content": ""}]]),
+    ):
+        pass
 
 
 def test_an_earlier_reply_is_given_the_deltas_that_it_was_made_with(model: Any) -> None:
@@ -454,3 +459,15 @@ def test_a_dialogue_is_analysed_and_reported(model: Any) -> None:
     start, stop, _ = text["turns"][0]
     assert "".join(text["words"][start:stop]) == "Who was she?"
     assert text["turns"][-1][1] == len(text["words"])
+
+
+def test_the_examples_of_the_docs(model: Any, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "traces.md").read_text(encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text(text.split("```json\n")[1].split("```")[0], encoding="utf-8")
+    assert [type(prompt) for prompt in read_prompts(tmp_path / "p.jsonl")] == [str, str, list, Dialogue]
+    (block,) = (part.split("```")[0] for part in text.split("```python\n") if "Dialogue, play" in part)
+    names: dict[str, Any] = {"ra": ra, "model": model, "tokenizer": model.realigner.tokenizer}
+    exec(compile(block, "traces.md", "exec"), names)
+    assert sorted({*names["trace"]["role"].values}) == ["", "assistant", "user"]
+    with pytest.raises(UsageError, match="neither a question nor a list"), ra.record(model, questions=[DIALOGUE]):  # type: ignore[list-item]
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -100,12 +101,11 @@ def _show_replies(turns: Any) -> None:
     if not len(turns):
         return
     show("Energy of a token by reply of the conversation:")
-    for run, table in turns[(turns["run"] != "all") & turns["statistic"].isin(("energy", "energy_ratio"))].groupby(
-        "run", sort=False
-    ):
+    shown = turns[(turns["run"] != "all") & turns["statistic"].isin(("energy", "energy_ratio"))]
+    for run, table in shown.groupby("run", sort=False):
         *replies, last = table.to_dict("records")
         values = "  ".join(f"{row['value']:.3g}" for row in replies)
-        between = f" ({last['low']:.3g} to {last['high']:.3g})" if last["low"] == last["low"] else ""
+        between = f" ({last['low']:.3g} to {last['high']:.3g})" if math.isfinite(last["low"]) else ""
         show(f"   {run:24} {values}   last over first {last['value']:.3g}{between}")
 
 

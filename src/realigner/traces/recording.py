@@ -80,7 +80,7 @@ def record(
         A dataset as `traces.layout` describes it; strength is included in its numbers. Empty until the block ends.
 
     Raises:
-        UsageError: for a model without an IRM, or a strength that changes within the block.
+        UsageError: for a model without an IRM, a question that is none, or a strength that changes within the block.
         RealignerError: for beam search or assisted decoding, where a row of the batch is not one text.
 
     Example:
@@ -91,6 +91,9 @@ def record(
     """
     if keep not in KEEPS:
         raise UsageError(f"record: keep={keep!r}; choose summary, raw or replay")
+    for asked in questions:
+        if not isinstance(asked, str):
+            messages_of(asked)
     tuner = tuner_of(model)
     info = getattr(tuner.model, "realigner", None)
     if tokenizer is None and isinstance(info, HostInfo):
