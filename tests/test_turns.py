@@ -424,10 +424,11 @@ def talks(model: Any) -> xr.Dataset:
         with ra.record(model, keep="raw", questions=said, labels=labels) as trace:
             ask(said)
         parts.append(trace)
-    return ra.traces.join_traces(parts)
+    notes = {"prompts": [written(prompt) for prompt in prompts]}
+    return ra.traces.join_traces(parts).assign_attrs(notes=notes)
 
 
-def test_a_dialogue_is_analysed_and_reported(model: Any) -> None:
+def test_a_dialogue_is_analysed_and_reported(model: Any, tmp_path: Path) -> None:
     trace = talks(model)
     found = analyze(trace, permutations=99, resamples=50)
     assert found.turns["reply"].unique().tolist() == [1, 2, 3, "last"]
@@ -453,6 +454,11 @@ def test_a_dialogue_is_analysed_and_reported(model: Any) -> None:
     assert "<b>Why?" not in page
     cells = context["replies"][0]["cells"]
     assert [question for question, _ in cells[0]["turns"]] == list(DIALOGUE.questions)
+    commands = context["commands"]
+    begin, end = commands.index("cat > prompts.jsonl <<'END'"), commands.index("END")
+    (tmp_path / "prompts.jsonl").write_text("\n".join(commands[begin + 1 : end]))
+    assert read_prompts(tmp_path / "prompts.jsonl")[0] == DIALOGUE
+    assert commands[end + 1].startswith("realigner trace --irm RUN --prompts prompts.jsonl --out trace.zarr --keep raw")
     texts = json.loads(str(context["facts"]))["texts"]
     (text,) = (text for text in texts if text["run"] == "anger-1" and text["prompt"] == 0)
     assert [role for _, _, role in text["turns"]] == ["user", "assistant"] * 3

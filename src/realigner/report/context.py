@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from markupsafe import Markup
 
 from realigner.analysis import Consensus, layer_counts, leading_indices, run_maps, top_histogram
 from realigner.dialogues import spoken
+from realigner.prompts import PAPER_PROMPTS
 from realigner.report import charts, diagram, page_tables as tables
 from realigner.report.charts import Line, fmt
 from realigner.report.explanation_section import MARKS, explanation_section
@@ -26,6 +28,7 @@ from realigner.report.token_maps import ARROW, explorer, questions
 
 _BINS = 20  # of the histograms over a text
 BUDGET = 14_500_000  # bytes of a page; what everything else leaves is spent on maps token by token
+_PROMPTS_SHOWN = 50  # in the commands
 MARKED = 5  # leading indices marked above a map, each with a page
 _STRIATION = ("icc", "kendall_w", "eta_squared_neuron", "omega_squared_neuron", "svd_share")
 _TIMING = ("centre_of_mass", "prompt_share", "first_share", "largest_share", "entropy", "late_share_1000")
@@ -118,6 +121,15 @@ def _commands(item: ReportInput, runs: RunStyles) -> list[str]:
     strengths = {runs.facts[run]["strength"] for run in runs.names}
     options = "".join(f" --strength {strength}" for strength in strengths if len(strengths) == 1 and strength != 1)
     options += f" --max-new-tokens {settings['max_new_tokens']}" if "max_new_tokens" in settings else ""
+    if variables := settings.get("chat_template_kwargs"):
+        options += f" --chat-template-kwargs {shlex.quote(json.dumps(variables))}"
+    asked = item.trace.attrs["notes"].get("prompts", [])
+    if asked == [*PAPER_PROMPTS]:
+        prompts = "paper"
+    else:
+        prompts = "prompts.jsonl"
+        if 0 < len(asked) <= _PROMPTS_SHOWN:  # no line of JSON is END
+            lines += ["cat > prompts.jsonl <<'END'", *(json.dumps(prompt, ensure_ascii=False) for prompt in asked), "END"]
     keep = " --keep raw" if "delta" in item.trace else ""
     explains = [
         f"realigner explain {' '.join(f'--irm {folder}' for folder in found.irms.values())} --index {found.index}"
@@ -126,7 +138,7 @@ def _commands(item: ReportInput, runs: RunStyles) -> list[str]:
     ]
     return [
         *lines,
-        f"realigner trace {irms} --out trace.zarr{keep}{options}",
+        f"realigner trace {irms} --prompts {prompts} --out trace.zarr{keep}{options}",
         "realigner analyze trace.zarr",
         *explains,
         f"realigner report {' '.join(['trace.zarr', *(str(found.folder) for found in item.explained)])} --out report.html",
