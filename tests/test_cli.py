@@ -90,6 +90,9 @@ def test_prompts_of_conversations_and_dialogues(place: Path, capsys: pytest.Capt
         "Q: One?",
         "Q: Two?",
     ]
+    code, _, err = run(capsys, *options, "--chat")
+    assert code == 2
+    assert err.startswith("realigner: --chat: --prompts has a conversation")
     path.write_text('"Why?"\n{"turns": [""]}\n')
     code, _, err = run(capsys, *options)
     assert code == 1

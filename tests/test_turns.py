@@ -255,6 +255,18 @@ def test_the_variables_of_the_template_are_those_of_the_call() -> None:
         pass
 
 
+def test_each_irm_goes_by_its_own_template(model: Any) -> None:
+    tokenizer = model.realigner.tokenizer
+    model.add_adapter("plain", IRMConfig(output_std=0.1, layers=[1], template="plain"))
+    with ra.record(model, questions=["Why?", "Who?"]) as trace:
+        for name, question in (("default", "Why?"), ("plain", "Who?")):
+            model.base_model.set_adapter([name])
+            answer(model, tokenizer, [question], max_new_tokens=3)
+    assert trace["text_run"].values.tolist() == ["default", "plain"]
+    assert labelled(of_prompt(trace, 0), tokenizer)[:2] == [(-1, "", "<|user|>"), (0, "user", "Why?")]
+    assert labelled(of_prompt(trace, 1), tokenizer)[:2] == [(0, "user", "Who?"), (-1, "", "   ")]
+
+
 # Traces of before.
 
 

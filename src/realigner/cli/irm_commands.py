@@ -233,7 +233,9 @@ def _said_first(asked: Sequence[Asked]) -> list[str]:
     lines: list[str] = []
     for prompt in asked:
         if not isinstance(prompt, str | Dialogue):
-            raise UsageError("--chat: --prompts has a conversation with messages, and here a conversation begins; give questions")
+            raise UsageError(
+                "--chat: --prompts has a conversation with messages, and here a conversation begins; give questions"
+            )
         lines += [prompt] if isinstance(prompt, str) else prompt.questions
     return lines
 

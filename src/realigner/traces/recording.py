@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from realigner.chat_format import ChatFormat
+from realigner.chat_format import ChatFormat, check_template_kwargs
 from realigner.dialogues import readable
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import tensors_hash
@@ -98,8 +98,8 @@ def record(
     info = getattr(tuner.model, "realigner", None)
     if tokenizer is None and isinstance(info, HostInfo):
         tokenizer = info.tokenizer
-    chat = None if tokenizer is None else format_of(tuner, tokenizer, chat_template_kwargs)
-    recorder = _Recorder(tuner, tokenizer, chat, keep, to, labels or {}, questions, top)
+    check_template_kwargs(chat_template_kwargs)
+    recorder = _Recorder(tuner, tokenizer, chat_template_kwargs, keep, to, labels or {}, questions, top)
     trace = xr.Dataset()
     host = tuner.model
     handle = host.register_forward_pre_hook(recorder.begin, with_kwargs=True)
@@ -172,7 +172,7 @@ class _Recorder:
 
     tuner: IRMModel
     tokenizer: Any
-    chat: ChatFormat | None  # how the prompts were made
+    chat_template_kwargs: Mapping[str, Any] | None
     keep: Keep
     to: TraceWriter | None
     given: Mapping[str, RunLabel]
@@ -180,6 +180,7 @@ class _Recorder:
     top: int
     labels: dict[str, RunLabel] = field(default_factory=dict)  # of the adapters seen
     texts: list[xr.Dataset] = field(default_factory=list)
+    chats: dict[str, ChatFormat] = field(default_factory=dict)  # of the adapters seen
     names: dict[int, str] = field(default_factory=dict)  # what a token id is in words
     prompts: int = 0  # prompts begun before the current batch
     rows: int = 0
@@ -313,6 +314,12 @@ class _Recorder:
         self.seen = {}
         self.step = None
 
+    def _chat(self, name: str) -> ChatFormat | None:
+        """How prompts are put to an IRM."""
+        if self.tokenizer is not None and name not in self.chats:
+            self.chats[name] = format_of(self.tuner, self.tokenizer, self.chat_template_kwargs, name)
+        return self.chats.get(name)
+
     def _texts(self, name: str, seen: _Seen, replies: Sequence[list[int]]) -> Iterator[xr.Dataset]:
         rows = np.concatenate([step.rows.numpy() for step in seen.steps])
         tokens = {key: np.concatenate([step.tokens[key] for step in seen.steps]) for key in seen.steps[0].tokens}
@@ -329,7 +336,7 @@ class _Recorder:
             prompt = self.prompts + row
             asked = self.questions[prompt] if prompt < len(self.questions) else ""
             of_text = {key: value[own] for key, value in tokens.items()}
-            reply, labels = self._said(asked, of_text, replies[row])
+            reply, labels = _said(self._chat(name), asked, of_text, replies[row])
             yield text_dataset(
                 self.labels[name],
                 prompt,
@@ -342,31 +349,34 @@ class _Recorder:
                 reply,
             )
 
-    def _said(self, asked: Prompt, tokens: Mapping[str, np.ndarray], reply: list[int]) -> tuple[str, dict[str, np.ndarray]]:
-        """The reply's text, and the labels ``turn`` and ``role`` of a text's tokens.
 
-        There are no labels where the tokens that were read are not those of what was asked.
-        """
-        if self.chat is None:
-            return "", {}
-        prompt = ~tokens["is_generated"]
-        read = tokens["token_id"][prompt].tolist()
-        opened = NO_TOKEN not in read and self.chat.opens_thought(read)
-        thought, words = self.chat.split(reply, opened)
-        try:
-            if not asked or self.chat.prompts([asked])[0] != read:
-                return words, {}
-            of_prompt = self.chat.turns(asked)
-        except RealignerError:  # it cannot be what was asked
+def _said(
+    chat: ChatFormat | None, asked: Prompt, tokens: Mapping[str, np.ndarray], reply: list[int]
+) -> tuple[str, dict[str, np.ndarray]]:
+    """The reply's text, and the labels ``turn`` and ``role`` of a text's tokens.
+
+    There are no labels where the tokens that were read are not those of what was asked.
+    """
+    if chat is None:
+        return "", {}
+    prompt = ~tokens["is_generated"]
+    read = tokens["token_id"][prompt].tolist()
+    opened = NO_TOKEN not in read and chat.opens_thought(read)
+    thought, words = chat.split(reply, opened)
+    try:
+        if not asked or chat.prompts([asked])[0] != read:
             return words, {}
-        length = len(reply) if thought and not words else self.chat.thought_length(reply, opened)
-        roles = [message["role"] for message in messages_of(asked)]
-        of_reply = np.full(int(tokens["is_generated"].sum()), len(roles))  # the reply is the message after these
-        of_reply[:length] = -1  # a thought is not what is said
-        turn = np.empty(len(prompt), dtype=np.int64)
-        turn[prompt], turn[~prompt] = of_prompt, of_reply
-        named = np.array([*roles, "assistant", ""], dtype=object)  # -1 is the last
-        return words, {"turn": turn, "role": named[turn]}
+        of_prompt = chat.turns(asked)
+    except RealignerError:  # it cannot be what was asked
+        return words, {}
+    length = len(reply) if thought and not words else chat.thought_length(reply, opened)
+    roles = [message["role"] for message in messages_of(asked)]
+    of_reply = np.full(int(tokens["is_generated"].sum()), len(roles))  # the reply is the message after these
+    of_reply[:length] = -1  # a thought is not what is said
+    turn = np.empty(len(prompt), dtype=np.int64)
+    turn[prompt], turn[~prompt] = of_prompt, of_reply
+    named = np.array([*roles, "assistant", ""], dtype=object)  # -1 is the last
+    return words, {"turn": turn, "role": named[turn]}
 
 
 def _refuse_scattered(kwargs: Mapping[str, Any], defaults: Any, prompt: Any) -> list[int]:
