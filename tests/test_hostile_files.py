@@ -51,7 +51,7 @@ from realigner.data.rewriters import RewriteRequest
 from realigner.data.rewriters.endpoint_rewriter import EndpointRewriter
 from realigner.data.style_classifier import masked
 from realigner.errors import RealignerError, visible
-from realigner.generation import answer
+from realigner.generation import Answer, answer
 from realigner.irm_config import IRMConfig
 from realigner.report.page import render_page
 from realigner.report.paper_figures import save_figures
@@ -485,9 +485,10 @@ def test_replies_are_printed_so_that_a_terminal_obeys_nothing(
 ) -> None:
     class Runtime:
         strengths: ClassVar[dict[str, float]] = {"default": 1.0}
+        tokenizer = None
 
-        def answer(self, asked: list[str], **_: Any) -> list[str]:
-            return [f"one\ntwo\t{EVIL}\ud800" for _ in asked]
+        def answer(self, asked: list[str], **_: Any) -> list[Answer]:
+            return [Answer(f"one\ntwo\t{EVIL}\ud800") for _ in asked]
 
     monkeypatch.setattr("realigner.runtime.load", lambda *_: Runtime())
     assert main(["generate", "--irm", str(tmp_path), f"Why {EVIL}?"]) == 0
