@@ -386,6 +386,15 @@ def test_a_planted_decay_is_found_and_none_is_not(recwarn: pytest.WarningsRecord
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("falls", [True, False])
+def test_one_conversation_of_two_replies_tells_nothing(falls: bool) -> None:
+    """There are two orders: p is anywhere in the half of its own, whatever the size of the change."""
+    energy = np.array([4.0, 1.0] if falls else [1.0, 4.0]).reshape(1, 1, 2, 1)
+    found = [replies(turns(talk_trace(energy, TWINS[:1]), 99, 2, seed), "a", "size_ratio")["p"].iloc[0] for seed in range(40)]
+    assert abs(np.mean(found) - (0.25 if falls else 0.75)) < 0.1  # four standard errors
+    assert 0.3 < np.ptp(found) < 0.7
+
+
 def test_the_interval_holds_the_planted_ratio() -> None:
     """Of 40 with a coverage of 0.95: fewer than 32 once in 3,000."""
     assert turns_coverage(7, 0.3, 40, seed=2)["interval"] >= 0.8
