@@ -12,6 +12,7 @@ import realigner as ra
 from realigner.chat_format import WITHOUT_THOUGHT, ChatFormat
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import Thought
+from tests.chat_hosts import host_tokenizer
 from tests.tiny import TEMPLATE, tiny_host_of_pair, tiny_tokenizer
 
 CLOSED = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
@@ -86,6 +87,31 @@ def test_a_prompt_that_opens_the_thought(special: bool) -> None:
     assert replies[0].thought == "Because it\nis."
     assert (replies[1], replies[1].thought) == ("", "never ends")  # it ended within its thought
     assert (replies[2], replies[2].thought) == ("None.", "")
+
+
+CHANNELS = "<|channel|>analysis<|message|>Tall, blue.<|end|><|start|>assistant<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "reply"),
+    [
+        (CHANNELS + "Because so.", "Tall, blue.", "Because so."),
+        ("<|channel|>final<|message|>Because so.", "", "Because so."),
+        ("<|channel|>analysis<|message|>Tall, blue", "Tall, blue", ""),
+        ("analysis", "", "analysis"),
+    ],
+    ids=["both", "no-thought", "no-reply", "no-tag"],
+)
+def test_tags_of_several_special_tokens(text: str, thought: str, reply: str) -> None:
+    tokenizer = host_tokenizer("gpt_oss")
+    host = tiny_host_of_pair(tokenizer)
+    Scripted(host, tokenizer).texts = [text]
+    options = {"max_new_tokens": len(tokenizer(reply or "1")["input_ids"])}  # the tags are not the reply's
+    (whole,) = ra.answer(host, tokenizer, ["Why?"], **options)
+    assert (whole.thought, str(whole)) == (thought, reply)
+    pieces = list(ra.stream(host, tokenizer, "Why?", thoughts=True, **options))
+    assert "".join(piece for piece in pieces if isinstance(piece, Thought)) == thought
+    assert "".join(piece for piece in pieces if not isinstance(piece, Thought)) == reply
 
 
 @pytest.mark.parametrize("budget", [0, 1, 7])

@@ -222,15 +222,23 @@ class ChatFormat:
             ids: the tokens.
             opened: the prompt ends in an opened thought (`opens_thought`).
         """
-        length = self.thought_length(ids, opened)
-        thought = ""
-        if self.tags is not None and length:
-            thought = self.decode(ids[:length]).strip().removesuffix(self.tags.close).removesuffix(self.tags.before_close)
-        elif self.tags is not None and (opened or self.decode(ids).lstrip().startswith(self.tags.open)):
-            length = len(ids)  # it is still thinking
-            thought = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-        thought = thought.removeprefix("" if self.tags is None else self.tags.open).strip()
-        return thought, str(self.tokenizer.decode(ids[length:], skip_special_tokens=True)).strip()
+        tags, length = self.tags, self.thought_length(ids, opened)
+        reply = str(self.tokenizer.decode(ids[length:], skip_special_tokens=True)).strip()
+        if tags is None:
+            return "", reply
+        if length:
+            thought = self.decode(ids[:length]).strip().removesuffix(tags.close).removesuffix(tags.before_close)
+            return thought.removeprefix(tags.open).strip(), reply
+        begun = self.decode(ids).lstrip().startswith(tags.open)
+        if not begun and not opened:
+            return "", reply
+        start = bisect_left(range(len(ids)), True, key=lambda n: tags.open in self.decode(ids[:n])) if begun else 0
+        return str(self.tokenizer.decode(ids[start:], skip_special_tokens=True)).strip(), ""  # it is still thinking
+
+    def may_be_tag(self, text: str) -> bool:
+        """Whether what a host begins with may become one of its tags; until then it is neither thought nor reply."""
+        tags = () if self.tags is None else (self.tags.open, self.tags.close)
+        return any(tag.startswith(text) and tag != text for tag in tags)
 
     def thought_length(self, ids: Sequence[int], opened: bool) -> int:
         """How many tokens the thought at the beginning of a reply takes, with its tags and the blanks after them."""

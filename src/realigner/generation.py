@@ -243,12 +243,12 @@ class _Pieces(BaseStreamer):  # type: ignore[misc]
             self._prompt = False
             return
         self._tokens += value.flatten().tolist()
+        if not any(self._sent.values()) and self._format.may_be_tag(self._format.decode(self._tokens).lstrip()):
+            return
         thought, reply = self._format.split(self._tokens, self._opened)
         tags = self._format.tags
         if tags is not None and not reply:  # what may become the end of the thought
             thought = thought[: max(0, len(thought) - len(tags.close))]
-        if tags is not None and not thought and tags.open.startswith(reply):  # what may become its beginning
-            reply = ""
         if not (reply or thought).endswith("\ufffd"):
             self._send(Thought, thought)
             self._send(str, reply[: len(reply) - self._held])

@@ -28,13 +28,14 @@ class ThinkingBudget(LogitsProcessor):  # type: ignore[misc]
 
     def __init__(self, chat_format: ChatFormat, opened: Sequence[bool], thought: int, reply: int) -> None:
         assert chat_format.tags is not None
-        self.tags, self.decode = chat_format.tags, chat_format.decode
+        self.tags, self.decode, self.may_be_tag = chat_format.tags, chat_format.decode, chat_format.may_be_tag
         self.thought, self.reply = thought, reply
         self.closing: list[int] = list(
             chat_format.tokenizer(self.tags.before_close + self.tags.close, add_special_tokens=False)["input_ids"]
         )
         self.enough = _Enough(self)
         self._thinks: list[bool | None] = [True if is_open else None for is_open in opened]  # None: it has not begun
+        self._in_tag = [False] * len(opened)  # whether a row's first tokens may yet become a tag
         self._closed: list[int | None] = [None] * len(opened)  # tokens of the closing tag that are there, once it is forced
         self._begins = [0] * len(opened)  # where the reply begins, once it has
         self._prompt: int | None = None  # width of the prompts
@@ -61,13 +62,14 @@ class ThinkingBudget(LogitsProcessor):  # type: ignore[misc]
                 if thinks and self.tags.close in text:
                     thinks, self._begins[row] = False, count
                 self._thinks[row] = thinks
+                self._in_tag[row] = thinks is None and bool(text.strip())
         return count
 
     def _begun(self, text: str) -> bool | None:
         """Whether a row begins with a thought; None while that cannot be told."""
         if text.startswith((self.tags.open, self.tags.close)):
             return True
-        return None if self.tags.open.startswith(text) else False
+        return None if self.may_be_tag(text) else False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """``[row, position]``, ``[row, token]`` -> scores, with only the closing tag left in rows that have thought enough."""
@@ -90,7 +92,7 @@ class ThinkingBudget(LogitsProcessor):  # type: ignore[misc]
 
     def ended(self, row: int, count: int) -> bool:
         """Whether a row's reply has all the tokens it may have."""
-        return self._thinks[row] is not True and count - self._begins[row] >= self.reply
+        return self._thinks[row] is not True and not self._in_tag[row] and count - self._begins[row] >= self.reply
 
 
 class _Enough(StoppingCriteria):  # type: ignore[misc]
