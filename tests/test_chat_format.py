@@ -439,6 +439,12 @@ def test_a_greeting_is_no_reply() -> None:
         chats.examples([{"role": "system", "content": "Be brief."}, greeting], loss_on="assistant")
 
 
+@pytest.mark.parametrize("loss_on", ["reply", "assistant"])
+def test_two_replies_in_a_row_are_refused_as_such(loss_on: str) -> None:
+    with pytest.raises(RealignerError, match="two replies of the assistant one after the other"):
+        ChatFormat(host_tokenizer("qwen2_5")).examples([*ONE, ONE[-1]], loss_on=loss_on)
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_the_loss_can_be_on_the_whole_text(name: str) -> None:
     table, chats, tokenizer = TABLES[name], format_of(name), host_tokenizer(host_of(name))

@@ -24,7 +24,8 @@ from realigner.training import Recipe, make_recipe, read_run, train
 from realigner.training.batches import prepare
 from realigner.training.callbacks import Log
 from realigner.tuner import load_irm
-from tests.tiny import TEMPLATE, some_rows, tiny_folder, tiny_pair, tiny_tokenizer
+from tests.chat_hosts import host_tokenizer
+from tests.tiny import TEMPLATE, some_rows, tiny_folder, tiny_host_of_pair, tiny_pair, tiny_tokenizer
 
 QUICK = make_recipe(steps=8, batch_size=4, evaluations=2, samples=0, report_to=[], loss_on="assistant")
 PAIR = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x"}]
@@ -193,6 +194,19 @@ def test_an_adapter_of_an_earlier_commit_loads(tmp_path: Path) -> None:
     assert ra.answer(load_irm(host, run.folder), tokenizer, ["Why?"], max_new_tokens=5) == before
 
 
+def test_rows_without_thoughts_for_a_host_that_thinks_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = host_tokenizer("qwen3")
+    for name, recipe, noted in (
+        ("on", QUICK, True),
+        ("off", QUICK.changed(chat_template_kwargs={"enable_thinking": False}), False),
+    ):
+        train(tiny_host_of_pair(tokenizer), tokenizer, some_chats(), tmp_path / name, recipe.changed(steps=1, evaluations=1))
+        assert ("their replies are learned after an empty one" in capsys.readouterr().err) is noted
+
+
+VARIABLES = {"enable_thinking": False}
+
+
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     tiny_folder(tmp_path / "host")
@@ -200,14 +214,28 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     data.write_text("".join(chat.model_dump_json() + "\n" for chat in some_chats()))
     common = ["--host", str(tmp_path / "host")]
     settings = [x for key in ("samples=0", "report_to=[]", "evaluations=1") for x in ("--set", key)]
-    out = ["--out", str(tmp_path / "run"), "--loss-on", "assistant", "--steps", "2", "--chat-template-kwargs", '{"x": 1}']
+    out = [
+        "--out",
+        str(tmp_path / "run"),
+        "--loss-on",
+        "assistant",
+        "--steps",
+        "2",
+        "--chat-template-kwargs",
+        json.dumps(VARIABLES),
+    ]
     assert main(["train", "--data", str(data), *out, *common, *settings]) == 0
-    assert read_run(tmp_path / "run")["recipe"]["chat_template_kwargs"] == {"x": 1}
+    assert read_run(tmp_path / "run")["recipe"]["chat_template_kwargs"] == VARIABLES
     asked = ["generate", "--irm", str(tmp_path / "run"), "--max-new-tokens", "3", "--system", "Be brief.", "--json", "Why?"]
     capsys.readouterr()
     assert main([*asked, *common]) == 0
     assert json.loads(capsys.readouterr().out)["results"][0]["prompt"] == "Why?"
-    for value, message in (("{", "is not JSON"), ("[1]", "is not a JSON object"), ('{"tokenize": 1}', "not a variable")):
+    for value, message in (
+        ("{", "is not JSON"),
+        ("[1]", "is not a JSON object"),
+        ('{"tokenize": 1}', "not a variable"),
+        ('{"enabel_thinking": false}', "has no variable 'enabel_thinking'"),
+    ):
         assert main([*asked, *common, "--chat-template-kwargs", value]) == 2
         error = capsys.readouterr().err
         assert message in error

@@ -106,7 +106,7 @@ def test_tags_of_several_special_tokens(text: str, thought: str, reply: str) -> 
     tokenizer = host_tokenizer("gpt_oss")
     host = tiny_host_of_pair(tokenizer)
     Scripted(host, tokenizer).texts = [text]
-    options = {"max_new_tokens": len(tokenizer(reply or "1")["input_ids"])}  # the tags are not the reply's
+    options: dict[str, Any] = {"max_new_tokens": len(tokenizer(reply or "1")["input_ids"])}  # the tags are not the reply's
     (whole,) = ra.answer(host, tokenizer, ["Why?"], **options)
     assert (whole.thought, str(whole)) == (thought, reply)
     pieces = list(ra.stream(host, tokenizer, "Why?", thoughts=True, **options))
@@ -164,6 +164,17 @@ def test_thinking_is_switched_off_by_the_templates_variable() -> None:
     assert tokenizer.decode(seen[-1][0]) == "<|user|>Why?<eos>\n<|assistant|>"
 
 
+def test_a_thought_is_left_out_of_prompts_of_which_the_template_has_no_variable() -> None:
+    tokenizer = host_tokenizer("gpt_oss")
+    chat_format = ChatFormat(tokenizer, chat_template_kwargs=WITHOUT_THOUGHT)
+    (prompt,) = chat_format.prompts(["Why?"])
+    assert chat_format.decode(prompt).endswith("Why?<|end|><|start|>assistant<|channel|>final<|message|>")
+    (example,) = chat_format.examples([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}])
+    learned = [token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label == token]
+    assert chat_format.decode(learned) == "So.<|return|>"
+    assert example["input_ids"] == prompt + learned
+
+
 def test_numbers_and_variables_out_of_range() -> None:
     host, tokenizer = thinker(OPENED, True)
     with pytest.raises(UsageError, match="thinking_budget: -1"):
@@ -175,6 +186,7 @@ def test_numbers_and_variables_out_of_range() -> None:
         ([1], "not a mapping"),
         ({"a": "b" * 70_000}, "65,536 at most"),
         ({"a": float("nan")}, "not JSON values"),
+        ({"enabel_thinking": False}, "has no variable 'enabel_thinking'"),
     ):
         with pytest.raises(UsageError, match=message):
             ra.answer(host, tokenizer, ["Why?"], chat_template_kwargs=bad)  # type: ignore[arg-type]

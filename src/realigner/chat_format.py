@@ -16,12 +16,16 @@ from typing import Any
 
 from realigner.errors import RealignerError, UsageError
 from realigner.prompts import Message, Prompt, check_message, messages_of
-from realigner.thoughts import ThoughtTags, tags_of
+from realigner.thoughts import ThoughtTags, tags_of, templates_of
 
 IGNORED = -100  # the label PyTorch's cross-entropy leaves out
 TEMPLATES = ("chat", "plain")
 PLAIN_NOTE = "the host has no chat template: prompts are in the plain form (the question, three spaces, the reply)"
 WITHOUT_THOUGHT = {"enable_thinking": False}  # the template variable that hosts which think have for it
+THOUGHT_NOTE = (
+    "the host thinks before it replies, and the rows have no thoughts: their replies are learned after an empty one; to train "
+    'and answer without thoughts, set chat_template_kwargs to {"enable_thinking": false}'
+)
 
 _PROBE, _OTHER = "zxqvj", "Kw3#Y"  # messages that occur in no chat template, no character of one in the other
 _MOST_KWARGS = 1 << 16  # characters of chat_template_kwargs as JSON
@@ -57,6 +61,9 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.is_plain = template == "plain" or not has_chat_template(tokenizer)
         self.kwargs = dict(chat_template_kwargs or {})
+        unknown = next((name for name in self.kwargs if name not in WITHOUT_THOUGHT and not self._has_variable(name)), None)
+        if unknown is not None:
+            raise UsageError(f"chat_template_kwargs: the host's chat template has no variable {unknown!r}")
         self._sees: dict[tuple[str, bool], bool] = {}  # (role, first message) -> whether the template writes such a message
 
     # Prompts.
@@ -98,15 +105,23 @@ class ChatFormat:
             return self._before + self._plain_ids(messages[0]["content"] + "   ")
         self._check_roles(messages)
         ids = self._ids(messages, reply_next=True)
-        if self.kwargs.get("enable_thinking") is False and self.opens_thought(ids):
+        unheard = self.tags is not None and not self._has_variable("enable_thinking")
+        if self.kwargs.get("enable_thinking") is False and (unheard or self.opens_thought(ids)):
             # The template has no such variable: a reply without a thought is preceded by what it writes in whole conversations.
             probe = self._ids([*messages, {"role": "assistant", "content": _PROBE}])
             before, found, _ = self.decode(probe).rpartition(_PROBE)
+            if found and not self.opens_thought(ids) and not before.removeprefix(self.decode(ids)).strip():
+                return ids  # nothing is written before it
             kept = self._cut(probe, before)
             if not found or kept is None:
                 raise RealignerError("the host's chat template has no prompt for a reply without a thought (enable_thinking)")
             return probe[:kept]
         return ids
+
+    def _has_variable(self, name: str) -> bool:
+        """Whether a variable is in the template; True where there is no template to look into."""
+        texts = [] if self.is_plain else templates_of(self.tokenizer)
+        return not texts or any(re.search(rf"\b{re.escape(name)}\b", text) for text in texts)
 
     # Whole conversations, to train on.
 
@@ -147,6 +162,10 @@ class ChatFormat:
         return found
 
     def _example(self, conversation: Sequence[Message], loss_on: str, loss_on_thought: bool) -> dict[str, list[int]]:
+        if len(conversation) > 1 and conversation[-2].get("role") == "assistant":
+            raise RealignerError(
+                "the conversation has two replies of the assistant one after the other; join them, or leave one out"
+            )
         prompt = self._prompt(messages_of(conversation[:-1]))
         check_message(conversation[-1])
         if self.is_plain:
@@ -210,6 +229,16 @@ class ChatFormat:
     def tags(self) -> ThoughtTags | None:
         """Between which texts the host thinks; None if it does not."""
         return None if self.is_plain else tags_of(self.tokenizer)
+
+    def skips_thought(self, conversation: Sequence[Message]) -> bool:
+        """Whether the last reply stands after an empty thought, where the host that is asked for it would think first."""
+        reply = conversation[-1]
+        if self.tags is None or self.kwargs.get("enable_thinking") is False:
+            return False
+        if reply.get("reasoning_content") or self.tags.close in reply["content"]:
+            return False
+        prompt, ids = self._prompt(messages_of(conversation[:-1])), self._example(conversation, "reply", False)["input_ids"]
+        return self.thought_length(ids[len(prompt) :], self.opens_thought(prompt)) > 0
 
     def opens_thought(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt ends in an opened thought, so that the host goes on with it."""

@@ -26,10 +26,15 @@ KNOWN = (
 """Those of the hosts that we know."""
 
 
+def templates_of(tokenizer: Any) -> list[str]:
+    """A tokenizer's chat templates: one, several that have names, or none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return list(template.values()) if isinstance(template, dict) else [template] if isinstance(template, str) else []
+
+
 def tags_of(tokenizer: Any) -> ThoughtTags | None:
     """The tags of a tokenizer's host: the first of `KNOWN` that its chat template writes, or that are tokens of its own."""
-    template = getattr(tokenizer, "chat_template", None)
-    texts = list(template.values()) if isinstance(template, dict) else [template] if isinstance(template, str) else []
+    texts = templates_of(tokenizer)
     for tags in KNOWN:
         if any(tags.close in text for text in texts):
             return tags

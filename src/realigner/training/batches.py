@@ -33,6 +33,7 @@ class Prepared:
     validation: list[Example]
     ids: list[str]  # of the row that each example of `train` comes from
     cut: int  # how many examples were longer than the recipe allows
+    skips_thought: bool = False  # whether replies stand after empty thoughts (`ChatFormat.skips_thought`)
 
     @property
     def tone(self) -> str:
@@ -115,7 +116,8 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) ->
         for item, (row, _) in zip((*train, *validation), (*parts[0], *parts[1]), strict=True):
             if len(item["input_ids"]) > positions:
                 raise RealignerError(f"row {row.id!r}: {len(item['input_ids'])} tokens, {limit} to cut it")
-    return Prepared(rows, split, train, validation, [row.id for row, _ in parts[0]], cut)
+    skips_thought = any(chat_format.skips_thought(row.conversation) for row in split.train)
+    return Prepared(rows, split, train, validation, [row.id for row, _ in parts[0]], cut, skips_thought)
 
 
 @dataclass(eq=False)

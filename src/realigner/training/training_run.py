@@ -24,7 +24,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import realigner.training.run_dir as run_dir
-from realigner.chat_format import PLAIN_NOTE, has_chat_template
+from realigner.chat_format import PLAIN_NOTE, THOUGHT_NOTE, has_chat_template
 from realigner.console import progress, say, signals_to
 from realigner.data import TONES, Row, authored, read_rows
 from realigner.errors import RealignerError, UsageError
@@ -209,6 +209,8 @@ def _train(
         # What run.json says before training.
         if recipe.template == "plain" and not quiet and writer and not has_chat_template(tokenizer):
             say(PLAIN_NOTE)
+        if prepared.skips_thought and not quiet and writer:
+            say(THOUGHT_NOTE)
         hashed, mark = weights_hash(host) if writer else "", fingerprint(host)
         dtype = str(next(host.parameters()).dtype).removeprefix("torch.")
         record = {

@@ -173,7 +173,7 @@ class HostRewriter:
         return [-1] if ends is None else list(ends) if isinstance(ends, list) else [ends]
 
     def _text(self, tokens: Sequence[int]) -> str:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        _, text = self._format.split(tokens, opened=False)
         if self._format.is_plain:
             text = text.split("\n")[0]  # a base model goes on with the next question
         text = " ".join(text.split())
