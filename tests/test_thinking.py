@@ -140,6 +140,14 @@ def test_each_has_its_own_number_of_tokens(special: bool, budget: int) -> None:
     assert seen[0].shape[1] - len(ChatFormat(tokenizer).prompts([QUESTIONS[2]])[0]) == most
 
 
+def test_what_pads_a_shorter_reply_is_no_text() -> None:
+    host, tokenizer = thinker(OPENED, special=True)
+    host.generation_config.pad_token_id = tokenizer("!")["input_ids"][0]
+    Scripted(host, tokenizer).texts = ["So</think>Because.", "So</think>No.", "Never ends"]
+    replies = ra.answer(host, tokenizer, QUESTIONS, max_new_tokens=20)
+    assert [(reply.thought, str(reply)) for reply in replies] == [("So", "Because."), ("So", "No."), ("Never ends", "")]
+
+
 def test_below_both_numbers_nothing_changes(special: bool) -> None:
     """A random host's tokens are those of generate alone."""
     host, tokenizer = thinker(HYBRID, special, seed=3)

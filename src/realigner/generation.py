@@ -351,6 +351,10 @@ class _Sampling:
         """The arguments of ``generate`` for the rows of a batch, the first one being the prompt of number `first_row`."""
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
         options |= {"do_sample": False, "logits_processor": [], "stopping_criteria": []}
+        if (
+            chat_format.tokenizer.pad_token_id is not None
+        ):  # some hosts name a token of text, which would be read as the reply's
+            options["pad_token_id"] = chat_format.tokenizer.pad_token_id
         if self.temperature > 0:
             options["logits_processor"].append(SeededSampling(self.temperature, self.seed, first_row))
         if chat_format.tags is not None:
