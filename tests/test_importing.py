@@ -387,6 +387,7 @@ NOT_ROWS: list[tuple[dict[str, Any], str]] = [
      "message 1: has a part that is no text (image)"),
     ({"messages": [{**HI[0], "thinking": "Hm."}, HI[1]]}, "has a thought and is not the assistant"),
     ({"messages": [HI[0], {**HI[1], "thinking": ["Hm."]}]}, "its thought is not a string but list"),
+    ({"messages": [HI[0], {**HI[1], "weight": 0}]}, "weight 0: a reply that is not to be learned"),
     ({"messages": HI, "tools": [{"name": "f"}]}, "has tools, which a row cannot hold"),
     ({"messages": HI, "images": ["a.png"]}, "has images, which a row cannot hold"),
     ({"messages": MANY}, "has 1,002 messages; 1,000 at most"),

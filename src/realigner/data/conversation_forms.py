@@ -129,9 +129,12 @@ def _messages(key: str, value: Any) -> Messages:
         columns = [column for column in value.values() if isinstance(column, list)]
         if len({len(column) for column in columns}) == 1 and len(columns) == len(value):
             value = [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
-    messages = [_message(turn, f"{key!r}, message {number}") for number, turn in enumerate(_list(key, value), start=1)]
+    turns = _list(key, value)
+    messages = [_message(turn, f"{key!r}, message {number}") for number, turn in enumerate(turns, start=1)]
     if not messages:
         raise UnfitError(f"{key!r} is empty")
+    if turns[-1].get("weight") == 0:  # as OpenAI's fine-tuning has it
+        raise UnfitError(f"{key!r}: the last message has weight 0: a reply that is not to be learned")
     return messages
 
 
