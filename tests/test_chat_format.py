@@ -439,6 +439,12 @@ def test_a_greeting_is_no_reply() -> None:
         chats.examples([{"role": "system", "content": "Be brief."}, greeting], loss_on="assistant")
 
 
+def test_a_second_system_prompt_is_refused() -> None:
+    chat = [{"role": "system", "content": "Be rude."}, ONE[0]]
+    with pytest.raises(UsageError, match="a system prompt of its own, and another is given"):
+        ChatFormat(host_tokenizer("qwen2_5")).prompts([chat], system="Be kind.")
+
+
 @pytest.mark.parametrize("loss_on", ["reply", "assistant"])
 def test_two_replies_in_a_row_are_refused_as_such(loss_on: str) -> None:
     with pytest.raises(RealignerError, match="two replies of the assistant one after the other"):

@@ -194,6 +194,7 @@ def test_numbers_and_variables_out_of_range() -> None:
         ([1], "not a mapping"),
         ({"a": "b" * 70_000}, "65,536 at most"),
         ({"a": float("nan")}, "not JSON values"),
+        ({"enable_thinking": "false"}, "enable_thinking is 'false'; it is true or false"),
         ({"enabel_thinking": False}, "has no variable 'enabel_thinking'"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -472,6 +472,9 @@ def check_template_kwargs(given: Any) -> None:
         raise UsageError(f"chat_template_kwargs: {str(given)[:_SHOWN]!r} is not a mapping from names to values")
     if taken := sorted(_OWN & set(given)):
         raise UsageError(f"chat_template_kwargs: {taken[0]!r} is not a variable of a chat template")
+    for name in WITHOUT_THOUGHT:
+        if not isinstance(given.get(name, True), bool):  # "false" and 0 would be taken for true
+            raise UsageError(f"chat_template_kwargs: {name} is {str(given[name])[:_SHOWN]!r}; it is true or false")
     try:
         size = len(json.dumps(given, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:

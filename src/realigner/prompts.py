@@ -33,7 +33,8 @@ def messages_of(prompt: Prompt, system: str | None = None) -> list[dict[str, str
     """A prompt as messages, with a system prompt before them if one is given.
 
     Raises:
-        UsageError: when it is empty, holds what is not a message, or ends with the assistant's.
+        UsageError: when it is empty, holds what is not a message, ends with the assistant's, or has a system prompt of its own
+            where one is given.
     """
     if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
         raise UsageError(f"prompt: {prompt!r} is neither a question nor a list of messages (of conversations, give a list)")
@@ -44,6 +45,8 @@ def messages_of(prompt: Prompt, system: str | None = None) -> list[dict[str, str
         raise UsageError("prompt: it is empty")
     if messages[-1]["role"] == "assistant":
         raise UsageError("prompt: its last message is the assistant's; end it with the user's")
+    if system is not None and messages[0]["role"] == "system":
+        raise UsageError("prompt: it begins with a system prompt of its own, and another is given (system); leave one out")
     messages = [dict(message) for message in messages]
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
