@@ -29,6 +29,7 @@ from realigner.data import (
 from realigner.data.rewriters import RewriteRequest
 from realigner.data.rewriters.template_rewriter import TemplateRewriter
 from realigner.errors import RealignerError, UsageError
+from tests.chat_hosts import host_tokenizer
 from tests.tiny import some_rows, tiny_tokenizer
 
 GOOD: dict[str, Any] = {
@@ -397,6 +398,15 @@ def test_a_row_that_a_host_cannot_render_is_said_in_the_card() -> None:
         said = card.problems if must_render else card.notes
         assert re.search(r"cannot be made into tokens of tiny: row '\w+': .*no chats today", said[-1])
         assert (card.fit, card.tokens) == (not must_render, None)
+
+
+def test_rows_are_checked_as_they_will_be_trained_on() -> None:
+    """R1 has no place for rows without thoughts unless its thought is switched off."""
+    tokenizer, rows = host_tokenizer("deepseek_r1_distill"), some_rows()
+    assert any("begins a reply with a thought" in problem for problem in check_rows(rows, tokenizer, "r1").problems)
+    card = check_rows(rows, tokenizer, "r1", chat_template_kwargs={"enable_thinking": False})
+    assert card.tokens is not None
+    assert not any("tokens of r1" in problem for problem in card.problems)
 
 
 def test_token_lengths_are_those_of_training() -> None:

@@ -177,7 +177,9 @@ class ChatFormat:
         if not loss_on_thought:
             start += self.thought_length(ids[start:], self.opens_thought(prompt))
         if (thought := conversation[-1].get("reasoning_content")) and thought.strip() not in self.decode(ids[len(prompt) :]):
-            raise RealignerError("the host's chat template leaves out the reply's thought (reasoning_content)")
+            raise RealignerError(
+                "the host's chat template leaves out the reply's thought (reasoning_content); leave it out of the row"
+            )
         stop = None if self.is_plain else self._end(ids)
         if stop is None:
             if not self.is_plain and self._tail:

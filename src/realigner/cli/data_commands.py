@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from typer import Argument, Context, Option
 
-from realigner.cli.options import Force, Json, Seed, Trust, claim, print_json, short
+from realigner.cli.options import Force, Json, Seed, TemplateKwargs, Trust, claim, print_json, short, template_kwargs
 from realigner.console import show, show_table
 from realigner.errors import RealignerError, UsageError
 
@@ -194,6 +194,7 @@ def check(
     host: Annotated[
         Optional[str], Option(help="Whose tokens to count; the embedded host's by default.", show_default=False)
     ] = None,
+    chat_template_kwargs: TemplateKwargs = None,
     against: Annotated[Optional[Path], Option(help="Rows of another tone, to tell this one from.")] = None,
     html: Annotated[Optional[Path], Option(help="Also write a page with histograms.")] = None,
     seed: Seed = 42,
@@ -212,7 +213,8 @@ def check(
     authored_tones = [tone] if tone else TONES
     rows = [row for name in authored_tones for row in authored(name)] if path == "authored" else read_rows(path, tone)
     others = read_rows(against) if against else []
-    card = check_rows(rows, *_tokenizer(host, trust_remote_code), others, seed, must_render=host is not None)
+    variables = template_kwargs(chat_template_kwargs)
+    card = check_rows(rows, *_tokenizer(host, trust_remote_code), others, seed, host is not None, variables)
     if html is not None:
         write_card(card, str(path), html, force)
     if as_json:

@@ -24,7 +24,7 @@ HELP = """\
 /system TEXT      give a system prompt; without a text, none
 /reset            forget what was said
 /help, /quit      this list; the end (as Ctrl-D)
-Ctrl-C stops a reply. A line that begins with // is said with one of the two."""
+Ctrl-C stops a reply. To say something that begins with a slash, write two: //like this."""
 
 
 class _Terminated(KeyboardInterrupt):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -133,6 +133,7 @@ def check_rows(
     against: Sequence[Row] = (),
     seed: int = 42,
     must_render: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> ReportCard:
     """Look at rows as a whole (their form was checked on reading).
 
@@ -147,6 +148,7 @@ def check_rows(
             reference scorer, and others told from each other, or from the authored neutral replies.
         seed: of the purity's folds and of the samples.
         must_render: a row that the host's chat template cannot render makes the dataset unfit; else it is a note.
+        chat_template_kwargs: variables of the template, as the rows are to be trained with.
 
     Raises:
         RealignerError: for no rows.
@@ -170,7 +172,7 @@ def check_rows(
     words = [len(row.text.split()) for row in rows]
     long = sum(count > MAX_WORDS for count, row in zip(words, rows, strict=True) if row.messages is None)
     chats = [row.messages for row in rows if row.messages]
-    tokens, unrendered = _tokens(tokenizer, host, rows)
+    tokens, unrendered = _tokens(tokenizer, host, rows, chat_template_kwargs)
     return ReportCard(
         rows=len(rows),
         groups=len({row.group for row in rows}),
@@ -221,12 +223,14 @@ def _problems(rows: Sequence[Row], duplicates: int, near: int, leaks: Sequence[s
     return problems
 
 
-def _tokens(tokenizer: Any, host: str, rows: Sequence[Row]) -> tuple[list[int], list[str]]:
+def _tokens(
+    tokenizer: Any, host: str, rows: Sequence[Row], chat_template_kwargs: Mapping[str, Any] | None
+) -> tuple[list[int], list[str]]:
     """Lengths in tokens; or none, and why they cannot be taken."""
     if tokenizer is None:
         return [], []
     try:
-        return token_counts(tokenizer, rows), []
+        return token_counts(tokenizer, rows, chat_template_kwargs), []
     except RealignerError as error:
         return [], [f"cannot be made into tokens of {host}: {error}"]
 

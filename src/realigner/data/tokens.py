@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from realigner.chat_format import IGNORED, ChatFormat
@@ -12,9 +12,9 @@ from realigner.errors import RealignerError
 Example = dict[str, list[int]]  # "input_ids" and "labels", of one length
 
 
-def token_counts(tokenizer: Any, rows: Sequence[Row]) -> list[int]:
+def token_counts(tokenizer: Any, rows: Sequence[Row], chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
     """Tokens of each row as it is trained on, template and all; the tokens themselves are not kept."""
-    return [len(example["input_ids"]) for _, example in encoded(ChatFormat(tokenizer), rows)]
+    return [len(example["input_ids"]) for _, example in encoded(ChatFormat(tokenizer, "chat", chat_template_kwargs), rows)]
 
 
 def encode_rows(
