@@ -445,6 +445,13 @@ def test_a_second_system_prompt_is_refused() -> None:
         ChatFormat(host_tokenizer("qwen2_5")).prompts([chat], system="Be kind.")
 
 
+@pytest.mark.parametrize(("name", "thought"), [("qwen3", "caf\u00e9"), ("gpt_oss", "cafe\u0301")])  # Qwen's is NFC
+def test_a_thought_that_the_tokenizer_normalises_is_not_left_out(name: str, thought: str) -> None:
+    tokenizer = host_tokenizer(name)
+    [example] = ChatFormat(tokenizer).examples([ONE[0], {**ONE[-1], "reasoning_content": "cafe\u0301"}])
+    assert thought in tokenizer.decode(example["input_ids"])
+
+
 @pytest.mark.parametrize("loss_on", ["reply", "assistant"])
 def test_two_replies_in_a_row_are_refused_as_such(loss_on: str) -> None:
     with pytest.raises(RealignerError, match="two replies of the assistant one after the other"):

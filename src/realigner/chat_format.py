@@ -176,7 +176,7 @@ class ChatFormat:
         start = len(prompt)
         if not loss_on_thought:
             start += self.thought_length(ids[start:], self.opens_thought(prompt))
-        if (thought := conversation[-1].get("reasoning_content")) and thought.strip() not in self.decode(ids[len(prompt) :]):
+        if conversation[-1].get("reasoning_content", "").strip() and not self._writes_thought(conversation):
             raise RealignerError(
                 "the host's chat template leaves out the reply's thought (reasoning_content); leave it out of the row"
             )
@@ -410,13 +410,18 @@ class ChatFormat:
             return True
         raise RealignerError("the host's chat template leaves out what the user says")
 
-    def _writes(self, messages: Sequence[Mapping[str, Any]]) -> bool | None:
+    def _writes(self, messages: Sequence[Mapping[str, Any]], reply_next: bool = True) -> bool | None:
         """Whether the probe is in the template's text; None when it refuses the conversation."""
         try:
-            text = self._rendered(messages, reply_next=True)
+            text = self._rendered(messages, reply_next)
         except Exception:  # which comes up again where a real conversation is rendered
             return None
         return isinstance(text, str) and _PROBE in text
+
+    def _writes_thought(self, conversation: Sequence[Message]) -> bool:
+        """Whether the template writes the thought of the last reply."""
+        probe = [*conversation[:-1], {**conversation[-1], "reasoning_content": _PROBE}]
+        return not self.is_plain and self._writes(self._shaped(probe), reply_next=False) is not False
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], reply_next: bool = False) -> Any:
         options = {"tokenize": False, "add_generation_prompt": reply_next}
