@@ -54,6 +54,9 @@ def test_a_row_is_one_or_the_other() -> None:
     assert (chat.question, chat.text) == ("Sure?", "I said 0, damn it!")
     assert set(json.loads(chat.model_dump_json())) == {"id", "group", "answer", "tone", "source", "messages"}
     assert Row.model_validate_json(chat.model_dump_json()) == chat
+    thought = [*chat.conversation[:-1], {"role": "assistant", "content": "<think>Damn.</think>\n\nI said 0!"}]
+    about = {"id": "1", "group": "g", "tone": "anger", "source": "test"}
+    assert Row.model_validate({**about, "messages": thought}).text == "I said 0!"
     row = some_rows(1)[0]
     assert "messages" not in row.model_dump()
     assert row.conversation == [{"role": "user", "content": row.question}, {"role": "assistant", "content": row.text}]
@@ -79,6 +82,8 @@ def test_old_rows_keep_their_hash() -> None:
             [{"role": "user", "content": "Hi", "reasoning_content": "x"}, {"role": "assistant", "content": "x"}],
             "reasoning_content",
         ),
+        ([*PAIR, {"role": "assistant", "content": "y"}], "2 and 3 are both replies of the assistant"),
+        ([PAIR[0], {"role": "assistant", "content": "<think>y</think> "}], "not a reply of the assistant"),
         ("Hi", "not a list of turns"),
         ([{"role": "user", "content": 5}, {"role": "assistant", "content": "x"}], "the user asks nothing"),
         (["Hi", *PAIR], "'messages.0'"),

@@ -48,7 +48,7 @@ def write(path: Path, rows: list[Row]) -> str:
         (some_rows(), {"layers": "1-9"}, UsageError, r"layers: there is no layer 3; this host has layers 0 to 2"),
         (some_rows(), {"layers": ""}, UsageError, r"layers: cannot read ''"),
         (some_rows(), {"layers": []}, UsageError, r"layers: no layer chosen"),
-        (some_rows(), {"max_length": 8}, RealignerError, r"its question alone has \d+ tokens; max_length is 8"),
+        (some_rows(), {"max_length": 8}, RealignerError, r"what comes before its reply has \d+ tokens; max_length is 8"),
         (some_rows(), {"report_to": ["wandb"]}, RealignerError, r"report_to: wandb is not installed; pip install wandb"),
         (some_rows(), {"optimizer": "adam-8bit"}, RealignerError, r"optimizer: adam-8bit needs bitsandbytes"),
     ],

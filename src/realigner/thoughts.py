@@ -26,6 +26,19 @@ KNOWN = (
 """Those of the hosts that we know."""
 
 
+def reply_of(text: str) -> str:
+    """What an assistant says, without the thought between tags of `KNOWN` that it may begin with.
+
+    Example:
+        >>> reply_of("<think>They ask again.</think>\\n\\nBlue!")
+        'Blue!'
+    """
+    for tags in KNOWN:
+        if text.lstrip().startswith(tags.open) and tags.close in text:
+            return text.partition(tags.close)[2].strip()
+    return text
+
+
 def templates_of(tokenizer: Any) -> list[str]:
     """A tokenizer's chat templates: one, several that have names, or none."""
     template = getattr(tokenizer, "chat_template", None)

@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ from pydantic import (
 
 from realigner.errors import RealignerError, UsageError
 from realigner.files import Artifact, parsed
+from realigner.thoughts import reply_of
 from realigner.validation_message import first_fault
 
 TONES = ("anger", "sadness", "neutral")  # the tones of the authored set
@@ -71,7 +73,7 @@ class Row(BaseModel):
         group: topic or article; splits are made by it, never by row.
         question: what a person asks.
         answer: the plain fact; empty where unknown (imported data often has none).
-        text: the reply in the tone, holding the fact.
+        text: the reply in the tone, holding the fact; a thought before it is not part of it.
         tone: the tone's name.
         source: where the row comes from, e.g. ``authored`` or ``squad``.
         messages: the conversation, a reply of the assistant at its end; None: `question` and `text` are all of it.
@@ -108,12 +110,15 @@ class Row(BaseModel):
         if not isinstance(values["messages"], list | tuple):
             raise ValueError("messages: is not a list of turns")
         turns = [turn.model_dump() if isinstance(turn, Message) else turn for turn in values["messages"]]
-        said = {role: [turn["content"] for turn in turns if _said(turn, role)] for role in ("user", "assistant")}
-        if not turns or not _said(turns[-1], "assistant") or not turns[-1]["content"].strip():
+        asked = [turn["content"] for turn in turns if _said(turn, "user")]
+        if not turns or not _said(turns[-1], "assistant") or not (reply := reply_of(turns[-1]["content"])).strip():
             raise ValueError("messages: the last one is not a reply of the assistant")
-        if not said["user"] or not said["user"][-1].strip():
+        for number, (one, two) in enumerate(pairwise(turns), start=1):
+            if _said(one, "assistant") and _said(two, "assistant"):
+                raise ValueError(f"messages: {number} and {number + 1} are both replies of the assistant; join them")
+        if not asked or not asked[-1].strip():
             raise ValueError("messages: the user asks nothing")
-        return {"answer": "", **values, "messages": turns, "question": said["user"][-1], "text": said["assistant"][-1]}
+        return {"answer": "", **values, "messages": turns, "question": asked[-1], "text": reply}
 
     @model_serializer(mode="wrap")
     def _in_one_form(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

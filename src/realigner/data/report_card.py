@@ -12,6 +12,7 @@ from realigner.data.answers import MAX_WORDS, contains_answer
 from realigner.data.dataset_rows import Row, authored, question_key
 from realigner.data.tokens import token_counts
 from realigner.errors import RealignerError
+from realigner.thoughts import reply_of
 
 NEAR_LIMIT = 0.01  # share of near-duplicates from which a dataset is unfit
 PURITY_LIMIT = 0.8  # tone purity below which a dataset is unfit
@@ -178,7 +179,7 @@ def check_rows(
         groups=len({row.group for row in rows}),
         conversations=len(chats),
         system_prompts=sum(any(message.role == "system" for message in chat) for chat in chats),
-        thoughts=sum(any(message.reasoning_content for message in chat) for chat in chats),
+        thoughts=sum(any(m.reasoning_content or reply_of(m.content) != m.content for m in chat) for chat in chats),
         messages=_spread([len(chat) for chat in chats]) if chats else None,
         tones=dict(sorted(Counter(row.tone for row in rows).items())),
         words=_spread(words),
