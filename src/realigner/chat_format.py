@@ -347,6 +347,8 @@ class ChatFormat:
         except TemplateSyntaxError as error:
             why = " ".join(str(error.message).split())
             raise RealignerError(f"the host's chat template, line {error.lineno}: {why}") from None
+        except RealignerError:
+            raise
         except Exception as error:  # a template raises whatever its author chose
             why = " ".join(str(error).split()) or type(error).__name__
             raise RealignerError(f"the host's chat template refuses the conversation: {why}") from None
