@@ -123,6 +123,17 @@ def test_turns_that_the_template_rewrites_are_examples_of_their_own() -> None:
     assert other.id == "1"
 
 
+def test_what_nothing_depends_on_is_not_computed() -> None:
+    """The template's line break after the last reply; one between turns is."""
+    tokenizer, host = tiny_tokenizer(), tiny_pair()[0]
+    prepared = prepare(some_chats(), tokenizer, host.config, QUICK)
+    for row, item in zip(prepared.split.train, prepared.train, strict=True):
+        (whole,) = encode_rows(tokenizer, [row], None, loss_on="assistant")
+        assert tokenizer.decode(whole["input_ids"][len(item["input_ids"]) :]) == "\n"
+        assert whole["input_ids"][: len(item["input_ids"])] == item["input_ids"]
+        assert item["labels"][-1] == tokenizer.eos_token_id
+
+
 def test_what_comes_before_the_reply_may_be_too_long() -> None:
     with pytest.raises(RealignerError, match=r"row '0': what comes before its reply has 9. tokens; max_length is 64; raise it"):
         encode_rows(tiny_tokenizer(), some_chats(1), 64)

@@ -98,7 +98,8 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) ->
     split = split_rows(rows, recipe.seed, validation=recipe.validation, test=recipe.test)
     chat_format = ChatFormat(tokenizer, recipe.template, recipe.chat_template_kwargs)
     parts = [
-        list(encoded(chat_format, rows, recipe.loss_on, recipe.loss_on_thought)) for rows in (split.train, split.validation)
+        [(row, _to_last_label(item)) for row, item in encoded(chat_format, part, recipe.loss_on, recipe.loss_on_thought)]
+        for part in (split.train, split.validation)
     ]
     if len(parts[0]) < recipe.batch_size:
         raise RealignerError(
@@ -118,6 +119,12 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) ->
                 raise RealignerError(f"row {row.id!r}: {len(item['input_ids'])} tokens, {limit} to cut it")
     skips_thought = any(chat_format.skips_thought(row.conversation) for row in split.train)
     return Prepared(rows, split, train, validation, [row.id for row, _ in parts[0]], cut, skips_thought)
+
+
+def _to_last_label(example: Example) -> Example:
+    """An example without what follows its last label (a template's line break), on which nothing depends."""
+    stop = 1 + max(at for at, label in enumerate(example["labels"]) if label != IGNORED)
+    return {key: values[:stop] for key, values in example.items()}
 
 
 @dataclass(eq=False)
