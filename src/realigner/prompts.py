@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,9 @@ def messages_of(prompt: Prompt, system: str | None = None) -> list[dict[str, str
             where one is given.
     """
     if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
-        raise UsageError(f"prompt: {prompt!r} is neither a question nor a list of messages (of conversations, give a list)")
+        raise UsageError(
+            f"prompt: {reprlib.repr(prompt)} is neither a question nor a list of messages (of conversations, give a list)"
+        )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     for message in messages:
         check_message(message)
@@ -62,7 +65,7 @@ def check_message(message: Any) -> None:
         or not _KEYS <= set(message) <= _KEYS | {"reasoning_content"}
         or not all(isinstance(value, str) for value in message.values())
     ):
-        raise UsageError(f"prompt: {message!r} is not a message; give a dict with role and content, two strings")
+        raise UsageError(f"prompt: {reprlib.repr(message)} is not a message; give a dict with role and content, two strings")
     for name, value in message.items():
         if found := re.search("[\ud800-\udfff]", value):  # half a pair, from UTF-16 or from bytes that are no UTF-8
             raise UsageError(
