@@ -9,14 +9,19 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers.utils import logging as transformers_logging
 
 import realigner as ra
 from realigner.hosts import EMBEDDED, cache_root, embedded_gguf
+from realigner.irm_config import IRMConfig
+from realigner.runtime import Runtime
+from tests.tiny import tiny_folder
 
 transformers_logging.disable_progress_bar()
 THREADS = torch.get_num_threads()
@@ -34,6 +39,25 @@ def embedded() -> tuple[Any, Any]:
             pytest.fail("the embedded host's wheel is not installed (host-requirements.txt)")
         pytest.skip("the embedded host's wheel is not installed")
     return ra.load_host(EMBEDDED, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def irms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two IRMs of one tiny host in a folder, anger best used at strength 2."""
+    place = tmp_path_factory.mktemp("runtime")
+    host, _ = ra.load_host(str(tiny_folder(place / "host")), dtype="float32")
+    for seed, (tone, strength) in enumerate({"anger": 2.0, "sadness": 1.0}.items()):
+        torch.manual_seed(seed)
+        model = get_peft_model(host, IRMConfig(output_std=0.3, tone=tone, strength=strength))
+        model.save_pretrained(str(place / tone))
+        model.unload()
+    return {tone: place / tone for tone in ("anger", "sadness")}
+
+
+@pytest.fixture(scope="module")
+def runtime(irms: dict[str, Path]) -> Runtime:
+    loaded: Runtime = ra.load(irms, dtype="float32")
+    return loaded
 
 
 @pytest.fixture(scope="session")

@@ -17,38 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import get_peft_model
 
 import realigner as ra
 from realigner.chat import Chat
 from realigner.cli import main
 from realigner.errors import RealignerError, UsageError
-from realigner.irm_config import IRMConfig
 from realigner.runtime import Runtime
 from tests.test_thinking import HYBRID, Scripted, thinker
-from tests.tiny import tiny_folder, tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 
 SHORT: dict[str, Any] = {"max_new_tokens": 12}
-
-
-@pytest.fixture(scope="module")
-def irms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two IRMs of one tiny host in a folder, anger best used at strength 2."""
-    place = tmp_path_factory.mktemp("chat")
-    host, _ = ra.load_host(str(tiny_folder(place / "host")), dtype="float32")
-    for seed, (tone, strength) in enumerate({"anger": 2.0, "sadness": 1.0}.items()):
-        torch.manual_seed(seed)
-        model = get_peft_model(host, IRMConfig(output_std=0.3, tone=tone, strength=strength))
-        model.save_pretrained(str(place / tone))
-        model.unload()
-    return {tone: place / tone for tone in ("anger", "sadness")}
-
-
-@pytest.fixture(scope="module")
-def runtime(irms: dict[str, Path]) -> Runtime:
-    loaded: Runtime = ra.load(irms, dtype="float32")
-    return loaded
 
 
 def said(chat: Chat, text: str) -> str:

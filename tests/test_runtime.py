@@ -23,29 +23,10 @@ from realigner.chat_format import ChatFormat, prompt_ids
 from realigner.errors import RealignerError, UsageError
 from realigner.irm_config import CONFIG_FILE, IRMConfig
 from realigner.runtime import Runtime, find_irm
-from tests.tiny import tiny_folder, tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 
 QUESTIONS = ["Why is the sky blue?", "How many legs has a spider?", "Who?"]
 SHORT: dict[str, Any] = {"max_new_tokens": 12}
-
-
-@pytest.fixture(scope="module")
-def irms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two IRMs of one tiny host in a folder, anger best used at strength 2."""
-    place = tmp_path_factory.mktemp("runtime")
-    host, _ = ra.load_host(str(tiny_folder(place / "host")), dtype="float32")
-    for seed, (tone, strength) in enumerate({"anger": 2.0, "sadness": 1.0}.items()):
-        torch.manual_seed(seed)
-        model = get_peft_model(host, IRMConfig(output_std=0.3, tone=tone, strength=strength))
-        model.save_pretrained(str(place / tone))
-        model.unload()
-    return {tone: place / tone for tone in ("anger", "sadness")}
-
-
-@pytest.fixture(scope="module")
-def runtime(irms: dict[str, Path]) -> Runtime:
-    loaded: Runtime = ra.load(irms, dtype="float32")
-    return loaded
 
 
 def by_hand(irms: dict[str, Path], tone: str, strength: float, question: str) -> str:

@@ -2,7 +2,7 @@
 
 from realigner.chat_format import ChatFormat, prompt_ids
 from realigner.data.data_split import Split, split_rows
-from realigner.data.dataset_rows import TONES, Row, authored, read_rows, rows_hash
+from realigner.data.dataset_rows import TONES, Message, Row, authored, read_rows, rows_hash
 from realigner.data.report_card import ReportCard, check_rows
 from realigner.data.squad import Fact
 from realigner.data.tokens import encode_rows
@@ -14,6 +14,7 @@ __all__ = [
     "TONES",
     "ChatFormat",
     "Fact",
+    "Message",
     "ReportCard",
     "Row",
     "Split",
