@@ -173,6 +173,35 @@ def test_a_killed_checkpoint_is_not_taken_for_one(tmp_path: Path, monkeypatch: p
         assert not list(out.glob(".checkpoint-*"))
 
 
+def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path: Path) -> None:
+    """Killed while an old checkpoint is deleted, when only its state is left: a later one is there and is gone on from."""
+    run_tiny(tmp_path / "whole")
+
+    def work() -> None:
+        whole = shutil.rmtree
+
+        def half(path: Any, *args: Any, **kwargs: Any) -> None:
+            if "checkpoint-" not in Path(path).name:
+                whole(path, *args, **kwargs)
+                return
+            for file in Path(path).iterdir():
+                if file.name != run_dir.STATE_FILE:
+                    file.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(shutil, "rmtree", half)  # noqa: B010
+        run_tiny(tmp_path / "killed")
+
+    assert os.WIFSIGNALED(os.waitpid(in_a_child(work), 0)[1])
+    unfinished = run_dir.unfinished(tmp_path / "killed")
+    assert [path.name for path in unfinished.glob(".checkpoint-*")]
+    for checkpoint in run_dir.checkpoints(unfinished):
+        run_dir.verify(checkpoint)
+    run_tiny(tmp_path / "killed", resume=True)
+    assert adapter(tmp_path / "killed") == adapter(tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob(".checkpoint-*"))
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     """Files of at most N bytes: the run stops with one line, and goes on when there is room."""
     run_tiny(tmp_path / "whole")

@@ -37,6 +37,7 @@ from realigner.files import (
     Output,
     decoded,
     discard,
+    is_ours,
     object_of,
     read_bytes,
     read_object,
@@ -193,6 +194,15 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
 def discard_half(aside: Path) -> None:
     """Delete a checkpoint that was being written when a process died, unless it holds anything else."""
     discard(aside, _HALF_CHECKPOINT)
+
+
+def discard_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint in one step, whenever the process may die: what is being deleted is hidden, and no checkpoint."""
+    hidden = checkpoint.with_name(f".{_CHECKPOINT}0{checkpoint_step(checkpoint)}")  # that without 0 may be being written
+    discard_half(hidden)
+    if is_ours(checkpoint, CHECKPOINT):
+        checkpoint.rename(hidden)
+        discard_half(hidden)
 
 
 def seal(checkpoint: Path) -> None:

@@ -29,7 +29,7 @@ from transformers.trainer_callback import ExportableState
 
 import realigner.training.run_dir as run_dir
 from realigner.errors import RealignerError
-from realigner.files import discard, writing
+from realigner.files import writing
 from realigner.irm_config import FILE_PREFIX
 from realigner.training.batches import Collator, EncodedRows, Prepared, SeededLengthSampler
 from realigner.training.checkpoint_io import load_tree, random_states, save_tree, set_random_states
@@ -245,7 +245,7 @@ class IRMTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 if writer:
                     run_dir.seal(aside)
-                    discard(folder, run_dir.CHECKPOINT)
+                    run_dir.discard_checkpoint(folder)
                     aside.rename(folder)
         except BaseException:
             if writer:
@@ -255,7 +255,7 @@ class IRMTrainer(Trainer):
             kept_steps = {self.state.global_step, self.state.best_global_step}
             for path in run_dir.checkpoints(work):
                 if run_dir.checkpoint_step(path) not in kept_steps:
-                    discard(path, run_dir.CHECKPOINT)
+                    run_dir.discard_checkpoint(path)
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
