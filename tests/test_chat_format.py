@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example as always, given, settings, strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from transformers.utils import is_mistral_common_available
 
 from realigner.chat_format import ChatFormat, prompt_ids
 from realigner.errors import RealignerError, UsageError
@@ -801,8 +800,6 @@ def test_a_conversation_of_any_kind_gives_tokens_or_one_line(name: str, messages
 
 # Mistral's own tokenizer.
 
-mistral = pytest.mark.skipif(not is_mistral_common_available(), reason="needs mistral-common (the dev extra)")
-
 
 @dataclass(frozen=True)
 class MistralTable:
@@ -895,7 +892,6 @@ def mistral_text(tokenizer: Any, ids: Sequence[int]) -> str:
     return "".join(tokenizer.convert_ids_to_tokens(list(ids))).replace("▁", " ").replace("<0x0A>", "\n")
 
 
-@mistral
 @pytest.mark.parametrize("version", MISTRAL)
 def test_a_mistral_host_is_trained_and_asked_as_its_own_tokenizer_writes(version: str, tekken_folder: Path) -> None:
     table, file = MISTRAL[version], mistral_file(version, tekken_folder)
@@ -926,7 +922,6 @@ def test_a_mistral_host_is_trained_and_asked_as_its_own_tokenizer_writes(version
         assert losses == ["Hello there.</s>", "In Prague.</s>", "You're welcome.</s>"]
 
 
-@mistral
 def test_marks_within_a_text_are_text_to_mistrals_tokenizer(tekken_folder: Path) -> None:
     tokenizer = mistral_tokenizer(mistral_file("v3", tekken_folder))
     chats = ChatFormat(tokenizer)
@@ -937,7 +932,6 @@ def test_marks_within_a_text_are_text_to_mistrals_tokenizer(tekken_folder: Path)
         tried(partial(chats.examples, messages))
 
 
-@mistral
 def test_a_folder_of_mistrals_own_files_is_no_plain_host(tekken_folder: Path) -> None:
     """Such a tokenizer has no `chat_template`; taken for a base model, it was prompted in the plain form without a word."""
     tokenizer = load_tokenizer(str(tekken_folder))
@@ -945,7 +939,6 @@ def test_a_folder_of_mistrals_own_files_is_no_plain_host(tekken_folder: Path) ->
     assert prompt_ids(tokenizer, "Where is Prague?") == mistral_ids(tekken_folder / "tekken.json", ONE[:-1])
 
 
-@mistral
 def test_the_plain_form_of_a_mistral_host(tekken_folder: Path) -> None:
     tokenizer = mistral_tokenizer(mistral_file("v3", tekken_folder))
     chats = ChatFormat(tokenizer, template="plain")
