@@ -25,12 +25,13 @@ from realigner.explain.edits import without_channel
 from realigner.explain.example_batches import ExampleBatches
 from realigner.explain.measure import measure_host
 from realigner.explain.norm_gradient import norm_eps, norm_kind, split_gradient
-from realigner.explain.residuals import Residuals, SiteGradients
 from realigner.explain.roles import final_norm, roles_of
+from realigner.explain.site_gradients import SiteGradients
 from realigner.explain.trials import FULL
 from realigner.explain.weights import head_tokens
 from realigner.irm import IRM
 from realigner.locate import find_sites
+from realigner.residuals import Residuals
 from realigner.tiny import tiny_host
 from realigner.training import train
 from realigner.tuner import tuner_of

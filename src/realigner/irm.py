@@ -108,6 +108,10 @@ class IRMShape:
             paper's preset keeps PyTorch's default initialisation.
         input_norm: scale each h0 to a root mean square of 1 before the first layer (no parameters). Hosts differ a
             thousandfold in the size of h0 (0.14 in SmolLM2), and one learning rate should do for all.
+        input_scale: what h0 is divided by before anything else. None: with the compact preset h0's root mean square on the
+            host (a median over tokens), measured when the IRM is made; with the paper's 1.
+        delta_scale: what every delta is multiplied by. None: with the compact preset a number measured on the host (see
+            `residuals.delta_scale`), so that one learning rate fits hosts whose residuals differ in size; with the paper's 1.
         masked: neuron indices whose delta is forced to zero in every layer, during training and inference.
 
     Raises:
@@ -124,6 +128,8 @@ class IRMShape:
     rank: int | None = None
     output_std: float | None = None
     input_norm: bool | None = None
+    input_scale: float | None = None
+    delta_scale: float | None = None
     masked: Sequence[int] | None = None
 
     def validate(self) -> None:
@@ -148,6 +154,10 @@ class IRMShape:
             raise UsageError(f"output_std: {reprlib.repr(std)} is not a number of 0 or more")
         if self.input_norm not in (None, True, False):
             raise UsageError(f"input_norm: {reprlib.repr(self.input_norm)} is not true or false")
+        for name in ("input_scale", "delta_scale"):
+            scale = getattr(self, name)
+            if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < 1e9):
+                raise UsageError(f"{name}: {reprlib.repr(scale)} is not a number above 0")
         if self.masked is not None:
             if not isinstance(self.masked, (list, tuple)):
                 raise UsageError(f"masked: {reprlib.repr(self.masked)} is not a list of neuron indices")
@@ -180,6 +190,8 @@ class IRMShape:
             rank=rank if self.rank is None else self.rank,
             output_std=std if self.output_std is None else self.output_std,
             input_norm=self.preset == "compact" if self.input_norm is None else self.input_norm,
+            input_scale=1.0 if self.input_scale is None else self.input_scale,
+            delta_scale=1.0 if self.delta_scale is None else self.delta_scale,
             masked=self.masked or (),
         )
 
@@ -207,6 +219,8 @@ class IRM(nn.Module):
         rank: 0 for a dense output, else the width of a linear bottleneck before it.
         output_std: initial standard deviation of the output weights; None keeps PyTorch's default.
         input_norm: scale h0 to a root mean square of 1, token by token.
+        input_scale: what h0 is divided by first.
+        delta_scale: what the output is multiplied by.
         masked: neuron indices at which every delta is 0.
 
     Attributes:
@@ -229,12 +243,15 @@ class IRM(nn.Module):
         rank: int,
         output_std: float | None,
         input_norm: bool = False,
+        input_scale: float = 1.0,
+        delta_scale: float = 1.0,
         masked: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.layers = tuple(layers)
         self.input_norm = input_norm
+        self.input_scale, self.delta_scale = input_scale, delta_scale
         self.register_buffer("masked", torch.tensor(list(masked)) if masked else None, persistent=False)
         self.training_dtype: torch.dtype | None = None
         trunk: list[nn.Module] = []
@@ -260,8 +277,12 @@ class IRM(nn.Module):
 
     def _deltas(self, h0: torch.Tensor) -> torch.Tensor:
         h0 = h0.to(self.output.weight.dtype)
+        if self.input_scale != 1.0:
+            h0 = h0 / self.input_scale
         if self.input_norm:
             h0 = torch.nn.functional.rms_norm(h0, (self.hidden_size,), eps=1e-6)
         flat: torch.Tensor = self.output(self.trunk(h0))
+        if self.delta_scale != 1.0:
+            flat = flat * self.delta_scale
         delta = flat.view(*flat.shape[:-1], len(self.layers), self.hidden_size)
         return delta if self.masked is None else delta.index_fill(-1, self.masked, 0.0)

@@ -31,6 +31,7 @@ from realigner.fingerprints import Fingerprint, fingerprint
 from realigner.injection import Injector, attached_injectors, refuse_attached
 from realigner.irm_config import FILE_PREFIX, PEFT_NAME, WEIGHTS_FILE, IRMConfig, adapter_folder, check_adapter
 from realigner.locate import find_sites
+from realigner.residuals import delta_scale, residual_sizes
 from realigner.settings import Generation, Settings, Strength, Where, part_of
 
 
@@ -189,8 +190,11 @@ class IRMModel(BaseTuner):
         if first:
             self.sites = find_sites(model, config.layers_path)
             self.fingerprint = fingerprint(model, self.sites.layers)
+        is_new = config.host is None and config.file_tensors is None  # else its scales are saved with it, or it has none
         _bind(config, self.fingerprint, self.sites.summary())
         size = self.sites.width, len(self.sites.layers)
+        if is_new and config.preset == "compact":
+            self._measure_scales(config, model)
         if config.file_tensors is not None:
             with torch.device("meta"):
                 expected = _named_as_in_file(config.build(*size)) | _beside(model, config.modules_to_save or ())
@@ -217,6 +221,16 @@ class IRMModel(BaseTuner):
             set_additional_trainable_modules(model, config, BaseTuner.get_model_config(self), adapter_name, active)
             if config.file_tensors is None:
                 self._attach()
+
+    def _measure_scales(self, config: Any, host: nn.Module) -> None:
+        """Fill in the scales of a config by the size of the host's residual stream."""
+        bare = nullcontext() if "injector" not in vars(self) else self.injector.threads.using(Settings(irms=()))
+        with bare:
+            sizes = residual_sizes(host, self.sites)
+        if config.input_scale is None:
+            config.input_scale = sizes[0] or 1.0
+        if config.delta_scale is None:
+            config.delta_scale = delta_scale(sizes, config.resolved_layers(len(sizes)))
 
     def _attach(self) -> None:
         """Register the hooks, unless they are."""

@@ -20,9 +20,10 @@ from realigner.chat_format import IGNORED
 from realigner.console import progress
 from realigner.explain.example_batches import ExampleBatches
 from realigner.explain.norm_gradient import GradientParts, norm_eps, norm_kind, split_gradient
-from realigner.explain.residuals import Residuals, SiteGradients
 from realigner.explain.roles import Stream, final_norm, find_stream
+from realigner.explain.site_gradients import SiteGradients
 from realigner.irm import IRM
+from realigner.residuals import Residuals
 from realigner.traces.summary import DeltaSums
 
 TOKENS = ("first", "delimiter", "rest")  # kinds of token: massive activations live in the first two

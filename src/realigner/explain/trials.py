@@ -128,7 +128,7 @@ class TrialRunner:
         if kind == "one layer":
             return {"layers": [depth // 2]}
         if kind == "sgd":
-            return {"optimizer": "sgd", "learning_rate": min(999.0, SGD_RATE * self.recipe.learning_rate)}
+            return {"optimizer": "sgd", "learning_rate": min(999.0, SGD_RATE * self.recipe.peak_rate)}
         made: dict[str, Callable[[], PreTrainedModel]] = {
             "permuted": lambda: edits.permuted(self.host, self.order().tolist()),
             "gain": lambda: edits.with_gain(self.host, self.index, self.gain),

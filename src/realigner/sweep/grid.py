@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from realigner.data.squad import file_sha256
 from realigner.errors import RealignerError, UsageError
 from realigner.files import decoded, read_bytes
-from realigner.training.recipe import BUILT_IN, MOST_YAML, RUNTIME_ONLY_KEYS, Name, Recipe, read_recipe, read_yaml
+from realigner.training.recipe import BUILT_IN, LATER_KEYS, MOST_YAML, RUNTIME_ONLY_KEYS, Name, Recipe, read_recipe, read_yaml
 from realigner.validation_message import first_fault
 
 PAPER = Path(__file__).parent / "paper.yaml"
@@ -173,8 +173,8 @@ def _run_spec(
 def _name(recipe: Recipe, baseline: bool, digests: dict[str, str]) -> str:
     """The hash of a run: its recipe without what only decides how fast it goes, data by content and not by place."""
     values = {key: value for key, value in recipe.model_dump().items() if key not in RUNTIME_ONLY_KEYS}
-    if not recipe.masked:  # added later; omitted so existing hashes stay valid
-        del values["masked"]
+    later = {"masked": None, **LATER_KEYS}  # omitted where they ask for what was done before, so that earlier hashes hold
+    values = {key: value for key, value in values.items() if key not in later or value not in (later[key], [])}
     if baseline:  # an untrained IRM is the same for all tones
         values |= {"tone": None, "data": None}
     elif recipe.data not in (None, "authored"):

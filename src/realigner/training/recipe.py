@@ -29,6 +29,21 @@ _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionErro
 MOST_YAML = 1 << 18  # characters of a YAML file
 _DIGITS = 400  # of a number
 RUNTIME_ONLY_KEYS = frozenset({"device", "threads", "report_to"})  # where and how fast a run goes, not what it is
+DEFAULT_RATE, PAPER_RATE, _NARROW = (
+    1e-2,
+    1e-4,
+    576,
+)  # learning rates by preset; the width up to which a host takes the first whole
+_WRITTEN_OUT = 30  # keys of a file that is a run's own, with every key that there was
+# Keys that came later, with what runs did before: those that a run's own recipe lacks, and a hash leaves out.
+LATER_KEYS: dict[str, Any] = {
+    "instruct": None,
+    "questions": "authored",
+    "teacher_replies": 1,
+    "data_weight": 1.0,
+    "input_scale": 1.0,
+    "delta_scale": 1.0,
+}
 
 
 def _as_layers(value: Any) -> Any:
@@ -64,11 +79,16 @@ class Recipe(BaseModel):
         dtype: of the host: ``auto``, ``float32``, ``bfloat16``, ``float16``. The IRM's weights are always float32.
         device: ``auto``, ``cpu``, ``cuda``, ...; or ``balanced``: the host's layers over all devices (``device_map``).
         threads: CPU threads; null: as many as PyTorch takes. Another number can change the last bits of a sum.
-        data: a JSONL file of rows, or ``authored``; null: the rows were given in Python.
-        tone: which tone's rows, where the data has several.
+        data: a JSONL file of rows, or ``authored``; null: the rows were given in Python, or there is only an instruction.
+        tone: which tone's rows, where the data has several; ``all``: every row, whatever its tone (a conditional IRM).
         seed: of the initial weights, the split and the order of rows.
 
-        preset, layers, widths, rank, output_std, input_norm, masked: the network; see `IRMShape`.
+        instruct: a system prompt that the IRM is to make unnecessary: the host with it is the teacher; null: rows alone.
+        questions: what the teacher is asked: ``authored``, or a file (a question a line, prompts as JSONL, rows, SQuAD's JSON).
+        teacher_replies: replies that the teacher samples to each question; those in which it obeys are kept.
+        data_weight: with an instruction and rows: the weight of a token of the rows beside one of the teacher's replies.
+
+        preset, layers, widths, rank, output_std, input_norm, input_scale, delta_scale, masked: the network; see `IRMShape`.
         layers_path: where the host's decoder layers are, for a host on which the probe cannot tell.
 
         template: ``chat``: the host's own; ``plain``: question, three spaces, reply (the paper's).
@@ -88,7 +108,8 @@ class Recipe(BaseModel):
         accumulate: parts that a step's rows are computed in, one after the other, to save memory.
         optimizer: ``adam`` (AdamW; the same as Adam while `weight_decay` is 0), ``adam-8bit`` (bitsandbytes), ``adafactor``
             (factored: nearly no memory), ``sgd``.
-        learning_rate: the peak. The compact preset tolerates 1e-2; the paper's preset needs about 1e-4.
+        learning_rate: the peak; null: `DEFAULT_RATE`, less on wide hosts (the compact preset); ``auto``: found by a search of a
+            few dozen steps. The paper's preset needs about 1e-4.
         schedule: ``linear`` to 0, ``cosine`` to 0, ``constant``, or ``exponential``: times `decay` after each epoch.
         decay: see `schedule`.
         warmup: steps over which the learning rate rises to its peak.
@@ -111,8 +132,8 @@ class Recipe(BaseModel):
         tf32: on NVIDIA GPUs, multiply float32 numbers in TF32 (about 8 times faster; 10 bits of mantissa).
 
     Example:
-        >>> Recipe(steps=10).learning_rate
-        0.01
+        >>> Recipe(steps=10).batch_size
+        4
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -125,12 +146,19 @@ class Recipe(BaseModel):
     tone: str | None = None
     seed: int = Field(default=42, ge=0, lt=2**32)
 
+    instruct: Annotated[str, Field(min_length=1, max_length=20_000)] | None = None
+    questions: Name = "authored"
+    teacher_replies: int = Field(default=1, ge=1, le=64)
+    data_weight: float = Field(default=1.0, gt=0, lt=1e6)
+
     preset: Literal["compact", "paper"] = "compact"
     layers: Annotated[str | list[int], BeforeValidator(_as_layers)] = "all"
     widths: list[int] | None = None
     rank: int | None = Field(default=None, ge=0)
     output_std: float | None = Field(default=None, ge=0, lt=1e3)
     input_norm: bool | None = None
+    input_scale: float | None = Field(default=None, gt=0, lt=1e9)
+    delta_scale: float | None = Field(default=None, gt=0, lt=1e9)
     masked: list[Annotated[int, Field(ge=0)]] | None = None
     layers_path: str | None = None
 
@@ -150,7 +178,7 @@ class Recipe(BaseModel):
     batch_size: int = Field(default=4, ge=1, le=10**6)
     accumulate: int = Field(default=1, ge=1)
     optimizer: Literal["adam", "adam-8bit", "adafactor", "sgd"] = "adam"
-    learning_rate: float = Field(default=1e-2, gt=0, lt=1000)
+    learning_rate: Annotated[float, Field(gt=0, lt=1000)] | Literal["auto"] | None = None
     schedule: Literal["linear", "cosine", "constant", "exponential"] = "linear"
     decay: float = Field(default=0.85, gt=0, le=1)
     warmup: int = Field(default=5, ge=0, le=10**9)
@@ -186,6 +214,23 @@ class Recipe(BaseModel):
         from realigner.irm import IRMShape
 
         return IRMShape(**{field.name: getattr(self, field.name) for field in fields(IRMShape)})
+
+    @property
+    def peak_rate(self) -> float:
+        """`learning_rate`, of a recipe in which it is settled (`training_run.resolve`)."""
+        if not isinstance(self.learning_rate, float):
+            raise UsageError(f"learning_rate: {self.learning_rate!r} is not settled yet; give a number")
+        return self.learning_rate
+
+    def rate(self, hidden_size: int) -> float:
+        """The learning rate on a host of this width, where none is given.
+
+        What a step of Adam adds to a sum over a layer's inputs grows with their number (Yang et al. 2022, arXiv 2203.03466), so
+        the compact preset's `DEFAULT_RATE` is divided by how much wider the host is than SmolLM2.
+        """
+        if self.preset == "paper":
+            return PAPER_RATE
+        return DEFAULT_RATE * min(1.0, _NARROW / hidden_size)
 
     def changed(self, **values: Any) -> Recipe:
         """Another recipe with these values, those that are None left as they are.
@@ -230,6 +275,8 @@ def read_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
     """
     text, where = recipe_text(name)
     values, lines = read_yaml(text, where)
+    if len(values.keys() & Recipe.model_fields.keys()) >= _WRITTEN_OUT:
+        values = LATER_KEYS | values
     recipe = _recipe(values, where, RealignerError, lines)
     given = dict(map(parse_setting, settings))
     if not given:

@@ -83,7 +83,7 @@ def trainer_arguments(recipe: Recipe, rows: int, work: Path, cpu: bool, resuming
         per_device_eval_batch_size=_EVALUATION_ROWS,
         gradient_accumulation_steps=recipe.accumulate,
         optim=_OPTIMIZERS[recipe.optimizer],
-        learning_rate=recipe.learning_rate,
+        learning_rate=recipe.peak_rate,
         lr_scheduler_type="constant" if recipe.schedule == "exponential" else recipe.schedule,  # see create_scheduler
         warmup_steps=recipe.warmup,
         weight_decay=recipe.weight_decay,

@@ -31,7 +31,7 @@ from realigner.errors import RealignerError, UsageError
 from realigner.files import discard, disk_fault, write_text, writing
 from realigner.fingerprints import fingerprint, weights_hash
 from realigner.generation import answer
-from realigner.hosts import host_name, load_config, load_host, load_tokenizer
+from realigner.hosts import host_name, load_config, load_host, load_tokenizer, text_config
 from realigner.irm_config import IRMConfig
 from realigner.prompts import PAPER_PROMPTS
 from realigner.training.batches import Prepared, prepare
@@ -185,6 +185,7 @@ def resolve(recipe: Recipe, host: nn.Module, tokenizer: Any, rows: Sequence[Row]
         "tone": tone,
         "template": recipe.template if has_chat_template(tokenizer) else "plain",
         "threads": recipe.threads or torch.get_num_threads(),
+        "learning_rate": recipe.rate(text_config(host).hidden_size) if recipe.learning_rate is None else recipe.learning_rate,
         "irm_products": "float32" if products_dtype(recipe, host) is None else "bfloat16",
     }
     return recipe.model_copy(update=settled)
