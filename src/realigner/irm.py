@@ -175,19 +175,24 @@ class IRMShape:
         assert layers is not None  # num_layers is known here
         return layers
 
+    def resolved_widths(self, hidden_size: int) -> tuple[tuple[int, ...], int]:
+        """The widths of the hidden layers, and the rank, on a host of this residual width."""
+        widths, rank = _PRESET_SHAPES[self.preset](hidden_size)
+        return tuple(widths if self.widths is None else self.widths), rank if self.rank is None else self.rank
+
     def build(self, hidden_size: int, num_layers: int) -> IRM:
         """Build the network for a host of this residual width and depth (weights drawn from torch's global seed)."""
         self.validate()
         layers = self.resolved_layers(num_layers)
-        widths, rank = _PRESET_SHAPES[self.preset](hidden_size)
+        widths, rank = self.resolved_widths(hidden_size)
         std = 1e-3 if self.preset == "compact" else None
         if self.masked and max(self.masked) >= hidden_size:
             raise UsageError(f"masked: there is no index {max(self.masked)}; this host has 0 to {hidden_size - 1}")
         return IRM(
             hidden_size,
             layers,
-            widths=tuple(widths if self.widths is None else self.widths),
-            rank=rank if self.rank is None else self.rank,
+            widths=widths,
+            rank=rank,
             output_std=std if self.output_std is None else self.output_std,
             input_norm=self.preset == "compact" if self.input_norm is None else self.input_norm,
             input_scale=1.0 if self.input_scale is None else self.input_scale,

@@ -1,6 +1,6 @@
 """The residual stream at every site of a host: as tensors of a forward, and how large it is.
 
-Residual streams differ a thousandfold in size between hosts and between the layers of one. What an IRM adds is measured by them.
+Residual streams differ a thousandfold in size between hosts, and between the layers of one. What an IRM adds is scaled by it.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ def residual_sizes(host: nn.Module, sites: HostSites) -> list[float]:
 def delta_scale(sizes: Sequence[float], layers: Sequence[int]) -> float:
     """What deltas are multiplied by, so that equal steps of training move hosts of all kinds by like amounts.
 
-    A delta stays in the residual stream, so at a site the stream has been moved by the deltas of all chosen layers up to it:
-    with deltas of 1 everywhere, by ``n / size`` in units of its own size, n being their number. The scale is `_DOSE` over the
-    root mean square of that over the sites. It is proportional to the stream: a host whose stream is multiplied by c has c times
-    the scale.
+    A delta stays in the residual stream, so a site's has been moved by the deltas of all chosen layers up to it: with deltas of 1
+    everywhere, by ``n / size`` in units of its own size, n being the number of those layers. The scale is `_DOSE` over the root
+    mean square of that over the sites from the first chosen layer on. So a host whose stream is multiplied by c has c times the
+    scale.
 
     Args:
         sizes: of the residual at each site (`residual_sizes`).
@@ -112,6 +112,7 @@ def delta_scale(sizes: Sequence[float], layers: Sequence[int]) -> float:
         >>> round(delta_scale([2.0] * 4, range(4)) / delta_scale([1.0] * 4, range(4)), 6)
         2.0
     """
-    moved = [sum(layer <= site for layer in layers) / size for site, size in enumerate(sizes) if size > 0]
+    reached = range(min(layers), len(sizes))
+    moved = [sum(layer <= site for layer in layers) / sizes[site] for site in reached if sizes[site] > 0]
     total = math.sqrt(sum(one * one for one in moved) / max(1, len(moved)))
     return _DOSE / total if total > 0 else 1.0

@@ -29,11 +29,8 @@ _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionErro
 MOST_YAML = 1 << 18  # characters of a YAML file
 _DIGITS = 400  # of a number
 RUNTIME_ONLY_KEYS = frozenset({"device", "threads", "report_to"})  # where and how fast a run goes, not what it is
-DEFAULT_RATE, PAPER_RATE, _NARROW = (
-    1e-2,
-    1e-4,
-    576,
-)  # learning rates by preset; the width up to which a host takes the first whole
+DEFAULT_RATE, PAPER_RATE = 1e-2, 1e-4  # learning rates of the presets
+_HOST_WIDTH, _IRM_WIDTH = 576, 256  # SmolLM2's and its compact IRM's: up to these the first is taken whole
 _WRITTEN_OUT = 30  # keys of a file that is a run's own, with every key that there was
 # Keys that came later, with what runs did before: those that a run's own recipe lacks, and a hash leaves out.
 LATER_KEYS: dict[str, Any] = {
@@ -223,14 +220,15 @@ class Recipe(BaseModel):
         return self.learning_rate
 
     def rate(self, hidden_size: int) -> float:
-        """The learning rate on a host of this width, where none is given.
+        """The learning rate on a host of this residual width, where none is given.
 
         What a step of Adam adds to a sum over a layer's inputs grows with their number (Yang et al. 2022, arXiv 2203.03466), so
-        the compact preset's `DEFAULT_RATE` is divided by how much wider the host is than SmolLM2.
+        the compact preset's `DEFAULT_RATE` is divided by how much wider the host is than SmolLM2, or the IRM than its IRM.
         """
         if self.preset == "paper":
             return PAPER_RATE
-        return DEFAULT_RATE * min(1.0, _NARROW / hidden_size)
+        widths, rank = self.shape.resolved_widths(hidden_size)
+        return DEFAULT_RATE * min(1.0, _HOST_WIDTH / hidden_size, _IRM_WIDTH / max(*widths, rank))
 
     def changed(self, **values: Any) -> Recipe:
         """Another recipe with these values, those that are None left as they are.
