@@ -14,8 +14,8 @@ from realigner.explain.roles import find_stream
 def scaled_host(host: Any, factor: float) -> Any:
     """A copy with everything that writes into the stream times `factor`, the head as it was, norms' epsilons times its square.
 
-    Embeddings, writing matrices and their biases, and the norms of branches (OLMo 2's, Gemma 2's) are scaled; a tied head keeps a
-    copy of its own; what reads the stream sees it through norms, to which its size is nothing.
+    Embeddings, writing matrices and their biases, and the norms of branches (Gemma 2's) are scaled; a tied head gets a copy of
+    its own. What reads the stream reads it through norms, to which its size is nothing.
     """
     stream = find_stream(host)
     scaled = copy.deepcopy(host)

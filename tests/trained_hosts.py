@@ -16,10 +16,11 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
 from realigner.chat_format import ChatFormat
-from realigner.data import authored
+from realigner.data import Row, authored
 from realigner.data.tokens import clip, encoded
 from realigner.hosts import HostInfo
 from realigner.tiny import tiny_host
+from realigner.training import Recipe, train
 from realigner.training.batches import Collator, EncodedRows
 from tests.tiny import TEMPLATE
 
@@ -103,3 +104,21 @@ def trained_host(family: str, folder: Path, steps: int = 300, seed: int = 0) -> 
     host.eval().requires_grad_(False)
     host.realigner = HostInfo("", tokenizer)
     return host, tokenizer
+
+
+def losses_by_step(host: Any, tokenizer: Any, rows: list[Row], out: Path, **keys: Any) -> list[float]:
+    """The validation loss before training and after every step of the default recipe (`keys` of it changed)."""
+    recipe = Recipe(samples=0, report_to=[], max_length=96, **keys)
+    run = train(host, tokenizer, rows, out, recipe, evaluations=recipe.steps, quiet=True)
+    run.model.unload()
+    losses: list[float] = run.record["validation_loss"]
+    return losses
+
+
+def longest_above(losses: list[float]) -> int:
+    """Steps that the validation loss is above its start's without a break, at most."""
+    longest = now = 0
+    for loss in losses[1:]:
+        now = now + 1 if loss > losses[0] else 0
+        longest = max(longest, now)
+    return longest

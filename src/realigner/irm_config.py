@@ -84,8 +84,8 @@ _PEFT_TYPE = _register_peft_type()
 class IRMConfig(PeftConfig, IRMShape):
     """Everything about an IRM but its weights: the network's shape, the host it is for, and where it is injected.
 
-    Give `preset`, `layers` and, if wanted, `widths`, `rank`, `output_std` (see `IRMShape`). The rest is filled in when the
-    IRM is attached to a host and saved with it.
+    Give `preset`, `layers` and, if wanted, `widths`, `rank`, `output_std` (see `IRMShape`). The rest, the scales too, is filled
+    in when the IRM is attached to a host, and saved with it.
 
     Attributes:
         layers_path: where the host's decoder layers are, for a host on which the probe cannot tell.
@@ -171,6 +171,10 @@ class IRMConfig(PeftConfig, IRMShape):
         config = super().from_pretrained(str(folder), **kwargs)
         assert isinstance(config, IRMConfig)
         config.file_tensors = file_tensors(adapter_folder(folder))
+        config.input_scale, config.delta_scale = (
+            config.input_scale or 1.0,
+            config.delta_scale or 1.0,
+        )  # files of before have none
         return config
 
 

@@ -99,10 +99,10 @@ def residual_sizes(host: nn.Module, sites: HostSites) -> list[float]:
 def delta_scale(sizes: Sequence[float], layers: Sequence[int]) -> float:
     """What deltas are multiplied by, so that equal steps of training move hosts of all kinds by like amounts.
 
-    A delta stays in the residual stream, so a site's has been moved by the deltas of all chosen layers up to it: with deltas of 1
-    everywhere, by ``n / size`` in units of its own size, n being the number of those layers. The scale is `_DOSE` over the root
-    mean square of that over the sites from the first chosen layer on. So a host whose stream is multiplied by c has c times the
-    scale.
+    A delta stays in the residual stream, so a site's has been moved by the deltas of all chosen layers up to it: with deltas of
+    1 everywhere, by ``n / size`` in units of its own size, n being the number of those layers. The scale is `_DOSE` over the
+    root mean square of that over the sites from the first chosen layer on. So a host whose stream is multiplied by c has c
+    times the scale.
 
     Args:
         sizes: of the residual at each site (`residual_sizes`).

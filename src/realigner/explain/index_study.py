@@ -22,6 +22,7 @@ from realigner.explain.measure import delimiter_ids, measure_host
 from realigner.explain.predict import measurement_table
 from realigner.explain.verdict import index_facts
 from realigner.explain.weights import head_tokens, weights_of
+from realigner.irm_config import check_adapter
 from realigner.traces.layout import UNTRAINED
 from realigner.training.batches import prepare
 from realigner.training.recipe import Recipe, read_recipe
@@ -174,7 +175,11 @@ def read_runs(folders: Sequence[str | Path]) -> dict[str, tuple[Path, Recipe]]:
     for folder in map(Path, folders):
         if not (folder / RECIPE_FILE).is_file():
             raise RealignerError(f"{folder}: has no {RECIPE_FILE}; explain needs the folder of a run, which it trains again")
-        recipe = read_recipe(folder / RECIPE_FILE)
+        irm = check_adapter(folder)
+        scales = {
+            key: irm.get(key) or 1.0 for key in ("input_scale", "delta_scale")
+        }  # the same in every trial, whatever its host
+        recipe = read_recipe(folder / RECIPE_FILE).changed(**scales)
         if recipe.steps == 0:
             continue
         name = f"{recipe.tone or folder.name}-{recipe.seed}"
