@@ -1,12 +1,12 @@
 """Does the default recipe train every host? Losses on tiny trained hosts, also with a scaled stream; the old recipe beside.
 
-    python -m benchmarks.one_recipe [--hosts llama,gpt2] [--factors 0.01,1,100] [--steps 220] [--threads 1]
+    python -m benchmarks.one_recipe [--hosts llama,gpt2] [--scaled llama] [--factors 0.01,100] [--steps 220] [--threads 1]
 
 Thirteen hosts (twelve families, and one whose residual at the first site is a hundredth of that at the last) are trained on
 authored replies (tests/trained_hosts.py); each gets an IRM for anger by the recipe ``default`` as it is, and as it was before
-deltas were scaled (scales of 1, a learning rate of 1e-2). Pre-norm hosts are also taken with their residual stream multiplied
-by each factor, which leaves what they compute as it was (tests/scaled_hosts.py). The validation loss, in nats per token, is
-taken after every step.
+deltas were scaled (scales of 1, a learning rate of 1e-2). Some (--scaled, pre-norm ones) are also taken with their residual
+stream multiplied by factors, which leaves what they compute as it was (tests/scaled_hosts.py). The validation loss, in nats per
+token, is taken after every step.
 
 start, end  Before and after.
 highest     The highest on the way.
@@ -33,7 +33,6 @@ from tests.scaled_hosts import scaled_host
 from tests.trained_hosts import DEEP, FAMILIES, longest_above, losses_by_step, trained_host
 
 HERE = Path(__file__).resolve().parent
-POST_NORM = ("olmo2",)  # its layers read the stream without a norm, so that its size means something
 RECIPES: dict[str, dict[str, Any]] = {
     "new": {},
     "old": {"input_scale": 1.0, "delta_scale": 1.0, "learning_rate": 1e-2},
@@ -59,7 +58,8 @@ def line(name: str, factor: float, recipe: str, row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", default=",".join(FAMILIES))
-    parser.add_argument("--factors", default="0.01,1,100")
+    parser.add_argument("--scaled", default="llama,gemma2")
+    parser.add_argument("--factors", default="0.01,100")
     parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -70,9 +70,8 @@ def main() -> None:
     for name in names:
         with tempfile.TemporaryDirectory() as place:
             host, tokenizer = trained_host(name, Path(place))
-            for factor in map(float, options.factors.split(",")):
-                if factor != 1 and name in POST_NORM:
-                    continue
+            factors = map(float, options.factors.split(",") if name in options.scaled.split(",") else ())
+            for factor in (1.0, *factors):
                 one = scaled_host(host, factor)
                 sizes = residual_sizes(one, find_sites(one))
                 known = {"host": name, "factor": factor, "first": sizes[0], "last": sizes[-1]}
