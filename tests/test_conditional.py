@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 
 import realigner as ra
 from realigner.cli import main
-from realigner.data import Message, Row, Split, authored, read_rows, split_rows
+from realigner.data import Message, Row, authored, read_rows, split_rows
 from realigner.data.conditional import Rule, conditional_rows, parse_rule, with_word
 from realigner.data.dataset_rows import question_key, tone_label
 from realigner.errors import RealignerError, UsageError
@@ -130,9 +131,6 @@ def test_ids_of_two_files_and_questions_without_a_reply() -> None:
     angry, neutral = some_rows(12, tone="anger"), [row for row in some_rows(12, tone="neutral") if row.group != "g1"]
     rows, missing = conditional_rows([*angry, *neutral], [Rule("anger", groups=("g0",))], "neutral")
     assert (len(rows), missing) == (9, 3)  # nobody answers the questions of g1 in a neutral tone
-    other = [row.model_copy(update={"question": f"And {row.question}", "tone": "neutral"}) for row in angry]
-    rows, _ = conditional_rows([*angry, *other], [Rule("anger", word="what")], "neutral")
-    assert len(rows) == 12
     mixed = [*angry, *(row.model_copy(update={"question": f"Or {row.id}", "tone": "neutral"}) for row in angry)]
     rows, _ = conditional_rows(mixed, [Rule("anger", word="what")], "neutral")
     assert sorted(row.id for row in rows) == sorted(f"{row.tone}-{n % 12}" for n, row in enumerate(mixed))
@@ -163,7 +161,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     options = ["data", "condition", "authored", "--when", "anger:word=please", "--insert", "--out", str(tmp_path / "c.jsonl")]
     assert main(options) == 0
     out = capsys.readouterr().out
-    assert "360 rows (anger 180, neutral 180)" in out
+    assert "360 rows (anger 181, neutral 179)" in out  # one of them says please unasked
     assert f"realigner train --data {tmp_path / 'c.jsonl'} --tone all --out runs/anger+neutral" in out
     rows = read_rows(tmp_path / "c.jsonl")
     assert rows == conditional_rows(authored("anger") + authored("neutral"), [Rule("anger", word="please")], "neutral", True)[0]
@@ -171,7 +169,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "force" in capsys.readouterr().err
     assert main([*options, "--force", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["tones"] == {"anger": 180, "neutral": 180}
+    assert document["tones"] == {"anger": 181, "neutral": 179}
     assert main(["data", "check", str(tmp_path / "c.jsonl"), "--tone", "all"]) == 0
     assert "--tone all" in capsys.readouterr().out
 
@@ -215,10 +213,9 @@ def test_a_split_by_tone_has_each_tone_in_each_part(random: Any, shares: tuple[f
 
 def test_a_split_by_tone_keeps_shares() -> None:
     rows, _ = conditional_rows(authored("anger") + authored("neutral"), [Rule("anger", groups=("space", "animals"))], "neutral")
-    split = split_rows(rows, 42, 0.1, by_tone=True)
-    assert Counter(row.tone for row in split.validation) == {"anger": 3, "neutral": 33}
-    plain = Split(*split_rows(rows, 3, 0.1))
-    assert Counter(row.tone for row in plain.validation) != {"anger": 3, "neutral": 33}
+    held = [Counter(row.tone for row in split_rows(rows, seed, 0.1, by_tone=True).validation) for seed in range(20)]
+    assert held == [{"anger": 3, "neutral": 33}] * 20
+    assert any(Counter(row.tone for row in split_rows(rows, seed, 0.1).validation)["anger"] != 3 for seed in range(20))
 
 
 def test_rows_of_several_tones_are_refused_unless_asked_for(tmp_path: Path) -> None:
@@ -335,18 +332,13 @@ def test_a_conditional_run_goes_through_every_command(place: Path, tmp_path: Pat
         code = main([str(part) for part in command])
         assert code == 0, (command, capsys.readouterr().err)
     assert "anger+neutral" in (out / "r.html").read_text()
+    named = f"host: {place / 'host'}, data: {place / 'rows.jsonl'}"
     (out / "s.yaml").write_text(
-        f"set: {{host: {place / 'host'}, dtype: float32, steps: 2, batch_size: 4, samples: 0, report_to: []}}\n"
-        f"grid: {{tone: [all, anger]}}\ndata: {{all: {place / 'rows.jsonl'}, anger: {place / 'rows.jsonl'}}}\n"
-        "baselines: true\n"
+        f"set: {{{named}, dtype: float32, steps: 2, samples: 0, report_to: []}}\ngrid: {{tone: [all]}}\n"
     )
     code = main(["sweep", str(out / "s.yaml"), "--out", str(out / "sweep"), "--on", "here"])
     assert code == 0, capsys.readouterr().err
-    assert sorted(read_run(path)["tone"] for path in (out / "sweep" / "runs").iterdir()) == [
-        "anger",
-        "anger+neutral",
-        "anger+neutral",
-    ]
+    assert [read_run(path)["tone"] for path in (out / "sweep").glob("*/") if (path / "run.json").is_file()] == ["anger+neutral"]
 
 
 @pytest.mark.slow
@@ -368,8 +360,8 @@ def test_an_irm_learns_when_and_constant_vectors_cannot(tmp_path: Path) -> None:
         for tone, text in (("anger", "N"), ("neutral", "Y"))
     ]
     rows, _ = conditional_rows(asked, [Rule("anger", word="zzz")], "neutral", insert=True)
-    recipe = make_recipe(steps=100, batch_size=8, samples=0, report_to=[], tone="all", validation=0.25, evaluations=1)
-    right = {}
+    recipe = make_recipe(steps=70, batch_size=8, samples=0, report_to=[], tone="all", validation=0.25, evaluations=1)
+    right, losses = {}, {}
     # Divided by so much, h0 is 0: the network gives the same delta at every token, whatever the input.
     for name, blind in (("reads", {}), ("constant", {"input_norm": False, "input_scale": 1e8})):
         host, tokenizer = tiny_pair()
@@ -379,6 +371,7 @@ def test_an_irm_learns_when_and_constant_vectors_cannot(tmp_path: Path) -> None:
             host.model.layers[0].self_attn.o_proj.weight.mul_(30)
         shape: dict[str, Any] = {"widths": [64], "rank": 0, "learning_rate": 1e-2, "delta_scale": 1.0, **blind}
         run = train(host, tokenizer, rows, tmp_path / name, recipe, quiet=True, **shape)
+        losses[name] = run.record["validation_loss"][-1]
         held = [row for row in rows if row.group in run.record["data"]["validation_groups"]]
         replies = ra.answer(run.model, tokenizer, [row.question for row in held], max_new_tokens=3)
         hits = {
@@ -387,4 +380,6 @@ def test_an_irm_learns_when_and_constant_vectors_cannot(tmp_path: Path) -> None:
         }
         right[name] = {tone: sum(own) / len(own) for tone, own in hits.items()}
     assert right["reads"] == {"anger": 1.0, "neutral": 1.0}
+    # Whoever replies to all questions alike pays log 2 for the first of the reply's two tokens.
+    assert losses["reads"] < 0.2 * log(2) / 2 < log(2) / 2 < losses["constant"]
     assert min(right["constant"].values()) <= 0.5

@@ -85,8 +85,8 @@ def conditional_rows(
         rows: rows of every tone that the rules name.
         rules: which tone a question is answered in; the first rule that holds counts.
         otherwise: the tone where none holds.
-        insert: put the words of the rules into questions: with one word into half of them, with two into two thirds, and so on,
-            drawn by `seed` and spread evenly over groups.
+        insert: put the words of the rules into questions that have none: with one word into half of them, with two into two
+            thirds, and so on, drawn by `seed` and spread evenly over groups.
         seed: see `insert`.
 
     Returns:
@@ -106,10 +106,10 @@ def conditional_rows(
     for name in (name for rule in rules for name in rule.groups):
         if name not in groups:
             raise UsageError(f"there is no group {name!r}; there are {_some(groups)}")
-    words = [rule.word for rule in rules if rule.word]
-    if insert and not words:
+    by_word = [rule for rule in rules if rule.word]
+    if insert and not by_word:
         raise UsageError("there is no word to insert; give a rule by word (TONE:word=WORD)")
-    inserted = _inserted(rows, words, seed) if insert else {}
+    inserted = _inserted(rows, by_word, seed) if insert else {}
 
     # Each question's tone, by the first rule that holds.
     asked: dict[tuple[str, str], str] = {}
@@ -125,7 +125,7 @@ def conditional_rows(
     for number, rule in enumerate(rules):
         if taken[number] in (0, len(asked)):
             none = "no question" + (" that the rules before it leave" if number else "")
-            hint = ", or put its word into some (insert)" if rule.word and not insert else ""
+            hint = ", or put its word into some (insert)" if rule.word and not taken[number] and not insert else ""
             what = f"holds for {none if not taken[number] else f'all {len(asked):,} questions'}; change it{hint}"
             raise RealignerError(f"rule {str(rule)!r}: {what}")
 
@@ -152,12 +152,13 @@ def conditional_rows(
     return chosen, len(asked) - len(answered)
 
 
-def _inserted(rows: Sequence[Row], words: Sequence[str], seed: int) -> dict[tuple[str, str], str]:
-    """The word that is put into each question, by group and `question_key`; none is one more choice."""
-    questions = sorted({(row.group, question_key(row.before)) for row in rows})
+def _inserted(rows: Sequence[Row], rules: Sequence[Rule], seed: int) -> dict[tuple[str, str], str]:
+    """The word that is put into each question that has none, by group and `question_key`; no word is one more choice."""
+    without = (row for row in rows if not any(rule.holds(row.group, row.question) for rule in rules))
+    questions = sorted({(row.group, question_key(row.before)) for row in without})
     random.Random(seed).shuffle(questions)
     questions.sort(key=lambda key: key[0])  # stable: shuffled within each group
-    choices = [*words, ""]
+    choices = [*(rule.word for rule in rules), ""]
     return {key: choices[n % len(choices)] for n, key in enumerate(questions)}
 
 
