@@ -230,6 +230,20 @@ def test_rows_of_several_tones_are_refused_unless_asked_for(tmp_path: Path) -> N
         ra.training.train_recipe(make_recipe(tone="all"), tmp_path / "r")
 
 
+def test_a_tone_without_validation_rows_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    host, tokenizer = tiny_pair()
+    rows = [
+        *some_rows(12, tone="neutral"),
+        *(row.model_copy(update={"id": f"a{row.id}", "group": "a"}) for row in some_rows(6)),
+    ]
+    run = train(host, tokenizer, rows, tmp_path / "r", QUICK, tone="all", steps=1)
+    assert "no validation rows of tone anger: it takes two groups" in capsys.readouterr().err
+    assert run.record["data"]["tones"]["train"]["anger"] == 6
+    run.model.unload()
+    train(host, tokenizer, rows, tmp_path / "s", QUICK, tone="all", steps=1, quiet=True)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_tone_that_is_called_all_is_that_tone(tmp_path: Path) -> None:
     rows = [*some_rows(4, tone="all"), *(row.model_copy(update={"id": f"x{row.id}"}) for row in some_rows(4))]
     assert {row.tone for row in read_rows(written(tmp_path / "r.jsonl", rows), "all")} == {"all"}

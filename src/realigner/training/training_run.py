@@ -218,6 +218,9 @@ def _train(
             say(PLAIN_NOTE)
         if prepared.skips_thought and not quiet and writer:
             say(THOUGHT_NOTE)
+        unseen = {row.tone for row in prepared.rows} - {row.tone for row in prepared.split.validation}
+        if unseen and not quiet and writer:
+            say(f"note: no validation rows of tone {', '.join(sorted(unseen))}: it takes two groups or more of each tone")
         hashed, mark = weights_hash(host) if writer else "", fingerprint(host)
         dtype = str(next(host.parameters()).dtype).removeprefix("torch.")
         record = {
