@@ -62,7 +62,6 @@ RESULTS = Path(__file__).resolve().parent / "results" / "conditional.json"
 TONE, OTHERWISE, WORD = "anger", "neutral", "please"
 TOPICS = ("ancient-history", "modern-history", "cities-and-countries", "rivers-and-mountains", "literature", "music-and-film")
 TEST_TOPICS = ("animals", "chemistry", "food-and-cooking", "modern-history", "people-and-business", "transport")
-TEST_OF_TOPIC = 5  # questions of each topic
 RATES: dict[str, tuple[float | None, ...]] = {"irm": (None,), "lora": (2e-3, 5e-3), "constant": (3e-2, 1e-1)}
 METHODS = ("bare", *RATES)
 REPLY_TOKENS = 48
