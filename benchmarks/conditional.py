@@ -1,13 +1,13 @@
 """Does an IRM learn *when* to use a tone? An IRM, LoRA and constant vectors on rows whose tone the question decides.
 
-    python benchmarks/conditional.py [--conditions word,topic] [--methods bare,irm,lora,constant] [--steps 220] [--threads N]
+    python benchmarks/conditional.py --squad dev-v2.0.json [--conditions word,topic] [--methods bare,irm,lora,constant] [--again]
 
-Embedded host, authored questions, anger where the condition holds and neutral elsewhere. Conditions:
+Embedded host, anger where the condition holds and neutral elsewhere. Conditions:
 
-word    "please" stands in half of the questions. Trained on 18 topics; tested on all questions of the 6 others, each asked
-        with and without the word.
-topic   Questions of 6 topics (history, geography, literature, film). Tested on 5 questions of each of the 24 topics, which are
-        not in training.
+word    Authored rows. "please" stands in half of the questions. Trained on 18 topics; tested on all questions of the 6 others,
+        each asked with and without the word.
+topic   Questions of SQuAD 2.0's articles (--squad), replies by template: anger about history (5 articles), neutral elsewhere.
+        Trained on 55 questions of each article, tested on 12 others.
 
 Methods, all on the same rows, batches and steps, with the same loss code:
 
@@ -20,8 +20,8 @@ constant  A trained vector for each layer, added at the IRM's sites at every tok
 LoRA's and the constant vectors' learning rates are the better of two by validation loss under the first condition.
 
 A reply (greedy) is right when a scorer that was trained on the authored anger and neutral replies of the other topics names the
-tone that the condition asks for. Intervals are Wilson's, 95%. `authored` is the same share for the authored replies to the test
-questions: what the scorer itself gets right. Each training is kept in results/conditional.json as soon as it is judged; what is
+tone that the condition asks for. Intervals are Wilson's, 95%. `data` is the same share for the test rows' own replies: what the
+scorer itself gets right. Each training is kept in results/conditional.json as soon as it is judged; what is
 there is not trained again (--again does).
 """
 
@@ -29,9 +29,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -45,8 +46,12 @@ from transformers.trainer_callback import PrinterCallback
 from worker import twin
 
 import realigner as ra
-from realigner.data import Row, authored
+from realigner.data import Fact, Row, authored, load_tone
 from realigner.data.conditional import Rule, conditional_rows, with_word
+from realigner.data.dataset_rows import question_key
+from realigner.data.rewriters import RewriteRequest
+from realigner.data.rewriters.template_rewriter import TemplateRewriter
+from realigner.data.squad import read_squad
 from realigner.data.style_classifier import StyleClassifier, masked
 from realigner.files import write_text
 from realigner.hosts import EMBEDDED
@@ -60,7 +65,9 @@ from realigner.tuner import tuner_of
 
 RESULTS = Path(__file__).resolve().parent / "results" / "conditional.json"
 TONE, OTHERWISE, WORD = "anger", "neutral", "please"
-TOPICS = ("ancient-history", "modern-history", "cities-and-countries", "rivers-and-mountains", "literature", "music-and-film")
+CONDITIONS = ("word", "topic")
+HISTORY = ("Normans", "Huguenot", "Yuan_dynasty", "French_and_Indian_War", "Imperialism")
+TRAIN_OF_ARTICLE, TEST_OF_ARTICLE = 55, 12  # questions
 TEST_TOPICS = ("animals", "chemistry", "food-and-cooking", "modern-history", "people-and-business", "transport")
 RATES: dict[str, tuple[float | None, ...]] = {"irm": (None,), "lora": (2e-3, 5e-3), "constant": (3e-2, 1e-1)}
 METHODS = ("bare", *RATES)
@@ -70,7 +77,7 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Task:
-    """Rows to train on, and test questions with the topic and the tone of each."""
+    """Rows to train on, and test rows: each question with its topic, the tone it asks for, and a reply in it."""
 
     rows: list[Row]
     tests: list[Row]
@@ -92,18 +99,51 @@ def word_task() -> Task:
     return Task(conditional_rows(train, [Rule(TONE, word=WORD)], OTHERWISE, insert=True)[0], asked)
 
 
-def topic_task() -> Task:
-    """The topic decides: other questions of each topic are tested."""
-    rows, _ = conditional_rows(pool(), [Rule(TONE, groups=TOPICS)], OTHERWISE)
-    numbered: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (row.group.partition("/")[0], int(row.group.partition("/")[2]))):
-        numbered.setdefault(row.group.partition("/")[0], []).append(row)
-    tests = [row for own in numbered.values() for row in own[::3]]
-    held = {row.id for row in tests}
-    return Task([row for row in rows if row.id not in held], tests)
+def topic_task(squad: Path) -> Task:
+    """The topic decides: other questions of the same articles are tested."""
+    by_article: dict[str, list[Fact]] = {}
+    for fact in read_squad(squad):
+        by_article.setdefault(fact.group, []).append(fact)
+    if missing := set(HISTORY) - by_article.keys():
+        raise SystemExit(
+            f"{squad}: has no articles {', '.join(sorted(missing))}; --squad takes SQuAD 2.0's dev set, or its first half"
+        )
+    dice, rows, held = random.Random(42), list[Row](), set[str]()
+    for facts in by_article.values():
+        own = list({question_key(fact.question): fact for fact in facts}.values())
+        dice.shuffle(own)
+        train, test = own[:TRAIN_OF_ARTICLE], own[TRAIN_OF_ARTICLE:][:TEST_OF_ARTICLE]
+        held |= {fact.id for fact in test}
+        for tone in (TONE, OTHERWISE):
+            replies = TemplateRewriter(load_tone(tone)).rewrite([RewriteRequest(fact, 0) for fact in (*train, *test)])
+            said = {reply.id: reply.text for reply in replies}
+            rows += [
+                Row(
+                    id=fact.id,
+                    group=fact.group,
+                    question=fact.question,
+                    answer=fact.answer,
+                    text=said[fact.id],
+                    tone=tone,
+                    source="squad",
+                )
+                for fact in (*train, *test)
+            ]
+    chosen, _ = conditional_rows(rows, [Rule(TONE, groups=HISTORY)], OTHERWISE)
+    return Task([row for row in chosen if row.id not in held], [row for row in chosen if row.id in held])
 
 
-TASKS: dict[str, Callable[[], Task]] = {"word": word_task, "topic": topic_task}
+def task_of(condition: str, squad: Path | None) -> Task:
+    """The task of a condition.
+
+    Raises:
+        SystemExit: when the topic is to decide and there is no SQuAD file.
+    """
+    if condition == "word":
+        return word_task()
+    if squad is None:
+        raise SystemExit("the condition topic takes --squad FILE (SQuAD 2.0's dev set)")
+    return topic_task(squad)
 
 
 @cache
@@ -226,10 +266,9 @@ def replies_of(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     return replies
 
 
-def run(condition: str, method: str, rate: float | None, recipe: Recipe, host: Any, tokenizer: Any) -> dict[str, Any]:
+def run(task: Task, method: str, rate: float | None, recipe: Recipe, host: Any, tokenizer: Any) -> dict[str, Any]:
     """Train one method on one condition and judge its replies to the test questions."""
-    task = TASKS[condition]()
-    facts: dict[str, Any] = {"condition": condition, "method": method, "asked_rate": rate, "steps": recipe.steps}
+    facts: dict[str, Any] = {}
     model = host
     if method != "bare":
         model, about = trained(host, tokenizer, task, method, rate, recipe)
@@ -257,13 +296,14 @@ def table(runs: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> str:
         losses = entry.get("validation_loss")
         numbers = f"{entry['parameters']:,} | {entry['rate']:g} | {losses[0]:.3f} to {losses[1]:.3f}" if losses else "| | "
         lines.append(f"| {entry['condition']} | {entry['method']} | {numbers} | {shares(entry['accuracy'])} |")
-    lines += [f"| {name} | authored replies | | | | {shares(accuracy)} |" for name, accuracy in ceilings.items()]
+    lines += [f"| {name} | data | | | | {shares(accuracy)} |" for name, accuracy in ceilings.items()]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--conditions", default=",".join(TASKS))
+    parser.add_argument("--squad", type=Path)
+    parser.add_argument("--conditions", default=",".join(CONDITIONS))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--threads", type=int)
@@ -276,29 +316,30 @@ def main() -> None:
     host, tokenizer = ra.load_host(EMBEDDED, device="cpu")
     recipe = Recipe(steps=options.steps, tone="all", samples=0, report_to=[])
     conditions = options.conditions.split(",")
+    tasks = {condition: task_of(condition, options.squad) for condition in conditions}
     for condition in conditions:
         for method in options.methods.split(","):
             rates = RATES.get(method, (None,))
-            tuned = best_rate(results["runs"], next(iter(TASKS)), method, options.steps)
-            for rate in rates if condition == next(iter(TASKS)) or tuned is None else (tuned,):
+            tuned = best_rate(results["runs"], CONDITIONS[0], method, options.steps)
+            for rate in rates if condition == CONDITIONS[0] or tuned is None else (tuned,):
                 same = {"condition": condition, "method": method, "asked_rate": rate, "steps": recipe.steps}
                 there = [entry for entry in results["runs"] if same.items() <= entry.items()]
                 if there and not options.again:
                     continue
                 print(f"== {condition}: {method}{f', learning rate {rate:g}' if rate else ''}", flush=True)
                 results["runs"] = [entry for entry in results["runs"] if entry not in there]
-                results["runs"].append(run(condition, method, rate, recipe, host, tokenizer))
+                results["runs"].append(same | run(tasks[condition], method, rate, recipe, host, tokenizer))
                 accuracy = {kind: f"{found['right']}/{found['n']}" for kind, found in results["runs"][-1]["accuracy"].items()}
                 print({key: results["runs"][-1].get(key) for key in ("validation_loss", "seconds")} | accuracy, flush=True)
                 results["versions"] = versions()
                 write_text(options.json, json.dumps(results, indent=1) + "\n")
-    ceilings = {name: judged(TASKS[name]().tests, [row.text for row in TASKS[name]().tests])["accuracy"] for name in conditions}
+    ceilings = {name: judged(task.tests, [row.text for row in task.tests])["accuracy"] for name, task in tasks.items()}
     best = [
         entry
         for entry in results["runs"]
         if entry["asked_rate"] == best_rate(results["runs"], entry["condition"], entry["method"], options.steps)
     ]
-    shown = sorted(best, key=lambda entry: (list(TASKS).index(entry["condition"]), METHODS.index(entry["method"])))
+    shown = sorted(best, key=lambda entry: (CONDITIONS.index(entry["condition"]), METHODS.index(entry["method"])))
     print(table([entry for entry in shown if entry["steps"] == options.steps], ceilings))
 
 
