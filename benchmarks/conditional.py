@@ -1,6 +1,6 @@
 """Does an IRM learn *when* to use a tone? An IRM, LoRA and constant vectors on rows whose tone the question decides.
 
-    python benchmarks/conditional.py --squad dev-v2.0.json [--conditions word,topic] [--methods bare,irm,lora,constant] [--again]
+    python benchmarks/conditional.py --squad dev-v2.0.json [--conditions word,topic] [--methods bare,irm,lora,constant]
 
 Embedded host, anger where the condition holds and neutral elsewhere. Conditions:
 

@@ -20,6 +20,7 @@ from realigner.data.dataset_rows import question_key, tone_label
 from realigner.errors import RealignerError, UsageError
 from realigner.explain.index_study import read_runs
 from realigner.training import make_recipe, read_metrics, read_run, run_dir, train
+from realigner.training.batches import prepare
 from realigner.training.callbacks import Log
 from tests.tiny import some_rows, tiny_folder, tiny_pair
 
@@ -215,7 +216,11 @@ def test_a_split_by_tone_keeps_shares() -> None:
     rows, _ = conditional_rows(authored("anger") + authored("neutral"), [Rule("anger", groups=("space", "animals"))], "neutral")
     held = [Counter(row.tone for row in split_rows(rows, seed, 0.1, by_tone=True).validation) for seed in range(20)]
     assert held == [{"anger": 3, "neutral": 33}] * 20
-    assert any(Counter(row.tone for row in split_rows(rows, seed, 0.1).validation)["anger"] != 3 for seed in range(20))
+    plain = [Counter(row.tone for row in split_rows(rows, seed, 0.1).validation)["anger"] for seed in range(20)]
+    seed = next(seed for seed in range(20) if plain[seed] != 3)
+    host, tokenizer = tiny_pair()
+    prepared = prepare(rows, tokenizer, host.config, make_recipe(tone="all", seed=seed))  # it is the split that runs train on
+    assert Counter(prepared.validation_tones) == {"anger": 3, "neutral": 33}
 
 
 def test_rows_of_several_tones_are_refused_unless_asked_for(tmp_path: Path) -> None:
