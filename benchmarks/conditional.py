@@ -21,8 +21,9 @@ LoRA's and the constant vectors' learning rates are the better of two by validat
 
 A reply (greedy) is right when a scorer that was trained on the authored anger and neutral replies of the other topics names the
 tone that the condition asks for. Intervals are Wilson's, 95%. `data` is the same share for the test rows' own replies: what the
-scorer itself gets right. Each training is kept in results/conditional.json as soon as it is judged; what is
-there is not trained again (--again does).
+scorer itself gets right. Before the table: how well a linear classifier of h0 tells the two kinds of question apart.
+
+Each training is kept in results/conditional.json as soon as it is judged; what is there is not trained again (--again does).
 """
 
 from __future__ import annotations
@@ -38,14 +39,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import binomtest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 from worker import twin
 
 import realigner as ra
+from realigner.chat_format import prompt_ids
 from realigner.data import Fact, Row, authored, load_tone
 from realigner.data.conditional import Rule, conditional_rows, with_word
 from realigner.data.dataset_rows import question_key
@@ -55,6 +61,8 @@ from realigner.data.squad import read_squad
 from realigner.data.style_classifier import StyleClassifier, masked
 from realigner.files import write_text
 from realigner.hosts import EMBEDDED
+from realigner.locate import find_sites
+from realigner.residuals import Residuals
 from realigner.training.batches import Collator, EncodedRows, Prepared, prepare
 from realigner.training.loss import row_losses
 from realigner.training.recipe import Recipe
@@ -266,6 +274,34 @@ def replies_of(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     return replies
 
 
+def read_from_h0(task: Task, host: Any, tokenizer: Any) -> dict[str, list[float]]:
+    """How well a linear classifier of h0 tells the tone asked for: its shares of unseen questions to be answered in each.
+
+    The best of four strengths of regularisation by their mean, so it flatters.
+    """
+    first = twin(host)
+    first.model.layers, first.config.num_hidden_layers = first.model.layers[:1], 1
+    found: dict[str, list[tuple[float, float]]] = {"last token": [], "mean of the prompt": []}
+    with Residuals(find_sites(first)).watching() as residuals, torch.no_grad():
+
+        def states(rows: Sequence[Row]) -> list[np.ndarray]:
+            each = []
+            for row in rows:
+                first(input_ids=torch.tensor([prompt_ids(tokenizer, row.question)]))
+                h0 = residuals.layers[0][0].float()
+                each.append(torch.stack([h0[-1], h0.mean(dim=0)]).numpy())
+            return list(np.stack(each, axis=1))
+
+        seen, unseen = states(task.rows), states(task.tests)
+    asked = np.array([row.tone for row in task.tests])
+    for name, own, other in zip(found, seen, unseen, strict=True):
+        for strength in (1e-3, 1e-2, 1e-1, 1.0):
+            linear = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000, class_weight="balanced"))
+            right = linear.fit(own, [row.tone for row in task.rows]).predict(other) == asked
+            found[name].append((float(right[asked == TONE].mean()), float(right[asked == OTHERWISE].mean())))
+    return {name: [round(share, 3) for share in max(shares, key=sum)] for name, shares in found.items()}
+
+
 def run(task: Task, method: str, rate: float | None, recipe: Recipe, host: Any, tokenizer: Any) -> dict[str, Any]:
     """Train one method on one condition and judge its replies to the test questions."""
     facts: dict[str, Any] = {}
@@ -333,6 +369,8 @@ def main() -> None:
                 print({key: results["runs"][-1].get(key) for key in ("validation_loss", "seconds")} | accuracy, flush=True)
                 results["versions"] = versions()
                 write_text(options.json, json.dumps(results, indent=1) + "\n")
+    for condition, task in tasks.items():
+        print(f"{condition}: the tone asked for, read from h0 by a linear classifier: {read_from_h0(task, host, tokenizer)}")
     ceilings = {name: judged(task.tests, [row.text for row in task.tests])["accuracy"] for name, task in tasks.items()}
     best = [
         entry
