@@ -19,6 +19,7 @@ from realigner.data.conditional import Rule, conditional_rows, parse_rule, with_
 from realigner.data.dataset_rows import question_key, tone_label
 from realigner.errors import RealignerError, UsageError
 from realigner.explain.index_study import read_runs
+from realigner.traces import load_trace
 from realigner.training import make_recipe, read_metrics, read_run, run_dir, train
 from realigner.training.batches import prepare
 from realigner.training.callbacks import Log
@@ -339,31 +340,36 @@ def test_repeated_and_resumed_it_has_the_same_bytes(place: Path, tmp_path: Path,
     assert (tmp_path / "crashed" / "adapter_model.safetensors").read_bytes() == whole
 
 
-def test_a_conditional_run_goes_through_every_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, out = place / "runs" / "mine", tmp_path
-    short = ("--max-new-tokens", "4")
+def test_a_conditional_run_is_asked_traced_and_analysed(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, trace, short = str(place / "runs" / "mine"), str(tmp_path / "t.zarr"), ("--max-new-tokens", "4")
     for command in (
         ("generate", "--irm", run, *short, "Why, please?"),
-        ("trace", "--irm", run, "--out", out / "t.zarr", *short, "Why?", "Why, please?"),
-        ("analyze", out / "t.zarr", "--json"),
-        ("report", out / "t.zarr", "--out", out / "r.html"),
+        ("trace", "--irm", run, "--out", trace, *short, "Why?", "Why, please?"),
+        ("analyze", trace),
     ):
-        code = main([str(part) for part in command])
-        assert code == 0, (command, capsys.readouterr().err)
-    assert "anger+neutral" in (out / "r.html").read_text()
-    named = f"host: {place / 'host'}, data: {place / 'rows.jsonl'}"
-    (out / "s.yaml").write_text(
-        f"set: {{{named}, dtype: float32, steps: 2, samples: 0, report_to: []}}\ngrid: {{tone: [all]}}\n"
-    )
-    code = main(["sweep", str(out / "s.yaml"), "--out", str(out / "sweep"), "--on", "here"])
-    assert code == 0, capsys.readouterr().err
-    assert [read_run(path)["tone"] for path in (out / "sweep").glob("*/") if (path / "run.json").is_file()] == ["anger+neutral"]
+        assert main(command) == 0, (command, capsys.readouterr().err)
+    assert "anger+neutral-42" in load_trace(trace).attrs["runs"]
 
 
 @pytest.mark.slow
-def test_a_conditional_run_is_explained(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", "--irm", str(place / "runs" / "mine"), "--out", str(tmp_path / "why"), "--quick"]) == 0
+def test_a_conditional_run_is_reported_explained_and_swept(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, rows = str(place / "runs" / "mine"), place / "rows.jsonl"
+    named = f"host: {place / 'host'}, data: {rows}, dtype: float32, steps: 2, samples: 0, report_to: []"
+    (tmp_path / "s.yaml").write_text(f"set: {{{named}}}\ngrid: {{tone: [all, anger]}}\nbaselines: true\n")
+    for command in (
+        ("report", run, "--out", str(tmp_path / "r.html")),
+        ("explain", "--irm", run, "--out", str(tmp_path / "why"), "--quick"),
+        ("sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "sweep"), "--on", "here"),
+    ):
+        assert main(command) == 0, (command, capsys.readouterr().err)
+    assert "anger+neutral" in (tmp_path / "r.html").read_text()
     assert list(json.loads((tmp_path / "why" / "explain.json").read_text())["irms"]) == ["anger+neutral-42"]
+    tones = sorted(read_run(path.parent)["tone"] for path in (tmp_path / "sweep").glob("*/run.json"))
+    assert tones == ["anger", "anger+neutral", "anger+neutral"]  # with the untrained one
 
 
 def test_an_irm_learns_when_and_constant_vectors_cannot(tmp_path: Path) -> None:
