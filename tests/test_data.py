@@ -184,7 +184,8 @@ def test_split_is_by_group(groups: list[int], seed: int, validation: float, test
 def test_split_refusals() -> None:
     with pytest.raises(RealignerError, match="1 group"):
         split_rows(some_rows(8, groups=1), 0)
-    for bad in ({"validation": 1.0}, {"validation": -0.1}, {"validation": 0.6, "test": 0.6}):
+    refused: list[dict[str, Any]] = [{"validation": 1.0}, {"validation": -0.1}, {"validation": 0.6, "test": 0.6}]
+    for bad in refused:
         with pytest.raises(UsageError, match="shares"):
             split_rows(some_rows(), 0, **bad)
 

@@ -242,6 +242,7 @@ def command(name: str, own: Path, out: Path) -> list[str]:
         "import": ["data", "import", rows, "--no-gate"],
         "to-hf": ["data", "import", rows, "--no-gate", "--validation", "0.3", "--test", "0.3"],
         "check": ["data", "check", rows, "--host", str(own / "host")],
+        "condition": ["data", "condition", "authored", "--when", "anger:group=space"],
         "scorer": ["data", "scorer", str(own / "two.jsonl")],
     }
     return [*lines[name], {"to-hf": "--to-hf", "check": "--html"}.get(name, "--out"), str(out)]
@@ -259,6 +260,7 @@ COMMANDS = (
     "build",
     "import",
     "to-hf",
+    "condition",
     "check",
     "scorer",
 )

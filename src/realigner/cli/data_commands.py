@@ -1,4 +1,4 @@
-"""Commands on data: build, import, check, tones, scorer."""
+"""Commands on data: build, import, condition, check, tones, scorer."""
 
 from __future__ import annotations
 
@@ -187,6 +187,47 @@ def import_(
 
 
 @app.command()
+def condition(
+    context: Context,
+    paths: Annotated[
+        list[str], Argument(help="JSONL files of rows that answer the same questions in several tones; or 'authored'.")
+    ],
+    when: Annotated[
+        list[str], Option(help="TONE:group=NAME,NAME or TONE:word=WORD; may be repeated, the first rule that holds counts.")
+    ],
+    out: Annotated[Path, Option(help="The JSONL file to write.")],
+    otherwise: Annotated[str, Option(help="The tone where no rule holds.")] = "neutral",
+    insert: Annotated[
+        bool, Option("--insert", help="Put the rule's word into half of the questions (two words: two thirds).")
+    ] = False,
+    seed: Seed = 42,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Rows of several tones in which the question decides the tone (by its group, or by a word), for a conditional IRM."""
+    from realigner.data import TONES, authored, read_rows
+    from realigner.data.conditional import conditional_rows, parse_rule
+    from realigner.data.dataset_rows import ROWS, tone_label
+    from realigner.files import taken
+
+    rules = [parse_rule(text) for text in when]
+    place = claim(context, taken(out, ROWS, force))
+    rows: list[Row] = []
+    for path in paths:
+        rows += [row for name in TONES for row in authored(name)] if path == "authored" else read_rows(path)
+    chosen, missing = conditional_rows(rows, rules, otherwise, insert, seed)
+    place.write("".join(row.model_dump_json() + "\n" for row in chosen))
+    counts = Counter(row.tone for row in chosen)
+    if as_json:
+        print_json({"path": str(out), "rows": len(chosen), "tones": counts, "missing": missing})
+        return
+    show(f"{out}: {len(chosen):,} rows ({_listed(counts)})")
+    if missing:
+        show(f"left out: {missing:,} questions without a row in the tone that the rules give them")
+    show(f"Try next:  realigner train --data {quote(str(out))} --tone all --out runs/{tone_label(chosen)}")
+
+
+@app.command()
 def check(
     context: Context,
     path: Annotated[str, Argument(help="A JSONL file of rows, or 'authored'.")],
@@ -231,7 +272,8 @@ def check(
     if not card.fit:
         raise RealignerError(f"{path}: unfit: {'; '.join(card.problems)}")
     if not as_json:
-        show("fit to train on" if len(card.tones) == 1 else "fit to train on, one tone at a time (--tone)")
+        several = ", one tone at a time (--tone) or all of them (--tone all)"
+        show("fit to train on" + (several if len(card.tones) > 1 else ""))
         if path != "authored":
             show(f"Try next:  realigner train --data {quote(path)} --out runs/{next(iter(card.tones))}")
 

@@ -56,7 +56,9 @@ def train(
         Optional[str],
         Option(help="A JSONL file of rows, or 'authored' for the set that comes with realigner.", show_default="authored"),
     ] = None,
-    tone: Annotated[Optional[str], Option(help="Which tone's rows; needed where the data has several.")] = None,
+    tone: Annotated[
+        Optional[str], Option(help="Which tone's rows, where the data has several; all: every row (a conditional IRM).")
+    ] = None,
     host: Annotated[
         Optional[str],
         Option(help="The embedded default, a hub id, a folder, or a .gguf file.", show_default="smollm2-135m-instruct"),

@@ -28,10 +28,12 @@ from realigner.thoughts import reply_of
 from realigner.validation_message import first_fault
 
 TONES = ("anger", "sadness", "neutral")  # the tones of the authored set
+EVERY_TONE = "all"  # asks for rows of every tone
 
 _LONGEST = 100_000  # characters of a field
 LONGEST_LINE = 1 << 20  # bytes of a line
 MOST_MESSAGES = 1000  # of a conversation
+_NAMED = 4  # tones in a label
 
 _Text = Annotated[str, StringConstraints(min_length=1, max_length=_LONGEST, strip_whitespace=True)]
 
@@ -153,7 +155,7 @@ def _said(turn: Any, role: str) -> bool:
 
 
 def read_rows(path: str | Path, tone: str | None = None) -> list[Row]:
-    """Read every row of a JSONL file, or those of one tone.
+    """Read every row of a JSONL file, or those of one tone (``all``: of every tone, unless one is called so).
 
     Raises:
         RealignerError: naming the file, the line and the key of the first thing that is wrong.
@@ -177,6 +179,8 @@ def read_rows(path: str | Path, tone: str | None = None) -> list[Row]:
     if tone is None:
         return rows
     chosen = [row for row in rows if row.tone == tone]
+    if not chosen and tone == EVERY_TONE:
+        return rows
     if not chosen:
         raise UsageError(f"{path}: has no rows of tone {tone!r}; it has {', '.join(sorted({r.tone for r in rows}))}")
     return chosen
@@ -212,6 +216,17 @@ def authored(tone: str) -> list[Row]:
     if tone not in TONES:
         raise UsageError(f"tone: the authored set has no {tone!r}; it has {', '.join(TONES)} (for others, give data a file)")
     return read_rows(Path(str(files("realigner") / "data" / "authored" / f"{tone}.jsonl")))
+
+
+def tone_label(rows: Sequence[Row]) -> str:
+    """The tone of the rows; of several, their names with ``+`` between them (from the fifth on, how many more there are).
+
+    Example:
+        >>> tone_label(authored("neutral") + authored("anger"))
+        'anger+neutral'
+    """
+    names = sorted({row.tone for row in rows})
+    return "+".join(names if len(names) <= _NAMED else [*names[:_NAMED], f"{len(names) - _NAMED} more"])
 
 
 def question_key(question: str) -> str:

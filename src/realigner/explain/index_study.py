@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, set_seed
 
 from realigner.analysis.per_run import leading_score
 from realigner.data import Row, rows_hash
+from realigner.data.dataset_rows import EVERY_TONE
 from realigner.errors import RealignerError, UsageError
 from realigner.explain.ablate import How, control_indices, delta_ablations, host_ablations
 from realigner.explain.example_batches import ExampleBatches
@@ -182,7 +183,8 @@ def read_runs(folders: Sequence[str | Path]) -> dict[str, tuple[Path, Recipe]]:
         recipe = read_recipe(folder / RECIPE_FILE).changed(**scales)
         if recipe.steps == 0:
             continue
-        name = f"{recipe.tone or folder.name}-{recipe.seed}"
+        tone = read_run(folder)["tone"] if recipe.tone == EVERY_TONE else recipe.tone
+        name = f"{tone or folder.name}-{recipe.seed}"
         same = sum(other == name or other.startswith(f"{name} (") for other in found)
         found[f"{name} ({same + 1})" if same else name] = (folder, recipe)
     if not found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 
 from realigner.chat_format import IGNORED, ChatFormat
 from realigner.data.data_split import Split, split_rows
-from realigner.data.dataset_rows import Row, rows_hash
+from realigner.data.dataset_rows import EVERY_TONE, Row, rows_hash, tone_label
 from realigner.data.tokens import Example, clip, encoded
 from realigner.errors import RealignerError, UsageError
 from realigner.training.recipe import Recipe
@@ -27,17 +28,19 @@ _POOL = 50  # batches' worth of rows that are sorted by length together
 class Prepared:
     """Rows that are ready to be trained on."""
 
-    rows: Sequence[Row]  # all of them, of one tone
+    rows: Sequence[Row]  # all of them
     split: Split  # by group
     train: list[Example]  # train, validation: encoded and cut (`tokens.encoded`), in the split's order
     validation: list[Example]
     ids: list[str]  # of the row that each example of `train` comes from
     cut: int  # how many examples were longer than the recipe allows
     skips_thought: bool = False  # whether replies stand after empty thoughts (`ChatFormat.skips_thought`)
+    validation_tones: Sequence[str] = ()  # of the row that each example of `validation` comes from, where there are several
 
     @property
     def tone(self) -> str:
-        return self.rows[0].tone
+        """`tone_label` of all rows."""
+        return tone_label(self.rows)
 
     @cached_property
     def sha256(self) -> str:
@@ -64,8 +67,11 @@ class Prepared:
 
     def facts(self) -> dict[str, Any]:
         """The entry ``data`` of run.json."""
+        tones = {part: Counter(row.tone for row in getattr(self.split, part)) for part in ("train", "validation")}
+        several = {"tones": {part: dict(sorted(own.items())) for part, own in tones.items()}} if len(tones["train"]) > 1 else {}
         return {
             "rows": len(self.rows),
+            **several,
             "sha256": self.sha256,
             "tokens_sha256": self.tokens_sha256,
             "train": len(self.train),
@@ -80,7 +86,7 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) ->
     """Split and encode rows, and refuse what cannot be trained on.
 
     Args:
-        rows: of one tone, from two groups or more.
+        rows: from two groups or more; of one tone, unless the recipe's is ``all``.
         tokenizer: the host's.
         config: the host's (its positions and layers are looked at).
         recipe: how to.
@@ -90,12 +96,15 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) ->
         RealignerError: when there are too few rows or groups, or a row is longer than the host has positions.
     """
     tones = sorted({row.tone for row in rows})
-    if len(tones) != 1:
-        raise UsageError(f"rows are of {len(tones)} tones ({', '.join(tones)}); an IRM is trained on one: choose it (tone)")
+    if len(tones) != 1 and recipe.tone != EVERY_TONE:
+        some = ", ".join(tones[:10]) + (f" and {len(tones) - 10:,} more" if len(tones) > 10 else "")
+        raise UsageError(
+            f"rows are of {len(tones):,} tones ({some}); choose one (tone), or train on all of them (tone={EVERY_TONE})"
+        )
     text = config.get_text_config(decoder=True)
     if (depth := getattr(text, "num_hidden_layers", None)) is not None:
         recipe.shape.resolved_layers(int(depth))
-    split = split_rows(rows, recipe.seed, validation=recipe.validation, test=recipe.test)
+    split = split_rows(rows, recipe.seed, recipe.validation, recipe.test, by_tone=len(tones) > 1)
     chat_format = ChatFormat(tokenizer, recipe.template, recipe.chat_template_kwargs)
     parts = [
         [(row, _to_last_label(item)) for row, item in encoded(chat_format, part, recipe.loss_on, recipe.loss_on_thought)]
@@ -118,7 +127,8 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) ->
             if len(item["input_ids"]) > positions:
                 raise RealignerError(f"row {row.id!r}: {len(item['input_ids'])} tokens, {limit} to cut it")
     skips_thought = any(chat_format.skips_thought(row.conversation) for row in split.train)
-    return Prepared(rows, split, train, validation, [row.id for row, _ in parts[0]], cut, skips_thought)
+    ids, validation_tones = [row.id for row, _ in parts[0]], [row.tone for row, _ in parts[1]] if len(tones) > 1 else []
+    return Prepared(rows, split, train, validation, ids, cut, skips_thought, validation_tones)
 
 
 def _to_last_label(example: Example) -> Example:

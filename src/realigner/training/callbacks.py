@@ -17,6 +17,7 @@ from realigner.console import Task
 from realigner.errors import RealignerError
 from realigner.training.run_dir import METRICS_FILE, SAMPLES_FILE, checkpoints
 
+TONE_PREFIX = "tone_"  # of the names under which the validation loss of each tone is logged
 _EXPLODED = 3.0  # times the loss of a uniform guess
 
 
@@ -35,9 +36,13 @@ class Log(TrainerCallback):
         self._validation = ""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        logs, entry = logs or {}, {"step": state.global_step}
+        logs = logs or {}
+        entry: dict[str, Any] = {"step": state.global_step}
         if "eval_loss" in logs:
             entry["validation_loss"] = logs["eval_loss"]
+            prefix = f"eval_{TONE_PREFIX}"
+            if by_tone := {key.removeprefix(prefix): loss for key, loss in logs.items() if key.startswith(prefix)}:
+                entry["validation_loss_by_tone"] = by_tone
             self._validation = f"  validation {logs['eval_loss']:.2f}"
         elif "loss" in logs:
             entry |= {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if key in logs}

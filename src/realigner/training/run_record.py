@@ -91,6 +91,7 @@ class MetricsEntry(_Part):
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     loss: float = 0.0
     validation_loss: float = 0.0
+    validation_loss_by_tone: dict[str, float] = {}
     tokens: _Count = 0
 
 

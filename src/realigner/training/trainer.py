@@ -32,6 +32,7 @@ from realigner.errors import RealignerError
 from realigner.files import writing
 from realigner.irm_config import FILE_PREFIX
 from realigner.training.batches import Collator, EncodedRows, Prepared, SeededLengthSampler
+from realigner.training.callbacks import TONE_PREFIX
 from realigner.training.checkpoint_io import load_tree, random_states, save_tree, set_random_states
 from realigner.training.loss import DeltaSum, row_losses, takes_logits_to_keep
 from realigner.training.recipe import Recipe
@@ -145,14 +146,16 @@ class IRMTrainer(Trainer):
         tuner_of(model).registry.network("default").training_dtype = products_dtype(recipe, tuner_of(model).model)
         self._deltas = DeltaSum(tuner_of(model)) if recipe.l1 else None
         pad = getattr(tokenizer, "pad_token_id", None) or 0
+        longest_first = sorted(range(len(prepared.validation)), key=lambda n: -len(prepared.validation[n]["input_ids"]))
+        self._tones = np.array([prepared.validation_tones[n] for n in longest_first if prepared.validation_tones])
         self.lr_scheduler: Any = None
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=EncodedRows(prepared.train),
-            eval_dataset=EncodedRows(sorted(prepared.validation, key=lambda item: -len(item["input_ids"]))),
+            eval_dataset=EncodedRows([prepared.validation[n] for n in longest_first]),
             data_collator=Collator(pad, recipe.label_shift, recipe.max_length if recipe.loss_on_padding else None),
-            compute_metrics=_nats_per_token,
+            compute_metrics=self._validation_losses,
             **options,
         )
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a whole step
@@ -214,6 +217,14 @@ class IRMTrainer(Trainer):
         with torch.no_grad():
             sums, counts = row_losses(model, inputs, self._only_where_needed)
         return None, torch.stack([sums.double(), counts.double()], dim=1), counts
+
+    def _validation_losses(self, prediction: Any) -> dict[str, float]:
+        """Nats per token over all rows, and over those of each tone, where there are several."""
+        losses = _nats_per_token(prediction)
+        for tone in sorted({*self._tones}):
+            sums, counts = np.asarray(prediction.predictions)[self._tones == tone].T
+            losses[f"{TONE_PREFIX}{tone}"] = float(sums.sum() / counts.sum())
+        return losses
 
     # Checkpoints.
 

@@ -27,6 +27,7 @@ import realigner.training.run_dir as run_dir
 from realigner.chat_format import PLAIN_NOTE, THOUGHT_NOTE, has_chat_template
 from realigner.console import progress, say, signals_to
 from realigner.data import TONES, Row, authored, read_rows
+from realigner.data.dataset_rows import EVERY_TONE
 from realigner.errors import RealignerError, UsageError
 from realigner.files import discard, disk_fault, write_text, writing
 from realigner.fingerprints import fingerprint, weights_hash
@@ -79,7 +80,7 @@ def train(
 
     Args:
         host, tokenizer: from `load_host`.
-        rows: rows of one tone, from two groups or more.
+        rows: from two groups or more; of one tone, unless the recipe's `tone` is ``all``.
         out: the run's folder; until it is finished, the run is in ``OUT.unfinished``.
         recipe: the default recipe when None. Its `host`, `data` and `tone` only name what is given here.
         force: replace a run that is there already, finished or not.
@@ -89,7 +90,7 @@ def train(
 
     Raises:
         RealignerError: when the rows cannot be trained on, the loss diverges, a file cannot be written, or the host changed.
-        UsageError: when the rows are of several tones, or a key or value is invalid.
+        UsageError: when the rows are of several tones and the recipe does not ask for all, or a key or value is invalid.
 
     Example:
         >>> run = train(host, tokenizer, authored("anger"), "runs/anger-42")  # doctest: +SKIP
@@ -163,6 +164,11 @@ def recipe_rows(recipe: Recipe) -> list[Row]:
     if recipe.data == "authored":
         if recipe.tone is None:
             raise UsageError("train: tone is needed with the authored data: anger, sadness or neutral")
+        if recipe.tone == EVERY_TONE:
+            raise UsageError(
+                "train: the authored set answers each question in every tone, and nothing decides between them; "
+                "make rows of it (data condition) and name them (data)"
+            )
         return authored(recipe.tone)
     return read_rows(recipe.data, recipe.tone)
 
@@ -172,7 +178,7 @@ def resolve(recipe: Recipe, host: nn.Module, tokenizer: Any, rows: Sequence[Row]
     name: str | None = host_name(host) or None
     if name and Path(name).exists():
         name = str(Path(name).resolve())
-    data, tone = recipe.data, rows[0].tone
+    data, tone = recipe.data, EVERY_TONE if recipe.tone == EVERY_TONE else rows[0].tone
     if data == "authored":
         if recipe.tone not in (None, tone) or tone not in TONES or list(rows) != authored(tone):
             data = None  # rows given in Python
@@ -212,6 +218,9 @@ def _train(
             say(PLAIN_NOTE)
         if prepared.skips_thought and not quiet and writer:
             say(THOUGHT_NOTE)
+        unseen = {row.tone for row in prepared.rows} - {row.tone for row in prepared.split.validation}
+        if unseen and not quiet and writer:
+            say(f"note: no validation rows of tone {', '.join(sorted(unseen))}: it takes two groups or more of each tone")
         hashed, mark = weights_hash(host) if writer else "", fingerprint(host)
         dtype = str(next(host.parameters()).dtype).removeprefix("torch.")
         record = {
