@@ -24,7 +24,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import realigner.training.run_dir as run_dir
-from realigner.chat_format import PLAIN_NOTE, THOUGHT_NOTE, has_chat_template
+from realigner.chat_format import has_chat_template
 from realigner.console import progress, say, signals_to
 from realigner.data import TONES, Row, authored, read_rows
 from realigner.data.dataset_rows import EVERY_TONE
@@ -39,6 +39,7 @@ from realigner.residuals import residual_sizes
 from realigner.settings import Settings
 from realigner.training.batches import Prepared, prepare
 from realigner.training.callbacks import DivergenceGuard, Log, StartWatch, StopSignal
+from realigner.training.host_checks import check_tokens, host_notes
 from realigner.training.loss_plot import save_curve
 from realigner.training.model_card import card
 from realigner.training.preflight import check_fit, check_packages
@@ -106,6 +107,7 @@ def train(
         recipe = resolve(recipe, host, tokenizer, rows)
         check_packages(recipe)
         prepared = prepare(rows, tokenizer, host.config, recipe)
+        check_tokens(prepared, tokenizer, host.config)
         check_fit(prepared, recipe, host.config, loaded=True, quiet=quiet)
         return _train(host, tokenizer, prepared, recipe, place, resume, quiet)
 
@@ -138,6 +140,7 @@ def train_recipe(
         config = load_config(recipe.host, trust_remote_code)
         tokenizer = load_tokenizer(recipe.host, trust_remote_code)
         prepared = prepare(rows, tokenizer, config, recipe)
+        check_tokens(prepared, tokenizer, config)
         if repeats:
             _check_repeat(repeats, prepared, recipe)
         check_fit(prepared, recipe, config, loaded=False, quiet=quiet)
@@ -218,10 +221,8 @@ def _train(
         torch.set_num_threads(recipe.threads or torch.get_num_threads())
 
         # What run.json says before training.
-        if recipe.template == "plain" and not quiet and writer and not has_chat_template(tokenizer):
-            say(PLAIN_NOTE)
-        if prepared.skips_thought and not quiet and writer:
-            say(THOUGHT_NOTE)
+        for note in host_notes(host, tokenizer, prepared, recipe) if writer and not quiet else ():
+            say(note)
         unseen = {row.tone for row in prepared.rows} - {row.tone for row in prepared.split.validation}
         if unseen and not quiet and writer:
             say(f"note: no validation rows of tone {', '.join(sorted(unseen))}: it takes two groups or more of each tone")
