@@ -134,8 +134,7 @@ def main() -> None:
     if what == "stop" and os.environ["RANK"] == "0":  # a scheduler may tell one process only
         Log.on_step_end = stop_at_3  # type: ignore[method-assign]
     host, tokenizer = tiny_pair()
-    recipe = RECIPE.changed(learning_rate="auto") if what == "search" else RECIPE
-    train(host, tokenizer, some_rows(), out, recipe, quiet=True, resume=what == "resume")
+    train(host, tokenizer, some_rows(), out, RECIPE, quiet=True, resume=what == "resume")
 
 
 if __name__ == "__main__":

@@ -62,21 +62,6 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, said
 
 
-@pytest.mark.slow
-def test_two_processes_find_one_learning_rate(tmp_path: Path) -> None:
-    """And train on as if it had been given."""
-    done = worker("search", tmp_path / "two")
-    assert [process.returncode for process in done] == [0, 0], "".join(process.stderr for process in done)
-    host, tokenizer = tiny_pair()
-    one = train(host, tokenizer, some_rows(), tmp_path / "one", RECIPE, quiet=True, learning_rate="auto").record
-    two = read_run(tmp_path / "two")
-    assert two["rate_search"]["rate"] == one["rate_search"]["rate"]
-    for mine, theirs in zip(one["rate_search"]["tried"], two["rate_search"]["tried"], strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-5
-
-
 def test_two_processes_of_four_rows_are_one_of_eight(ddp: tuple[Path, str], tmp_path: Path) -> None:
     host, tokenizer = tiny_pair()
     train(host, tokenizer, some_rows(), tmp_path / "one", RECIPE, quiet=True)

@@ -261,9 +261,11 @@ def test_a_search_that_is_broken_off_leaves_nothing(tmp_path: Path, monkeypatch:
 def test_auto_where_nothing_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_tiny(tmp_path / "run", learning_rate="auto", steps=0)
     assert run.record["recipe"]["learning_rate"] == make_recipe().rate(32)
-    monkeypatch.setattr(training_run, "_FSDP", True)
-    with pytest.raises(UsageError, match="learning_rate: auto: no search under FSDP"):
-        run_tiny(tmp_path / "sharded", learning_rate="auto")
+    for name, value in (("WORLD_SIZE", "2"), ("ACCELERATE_USE_FSDP", "true")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(UsageError, match="learning_rate: auto: rates are searched for in one process only"):
+                run_tiny(tmp_path / "several", learning_rate="auto")
 
 
 # What is said.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from realigner.console import progress, say
+from realigner.errors import UsageError
 from realigner.training.batches import Prepared
 from realigner.training.recipe import Recipe
 from realigner.training.trainer import IRMTrainer, trainer_arguments
@@ -47,6 +49,19 @@ class RateSearch:
         losses = {rate: round(loss, 4) if math.isfinite(loss) else None for rate, loss in sorted(self.losses.items())}
         table = [{"rate": rate, "loss": loss} for rate, loss in losses.items()]
         return {"rate": self.rate, "steps": self.steps, "start": round(self.start, 4), "tried": table}
+
+
+def check_search(recipe: Recipe) -> None:
+    """Raise where a recipe asks for a search that cannot be made: with several processes, or under FSDP.
+
+    DDP's hooks stay on the network's gradients when a short run is over, and FSDP's shards take the place of its weights.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in (
+        "1",
+        "true",
+    )
+    if recipe.learning_rate == "auto" and several:
+        raise UsageError("learning_rate: auto: rates are searched for in one process only; do that, and give the number here")
 
 
 def find_rate(model: PeftModel, tokenizer: Any, prepared: Prepared, recipe: Recipe, first: float, quiet: bool) -> RateSearch:

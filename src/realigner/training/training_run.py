@@ -43,7 +43,7 @@ from realigner.training.host_checks import check_tokens, host_notes
 from realigner.training.loss_plot import save_curve
 from realigner.training.model_card import card
 from realigner.training.preflight import check_fit, check_packages
-from realigner.training.rate_search import find_rate
+from realigner.training.rate_search import check_search, find_rate
 from realigner.training.recipe import Recipe, read_recipe, to_yaml
 from realigner.training.trainer import IRMTrainer, products_dtype, trainer_arguments
 from realigner.tuner import tuner_of
@@ -106,6 +106,7 @@ def train(
     with run_dir.held(Path(out), force, resume) as place:
         recipe = resolve(recipe, host, tokenizer, rows)
         check_packages(recipe)
+        check_search(recipe)
         prepared = prepare(rows, tokenizer, host.config, recipe)
         check_tokens(prepared, tokenizer, host.config)
         check_fit(prepared, recipe, host.config, loaded=True, quiet=quiet)
@@ -134,6 +135,7 @@ def train_recipe(
     """
     with run_dir.held(Path(out), force, resume) as place:
         check_packages(recipe)
+        check_search(recipe)
         rows = recipe_rows(recipe)
         if recipe.host is None:
             raise UsageError("recipe: its run was trained on a host made in Python; give one (host)")
@@ -355,8 +357,6 @@ def _settled_rate(
                 f"{work}: cannot be resumed with learning_rate=auto: its rate was not searched for; leave learning_rate out"
             )
         return recipe.model_copy(update={"learning_rate": earlier["rate"]}), earlier, "found by the search before"
-    if _FSDP:
-        raise UsageError("learning_rate: auto: no search under FSDP; search on one process, and give the number")
     found = find_rate(model, tokenizer, prepared, recipe, default, quiet).to_dict()
     why = f"found by a search of {found['steps']} steps"
     return recipe.model_copy(update={"learning_rate": found["rate"]}), found, why
