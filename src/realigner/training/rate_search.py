@@ -56,11 +56,8 @@ def check_search(recipe: Recipe) -> None:
 
     DDP's hooks stay on the network's gradients when a short run is over, and FSDP's shards take the place of its weights.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in (
-        "1",
-        "true",
-    )
-    if recipe.learning_rate == "auto" and several:
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+    if recipe.learning_rate == "auto" and (sharded or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         raise UsageError("learning_rate: auto: rates are searched for in one process only; do that, and give the number here")
 
 
@@ -74,7 +71,7 @@ def find_rate(model: PeftModel, tokenizer: Any, prepared: Prepared, recipe: Reci
         quiet: show nothing.
     """
     network = tuner_of(model).registry.network("default")
-    untrained = {name: value.clone() for name, value in network.state_dict().items()}
+    untrained = {name: value.detach().to("cpu", copy=True) for name, value in network.state_dict().items()}
     every = math.ceil(len(prepared.validation) / _ROWS)
     rows = replace(prepared, validation=prepared.validation[::every])
     cpu = next(network.parameters()).device.type == "cpu"
