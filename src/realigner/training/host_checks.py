@@ -84,6 +84,7 @@ def _reply_loss(host: nn.Module, tokenizer: Any, prepared: Prepared, recipe: Rec
     batch = collator([{**example, "row": n} for n, example in enumerate(clip(examples, rows, recipe.max_length))])
     device = next(host.parameters()).device
     with as_in_evaluation(host), torch.no_grad():
-        inputs = {name: values.to(device) for name, values in batch.items()}
+        # A host that is offloaded moves its inputs itself.
+        inputs = batch if device.type == "meta" else {name: values.to(device) for name, values in batch.items()}
         sums, counts = row_losses(host, inputs, takes_logits_to_keep(host))
     return float(sums.sum() / counts.sum())

@@ -249,10 +249,11 @@ def _train(
         model: PeftModel = get_peft_model(host, config)
         undo.callback(lambda: (model.unload(), host.eval()))
         record["residual"] = _residual(model)
+        if writer and not quiet:
+            say(_measured(record["residual"]))
         recipe, search, why = _settled_rate(model, tokenizer, prepared, recipe, work, resume, quiet or not writer)
         record |= {"recipe": recipe.model_dump(), **({"rate_search": search} if search else {})}
         if writer and not quiet:
-            say(_measured(record["residual"]))
             say(f"learning rate {recipe.peak_rate:g}: {why}")
         if writer:
             held.enter_context(_unfinished_run(place, record, recipe, resume))
