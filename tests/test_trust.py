@@ -15,6 +15,7 @@ from realigner.cli import main
 from realigner.errors import RealignerError, UsageError
 from realigner.irm_config import IRMConfig
 from realigner.training import host_checks, make_recipe, read_run, run_dir, train, training_run
+from realigner.training.batches import prepare
 from realigner.training.callbacks import Log, StartWatch
 from realigner.training.rate_search import descend
 from realigner.training.run_record import verdict
@@ -23,7 +24,7 @@ from realigner.tuner import tuner_of
 from tests.tiny import TEMPLATE, some_rows, tiny_folder, tiny_host_of_pair, tiny_pair, tiny_tokenizer
 
 STEPS = 20
-QUICK = make_recipe(steps=STEPS, batch_size=4, evaluations=5, samples=0, report_to=[], learning_rate=0.01)
+QUICK = make_recipe(steps=STEPS, batch_size=4, evaluations=5, samples=0, report_to=[], learning_rate=0.01, threads=1)
 
 
 def run_tiny(out: Path, **changes: Any) -> Any:
@@ -60,7 +61,7 @@ def crash_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 # The untrained IRM.
 
 
-@pytest.mark.parametrize("crash", [None, 10])
+@pytest.mark.parametrize("crash", [None, pytest.param(10, marks=pytest.mark.slow)])
 def test_the_untrained_irm_is_kept_where_no_evaluation_is_below_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: int | None
 ) -> None:
@@ -202,12 +203,16 @@ def test_the_search_goes_to_the_valley(losses: dict[int, float], found: int) -> 
     assert len(tried) == len(losses)
 
 
+def run_short(out: Path, **changes: Any) -> Any:
+    return run_tiny(out, steps=8, evaluations=2, **changes)
+
+
 def test_a_rate_that_was_found_gives_the_run_of_that_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """To the byte, resumed too; the search is made once, and noted with what it tried."""
     monkeypatch.setattr("realigner.training.rate_search._STEPS", 3)
-    run = run_tiny(tmp_path / "auto", learning_rate="auto", quiet=False)
+    run = run_short(tmp_path / "auto", learning_rate="auto", quiet=False)
     search = run.record["rate_search"]
     told = capsys.readouterr().err
     assert f"learning rate {search['rate']:g}: found by a search of {search['steps']} steps" in told
@@ -218,29 +223,30 @@ def test_a_rate_that_was_found_gives_the_run_of_that_rate(
         assert f"{entry['loss']:.3f} at {entry['rate']:g}" in told
     assert run.record["recipe"]["learning_rate"] == search["rate"]
     assert run.record["validation_loss"][0] == search["start"]  # so few rows are all looked at
-    given = run_tiny(tmp_path / "given", learning_rate=search["rate"])
+    given = run_short(tmp_path / "given", learning_rate=search["rate"])
     assert "rate_search" not in given.record
     assert adapter(tmp_path / "auto") == adapter(tmp_path / "given")
     assert (tmp_path / "auto" / "recipe.yaml").read_bytes() == (tmp_path / "given" / "recipe.yaml").read_bytes()
 
     with monkeypatch.context() as patch:
-        crash_at(10, patch)
+        crash_at(5, patch)
         with pytest.raises(_CrashError):
-            run_tiny(tmp_path / "crashed", learning_rate="auto")
+            run_short(tmp_path / "crashed", learning_rate="auto")
         with pytest.raises(_CrashError):
-            run_tiny(tmp_path / "by-hand", learning_rate=search["rate"])
+            run_short(tmp_path / "by-hand", learning_rate=search["rate"])
     with pytest.raises(RealignerError, match="cannot be resumed with learning_rate=auto: its rate was not searched for"):
-        run_tiny(tmp_path / "by-hand", learning_rate="auto", resume=True)
+        run_short(tmp_path / "by-hand", learning_rate="auto", resume=True)
     monkeypatch.delattr(training_run, "find_rate")
     with monkeypatch.context() as patch:
-        crash_at(14, patch)
+        crash_at(7, patch)
         with pytest.raises(_CrashError):
-            run_tiny(tmp_path / "crashed", learning_rate="auto", resume=True)
-    resumed = run_tiny(tmp_path / "crashed", learning_rate=search["rate"], resume=True)
+            run_short(tmp_path / "crashed", learning_rate="auto", resume=True)
+    resumed = run_short(tmp_path / "crashed", learning_rate=search["rate"], resume=True)
     assert resumed.record["rate_search"] == search
     assert adapter(tmp_path / "crashed") == adapter(tmp_path / "auto")
 
 
+@pytest.mark.slow
 def test_a_search_that_is_broken_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = IRMTrainer.training_step
 
@@ -274,16 +280,15 @@ def test_auto_where_nothing_is_searched(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_lines_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """First what was measured, a reply at each evaluation, at last the verdict; with --json one document on standard output."""
     monkeypatch.setenv("COLUMNS", "70")
-    monkeypatch.setattr("realigner.training.rate_search._STEPS", 2)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(row.model_dump_json() + "\n" for row in some_rows()))
     host = tiny_folder(tmp_path / "host")
     options = ["--host", host, "--data", rows, "--steps", 4, "--set", "samples=30", "--set", "report_to=[]"]
     arguments = [str(word) for word in ("train", *options, "--out", tmp_path / "run", "--learning-rate", "0.02")]
-    assert main(arguments) == 0
+    assert main([*arguments, "--json"]) == 0
     said = capsys.readouterr()
-    lines = said.err.splitlines()
-    record = read_run(tmp_path / "run")
+    lines, record = said.err.splitlines(), read_run(tmp_path / "run")
+    assert json.loads(said.out)["validation_loss"] == record["validation_loss"]
     sizes = record["residual"]["rms"]
     assert len(sizes) == 3
     assert all(size > 0 for size in sizes)
@@ -297,13 +302,23 @@ def test_the_lines_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     for line, loss in zip(evaluations, losses, strict=True):
         assert f"validation loss {loss:.2f}  In which decade did" in line
         assert len(line) <= 70
-    assert said.out.splitlines()[1] == verdict(record) != ""
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == verdict(record) != ""
 
-    arguments[arguments.index("--learning-rate") + 1] = "auto"
-    assert main([*arguments, "--force", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rate_search"]["tried"]
-    arguments[arguments.index("auto")] = "fast"
-    assert main([*arguments, "--force"]) == 2
+
+def test_the_learning_rate_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def train_recipe(recipe: Any, *_: Any, **__: Any) -> Any:
+        asked.append(recipe.learning_rate)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(training_run, "train_recipe", train_recipe)
+    for rate in ("auto", "3e-3", "fast", "-1"):
+        assert main(["train", "--out", str(tmp_path / "run"), "--learning-rate", rate]) == 2
+    assert asked == ["auto", 0.003]
     assert "learning_rate: 'fast'" in capsys.readouterr().err
 
 
@@ -323,41 +338,43 @@ def test_the_residual_is_that_of_the_bare_host(tmp_path: Path) -> None:
 # Hosts on which something else spoils it.
 
 
-def told_about(tokenizer: Any, capsys: pytest.CaptureFixture[str], out: Path, host: Any = None, **changes: Any) -> str:
-    host = host or tiny_host_of_pair(tokenizer)
-    recipe = QUICK.changed(steps=1, evaluations=1, **changes)
-    train(host, tokenizer, some_rows(), out, recipe).model.unload()
-    return "\n".join(line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
+def warnings_about(tokenizer: Any, host: Any = None, **changes: Any) -> list[str]:
+    host, recipe = host or tiny_host_of_pair(tokenizer), QUICK.changed(**changes)
+    recipe = training_run.resolve(recipe, host, tokenizer, some_rows())
+    prepared = prepare(some_rows(), tokenizer, host.config, recipe)
+    notes = host_checks.host_notes(host, tokenizer, prepared, recipe)
+    return [note for note in notes if note.startswith("warning: ")]
 
 
-def test_a_sound_host_is_not_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert told_about(tiny_tokenizer(), capsys, tmp_path / "chat") == ""
-    assert told_about(tiny_tokenizer(), capsys, tmp_path / "plain", template="plain") == ""
-    assert told_about(tiny_tokenizer(), capsys, tmp_path / "padded", loss_on_padding=True) == ""
+def test_a_sound_host_is_not_warned_of() -> None:
+    for changes in ({}, {"template": "plain"}, {"loss_on_padding": True}):
+        assert warnings_about(tiny_tokenizer(), **changes) == []
 
 
 def test_no_end_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tiny_tokenizer(chat=False)
     tokenizer.eos_token = None
-    assert "the tokenizer has no end token" in told_about(tokenizer, capsys, tmp_path / "plain")
+    host = tiny_host_of_pair(tokenizer)
+    train(host, tokenizer, some_rows(), tmp_path / "run", QUICK.changed(steps=1, evaluations=1, learning_rate=QUICK.rate(32)))
+    said = capsys.readouterr().err
+    assert "warning: the tokenizer has no end token" in said
+    assert "the default on a host of width 32" in said
     tokenizer.chat_template = TEMPLATE.replace("<eos>", ".")
-    assert "the tokenizer has no end token" in told_about(tokenizer, capsys, tmp_path / "chat")
+    assert "the tokenizer has no end token" in warnings_about(tokenizer)[0]
 
 
-def test_padding_that_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_padding_that_is_text() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
-    assert told_about(tokenizer, capsys, tmp_path / "unread") == ""  # padding is not read, and not learned
-    assert "padding counts in the loss and is token 0" in told_about(
-        tokenizer, capsys, tmp_path / "learned", loss_on_padding=True
-    )
+    assert warnings_about(tokenizer) == []  # padding is not read, and not learned
+    assert "padding counts in the loss and is token 0" in warnings_about(tokenizer, loss_on_padding=True)[0]
 
 
-def test_half_precision_without_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_precision_without_scaling() -> None:
     tokenizer = tiny_tokenizer()
     host = tiny_host_of_pair(tokenizer).half()
-    assert "in a float16 host small gradients become 0" in told_about(tokenizer, capsys, tmp_path / "half", host)
-    assert told_about(tokenizer, capsys, tmp_path / "bfloat16", host.bfloat16()) == ""
+    assert "in a float16 host small gradients become 0" in warnings_about(tokenizer, host)[0]
+    assert warnings_about(tokenizer, host.bfloat16()) == []
 
 
 def test_tokens_that_the_host_does_not_have(tmp_path: Path) -> None:
@@ -378,35 +395,32 @@ def test_tokens_that_the_host_does_not_have(tmp_path: Path) -> None:
         train(host, tokenizer, some_rows(), tmp_path / "run", QUICK, quiet=True)
 
 
-def test_a_form_that_the_host_predicts_worse_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_form_that_the_host_predicts_worse_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {"chat": 5.9, "plain": 4.1}
-    asked = []
+    asked: dict[str, float] = {}
 
     def reply_loss(host: Any, tokenizer: Any, prepared: Any, recipe: Any, form: str) -> float:
-        asked.append(original(host, tokenizer, prepared, recipe, form))
+        asked[form] = original(host, tokenizer, prepared, recipe, form)
         return losses[form]
 
     original = host_checks._reply_loss
     monkeypatch.setattr(host_checks, "_reply_loss", reply_loss)
     monkeypatch.setattr(host_checks, "_ROWS", 6)  # all rows for validation
     tokenizer = tiny_tokenizer()
-    said = told_about(tokenizer, capsys, tmp_path / "chat")
-    assert said == (
+    assert warnings_about(tokenizer) == [
         "warning: the bare host predicts replies better in the plain form (4.10 nats per token) than in the chat form (5.90); "
         "if it was not trained on that, set template=plain"
-    )
-    assert told_about(tokenizer, capsys, tmp_path / "plain", template="plain") == ""
+    ]
+    assert warnings_about(tokenizer, template="plain") == []
+    losses["chat"] = 4.5  # no clear difference
+    assert warnings_about(tokenizer) == []
     # What is compared is the loss of the bare host, which an untrained IRM that adds nothing has too.
     host = tiny_host_of_pair(tokenizer)
-    for form, loss in zip(losses, asked[:2], strict=True):
+    for form, loss in asked.items():
         recipe = QUICK.changed(template=form, output_std=0.0, steps=1, evaluations=1)
-        record = train(host, tokenizer, some_rows(), tmp_path / f"{form}-loss", recipe, quiet=True)
-        record.model.unload()
-        assert record.record["validation_loss"][0] == pytest.approx(loss, abs=1e-4)
-    losses["chat"] = 4.5  # no clear difference
-    assert told_about(tokenizer, capsys, tmp_path / "near") == ""
+        run = train(host, tokenizer, some_rows(), tmp_path / form, recipe, quiet=True)
+        run.model.unload()
+        assert run.record["validation_loss"][0] == pytest.approx(loss, abs=1e-4)
 
 
 def trained(tokenizer: Any) -> Any:
@@ -426,13 +440,14 @@ def trained(tokenizer: Any) -> Any:
     return host.requires_grad_(False).eval()
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_of_before_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """run.json without what is measured now, metrics.jsonl without the spread, a best step chosen without the start."""
-    run_tiny(tmp_path / "whole")
+    run_short(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        crash_at(10, patch)
+        crash_at(5, patch)
         with pytest.raises(_CrashError):
-            run_tiny(tmp_path / "run")
+            run_short(tmp_path / "run")
     work = run_dir.unfinished(tmp_path / "run")
     record = json.loads((work / "run.json").read_text())
     del record["residual"]
@@ -440,7 +455,7 @@ def test_an_unfinished_run_of_before_resumes(tmp_path: Path, monkeypatch: pytest
     metrics = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     del metrics[0]["spread"]
     (work / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in metrics))
-    run_tiny(tmp_path / "run", resume=True)
+    run_short(tmp_path / "run", resume=True)
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
 
 
@@ -457,24 +472,31 @@ def test_a_sweep_has_a_picture_of_its_losses(tmp_path: Path, capsys: pytest.Capt
     rows.write_text("".join(row.model_dump_json() + "\n" for row in some_rows()))
     text = f"""
 set: {{host: {host}, data: {rows}, steps: 2, evaluations: 1, samples: 0, report_to: [], threads: 1}}
-grid: {{learning_rate: [0.01, 0.1], l1: [0, 1.0e+8]}}
+grid: {{learning_rate: [0.01, 0.1], rank: [3], layers: ["all"]}}
 """
     (tmp_path / "sweep.yaml").write_text(text)
     out = tmp_path / "sweep"
     assert main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(out), "--on", "here"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert f"loss by learning_rate: {out / 'loss_by_learning_rate.png'}" in said
-    for name in ("learning_rate", "l1"):
-        assert (out / f"loss_by_{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in out.glob("*.png")] == ["loss_by_learning_rate.png"]
+    assert (out / "loss_by_learning_rate.png").read_bytes().startswith(b"\x89PNG")
 
     runs = plan(*read_sweep(tmp_path / "sweep.yaml"))
     lines = lines_by_key(runs, out, "learning_rate", failed=())
-    assert sorted(lines) == ["l1=0", "l1=100000000.0"]
+    assert list(lines) == ["rank=3 layers=all"]
     for line in lines.values():
         assert [point.value for point in line] == [0.01, 0.1]
     record = read_run(out / runs[0].name)
     start, end = record["validation_loss"]
     assert lines[next(iter(lines))][0] == Point(0.01, start, min(start, end), end)
+
+    runs[1].varies["learning_rate"] = "auto"  # its number is in its record
+    assert lines_by_key(runs, out, "learning_rate", failed=()) == lines
+    (out / runs[1].name).rename(tmp_path / "gone")
+    assert len(lines_by_key(runs, out, "learning_rate", failed=())["rank=3 layers=all"]) == 1
+    runs[1].varies["learning_rate"] = 0.1
+    assert lines_by_key(runs, out, "learning_rate", failed=[runs[1].name])["rank=3 layers=all"][1].value == 0.1
 
     figure = loss_by_key({"a": [Point(0.01, 4.0, 3.0, 3.5), Point(0.1, 4.0, 3.2, 9.0), Point(1.0)]}, "learning_rate")
     axes: Any = figure.axes[0]

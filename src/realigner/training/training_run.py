@@ -348,7 +348,7 @@ def _settled_rate(
     earlier = run_dir.read_run(work).get("rate_search") if resume else None
     if recipe.learning_rate != "auto":
         found = earlier if earlier and earlier["rate"] == recipe.learning_rate else None
-        usual = f"the default for hosts {width} wide" if recipe.learning_rate == default else "as given"
+        usual = f"the default on a host of width {width}" if recipe.learning_rate == default else "as given"
         return recipe, found, "found by the search before" if found else usual
     if recipe.steps == 0:
         return recipe.model_copy(update={"learning_rate": default}), None, "nothing is trained"
