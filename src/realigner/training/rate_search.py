@@ -22,7 +22,7 @@ from realigner.training.recipe import Recipe
 from realigner.training.trainer import IRMTrainer, trainer_arguments
 from realigner.tuner import tuner_of
 
-_STEPS, _WARMUP = 10, 3  # of each short run; its rate stays at the peak, as it nearly does for a long while in a whole run
+_STEPS = 10  # of each short run; after the warm-up its rate stays at the peak, as it nearly does in a whole run for long
 _FACTOR = math.sqrt(10)  # between rates
 _MOST = 6  # short runs
 _ROWS = 64  # for validation
@@ -130,7 +130,7 @@ def _trainer(
     model: PeftModel, tokenizer: Any, prepared: Prepared, recipe: Recipe, rate: float, folder: Path, cpu: bool
 ) -> IRMTrainer:
     changes: dict[str, Any] = {"learning_rate": rate, "steps": _STEPS, "epochs": None, "schedule": "constant", "report_to": []}
-    short = recipe.model_copy(update={**changes, "warmup": min(recipe.warmup, _WARMUP)})
+    short = recipe.model_copy(update={**changes, "warmup": min(recipe.warmup, _STEPS // 2)})
     arguments = trainer_arguments(short, len(prepared.train), folder, cpu, resuming=True)
     arguments.save_strategy, arguments.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
     trainer = IRMTrainer(model, prepared, short, arguments, tokenizer=tokenizer)
