@@ -114,6 +114,9 @@ def test_patience_counts_from_the_start(tmp_path: Path, monkeypatch: pytest.Monk
 def test_runs_of_before_have_a_verdict() -> None:
     before = {"validation_loss": [4.0, 3.9, 3.5], "kept_step": 20, "recipe": {"learning_rate": 0.01}}
     assert verdict(before) == "validation loss 4.00 -> 3.50: better than untrained by 0.50 nats per token"
+    assert verdict({**before, "validation_loss": [4.0, 3.9988]}).endswith(
+        "4.00 -> 4.00: better than untrained by 0.001 nats per token"
+    )
     assert verdict({**before, "validation_loss": []}) == ""
 
 
@@ -153,7 +156,7 @@ def test_a_validation_loss_above_the_start_is_said_at_once() -> None:
     assert watch.note({"step": 5, "validation_loss": 4.0}) is None
     said = watch.note({"step": 9, "validation_loss": 4.01})
     assert said
-    assert "step 9: the validation loss is 4.01, and was 4.00 at the start" in said
+    assert "step 9: the validation loss is 4.010, and was 4.000 at the start" in said
     assert "learning_rate=0.1 or" in said
     assert watch.note({"step": 12, "validation_loss": 5.0}) is None
 

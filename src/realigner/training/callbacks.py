@@ -50,7 +50,7 @@ class StartWatch:
                 self._start = loss
                 self._limit = loss + 2 * entry.get("spread", math.nan) / math.sqrt(self.batch_size)
             elif not loss <= self._start and not math.isnan(self._start):
-                return self._once("validation", f"step {step}: the validation loss is {loss:.2f}, and was {self._start:.2f}")
+                return self._once("validation", f"step {step}: the validation loss is {loss:.3f}, and was {self._start:.3f}")
             return None
         if not self.by_steps:
             return None

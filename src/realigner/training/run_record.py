@@ -139,7 +139,8 @@ def verdict(record: dict[str, Any]) -> str:
         return ""
     start, end = losses[0], losses[-1] if kept is None else kept
     if end < start:
-        return f"validation loss {start:.2f} -> {end:.2f}: better than untrained by {start - end:.2f} nats per token"
+        gain = f"{start - end:.2f}" if start - end >= 0.005 else f"{start - end:.1g}"
+        return f"validation loss {start:.2f} -> {end:.2f}: better than untrained by {gain} nats per token"
     done = "the untrained IRM was kept" if record["kept_step"] == 0 else "the last weights were kept all the same (keep=last)"
     rate = record["recipe"]["learning_rate"]
     way = f"; lower it: {lower_rate(rate)}" if isinstance(rate, float) else ""
