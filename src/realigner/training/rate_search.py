@@ -129,7 +129,8 @@ def descend(loss_at: Callable[[float], float], first: float, start: float) -> tu
 def _trainer(
     model: PeftModel, tokenizer: Any, prepared: Prepared, recipe: Recipe, rate: float, folder: Path, cpu: bool
 ) -> IRMTrainer:
-    changes: dict[str, Any] = {"learning_rate": rate, "steps": _STEPS, "epochs": None, "schedule": "constant", "report_to": []}
+    changes: dict[str, Any] = {"learning_rate": rate, "steps": _STEPS, "epochs": None, "report_to": []}
+    changes |= {"schedule": "exponential", "decay": 1.0}  # constant after the warm-up; Trainer's "constant" has none
     short = recipe.model_copy(update={**changes, "warmup": min(recipe.warmup, _STEPS // 2)})
     arguments = trainer_arguments(short, len(prepared.train), folder, cpu, resuming=True)
     arguments.save_strategy, arguments.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
