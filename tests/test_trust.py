@@ -267,6 +267,16 @@ def test_a_search_that_is_broken_off_leaves_nothing(tmp_path: Path, monkeypatch:
     assert "rate_search" in run_tiny(tmp_path / "run", learning_rate="auto", resume=True, steps=4).record
 
 
+def test_rows_of_several_tones_are_searched_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer validation rows than the run has."""
+    for name, value in (("_STEPS", 2), ("_MOST", 2), ("_ROWS", 3)):
+        monkeypatch.setattr(f"realigner.training.rate_search.{name}", value)
+    rows = [row.model_copy(update={"tone": "anger" if int(row.id) % 3 else "neutral"}) for row in some_rows(48)]
+    host, tokenizer = tiny_pair()
+    run = train(host, tokenizer, rows, tmp_path / "run", QUICK.changed(steps=2, tone="all", learning_rate="auto"), quiet=True)
+    assert run.record["rate_search"]["start"] != run.record["validation_loss"][0]
+
+
 def test_auto_where_nothing_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_tiny(tmp_path / "run", learning_rate="auto", steps=0)
     assert run.record["recipe"]["learning_rate"] == make_recipe().rate(32)

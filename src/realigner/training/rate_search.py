@@ -73,7 +73,7 @@ def find_rate(model: PeftModel, tokenizer: Any, prepared: Prepared, recipe: Reci
     network = tuner_of(model).registry.network("default")
     untrained = {name: value.detach().to("cpu", copy=True) for name, value in network.state_dict().items()}
     every = math.ceil(len(prepared.validation) / _ROWS)
-    rows = replace(prepared, validation=prepared.validation[::every])
+    rows = replace(prepared, validation=prepared.validation[::every], validation_tones=())
     cpu = next(network.parameters()).device.type == "cpu"
     with TemporaryDirectory() as folder, progress("learning rate", _MOST * _STEPS, quiet) as task:
 
