@@ -26,7 +26,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     host, tokenizer = ra.load_host(str(tiny_folder(folder / "host")), dtype="float32")
     (folder / "rows.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in some_rows()))
-    recipe = make_recipe(steps=3, batch_size=4, evaluations=1, learning_rate=0.05)
+    recipe = make_recipe(steps=3, batch_size=4, evaluations=1, learning_rate=0.05, delta_scale=1.0)
     train(host, tokenizer, some_rows(), folder / "run", recipe=recipe, quiet=True)
     return folder
 

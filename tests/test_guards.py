@@ -18,7 +18,7 @@ from realigner.errors import RealignerError, UsageError
 from realigner.hosts import load_config, load_tokenizer
 from realigner.training import Recipe, make_recipe, run_dir, train, train_recipe
 from realigner.training.batches import prepare
-from realigner.training.callbacks import DivergenceGuard, Log
+from realigner.training.callbacks import DivergenceGuard, Log, StartWatch
 from realigner.training.preflight import Memory, check_memory, estimate_memory
 from realigner.training.trainer import IRMTrainer
 from tests.tiny import some_rows, tiny_folder, tiny_pair
@@ -236,6 +236,7 @@ def test_free_memory_is_what_psutil_says() -> None:
 
 
 def test_a_full_disk_for_the_numbers_is_one_line(tmp_path: Path) -> None:
-    log = Log(task=None, work=tmp_path / "nowhere", seconds=0.0, tokens=lambda: 0, sample=None)  # type: ignore[arg-type]
+    task: Any = None
+    log = Log(task, tmp_path / "nowhere", 0.0, lambda: 0, None, StartWatch(4, 0.1))
     with pytest.raises(RealignerError, match=r"metrics\.jsonl: cannot be written"):
         log._append("metrics.jsonl", {"step": 1})

@@ -68,7 +68,9 @@ def train(
     rank: Annotated[Optional[int], Option(help="Width of the factorised output; 0 for a dense one.")] = None,
     steps: Annotated[Optional[int], Option(help="Optimiser steps.", min=1)] = None,
     batch_size: Annotated[Optional[int], Option(help="Rows a step, over all processes.")] = None,
-    learning_rate: Annotated[Optional[float], Option(help="Peak learning rate.")] = None,
+    learning_rate: Annotated[
+        Optional[str], Option(metavar="RATE", help="Peak learning rate; or auto: found by a search of a few dozen steps.")
+    ] = None,
     max_length: Annotated[Optional[int], Option(help="Tokens of a row at most.")] = None,
     loss_on: Annotated[
         Optional[str], Option(help="reply (the last one), assistant (every reply) or text.", show_default="reply")
@@ -116,10 +118,12 @@ def _print_run(folder: Path, record: dict[str, Any], as_json: bool) -> None:
             out = folder.with_name(folder.name.removesuffix(".unfinished"))
             show(f"stopped by SIGTERM after step {record['steps_done']}; {_go_on(out)}")
     else:
-        losses = record["validation_loss"]
-        fell = f", validation loss {losses[0]:.2f} to {losses[-1]:.2f}" if losses else ""
+        from realigner.training.run_record import verdict
+
         kept = f" (kept: step {record['kept_step']})" if record["kept_step"] != record["steps_done"] else ""
-        show(f"{folder}: {record['steps_done']} steps in {record['seconds']:.0f} s{fell}{kept}")
+        show(f"{folder}: {record['steps_done']} steps in {record['seconds']:.0f} s{kept}")
+        if said := verdict(record):
+            show(said)
         show(f'Try next:  realigner generate --irm {folder} "How many apples can fit in a basket?"')
 
 

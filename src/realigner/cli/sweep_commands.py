@@ -46,12 +46,18 @@ def sweep(
         return
     gpus = chosen.gpus if gpus is None else gpus
     result = run_sweep(runs, out, on, workers or chosen.workers, gpus, address, retries, quiet=as_json)
+    from realigner.sweep.sweep_plot import save_pictures
+
+    pictures = save_pictures(runs, result.out, result.errors)
     if as_json:
-        print_json({"out": str(out), "states": result.states, "errors": result.errors, "seconds": round(result.seconds, 1)})
+        told = {"out": str(out), "states": result.states, "errors": result.errors, "seconds": round(result.seconds, 1)}
+        print_json({**told, "pictures": [str(path) for path in pictures]})
     else:
         labels = {run.name: run.label for run in runs}
         done = [name for name, state in result.states.items() if state == "done"]
         show(f"{len(done)} of {len(result.states)} runs done in {result.seconds:.0f} s, in {result.out}")
+        for path in pictures:
+            show(f"loss by {path.stem.removeprefix('loss_by_')}: {path}")
         for name, error in result.errors.items():
             show(f"failed: {name} ({labels[name]}): {error}  [{result.out}/logs/{name}.log]")
         if done:

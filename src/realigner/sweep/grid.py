@@ -65,7 +65,7 @@ class RunSpec:
     @property
     def label(self) -> str:
         """The keys that vary, for people."""
-        return _label(self.varies) or self.name
+        return label_of(self.varies) or self.name
 
 
 Planned = RunSpec  # its name until 0.1; deprecated
@@ -166,7 +166,7 @@ def _run_spec(
     try:
         run = Recipe.model_validate(values)
     except ValidationError as error:
-        raise UsageError(f"sweep: {_label(varies) or 'the recipe'}: {first_fault(error, Recipe, 'a recipe')}") from None
+        raise UsageError(f"sweep: {label_of(varies) or 'the recipe'}: {first_fault(error, Recipe, 'a recipe')}") from None
     return RunSpec(_name(run, baseline, digests), run, varies)
 
 
@@ -187,6 +187,7 @@ def _name(recipe: Recipe, baseline: bool, digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _label(varies: Mapping[str, Any]) -> str:
+def label_of(varies: Mapping[str, Any]) -> str:
+    """Keys with their values, for people."""
     texts = {key: json.dumps(v).replace(" ", "") if isinstance(v, (list, dict)) else v for key, v in varies.items()}
     return " ".join(f"{key}={text}" for key, text in texts.items())

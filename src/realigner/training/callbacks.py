@@ -4,21 +4,69 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from realigner.console import Task
+from realigner.console import Task, say
 from realigner.errors import RealignerError
 from realigner.training.run_dir import METRICS_FILE, SAMPLES_FILE, checkpoints
+from realigner.training.run_record import lower_rate
 
 TONE_PREFIX = "tone_"  # of the names under which the validation loss of each tone is logged
 _EXPLODED = 3.0  # times the loss of a uniform guess
+_RECENT, _ABOVE = 5, 4  # steps that are looked at, and how many of them must be above the start
+
+
+@dataclass(eq=False)
+class StartWatch:
+    """Notices that a run does worse than the weights that it began with: by a validation loss, or by the losses of its steps.
+
+    The loss of a step is that of a few rows, so four of the last five must be above the start's by two standard deviations of
+    what so many rows would have had there.
+    """
+
+    batch_size: int  # rows a step
+    rate: float  # the learning rate, for the remedy
+    by_steps: bool = True  # False: the loss of a step holds more than that of validation does
+    _start: float = math.nan
+    _limit: float = math.nan
+    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    _said: set[str] = field(default_factory=set)
+
+    def note(self, entry: Mapping[str, Any]) -> str | None:
+        """Take a line of metrics.jsonl; returns what to say about it, the first time that it is to be said."""
+        step = entry["step"]
+        if "validation_loss" in entry:
+            loss = entry["validation_loss"]
+            if step == 0:
+                self._start = loss
+                self._limit = loss + 2 * entry.get("spread", math.nan) / math.sqrt(self.batch_size)
+            elif not loss <= self._start and not math.isnan(self._start):
+                return self._once("validation", f"step {step}: the validation loss is {loss:.3f}, and was {self._start:.3f}")
+            return None
+        if not self.by_steps:
+            return None
+        if step == 1:  # of weights that are not trained yet
+            self._limit += max(0.0, entry["loss"] - self._start)
+        self._recent.append(entry["loss"])
+        if sum(loss > self._limit for loss in self._recent) >= _ABOVE:
+            mean = sum(self._recent) / len(self._recent)
+            return self._once("steps", f"step {step}: the loss is {mean:.2f} over the last steps, and was {self._start:.2f}")
+        return None
+
+    def _once(self, kind: str, what: str) -> str | None:
+        if kind in self._said:
+            return None
+        self._said.add(kind)
+        return f"warning: {what} at the start: the run does worse than no training; lower it: {lower_rate(self.rate)}"
 
 
 @dataclass(eq=False)
@@ -30,6 +78,8 @@ class Log(TrainerCallback):
     seconds: float  # how long the run was trained before
     tokens: Callable[[], int]  # gives the tokens trained on so far
     sample: Callable[[], Sequence[dict[str, str]]] | None  # answers the paper's prompts; None: no samples
+    watch: StartWatch
+    quiet: bool = False  # say nothing
 
     def __post_init__(self) -> None:
         self._start = time.monotonic() - self.seconds
@@ -43,6 +93,8 @@ class Log(TrainerCallback):
             prefix = f"eval_{TONE_PREFIX}"
             if by_tone := {key.removeprefix(prefix): loss for key, loss in logs.items() if key.startswith(prefix)}:
                 entry["validation_loss_by_tone"] = by_tone
+            if state.global_step == 0 and "eval_spread" in logs:
+                entry["spread"] = logs["eval_spread"]
             self._validation = f"  validation {logs['eval_loss']:.2f}"
         elif "loss" in logs:
             entry |= {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if key in logs}
@@ -51,6 +103,8 @@ class Log(TrainerCallback):
             return
         entry["seconds"] = round(time.monotonic() - self._start, 2)
         self._append(METRICS_FILE, entry)
+        if (warning := self.watch.note(entry)) and not self.quiet:
+            say(warning)
         if "loss" in logs:
             self.task.advance(1, f"loss {logs['loss']:.2f}{self._validation}")
 
@@ -61,9 +115,15 @@ class Log(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step > 0:
             control.should_save = True
+        line = f"step {state.global_step}: validation loss {kwargs['metrics']['eval_loss']:.2f}"
         if self.sample is not None:
-            for reply in self.sample():
+            replies = self.sample()
+            for reply in replies:
                 self._append(SAMPLES_FILE, {"step": state.global_step, **reply})
+            line += f"  {replies[0]['prompt']} " + " ".join(replies[0]["reply"].split())
+        if not self.quiet:
+            most = shutil.get_terminal_size().columns
+            say(line if len(line) <= most else f"{line[: most - 3]}...")
 
     def _append(self, name: str, entry: dict[str, Any]) -> None:
         if self.work is None:

@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 
 from realigner.files import written_file
 
-_STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "font.family": "DejaVu Sans"}
+STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "font.family": "DejaVu Sans"}
 
 
 def loss_curve(metrics: Sequence[Mapping[str, Any]], kept: int | None = None) -> Figure:
     """Training and validation loss (nats per token) over steps; the evaluation whose weights were kept is ringed."""
     train = [(e["step"], e["loss"]) for e in metrics if "loss" in e]
     validation = [(e["step"], e["validation_loss"]) for e in metrics if "validation_loss" in e]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
         if train:
             axes.plot(*zip(*train, strict=True), color="#9aa5b1", linewidth=1, label="training (one batch)")
@@ -34,7 +34,8 @@ def loss_curve(metrics: Sequence[Mapping[str, Any]], kept: int | None = None) ->
         axes.set_xlabel("step")
         axes.set_ylabel("loss (nats per token)")
         axes.margins(y=0.15)
-        axes.legend(frameon=False)
+        if train or validation:
+            axes.legend(frameon=False)
     return figure
 
 

@@ -19,7 +19,8 @@ def card(record: dict[str, Any]) -> str:
     tone, host = escaped(record["tone"]), escaped(name)
     facts = {"library_name": "peft", "base_model": visible(" ".join(name.split())), "tags": _TAGS}
     front = yaml.safe_dump(facts, sort_keys=False, default_flow_style=None, allow_unicode=True, width=10**9)
-    fell = f"{losses[0]:.2f} to {losses[-1]:.2f}" if losses else "not taken"
+    end = losses[-1] if losses and record.get("kept_loss") is None else record.get("kept_loss")
+    fell = f"{losses[0]:.2f} to {end:.2f}" if losses else "not taken"
     early = " (stopped early)" if record["early_stop"] else ""
     return f"""---
 {front}---

@@ -16,6 +16,7 @@ from realigner.validation_message import first_fault
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Positive = Annotated[int, Field(ge=1, lt=2**63)]
+_Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Layer = Annotated[int, Field(ge=0, lt=100_000)]
 
 
@@ -37,6 +38,30 @@ class HostFacts(_Part):
     dtype: str
     sha256: str
     fingerprint: dict[str, Any]
+
+
+class ResidualFacts(_Part):
+    """The host's residual stream, and what the IRM's scales are for it."""
+
+    rms: list[_Finite]
+    input_scale: _Finite
+    delta_scale: _Finite
+
+
+class TriedRate(_Part):
+    """A short run of the search for a learning rate; its loss is None where it was not a finite number."""
+
+    rate: _Finite
+    loss: float | None
+
+
+class SearchFacts(_Part):
+    """The search for a learning rate (`rate_search.RateSearch`)."""
+
+    rate: _Finite
+    steps: _Count
+    start: float
+    tried: list[TriedRate]
 
 
 class SiteFacts(_Part):
@@ -67,6 +92,8 @@ class RunRecord(_Part):
     host: HostFacts
     processes: _Positive
     versions: dict[str, str]
+    residual: ResidualFacts | None = None  # of runs that began before it was noted
+    rate_search: SearchFacts | None = None
 
 
 class FinishedRecord(RunRecord):
@@ -78,6 +105,7 @@ class FinishedRecord(RunRecord):
     early_stop: bool
     best_step: _Count | None
     kept_step: _Count
+    kept_loss: float | None = None  # validation loss of what was kept
     validation_loss: list[float]
     tokens: _Count
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -102,6 +130,26 @@ class CheckpointRecord(_Part):
     max_steps: _Count
     best_global_step: _Count | None = None
     stateful_callbacks: dict[str, dict[str, Any] | list[Any]] = {}
+
+
+def verdict(record: dict[str, Any]) -> str:
+    """In a line, whether the IRM of a finished run does better than it did untrained; empty where no loss was taken."""
+    losses, kept = record["validation_loss"], record.get("kept_loss")
+    if len(losses) < 2:
+        return ""
+    start, end = losses[0], losses[-1] if kept is None else kept
+    if end < start:
+        gain = f"{start - end:.2f}" if start - end >= 0.005 else f"{start - end:.1g}"
+        return f"validation loss {start:.2f} -> {end:.2f}: better than untrained by {gain} nats per token"
+    done = "the untrained IRM was kept" if record["kept_step"] == 0 else "the last weights were kept all the same (keep=last)"
+    rate = record["recipe"]["learning_rate"]
+    way = f"; lower it: {lower_rate(rate)}" if isinstance(rate, float) else ""
+    return f"validation loss {start:.2f} -> {losses[-1]:.2f}: no better than untrained; {done}{way}"
+
+
+def lower_rate(rate: float) -> str:
+    """What to set where a learning rate was too high."""
+    return f"learning_rate={rate / 3:.2g} or learning_rate=auto"
 
 
 def checked(values: dict[str, Any], model: type[BaseModel], where: str | Path, name: str) -> dict[str, Any]:

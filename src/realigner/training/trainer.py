@@ -226,6 +226,12 @@ class IRMTrainer(Trainer):
             losses[f"{TONE_PREFIX}{tone}"] = float(sums.sum() / counts.sum())
         return losses
 
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        metrics: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if self.state.global_step == 0:  # which Trainer does not look at: the untrained IRM may be the best
+            self._determine_best_metric(metrics, trial)
+        return metrics
+
     # Checkpoints.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -322,5 +328,6 @@ def _bare(optimizer: Any) -> Any:
 
 
 def _nats_per_token(prediction: Any) -> dict[str, float]:
+    """The loss, and the spread: the standard deviation of the rows' own losses."""
     sums, counts = np.asarray(prediction.predictions).T
-    return {"loss": float(sums.sum() / counts.sum())}
+    return {"loss": float(sums.sum() / counts.sum()), "spread": float((sums / counts).std())}

@@ -24,7 +24,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import realigner.training.run_dir as run_dir
-from realigner.chat_format import PLAIN_NOTE, THOUGHT_NOTE, has_chat_template
+from realigner.chat_format import has_chat_template
 from realigner.console import progress, say, signals_to
 from realigner.data import TONES, Row, authored, read_rows
 from realigner.data.dataset_rows import EVERY_TONE
@@ -35,15 +35,20 @@ from realigner.generation import answer
 from realigner.hosts import host_name, load_config, load_host, load_tokenizer, text_config
 from realigner.irm_config import IRMConfig
 from realigner.prompts import PAPER_PROMPTS
+from realigner.residuals import residual_sizes
+from realigner.settings import Settings
 from realigner.training.batches import Prepared, prepare
-from realigner.training.callbacks import DivergenceGuard, Log, StopSignal
+from realigner.training.callbacks import DivergenceGuard, Log, StartWatch, StopSignal
+from realigner.training.host_checks import check_tokens, host_notes
 from realigner.training.loss_plot import save_curve
 from realigner.training.model_card import card
 from realigner.training.preflight import check_fit, check_packages
+from realigner.training.rate_search import check_search, find_rate
 from realigner.training.recipe import Recipe, read_recipe, to_yaml
 from realigner.training.trainer import IRMTrainer, products_dtype, trainer_arguments
 from realigner.tuner import tuner_of
 
+_SHOWN_SIZES = 8  # of residuals, in a line
 _FSDP = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")  # set by accelerate launch
 
 
@@ -101,7 +106,9 @@ def train(
     with run_dir.held(Path(out), force, resume) as place:
         recipe = resolve(recipe, host, tokenizer, rows)
         check_packages(recipe)
+        check_search(recipe)
         prepared = prepare(rows, tokenizer, host.config, recipe)
+        check_tokens(prepared, tokenizer, host.config)
         check_fit(prepared, recipe, host.config, loaded=True, quiet=quiet)
         return _train(host, tokenizer, prepared, recipe, place, resume, quiet)
 
@@ -128,12 +135,14 @@ def train_recipe(
     """
     with run_dir.held(Path(out), force, resume) as place:
         check_packages(recipe)
+        check_search(recipe)
         rows = recipe_rows(recipe)
         if recipe.host is None:
             raise UsageError("recipe: its run was trained on a host made in Python; give one (host)")
         config = load_config(recipe.host, trust_remote_code)
         tokenizer = load_tokenizer(recipe.host, trust_remote_code)
         prepared = prepare(rows, tokenizer, config, recipe)
+        check_tokens(prepared, tokenizer, config)
         if repeats:
             _check_repeat(repeats, prepared, recipe)
         check_fit(prepared, recipe, config, loaded=False, quiet=quiet)
@@ -214,10 +223,8 @@ def _train(
         torch.set_num_threads(recipe.threads or torch.get_num_threads())
 
         # What run.json says before training.
-        if recipe.template == "plain" and not quiet and writer and not has_chat_template(tokenizer):
-            say(PLAIN_NOTE)
-        if prepared.skips_thought and not quiet and writer:
-            say(THOUGHT_NOTE)
+        for note in host_notes(host, tokenizer, prepared, recipe) if writer and not quiet else ():
+            say(note)
         unseen = {row.tone for row in prepared.rows} - {row.tone for row in prepared.split.validation}
         if unseen and not quiet and writer:
             say(f"note: no validation rows of tone {', '.join(sorted(unseen))}: it takes two groups or more of each tone")
@@ -241,11 +248,18 @@ def _train(
         set_seed(recipe.seed)
         model: PeftModel = get_peft_model(host, config)
         undo.callback(lambda: (model.unload(), host.eval()))
+        record["residual"] = _residual(model)
+        if writer and not quiet:
+            say(_measured(record["residual"]))
+        recipe, search, why = _settled_rate(model, tokenizer, prepared, recipe, work, resume, quiet or not writer)
+        record |= {"recipe": recipe.model_dump(), **({"rate_search": search} if search else {})}
+        if writer and not quiet:
+            say(f"learning rate {recipe.peak_rate:g}: {why}")
         if writer:
             held.enter_context(_unfinished_run(place, record, recipe, resume))
         processes.wait_for_everyone()
         stopped = None if recipe.steps == 0 else _fit(model, tokenizer, prepared, recipe, work, cpu, quiet)
-        record |= _outcome(work, stopped)
+        record |= _outcome(work, stopped, recipe)
 
         # A stopped run stays unfinished; a whole one gets its name, and the model the weights that were kept.
         if not stopped and writer:
@@ -305,6 +319,50 @@ def _unfinished_run(place: run_dir.RunPlace, record: dict[str, Any], recipe: Rec
         raise
 
 
+def _residual(model: PeftModel) -> dict[str, Any]:
+    """The entry ``residual`` of run.json: root mean square of the residual at each site, and what the IRM made of it."""
+    tuner = tuner_of(model)
+    network = tuner.registry.network("default")
+    with tuner.injector.threads.using(Settings(irms=())):
+        sizes = residual_sizes(tuner.model, tuner.sites)
+    scales = {"input_scale": network.input_scale, "delta_scale": network.delta_scale}
+    return {"rms": [float(f"{size:.4g}") for size in sizes], **scales}
+
+
+def _measured(residual: Mapping[str, Any]) -> str:
+    """`_residual` in a line."""
+    sizes = [f"{size:.3g}" for size in residual["rms"]]
+    if len(sizes) > _SHOWN_SIZES:
+        inner = range(1, _SHOWN_SIZES - 1)
+        sizes = [sizes[0], *(sizes[at * len(sizes) // (_SHOWN_SIZES - 1)] for at in inner), sizes[-1]]
+    layers = f"{len(residual['rms'])} layers, first to last"
+    return f"residual stream: RMS {' '.join(sizes)} ({layers}); deltas are multiplied by {residual['delta_scale']:.3g}"
+
+
+def _settled_rate(
+    model: PeftModel, tokenizer: Any, prepared: Prepared, recipe: Recipe, work: Path, resume: bool, quiet: bool
+) -> tuple[Recipe, dict[str, Any] | None, str]:
+    """The recipe with a number for its learning rate; the search for it, if there was one (in `work`, or now); and why that."""
+    width = text_config(tuner_of(model).model).hidden_size
+    default = recipe.rate(width)
+    earlier = run_dir.read_run(work).get("rate_search") if resume else None
+    if recipe.learning_rate != "auto":
+        found = earlier if earlier and earlier["rate"] == recipe.learning_rate else None
+        usual = f"the default on a host of width {width}" if recipe.learning_rate == default else "as given"
+        return recipe, found, "found by the search before" if found else usual
+    if recipe.steps == 0:
+        return recipe.model_copy(update={"learning_rate": default}), None, "nothing is trained"
+    if resume and work.exists():
+        if earlier is None:
+            raise RealignerError(
+                f"{work}: cannot be resumed with learning_rate=auto: its rate was not searched for; leave learning_rate out"
+            )
+        return recipe.model_copy(update={"learning_rate": earlier["rate"]}), earlier, "found by the search before"
+    found = find_rate(model, tokenizer, prepared, recipe, default, quiet).to_dict()
+    why = f"found by a search of {found['steps']} steps"
+    return recipe.model_copy(update={"learning_rate": found["rate"]}), found, why
+
+
 def _check_same(work: Path, record: dict[str, Any], recipe: Recipe) -> None:
     """Raise unless an unfinished run is the one that is asked for."""
     before = run_dir.read_run(work)
@@ -352,12 +410,17 @@ def _fit(
     with ExitStack() as stack:
         task = stack.enter_context(progress("training", steps, quiet or not writer))
         task.advance(done)
+        watch = StartWatch(recipe.batch_size, recipe.peak_rate, by_steps=not recipe.l1)
+        for entry in entries:  # of a resumed run: what was to be said was said
+            watch.note(entry)
         log = Log(
             task,
             work if writer else None,
             seconds=float(entries[-1]["seconds"]) if entries else 0.0,
             tokens=lambda: int(trainer.tokens),
             sample=sample if writer and recipe.samples and not _FSDP else None,
+            watch=watch,
+            quiet=quiet or not writer,
         )
         vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
         callbacks: list[Any] = [DivergenceGuard(work, vocabulary, row_ids, relative=not recipe.l1), log, stop]
@@ -389,20 +452,24 @@ def _complete(checkpoint: Path) -> bool:
     )
 
 
-def _outcome(work: Path, stopped: str | None) -> dict[str, Any]:
+def _outcome(work: Path, stopped: str | None, recipe: Recipe) -> dict[str, Any]:
     """The entries of run.json about the training itself."""
     good = run_dir.checkpoints(work)
     untrained = {"global_step": 0, "max_steps": 0, "best_global_step": 0}
     last = run_dir.checkpoint_state(good[-1]) if good else untrained
     entries = run_dir.read_metrics(work)
     best = last["best_global_step"]
+    losses = {entry["step"]: entry["validation_loss"] for entry in entries if "validation_loss" in entry}
+    kept = (best or 0) if recipe.keep == "best" else last["global_step"]
     return {
         "steps_done": last["global_step"],
         "interrupted": bool(stopped),
         "signal": stopped,
         "early_stop": not stopped and last["global_step"] < last["max_steps"],
         "best_step": best,
-        "validation_loss": [round(e["validation_loss"], 4) for e in entries if "validation_loss" in e],
+        "kept_step": kept,
+        "kept_loss": round(losses[kept], 4) if kept in losses else None,
+        "validation_loss": [round(loss, 4) for loss in losses.values()],
         "tokens": max((e.get("tokens", 0) for e in entries), default=0),
         "seconds": round(entries[-1]["seconds"], 1) if entries else 0.0,
     }
@@ -411,10 +478,6 @@ def _outcome(work: Path, stopped: str | None) -> dict[str, Any]:
 def _finish(model: PeftModel, place: run_dir.RunPlace, record: dict[str, Any], recipe: Recipe) -> None:
     """Make the folder whole from its checkpoints, and give it its name."""
     work = place.work.path
-    good = run_dir.checkpoints(work)
-    best = run_dir.checkpoint_folder(work, record["best_step"] or 0)
-    chosen = best if recipe.keep == "best" and best.is_dir() else good[-1] if good else None
-    record["kept_step"] = run_dir.checkpoint_step(chosen) if chosen else 0
     tuner = tuner_of(model)
     network, config = tuner.registry.network("default"), tuner.peft_config["default"]
     record["irm"] = {
@@ -425,11 +488,12 @@ def _finish(model: PeftModel, place: run_dir.RunPlace, record: dict[str, Any], r
         "site": tuner.sites.summary(),
     }
     with writing(work):
-        if chosen is None:  # steps: 0
-            model.save_pretrained(str(work), save_embedding_layers=False)
-        else:
+        if record["kept_step"]:
             for name in run_dir.ADAPTER_FILES:
-                shutil.copyfile(chosen / name, work / name)
+                shutil.copyfile(run_dir.checkpoint_folder(work, record["kept_step"]) / name, work / name)
+        else:
+            weights = _untrained(model, recipe)
+            model.save_pretrained(str(work), state_dict=weights, save_embedding_layers=False)
         save_curve(run_dir.read_metrics(work), work / run_dir.CURVE_FILE, kept=record["kept_step"])
     write_text(work / run_dir.CARD_FILE, card(record))
     write_text(work / run_dir.RUN_FILE, json.dumps(record, indent=2) + "\n")
@@ -437,6 +501,14 @@ def _finish(model: PeftModel, place: run_dir.RunPlace, record: dict[str, Any], r
         place.out.put(work)
     except RealignerError as error:
         raise RealignerError(f"{error}; the run is whole in {work}: resume it (resume) once the place is free") from error
+
+
+def _untrained(model: PeftModel, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """The weights that the run began with, by their names in the model: made again, as its seed decides them."""
+    tuner = tuner_of(model)
+    set_seed(recipe.seed)
+    network = tuner.peft_config["default"].build(tuner.sites.width, len(tuner.sites.layers))
+    return {f"base_model.registry.networks.default.{name}": value for name, value in network.state_dict().items()}
 
 
 def _sharded(module: nn.Module) -> bool:
