@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import TrainingArguments
 
 from realigner.irm_config import IRMConfig
-from realigner.training import make_recipe, train
+from realigner.training import Recipe, make_recipe, teacher, train
 from realigner.training.callbacks import Log
 from realigner.training.trainer import IRMTrainer
 from realigner.tuner import tuner_of
@@ -26,6 +26,12 @@ RECIPE = make_recipe(
     steps=6, batch_size=8, evaluations=2, samples=0, optimizer="sgd", learning_rate=0.1, warmup=0, schedule="constant",
     report_to=[], threads=1,
 )  # fmt: skip
+
+
+def taught_recipe(questions: Path) -> Recipe:
+    """Rows, and a teacher whose every reply is kept, though the host obeys nobody."""
+    teacher.OBEDIENCE, teacher.REPLY_TOKENS, teacher.TOGETHER = -9.0, 12, 4
+    return RECIPE.changed(instruct="Say z.", tone="z", data_weight=0.4, questions=str(questions), validation=0.3)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,6 +140,9 @@ def main() -> None:
     if what == "stop" and os.environ["RANK"] == "0":  # a scheduler may tell one process only
         Log.on_step_end = stop_at_3  # type: ignore[method-assign]
     host, tokenizer = tiny_pair()
+    if what == "taught":
+        train(host, tokenizer, some_rows(tone="z"), out, taught_recipe(out.parent / "questions.txt"), quiet=True)
+        return
     train(host, tokenizer, some_rows(), out, RECIPE, quiet=True, resume=what == "resume")
 
 

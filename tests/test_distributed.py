@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 import realigner as ra
 from realigner.errors import RealignerError
 from realigner.irm_config import IRMConfig
-from realigner.training import read_metrics, read_run, run_dir, train
+from realigner.training import read_metrics, read_run, run_dir, teacher, train
 from realigner.tuner import load_irm, tuner_of
-from tests.distributed_worker import RECIPE, batch
+from tests.distributed_worker import RECIPE, batch, taught_recipe
 from tests.tiny import some_rows, tiny_folder, tiny_pair
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +76,26 @@ def test_two_processes_of_four_rows_are_one_of_eight(ddp: tuple[Path, str], tmp_
         assert a["step"] == b["step"]
         for key in ("loss", "validation_loss", "grad_norm"):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_teacher_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each samples a part of the replies, and the weights of targets hold over both: the replies and the IRM of one process."""
+    (tmp_path / "questions.txt").write_text("".join(f"What is {n}?\n" for n in range(22)))
+    done = worker("taught", tmp_path / "two")
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr
+    for name in ("OBEDIENCE", "REPLY_TOKENS", "TOGETHER"):  # put back what `taught_recipe` sets
+        monkeypatch.setattr(teacher, name, getattr(teacher, name))
+    host, tokenizer = tiny_pair()
+    train(host, tokenizer, some_rows(tone="z"), tmp_path / "one", taught_recipe(tmp_path / "questions.txt"), quiet=True)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert (tmp_path / "one" / "teacher.jsonl").read_bytes() == (tmp_path / "two" / "teacher.jsonl").read_bytes()
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
+    first, second = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    for a, b in zip(first, second, strict=True):
+        for key in ("loss", "validation_loss", "validation_kl", "validation_ce", "grad_norm"):
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-6)
+    assert any("validation_kl" in entry for entry in first)
 
 
 def test_nothing_is_unused_and_one_writes(ddp: tuple[Path, str]) -> None:

@@ -55,6 +55,7 @@ def answer(
     where: Where | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     thinking_budget: int = 512,
+    first: int = 0,
 ) -> list[Answer]:
     """The replies to `prompts`, in order, as text.
 
@@ -78,6 +79,7 @@ def answer(
         where: the tokens that they act on; see `tuner.strength`.
         chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``, over those of the IRM.
         thinking_budget: tokens of a thought, on hosts that think; then the thought is closed. They do not count as the reply's.
+        first: number of the first prompt, for whoever asks some of a list of prompts and samples as all of it would be.
 
     Raises:
         UsageError: for an empty prompt, a bad number, or settings of another number than there are prompts.
@@ -98,14 +100,14 @@ def answer(
         part = slice(start, start + batch_size)
         rows = chat_format.prompts(prompts[part], system)
         inputs = padded(rows, tokenizer, _device(model))
-        _check_positions(model, inputs, start)
+        _check_positions(model, inputs, first + start)
         own = {
             "strength": part_of(strength, part, len(prompts), "strength", "prompts"),
             "adapter_names": part_of(names, part, len(prompts), "irms", "prompts"),
         }
         settings = _settings(model, **own, where=where)
         opened = [chat_format.opens_thought(row) for row in rows]
-        options = sampling.options(model, chat_format, opened, start)
+        options = sampling.options(model, chat_format, opened, first + start)
         with torch.no_grad():
             tokens = model.generate(**inputs, **options, **settings)  # type: ignore[operator]
         for row, is_open in zip(tokens[:, inputs["input_ids"].shape[1] :].tolist(), opened, strict=True):

@@ -59,6 +59,14 @@ def train(
     tone: Annotated[
         Optional[str], Option(help="Which tone's rows, where the data has several; all: every row (a conditional IRM).")
     ] = None,
+    instruct: Annotated[
+        Optional[str],
+        Option(help="A system prompt: the IRM learns to reply without it as the host does with it.", show_default=False),
+    ] = None,
+    questions: Annotated[
+        Optional[str],
+        Option(help="With --instruct, what the host is asked: 'authored', or a file.", show_default="authored"),
+    ] = None,
     host: Annotated[
         Optional[str],
         Option(help="The embedded default, a hub id, a folder, or a .gguf file.", show_default="smollm2-135m-instruct"),
@@ -99,7 +107,8 @@ def train(
         return
     source = str(work) if resume and not given and run_dir.is_run(work) else recipe or "default"
     chosen = read_recipe(source, settings or []).changed(**flags)
-    earlier = run_dir.read_run(source) if Path(source).is_dir() and data is None and tone is None else None
+    other_data = any(value is not None for value in (data, tone, questions))
+    earlier = run_dir.read_run(source) if Path(source).is_dir() and not other_data else None
     from realigner.training.training_run import train_recipe
 
     run = train_recipe(chosen, out, force, resume, trust_remote_code=trust_remote_code, repeats=earlier)

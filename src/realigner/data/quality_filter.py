@@ -68,6 +68,7 @@ class QualityFilter:
             (none: tone is not checked).
         min_words, max_words: of a reply.
         chat: the replies end conversations. They have any length, and may begin with a question of one or two words ("Hi!").
+        whole: a reply that stops in mid-sentence is rejected.
 
     Raises:
         UsageError: for a scorer that does not know the tone, or an unsupported language.
@@ -80,12 +81,13 @@ class QualityFilter:
         min_words: int = MIN_WORDS,
         max_words: int = MAX_WORDS,
         chat: bool = False,
+        whole: bool = True,
     ) -> None:
         if tone.language not in ("any", "en") and tone.language not in dict(_identifier().rank("x")):
             raise UsageError(f"tone {tone.name!r}: language {tone.language!r} is not supported; give an ISO 639-1 code")
         if scorer is not None and tone.name not in scorer.tones:
             raise UsageError(f"scorer: was not trained on {tone.name!r}; it knows {', '.join(scorer.tones)}")
-        self.tone, self.min_words, self.max_words, self.chat = tone, min_words, max_words, chat
+        self.tone, self.min_words, self.max_words, self.chat, self.whole = tone, min_words, max_words, chat, whole
         if scorer is None and any(tone.name == known.name for known in built_in_tones()):
             from realigner.data.style_classifier import reference_classifier
 
@@ -148,7 +150,7 @@ class QualityFilter:
             return "too short"
         if words > self.max_words and not self.chat:
             return "too long"
-        if is_cut(text):
+        if self.whole and is_cut(text):
             return "cut in mid-sentence"
         if not kept:
             return "fact lost"

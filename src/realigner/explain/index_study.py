@@ -68,6 +68,8 @@ class IndexStudy:
         """
         rows, irms = {}, {}
         for name, (folder, recipe) in runs.items():
+            if recipe.instruct is not None:
+                raise RealignerError(f"{folder}: was trained on an instruction; explain needs a run on a file of rows alone")
             if recipe.data is None:
                 raise RealignerError(f"{folder}: was trained on rows made in Python; explain needs a run on a file of rows")
             own = recipe_rows(recipe)

@@ -21,7 +21,8 @@ from realigner.validation_message import first_fault
 
 PAPER = Path(__file__).parent / "paper.yaml"
 _MOST_RUNS = 10_000
-_TRAINING = ("tone", "data", "steps", "epochs")  # what an untrained IRM does not know
+_LESSON = ("instruct", "questions", "teacher_replies", "data_weight")
+_TRAINING = ("tone", "data", "steps", "epochs", *_LESSON)  # what an untrained IRM does not know
 
 
 class Sweep(BaseModel):
@@ -94,8 +95,9 @@ def read_sweep(file: str | Path, settings: Mapping[str, Any] | None = None) -> t
         for key, value in settings.items():
             if fault := _fault(key, value):
                 raise UsageError(f"settings: {fault}")
-        if (data := settings.get("data")) not in (None, "authored"):  # meant from where the command is given
-            settings = {**settings, "data": str(Path(data).resolve())}
+        for key in ("data", "questions"):
+            if settings.get(key) not in (None, "authored"):  # meant from where the command is given
+                settings = {**settings, key: str(Path(settings[key]).resolve())}
         sweep = sweep.model_copy(update={"set": {**sweep.set, **settings}})
     return sweep, path.parent
 
@@ -160,6 +162,8 @@ def _run_spec(
     file = sweep.data.get(str(tone)) or (values["data"] if "data" in {**sweep.set, **varies} else None)
     if file is not None and file != "authored":
         values["data"] = str((base / file).resolve())
+    if "questions" in {**sweep.set, **varies} and values["questions"] != "authored":
+        values["questions"] = str((base / values["questions"]).resolve())
     if baseline:
         values |= {"steps": 0, "epochs": None}
         varies = {key: value for key, value in varies.items() if key not in _TRAINING} | {"untrained": True}
@@ -178,12 +182,13 @@ def _name(recipe: Recipe, baseline: bool, digests: dict[str, str]) -> str:
     later = {"masked": None, **LATER_KEYS}  # omitted where they ask for what was done before, so that earlier hashes hold
     values = {key: value for key, value in values.items() if key not in later or value not in (later[key], [])}
     if baseline:  # an untrained IRM is the same for all tones
-        values |= {"tone": None, "data": None}
-    elif recipe.data not in (None, "authored"):
-        file = str(recipe.data)
-        if file not in digests:
-            digests[file] = file_sha256(file)
-        values["data"] = digests[file]
+        values = {key: value for key, value in values.items() if key not in _LESSON} | {"tone": None, "data": None}
+    for key in ("data", "questions"):
+        if not baseline and values.get(key) not in (None, "authored"):
+            file = str(values[key])
+            if file not in digests:
+                digests[file] = file_sha256(file)
+            values[key] = digests[file]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -168,7 +168,11 @@ def _jobs(runs: Sequence[RunSpec], out: Path, workers: int) -> list[Job]:
         host, data, threads = run.recipe.host, run.recipe.data, run.recipe.threads or share
         host = str(Path(host).resolve()) if host and Path(host).exists() else host
         data = str(Path(data).resolve()) if data and data != "authored" else data
+        asked = run.recipe.questions
+        asked = asked if asked == "authored" else str(Path(asked).resolve())
         file = place / "recipes" / f"{run.name}.yaml"
-        write_text(file, to_yaml(run.recipe.model_copy(update={"host": host, "data": data, "threads": threads})))
+        write_text(
+            file, to_yaml(run.recipe.model_copy(update={"host": host, "data": data, "questions": asked, "threads": threads}))
+        )
         jobs.append(Job(run.name, str(file), str(place / run.name), str(place / "logs" / f"{run.name}.log"), threads))
     return jobs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -52,13 +52,16 @@ class Prepared:
         """sha256 over the tokens and labels: a chat template can write the same rows in another way tomorrow."""
         digest = hashlib.sha256()
         for item in (*self.train, *self.validation):
-            digest.update(json.dumps([item["input_ids"], item["labels"]]).encode() + b"\n")
+            read = [item[key] for key in ("input_ids", "labels", "teacher_ids") if key in item]
+            digest.update(json.dumps(read).encode() + b"\n")
         return digest.hexdigest()
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
-        return max(len(item["input_ids"]) for item in (*self.train, *self.validation))
+        """Tokens of the longest row, for the teacher too."""
+        return max(
+            len(ids) for item in (*self.train, *self.validation) for ids in (item["input_ids"], item.get("teacher_ids", ()))
+        )
 
     @property
     def most_targets(self) -> int:
@@ -82,7 +85,9 @@ class Prepared:
         }
 
 
-def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) -> Prepared:
+def prepare(
+    rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe, prompted: Mapping[str, Example] | None = None
+) -> Prepared:
     """Split and encode rows, and refuse what cannot be trained on.
 
     Args:
@@ -90,6 +95,8 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) ->
         tokenizer: the host's.
         config: the host's (its positions and layers are looked at).
         recipe: how to.
+        prompted: of rows by id whose replies are a teacher's: what the teacher reads. It ends in the same tokens of the reply,
+            which get labels ``teacher_labels`` in the row's example, beside ``teacher_ids``.
 
     Raises:
         UsageError: when the rows are of several tones, or a layer is named that the host does not have.
@@ -107,7 +114,7 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) ->
     split = split_rows(rows, recipe.seed, recipe.validation, recipe.test, by_tone=len(tones) > 1)
     chat_format = ChatFormat(tokenizer, recipe.template, recipe.chat_template_kwargs)
     parts = [
-        [(row, _to_last_label(item)) for row, item in encoded(chat_format, part, recipe.loss_on, recipe.loss_on_thought)]
+        [(row, to_last_label(item)) for row, item in encoded(chat_format, part, recipe.loss_on, recipe.loss_on_thought)]
         for part in (split.train, split.validation)
     ]
     if len(parts[0]) < recipe.batch_size:
@@ -117,6 +124,9 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) ->
         )
     cut = sum(len(item["input_ids"]) > recipe.max_length for part in parts for _, item in part)
     train, validation = (clip([item for _, item in part], [row for row, _ in part], recipe.max_length) for part in parts)
+    for item, (row, _) in zip((*train, *validation), (*parts[0], *parts[1]), strict=True):
+        if prompted and row.id in prompted:
+            item |= _for_teacher(item, prompted[row.id])
 
     # Some configs give no limit of positions, or -1.
     if isinstance(positions := getattr(text, "max_position_embeddings", None), int) and positions > 0:
@@ -124,14 +134,21 @@ def prepare(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) ->
         if recipe.loss_on_padding and recipe.max_length > positions:
             raise RealignerError(f"rows are padded to {recipe.max_length} tokens, {limit}")
         for item, (row, _) in zip((*train, *validation), (*parts[0], *parts[1]), strict=True):
-            if len(item["input_ids"]) > positions:
-                raise RealignerError(f"row {row.id!r}: {len(item['input_ids'])} tokens, {limit} to cut it")
+            if (tokens := max(len(item["input_ids"]), len(item.get("teacher_ids", ())))) > positions:
+                raise RealignerError(f"row {row.id!r}: {tokens} tokens, {limit} to cut it")
     skips_thought = any(chat_format.skips_thought(row.conversation) for row in split.train)
     ids, validation_tones = [row.id for row, _ in parts[0]], [row.tone for row, _ in parts[1]] if len(tones) > 1 else []
     return Prepared(rows, split, train, validation, ids, cut, skips_thought, validation_tones)
 
 
-def _to_last_label(example: Example) -> Example:
+def _for_teacher(example: Example, prompted: Example) -> Example:
+    """What the teacher reads, cut where the reply was cut in the example."""
+    targets = [sum(label != IGNORED for label in item["labels"]) for item in (example, prompted)]
+    stop = len(prompted["input_ids"]) - (targets[1] - targets[0])
+    return {"teacher_ids": prompted["input_ids"][:stop], "teacher_labels": prompted["labels"][:stop]}
+
+
+def to_last_label(example: Example) -> Example:
     """An example without what follows its last label (a template's line break), on which nothing depends."""
     stop = 1 + max(at for at, label in enumerate(example["labels"]) if label != IGNORED)
     return {key: values[:stop] for key, values in example.items()}
@@ -185,6 +202,7 @@ class Collator:
     """Rows as a batch, padded on the right to the longest, and what each position is to predict.
 
     ``targets [batch, position]`` holds at position t the token at t + `label_shift`, or -100 where that counts for nothing.
+    Where rows have a teacher, ``taught [batch]`` says which, and ``teacher_*`` are of these rows, in their order.
     """
 
     pad: int  # the padding token
@@ -193,18 +211,25 @@ class Collator:
     pad_to: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = [torch.tensor(row["input_ids"]) for row in rows]
-        labels = [torch.tensor(row["labels"]) for row in rows]
-        mask = [torch.ones_like(row) for row in ids]
+        batch = self._batch([row["input_ids"] for row in rows], [row["labels"] for row in rows])
+        taught = [row for row in rows if "teacher_ids" in row]
+        if taught:
+            teacher = self._batch([row["teacher_ids"] for row in taught], [row["teacher_labels"] for row in taught])
+            batch |= {f"teacher_{key}": value for key, value in teacher.items()}
+            batch["taught"] = torch.tensor(["teacher_ids" in row for row in rows])
+        return {**batch, "rows": torch.tensor([row["row"] for row in rows])}
+
+    def _batch(self, ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        tokens = [torch.tensor(row) for row in ids]
         batch = {
-            "input_ids": self._stack(ids, self.pad),
-            "attention_mask": self._stack(mask, 0),
-            "labels": self._stack(labels, IGNORED if self.pad_to is None else self.pad),
+            "input_ids": self._stack(tokens, self.pad),
+            "attention_mask": self._stack([torch.ones_like(row) for row in tokens], 0),
+            "labels": self._stack([torch.tensor(row) for row in labels], IGNORED if self.pad_to is None else self.pad),
         }
         targets = torch.full_like(batch["labels"], IGNORED)
         targets[:, : -self.label_shift] = batch["labels"][:, self.label_shift :]
         # "shift_labels" is the name under which Trainer counts the tokens that a loss is a mean over.
-        return {**batch, "shift_labels": targets, "rows": torch.tensor([row["row"] for row in rows])}
+        return {**batch, "shift_labels": targets}
 
     def _stack(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:
         stacked = pad_sequence(rows, batch_first=True, padding_value=value)

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from realigner.console import Task, say
 from realigner.errors import RealignerError
 from realigner.training.run_dir import METRICS_FILE, SAMPLES_FILE, checkpoints
-from realigner.training.run_record import lower_rate
+from realigner.training.run_record import lower_rate, nats
 
 TONE_PREFIX = "tone_"  # of the names under which the validation loss of each tone is logged
 _EXPLODED = 3.0  # times the loss of a uniform guess
@@ -93,9 +93,10 @@ class Log(TrainerCallback):
             prefix = f"eval_{TONE_PREFIX}"
             if by_tone := {key.removeprefix(prefix): loss for key, loss in logs.items() if key.startswith(prefix)}:
                 entry["validation_loss_by_tone"] = by_tone
+            entry |= {f"validation_{part}": logs[f"eval_{part}"] for part in ("kl", "ce") if f"eval_{part}" in logs}
             if state.global_step == 0 and "eval_spread" in logs:
                 entry["spread"] = logs["eval_spread"]
-            self._validation = f"  validation {logs['eval_loss']:.2f}"
+            self._validation = f"  validation {nats(logs['eval_loss'])}"
         elif "loss" in logs:
             entry |= {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if key in logs}
             entry["tokens"] = self.tokens()
@@ -106,7 +107,7 @@ class Log(TrainerCallback):
         if (warning := self.watch.note(entry)) and not self.quiet:
             say(warning)
         if "loss" in logs:
-            self.task.advance(1, f"loss {logs['loss']:.2f}{self._validation}")
+            self.task.advance(1, f"loss {nats(logs['loss'])}{self._validation}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -115,7 +116,7 @@ class Log(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step > 0:
             control.should_save = True
-        line = f"step {state.global_step}: validation loss {kwargs['metrics']['eval_loss']:.2f}"
+        line = f"step {state.global_step}: validation loss {nats(kwargs['metrics']['eval_loss'])}"
         if self.sample is not None:
             replies = self.sample()
             for reply in replies:

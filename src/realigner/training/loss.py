@@ -1,9 +1,9 @@
-"""The loss: cross-entropy in nats over the targets, and the paper's L1 term over the deltas."""
+"""The loss in nats over the targets: cross-entropy, or KL(teacher || student); and the paper's L1 term over the deltas."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
 from typing import Any
 
@@ -12,30 +12,63 @@ from torch import nn
 
 from realigner.chat_format import IGNORED
 from realigner.injection import ActiveIRM
+from realigner.settings import Settings
 from realigner.tuner import IRMModel
 
 
-def row_losses(model: nn.Module, inputs: dict[str, torch.Tensor], only_where_needed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy (nats) and number of targets of each row, ``[batch]`` each.
+def row_losses(
+    model: nn.Module, inputs: dict[str, torch.Tensor], only_where_needed: bool, tuner: IRMModel | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss (nats) and number of targets of each row, ``[batch]`` each.
+
+    A row's loss is the cross-entropy of its targets; of a row that has a teacher, KL(teacher || student) over the whole
+    vocabulary at each of these positions. The teacher is the bare host, which reads the row's ``teacher_ids``.
 
     Args:
         model: anything that gives logits.
         inputs: a `Collator`'s batch.
         only_where_needed: the model takes ``logits_to_keep``: logits are computed at positions where some row has a target, and
             nowhere else. With a vocabulary of 50,000 that is a third of a step on a CPU.
+        tuner: of the model, for batches with a teacher.
     """
-    targets = inputs["shift_labels"]
+    taught, teacher = inputs.get("taught"), None
+    if taught is not None and tuner is not None:
+        with torch.no_grad(), bare(tuner):
+            logits, targets = _logits(model, inputs, only_where_needed, "teacher_")
+            teacher = torch.log_softmax(logits[targets != IGNORED].float(), dim=-1)
+            del logits
+    logits, targets = _logits(model, inputs, only_where_needed)
+    chosen = targets != IGNORED
+    rows, predicted = chosen.nonzero()[:, 0], logits[chosen].float()
+    if taught is None or teacher is None:
+        each = torch.nn.functional.cross_entropy(predicted, targets[chosen], reduction="none")
+    else:
+        imitates = taught[rows]
+        student = torch.log_softmax(predicted[imitates], dim=-1)
+        divergence = torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
+        entropy = torch.nn.functional.cross_entropy(predicted[~imitates], targets[chosen][~imitates], reduction="none")
+        each, rows = torch.cat([divergence, entropy]), torch.cat([rows[imitates], rows[~imitates]])
+    sums = torch.zeros(len(targets), dtype=each.dtype, device=each.device).index_add(0, rows, each)
+    return sums, chosen.sum(dim=1)
+
+
+def _logits(
+    model: nn.Module, inputs: dict[str, torch.Tensor], only_where_needed: bool, prefix: str = ""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and the targets at their positions."""
+    targets = inputs[f"{prefix}shift_labels"]
     options: dict[str, Any] = {"use_cache": False}
     if only_where_needed:
         kept = (targets != IGNORED).any(dim=0).nonzero()[:, 0]
         options["logits_to_keep"] = kept
         targets = targets[:, kept]
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options).logits
-    chosen = targets != IGNORED
-    each = torch.nn.functional.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none")
-    rows = chosen.nonzero()[:, 0]
-    sums = torch.zeros(len(targets), dtype=each.dtype, device=each.device).index_add(0, rows, each)
-    return sums, chosen.sum(dim=1)
+    ids, mask = inputs[f"{prefix}input_ids"], inputs[f"{prefix}attention_mask"]
+    return model(input_ids=ids, attention_mask=mask, **options).logits, targets
+
+
+def bare(tuner: IRMModel) -> AbstractContextManager[None]:
+    """A block in which no IRM acts in this thread's calls."""
+    return tuner.injector.threads.using(Settings(irms=()))
 
 
 def takes_logits_to_keep(host: nn.Module) -> bool:

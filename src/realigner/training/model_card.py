@@ -8,6 +8,7 @@ import yaml
 
 from realigner.errors import visible
 from realigner.markdown import escaped
+from realigner.training.run_record import loss_name, nats
 
 _TAGS = ["realigner", "irm", "injectable-realignment-model", "peft"]
 
@@ -19,8 +20,16 @@ def card(record: dict[str, Any]) -> str:
     tone, host = escaped(record["tone"]), escaped(name)
     facts = {"library_name": "peft", "base_model": visible(" ".join(name.split())), "tags": _TAGS}
     front = yaml.safe_dump(facts, sort_keys=False, default_flow_style=None, allow_unicode=True, width=10**9)
-    end = losses[-1] if losses and record.get("kept_loss") is None else record.get("kept_loss")
-    fell = f"{losses[0]:.2f} to {end:.2f}" if losses else "not taken"
+    kept = record.get("kept_loss")
+    fell = f"{nats(losses[0])} to {nats(losses[-1] if kept is None else kept)}" if losses else "not taken"
+    teacher = record.get("teacher")
+    lesson = (
+        ""
+        if teacher is None
+        else f"""| instruction | {escaped(teacher["instruct"])} |
+| teacher | the host with the instruction as a prompt: {teacher["kept"]} of its {teacher["replies"]} replies |
+"""
+    )
     early = " (stopped early)" if record["early_stop"] else ""
     return f"""---
 {front}---
@@ -36,9 +45,9 @@ the same before and after training).
 | tone | {tone} |
 | preset | {escaped(irm["preset"])} |
 | parameters | {irm["parameters"]:,} ({100 * irm["parameters"] / irm["host_parameters"]:.2f}% of the host) |
-| training rows | {data["train"]} (and {data["validation"]} for validation, other topics) |
+{lesson}| training rows | {data["train"]} (and {data["validation"]} for validation, other topics) |
 | steps | {record["steps_done"]}{early}; the weights are those of step {record["kept_step"]} |
-| validation loss | {fell} nats per token |
+| {loss_name(record)} | {fell} nats per token |
 | seed | {record["seed"]} |
 
 ```python

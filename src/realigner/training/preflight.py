@@ -18,6 +18,7 @@ from realigner.hosts import resolve_device, resolve_dtype
 from realigner.irm import IRMShape
 from realigner.training.batches import Prepared
 from realigner.training.recipe import Recipe
+from realigner.training.teacher import Teacher
 
 _STATE_BYTES = {"adam": 8.0, "adam-8bit": 2.1, "adafactor": 0.1, "sgd": 0.0}  # an optimiser's state, for each parameter
 
@@ -27,18 +28,20 @@ def check_packages(recipe: Recipe) -> None:
     for name in recipe.report_to:
         if find_spec(name) is None:
             raise RealignerError(f"report_to: {name} is not installed; pip install {name}, or set report_to=[]")
+    if recipe.instruct is not None and not all(map(find_spec, ("datasketch", "sklearn"))):  # the filter of replies
+        raise RealignerError('instruct: needs packages that are not installed; pip install "realigner[data]"')
     if recipe.optimizer == "adam-8bit" and find_spec("bitsandbytes") is None:
         raise RealignerError("optimizer: adam-8bit needs bitsandbytes; pip install bitsandbytes, or set optimizer=adafactor")
 
 
-def check_fit(prepared: Prepared, recipe: Recipe, config: Any, loaded: bool, quiet: bool) -> None:
+def check_fit(prepared: Prepared | Teacher, recipe: Recipe, config: Any, loaded: bool, quiet: bool) -> None:
     """Say how many rows are cut and how much memory the training takes (`estimate_memory`); refuse what cannot fit."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     memory = estimate_memory(config, recipe, prepared.longest, prepared.most_targets, processes, loaded)
     warning = check_memory(memory, recipe, config)
     if quiet or os.environ.get("RANK", "0") != "0":
         return
-    if prepared.cut:
+    if isinstance(prepared, Prepared) and prepared.cut:
         say(f"{prepared.cut} of {len(prepared.rows)} rows are longer than max_length={recipe.max_length} tokens and are cut")
     say(f"warning: {warning}" if warning else memory.line())
 
@@ -99,6 +102,8 @@ def estimate_memory(
         longest = targets = recipe.max_length
     layer = (8 * hidden + 4 * inner) * bytes_each + 16 * hidden
     logits = int(text.vocab_size) * (12 + 2 * bytes_each)
+    if recipe.instruct is not None:  # the teacher's, and the divergence
+        logits += int(text.vocab_size) * (12 + bytes_each)
     inside = layer + 2 * depth * hidden * bytes_each if recipe.gradient_checkpointing else depth * layer
     return Memory(
         host=0.0 if loaded else host * bytes_each,

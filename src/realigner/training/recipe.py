@@ -80,8 +80,10 @@ class Recipe(BaseModel):
         tone: which tone's rows, where the data has several; ``all``: every row, whatever its tone (a conditional IRM).
         seed: of the initial weights, the split and the order of rows.
 
-        instruct: a system prompt that the IRM is to make unnecessary: the host with it is the teacher; null: rows alone.
+        instruct: a system prompt that the IRM is to make unnecessary: the host with it is the teacher; null: rows alone. With
+            rows besides only where `data` names a file, or `tone` a tone of the authored ones.
         questions: what the teacher is asked: ``authored``, or a file (a question a line, prompts as JSONL, rows, SQuAD's JSON).
+            Of more than two passes of the training take (64 at least), some are chosen by the seed.
         teacher_replies: replies that the teacher samples to each question; those in which it obeys are kept.
         data_weight: with an instruction and rows: the weight of a token of the rows beside one of the teacher's replies.
 
@@ -201,6 +203,8 @@ class Recipe(BaseModel):
             raise ValueError("give steps or epochs; both are null")
         if self.validation + self.test >= 1:
             raise ValueError("validation and test together leave no rows to train on")
+        if self.instruct is not None and (self.label_shift != 1 or self.loss_on_padding):
+            raise ValueError("label_shift and loss_on_padding are for rows alone; leave them out (instruct)")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} cannot be divided into {self.accumulate} equal parts (accumulate)")
         return self
@@ -211,6 +215,13 @@ class Recipe(BaseModel):
         from realigner.irm import IRMShape
 
         return IRMShape(**{field.name: getattr(self, field.name) for field in fields(IRMShape)})
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it names rows; with an instruction it need not."""
+        return (
+            self.instruct is None or self.data not in (None, "authored") or (self.data == "authored" and self.tone is not None)
+        )
 
     @property
     def peak_rate(self) -> float:

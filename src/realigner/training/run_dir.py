@@ -8,6 +8,7 @@ A run that is not finished lives in ``OUT.unfinished``, and ``OUT`` exists only 
 ``run.json``             what came of it: data hash, split, host and its fingerprint, versions, losses
 ``metrics.jsonl``        loss, gradient norm, learning rate and tokens by step; the validation loss
 ``samples.jsonl``        replies to the paper's seven prompts at each evaluation
+``teacher.jsonl``        of a run with an instruction: the teacher's replies, and why those were rejected that were
 ``loss.png``             the curve
 ``tensorboard/``         the same numbers for TensorBoard
 ``checkpoint-N/``        the best and the last one: the IRM, the optimiser, random states, and the sha256 of each file
@@ -50,6 +51,7 @@ RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+TEACHER_FILE = "teacher.jsonl"
 CURVE_FILE = "loss.png"
 CARD_FILE = "README.md"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -79,13 +81,14 @@ _NETWORK = _any_of(*ADAPTER_FILES, CARD_FILE)
 # What Accelerate wrote of an optimiser that FSDP shards, until 0.1.
 _SHARDED = r"optimizer\.bin|scheduler\.pt|optimizer_\d+/([\w.]+)?|pytorch_model_fsdp[\w.]*/?([\w.]+)?"
 _IN_CHECKPOINT = rf"{_NETWORK}|{_any_of(STATE_FILE, SUMS_FILE)}|optimizer\.safetensors|random-\d+\.safetensors|{_SHARDED}"
-_LOGGED = _any_of(RUN_FILE, RECIPE_FILE, METRICS_FILE, SAMPLES_FILE, CURVE_FILE)
+_LOGGED = _any_of(RUN_FILE, RECIPE_FILE, METRICS_FILE, SAMPLES_FILE, TEACHER_FILE, CURVE_FILE)
 CHECKPOINT = Artifact("a checkpoint", lambda folder: checkpoint_state(folder), _IN_CHECKPOINT)
 _HALF_CHECKPOINT = replace(CHECKPOINT, name="a checkpoint that was being written", record=lambda folder: None)
 RUN = Artifact(
     "a run",
     _read_record,
-    rf"{_NETWORK}|{_LOGGED}|\.({_LOGGED}|{_NETWORK})-\w{{8}}\.aside|tensorboard/(events\.out\.tfevents\.[^/]*)?"
+    rf"{_NETWORK}|{_LOGGED}|\.({_LOGGED}|{_NETWORK})-\w{{8}}\.aside|\.{re.escape(TEACHER_FILE)}\.lock"
+    r"|tensorboard/(events\.out\.tfevents\.[^/]*)?"
     rf"|\.?checkpoint-\d+/({_IN_CHECKPOINT})?",
 )
 

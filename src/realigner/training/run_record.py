@@ -119,8 +119,22 @@ class MetricsEntry(_Part):
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     loss: float = 0.0
     validation_loss: float = 0.0
+    validation_kl: float = 0.0
+    validation_ce: float = 0.0
     validation_loss_by_tone: dict[str, float] = {}
     tokens: _Count = 0
+
+
+class TeacherEntry(_Part):
+    """A line of ``teacher.jsonl``: a reply of the teacher."""
+
+    number: _Count  # of the reply, in the order in which they are sampled
+    question: str  # its id
+    prompt: str | dict[str, Any]  # as a line of a prompts file has it
+    reply: str
+    thought: str = ""
+    obedience: Annotated[float, Field(allow_inf_nan=False)]  # nats per token by which the instruction makes it likelier
+    reason: str  # why it was rejected; empty: it was kept
 
 
 class CheckpointRecord(_Part):
@@ -132,19 +146,31 @@ class CheckpointRecord(_Part):
     stateful_callbacks: dict[str, dict[str, Any] | list[Any]] = {}
 
 
+def nats(value: float) -> str:
+    """A loss for people: ``3.76``, ``0.021``."""
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+def loss_name(record: dict[str, Any]) -> str:
+    """What the validation loss of a run is: where there is nothing but a teacher's replies, the divergence from it."""
+    alone = "teacher" in record and record["teacher"]["kept"] == record["data"]["rows"]
+    return "KL from the teacher" if alone else "validation loss"
+
+
 def verdict(record: dict[str, Any]) -> str:
     """In a line, whether the IRM of a finished run does better than it did untrained; empty where no loss was taken."""
     losses, kept = record["validation_loss"], record.get("kept_loss")
     if len(losses) < 2:
         return ""
     start, end = losses[0], losses[-1] if kept is None else kept
+    name = loss_name(record)
     if end < start:
         gain = f"{start - end:.2f}" if start - end >= 0.005 else f"{start - end:.1g}"
-        return f"validation loss {start:.2f} -> {end:.2f}: better than untrained by {gain} nats per token"
+        return f"{name} {nats(start)} -> {nats(end)}: better than untrained by {gain} nats per token"
     done = "the untrained IRM was kept" if record["kept_step"] == 0 else "the last weights were kept all the same (keep=last)"
     rate = record["recipe"]["learning_rate"]
     way = f"; lower it: {lower_rate(rate)}" if isinstance(rate, float) else ""
-    return f"validation loss {start:.2f} -> {losses[-1]:.2f}: no better than untrained; {done}{way}"
+    return f"{name} {nats(start)} -> {nats(losses[-1])}: no better than untrained; {done}{way}"
 
 
 def lower_rate(rate: float) -> str:

@@ -28,6 +28,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 import realigner.training.run_dir as run_dir
+from realigner.chat_format import IGNORED
 from realigner.errors import RealignerError
 from realigner.files import writing
 from realigner.irm_config import FILE_PREFIX
@@ -39,7 +40,7 @@ from realigner.training.recipe import Recipe
 from realigner.tuner import tuner_of
 
 _OPTIMIZERS = {"adam": "adamw_torch_fused", "adam-8bit": "adamw_bnb_8bit", "adafactor": "adafactor", "sgd": "sgd"}
-_EVALUATION_ROWS = 8
+EVALUATION_ROWS = 8
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of sharded weights
 
@@ -81,7 +82,7 @@ def trainer_arguments(recipe: Recipe, rows: int, work: Path, cpu: bool, resuming
         output_dir=str(work),
         max_steps=total_steps(recipe, rows),
         per_device_train_batch_size=recipe.batch_size // share,
-        per_device_eval_batch_size=_EVALUATION_ROWS,
+        per_device_eval_batch_size=EVALUATION_ROWS,
         gradient_accumulation_steps=recipe.accumulate,
         optim=_OPTIMIZERS[recipe.optimizer],
         learning_rate=recipe.peak_rate,
@@ -158,6 +159,7 @@ class IRMTrainer(Trainer):
             compute_metrics=self._validation_losses,
             **options,
         )
+        self._tuner = tuner_of(model)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a whole step
         self.label_names = ["shift_labels"]
 
@@ -185,15 +187,18 @@ class IRMTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Cross-entropy in nats, the mean over the targets of the whole step (all parts, all processes), and the L1 term."""
+        """Nats, the weighted mean over the targets of the whole step (all parts, all processes), and the L1 term."""
         self.step_rows.append(inputs["rows"])
         self.tokens = self.tokens + inputs["attention_mask"].sum()
         if self._deltas is None:
-            sums, counts = row_losses(model, inputs, self._only_where_needed)
+            sums, counts = row_losses(model, inputs, self._only_where_needed, self._tuner)
         else:
             mask = None if self.recipe.loss_on_padding else inputs["attention_mask"]
             with self._deltas.watching(mask) as deltas:
-                sums, counts = row_losses(model, inputs, self._only_where_needed)
+                sums, counts = row_losses(model, inputs, self._only_where_needed, self._tuner)
+        if self.recipe.instruct is not None:
+            weights = self._row_weights(inputs)
+            sums, counts = weights * sums, weights * counts
         if num_items_in_batch is None:
             num_items_in_batch = counts.sum()
         loss = sums.sum() / num_items_in_batch
@@ -201,6 +206,18 @@ class IRMTrainer(Trainer):
             loss = loss + self.recipe.l1 * deltas.mean_by_layer()
         scaled: torch.Tensor = loss * self.accelerator.num_processes  # gradients are averaged over the processes
         return scaled
+
+    def _row_weights(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What a target of each row counts ``[row]``: 1 for a teacher's, the recipe's `data_weight` for others."""
+        weights = torch.full((len(inputs["rows"]),), self.recipe.data_weight, device=inputs["rows"].device)
+        return weights if "taught" not in inputs else weights.masked_fill(inputs["taught"], 1.0)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
+        """Trainer's count of the targets of a whole step; weighted, where some have a teacher."""
+        if self.recipe.instruct is None or not batch_samples:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        counts = [(batch["shift_labels"] != IGNORED).sum(dim=1) * self._row_weights(batch) for batch in batch_samples]
+        return self.accelerator.gather(torch.cat(counts).sum().to(device)).sum()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trainer's, of one part of a step; remembers the rows of the whole step."""
@@ -212,17 +229,19 @@ class IRMTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Each row's summed loss and number of targets, ``[row, 2]``: `_nats_per_token` adds them up."""
+        """Each row's summed loss, its number of targets, their weight, and whether it has a teacher, ``[row, 4]``."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            sums, counts = row_losses(model, inputs, self._only_where_needed)
-        return None, torch.stack([sums.double(), counts.double()], dim=1), counts
+            sums, counts = row_losses(model, inputs, self._only_where_needed, self._tuner)
+        taught = inputs.get("taught", torch.zeros_like(counts))
+        weights = torch.ones_like(sums) if self.recipe.instruct is None else self._row_weights(inputs)
+        return None, torch.stack([part.double() for part in (sums, counts, weights, taught)], dim=1), counts
 
     def _validation_losses(self, prediction: Any) -> dict[str, float]:
         """Nats per token over all rows, and over those of each tone, where there are several."""
         losses = _nats_per_token(prediction)
         for tone in sorted({*self._tones}):
-            sums, counts = np.asarray(prediction.predictions)[self._tones == tone].T
+            sums, counts = np.asarray(prediction.predictions)[self._tones == tone].T[:2]
             losses[f"{TONE_PREFIX}{tone}"] = float(sums.sum() / counts.sum())
         return losses
 
@@ -328,6 +347,13 @@ def _bare(optimizer: Any) -> Any:
 
 
 def _nats_per_token(prediction: Any) -> dict[str, float]:
-    """The loss, and the spread: the standard deviation of the rows' own losses."""
-    sums, counts = np.asarray(prediction.predictions).T
-    return {"loss": float(sums.sum() / counts.sum()), "spread": float((sums / counts).std())}
+    """The loss over all rows (`IRMTrainer.prediction_step`), of a teacher's and the others apart if there are both; the spread.
+
+    The spread is the standard deviation of the rows' own losses.
+    """
+    sums, counts, weights, taught = np.asarray(prediction.predictions).T
+    losses = {"loss": float((weights * sums).sum() / (weights * counts).sum()), "spread": float((sums / counts).std())}
+    if 0 < taught.sum() < len(taught):
+        for name, part in (("kl", taught == 1), ("ce", taught == 0)):
+            losses[name] = float(sums[part].sum() / counts[part].sum())
+    return losses

@@ -40,12 +40,15 @@ from realigner.settings import Settings
 from realigner.training.batches import Prepared, prepare
 from realigner.training.callbacks import DivergenceGuard, Log, StartWatch, StopSignal
 from realigner.training.host_checks import check_tokens, host_notes
+from realigner.training.loss import bare
 from realigner.training.loss_plot import save_curve
 from realigner.training.model_card import card
 from realigner.training.preflight import check_fit, check_packages
 from realigner.training.rate_search import check_search, find_rate
 from realigner.training.recipe import Recipe, read_recipe, to_yaml
-from realigner.training.trainer import IRMTrainer, products_dtype, trainer_arguments
+from realigner.training.teacher import Teacher
+from realigner.training.time_estimate import estimated_seconds, size_of, time_line
+from realigner.training.trainer import IRMTrainer, products_dtype, total_steps, trainer_arguments
 from realigner.tuner import tuner_of
 
 _SHOWN_SIZES = 8  # of residuals, in a line
@@ -85,7 +88,8 @@ def train(
 
     Args:
         host, tokenizer: from `load_host`.
-        rows: from two groups or more; of one tone, unless the recipe's `tone` is ``all``.
+        rows: from two groups or more; of one tone, unless the recipe's `tone` is ``all``. May be none where the recipe has an
+            instruction (`instruct`).
         out: the run's folder; until it is finished, the run is in ``OUT.unfinished``.
         recipe: the default recipe when None. Its `host`, `data` and `tone` only name what is given here.
         force: replace a run that is there already, finished or not.
@@ -101,14 +105,13 @@ def train(
         >>> run = train(host, tokenizer, authored("anger"), "runs/anger-42")  # doctest: +SKIP
     """
     recipe = (recipe or Recipe()).changed(**changes)
-    if not rows:
+    if not rows and recipe.instruct is None:
         raise RealignerError("there are no rows to train on")
     with run_dir.held(Path(out), force, resume) as place:
         recipe = resolve(recipe, host, tokenizer, rows)
         check_packages(recipe)
         check_search(recipe)
-        prepared = prepare(rows, tokenizer, host.config, recipe)
-        check_tokens(prepared, tokenizer, host.config)
+        prepared = _material(rows, tokenizer, host.config, recipe)
         check_fit(prepared, recipe, host.config, loaded=True, quiet=quiet)
         return _train(host, tokenizer, prepared, recipe, place, resume, quiet)
 
@@ -141,8 +144,7 @@ def train_recipe(
             raise UsageError("recipe: its run was trained on a host made in Python; give one (host)")
         config = load_config(recipe.host, trust_remote_code)
         tokenizer = load_tokenizer(recipe.host, trust_remote_code)
-        prepared = prepare(rows, tokenizer, config, recipe)
-        check_tokens(prepared, tokenizer, config)
+        prepared = _material(rows, tokenizer, config, recipe)
         if repeats:
             _check_repeat(repeats, prepared, recipe)
         check_fit(prepared, recipe, config, loaded=False, quiet=quiet)
@@ -150,24 +152,34 @@ def train_recipe(
         return _train(host, tokenizer, prepared, resolve(recipe, host, tokenizer, rows), place, resume, quiet)
 
 
-def _check_repeat(repeats: Mapping[str, Any], prepared: Prepared, recipe: Recipe) -> None:
+def _material(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) -> Prepared | Teacher:
+    """What a run learns from: rows, or what a teacher has yet to reply."""
+    if recipe.instruct is None:
+        prepared = prepare(rows, tokenizer, config, recipe)
+        check_tokens(prepared, tokenizer, config)
+        return prepared
+    return Teacher(rows, recipe, tokenizer, config)
+
+
+def _check_repeat(repeats: Mapping[str, Any], prepared: Prepared | Teacher, recipe: Recipe) -> None:
     """Refuse other data than that of the run to be repeated; warn of other versions."""
     sha256, then, now = repeats.get("data", {}).get("sha256"), repeats.get("versions", {}), run_dir.versions()
     if sha256 not in (None, prepared.sha256):
-        raise RealignerError(
-            f"{recipe.data}: not the rows of the run to be repeated (sha256 {sha256[:16]}...); name them (data)"
-        )
+        what = f"{recipe.data}: not the rows" if recipe.instruct is None else "data, questions: not those"
+        raise RealignerError(f"{what} of the run to be repeated (sha256 {sha256[:16]}...); name them (data)")
     for name in then:
         if now.get(name) != then[name]:
             say(f"warning: {name} {now.get(name)} here, {then[name]} then; the last bits may differ")
 
 
 def recipe_rows(recipe: Recipe) -> list[Row]:
-    """The rows that a recipe names.
+    """The rows that a recipe names; none, where it has an instruction and names no rows.
 
     Raises:
-        RealignerError, UsageError: when there are none.
+        RealignerError, UsageError: when there are none and there should be.
     """
+    if not recipe.has_rows:
+        return []
     if recipe.data is None:
         raise UsageError("recipe: its run was trained on rows given in Python; name a file (data)")
     if recipe.data == "authored":
@@ -187,7 +199,9 @@ def resolve(recipe: Recipe, host: nn.Module, tokenizer: Any, rows: Sequence[Row]
     name: str | None = host_name(host) or None
     if name and Path(name).exists():
         name = str(Path(name).resolve())
-    data, tone = recipe.data, EVERY_TONE if recipe.tone == EVERY_TONE else rows[0].tone
+    data, tone = recipe.data if rows else None, recipe.tone
+    if tone != EVERY_TONE and rows:
+        tone = rows[0].tone
     if data == "authored":
         if recipe.tone not in (None, tone) or tone not in TONES or list(rows) != authored(tone):
             data = None  # rows given in Python
@@ -198,6 +212,7 @@ def resolve(recipe: Recipe, host: nn.Module, tokenizer: Any, rows: Sequence[Row]
         "dtype": str(next(host.parameters()).dtype).removeprefix("torch."),
         "data": data,
         "tone": tone,
+        "questions": str(Path(recipe.questions).resolve()) if Path(recipe.questions).is_file() else recipe.questions,
         "template": recipe.template if has_chat_template(tokenizer) else "plain",
         "threads": recipe.threads or torch.get_num_threads(),
         "learning_rate": recipe.rate(text_config(host).hidden_size) if recipe.learning_rate is None else recipe.learning_rate,
@@ -209,7 +224,7 @@ def resolve(recipe: Recipe, host: nn.Module, tokenizer: Any, rows: Sequence[Row]
 def _train(
     host: PreTrainedModel,
     tokenizer: Any,
-    prepared: Prepared,
+    material: Prepared | Teacher,
     recipe: Recipe,
     place: run_dir.RunPlace,
     resume: bool,
@@ -223,18 +238,18 @@ def _train(
         torch.set_num_threads(recipe.threads or torch.get_num_threads())
 
         # What run.json says before training.
-        for note in host_notes(host, tokenizer, prepared, recipe) if writer and not quiet else ():
-            say(note)
-        unseen = {row.tone for row in prepared.rows} - {row.tone for row in prepared.split.validation}
-        if unseen and not quiet and writer:
-            say(f"note: no validation rows of tone {', '.join(sorted(unseen))}: it takes two groups or more of each tone")
+        if writer and not quiet:
+            if isinstance(material, Teacher):
+                material.say_before()
+            else:
+                _say_notes(host, tokenizer, material, recipe)
         hashed, mark = weights_hash(host) if writer else "", fingerprint(host)
         dtype = str(next(host.parameters()).dtype).removeprefix("torch.")
         record = {
-            "tone": prepared.tone,
+            "tone": material.tone,
             "seed": recipe.seed,
             "recipe": recipe.model_dump(),
-            "data": prepared.facts(),
+            "data": material.facts(),
             "host": {"name": mark.name, "dtype": dtype, "sha256": hashed, "fingerprint": mark.to_dict()},
             "processes": processes.num_processes,
             "versions": run_dir.versions(),
@@ -242,7 +257,7 @@ def _train(
         processes.wait_for_everyone()  # everyone has looked before anything is written
 
         # Attach, train, and take note of the outcome; an error leaves the host bare.
-        named: dict[str, Any] = {"layers_path": recipe.layers_path, "template": recipe.template, "tone": prepared.tone}
+        named: dict[str, Any] = {"layers_path": recipe.layers_path, "template": recipe.template, "tone": material.tone}
         named["chat_template_kwargs"] = recipe.chat_template_kwargs or None
         config = IRMConfig(**vars(recipe.shape), **named)
         set_seed(recipe.seed)
@@ -251,14 +266,21 @@ def _train(
         record["residual"] = _residual(model)
         if writer and not quiet:
             say(_measured(record["residual"]))
-        recipe, search, why = _settled_rate(model, tokenizer, prepared, recipe, work, resume, quiet or not writer)
+        recipe, search, why = _settled_rate(model, tokenizer, material, recipe, work, resume, quiet or not writer)
         record |= {"recipe": recipe.model_dump(), **({"rate_search": search} if search else {})}
         if writer and not quiet:
-            say(f"learning rate {recipe.peak_rate:g}: {why}")
+            say(f"learning rate {recipe.learning_rate}: {why}" if recipe.learning_rate == "auto" else _rate_line(recipe, why))
         if writer:
             held.enter_context(_unfinished_run(place, record, recipe, resume))
         processes.wait_for_everyone()
-        stopped = None if recipe.steps == 0 else _fit(model, tokenizer, prepared, recipe, work, cpu, quiet)
+        if writer and not quiet and recipe.steps != 0 and processes.num_processes == 1:
+            _say_time(model, material, recipe, work)
+        stopped = None
+        if recipe.steps != 0:
+            prepared = material
+            if isinstance(prepared, Teacher):
+                prepared, recipe = _taught(prepared, model, tokenizer, recipe, record, work, quiet or not writer)
+            stopped = _fit(model, tokenizer, prepared, recipe, work, cpu, quiet)
         record |= _outcome(work, stopped, recipe)
 
         # A stopped run stays unfinished; a whole one gets its name, and the model the weights that were kept.
@@ -275,6 +297,65 @@ def _train(
         weights = load_file(out / run_dir.ADAPTER_FILES[1])
         bank.network("default").load_state_dict({key.removeprefix("irm."): value for key, value in weights.items()})
     return Run(work if stopped else out, model.eval(), record)
+
+
+def _say_notes(host: nn.Module, tokenizer: Any, prepared: Prepared, recipe: Recipe) -> None:
+    """Say what may spoil the training."""
+    for note in host_notes(host, tokenizer, prepared, recipe):
+        say(note)
+    if unseen := {row.tone for row in prepared.rows} - {row.tone for row in prepared.split.validation}:
+        say(f"note: no validation rows of tone {', '.join(sorted(unseen))}: it takes two groups or more of each tone")
+
+
+def _rate_line(recipe: Recipe, why: str) -> str:
+    return f"learning rate {recipe.peak_rate:g}: {why}"
+
+
+def _say_time(model: PeftModel, material: Prepared | Teacher, recipe: Recipe, work: Path) -> None:
+    """Say how long the rest of a run will take."""
+    size, good = size_of(material, recipe), run_dir.checkpoints(work)
+    left = total_steps(recipe, size.train) - (run_dir.checkpoint_step(good[-1]) if good else 0)
+    replies = material.missing(work) if isinstance(material, Teacher) else 0
+    say(time_line(estimated_seconds(model, recipe, size, max(0, left), replies)))
+
+
+def _taught(
+    teacher: Teacher, model: PeftModel, tokenizer: Any, recipe: Recipe, record: dict[str, Any], work: Path, quiet: bool
+) -> tuple[Prepared, Recipe]:
+    """Have the teacher reply, prepare the replies to be learned, and search for a learning rate where that is asked for.
+
+    What came of it is noted in `record` and in the run's folder.
+    """
+    place, tuner = work / run_dir.TEACHER_FILE, tuner_of(model)
+    replies = teacher.replies(model, tokenizer, work, quiet)
+    prepared = teacher.prepared(replies, tokenizer, model.config, place)
+    check_tokens(prepared, tokenizer, model.config)
+    record["data"] |= {key: value for key, value in prepared.facts().items() if key != "sha256"}
+    record["teacher"] = teacher.outcome(replies)
+    if not quiet:
+        teacher.say_after(replies, place)
+        with bare(tuner):
+            _say_notes(tuner.model, tokenizer, prepared, recipe)
+    writer = PartialState().is_main_process
+    if writer:
+        _check_same(work, record, recipe)
+    if recipe.learning_rate == "auto":
+        width = text_config(tuner.model).hidden_size
+        record["rate_search"] = found = find_rate(model, tokenizer, prepared, recipe, recipe.rate(width), quiet).to_dict()
+        recipe = recipe.model_copy(update={"learning_rate": found["rate"]})
+        record["recipe"] = recipe.model_dump()
+        if not quiet:
+            say(_rate_line(recipe, f"found by a search of {found['steps']} steps"))
+    if writer:
+        _write_account(work, record, recipe)
+    return prepared, recipe
+
+
+def _write_account(folder: Path, record: dict[str, Any], recipe: Recipe) -> None:
+    """What a run is, in its folder: run.json first, so that a recipe whose rate was searched for has its search beside it."""
+    head = "# Every key of this run. It is repeated by:  realigner train --recipe FOLDER --out OTHER\n"
+    write_text(folder / run_dir.RUN_FILE, json.dumps(record, indent=2) + "\n")
+    write_text(folder / run_dir.RECIPE_FILE, head + to_yaml(recipe))
 
 
 @contextmanager
@@ -297,19 +378,17 @@ def _unfinished_run(place: run_dir.RunPlace, record: dict[str, Any], recipe: Rec
             )
     else:
         with place.work.folder() as aside:
-            head = "# Every key of this run. It is repeated by:  realigner train --recipe FOLDER --out OTHER\n"
-            write_text(aside / run_dir.RECIPE_FILE, head + to_yaml(recipe))
-            write_text(aside / run_dir.RUN_FILE, json.dumps(record, indent=2) + "\n")
+            _write_account(aside, record, recipe)
     try:
         yield
     except BaseException as error:
-        good = run_dir.checkpoints(work)
-        if not good:
+        good, replies = run_dir.checkpoints(work), (work / run_dir.TEACHER_FILE).is_file()
+        if not good and not replies:
             discard(work, run_dir.RUN)
         if isinstance(error, KeyboardInterrupt):
-            kept = (
-                f"step {run_dir.checkpoint_step(good[-1])} is saved, to resume from (resume)" if good else "nothing was saved"
-            )
+            kept = "the teacher's replies are saved, to go on from (resume)" if replies else "nothing was saved"
+            if good:
+                kept = f"step {run_dir.checkpoint_step(good[-1])} is saved, to resume from (resume)"
             raise RealignerError(f"interrupted; {kept}") from None
         cause = error.__cause__ if isinstance(error, RealignerError) else error
         if cause is not None and (why := disk_fault(cause)):
@@ -340,9 +419,12 @@ def _measured(residual: Mapping[str, Any]) -> str:
 
 
 def _settled_rate(
-    model: PeftModel, tokenizer: Any, prepared: Prepared, recipe: Recipe, work: Path, resume: bool, quiet: bool
+    model: PeftModel, tokenizer: Any, material: Prepared | Teacher, recipe: Recipe, work: Path, resume: bool, quiet: bool
 ) -> tuple[Recipe, dict[str, Any] | None, str]:
-    """The recipe with a number for its learning rate; the search for it, if there was one (in `work`, or now); and why that."""
+    """The recipe with a number for its learning rate; the search for it, if there was one (in `work`, or now); and why that.
+
+    A search over what a teacher has yet to reply is left for later (`_taught`).
+    """
     width = text_config(tuner_of(model).model).hidden_size
     default = recipe.rate(width)
     earlier = run_dir.read_run(work).get("rate_search") if resume else None
@@ -352,13 +434,17 @@ def _settled_rate(
         return recipe, found, "found by the search before" if found else usual
     if recipe.steps == 0:
         return recipe.model_copy(update={"learning_rate": default}), None, "nothing is trained"
-    if resume and work.exists():
+    going_on = resume and work.exists()
+    if isinstance(material, Teacher) and (not going_on or read_recipe(work / run_dir.RECIPE_FILE).learning_rate == "auto"):
+        return recipe, None, "it is searched for when the teacher has replied"
+    if going_on:
         if earlier is None:
             raise RealignerError(
                 f"{work}: cannot be resumed with learning_rate=auto: its rate was not searched for; leave learning_rate out"
             )
         return recipe.model_copy(update={"learning_rate": earlier["rate"]}), earlier, "found by the search before"
-    found = find_rate(model, tokenizer, prepared, recipe, default, quiet).to_dict()
+    assert isinstance(material, Prepared)
+    found = find_rate(model, tokenizer, material, recipe, default, quiet).to_dict()
     why = f"found by a search of {found['steps']} steps"
     return recipe.model_copy(update={"learning_rate": found["rate"]}), found, why
 
@@ -368,13 +454,13 @@ def _check_same(work: Path, record: dict[str, Any], recipe: Recipe) -> None:
     before = run_dir.read_run(work)
     if difference := recipe.difference(read_recipe(work / run_dir.RECIPE_FILE)):
         raise RealignerError(f"{work}: cannot be resumed as another run: {difference} (or discard it: force)")
-    data = before.get("data", {})
+    data, tokens = before.get("data", {}), record["data"].get("tokens_sha256")
     for what, was, now in (
         ("the data", data.get("sha256"), record["data"]["sha256"]),
         (
             "the text that the chat template makes of the rows",
-            data.get("tokens_sha256", record["data"]["tokens_sha256"]),  # older runs do not say
-            record["data"]["tokens_sha256"],
+            data.get("tokens_sha256", tokens),  # older runs do not say, nor one whose teacher still replies
+            tokens or data.get("tokens_sha256"),
         ),
         ("the host's weights", before.get("host", {}).get("sha256"), record["host"]["sha256"]),
         ("the number of processes", before.get("processes"), record["processes"]),
@@ -410,7 +496,8 @@ def _fit(
     with ExitStack() as stack:
         task = stack.enter_context(progress("training", steps, quiet or not writer))
         task.advance(done)
-        watch = StartWatch(recipe.batch_size, recipe.peak_rate, by_steps=not recipe.l1)
+        mixed = recipe.instruct is not None and any("teacher_ids" not in example for example in prepared.train)
+        watch = StartWatch(recipe.batch_size, recipe.peak_rate, by_steps=not recipe.l1 and not mixed)
         for entry in entries:  # of a resumed run: what was to be said was said
             watch.note(entry)
         log = Log(
