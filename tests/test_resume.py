@@ -126,7 +126,7 @@ def test_patience_ends_a_run_and_a_finished_one_is_not_trained_on(tmp_path: Path
     assert run.record["kept_step"] == 16
     validated(losses, monkeypatch)
 
-    import realigner.training.training_run as module
+    import realigner.training.finished_run as module
 
     def die(*_: Any, **__: Any) -> None:
         raise _CrashAtError

@@ -312,11 +312,11 @@ def test_killed_between_replies_or_steps_it_ends_in_the_same_bytes(
 
     with monkeypatch.context() as patch:
         patch.setattr(Teacher, "_sampled", noted)
-        patch.setattr("realigner.training.training_run.save_curve", lambda *_, **__: (_ for _ in ()).throw(_KilledError))
+        patch.setattr("realigner.training.finished_run.save_curve", lambda *_, **__: (_ for _ in ()).throw(_KilledError))
         with pytest.raises(_KilledError):
             run(out, questions, rows=some_rows(8, tone="z"), data_weight=0.5, validation=0.4, resume=True)
         assert made == [range(16, 24)], "a batch of which some were there is sampled again as a whole, and no other"
-        patch.setattr("realigner.training.training_run.save_curve", lambda *_, **__: None)
+        patch.setattr("realigner.training.finished_run.save_curve", lambda *_, **__: None)
         patch.setattr(Teacher, "_sampled", None)
         run(out, questions, rows=some_rows(8, tone="z"), data_weight=0.5, validation=0.4, resume=True)
     assert (out / "teacher.jsonl").read_bytes() == (tmp_path / "whole" / "teacher.jsonl").read_bytes()
@@ -371,7 +371,7 @@ def test_a_rate_is_searched_for_on_the_replies_and_once(
             write_text(path, text)
 
         with monkeypatch.context() as patch:
-            patch.setattr("realigner.training.training_run.write_text", killing)
+            patch.setattr("realigner.training.unfinished_run.write_text", killing)
             with pytest.raises(_KilledError):
                 run(tmp_path / last, questions, QUICK.changed(learning_rate="auto"))
         run(tmp_path / last, questions, QUICK.changed(learning_rate="auto"), resume=True)

@@ -1,23 +1,48 @@
-"""What in a host or its tokenizer would spoil the training, whatever the recipe: refused, or said before the first step."""
+"""What is found of a host before it is trained on: the size of its residual stream, and what would spoil the training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from realigner.chat_format import PLAIN_NOTE, THOUGHT_NOTE, ChatFormat, has_chat_template
 from realigner.data.tokens import clip, encoded
 from realigner.errors import RealignerError, UsageError
 from realigner.probe import as_in_evaluation
+from realigner.residuals import residual_sizes
+from realigner.settings import Settings
 from realigner.training.batches import Collator, Prepared
 from realigner.training.loss import row_losses, takes_logits_to_keep
 from realigner.training.recipe import Recipe
+from realigner.tuner import tuner_of
 
+_SHOWN_SIZES = 8  # of residuals, in a line
 _ROWS = 4  # of validation, in both forms
 _CLEARLY = 0.5  # nats per token by which the other form is better
+
+
+def residual_facts(model: PeftModel) -> dict[str, Any]:
+    """The entry ``residual`` of run.json: root mean square of the residual at each site, and what the IRM made of it."""
+    tuner = tuner_of(model)
+    network = tuner.registry.network("default")
+    with tuner.injector.threads.using(Settings(irms=())):
+        sizes = residual_sizes(tuner.model, tuner.sites)
+    scales = {"input_scale": network.input_scale, "delta_scale": network.delta_scale}
+    return {"rms": [float(f"{size:.4g}") for size in sizes], **scales}
+
+
+def residual_line(residual: Mapping[str, Any]) -> str:
+    """`_residual` in a line."""
+    sizes = [f"{size:.3g}" for size in residual["rms"]]
+    if len(sizes) > _SHOWN_SIZES:
+        inner = range(1, _SHOWN_SIZES - 1)
+        sizes = [sizes[0], *(sizes[at * len(sizes) // (_SHOWN_SIZES - 1)] for at in inner), sizes[-1]]
+    layers = f"{len(residual['rms'])} layers, first to last"
+    return f"residual stream: RMS {' '.join(sizes)} ({layers}); deltas are multiplied by {residual['delta_scale']:.3g}"
 
 
 def check_tokens(prepared: Prepared, tokenizer: Any, config: Any) -> None:

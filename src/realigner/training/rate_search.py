@@ -15,10 +15,13 @@ from peft import PeftModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+import realigner.training.run_dir as run_dir
 from realigner.console import progress, say
-from realigner.errors import UsageError
+from realigner.errors import RealignerError, UsageError
+from realigner.hosts import text_config
 from realigner.training.batches import Prepared
-from realigner.training.recipe import Recipe
+from realigner.training.recipe import Recipe, read_recipe
+from realigner.training.teacher import Teacher
 from realigner.training.trainer import IRMTrainer, trainer_arguments
 from realigner.tuner import tuner_of
 
@@ -59,6 +62,37 @@ def check_search(recipe: Recipe) -> None:
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
     if recipe.learning_rate == "auto" and (sharded or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         raise UsageError("learning_rate: auto: rates are searched for in one process only; do that, and give the number here")
+
+
+def settled_rate(
+    model: PeftModel, tokenizer: Any, material: Prepared | Teacher, recipe: Recipe, work: Path, resume: bool, quiet: bool
+) -> tuple[Recipe, dict[str, Any] | None, str]:
+    """The recipe with a number for its learning rate; the search for it, if there was one (in `work`, or now); and why that.
+
+    A search over what a teacher has yet to reply is left for later (`_taught`).
+    """
+    width = text_config(tuner_of(model).model).hidden_size
+    default = recipe.rate(width)
+    earlier = run_dir.read_run(work).get("rate_search") if resume else None
+    if recipe.learning_rate != "auto":
+        found = earlier if earlier and earlier["rate"] == recipe.learning_rate else None
+        usual = f"the default on a host of width {width}" if recipe.learning_rate == default else "as given"
+        return recipe, found, "found by the search before" if found else usual
+    if recipe.steps == 0:
+        return recipe.model_copy(update={"learning_rate": default}), None, "nothing is trained"
+    going_on = resume and work.exists()
+    if isinstance(material, Teacher) and (not going_on or read_recipe(work / run_dir.RECIPE_FILE).learning_rate == "auto"):
+        return recipe, None, "it is searched for when the teacher has replied"
+    if going_on:
+        if earlier is None:
+            raise RealignerError(
+                f"{work}: cannot be resumed with learning_rate=auto: its rate was not searched for; leave learning_rate out"
+            )
+        return recipe.model_copy(update={"learning_rate": earlier["rate"]}), earlier, "found by the search before"
+    assert isinstance(material, Prepared)
+    found = find_rate(model, tokenizer, material, recipe, default, quiet).to_dict()
+    why = f"found by a search of {found['steps']} steps"
+    return recipe.model_copy(update={"learning_rate": found["rate"]}), found, why
 
 
 def find_rate(model: PeftModel, tokenizer: Any, prepared: Prepared, recipe: Recipe, first: float, quiet: bool) -> RateSearch:

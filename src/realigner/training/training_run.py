@@ -6,11 +6,9 @@ host. Both end in a folder (see `run_dir`) that exists once the run is whole.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,29 +27,25 @@ from realigner.console import progress, say, signals_to
 from realigner.data import TONES, Row, authored, read_rows
 from realigner.data.dataset_rows import EVERY_TONE
 from realigner.errors import RealignerError, UsageError
-from realigner.files import discard, disk_fault, write_text, writing
 from realigner.fingerprints import fingerprint, weights_hash
 from realigner.generation import answer
 from realigner.hosts import host_name, load_config, load_host, load_tokenizer, text_config
 from realigner.irm_config import IRMConfig
 from realigner.prompts import PAPER_PROMPTS
-from realigner.residuals import residual_sizes
-from realigner.settings import Settings
 from realigner.training.batches import Prepared, prepare
 from realigner.training.callbacks import DivergenceGuard, Log, StartWatch, StopSignal
-from realigner.training.host_checks import check_tokens, host_notes
+from realigner.training.finished_run import finish, is_complete, outcome
+from realigner.training.host_checks import check_tokens, host_notes, residual_facts, residual_line
 from realigner.training.loss import bare
-from realigner.training.loss_plot import save_curve
-from realigner.training.model_card import card
 from realigner.training.preflight import check_fit, check_packages
-from realigner.training.rate_search import check_search, find_rate
-from realigner.training.recipe import Recipe, read_recipe, to_yaml
+from realigner.training.rate_search import check_search, find_rate, settled_rate
+from realigner.training.recipe import Recipe
 from realigner.training.teacher import Teacher
 from realigner.training.time_estimate import estimated_seconds, size_of, time_line
 from realigner.training.trainer import IRMTrainer, products_dtype, total_steps, trainer_arguments
+from realigner.training.unfinished_run import check_same, unfinished_run, write_account
 from realigner.tuner import tuner_of
 
-_SHOWN_SIZES = 8  # of residuals, in a line
 _FSDP = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")  # set by accelerate launch
 
 
@@ -263,15 +257,15 @@ def _train(
         set_seed(recipe.seed)
         model: PeftModel = get_peft_model(host, config)
         undo.callback(lambda: (model.unload(), host.eval()))
-        record["residual"] = _residual(model)
+        record["residual"] = residual_facts(model)
         if writer and not quiet:
-            say(_measured(record["residual"]))
-        recipe, search, why = _settled_rate(model, tokenizer, material, recipe, work, resume, quiet or not writer)
+            say(residual_line(record["residual"]))
+        recipe, search, why = settled_rate(model, tokenizer, material, recipe, work, resume, quiet or not writer)
         record |= {"recipe": recipe.model_dump(), **({"rate_search": search} if search else {})}
         if writer and not quiet:
             say(f"learning rate {recipe.learning_rate}: {why}" if recipe.learning_rate == "auto" else _rate_line(recipe, why))
         if writer:
-            held.enter_context(_unfinished_run(place, record, recipe, resume))
+            held.enter_context(unfinished_run(place, record, recipe, resume))
         processes.wait_for_everyone()
         if writer and not quiet and recipe.steps != 0 and processes.num_processes == 1:
             _say_time(model, material, recipe, work)
@@ -281,13 +275,13 @@ def _train(
             if isinstance(prepared, Teacher):
                 prepared, recipe = _taught(prepared, model, tokenizer, recipe, record, work, quiet or not writer)
             stopped = _fit(model, tokenizer, prepared, recipe, work, cpu, quiet)
-        record |= _outcome(work, stopped, recipe)
+        record |= outcome(work, stopped, recipe)
 
         # A stopped run stays unfinished; a whole one gets its name, and the model the weights that were kept.
         if not stopped and writer:
             if weights_hash(host) != hashed and not _sharded(host):
                 raise RealignerError("the host's weights changed during training; nothing was saved")
-            _finish(model, place, record, recipe)
+            finish(model, place, record, recipe)
         processes.wait_for_everyone()
         if not stopped:
             record = run_dir.read_run(out)  # in every process, as the writer left it
@@ -338,7 +332,7 @@ def _taught(
             _say_notes(tuner.model, tokenizer, prepared, recipe)
     writer = PartialState().is_main_process
     if writer:
-        _check_same(work, record, recipe)
+        check_same(work, record, recipe)
     if recipe.learning_rate == "auto":
         width = text_config(tuner.model).hidden_size
         record["rate_search"] = found = find_rate(model, tokenizer, prepared, recipe, recipe.rate(width), quiet).to_dict()
@@ -347,129 +341,8 @@ def _taught(
         if not quiet:
             say(_rate_line(recipe, f"found by a search of {found['steps']} steps"))
     if writer:
-        _write_account(work, record, recipe)
+        write_account(work, record, recipe)
     return prepared, recipe
-
-
-def _write_account(folder: Path, record: dict[str, Any], recipe: Recipe) -> None:
-    """What a run is, in its folder: run.json first, so that a recipe whose rate was searched for has its search beside it."""
-    head = "# Every key of this run. It is repeated by:  realigner train --recipe FOLDER --out OTHER\n"
-    write_text(folder / run_dir.RUN_FILE, json.dumps(record, indent=2) + "\n")
-    write_text(folder / run_dir.RECIPE_FILE, head + to_yaml(recipe))
-
-
-@contextmanager
-def _unfinished_run(place: run_dir.RunPlace, record: dict[str, Any], recipe: Recipe, resume: bool) -> Iterator[None]:
-    """The folder of an unfinished run: made anew, or found to be this very run and cut back to its last checkpoint.
-
-    On an error before the first checkpoint nothing is left behind; Ctrl-C and a full disk become a line with what is saved.
-    """
-    work = place.work.path
-    if resume and work.exists():
-        _check_same(work, record, recipe)
-        good = run_dir.checkpoints(work)
-        for checkpoint in good:
-            run_dir.verify(checkpoint)
-        step = run_dir.checkpoint_step(good[-1]) if good else -1
-        run_dir.cut_back(work, step)
-        if good and [entry["step"] for entry in run_dir.read_metrics(work)][-1:] != [step]:
-            raise RealignerError(
-                f"{work / run_dir.METRICS_FILE}: has no step {step}, of which there is a checkpoint; train anew (force)"
-            )
-    else:
-        with place.work.folder() as aside:
-            _write_account(aside, record, recipe)
-    try:
-        yield
-    except BaseException as error:
-        good, replies = run_dir.checkpoints(work), (work / run_dir.TEACHER_FILE).is_file()
-        if not good and not replies:
-            discard(work, run_dir.RUN)
-        if isinstance(error, KeyboardInterrupt):
-            kept = "the teacher's replies are saved, to go on from (resume)" if replies else "nothing was saved"
-            if good:
-                kept = f"step {run_dir.checkpoint_step(good[-1])} is saved, to resume from (resume)"
-            raise RealignerError(f"interrupted; {kept}") from None
-        cause = error.__cause__ if isinstance(error, RealignerError) else error
-        if cause is not None and (why := disk_fault(cause)):
-            said = str(error) if isinstance(error, RealignerError) else f"{work}: cannot be written ({why})"
-            last = f"the last good checkpoint is {good[-1].name}, to resume from when there is room (resume)" if good else ""
-            raise RealignerError(f"{said}; {last or 'nothing was saved'}") from cause
-        raise
-
-
-def _residual(model: PeftModel) -> dict[str, Any]:
-    """The entry ``residual`` of run.json: root mean square of the residual at each site, and what the IRM made of it."""
-    tuner = tuner_of(model)
-    network = tuner.registry.network("default")
-    with tuner.injector.threads.using(Settings(irms=())):
-        sizes = residual_sizes(tuner.model, tuner.sites)
-    scales = {"input_scale": network.input_scale, "delta_scale": network.delta_scale}
-    return {"rms": [float(f"{size:.4g}") for size in sizes], **scales}
-
-
-def _measured(residual: Mapping[str, Any]) -> str:
-    """`_residual` in a line."""
-    sizes = [f"{size:.3g}" for size in residual["rms"]]
-    if len(sizes) > _SHOWN_SIZES:
-        inner = range(1, _SHOWN_SIZES - 1)
-        sizes = [sizes[0], *(sizes[at * len(sizes) // (_SHOWN_SIZES - 1)] for at in inner), sizes[-1]]
-    layers = f"{len(residual['rms'])} layers, first to last"
-    return f"residual stream: RMS {' '.join(sizes)} ({layers}); deltas are multiplied by {residual['delta_scale']:.3g}"
-
-
-def _settled_rate(
-    model: PeftModel, tokenizer: Any, material: Prepared | Teacher, recipe: Recipe, work: Path, resume: bool, quiet: bool
-) -> tuple[Recipe, dict[str, Any] | None, str]:
-    """The recipe with a number for its learning rate; the search for it, if there was one (in `work`, or now); and why that.
-
-    A search over what a teacher has yet to reply is left for later (`_taught`).
-    """
-    width = text_config(tuner_of(model).model).hidden_size
-    default = recipe.rate(width)
-    earlier = run_dir.read_run(work).get("rate_search") if resume else None
-    if recipe.learning_rate != "auto":
-        found = earlier if earlier and earlier["rate"] == recipe.learning_rate else None
-        usual = f"the default on a host of width {width}" if recipe.learning_rate == default else "as given"
-        return recipe, found, "found by the search before" if found else usual
-    if recipe.steps == 0:
-        return recipe.model_copy(update={"learning_rate": default}), None, "nothing is trained"
-    going_on = resume and work.exists()
-    if isinstance(material, Teacher) and (not going_on or read_recipe(work / run_dir.RECIPE_FILE).learning_rate == "auto"):
-        return recipe, None, "it is searched for when the teacher has replied"
-    if going_on:
-        if earlier is None:
-            raise RealignerError(
-                f"{work}: cannot be resumed with learning_rate=auto: its rate was not searched for; leave learning_rate out"
-            )
-        return recipe.model_copy(update={"learning_rate": earlier["rate"]}), earlier, "found by the search before"
-    assert isinstance(material, Prepared)
-    found = find_rate(model, tokenizer, material, recipe, default, quiet).to_dict()
-    why = f"found by a search of {found['steps']} steps"
-    return recipe.model_copy(update={"learning_rate": found["rate"]}), found, why
-
-
-def _check_same(work: Path, record: dict[str, Any], recipe: Recipe) -> None:
-    """Raise unless an unfinished run is the one that is asked for."""
-    before = run_dir.read_run(work)
-    if difference := recipe.difference(read_recipe(work / run_dir.RECIPE_FILE)):
-        raise RealignerError(f"{work}: cannot be resumed as another run: {difference} (or discard it: force)")
-    data, tokens = before.get("data", {}), record["data"].get("tokens_sha256")
-    for what, was, now in (
-        ("the data", data.get("sha256"), record["data"]["sha256"]),
-        (
-            "the text that the chat template makes of the rows",
-            data.get("tokens_sha256", tokens),  # older runs do not say, nor one whose teacher still replies
-            tokens or data.get("tokens_sha256"),
-        ),
-        ("the host's weights", before.get("host", {}).get("sha256"), record["host"]["sha256"]),
-        ("the number of processes", before.get("processes"), record["processes"]),
-    ):
-        if was != now:
-            shown = f" ({now} now, {was} before)" if what.startswith("the number") else ""
-            raise RealignerError(
-                f"{work}: {what} changed since it was begun{shown}; resume it as it was, or discard it (force)"
-            )
 
 
 def _fit(
@@ -477,7 +350,7 @@ def _fit(
 ) -> str | None:
     """Run the trainer from the last checkpoint to the end; returns the name of the signal that ended it before."""
     good = run_dir.checkpoints(work)
-    if good and _complete(good[-1]):
+    if good and is_complete(good[-1]):
         return None
     writer = os.environ.get("RANK", "0") == "0"
     entries = run_dir.read_metrics(work) if good else []
@@ -525,77 +398,7 @@ def _fit(
         stack.enter_context(signals_to(stop.receive))
         stack.callback(setattr, tuner_of(model).registry.network("default"), "training_dtype", None)
         trainer.train(resume_from_checkpoint=str(good[-1]) if good else None)
-    return stop.received.name if stop.received is not None and not _complete(run_dir.checkpoints(work)[-1]) else None
-
-
-def _complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint is a run's last: all steps are done, or its patience ran out."""
-    state = run_dir.checkpoint_state(checkpoint)
-    if state["global_step"] >= state["max_steps"]:
-        return True
-    early = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
-    return early is not None and bool(
-        early["attributes"]["early_stopping_patience_counter"] >= early["args"]["early_stopping_patience"]
-    )
-
-
-def _outcome(work: Path, stopped: str | None, recipe: Recipe) -> dict[str, Any]:
-    """The entries of run.json about the training itself."""
-    good = run_dir.checkpoints(work)
-    untrained = {"global_step": 0, "max_steps": 0, "best_global_step": 0}
-    last = run_dir.checkpoint_state(good[-1]) if good else untrained
-    entries = run_dir.read_metrics(work)
-    best = last["best_global_step"]
-    losses = {entry["step"]: entry["validation_loss"] for entry in entries if "validation_loss" in entry}
-    kept = (best or 0) if recipe.keep == "best" else last["global_step"]
-    return {
-        "steps_done": last["global_step"],
-        "interrupted": bool(stopped),
-        "signal": stopped,
-        "early_stop": not stopped and last["global_step"] < last["max_steps"],
-        "best_step": best,
-        "kept_step": kept,
-        "kept_loss": round(losses[kept], 4) if kept in losses else None,
-        "validation_loss": [round(loss, 4) for loss in losses.values()],
-        "tokens": max((e.get("tokens", 0) for e in entries), default=0),
-        "seconds": round(entries[-1]["seconds"], 1) if entries else 0.0,
-    }
-
-
-def _finish(model: PeftModel, place: run_dir.RunPlace, record: dict[str, Any], recipe: Recipe) -> None:
-    """Make the folder whole from its checkpoints, and give it its name."""
-    work = place.work.path
-    tuner = tuner_of(model)
-    network, config = tuner.registry.network("default"), tuner.peft_config["default"]
-    record["irm"] = {
-        "preset": config.preset,
-        "layers": list(network.layers),
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "host_parameters": sum(p.numel() for p in tuner.model.parameters()),
-        "site": tuner.sites.summary(),
-    }
-    with writing(work):
-        if record["kept_step"]:
-            for name in run_dir.ADAPTER_FILES:
-                shutil.copyfile(run_dir.checkpoint_folder(work, record["kept_step"]) / name, work / name)
-        else:
-            weights = _untrained(model, recipe)
-            model.save_pretrained(str(work), state_dict=weights, save_embedding_layers=False)
-        save_curve(run_dir.read_metrics(work), work / run_dir.CURVE_FILE, kept=record["kept_step"])
-    write_text(work / run_dir.CARD_FILE, card(record))
-    write_text(work / run_dir.RUN_FILE, json.dumps(record, indent=2) + "\n")
-    try:
-        place.out.put(work)
-    except RealignerError as error:
-        raise RealignerError(f"{error}; the run is whole in {work}: resume it (resume) once the place is free") from error
-
-
-def _untrained(model: PeftModel, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """The weights that the run began with, by their names in the model: made again, as its seed decides them."""
-    tuner = tuner_of(model)
-    set_seed(recipe.seed)
-    network = tuner.peft_config["default"].build(tuner.sites.width, len(tuner.sites.layers))
-    return {f"base_model.registry.networks.default.{name}": value for name, value in network.state_dict().items()}
+    return stop.received.name if stop.received is not None and not is_complete(run_dir.checkpoints(work)[-1]) else None
 
 
 def _sharded(module: nn.Module) -> bool:
