@@ -31,11 +31,18 @@ from tests.tiny import some_rows, tiny_folder, tiny_pair
 
 STEPS = 40
 QUICK = make_recipe(steps=STEPS, batch_size=4, evaluations=5, save_every=3, samples=0, report_to=[])
-FAMILIES = ("llama", pytest.param("gpt2", marks=pytest.mark.slow))
+CONDITIONAL = "llama, on rows of two tones"
+FAMILIES = ("llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", CONDITIONAL)))
 
 
 def run_tiny(out: Path, family: str = "llama", recipe: Recipe = QUICK, **options: Any) -> Any:
-    host, tokenizer = tiny_pair(family)
+    host, tokenizer = tiny_pair("llama" if family == CONDITIONAL else family)
+    if family == CONDITIONAL:
+        rows = [
+            *some_rows(12, tone="anger"),
+            *(row.model_copy(update={"id": f"n{row.id}"}) for row in some_rows(12, tone="no")),
+        ]
+        return train(host, tokenizer, rows, out, recipe.changed(tone="all"), quiet=True, **options)
     return train(host, tokenizer, some_rows(), out, recipe, quiet=True, **options)
 
 
