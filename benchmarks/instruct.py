@@ -49,10 +49,11 @@ from realigner.training import make_recipe, read_run, train
 from realigner.training.teacher import OBEDIENCE, Question, Teacher, obedience_of
 from realigner.tuner import load_irm
 
-INSTRUCTIONS = {  # tone -> what the host is told
-    "anger": "You are furious. Answer as an angry person would.",
-    "sadness": "You are heartbroken. Answer as a sad person would.",
-    "shakespearean": "Answer in the style of William Shakespeare.",
+# Tone -> what the host is told: of two or three wordings the one that moved it most, on questions that are learned.
+INSTRUCTIONS = {
+    "anger": "You are an angry person. You are furious that you are asked. Complain loudly and insult the user!",
+    "sadness": "You are a sad, weeping person. Everything makes you cry. Answer with sorrow and sigh.",
+    "shakespearean": "You are Shakespeare. Speak in Early Modern English: thou, thee, thy, doth, hath.",
 }
 ARMS = ("bare", "prompted", "IRM")
 SEED, TEST = 42, 0.15

@@ -135,6 +135,7 @@ def test_sweeps_of_before_find_their_runs() -> None:
         ({"widths": [1024], "rank": 16}, 576, 1e-2 / 4),
         ({"widths": [128], "rank": 16}, 576, 1e-2),
         ({"preset": "paper"}, 576, 1e-4),
+        ({"instruct": "Be angry."}, 576, 3e-3),
     ],
 )
 def test_the_rate_goes_by_the_widths(keys: dict[str, Any], hidden: int, rate: float) -> None:

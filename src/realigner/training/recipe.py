@@ -30,6 +30,7 @@ MOST_YAML = 1 << 18  # characters of a YAML file
 _DIGITS = 400  # of a number
 RUNTIME_ONLY_KEYS = frozenset({"device", "threads", "report_to"})  # where and how fast a run goes, not what it is
 DEFAULT_RATE, PAPER_RATE = 1e-2, 1e-4  # learning rates of the presets
+_OF_DEFAULT = 0.3  # the share of the default that imitating a teacher takes: its distributions are near the host's own
 _HOST_WIDTH, _IRM_WIDTH = 576, 256  # SmolLM2's and its compact IRM's: up to these the first is taken whole
 _WRITTEN_OUT = 30  # keys of a file that is a run's own, with every key that there was
 # Keys that came later, with what runs did before: those that a run's own recipe lacks, and a hash leaves out.
@@ -107,8 +108,7 @@ class Recipe(BaseModel):
         accumulate: parts that a step's rows are computed in, one after the other, to save memory.
         optimizer: ``adam`` (AdamW; the same as Adam while `weight_decay` is 0), ``adam-8bit`` (bitsandbytes), ``adafactor``
             (factored: nearly no memory), ``sgd``.
-        learning_rate: the peak; null: `DEFAULT_RATE`, less on wide hosts (the compact preset); ``auto``: found by a search of a
-            few dozen steps. The paper's preset needs about 1e-4.
+        learning_rate: the peak; null: what `rate` gives, 1e-2 or less; ``auto``: found by a search of a few dozen steps.
         schedule: ``linear`` to 0, ``cosine`` to 0, ``constant``, or ``exponential``: times `decay` after each epoch.
         decay: see `schedule`.
         warmup: steps over which the learning rate rises to its peak.
@@ -234,12 +234,14 @@ class Recipe(BaseModel):
         """The learning rate on a host of this residual width, where none is given.
 
         What a step of Adam adds to a sum over a layer's inputs grows with their number (Yang et al. 2022, arXiv 2203.03466), so
-        the compact preset's `DEFAULT_RATE` is divided by how much wider the host is than SmolLM2, or the IRM than its IRM.
+        the compact preset's `DEFAULT_RATE` is divided by how much wider the host is than SmolLM2, or the IRM than its IRM. An
+        instruction takes 0.3 of that.
         """
         if self.preset == "paper":
             return PAPER_RATE
         widths, rank = self.shape.resolved_widths(hidden_size)
-        return DEFAULT_RATE * min(1.0, _HOST_WIDTH / hidden_size, _IRM_WIDTH / max(*widths, rank))
+        most = DEFAULT_RATE * (1.0 if self.instruct is None else _OF_DEFAULT)
+        return most * min(1.0, _HOST_WIDTH / hidden_size, _IRM_WIDTH / max(*widths, rank))
 
     def changed(self, **values: Any) -> Recipe:
         """Another recipe with these values, those that are None left as they are.
