@@ -43,6 +43,11 @@ _SIZES: dict[str, Any] = {
 }
 
 
+_OWN: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 1.0}
+}  # its 1/16 is for wide hosts: at this width nothing is learned
+
+
 def small_tokenizer() -> Any:
     """A tokenizer of 1,000 tokens, learned from the authored set, with a chat template."""
     texts = [text for tone in ("anger", "sadness", "neutral") for row in authored(tone) for text in (row.question, row.text)]
@@ -68,7 +73,7 @@ def trained_host(family: str, folder: Path, steps: int = 300, seed: int = 0) -> 
         seed: of its weights and the order of rows.
     """
     tokenizer = small_tokenizer()
-    host = tiny_host(family if family in FAMILIES else "llama", seed=seed, **_SIZES)
+    host = tiny_host(family if family in FAMILIES else "llama", seed=seed, **_SIZES, **_OWN.get(family, {}))
     if family == DEEP:
         with torch.no_grad():  # what is written from the first MLP on is large
             for name, weight in host.named_parameters():
