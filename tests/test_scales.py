@@ -150,6 +150,21 @@ def test_a_rate_is_settled_when_training_begins(tmp_path: Path) -> None:
         _ = Recipe().peak_rate
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("gpt2", {"max_position_embeddings": 16}),
+        ("roberta", {"max_position_embeddings": 20, "pad_token_id": 1}),
+        ("whisper", {"max_target_positions": 20}),
+        ("mpt", {"max_seq_len": 16}),
+        ("prophetnet", {}),
+    ],
+)
+def test_hosts_of_few_positions_are_measured(family: str, sizes: dict[str, Any]) -> None:
+    host = tiny_host(family, **sizes)
+    assert min(residual_sizes(host, find_sites(host))) > 0
+
+
 @pytest.mark.parametrize("family", PRE_NORM)
 def test_a_scaled_stream_trains_alike(family: str, tmp_path: Path) -> None:
     host, tokenizer = tiny_pair(family)
