@@ -29,6 +29,7 @@ _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionErro
 MOST_YAML = 1 << 18  # characters of a YAML file
 _DIGITS = 400  # of a number
 RUNTIME_ONLY_KEYS = frozenset({"device", "threads", "report_to"})  # where and how fast a run goes, not what it is
+SCALES = ("input_scale", "delta_scale")  # keys that are measured where they are null, with the compact preset
 DEFAULT_RATE, PAPER_RATE = 1e-2, 1e-4  # learning rates of the presets
 _OF_DEFAULT = 0.3  # the share of the default that imitating a teacher takes: its distributions are near the host's own
 _HOST_WIDTH, _IRM_WIDTH = 576, 256  # SmolLM2's and its compact IRM's: up to these the first is taken whole
@@ -257,6 +258,8 @@ class Recipe(BaseModel):
         """The first key that makes another run of it, with both values; None when both are the same run."""
         for key in type(self).model_fields:
             mine, theirs = getattr(self, key), getattr(other, key)
+            if key in SCALES and self.preset == other.preset == "paper":  # has no others than 1
+                mine, theirs = mine or 1.0, theirs or 1.0
             if key not in RUNTIME_ONLY_KEYS and mine != theirs:
                 mine, theirs = ("null" if value is None else value for value in (mine, theirs))
                 return f"{key} is {mine}, not {theirs}"
