@@ -151,10 +151,11 @@ def test_a_rate_is_settled_when_training_begins(tmp_path: Path) -> None:
 
 
 def test_the_papers_preset_without_scales_is_the_run_with_scales_of_1() -> None:
+    default, paper = make_recipe(), make_recipe("paper")
     before = {"input_scale": 1.0, "delta_scale": 1.0}  # what an unfinished run of before is read as
-    assert make_recipe("paper").difference(make_recipe("paper", **before)) is None
-    assert "input_scale is null, not 1.0" in str(make_recipe().difference(make_recipe(**before)))
-    assert "delta_scale is 2.0, not null" in str(make_recipe("paper", delta_scale=2.0).difference(make_recipe("paper")))
+    assert paper.difference(paper.changed(**before)) is None
+    assert default.difference(default.changed(**before)) == "input_scale is null, not 1.0"
+    assert paper.changed(delta_scale=2.0).difference(paper) == "delta_scale is 2.0, not 1.0"
 
 
 @pytest.mark.parametrize(

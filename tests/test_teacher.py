@@ -525,7 +525,9 @@ def test_no_more_questions_are_asked_than_are_needed(tmp_path: Path) -> None:
         ({"max_length": 40}, RealignerError, "question 'long': .* tokens; max_length is 40; raise it"),
         ({"instruct": "Be long. " * 60}, RealignerError, "and the host has 512 positions; shorten the instruction"),
         ({"label_shift": 2}, UsageError, "label_shift and loss_on_padding are for rows alone; leave them out"),
-        ({"instruct": ""}, UsageError, "instruct: '': string should have at least 1 character"),
+        ({"instruct": ""}, UsageError, "instruct: '': is empty"),
+        ({"instruct": " \n"}, UsageError, "instruct: ' .n': is empty"),
+        ({"questions": "tool.jsonl"}, RealignerError, "^question '1': messages: the user asks nothing$"),
         ({"batch_size": 16}, RealignerError, r"12 of the teacher's 24 replies were kept, and batch_size is 16 \(not obeyed 12\)"
          "; word the instruction more plainly, give more questions, or set teacher_replies=4"),
     ],
@@ -541,6 +543,7 @@ def test_what_is_refused(
     monkeypatch.chdir(tmp_path)
     changes = dict(changes)
     Path("turns.jsonl").write_text('{"turns": ["Who?", "When?"]}\n')
+    Path("tool.jsonl").write_text('{"messages": [{"role": "tool", "content": "7"}]}\n')
     Path("own.jsonl").write_text('{"messages": [{"role": "system", "content": "Be."}, {"role": "user", "content": "Who?"}]}\n')
     if "max_length" in changes:
         long = [row.model_copy(update={"id": "long", "question": "What? " * 20}) for row in some_rows(1)]
@@ -552,6 +555,34 @@ def test_what_is_refused(
     with pytest.raises(kind, match=message):
         train(host, tokenizer, rows, tmp_path / "run", QUICK, quiet=True, **{"questions": questions, **changes})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_question_has_no_token_that_the_host_has_no_embedding_for(questions: str, tmp_path: Path) -> None:
+    host, tokenizer = tiny_pair(vocab_size=60)
+    with pytest.raises(RealignerError, match=r"^question '1': .* is token \d+, but the host has 60 "):
+        train(host, tokenizer, [], tmp_path / "run", QUICK, questions=questions, quiet=True)
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "text"])
+def test_of_a_teacher_the_reply_alone_is_learned(loss_on: str, tmp_path: Path) -> None:
+    before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hm."}]
+    talks = [{"messages": [*before, {"role": "user", "content": f"{n}?"}]} for n in range(9)]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    host, tokenizer = tiny_pair()
+    rows = some_rows(8)
+    recipe = QUICK.changed(questions=str(path), loss_on=loss_on, tone="anger")
+    teacher = Teacher(rows, recipe, tokenizer, host.config)
+    entries = [{"number": n, "reply": "Because.", "reason": ""} for n in range(9)]
+    prepared = teacher.prepared(entries, tokenizer, host.config, path)
+    reply = tokenizer("Because.<eos>", add_special_tokens=False)["input_ids"]
+    taught = [item for item in (*prepared.train, *prepared.validation) if "teacher_ids" in item]
+    assert len(taught) == 9
+    for item in taught:
+        assert [label for label in item["labels"] if label != IGNORED] == reply
+        assert [label for label in item["teacher_labels"] if label != IGNORED] == reply
+    others = [item for item in prepared.train if "teacher_ids" not in item]
+    assert any(item["labels"][0] != IGNORED for item in others) is (loss_on == "text")
 
 
 def test_where_no_system_prompt_is_taken_it_stands_in_the_question(questions: str, capsys: pytest.CaptureFixture[str]) -> None:

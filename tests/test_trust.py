@@ -436,6 +436,15 @@ def test_a_form_that_the_host_predicts_worse_is_said(tmp_path: Path, monkeypatch
         assert run.record["validation_loss"][0] == pytest.approx(loss, abs=1e-4)
 
 
+@pytest.mark.parametrize("opening", ["System: " + "long " * 20, "<s49>"])
+def test_a_form_that_the_host_cannot_read_is_not_compared(opening: str, tmp_path: Path) -> None:
+    """One that is longer than the host has positions, or has a token that it has no embedding for."""
+    host, tokenizer = tiny_pair("gpt2", max_position_embeddings=64)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<s{n}>" for n in range(50)]})
+    tokenizer.chat_template = opening + TEMPLATE
+    assert train(host, tokenizer, some_rows(), tmp_path / "run", QUICK, template="plain", steps=1).record["steps_done"] == 1
+
+
 def trained(tokenizer: Any) -> Any:
     """A tiny host trained for a moment on the rows."""
     from realigner.data.tokens import encode_rows

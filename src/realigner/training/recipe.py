@@ -67,6 +67,12 @@ def _of_template(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _with_words(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty")
+    return value
+
+
 Name = Annotated[str, AfterValidator(_without_nul)]  # of a file, a folder, a module
 
 
@@ -95,6 +101,7 @@ class Recipe(BaseModel):
         template: ``chat``: the host's own; ``plain``: question, three spaces, reply (the paper's).
         chat_template_kwargs: variables of the chat template, such as ``{enable_thinking: false}``.
         loss_on: ``reply``: the last one of a conversation; ``assistant``: each of its replies; ``text``: the questions too.
+            Of what a teacher says it is always the reply.
         loss_on_thought: on hosts that think, learn the thought before a reply too, and not the reply alone.
         max_length: tokens of a row at most; longer replies are cut.
         validation, test: shares of the rows, by group, held out: for the validation loss; unused.
@@ -146,7 +153,7 @@ class Recipe(BaseModel):
     tone: str | None = None
     seed: int = Field(default=42, ge=0, lt=2**32)
 
-    instruct: Annotated[str, Field(min_length=1, max_length=20_000)] | None = None
+    instruct: Annotated[str, Field(max_length=20_000), AfterValidator(_with_words)] | None = None
     questions: Name = "authored"
     teacher_replies: int = Field(default=1, ge=1, le=64)
     data_weight: float = Field(default=1.0, gt=0, lt=1e6)

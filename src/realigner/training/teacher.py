@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from pydantic import ValidationError
 
 from realigner.chat_format import IGNORED, ChatFormat
 from realigner.console import Task, progress, say
@@ -35,12 +36,15 @@ from realigner.files import read_bytes, value_of
 from realigner.generation import answer
 from realigner.prompts import Message, Prompt, messages_of
 from realigner.settings import NO_IRM
+from realigner.thoughts import reply_of
 from realigner.training.batches import Collator, Prepared, prepare, to_last_label
+from realigner.training.host_checks import check_tokens
 from realigner.training.loss import bare, row_losses, takes_logits_to_keep
 from realigner.training.recipe import Recipe
 from realigner.training.run_dir import TEACHER_FILE
 from realigner.training.run_record import TeacherEntry, checked
 from realigner.tuner import tuner_of
+from realigner.validation_message import first_fault
 
 if TYPE_CHECKING:
     from realigner.data.quality_filter import QualityFilter
@@ -144,8 +148,17 @@ class Teacher:
         self.questions = _chosen(found, recipe)
         self.chat_format = ChatFormat(tokenizer, recipe.template, recipe.chat_template_kwargs)
         self.in_question = not self._takes_system()
-        self.lengths = [self._prompt_lengths(question) for question in self.questions]
-        self.examples(self.questions[0], {"role": "assistant", "content": "1"})  # of a template that cannot write one, at once
+        prompts = [self._prompts(question) for question in self.questions]
+        check_tokens(
+            ((f"question {q.id!r}", ids) for q, both in zip(self.questions, prompts, strict=True) for ids in both),
+            tokenizer,
+            config,
+        )
+        self.lengths = [(len(own), len(instructed)) for own, instructed in prompts]
+        some: Message = {"role": "assistant", "content": "1"}
+        self.examples(self.questions[0], some)  # of a template that cannot write one, at once
+        for number, question in enumerate(self.questions):
+            self._row(number, question, some)
         self.most_targets = REPLY_TOKENS + 1
         self.longest = max(map(max, self.lengths)) + self.most_targets
         positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -220,12 +233,12 @@ class Teacher:
             return False
         return True
 
-    def _prompt_lengths(self, question: Question) -> tuple[int, int]:
+    def _prompts(self, question: Question) -> list[list[int]]:
+        """A question as the student reads it and as the teacher does."""
         try:
-            both = self.chat_format.prompts([question.prompt, self.instructed(question.prompt)])
+            return self.chat_format.prompts([question.prompt, self.instructed(question.prompt)])
         except RealignerError as error:
             raise type(error)(f"question {question.id!r}: {error}") from None
-        return len(both[0]), len(both[1])
 
     def examples(self, question: Question, reply: Message) -> tuple[Example, Example] | None:
         """A reply as the student reads it and as the teacher does; None where its tokens depend on what is before them."""
@@ -239,6 +252,14 @@ class Teacher:
     def _message(self, entry: dict[str, Any]) -> Message:
         thought = {"reasoning_content": entry["thought"]} if self.recipe.loss_on_thought and entry.get("thought") else {}
         return {"role": "assistant", "content": entry["reply"], **thought}
+
+    def _row(self, number: int, question: Question, reply: Message) -> Row:
+        """A reply as a row; of a question that cannot stand in one, an error."""
+        about = {"id": f"teacher:{number}", "group": question.group, "tone": self._own_tone, "source": "teacher"}
+        try:
+            return Row.model_validate({**about, "messages": [*messages_of(question.prompt), reply]})
+        except ValidationError as error:
+            raise RealignerError(f"question {question.id!r}: {first_fault(error, Row, 'a row')}") from None
 
     # The replies.
 
@@ -326,7 +347,7 @@ class Teacher:
             for number, question, text in zip(numbers, asked, texts, strict=True)
         ]
         pairs = [
-            self.examples(*pair) if pair[1]["content"].strip() else None
+            self.examples(*pair) if reply_of(pair[1]["content"]).strip() else None
             for pair in zip(asked, map(self._message, made), strict=True)
         ]
         comparable = [n for n, pair in enumerate(pairs) if pair is not None]
@@ -361,10 +382,9 @@ class Teacher:
                 raise RealignerError(
                     f"{path}: reply {entry['number']} has other tokens than when it was kept; train anew (force)"
                 )
-            name = f"teacher:{entry['number']}"
-            about = {"id": name, "group": question.group, "answer": "", "tone": self._own_tone, "source": "teacher"}
-            rows.append(Row(**about, messages=[*messages_of(question.prompt), reply]))  # type: ignore[arg-type]
-            prompted[name] = pair[1]
+            row = self._row(entry["number"], question, reply)
+            rows.append(row)
+            prompted[row.id] = pair[1]
         kept, groups = len(prompted), {row.group for row in rows}
         needed = self.recipe.batch_size
         if kept < needed or len(groups) < 2:
