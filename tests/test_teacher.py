@@ -192,6 +192,7 @@ def test_teacher_and_student_read_the_same_reply(name: str) -> None:
     tokenizer = host_tokenizer(name)
     recipe = make_recipe(instruct="Answer as a pirate would.", max_length=2000)
     config = tiny_pair(max_position_embeddings=4096)[0].config
+    config.vocab_size = len(tokenizer)
     if name == "deepseek_r1_distill":  # which opens a thought, that whole conversations do not have
         with pytest.raises(RealignerError, match="train without thoughts"):
             Teacher([], recipe, tokenizer, config)
@@ -443,6 +444,13 @@ def test_from_the_command_line_and_repeated(
     assert main(["train", "--recipe", str(tmp_path / "run"), "--out", str(tmp_path / "again")]) == 0
     assert adapter(tmp_path / "again") == adapter(tmp_path / "run")
     assert (tmp_path / "again" / "teacher.jsonl").read_bytes() == (tmp_path / "run" / "teacher.jsonl").read_bytes()
+    other = ["train", "--recipe", str(tmp_path / "run"), "--seed", "7", "--steps", "1", "--out"]
+    assert main([*other, str(tmp_path / "other")]) == 0
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(row.model_dump_json() + "\n" for row in some_rows(tone="z")))
+    assert main([*first[:3], "--data", str(rows), *first[-8:], "--out", str(tmp_path / "rows")]) == 0
+    taught = ["train", "--recipe", str(tmp_path / "rows"), *first[3:7], "--out"]
+    assert main([*taught, str(tmp_path / "both")]) == 0, "the same rows, and an instruction besides"
     capsys.readouterr()
     Path(questions).write_text("Who?\nWhen?\nHow?\nWhere?\nWhy?\nWhich?\n")
     assert main(["train", "--recipe", str(tmp_path / "run"), "--out", str(tmp_path / "third")]) == 1
@@ -510,6 +518,8 @@ def test_no_more_questions_are_asked_than_are_needed(tmp_path: Path) -> None:
     assert asked() == asked() != asked(seed=1)
     assert len(asked(steps=1)) == 64
     assert len(asked(teacher_replies=2)) == 100
+    some, others = (Teacher([], recipe.changed(seed=seed), tokenizer, host.config) for seed in (0, 1))
+    assert some.sha256 == others.sha256, "the same data, of which others are asked"
     assert len(Teacher([], recipe.model_copy(update={"steps": None, "epochs": 1.0}), tokenizer, host.config).questions) == 1000
 
 

@@ -131,6 +131,11 @@ class Teacher:
         tokenizer: the host's.
         config: the host's (its positions are looked at).
 
+    Attributes:
+        questions: those that are asked.
+        offered: how many there are.
+        sha256: of the rows and all questions.
+
     Raises:
         RealignerError, UsageError: for questions that cannot be read, or do not fit into the host.
     """
@@ -145,6 +150,8 @@ class Teacher:
         self.rows, self.recipe, self.instruct = rows, recipe, recipe.instruct
         found = read_questions(recipe.questions)
         self.offered = len(found)
+        asked = [[question.id, question.group, written(question.prompt)] for question in found]
+        self.sha256 = hashlib.sha256((rows_hash(rows) + json.dumps(asked)).encode()).hexdigest()  # whichever are chosen
         self.questions = _chosen(found, recipe)
         self.chat_format = ChatFormat(tokenizer, recipe.template, recipe.chat_template_kwargs)
         self.in_question = not self._takes_system()
@@ -202,12 +209,6 @@ class Teacher:
         known = self._named_tone in reference_classifier().tones
         name = str(self._named_tone) if known else "instructed"
         return QualityFilter(Tone(name=name, language="any", instruction=self.instruct), chat=True, whole=False)
-
-    @property
-    def sha256(self) -> str:
-        """Of the rows and the questions."""
-        asked = [[question.id, question.group, written(question.prompt)] for question in self.questions]
-        return hashlib.sha256((rows_hash(self.rows) + json.dumps(asked)).encode()).hexdigest()
 
     def facts(self) -> dict[str, Any]:
         """The entry ``data`` of run.json, as far as it is known before the replies are there."""
