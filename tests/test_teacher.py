@@ -457,6 +457,11 @@ def test_from_the_command_line_and_repeated(
     assert "data, questions: not those of the run to be repeated" in capsys.readouterr().err
 
 
+def test_questions_are_a_teachers(tmp_path: Path, questions: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--tone", "anger", "--questions", questions, "--out", str(tmp_path / "run")]) == 2
+    assert "--questions is what a teacher is asked; give --instruct too, or leave it out" in capsys.readouterr().err
+
+
 def test_rows_are_learned_too_where_they_are_named(questions: str) -> None:
     alone = make_recipe(instruct=INSTRUCT)
     assert not alone.has_rows

@@ -110,6 +110,8 @@ def train(
         return
     source = str(work) if resume and not given and run_dir.is_run(work) else recipe or "default"
     chosen = read_recipe(source, settings or []).changed(**flags)
+    if questions is not None and chosen.instruct is None:
+        raise UsageError("train: --questions is what a teacher is asked; give --instruct too, or leave it out")
     earlier = None
     if Path(source).is_dir() and data_named(chosen) == data_named(read_recipe(source)):
         earlier = run_dir.read_run(source)
