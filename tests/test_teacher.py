@@ -26,7 +26,7 @@ from realigner.data.append_log import AppendLog
 from realigner.errors import RealignerError, UsageError
 from realigner.files import write_text
 from realigner.irm_config import IRMConfig
-from realigner.training import Recipe, make_recipe, read_metrics, run_dir, train
+from realigner.training import Recipe, make_recipe, read_metrics, run_dir, train, training_run
 from realigner.training.batches import Collator, prepare
 from realigner.training.loss import row_losses
 from realigner.training.preflight import estimate_memory
@@ -455,6 +455,14 @@ def test_from_the_command_line_and_repeated(
     Path(questions).write_text("Who?\nWhen?\nHow?\nWhere?\nWhy?\nWhich?\n")
     assert main(["train", "--recipe", str(tmp_path / "run"), "--out", str(tmp_path / "third")]) == 1
     assert "data, questions: not those of the run to be repeated" in capsys.readouterr().err
+
+
+def test_rows_besides_are_not_trained_sharded(tmp_path: Path, questions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP's processes must run the host equally often, and those with a teacher's rows run it twice."""
+    monkeypatch.setattr(training_run, "_FSDP", True)
+    with pytest.raises(UsageError, match="instruct: with rows besides it cannot be trained under FSDP"):
+        run(tmp_path / "run", questions, rows=some_rows(tone="z"))
+    assert run(tmp_path / "run", questions, steps=0).record["steps_done"] == 0
 
 
 def test_questions_are_a_teachers(tmp_path: Path, questions: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,6 +152,8 @@ def _material(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) 
         prepared = prepare(rows, tokenizer, config, recipe)
         check_tokens(prepared.texts(), tokenizer, config)
         return prepared
+    if rows and _FSDP:  # a process whose rows have no teacher would not run the host a second time, as others do
+        raise UsageError("instruct: with rows besides it cannot be trained under FSDP; leave the rows out, or use DDP")
     return Teacher(rows, recipe, tokenizer, config)
 
 
