@@ -547,6 +547,8 @@ def test_no_more_questions_are_asked_than_are_needed(tmp_path: Path) -> None:
         ({"rows": 2}, UsageError, r"rows are of 2 tones \(anger, z\); choose one \(tone\), or train"),
         ({"max_length": 40}, RealignerError, "question 'long': .* tokens; max_length is 40; raise it"),
         ({"instruct": "Be long. " * 60}, RealignerError, "and the host has 512 positions; shorten the instruction"),
+        ({"batch_size": 32}, RealignerError, r"questions.txt: 24 replies in all \(teacher_replies=1\), fewer than batch_size"),
+        ({"rows": 1, "id": "teacher:3"}, UsageError, "^row 'teacher:3': ids that begin with 'teacher:' are those of a teacher"),
         ({"label_shift": 2}, UsageError, "label_shift and loss_on_padding are for rows alone; leave them out"),
         ({"instruct": ""}, UsageError, "instruct: '': is empty"),
         ({"instruct": " \n"}, UsageError, "instruct: ' .n': is empty"),
@@ -575,6 +577,8 @@ def test_what_is_refused(
     Path("void.json").write_text('{"data": [{"title": "t", "paragraphs": [{"qas": [{"id": "a", "question": "Q?"}]}]}]}')
     host, tokenizer = obedient_pair()
     rows = [some_rows(1)[0], some_rows(2, tone="z")[1]][: changes.pop("rows", 0)]
+    if "id" in changes:
+        rows = [rows[0].model_copy(update={"id": changes.pop("id")})]
     with pytest.raises(kind, match=message):
         train(host, tokenizer, rows, tmp_path / "run", QUICK, quiet=True, **{"questions": questions, **changes})
     assert not (tmp_path / "run").exists()

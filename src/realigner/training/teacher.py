@@ -57,6 +57,7 @@ TOGETHER = 32  # replies that are sampled in one batch (on a CPU it takes 1.5 ti
 _SCORED = 4  # replies whose likelihood is computed at a time: logits of all their tokens take memory
 _FEWEST = 64  # questions that are asked at least, if there are so many
 _PASSES = 2  # of the training over the replies, at least
+_ID = "teacher:"  # before the number of a reply, as a row's id
 _LABEL = 60  # characters of an instruction that stands for a tone
 
 
@@ -147,6 +148,8 @@ class Teacher:
             raise UsageError(
                 f"rows are of {len(tones)} tones ({', '.join(tones)}); choose one (tone), or train on all (tone={EVERY_TONE})"
             )
+        if taken := next((row.id for row in rows if row.id.startswith(_ID)), None):
+            raise UsageError(f"row {taken!r}: ids that begin with {_ID!r} are those of a teacher's replies; give it another")
         self.rows, self.recipe, self.instruct = rows, recipe, recipe.instruct
         found = read_questions(recipe.questions)
         self.offered = len(found)
@@ -176,6 +179,11 @@ class Teacher:
             raise RealignerError(
                 f"question and instruction have {self.longest - self.most_targets} tokens, a reply up to {self.most_targets}, "
                 f"and the host has {positions} positions; shorten the instruction, or leave long questions out"
+            )
+        if recipe.steps != 0 and self.wanted < recipe.batch_size:
+            raise RealignerError(
+                f"{recipe.questions}: {self.wanted} replies in all (teacher_replies={recipe.teacher_replies}), fewer than "
+                f"batch_size {recipe.batch_size}; give more questions, or set teacher_replies"
             )
 
     @property
@@ -256,7 +264,7 @@ class Teacher:
 
     def _row(self, number: int, question: Question, reply: Message) -> Row:
         """A reply as a row; of a question that cannot stand in one, an error."""
-        about = {"id": f"teacher:{number}", "group": question.group, "tone": self._own_tone, "source": "teacher"}
+        about = {"id": f"{_ID}{number}", "group": question.group, "tone": self._own_tone, "source": "teacher"}
         try:
             return Row.model_validate({**about, "messages": [*messages_of(question.prompt), reply]})
         except ValidationError as error:
