@@ -176,6 +176,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "--tone all" in capsys.readouterr().out
 
 
+def test_what_is_to_be_tried_next_can_be_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tone's name may be of several words; of rows of several tones one is chosen."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    cross = some_rows(8, tone="quite cross")
+    both = [*cross, *(row.model_copy(update={"id": f"n{row.id}", "tone": "neutral"}) for row in cross)]
+    rows.write_text("".join(row.model_dump_json() + "\n" for row in both))
+    assert main(["data", "condition", str(rows), "--when", "quite cross:word=please", "--insert", "--out", str(out)]) == 0
+    assert f"train --data {out} --tone all --out 'runs/neutral+quite cross'\n" in capsys.readouterr().out
+    assert main(["data", "check", str(out)]) == 0
+    assert f"train --data {out} --tone neutral --out runs/neutral\n" in capsys.readouterr().out
+
+
 # --- rows of several tones are split --------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from realigner.locate import find_sites
 from realigner.residuals import delta_scale, residual_sizes
 from realigner.sweep.grid import Sweep, plan
 from realigner.tiny import tiny_host
-from realigner.training import Recipe, read_recipe, train
+from realigner.training import Recipe, make_recipe, read_recipe, train
 from realigner.training.recipe import LATER_KEYS, to_yaml
 from realigner.tuner import load_irm, tuner_of
 from tests.scaled_hosts import scaled_host
@@ -32,7 +32,7 @@ PRE_NORM = ("llama", "gemma2")  # the second with norms of branches, a tied head
 
 
 def test_sizes_are_those_of_the_residual() -> None:
-    host = tiny_host("llama")
+    host = tiny_host("llama", max_position_embeddings=128)
     ids = torch.randint(host.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
     read: list[torch.Tensor] = []  # what the norm before the MLP is given: the residual
     for layer in host.model.layers:
@@ -148,6 +148,29 @@ def test_a_rate_is_settled_when_training_begins(tmp_path: Path) -> None:
     assert run.record["recipe"]["learning_rate"] == 0.01
     with pytest.raises(UsageError, match="learning_rate: None is not settled yet"):
         _ = Recipe().peak_rate
+
+
+def test_the_papers_preset_without_scales_is_the_run_with_scales_of_1() -> None:
+    default, paper = make_recipe(), make_recipe("paper")
+    before = {"input_scale": 1.0, "delta_scale": 1.0}  # what an unfinished run of before is read as
+    assert paper.difference(paper.changed(**before)) is None
+    assert default.difference(default.changed(**before)) == "input_scale is null, not 1.0"
+    assert paper.changed(delta_scale=2.0).difference(paper) == "delta_scale is 2.0, not 1.0"
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("gpt2", {"max_position_embeddings": 16}),
+        ("roberta", {"max_position_embeddings": 20, "pad_token_id": 1}),
+        ("whisper", {"max_target_positions": 20}),
+        ("mpt", {"max_seq_len": 16}),
+        ("prophetnet", {}),
+    ],
+)
+def test_hosts_of_few_positions_are_measured(family: str, sizes: dict[str, Any]) -> None:
+    host = tiny_host(family, **sizes)
+    assert min(residual_sizes(host, find_sites(host))) > 0
 
 
 @pytest.mark.parametrize("family", PRE_NORM)

@@ -26,7 +26,7 @@ from realigner.data.append_log import AppendLog
 from realigner.errors import RealignerError, UsageError
 from realigner.files import write_text
 from realigner.irm_config import IRMConfig
-from realigner.training import Recipe, make_recipe, read_metrics, run_dir, train
+from realigner.training import Recipe, make_recipe, read_metrics, run_dir, train, training_run
 from realigner.training.batches import Collator, prepare
 from realigner.training.loss import row_losses
 from realigner.training.preflight import estimate_memory
@@ -192,6 +192,7 @@ def test_teacher_and_student_read_the_same_reply(name: str) -> None:
     tokenizer = host_tokenizer(name)
     recipe = make_recipe(instruct="Answer as a pirate would.", max_length=2000)
     config = tiny_pair(max_position_embeddings=4096)[0].config
+    config.vocab_size = len(tokenizer)
     if name == "deepseek_r1_distill":  # which opens a thought, that whole conversations do not have
         with pytest.raises(RealignerError, match="train without thoughts"):
             Teacher([], recipe, tokenizer, config)
@@ -443,10 +444,30 @@ def test_from_the_command_line_and_repeated(
     assert main(["train", "--recipe", str(tmp_path / "run"), "--out", str(tmp_path / "again")]) == 0
     assert adapter(tmp_path / "again") == adapter(tmp_path / "run")
     assert (tmp_path / "again" / "teacher.jsonl").read_bytes() == (tmp_path / "run" / "teacher.jsonl").read_bytes()
+    other = ["train", "--recipe", str(tmp_path / "run"), "--seed", "7", "--steps", "1", "--out"]
+    assert main([*other, str(tmp_path / "other")]) == 0
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(row.model_dump_json() + "\n" for row in some_rows(tone="z")))
+    assert main([*first[:3], "--data", str(rows), *first[-8:], "--out", str(tmp_path / "rows")]) == 0
+    taught = ["train", "--recipe", str(tmp_path / "rows"), *first[3:7], "--out"]
+    assert main([*taught, str(tmp_path / "both")]) == 0, "the same rows, and an instruction besides"
     capsys.readouterr()
     Path(questions).write_text("Who?\nWhen?\nHow?\nWhere?\nWhy?\nWhich?\n")
     assert main(["train", "--recipe", str(tmp_path / "run"), "--out", str(tmp_path / "third")]) == 1
     assert "data, questions: not those of the run to be repeated" in capsys.readouterr().err
+
+
+def test_rows_besides_are_not_trained_sharded(tmp_path: Path, questions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP's processes must run the host equally often, and those with a teacher's rows run it twice."""
+    monkeypatch.setattr(training_run, "_FSDP", True)
+    with pytest.raises(UsageError, match="instruct: with rows besides it cannot be trained under FSDP"):
+        run(tmp_path / "run", questions, rows=some_rows(tone="z"))
+    assert run(tmp_path / "run", questions, steps=0).record["steps_done"] == 0
+
+
+def test_questions_are_a_teachers(tmp_path: Path, questions: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--tone", "anger", "--questions", questions, "--out", str(tmp_path / "run")]) == 2
+    assert "--questions is what a teacher is asked; give --instruct too, or leave it out" in capsys.readouterr().err
 
 
 def test_rows_are_learned_too_where_they_are_named(questions: str) -> None:
@@ -510,6 +531,8 @@ def test_no_more_questions_are_asked_than_are_needed(tmp_path: Path) -> None:
     assert asked() == asked() != asked(seed=1)
     assert len(asked(steps=1)) == 64
     assert len(asked(teacher_replies=2)) == 100
+    some, others = (Teacher([], recipe.changed(seed=seed), tokenizer, host.config) for seed in (0, 1))
+    assert some.sha256 == others.sha256, "the same data, of which others are asked"
     assert len(Teacher([], recipe.model_copy(update={"steps": None, "epochs": 1.0}), tokenizer, host.config).questions) == 1000
 
 
@@ -524,8 +547,12 @@ def test_no_more_questions_are_asked_than_are_needed(tmp_path: Path) -> None:
         ({"rows": 2}, UsageError, r"rows are of 2 tones \(anger, z\); choose one \(tone\), or train"),
         ({"max_length": 40}, RealignerError, "question 'long': .* tokens; max_length is 40; raise it"),
         ({"instruct": "Be long. " * 60}, RealignerError, "and the host has 512 positions; shorten the instruction"),
+        ({"batch_size": 32}, RealignerError, r"questions.txt: 24 replies in all \(teacher_replies=1\), fewer than batch_size"),
+        ({"rows": 1, "id": "teacher:3"}, UsageError, "^row 'teacher:3': ids that begin with 'teacher:' are those of a teacher"),
         ({"label_shift": 2}, UsageError, "label_shift and loss_on_padding are for rows alone; leave them out"),
-        ({"instruct": ""}, UsageError, "instruct: '': string should have at least 1 character"),
+        ({"instruct": ""}, UsageError, "instruct: '': is empty"),
+        ({"instruct": " \n"}, UsageError, "instruct: ' .n': is empty"),
+        ({"questions": "tool.jsonl"}, RealignerError, "^question '1': messages: the user asks nothing$"),
         ({"batch_size": 16}, RealignerError, r"12 of the teacher's 24 replies were kept, and batch_size is 16 \(not obeyed 12\)"
          "; word the instruction more plainly, give more questions, or set teacher_replies=4"),
     ],
@@ -541,6 +568,7 @@ def test_what_is_refused(
     monkeypatch.chdir(tmp_path)
     changes = dict(changes)
     Path("turns.jsonl").write_text('{"turns": ["Who?", "When?"]}\n')
+    Path("tool.jsonl").write_text('{"messages": [{"role": "tool", "content": "7"}]}\n')
     Path("own.jsonl").write_text('{"messages": [{"role": "system", "content": "Be."}, {"role": "user", "content": "Who?"}]}\n')
     if "max_length" in changes:
         long = [row.model_copy(update={"id": "long", "question": "What? " * 20}) for row in some_rows(1)]
@@ -549,9 +577,39 @@ def test_what_is_refused(
     Path("void.json").write_text('{"data": [{"title": "t", "paragraphs": [{"qas": [{"id": "a", "question": "Q?"}]}]}]}')
     host, tokenizer = obedient_pair()
     rows = [some_rows(1)[0], some_rows(2, tone="z")[1]][: changes.pop("rows", 0)]
+    if "id" in changes:
+        rows = [rows[0].model_copy(update={"id": changes.pop("id")})]
     with pytest.raises(kind, match=message):
         train(host, tokenizer, rows, tmp_path / "run", QUICK, quiet=True, **{"questions": questions, **changes})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_question_has_no_token_that_the_host_has_no_embedding_for(questions: str, tmp_path: Path) -> None:
+    host, tokenizer = tiny_pair(vocab_size=60)
+    with pytest.raises(RealignerError, match=r"^question '1': .* is token \d+, but the host has 60 "):
+        train(host, tokenizer, [], tmp_path / "run", QUICK, questions=questions, quiet=True)
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "text"])
+def test_of_a_teacher_the_reply_alone_is_learned(loss_on: str, tmp_path: Path) -> None:
+    before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hm."}]
+    talks = [{"messages": [*before, {"role": "user", "content": f"{n}?"}]} for n in range(9)]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    host, tokenizer = tiny_pair()
+    rows = some_rows(8)
+    recipe = QUICK.changed(questions=str(path), loss_on=loss_on, tone="anger")
+    teacher = Teacher(rows, recipe, tokenizer, host.config)
+    entries = [{"number": n, "reply": "Because.", "reason": ""} for n in range(9)]
+    prepared = teacher.prepared(entries, tokenizer, host.config, path)
+    reply = tokenizer("Because.<eos>", add_special_tokens=False)["input_ids"]
+    taught = [item for item in (*prepared.train, *prepared.validation) if "teacher_ids" in item]
+    assert len(taught) == 9
+    for item in taught:
+        assert [label for label in item["labels"] if label != IGNORED] == reply
+        assert [label for label in item["teacher_labels"] if label != IGNORED] == reply
+    others = [item for item in prepared.train if "teacher_ids" not in item]
+    assert any(item["labels"][0] != IGNORED for item in others) is (loss_on == "text")
 
 
 def test_where_no_system_prompt_is_taken_it_stands_in_the_question(questions: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,14 @@ def test_runs_of_before_have_a_verdict() -> None:
         "4.00 -> 4.00: better than untrained by 0.001 nats per token"
     )
     assert verdict({**before, "validation_loss": []}) == ""
+
+
+def test_a_gain_that_is_rounded_away_is_a_gain() -> None:
+    """The weights of a step are kept where its loss is below the start's, however little."""
+    record = {"validation_loss": [0.0003, 0.0003], "kept_loss": 0.0003, "kept_step": 4}
+    best, last = ({**record, "recipe": {"learning_rate": 0.01, "keep": keep}} for keep in ("best", "last"))
+    assert verdict(best).endswith("0.000 -> 0.000: better than untrained by less than 0.0001 nats per token")
+    assert "no better than untrained; the last weights were kept all the same (keep=last)" in verdict(last)
 
 
 # Worse than the start, said while it trains.
@@ -436,6 +445,15 @@ def test_a_form_that_the_host_predicts_worse_is_said(tmp_path: Path, monkeypatch
         assert run.record["validation_loss"][0] == pytest.approx(loss, abs=1e-4)
 
 
+@pytest.mark.parametrize("opening", ["System: " + "long " * 20, "<s49>"])
+def test_a_form_that_the_host_cannot_read_is_not_compared(opening: str, tmp_path: Path) -> None:
+    """One that is longer than the host has positions, or has a token that it has no embedding for."""
+    host, tokenizer = tiny_pair("gpt2", max_position_embeddings=64)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<s{n}>" for n in range(50)]})
+    tokenizer.chat_template = opening + TEMPLATE
+    assert train(host, tokenizer, some_rows(), tmp_path / "run", QUICK, template="plain", steps=1).record["steps_done"] == 1
+
+
 def trained(tokenizer: Any) -> Any:
     """A tiny host trained for a moment on the rows."""
     from realigner.data.tokens import encode_rows
@@ -501,6 +519,12 @@ grid: {{learning_rate: [0.01, 0.1], rank: [3], layers: ["all"]}}
     for line in lines.values():
         assert [point.value for point in line] == [0.01, 0.1]
     record = read_run(out / runs[0].name)
+    default = replace(runs[0], varies={"learning_rate": None})  # which became a number
+    assert [point.value for point in lines_by_key([default], out, "learning_rate", failed=())[""]] == [0.01]
+    unscaled = replace(runs[0], varies={"input_scale": 1.0})
+    before = {**record, "recipe": {key: value for key, value in record["recipe"].items() if key != "input_scale"}}
+    (out / runs[0].name / "run.json").write_text(json.dumps(before))  # of a run before the key was there
+    assert [point.value for point in lines_by_key([unscaled], out, "input_scale", failed=())[""]] == [1.0]
     start, end = record["validation_loss"]
     assert lines[next(iter(lines))][0] == Point(0.01, start, min(start, end), end)
 

@@ -85,8 +85,7 @@ def residual_sizes(host: nn.Module, sites: HostSites) -> list[float]:
         sites: its sites.
     """
     config = text_config(host)
-    positions = getattr(config, "max_position_embeddings", None)
-    count = min(_TOKENS, positions) if isinstance(positions, int) and positions > 0 else _TOKENS
+    count = min(_TOKENS, _positions(config))
     ids = torch.randint(int(config.vocab_size), (1, count), generator=torch.Generator().manual_seed(0))
     device = next(host.parameters()).device
     with as_in_evaluation(host), torch.no_grad(), Residuals(sites).watching() as residuals:
@@ -94,6 +93,13 @@ def residual_sizes(host: nn.Module, sites: HostSites) -> list[float]:
     states = [residuals.layers[layer].float() for layer in range(len(sites.layers))]
     sizes = [0.0 if state.is_meta else float(state.square().mean(dim=-1).sqrt().median()) for state in states]
     return [size if math.isfinite(size) else 0.0 for size in sizes]
+
+
+def _positions(config: Any) -> int:
+    """Positions that a host has for certain: of few, some are not for tokens (RoBERTa counts from after padding's id)."""
+    named = [getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions", "max_seq_len")]
+    positions = min((value for value in named if isinstance(value, int) and value > 0), default=2 * _TOKENS)
+    return positions if positions >= 2 * _TOKENS else max(1, positions // 2)
 
 
 def delta_scale(sizes: Sequence[float], layers: Sequence[int]) -> float:

@@ -224,7 +224,7 @@ def condition(
     show(f"{out}: {len(chosen):,} rows ({_listed(counts)})")
     if missing:
         show(f"left out: {missing:,} questions without a row in the tone that the rules give them")
-    show(f"Try next:  realigner train --data {quote(str(out))} --tone all --out runs/{tone_label(chosen)}")
+    show(f"Try next:  realigner train --data {quote(str(out))} --tone all --out {quote(f'runs/{tone_label(chosen)}')}")
 
 
 @app.command()
@@ -275,7 +275,9 @@ def check(
         several = ", one tone at a time (--tone) or all of them (--tone all)"
         show("fit to train on" + (several if len(card.tones) > 1 else ""))
         if path != "authored":
-            show(f"Try next:  realigner train --data {quote(path)} --out runs/{next(iter(card.tones))}")
+            tone = next(iter(card.tones))
+            one = f" --tone {quote(tone)}" if len(card.tones) > 1 else ""
+            show(f"Try next:  realigner train --data {quote(path)}{one} --out {quote(f'runs/{tone}')}")
 
 
 @app.command()

@@ -97,6 +97,9 @@ def train(
     import realigner.training.run_dir as run_dir
     from realigner.training.recipe import Recipe, read_recipe
 
+    def data_named(named: Recipe) -> tuple[object, ...]:
+        return named.data, named.tone, named.questions, named.instruct is None
+
     flags = {key: value for key, value in options.items() if key in Recipe.model_fields}
     if resume and force:
         raise UsageError("train: --resume goes on with a run, --force throws it away; give one of them")
@@ -107,8 +110,11 @@ def train(
         return
     source = str(work) if resume and not given and run_dir.is_run(work) else recipe or "default"
     chosen = read_recipe(source, settings or []).changed(**flags)
-    other_data = any(value is not None for value in (data, tone, questions))
-    earlier = run_dir.read_run(source) if Path(source).is_dir() and not other_data else None
+    if questions is not None and chosen.instruct is None:
+        raise UsageError("train: --questions is what a teacher is asked; give --instruct too, or leave it out")
+    earlier = None
+    if Path(source).is_dir() and data_named(chosen) == data_named(read_recipe(source)):
+        earlier = run_dir.read_run(source)
     from realigner.training.training_run import train_recipe
 
     run = train_recipe(chosen, out, force, resume, trust_remote_code=trust_remote_code, repeats=earlier)

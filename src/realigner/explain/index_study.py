@@ -26,7 +26,7 @@ from realigner.explain.weights import head_tokens, weights_of
 from realigner.irm_config import check_adapter
 from realigner.traces.layout import UNTRAINED
 from realigner.training.batches import prepare
-from realigner.training.recipe import Recipe, read_recipe
+from realigner.training.recipe import SCALES, Recipe, read_recipe
 from realigner.training.run_dir import RECIPE_FILE, read_run
 from realigner.training.training_run import recipe_rows
 from realigner.tuner import load_irm, tuner_of
@@ -179,9 +179,7 @@ def read_runs(folders: Sequence[str | Path]) -> dict[str, tuple[Path, Recipe]]:
         if not (folder / RECIPE_FILE).is_file():
             raise RealignerError(f"{folder}: has no {RECIPE_FILE}; explain needs the folder of a run, which it trains again")
         irm = check_adapter(folder)
-        scales = {
-            key: irm.get(key) or 1.0 for key in ("input_scale", "delta_scale")
-        }  # the same in every trial, whatever its host
+        scales = {key: irm.get(key) or 1.0 for key in SCALES}  # the same in every trial, whatever its host
         recipe = read_recipe(folder / RECIPE_FILE).changed(**scales)
         if recipe.steps == 0:
             continue

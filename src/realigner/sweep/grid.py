@@ -16,7 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from realigner.data.squad import file_sha256
 from realigner.errors import RealignerError, UsageError
 from realigner.files import decoded, read_bytes
-from realigner.training.recipe import BUILT_IN, LATER_KEYS, MOST_YAML, RUNTIME_ONLY_KEYS, Name, Recipe, read_recipe, read_yaml
+from realigner.training.recipe import (
+    BUILT_IN,
+    LATER_KEYS,
+    MOST_YAML,
+    RUNTIME_ONLY_KEYS,
+    SCALES,
+    Name,
+    Recipe,
+    read_recipe,
+    read_yaml,
+)
 from realigner.validation_message import first_fault
 
 PAPER = Path(__file__).parent / "paper.yaml"
@@ -178,7 +188,7 @@ def _name(recipe: Recipe, baseline: bool, digests: dict[str, str]) -> str:
     """The hash of a run: its recipe without what only decides how fast it goes, data by content and not by place."""
     values = {key: value for key, value in recipe.model_dump().items() if key not in RUNTIME_ONLY_KEYS}
     if recipe.preset == "paper":  # has no other scales
-        values |= {key: values[key] or 1.0 for key in ("input_scale", "delta_scale")}
+        values |= {key: values[key] or 1.0 for key in SCALES}
     later = {"masked": None, **LATER_KEYS}  # omitted where they ask for what was done before, so that earlier hashes hold
     values = {key: value for key, value in values.items() if key not in later or value not in (later[key], [])}
     if baseline:  # an untrained IRM is the same for all tones

@@ -98,8 +98,8 @@ def lines_by_key(runs: Sequence[RunSpec], out: Path, key: str, failed: Collectio
     for run in runs:
         record = run_dir.read_run(out / run.name) if (out / run.name).is_dir() else {}
         value: Any = run.varies.get(key)
-        if record and value is not None:
-            value = record["recipe"][key]  # auto has become a number there
+        if record and key == "learning_rate":
+            value = record["recipe"][key]  # auto and null have become numbers there
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or "untrained" in run.varies or not (record or run.name in failed):
             continue

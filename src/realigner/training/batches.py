@@ -56,6 +56,12 @@ class Prepared:
             digest.update(json.dumps(read).encode() + b"\n")
         return digest.hexdigest()
 
+    def texts(self) -> Iterator[tuple[str, list[int]]]:
+        """Each example's name, for messages, and its tokens."""
+        names = [f"row {name!r}" for name in self.ids] + ["a row for validation"] * len(self.validation)
+        for name, example in zip(names, (*self.train, *self.validation), strict=True):
+            yield name, example["input_ids"]
+
     @property
     def longest(self) -> int:
         """Tokens of the longest row, for the teacher too."""
@@ -113,9 +119,14 @@ def prepare(
         recipe.shape.resolved_layers(int(depth))
     split = split_rows(rows, recipe.seed, recipe.validation, recipe.test, by_tone=len(tones) > 1)
     chat_format = ChatFormat(tokenizer, recipe.template, recipe.chat_template_kwargs)
+    prompted = prompted or {}
+
+    def examples(row: Row) -> Iterator[tuple[Row, Example]]:
+        loss_on = "reply" if row.id in prompted else recipe.loss_on  # a teacher has said nothing else
+        return encoded(chat_format, [row], loss_on, recipe.loss_on_thought)
+
     parts = [
-        [(row, to_last_label(item)) for row, item in encoded(chat_format, part, recipe.loss_on, recipe.loss_on_thought)]
-        for part in (split.train, split.validation)
+        [(row, to_last_label(item)) for row in part for _, item in examples(row)] for part in (split.train, split.validation)
     ]
     if len(parts[0]) < recipe.batch_size:
         raise RealignerError(
@@ -125,7 +136,7 @@ def prepare(
     cut = sum(len(item["input_ids"]) > recipe.max_length for part in parts for _, item in part)
     train, validation = (clip([item for _, item in part], [row for row, _ in part], recipe.max_length) for part in parts)
     for item, (row, _) in zip((*train, *validation), (*parts[0], *parts[1]), strict=True):
-        if prompted and row.id in prompted:
+        if row.id in prompted:
             item |= _for_teacher(item, prompted[row.id])
 
     # Some configs give no limit of positions, or -1.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from realigner.chat_format import PLAIN_NOTE, THOUGHT_NOTE, ChatFormat, has_chat_template
 from realigner.data.tokens import clip, encoded
 from realigner.errors import RealignerError, UsageError
+from realigner.hosts import text_config
 from realigner.probe import as_in_evaluation
 from realigner.residuals import residual_sizes
 from realigner.settings import Settings
@@ -36,7 +37,7 @@ def residual_facts(model: PeftModel) -> dict[str, Any]:
 
 
 def residual_line(residual: Mapping[str, Any]) -> str:
-    """`_residual` in a line."""
+    """`residual_facts` in a line."""
     sizes = [f"{size:.3g}" for size in residual["rms"]]
     if len(sizes) > _SHOWN_SIZES:
         inner = range(1, _SHOWN_SIZES - 1)
@@ -45,11 +46,15 @@ def residual_line(residual: Mapping[str, Any]) -> str:
     return f"residual stream: RMS {' '.join(sizes)} ({layers}); deltas are multiplied by {residual['delta_scale']:.3g}"
 
 
-def check_tokens(prepared: Prepared, tokenizer: Any, config: Any) -> None:
+def check_tokens(texts: Iterable[tuple[str, Sequence[int]]], tokenizer: Any, config: Any) -> None:
     """Raise for a token that the host has no embedding for.
 
+    Args:
+        texts: name and tokens of each.
+        tokenizer, config: the host's.
+
     Raises:
-        RealignerError: naming the token and the first row that has it.
+        RealignerError: naming the token and the first text that has it.
     """
     vocabulary = getattr(config.get_text_config(decoder=True), "vocab_size", None)
     if not isinstance(vocabulary, int):
@@ -58,9 +63,8 @@ def check_tokens(prepared: Prepared, tokenizer: Any, config: Any) -> None:
         f"but the host has {vocabulary} (0 to {vocabulary - 1}); take the host's own tokenizer, or "
         "host.resize_token_embeddings(len(tokenizer))"
     )
-    names = [f"row {name!r}" for name in prepared.ids] + ["a row for validation"] * len(prepared.validation)
-    for name, example in zip(names, (*prepared.train, *prepared.validation), strict=True):
-        if (most := max(example["input_ids"])) >= vocabulary:
+    for name, ids in texts:
+        if (most := max(ids)) >= vocabulary:
             raise RealignerError(f"{name}: {tokenizer.convert_ids_to_tokens(most)!r} is token {most}, {remedy}")
     if (pad := getattr(tokenizer, "pad_token_id", None) or 0) >= vocabulary:
         raise RealignerError(f"the padding token {tokenizer.pad_token!r} is token {pad}, {remedy}")
@@ -92,7 +96,7 @@ def _form_note(host: nn.Module, tokenizer: Any, prepared: Prepared, recipe: Reci
     forms = (recipe.template, "plain" if recipe.template == "chat" else "chat")
     try:
         chosen, other = (_reply_loss(host, tokenizer, prepared, recipe, form) for form in forms)
-    except (RealignerError, UsageError):  # rows that have no such form
+    except (RealignerError, UsageError):  # rows that have no such form, or a host that cannot read it
         return
     if chosen - other > _CLEARLY:
         yield (
@@ -106,7 +110,12 @@ def _reply_loss(host: nn.Module, tokenizer: Any, prepared: Prepared, recipe: Rec
     chat_format = ChatFormat(tokenizer, form, recipe.chat_template_kwargs if form == "chat" else None)
     rows, examples = zip(*encoded(chat_format, prepared.split.validation[:_ROWS]), strict=True)
     collator = Collator(getattr(tokenizer, "pad_token_id", None) or 0)
-    batch = collator([{**example, "row": n} for n, example in enumerate(clip(examples, rows, recipe.max_length))])
+    cut = clip(examples, rows, recipe.max_length)
+    check_tokens(((row.id, example["input_ids"]) for row, example in zip(rows, cut, strict=True)), tokenizer, host.config)
+    positions = getattr(text_config(host), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < max(len(example["input_ids"]) for example in cut):
+        raise RealignerError(f"the {form} form of the rows is longer than {positions} positions")
+    batch = collator([{**example, "row": n} for n, example in enumerate(cut)])
     device = next(host.parameters()).device
     with as_in_evaluation(host), torch.no_grad():
         # A host that is offloaded moves its inputs itself.

@@ -29,6 +29,7 @@ _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionErro
 MOST_YAML = 1 << 18  # characters of a YAML file
 _DIGITS = 400  # of a number
 RUNTIME_ONLY_KEYS = frozenset({"device", "threads", "report_to"})  # where and how fast a run goes, not what it is
+SCALES = ("input_scale", "delta_scale")  # keys that are measured where they are null, with the compact preset
 DEFAULT_RATE, PAPER_RATE = 1e-2, 1e-4  # learning rates of the presets
 _OF_DEFAULT = 0.3  # the share of the default that imitating a teacher takes: its distributions are near the host's own
 _HOST_WIDTH, _IRM_WIDTH = 576, 256  # SmolLM2's and its compact IRM's: up to these the first is taken whole
@@ -66,6 +67,12 @@ def _of_template(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _with_words(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty")
+    return value
+
+
 Name = Annotated[str, AfterValidator(_without_nul)]  # of a file, a folder, a module
 
 
@@ -94,6 +101,7 @@ class Recipe(BaseModel):
         template: ``chat``: the host's own; ``plain``: question, three spaces, reply (the paper's).
         chat_template_kwargs: variables of the chat template, such as ``{enable_thinking: false}``.
         loss_on: ``reply``: the last one of a conversation; ``assistant``: each of its replies; ``text``: the questions too.
+            Of what a teacher says it is always the reply.
         loss_on_thought: on hosts that think, learn the thought before a reply too, and not the reply alone.
         max_length: tokens of a row at most; longer replies are cut.
         validation, test: shares of the rows, by group, held out: for the validation loss; unused.
@@ -145,7 +153,7 @@ class Recipe(BaseModel):
     tone: str | None = None
     seed: int = Field(default=42, ge=0, lt=2**32)
 
-    instruct: Annotated[str, Field(min_length=1, max_length=20_000)] | None = None
+    instruct: Annotated[str, Field(max_length=20_000), AfterValidator(_with_words)] | None = None
     questions: Name = "authored"
     teacher_replies: int = Field(default=1, ge=1, le=64)
     data_weight: float = Field(default=1.0, gt=0, lt=1e6)
@@ -257,6 +265,8 @@ class Recipe(BaseModel):
         """The first key that makes another run of it, with both values; None when both are the same run."""
         for key in type(self).model_fields:
             mine, theirs = getattr(self, key), getattr(other, key)
+            if key in SCALES and self.preset == other.preset == "paper":  # has no others than 1
+                mine, theirs = mine or 1.0, theirs or 1.0
             if key not in RUNTIME_ONLY_KEYS and mine != theirs:
                 mine, theirs = ("null" if value is None else value for value in (mine, theirs))
                 return f"{key} is {mine}, not {theirs}"

@@ -167,6 +167,8 @@ def verdict(record: dict[str, Any]) -> str:
     if end < start:
         gain = f"{start - end:.2f}" if start - end >= 0.005 else f"{start - end:.1g}"
         return f"{name} {nats(start)} -> {nats(end)}: better than untrained by {gain} nats per token"
+    if end == start and record["kept_step"] and record["recipe"].get("keep") == "best":  # as far as the losses are written
+        return f"{name} {nats(start)} -> {nats(end)}: better than untrained by less than 0.0001 nats per token"
     done = "the untrained IRM was kept" if record["kept_step"] == 0 else "the last weights were kept all the same (keep=last)"
     rate = record["recipe"]["learning_rate"]
     way = f"; lower it: {lower_rate(rate)}" if isinstance(rate, float) else ""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from pydantic import ValidationError
 
 from realigner.chat_format import IGNORED, ChatFormat
 from realigner.console import Task, progress, say
@@ -35,12 +36,15 @@ from realigner.files import read_bytes, value_of
 from realigner.generation import answer
 from realigner.prompts import Message, Prompt, messages_of
 from realigner.settings import NO_IRM
+from realigner.thoughts import reply_of
 from realigner.training.batches import Collator, Prepared, prepare, to_last_label
+from realigner.training.host_checks import check_tokens
 from realigner.training.loss import bare, row_losses, takes_logits_to_keep
 from realigner.training.recipe import Recipe
 from realigner.training.run_dir import TEACHER_FILE
 from realigner.training.run_record import TeacherEntry, checked
 from realigner.tuner import tuner_of
+from realigner.validation_message import first_fault
 
 if TYPE_CHECKING:
     from realigner.data.quality_filter import QualityFilter
@@ -53,6 +57,7 @@ TOGETHER = 32  # replies that are sampled in one batch (on a CPU it takes 1.5 ti
 _SCORED = 4  # replies whose likelihood is computed at a time: logits of all their tokens take memory
 _FEWEST = 64  # questions that are asked at least, if there are so many
 _PASSES = 2  # of the training over the replies, at least
+_ID = "teacher:"  # before the number of a reply, as a row's id
 _LABEL = 60  # characters of an instruction that stands for a tone
 
 
@@ -127,6 +132,11 @@ class Teacher:
         tokenizer: the host's.
         config: the host's (its positions are looked at).
 
+    Attributes:
+        questions: those that are asked.
+        offered: how many there are.
+        sha256: of the rows and all questions.
+
     Raises:
         RealignerError, UsageError: for questions that cannot be read, or do not fit into the host.
     """
@@ -138,14 +148,27 @@ class Teacher:
             raise UsageError(
                 f"rows are of {len(tones)} tones ({', '.join(tones)}); choose one (tone), or train on all (tone={EVERY_TONE})"
             )
+        if taken := next((row.id for row in rows if row.id.startswith(_ID)), None):
+            raise UsageError(f"row {taken!r}: ids that begin with {_ID!r} are those of a teacher's replies; give it another")
         self.rows, self.recipe, self.instruct = rows, recipe, recipe.instruct
         found = read_questions(recipe.questions)
         self.offered = len(found)
+        asked = [[question.id, question.group, written(question.prompt)] for question in found]
+        self.sha256 = hashlib.sha256((rows_hash(rows) + json.dumps(asked)).encode()).hexdigest()  # whichever are chosen
         self.questions = _chosen(found, recipe)
         self.chat_format = ChatFormat(tokenizer, recipe.template, recipe.chat_template_kwargs)
         self.in_question = not self._takes_system()
-        self.lengths = [self._prompt_lengths(question) for question in self.questions]
-        self.examples(self.questions[0], {"role": "assistant", "content": "1"})  # of a template that cannot write one, at once
+        prompts = [self._prompts(question) for question in self.questions]
+        check_tokens(
+            ((f"question {q.id!r}", ids) for q, both in zip(self.questions, prompts, strict=True) for ids in both),
+            tokenizer,
+            config,
+        )
+        self.lengths = [(len(own), len(instructed)) for own, instructed in prompts]
+        some: Message = {"role": "assistant", "content": "1"}
+        self.examples(self.questions[0], some)  # of a template that cannot write one, at once
+        for number, question in enumerate(self.questions):
+            self._row(number, question, some)
         self.most_targets = REPLY_TOKENS + 1
         self.longest = max(map(max, self.lengths)) + self.most_targets
         positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -156,6 +179,11 @@ class Teacher:
             raise RealignerError(
                 f"question and instruction have {self.longest - self.most_targets} tokens, a reply up to {self.most_targets}, "
                 f"and the host has {positions} positions; shorten the instruction, or leave long questions out"
+            )
+        if recipe.steps != 0 and self.wanted < recipe.batch_size:
+            raise RealignerError(
+                f"{recipe.questions}: {self.wanted} replies in all (teacher_replies={recipe.teacher_replies}), fewer than "
+                f"batch_size {recipe.batch_size}; give more questions, or set teacher_replies"
             )
 
     @property
@@ -190,12 +218,6 @@ class Teacher:
         name = str(self._named_tone) if known else "instructed"
         return QualityFilter(Tone(name=name, language="any", instruction=self.instruct), chat=True, whole=False)
 
-    @property
-    def sha256(self) -> str:
-        """Of the rows and the questions."""
-        asked = [[question.id, question.group, written(question.prompt)] for question in self.questions]
-        return hashlib.sha256((rows_hash(self.rows) + json.dumps(asked)).encode()).hexdigest()
-
     def facts(self) -> dict[str, Any]:
         """The entry ``data`` of run.json, as far as it is known before the replies are there."""
         return {"rows": len(self.rows), "questions": len(self.questions), "sha256": self.sha256, "train": 0, "validation": 0}
@@ -220,12 +242,12 @@ class Teacher:
             return False
         return True
 
-    def _prompt_lengths(self, question: Question) -> tuple[int, int]:
+    def _prompts(self, question: Question) -> list[list[int]]:
+        """A question as the student reads it and as the teacher does."""
         try:
-            both = self.chat_format.prompts([question.prompt, self.instructed(question.prompt)])
+            return self.chat_format.prompts([question.prompt, self.instructed(question.prompt)])
         except RealignerError as error:
             raise type(error)(f"question {question.id!r}: {error}") from None
-        return len(both[0]), len(both[1])
 
     def examples(self, question: Question, reply: Message) -> tuple[Example, Example] | None:
         """A reply as the student reads it and as the teacher does; None where its tokens depend on what is before them."""
@@ -239,6 +261,14 @@ class Teacher:
     def _message(self, entry: dict[str, Any]) -> Message:
         thought = {"reasoning_content": entry["thought"]} if self.recipe.loss_on_thought and entry.get("thought") else {}
         return {"role": "assistant", "content": entry["reply"], **thought}
+
+    def _row(self, number: int, question: Question, reply: Message) -> Row:
+        """A reply as a row; of a question that cannot stand in one, an error."""
+        about = {"id": f"{_ID}{number}", "group": question.group, "tone": self._own_tone, "source": "teacher"}
+        try:
+            return Row.model_validate({**about, "messages": [*messages_of(question.prompt), reply]})
+        except ValidationError as error:
+            raise RealignerError(f"question {question.id!r}: {first_fault(error, Row, 'a row')}") from None
 
     # The replies.
 
@@ -326,7 +356,7 @@ class Teacher:
             for number, question, text in zip(numbers, asked, texts, strict=True)
         ]
         pairs = [
-            self.examples(*pair) if pair[1]["content"].strip() else None
+            self.examples(*pair) if reply_of(pair[1]["content"]).strip() else None
             for pair in zip(asked, map(self._message, made), strict=True)
         ]
         comparable = [n for n, pair in enumerate(pairs) if pair is not None]
@@ -361,10 +391,9 @@ class Teacher:
                 raise RealignerError(
                     f"{path}: reply {entry['number']} has other tokens than when it was kept; train anew (force)"
                 )
-            name = f"teacher:{entry['number']}"
-            about = {"id": name, "group": question.group, "answer": "", "tone": self._own_tone, "source": "teacher"}
-            rows.append(Row(**about, messages=[*messages_of(question.prompt), reply]))  # type: ignore[arg-type]
-            prompted[name] = pair[1]
+            row = self._row(entry["number"], question, reply)
+            rows.append(row)
+            prompted[row.id] = pair[1]
         kept, groups = len(prompted), {row.group for row in rows}
         needed = self.recipe.batch_size
         if kept < needed or len(groups) < 2:

@@ -150,8 +150,10 @@ def _material(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) 
     """What a run learns from: rows, or what a teacher has yet to reply."""
     if recipe.instruct is None:
         prepared = prepare(rows, tokenizer, config, recipe)
-        check_tokens(prepared, tokenizer, config)
+        check_tokens(prepared.texts(), tokenizer, config)
         return prepared
+    if rows and _FSDP:  # a process whose rows have no teacher would not run the host a second time, as others do
+        raise UsageError("instruct: with rows besides it cannot be trained under FSDP; leave the rows out, or use DDP")
     return Teacher(rows, recipe, tokenizer, config)
 
 
@@ -323,7 +325,7 @@ def _taught(
     place, tuner = work / run_dir.TEACHER_FILE, tuner_of(model)
     replies = teacher.replies(model, tokenizer, work, quiet)
     prepared = teacher.prepared(replies, tokenizer, model.config, place)
-    check_tokens(prepared, tokenizer, model.config)
+    check_tokens(prepared.texts(), tokenizer, model.config)
     record["data"] |= {key: value for key, value in prepared.facts().items() if key != "sha256"}
     record["teacher"] = teacher.outcome(replies)
     if not quiet:
