@@ -19,6 +19,9 @@ Tensor = Any  # tensors: the layers' submodules are untyped
 Inject = Callable[[int, Tensor, Tensor], Tensor]  # (layer, input x, branch) -> the delta to add to x + branch
 
 
+MEASURED = 64  # tokens over which sizes are measured
+
+
 def first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
@@ -126,10 +129,16 @@ def reference_host(
     """A copy of `host` (or itself) whose rewritten layers add ``strength * irm(h0)[layer]`` to the post-attention residual."""
     other = host if in_place else copy.deepcopy(host)
     state: dict[str, Tensor] = {}
+    sizes: list[float] = []  # of the residual at each site, as long as it is measured
+    scales = (1.0, 1.0)  # of h0, of deltas
 
     def inject(n: int, x: Tensor, branch: Tensor) -> Tensor:
+        if state.get("measuring") is not None:
+            sizes.append(float((x + branch).float().pow(2).mean(-1).sqrt().median()))
+            return torch.zeros_like(x)
         if n == 0:
-            state["deltas"] = reference_irm(weights, x + branch, input_norm=compact, factorised=compact)
+            h0 = (x + branch).float() / scales[0]
+            state["deltas"] = scales[1] * reference_irm(weights, h0, input_norm=compact, factorised=compact)
         if n not in layers:
             return torch.zeros_like(x)
         delta = strength * state["deltas"][..., layers.index(n), :]
@@ -138,4 +147,15 @@ def reference_host(
     stack: nn.ModuleList = other.get_submodule(PATHS.get(family, "model.layers"))
     for n, layer in enumerate(stack):
         layer.forward = partial(LAYERS[family], layer, n, inject)
+    if compact:
+        config = other.config.get_text_config(decoder=True)
+        positions = getattr(config, "max_position_embeddings", 128)
+        count = MEASURED if positions >= 128 else positions // 2
+        ids = torch.randint(config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
+        state["measuring"] = ids
+        with torch.no_grad():
+            other(input_ids=ids, use_cache=False)
+        del state["measuring"]
+        moved = [sum(layer <= site for layer in layers) / sizes[site] for site in range(layers[0], len(sizes))]
+        scales = sizes[0], 2.26 / (sum(one**2 for one in moved) / len(moved)) ** 0.5
     return other

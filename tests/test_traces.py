@@ -40,7 +40,7 @@ PROMPTS = ["Why is the sky blue?", "Who?", "How many?"]
 def model() -> Any:
     host, _ = tiny_pair()
     torch.manual_seed(4)
-    return get_peft_model(host, IRMConfig(output_std=0.3, layers=[0, 2])).eval()
+    return get_peft_model(host, IRMConfig(output_std=0.3, layers=[0, 2], input_scale=1.0, delta_scale=1.0)).eval()
 
 
 def expected(model: Any, ids: list[int]) -> torch.Tensor:

@@ -171,8 +171,6 @@ class IRMConfig(PeftConfig, IRMShape):
         config = super().from_pretrained(str(folder), **kwargs)
         assert isinstance(config, IRMConfig)
         config.file_tensors = file_tensors(adapter_folder(folder))
-        config.input_scale = config.input_scale or 1.0  # earlier files have no scales
-        config.delta_scale = config.delta_scale or 1.0
         return config
 
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from realigner.hosts import text_config
@@ -88,11 +89,30 @@ def residual_sizes(host: nn.Module, sites: HostSites) -> list[float]:
     count = min(_TOKENS, _positions(config))
     ids = torch.randint(int(config.vocab_size), (1, count), generator=torch.Generator().manual_seed(0))
     device = next(host.parameters()).device
-    with as_in_evaluation(host), torch.no_grad(), Residuals(sites).watching() as residuals:
+    with ExitStack() as stack:
+        for context in (as_in_evaluation(host), torch.no_grad(), _without_tuners(host)):
+            stack.enter_context(context)
+        for kind in {"cpu", device.type} - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        residuals = stack.enter_context(Residuals(sites).watching())
         sites.decoder(input_ids=ids if device.type == "meta" else ids.to(device), use_cache=False)
     states = [residuals.layers[layer].float() for layer in range(len(sites.layers))]
     sizes = [0.0 if state.is_meta else float(state.square().mean(dim=-1).sqrt().median()) for state in states]
     return [size if math.isfinite(size) else 0.0 for size in sizes]
+
+
+@contextmanager
+def _without_tuners(host: nn.Module) -> Iterator[None]:
+    """Switch off what PEFT has put into a host (LoRA): an IRM is made for the host without it, as its fingerprint is."""
+    layers = [(module, module._disable_adapters) for module in host.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [(layer, off) for layer, off in layers if not getattr(layer, "merged", False)]  # which would be unmerged for good
+    try:
+        for layer, _ in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, off in layers:
+            layer._disable_adapters = off
 
 
 def _positions(config: Any) -> int:

@@ -157,6 +157,7 @@ def trace_runs(
         for source, config in zip(sources, configs, strict=True):
             if source.twin:
                 shape: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(IRMShape)}
+                shape |= {key: shape[key] or 1.0 for key in ("input_scale", "delta_scale")}  # earlier files have no scales
                 shape |= {"template": config.template, "chat_template_kwargs": config.chat_template_kwargs}
                 fresh = IRMConfig(**shape, layers_path=config.layers_path, inference_mode=True)
                 set_seed(source.label.seed)
