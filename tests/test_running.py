@@ -177,13 +177,17 @@ def quanto(weights: str) -> Callable[[Any], Any]:
 @pytest.mark.usefixtures("compiler")
 def test_quantised_hosts(family: str, weights: str, tmp_path: Path) -> None:
     """Weights in int8 or int4: the same numbers; and an IRM of the host in full precision loads onto it."""
-    attach(tiny_host(family)).save_pretrained(tmp_path)
+    whole = attach(tiny_host(family))
+    whole.save_pretrained(tmp_path)
+    config = tuner_of(whole).peft_config["default"]
     model, reference = pair(family, quanto(weights))
     with ra.strength(model, STRENGTH):
         got = generated(model, prompts())
     same(got, generated(reference, prompts()))
-    host = model.unload()
-    loaded = ra.load_irm(host, tmp_path)
+    again = attach(model.unload(), input_scale=config.input_scale, delta_scale=config.delta_scale)
+    with ra.strength(again, STRENGTH):
+        got = generated(again, prompts())
+    loaded = ra.load_irm(again.unload(), tmp_path)
     with ra.strength(loaded, STRENGTH):
         same(generated(loaded, prompts()), got)
 
