@@ -78,7 +78,7 @@ def check_model(folder: Path) -> None:
     options: dict[str, Any] = {**inputs, "max_new_tokens": 12, "do_sample": False}
     bare = host.generate(**options)
     torch.manual_seed(0)
-    model = get_peft_model(host, ra.IRMConfig(preset="compact", output_std=0.02))
+    model = get_peft_model(host, ra.IRMConfig(preset="compact", output_std=0.02, input_scale=1.0, delta_scale=1.0))
     assert isinstance(model, PeftModel)
 
     def tokens(irm: Any, strength: float) -> list[int]:
