@@ -18,7 +18,7 @@ FLOORS = [
     "errors", "markdown", "extras", "lazy", "prompts", "thoughts", "chat_format", "files", "console", "dialogues", "irm",
     "sites", "settings", "gguf_cache", "hosts", "probe", "locate", "residuals", "fingerprints", "injection", "adapters",
     "batching", "irm_config", "tuner", "thinking_budget", "generation", "runtime", "chat", "oracle", "tiny", "census",
-    "validation_message", "data", "training", "sweep", "traces", "analysis", "explain", "report", "demo", "cli",
+    "validation_message", "data", "training", "sweep", "traces", "analysis", "explain", "evaluation", "report", "demo", "cli",
 ]  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Does a realignment work, against what, and at which strength?"""
