@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -194,7 +195,10 @@ class IRMModel(BaseTuner):
         _bind(config, self.fingerprint, self.sites.summary())
         size = self.sites.width, len(self.sites.layers)
         if is_new and config.preset == "compact":
-            self._measure_scales(config, model)
+            if config.input_scale is None:
+                config.input_scale = self.residual_sizes[0] or 1.0
+            if config.delta_scale is None:
+                config.delta_scale = delta_scale(self.residual_sizes, config.resolved_layers(len(self.residual_sizes)))
         if config.file_tensors is not None:
             with torch.device("meta"):
                 expected = _named_as_in_file(config.build(*size)) | _beside(model, config.modules_to_save or ())
@@ -222,15 +226,12 @@ class IRMModel(BaseTuner):
             if config.file_tensors is None:
                 self._attach()
 
-    def _measure_scales(self, config: Any, host: nn.Module) -> None:
-        """Fill in the scales of a config by the size of the host's residual stream."""
+    @cached_property
+    def residual_sizes(self) -> list[float]:
+        """`residuals.residual_sizes` of the host, measured when it is first asked for."""
         bare = nullcontext() if "injector" not in vars(self) else self.injector.threads.using(Settings(irms=()))
         with bare:
-            sizes = residual_sizes(host, self.sites)
-        if config.input_scale is None:
-            config.input_scale = sizes[0] or 1.0
-        if config.delta_scale is None:
-            config.delta_scale = delta_scale(sizes, config.resolved_layers(len(sizes)))
+            return residual_sizes(self.model, self.sites)
 
     def _attach(self) -> None:
         """Register the hooks, unless they are."""

@@ -14,8 +14,6 @@ from realigner.data.tokens import clip, encoded
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import text_config
 from realigner.probe import as_in_evaluation
-from realigner.residuals import residual_sizes
-from realigner.settings import Settings
 from realigner.training.batches import Collator, Prepared
 from realigner.training.loss import row_losses, takes_logits_to_keep
 from realigner.training.recipe import Recipe
@@ -30,10 +28,8 @@ def residual_facts(model: PeftModel) -> dict[str, Any]:
     """The entry ``residual`` of run.json: root mean square of the residual at each site, and what the IRM made of it."""
     tuner = tuner_of(model)
     network = tuner.registry.network("default")
-    with tuner.injector.threads.using(Settings(irms=())):
-        sizes = residual_sizes(tuner.model, tuner.sites)
     scales = {"input_scale": network.input_scale, "delta_scale": network.delta_scale}
-    return {"rms": [float(f"{size:.4g}") for size in sizes], **scales}
+    return {"rms": [float(f"{size:.4g}") for size in tuner.residual_sizes], **scales}
 
 
 def residual_line(residual: Mapping[str, Any]) -> str:
