@@ -1,0 +1,152 @@
+"""What a realigned host says, and the losses of given replies: everything of an evaluation that is asked of a host in words.
+
+A method shows itself as a `Speaker`: what answers, and what stands before each question. A bare host is one too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from realigner.data.tokens import Example
+from realigner.generation import answer, format_of
+from realigner.prompts import Message
+from realigner.settings import Strength
+from realigner.training.batches import Collator, EncodedRows
+from realigner.training.loss import row_losses, takes_logits_to_keep
+from realigner.tuner import find_tuner
+
+BATCH = 16  # questions that are answered together
+_LOSS_BATCH = 8
+Conversation = Sequence[Message]
+
+
+class Speaker(Protocol):
+    """A host as a method realigns it.
+
+    Attributes:
+        model: what answers; see `generation.answer`.
+        system: a system prompt, or None.
+        history: turns before the question.
+    """
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def system(self) -> str | None: ...
+    @property
+    def history(self) -> Sequence[Message]: ...
+
+
+def conversation_of(speaker: Speaker, question: str | Conversation, reply: str | None = None) -> list[Message]:
+    """The messages that a speaker is given for a question, and the reply to it."""
+    asked = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+    system = [] if speaker.system is None else [{"role": "system", "content": speaker.system}]
+    said = [] if reply is None else [{"role": "assistant", "content": reply}]
+    return [*system, *speaker.history, *asked, *said]
+
+
+def ask(
+    speaker: Speaker,
+    tokenizer: Any,
+    questions: Sequence[str | Conversation],
+    max_new_tokens: int,
+    strength: Strength | None = None,
+    done: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Greedy replies, in the order of the questions; those of like length are answered together.
+
+    Args:
+        speaker: who answers.
+        tokenizer: the host's.
+        questions: questions, or conversations that end in one.
+        max_new_tokens: tokens of a reply at most.
+        strength: of the IRM, where the speaker has one.
+        done: called with how many more questions are answered.
+    """
+    prompts = [conversation_of(speaker, question) for question in questions]
+    order = sorted(range(len(prompts)), key=lambda n: sum(len(message["content"]) for message in prompts[n]))
+    replies = [""] * len(prompts)
+    for start in range(0, len(order), BATCH):
+        part = order[start : start + BATCH]
+        texts = answer(speaker.model, tokenizer, [prompts[n] for n in part], max_new_tokens, strength=strength)
+        for n, text in zip(part, texts, strict=True):
+            replies[n] = str(text)
+        if done is not None:
+            done(len(part))
+    return replies
+
+
+def ask_in_turns(
+    speaker: Speaker, tokenizer: Any, dialogues: Sequence[Sequence[str]], max_new_tokens: int, strength: Strength | None = None
+) -> list[list[str]]:
+    """The replies to each dialogue's questions, each asked after the replies to those before it."""
+    said: list[list[Message]] = [[] for _ in dialogues]
+    replies: list[list[str]] = [[] for _ in dialogues]
+    for turn in range(max(map(len, dialogues), default=0)):
+        going = [n for n, questions in enumerate(dialogues) if turn < len(questions)]
+        for n in going:
+            said[n].append({"role": "user", "content": dialogues[n][turn]})
+        for n, reply in zip(going, ask(speaker, tokenizer, [said[n] for n in going], max_new_tokens, strength), strict=True):
+            said[n].append({"role": "assistant", "content": reply or "."})  # some templates refuse empty messages
+            replies[n].append(reply)
+    return replies
+
+
+def tokens_of(tokenizer: Any, reply: str) -> int:
+    """Tokens of a reply."""
+    return len(tokenizer(reply, add_special_tokens=False)["input_ids"])
+
+
+def reply_losses(
+    speaker: Speaker, tokenizer: Any, questions: Sequence[str | Conversation], replies: Sequence[str]
+) -> list[tuple[float, int]]:
+    """Of each reply the summed loss in nats, its end included, and the number of its tokens.
+
+    Example:
+        >>> losses = reply_losses(bare, tokenizer, ["Why is the sky blue?"], ["It is not."])  # doctest: +SKIP
+        >>> [total / tokens for total, tokens in losses]  # doctest: +SKIP
+        [3.1]
+    """
+    examples = encode(speaker, tokenizer, questions, replies)
+    order = sorted(range(len(examples)), key=lambda n: len(examples[n]["input_ids"]))
+    rows, collate = EncodedRows(examples), Collator(getattr(tokenizer, "pad_token_id", None) or 0)
+    found = [(0.0, 0)] * len(examples)
+    speaker.model.eval()
+    with torch.no_grad():
+        for start in range(0, len(order), _LOSS_BATCH):
+            part = order[start : start + _LOSS_BATCH]
+            batch = {key: value.to(device_of(speaker.model)) for key, value in collate([rows[n] for n in part]).items()}
+            sums, counts = row_losses(speaker.model, batch, has_logits_to_keep(speaker.model))
+            for n, total, count in zip(part, sums.tolist(), counts.tolist(), strict=True):
+                found[n] = (total, count)
+    return found
+
+
+def encode(speaker: Speaker, tokenizer: Any, questions: Sequence[str | Conversation], replies: Sequence[str]) -> list[Example]:
+    """Questions and replies as tokens, labels on the replies; an empty reply counts as a full stop."""
+    chat_format = format_of(speaker.model, tokenizer)
+    pairs = zip(questions, replies, strict=True)
+    return [chat_format.examples(conversation_of(speaker, question, reply or "."))[-1] for question, reply in pairs]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are."""
+    return next(parameter.device for parameter in model.parameters())
+
+
+def has_logits_to_keep(model: nn.Module) -> bool:
+    """Whether the host under a model computes logits where it is told to."""
+    tuner = find_tuner(model)
+    inner: Any = tuner.model if tuner is not None else model
+    get_base = getattr(inner, "get_base_model", None)
+    return takes_logits_to_keep(get_base() if callable(get_base) else inner)
+
+
+def per_token(losses: Sequence[tuple[float, int]] | Sequence[Mapping[str, Any]]) -> float:
+    """Nats per token over all replies."""
+    pairs = [(item["nats"], item["tokens"]) if isinstance(item, Mapping) else item for item in losses]
+    return sum(total for total, _ in pairs) / max(1, sum(count for _, count in pairs))
