@@ -14,7 +14,6 @@ from torch import nn
 from realigner.data.tokens import Example
 from realigner.generation import answer, format_of
 from realigner.prompts import Message
-from realigner.settings import Strength
 from realigner.training.batches import Collator, EncodedRows
 from realigner.training.loss import row_losses, takes_logits_to_keep
 from realigner.tuner import find_tuner
@@ -54,7 +53,6 @@ def ask(
     tokenizer: Any,
     questions: Sequence[str | Conversation],
     max_new_tokens: int,
-    strength: Strength | None = None,
     done: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Greedy replies, in the order of the questions; those of like length are answered together.
@@ -64,7 +62,6 @@ def ask(
         tokenizer: the host's.
         questions: questions, or conversations that end in one.
         max_new_tokens: tokens of a reply at most.
-        strength: of the IRM, where the speaker has one.
         done: called with how many more questions are answered.
     """
     prompts = [conversation_of(speaker, question) for question in questions]
@@ -72,7 +69,7 @@ def ask(
     replies = [""] * len(prompts)
     for start in range(0, len(order), BATCH):
         part = order[start : start + BATCH]
-        texts = answer(speaker.model, tokenizer, [prompts[n] for n in part], max_new_tokens, strength=strength)
+        texts = answer(speaker.model, tokenizer, [prompts[n] for n in part], max_new_tokens)
         for n, text in zip(part, texts, strict=True):
             replies[n] = str(text)
         if done is not None:
@@ -80,9 +77,7 @@ def ask(
     return replies
 
 
-def ask_in_turns(
-    speaker: Speaker, tokenizer: Any, dialogues: Sequence[Sequence[str]], max_new_tokens: int, strength: Strength | None = None
-) -> list[list[str]]:
+def ask_in_turns(speaker: Speaker, tokenizer: Any, dialogues: Sequence[Sequence[str]], max_new_tokens: int) -> list[list[str]]:
     """The replies to each dialogue's questions, each asked after the replies to those before it."""
     said: list[list[Message]] = [[] for _ in dialogues]
     replies: list[list[str]] = [[] for _ in dialogues]
@@ -90,7 +85,7 @@ def ask_in_turns(
         going = [n for n, questions in enumerate(dialogues) if turn < len(questions)]
         for n in going:
             said[n].append({"role": "user", "content": dialogues[n][turn]})
-        for n, reply in zip(going, ask(speaker, tokenizer, [said[n] for n in going], max_new_tokens, strength), strict=True):
+        for n, reply in zip(going, ask(speaker, tokenizer, [said[n] for n in going], max_new_tokens), strict=True):
             said[n].append({"role": "assistant", "content": reply or "."})  # some templates refuse empty messages
             replies[n].append(reply)
     return replies

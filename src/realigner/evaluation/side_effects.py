@@ -50,12 +50,11 @@ def answers_about(
     speaker: Speaker,
     tokenizer: Any,
     asked: Sequence[Passage],
-    strength: float | None = None,
     done: Callable[[int], None] | None = None,
 ) -> list[tuple[str, bool]]:
     """The reply to each passage's question, and whether it holds the answer."""
     prompts = [_ASKS_FOR_ANSWER.format(passage=item.passage, question=item.question) for item in asked]
-    replies = ask(speaker, tokenizer, prompts, ANSWER_TOKENS, strength, done)
+    replies = ask(speaker, tokenizer, prompts, ANSWER_TOKENS, done)
     return [
         (reply, any(contains_answer(answer, reply) for answer in item.answers))
         for item, reply in zip(asked, replies, strict=True)

@@ -1,0 +1,194 @@
+"""What a host was asked and what it said and did, for one method and tone: the part of an evaluation that needs the host.
+
+It is written once, as ``measured.json``, and every score is made from it (`scores`), so scores can be made again without a host.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from realigner.data import Row
+from realigner.errors import RealignerError
+from realigner.evaluation.replies import Speaker, ask, ask_in_turns, reply_losses, tokens_of
+from realigner.evaluation.side_effects import NeutralText, answers_about, passages
+from realigner.files import read_bytes, write_text
+from realigner.tuner import strength as set_strength
+from realigner.validation_message import first_fault
+
+MEASURED = "measured.json"
+_MOST_BYTES = 1 << 26
+TURNS = 3  # questions of a dialogue
+DROP_THE_TONE = "\n\nAnswer plainly and calmly, without any emotion."
+DROP_CALM = "\n\nAnswer with a lot of emotion."
+
+
+class Effort(BaseModel):
+    """How much a host is asked.
+
+    Attributes:
+        reply_tokens: tokens of a reply at most.
+        dialogues: conversations of three questions each, of the first test questions.
+        dropped: how many of the test questions are asked again with a request to drop the tone.
+        passages: passages of neutral text, and questions about them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    reply_tokens: int = Field(default=60, ge=1)
+    dialogues: int = Field(default=8, ge=0)
+    dropped: int = Field(default=24, ge=0)
+    passages: int = Field(default=24, ge=0)
+
+
+class Said(BaseModel):
+    """A reply to a question.
+
+    Attributes:
+        tokens: of the reply, its end not counted.
+        ended: whether it came to its end before the limit.
+        nats, nats_tokens: its summed loss under the bare host without any prompt, and over how many tokens, its end included.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    question: str
+    reply: str
+    tokens: int
+    ended: bool
+    nats: float
+    nats_tokens: int
+
+
+class Loss(BaseModel):
+    """A summed loss in nats, and over how many tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    nats: float
+    tokens: int
+
+
+class Effect(Loss):
+    """On a passage of neutral text; see `side_effects.NeutralText.effects`."""
+
+    bare_nats: float
+    kl: float
+    same: int
+    shift: list[float]
+
+
+class About(BaseModel):
+    """A reply about a passage."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    id: str
+    reply: str
+    right: bool
+
+
+class Measured(BaseModel):
+    """Everything that was asked of one method in one tone.
+
+    Attributes:
+        method, tone, seed: whose.
+        strength: at which an IRM acted; None: as it was trained, or without one.
+        facts: what the method says of itself: parameters, seconds of training, learning rate, ...
+        replies: to the test questions, in their order.
+        target: losses of the test rows' own replies, in the tone, under the method.
+        turns: replies to dialogues, in the order of their questions.
+        dropped: replies to the first test questions with a request to drop the tone.
+        text, about: on neutral text, and about its passages.
+        ms_per_token: milliseconds for each token of the replies, questions in batches of 16.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    method: str
+    tone: str
+    seed: int
+    strength: float | None
+    effort: Effort
+    facts: dict[str, Any]
+    replies: list[Said]
+    target: list[Loss]
+    turns: list[list[str]]
+    dropped: list[str]
+    text: list[Effect]
+    about: list[About]
+    ms_per_token: float
+
+    def save(self, path: Path) -> None:
+        """Write it whole or not at all."""
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Measured:
+        """Read what `save` wrote.
+
+        Raises:
+            RealignerError: for a file that is not one, naming it.
+        """
+        try:
+            return cls.model_validate_json(read_bytes(path, _MOST_BYTES))
+        except ValidationError as error:
+            fault = first_fault(error, cls, "a measurement")
+            raise RealignerError(f"{path}: not what an evaluation measured ({fault}); delete it to measure anew") from None
+
+
+def measure(
+    attached: AbstractContextManager[Speaker],
+    bare: Speaker,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    neutral: NeutralText,
+    effort: Effort,
+    named: Mapping[str, Any],
+    strength: float | None = None,
+    done: Callable[[int], None] | None = None,
+) -> Measured:
+    """Ask a host everything, as a method realigns it.
+
+    Args:
+        attached: a block in which the method acts on the host; outside of it the host is bare.
+        bare: the host as it is, under which replies are judged usual or not.
+        tokenizer: the host's.
+        rows: test rows; their questions are asked, and their replies are the target.
+        neutral: the bare host's predictions.
+        effort: how much is asked.
+        named: ``method``, ``tone``, ``seed`` and ``facts``.
+        strength: of the IRM; None: at which it acts by itself.
+        done: called with how many more questions are answered.
+    """
+    questions = [row.question for row in rows]
+    drop = DROP_CALM if named["tone"] == "neutral" else DROP_THE_TONE
+    dialogues = [questions[at : at + TURNS] for at in range(0, min(effort.dialogues * TURNS, len(questions)), TURNS)]
+    asked = passages()[:: max(1, len(passages()) // max(1, effort.passages))][: effort.passages]
+    with attached as speaker, nullcontext() if strength is None else set_strength(speaker.model, strength):
+        started = time.perf_counter()
+        texts = ask(speaker, tokenizer, questions, effort.reply_tokens, done)
+        seconds = time.perf_counter() - started
+        target = reply_losses(speaker, tokenizer, questions, [row.text for row in rows])
+        turns = ask_in_turns(speaker, tokenizer, dialogues, effort.reply_tokens)
+        dropped = ask(speaker, tokenizer, [text + drop for text in questions[: effort.dropped]], effort.reply_tokens, done)
+        effects = neutral.effects(speaker)
+        about = answers_about(speaker, tokenizer, asked, done)
+    lengths = [tokens_of(tokenizer, text) for text in texts]
+    usual = reply_losses(bare, tokenizer, questions, texts)
+    replies = [
+        Said(question=question, reply=text, tokens=length, ended=length < effort.reply_tokens, nats=nats, nats_tokens=count)
+        for question, text, length, (nats, count) in zip(questions, texts, lengths, usual, strict=True)
+    ]
+    return Measured(
+        **named,
+        strength=strength,
+        effort=effort,
+        replies=replies,
+        target=[Loss(nats=nats, tokens=count) for nats, count in target],
+        turns=turns,
+        dropped=dropped,
+        text=[Effect(**effect) for effect in effects],
+        about=[About(id=item.id, reply=reply, right=right) for item, (reply, right) in zip(asked, about, strict=True)],
+        ms_per_token=1000 * seconds / max(1, sum(lengths)),
+    )
