@@ -1,6 +1,6 @@
 """What a host was asked and what it said and did, for one method and tone: the part of an evaluation that needs the host.
 
-It is written once, as ``measured.json``, and every score is made from it (`scores`), so scores can be made again without a host.
+It is written once, as ``measured.json``; every score is made from it, and can be made again without a host.
 """
 
 from __future__ import annotations
