@@ -172,6 +172,8 @@ def test_wrong_tensors_are_refused(saved: Path, change: Any, message: str) -> No
         ({"surprise": 1}, "unknown key 'surprise'"),
         ({"site": {"layers": "elsewhere"}}, "the probe now finds"),
         ({"host": {"name": "x"}}, "fingerprint"),
+        ({"strength": 0.8, "strength_range": [0.9, 1.2]}, r"strength_range.*0\.8, between"),
+        ({"strength_range": [1, "2"]}, "strength_range"),
     ],
 )
 def test_wrong_configs_are_refused(saved: Path, changes: dict[str, Any], message: str) -> None:
@@ -354,6 +356,7 @@ GOOD: dict[str, Any] = {
     "rank": st.one_of(st.none(), st.integers(0, 9)),
     "output_std": st.one_of(st.none(), st.floats(0, 2)),
     "input_norm": st.one_of(st.none(), st.booleans()),
+    "strength_range": st.one_of(st.none(), st.tuples(st.floats(0, 1), st.floats(1, 3))),
     "tone": st.one_of(st.none(), st.text(st.characters(codec="utf-8"), max_size=9)),
     "layers_path": st.sampled_from([None, "model.layers"]),
 }

@@ -56,6 +56,7 @@ _TYPES: dict[str, tuple[type, ...]] = {  # of what IRMShape does not check
     "template": (str,),
     "chat_template_kwargs": (dict,),
     "strength": (int, float),
+    "strength_range": (tuple, list),
     "host": (dict,),
     "site": (dict,),
     "modules_to_save": (tuple, set, list),
@@ -93,6 +94,7 @@ class IRMConfig(PeftConfig, IRMShape):
         template: how prompts are put to it: ``"chat"``, the host's own way, or ``"plain"``, the paper's.
         chat_template_kwargs: variables of the chat template that it was trained with, such as ``{"enable_thinking": False}``.
         strength: at which it is best used (1: as trained); `runtime.load` goes by it, an IRM attached by PEFT acts at 1.
+        strength_range: ``[low, high]``, between which it was found to do as well (`realigner evaluate --tune strength`).
         host: the fingerprint of the host it belongs to (`fingerprints.Fingerprint`).
         site: what the probe found on that host (`sites.HostSites.summary`).
         modules_to_save: PEFT's: modules of the host (a head, say) of which a copy is trained and saved beside the IRM.
@@ -110,6 +112,7 @@ class IRMConfig(PeftConfig, IRMShape):
     template: str = "chat"
     chat_template_kwargs: dict[str, Any] | None = None
     strength: float = 1.0
+    strength_range: list[float] | None = None
     host: dict[str, Any] | None = None
     site: dict[str, Any] | None = None
     modules_to_save: list[str] | None = None
@@ -133,6 +136,12 @@ class IRMConfig(PeftConfig, IRMShape):
         check_template_kwargs(self.chat_template_kwargs)
         if check_strength(self.strength).dim():
             raise UsageError(f"strength: {self.strength!r} is not a number")
+        if (bounds := self.strength_range) is not None:
+            numbers = [value for value in bounds if isinstance(value, (int, float)) and not isinstance(value, bool)]
+            if not len(bounds) == len(numbers) == 2 or not bounds[0] <= self.strength <= bounds[1]:
+                found = f"strength_range: {reprlib.repr(bounds)}"
+                raise UsageError(f"{found} is not [low, high] with the strength, {self.strength:g}, between them")
+            self.strength_range = list(bounds)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON values; a converted host goes by its name, not by this machine's cache folder."""
