@@ -39,6 +39,7 @@ for command in (  # in the order of --help
     irm_commands.recipes,
     sweep_commands.sweep,
     irm_commands.generate,
+    study_commands.evaluate,
     study_commands.trace,
     study_commands.analyze,
     study_commands.explain,

@@ -1,4 +1,4 @@
-"""Commands that read IRMs: trace, analyze, explain, report, figures."""
+"""Commands that study IRMs: evaluate, trace, analyze, explain, report, figures."""
 
 from __future__ import annotations
 
@@ -12,6 +12,57 @@ import typer
 from realigner.cli import options as opt
 from realigner.console import show
 from realigner.errors import RealignerError, UsageError
+
+
+def evaluate(
+    irm: Annotated[Path, typer.Option("--irm", help="A run's folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for what is measured; the same command goes on there.")],
+    baselines: Annotated[
+        str, typer.Option(help="Methods to compare with, separated by commas, besides the bare host; or all, or none.")
+    ] = "prompt,mean-delta",
+    tune: Annotated[
+        Optional[str], typer.Option(metavar="strength", help="strength: choose the IRM's, and save it with the adapter.")
+    ] = None,
+    questions: Annotated[
+        Optional[int], typer.Option(help="Held-out questions to ask at most; all when left out.", min=8, show_default=False)
+    ] = None,
+    max_new_tokens: opt.MaxNewTokens = 60,
+    most_kl: Annotated[float, typer.Option(help="Limit of a chosen strength: nats per token of neutral text.", min=0)] = 1.0,
+    most_shift: Annotated[
+        float, typer.Option(help="Limit of a chosen strength: how far the residual stream moves, in units of its size.", min=0)
+    ] = 1.0,
+    host: opt.HostOfIrm = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    trust_remote_code: opt.Trust = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Does an IRM work, against what, and at which strength? On questions that its run held out."""
+    if tune is not None:
+        opt.one_of("--tune", tune, ("strength",))
+    opt.refuse_missing([irm])
+    from realigner.evaluation.evaluate import evaluate as measure, task_of
+    from realigner.evaluation.measured import Effort
+    from realigner.evaluation.methods import METHODS, find_method
+    from realigner.evaluation.results import table
+    from realigner.runtime import load_host_of
+
+    names = {"all": [method.name for method in METHODS], "none": []}.get(baselines, baselines.split(","))
+    for name in names:
+        find_method(name)
+    task_of(irm, tune is not None)
+    loaded, tokenizer = load_host_of(irm, host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    effort = Effort(reply_tokens=max_new_tokens)
+    limits = {"most_kl": most_kl, "most_shift": most_shift}
+    found = measure(irm, out, loaded, tokenizer, names, tune is not None, effort, questions, **limits)
+    if as_json:
+        opt.print_json(found.values)
+        return
+    show(f"{found.values['tone']}, {found.values['questions']} questions that the run held out\n")
+    show(table(found.values))
+    if (choice := found.choice) is not None:
+        show(f"\nstrength {choice.strength:g}, as good from {choice.low:g} to {choice.high:g}; saved with the adapter")
+    show(f'Try next:  realigner generate --irm {irm} "Why is the sky blue?"')
 
 
 def trace(

@@ -5,9 +5,10 @@ It is written once, as ``measured.json``; every score is made from it, and can b
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from realigner.data import Row
 from realigner.errors import RealignerError
 from realigner.evaluation.replies import Speaker, ask, ask_in_turns, reply_losses, tokens_of
-from realigner.evaluation.side_effects import NeutralText, answers_about, passages
+from realigner.evaluation.side_effects import NeutralText, answers_about, some_passages
 from realigner.files import read_bytes, write_text
-from realigner.tuner import strength as set_strength
 from realigner.validation_message import first_fault
 
 MEASURED = "measured.json"
@@ -35,7 +35,8 @@ class Effort(BaseModel):
         reply_tokens: tokens of a reply at most.
         dialogues: conversations of three questions each, of the first test questions.
         dropped: how many of the test questions are asked again with a request to drop the tone.
-        passages: passages of neutral text, and questions about them.
+        passages: passages of neutral text that are read.
+        answers: questions about a passage.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +44,7 @@ class Effort(BaseModel):
     dialogues: int = Field(default=8, ge=0)
     dropped: int = Field(default=24, ge=0)
     passages: int = Field(default=24, ge=0)
+    answers: int = Field(default=48, ge=0)
 
 
 class Said(BaseModel):
@@ -96,7 +98,9 @@ class Measured(BaseModel):
         method, tone, seed: whose.
         strength: at which an IRM acted; None: as it was trained, or without one.
         facts: what the method says of itself: parameters, seconds of training, learning rate, ...
+        given: what stands before each question, a system prompt and examples; empty where nothing does.
         replies: to the test questions, in their order.
+        shuffled: losses of the same replies with their words in random order, under the bare host; of the bare host's only.
         target: losses of the test rows' own replies, in the tone, under the method.
         turns: replies to dialogues, in the order of their questions.
         dropped: replies to the first test questions with a request to drop the tone.
@@ -111,7 +115,9 @@ class Measured(BaseModel):
     strength: float | None
     effort: Effort
     facts: dict[str, Any]
+    given: str
     replies: list[Said]
+    shuffled: list[Loss]
     target: list[Loss]
     turns: list[list[str]]
     dropped: list[str]
@@ -142,10 +148,11 @@ def measure(
     bare: Speaker,
     tokenizer: Any,
     rows: Sequence[Row],
-    neutral: NeutralText,
+    neutral: NeutralText | None,
     effort: Effort,
     named: Mapping[str, Any],
     strength: float | None = None,
+    shuffle: bool = False,
     done: Callable[[int], None] | None = None,
 ) -> Measured:
     """Ask a host everything, as a method realigns it.
@@ -155,27 +162,31 @@ def measure(
         bare: the host as it is, under which replies are judged usual or not.
         tokenizer: the host's.
         rows: test rows; their questions are asked, and their replies are the target.
-        neutral: the bare host's predictions.
+        neutral: the bare host's predictions of neutral text; None: it is left out.
         effort: how much is asked.
         named: ``method``, ``tone``, ``seed`` and ``facts``.
-        strength: of the IRM; None: at which it acts by itself.
+        strength: at which the method acts in that block, to be noted; None: at its own.
+        shuffle: measure the losses of shuffled replies too.
         done: called with how many more questions are answered.
     """
     questions = [row.question for row in rows]
     drop = DROP_CALM if named["tone"] == "neutral" else DROP_THE_TONE
     dialogues = [questions[at : at + TURNS] for at in range(0, min(effort.dialogues * TURNS, len(questions)), TURNS)]
-    asked = passages()[:: max(1, len(passages()) // max(1, effort.passages))][: effort.passages]
-    with attached as speaker, nullcontext() if strength is None else set_strength(speaker.model, strength):
+    asked = some_passages(effort.answers)
+    with attached as speaker:
+        given = [*([] if speaker.system is None else [speaker.system]), *(str(turn["content"]) for turn in speaker.history)]
         started = time.perf_counter()
         texts = ask(speaker, tokenizer, questions, effort.reply_tokens, done)
         seconds = time.perf_counter() - started
         target = reply_losses(speaker, tokenizer, questions, [row.text for row in rows])
         turns = ask_in_turns(speaker, tokenizer, dialogues, effort.reply_tokens)
         dropped = ask(speaker, tokenizer, [text + drop for text in questions[: effort.dropped]], effort.reply_tokens, done)
-        effects = neutral.effects(speaker)
+        effects = [] if neutral is None else neutral.effects(speaker)
         about = answers_about(speaker, tokenizer, asked, done)
     lengths = [tokens_of(tokenizer, text) for text in texts]
     usual = reply_losses(bare, tokenizer, questions, texts)
+    disordered = [_shuffled(text, number) for number, text in enumerate(texts)] if shuffle else []
+    unusual = reply_losses(bare, tokenizer, questions, disordered) if shuffle else []
     replies = [
         Said(question=question, reply=text, tokens=length, ended=length < effort.reply_tokens, nats=nats, nats_tokens=count)
         for question, text, length, (nats, count) in zip(questions, texts, lengths, usual, strict=True)
@@ -184,7 +195,9 @@ def measure(
         **named,
         strength=strength,
         effort=effort,
+        given="\n".join(given),
         replies=replies,
+        shuffled=[Loss(nats=nats, tokens=count) for nats, count in unusual],
         target=[Loss(nats=nats, tokens=count) for nats, count in target],
         turns=turns,
         dropped=dropped,
@@ -192,3 +205,9 @@ def measure(
         about=[About(id=item.id, reply=reply, right=right) for item, (reply, right) in zip(asked, about, strict=True)],
         ms_per_token=1000 * seconds / max(1, sum(lengths)),
     )
+
+
+def _shuffled(text: str, seed: int) -> str:
+    words = text.split()
+    random.Random(seed).shuffle(words)
+    return " ".join(words)

@@ -46,6 +46,12 @@ def passages() -> tuple[Passage, ...]:
     return tuple(Passage(**{**item, "answers": tuple(item["answers"])}) for item in read_object(_EXCERPT)["questions"])
 
 
+def some_passages(count: int) -> tuple[Passage, ...]:
+    """So many of them, evenly spaced over the articles."""
+    every = max(1, len(passages()) // max(1, count))
+    return passages()[::every][:count]
+
+
 def answers_about(
     speaker: Speaker,
     tokenizer: Any,

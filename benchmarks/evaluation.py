@@ -1,0 +1,316 @@
+"""Does an IRM work, and against what? Three tones on the embedded host, every method of `realigner.evaluation`, 105 questions.
+
+    python -m benchmarks.evaluation [--out runs/evaluation] [--jobs 2] [--quick] [--results docs/results]
+
+Authored rows, 24 topics: 11 to learn from, 2 to tune on, 4 to train the scorers on, 7 to test on (`evaluation.task`). In this
+order, each step kept in --out and not done again:
+
+1. rates     in anger, every method that is trained, at three learning rates; the best validation loss on the tuning rows counts
+             for all tones.
+2. methods   in each tone; three seeds of those in `SEEDED`. Methods that can be scaled once at their own size and once at that
+             of LoRA of rank 8.
+3. derived   from the compact IRM: the mean of its deltas as constant vectors, and random ones of the same norm.
+4. strength  of the compact IRM: chosen on the tuning questions, tested on the others; and the curve over -1 to 2.
+
+A unit of work is a process's; --jobs of them run at a time, each on one thread. Interrupt it and start it again as you like.
+--quick: one tone, 24 questions, 40 steps, one seed, a few methods (a quarter of an hour).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from realigner.evaluation.method_protocol import RECORD_FILE, Method
+from realigner.evaluation.methods import METHODS, find_method
+
+import realigner as ra
+from realigner.data import TONES, authored
+from realigner.evaluation.measured import Effort, Measured
+from realigner.evaluation.protocol import Evaluation
+from realigner.evaluation.results import table, tone_results
+from realigner.evaluation.strength_choice import STRENGTHS, choose_strength
+from realigner.evaluation.task import make_task
+from realigner.files import read_object, write_text
+from realigner.hosts import EMBEDDED
+from realigner.training import make_recipe
+
+SIZE = 460_800  # parameters of LoRA of rank 8 on the queries and values of the embedded host
+SEEDS = (42, 43, 44)
+SEEDED = ("irm-compact", "irm-paper", "lora", "shadow", "constant")
+DERIVED = ("mean-delta", "random")
+SCALED = ("psr", "reft", "shadow")  # that are tried at LoRA's size too
+CURVE = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+RATES_IN = "anger"
+QUICK = ("bare", "prompt", "constant", "lora", "irm-compact", "mean-delta", "random")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done, of everything."""
+
+    out: Path
+    quick: bool
+
+    @property
+    def tones(self) -> Sequence[str]:
+        return TONES[:1] if self.quick else TONES
+
+    @property
+    def methods(self) -> list[Method]:
+        return [find_method(name) for name in QUICK] if self.quick else list(METHODS)
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        return SEEDS[:1] if self.quick else SEEDS
+
+    def units(self) -> Iterator[Unit]:
+        """Those of step 2: one for each tone, method, size and seed."""
+        for tone in self.tones:
+            for method in self.methods:
+                if method.name in ("bare", *DERIVED):
+                    continue
+                for seed in self.seeds if method.name in SEEDED else self.seeds[:1]:
+                    yield Unit(tone, method.name, seed)
+                    if method.name in SCALED and not self.quick:
+                        yield Unit(tone, method.name, seed, sized=True)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One fit and its questions.
+
+    Attributes:
+        sized: at LoRA's number of parameters, not at the method's own size.
+        rate: of the search for one, or None for that which was found.
+    """
+
+    tone: str
+    method: str
+    seed: int
+    sized: bool = False
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}@{SIZE}" if self.sized else self.method
+
+    @property
+    def label(self) -> str:
+        return f"{self.tone} {self.name} {self.seed}" + ("" if self.rate is None else f" at {self.rate:g}")
+
+
+# In a process of its own.
+
+
+@cache
+def _host() -> tuple[Any, Any]:
+    torch.set_num_threads(1)
+    return ra.load_host(EMBEDDED)
+
+
+@cache
+def _evaluation(plan: Plan, tone: str) -> Evaluation:
+    host, tokenizer = _host()
+    task = make_task([row for name in TONES for row in authored(name)], tone)
+    recipe = make_recipe(threads=1, steps=40 if plan.quick else None)
+    if plan.quick:
+        task = replace(task, test=task.test[::4][:24], tune=task.tune[::3])
+    effort = Effort(dialogues=2, dropped=6, passages=6, answers=8) if plan.quick else Effort()
+    return Evaluation(host, tokenizer, task, plan.out / tone, recipe, effort)
+
+
+def _method(unit: Unit) -> Method:
+    method = find_method(unit.method)
+    if not unit.sized:
+        return method
+    scaled = method.sized(_host()[0].config, SIZE)
+    assert scaled is not None  # those in SCALED are
+    return scaled
+
+
+def search_rate(plan: Plan, unit: Unit) -> None:
+    """Step 1: fit at one learning rate."""
+    _evaluation(plan, unit.tone).fit(_method(unit), f"rates/{unit.name}-{unit.rate:g}", unit.seed, unit.rate)
+
+
+def do_unit(plan: Plan, unit: Unit) -> None:
+    """Steps 2 and 3: fit, and ask."""
+    evaluation, method = _evaluation(plan, unit.tone), _method(unit)
+    rate = best_rate(plan, unit)
+    folder = evaluation.folder / f"{unit.name}-{unit.seed}"
+    searched = plan.out / RATES_IN / "rates" / f"{unit.name}-{rate}-{unit.seed}"
+    if unit.tone == RATES_IN and rate is not None and (searched / RECORD_FILE).is_file() and not folder.exists():
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.copytree(searched, aside)
+        aside.rename(folder)
+    irm = evaluation.folder / f"irm-compact-{unit.seed}" if unit.method in DERIVED else None
+    folder = evaluation.fit(method, unit.name, unit.seed, rate, irm)
+    evaluation.measured(evaluation.subject(method, folder))
+
+
+def ask_bare(plan: Plan, unit: Unit) -> None:
+    """Ask the bare host."""
+    assert _evaluation(plan, unit.tone).bare
+    assert _evaluation(plan, unit.tone).tuning_judges
+
+
+def at_strength(plan: Plan, unit: Unit) -> None:
+    """Step 4: the compact IRM at one strength (the unit's `rate`)."""
+    evaluation = _evaluation(plan, unit.tone)
+    irm = evaluation.subject(find_method("irm-compact"), evaluation.folder / f"irm-compact-{unit.seed}")
+    assert unit.rate is not None
+    if unit.rate in STRENGTHS:
+        evaluation.measured(irm, unit.rate, tuning=True, cheap=True)
+    if unit.rate in CURVE:
+        evaluation.measured(irm, unit.rate, cheap=True)
+
+
+def choose(plan: Plan, unit: Unit) -> None:
+    """Step 4: choose the strength, and ask the test questions at it."""
+    evaluation = _evaluation(plan, unit.tone)
+    irm = evaluation.subject(find_method("irm-compact"), evaluation.folder / f"irm-compact-{unit.seed}")
+    tried = {value: evaluation.measured(irm, value, tuning=True, cheap=True) for value in STRENGTHS}
+    choice = choose_strength({value: evaluation.tuning_judges.scores(found) for value, found in tried.items()})
+    write_text(irm.folder / "strength.json", json.dumps(choice.to_dict(), indent=1) + "\n")
+    evaluation.measured(replace(irm, folder=irm.folder / "tuned"), choice.strength)
+
+
+# In the one that hands out the work.
+
+
+def best_rate(plan: Plan, unit: Unit) -> float | None:
+    """The learning rate that was found for a method; None where none was searched for."""
+    found = {}
+    for rate in _method_rates(unit):
+        path = plan.out / RATES_IN / "rates" / f"{unit.name}-{rate:g}-{SEEDS[0]}" / RECORD_FILE
+        if path.is_file():
+            found[rate] = read_object(path)["validation_loss"][-1]
+    return min(found, key=lambda rate: found[rate]) if found else None
+
+
+def _method_rates(unit: Unit) -> Sequence[float]:
+    return find_method(unit.method).rates
+
+
+def work(plan: Plan, step: str, units: Sequence[Unit], do: Callable[[Plan, Unit], None], jobs: int) -> list[str]:
+    """Do a step's units in processes; what went wrong, a line each."""
+    faults, started = [], time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        waiting = {pool.submit(do, plan, unit): unit for unit in units}
+        for count, future in enumerate(as_completed(waiting), start=1):
+            unit, passed = waiting[future], time.monotonic() - started
+            left = passed / count * (len(units) - count)
+            if error := future.exception():
+                faults.append(f"{step}: {unit.label}: {type(error).__name__}: {error}")
+            print(
+                f"[{step} {count}/{len(units)}] {unit.label}: {'failed' if error else 'done'}; {left / 60:.0f} minutes left",
+                file=sys.stderr,
+                flush=True,
+            )
+    return faults
+
+
+def results_of(plan: Plan) -> dict[str, Any]:
+    """Scores of everything that was measured, made anew from the files."""
+    found: dict[str, Any] = {}
+    for tone in plan.tones:
+        evaluation = _evaluation(plan, tone)
+        entries: dict[str, list[tuple[Measured, Any]]] = {"bare": [(evaluation.bare, evaluation.scores(evaluation.bare))]}
+        for path in sorted(evaluation.folder.glob("*/measured.json")):
+            name = path.parent.name.rpartition("-")[0]
+            if path.parent.name not in ("bare", "bare-tune"):
+                measured = Measured.load(path)
+                entries.setdefault(name, []).append((measured, evaluation.scores(measured)))
+        irm = evaluation.folder / f"irm-compact-{SEEDS[0]}"
+        for tuned in (irm / "tuned").glob("measured-*.json"):
+            measured = Measured.load(tuned)
+            entries["irm-compact, tuned"] = [(measured, evaluation.scores(measured))]
+        curve = {}
+        for strength in CURVE:
+            if (path := irm / f"measured-{strength:g}.json").is_file():
+                curve[f"{strength:g}"] = _point(evaluation, Measured.load(path))
+        found[tone] = tone_results(entries, "irm-compact") | {"curve": curve}
+        if (choice := irm / "strength.json").is_file():
+            found[tone]["strength"] = read_object(choice)
+    return found
+
+
+def _point(evaluation: Evaluation, measured: Measured) -> dict[str, float]:
+    scores = evaluation.scores(measured)
+    names = ("summary", "probability", "named", "content", "fact", "nats")
+    means = {name: round(float(scores.each[name][scores.each[name] == scores.each[name]].mean()), 4) for name in names}
+    return means | {key: round(scores.whole[key], 4) for key in ("kl", "shift_median")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/evaluation"))
+    parser.add_argument("--results", type=Path, default=Path("docs/results"))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", choices=["results"], help="make the results from what is there, without new work")
+    options = parser.parse_args()
+    plan, started = Plan(options.out, options.quick), time.monotonic()
+    faults: list[str] = []
+    if options.only is None:
+        steps: list[tuple[str, list[Unit], Callable[[Plan, Unit], None]]] = [
+            ("bare", [Unit(tone, "bare", SEEDS[0]) for tone in plan.tones], ask_bare),
+            ("rates", [] if plan.quick else [*rate_units(plan)], search_rate),
+            ("methods", [*plan.units()], do_unit),
+            ("derived", [Unit(tone, name, SEEDS[0]) for tone in plan.tones for name in DERIVED], do_unit),
+            ("strength", [*strength_units(plan)], at_strength),
+            ("chosen", [Unit(tone, "irm-compact", SEEDS[0]) for tone in plan.tones], choose),
+        ]
+        for step, units, do in steps:
+            if units:
+                faults += work(plan, step, units, do, options.jobs)
+    seconds = time.monotonic() - started
+    found = {
+        "host": EMBEDDED,
+        "machine": platform.machine(),
+        "jobs": options.jobs,
+        "seconds_of_this_call": round(seconds),
+        "tones": results_of(plan),
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    name = "evaluation-quick" if plan.quick else "evaluation"
+    write_text(options.results / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    for tone, own in found["tones"].items():
+        print(f"\n## {tone}, {own['questions']} questions\n\n{table(own)}")
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    sys.exit(1 if faults else 0)
+
+
+def rate_units(plan: Plan) -> Iterator[Unit]:
+    """Those of step 1."""
+    for unit in plan.units():
+        if unit.tone == RATES_IN and unit.seed == SEEDS[0]:
+            for rate in _method_rates(unit):
+                yield replace(unit, rate=rate)
+
+
+def strength_units(plan: Plan) -> Iterator[Unit]:
+    """Those of step 4."""
+    for tone in plan.tones:
+        for strength in sorted({*STRENGTHS, *CURVE}):
+            yield Unit(tone, "irm-compact", SEEDS[0], rate=strength)
+
+
+if __name__ == "__main__":
+    main()

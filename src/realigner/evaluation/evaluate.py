@@ -1,0 +1,214 @@
+"""Evaluate a run: its IRM, the bare host and other methods on questions that it was not trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from realigner.console import progress
+from realigner.data import TONES, Row, authored, read_rows
+from realigner.data.data_split import split_rows
+from realigner.errors import RealignerError, UsageError
+from realigner.evaluation.measured import Effort
+from realigner.evaluation.method_protocol import Fitted
+from realigner.evaluation.methods import find_method
+from realigner.evaluation.protocol import Evaluation, Subject
+from realigner.evaluation.replies import ask, bare_speaker
+from realigner.evaluation.results import tone_results
+from realigner.evaluation.strength_choice import MOST_KL, MOST_SHIFT, STRENGTHS, StrengthChoice, choose_strength
+from realigner.evaluation.task import Task
+from realigner.files import made_folder, read_object, write_text
+from realigner.irm_config import WEIGHTS_FILE, adapter_folder
+from realigner.training import read_recipe, read_run
+from realigner.training.recipe import Recipe
+from realigner.training.run_dir import RECIPE_FILE
+from realigner.tuner import load_irm, strength as set_strength
+
+RESULTS, ASKED, OWN_VOICE = "evaluation.json", "asked.json", "own-voice.jsonl"
+_TUNED_ON = 1 / 3  # of the topics that a run held out, where its strength is to be chosen
+_CONTRASTED = 120  # questions that the bare host is asked for a scorer to tell its voice from the tone
+_LEAST = 8  # questions
+
+
+def task_of(folder: Path, tune: bool) -> tuple[Task, Recipe]:
+    """What a run was trained on, and what it held out, as a task.
+
+    Args:
+        folder: of a finished run, trained on rows.
+        tune: keep a third of the topics that were held out for choosing a strength.
+
+    Returns:
+        The task, whose scorer rows are those of the topics that were trained on, in every tone that the data has; and the run's
+        recipe.
+
+    Raises:
+        UsageError: for a run of several tones, or from a sentence alone.
+        RealignerError: when its data have changed, or it held out too little.
+    """
+    record, recipe = read_run(folder), read_recipe(folder / RECIPE_FILE)
+    if recipe.data is None or recipe.tone in (None, "all"):
+        raise UsageError(f"{folder}: was not trained on one tone's rows of a file or the authored set; there is nothing to ask")
+    rows = [row for name in TONES for row in authored(name)] if recipe.data == "authored" else read_rows(recipe.data)
+    own = [row for row in rows if row.tone == recipe.tone]
+    parts = split_rows(own, recipe.seed, recipe.validation, recipe.test)
+    if sorted({row.group for row in parts.validation}) != record["data"]["validation_groups"]:
+        raise RealignerError(f"{recipe.data}: is not what {folder} was trained on; evaluate it with those rows")
+    held = [*parts.validation, *parts.test]
+    topics = sorted({row.group for row in held})
+    tuned = set[str]()
+    if tune:
+        if len(topics) < 2:
+            raise RealignerError(
+                f"{folder}: held out {len(topics)} topic(s); train with test=0.3 to have some for the strength"
+            )
+        random.Random(recipe.seed).shuffle(topics)
+        tuned = set(topics[: max(1, round(_TUNED_ON * len(topics)))])
+    test = [row for row in held if row.group not in tuned]
+    if len(test) < _LEAST:
+        raise RealignerError(f"{folder}: held out {len(test)} questions to ask; train with test=0.3 to have more")
+    learned = {row.group for row in parts.train}
+    scorer = [row for row in rows if row.group in learned]
+    return Task(recipe.tone, parts.train, [row for row in held if row.group in tuned], test, scorer), recipe
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an evaluation found.
+
+    Attributes:
+        values: as JSON values; `results.tone_results`, and what was evaluated.
+        choice: of the strength, if one was to be chosen.
+    """
+
+    values: dict[str, Any]
+    choice: StrengthChoice | None
+
+
+def evaluate(
+    irm: Path,
+    out: Path,
+    host: Any,
+    tokenizer: Any,
+    baselines: Sequence[str] = (),
+    tune: bool = False,
+    effort: Effort | None = None,
+    questions: int | None = None,
+    most_kl: float = MOST_KL,
+    most_shift: float = MOST_SHIFT,
+) -> Result:
+    """Evaluate a run against the bare host and other methods.
+
+    What is measured is kept in `out`, method by method, and not measured again: after an interruption the same call goes on.
+
+    Args:
+        irm: the run's folder.
+        out: where to keep what is measured; ``evaluation.json`` is written there last.
+        host, tokenizer: from `load_host`; the host is bare.
+        baselines: names of `methods.METHODS`; those that are trained learn from the run's training rows by its recipe.
+        tune: choose the strength on a part of the held-out topics, and save it with the adapter.
+        effort: how much is asked.
+        questions: of the held-out ones at most; all when None.
+        most_kl, most_shift: limits of the chosen strength.
+
+    Raises:
+        UsageError: for an unknown baseline, or a run that cannot be evaluated.
+        RealignerError: as `task_of`, and when something cannot be measured.
+    """
+    effort = effort or Effort()
+    methods = [find_method(name) for name in baselines if name != "bare"]
+    task, recipe = task_of(irm, tune or any("score" in method.needs for method in methods))
+    refuse_another(out, irm, effort, questions)
+    if questions is not None:
+        task = replace(task, test=_some(task.test, questions))
+    if len({row.tone for row in task.scorer}) < 2:
+        task = replace(task, scorer=[*task.scorer, *_own_voice(task, host, tokenizer, out, effort)])
+    evaluation = Evaluation(host, tokenizer, task, out, recipe, effort)
+    own = _subject(irm, out / "irm", host, tokenizer)
+    choice = None
+    with progress("asking", _asked(evaluation, len(methods), tune)) as bar:
+        evaluation.done = bar.advance
+        entries = {"bare": [(evaluation.bare, evaluation.scores(evaluation.bare))]}
+        if tune:
+            tried = {value: evaluation.measured(own, value, tuning=True, cheap=True) for value in STRENGTHS}
+            scores = {value: evaluation.tuning_judges.scores(found) for value, found in tried.items()}
+            choice = choose_strength(scores, most_kl, most_shift)
+        measured = evaluation.measured(own, None if choice is None else choice.strength)
+        entries["irm"] = [(measured, evaluation.scores(measured))]
+        for method in methods:
+            folder = evaluation.fit(method, method.name, recipe.seed, irm=irm if "irm" in method.needs else None)
+            measured = evaluation.measured(evaluation.subject(method, folder))
+            entries[method.name] = [(measured, evaluation.scores(measured))]
+    values = {"irm": str(irm), "tone": task.tone, "host": recipe.host, **tone_results(entries, "irm")}
+    if choice is not None:
+        values["strength"] = choice.to_dict()
+        choice.save(irm)
+    write_text(out / RESULTS, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    return Result(values, choice)
+
+
+def refuse_another(out: Path, irm: Path, effort: Effort, questions: int | None) -> None:
+    """Note in a folder what is evaluated there, or raise where it is something else.
+
+    Raises:
+        RealignerError: naming what differs.
+    """
+    weights = hashlib.sha256((adapter_folder(irm) / WEIGHTS_FILE).read_bytes()).hexdigest()
+    asked = {"irm": weights, "effort": effort.model_dump(), "questions": questions}
+    path = made_folder(out) / ASKED
+    if path.is_file():
+        before = read_object(path)
+        if other := [key for key, value in asked.items() if before.get(key) != value]:
+            raise RealignerError(
+                f"{out}: holds an evaluation of something else ({', '.join(other)} differ); choose another folder"
+            )
+    elif any(out.iterdir()):
+        raise RealignerError(f"{out}: holds something that is no evaluation; choose another folder")
+    write_text(path, json.dumps(asked, indent=1) + "\n")
+
+
+def _subject(irm: Path, folder: Path, host: Any, tokenizer: Any) -> Subject:
+    record = read_run(irm)
+    parameters = int(record["irm"]["parameters"])
+    facts = {"parameters": parameters, "seconds": record["seconds"], "validation_loss": record["validation_loss"]}
+
+    @contextmanager
+    def attach() -> Iterator[Fitted]:
+        model = load_irm(host, irm).eval()
+        try:
+            yield Fitted(model, tokenizer, parameters, scaled=partial(set_strength, model))
+        finally:
+            model.unload()
+
+    return Subject("irm", int(record["seed"]), folder, facts, attach)
+
+
+def _own_voice(task: Task, host: Any, tokenizer: Any, out: Path, effort: Effort) -> list[Row]:
+    """The bare host's replies to questions that were trained on, as rows of another tone, for scorers to tell from the tone."""
+    path = out / OWN_VOICE
+    if not path.is_file():
+        asked = _some(task.train, _CONTRASTED)
+        with progress("the bare host's own replies", len(asked)) as bar:
+            replies = ask(bare_speaker(host), tokenizer, [row.question for row in asked], effort.reply_tokens, bar.advance)
+        said = [row.model_copy(update={"text": text, "tone": "bare"}) for row, text in zip(asked, replies, strict=True) if text]
+        write_text(path, "".join(row.model_dump_json() + "\n" for row in said))
+    return read_rows(path)
+
+
+def _some(rows: Sequence[Row], count: int) -> list[Row]:
+    """So many of the rows at most, evenly spaced."""
+    count = min(count, len(rows))
+    return [rows[number * len(rows) // count] for number in range(count)]
+
+
+def _asked(evaluation: Evaluation, methods: int, tune: bool) -> int:
+    """How many questions are asked in all, for the progress bar."""
+    effort, test = evaluation.effort, len(evaluation.task.test)
+    each = test + min(effort.dropped, test) + effort.answers
+    return (2 + methods) * each + tune * (1 + len(STRENGTHS)) * len(evaluation.task.tune)

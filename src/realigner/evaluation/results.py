@@ -1,0 +1,88 @@
+"""The results of an evaluation as JSON values and as a table: every method's estimates, and each against one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from realigner.evaluation.compare import compare, estimate
+from realigner.evaluation.measured import Measured
+from realigner.evaluation.scores import Scores
+
+BY_REPLY = (
+    "summary", "named", "probability", "named_2", "content", "fact", "fluency", "nats", "target", "away", "words", "ended",
+    "distinct_1", "distinct_2", "repeated",
+)  # fmt: skip
+COMPARED = ("summary", "named", "content", "fact", "nats", "target")
+Entry = tuple[Measured, Scores]
+
+
+def tone_results(entries: Mapping[str, Sequence[Entry]], against: str) -> dict[str, Any]:
+    """The results in one tone.
+
+    Args:
+        entries: method -> one entry for each seed; all were asked the same questions.
+        against: the method that others are compared with, in paired tests over the questions, adjusted by Holm.
+
+    Returns:
+        ``questions``, their number; ``methods``: name -> ``seeds``, ``facts`` (of the first seed), ``estimates`` (measure ->
+        mean, low, high, n; over questions, seeds averaged), ``whole`` (measure -> mean over seeds), ``shift`` by site,
+        ``scorers`` (agreement, by_seed); ``against`` and ``compared``: measure -> a list of comparisons.
+    """
+    each = {
+        measure: {method: np.stack([scores.each[measure] for _, scores in own]) for method, own in entries.items()}
+        for measure in BY_REPLY
+    }
+    methods = {}
+    for method, own in entries.items():
+        first, whole = own[0][0], [scores.whole for _, scores in own]
+        methods[method] = {
+            "seeds": [measured.seed for measured, _ in own],
+            "strength": first.strength,
+            "facts": {key: value for key, value in first.facts.items() if key not in ("system", "history")},
+            "given": first.given,
+            "seconds": [measured.facts.get("seconds") for measured, _ in own],
+            "estimates": {measure: asdict(estimate(each[measure][method])) for measure in BY_REPLY},
+            "whole": {key: float(np.mean([one[key] for one in whole])) for key in whole[0]},
+            "shift": np.mean([scores.shift for _, scores in own], axis=0).tolist(),
+            "scorers": {**asdict(own[0][1].agreement), "by_seed": own[0][1].by_seed},
+        }
+    compared = {
+        measure: [asdict(one) for one in compare(each[measure], against)] if against in entries and len(entries) > 1 else []
+        for measure in COMPARED
+    }
+    return {
+        "questions": len(next(iter(entries.values()))[0][0].replies),
+        "methods": methods,
+        "against": against,
+        "compared": compared,
+    }
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """One tone's results as Markdown, the best summary first."""
+    lines = [
+        "| | parameters | summary | concept | fact kept | content | fluency (nats) | target (nats) | KL | passage | s |",
+        "| --- " * 11 + "|",
+    ]
+    methods = results["methods"]
+    for name in sorted(methods, key=lambda method: -methods[method]["estimates"]["summary"]["mean"]):
+        own, found = methods[name], methods[name]["estimates"]
+        parameters, seconds = own["facts"].get("parameters", 0), own["seconds"][0]
+        cells = [
+            name,
+            f"{parameters:,}" if parameters else "",
+            *(_interval(found[key]) for key in ("summary", "named", "fact")),
+            *(f"{found[key]['mean']:.2f}" for key in ("content", "nats", "target")),
+            *(f"{own['whole'][key]:.2f}" if key in own["whole"] else "" for key in ("kl", "about")),
+            f"{seconds:.0f}" if seconds else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
