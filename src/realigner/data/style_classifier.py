@@ -29,7 +29,7 @@ from realigner.files import Artifact, read_bytes, taken
 _ZIP_END = b"PK\5\6"  # how the last 22 bytes of a zip file begin, which has no comment
 _TEMPLATE_REPLIES = 300  # of each tone, beside the authored set's 360
 _TRAIN_AGAIN = "is it damaged? train it again (data scorer)"
-_TOKEN = r"\w+(?:'\w+)?|[!?]"  # an exclamation mark is a word of its own: it is half of anger
+TOKEN = r"\w+(?:'\w+)?|[!?]"  # an exclamation mark is a word of its own: it is half of anger
 
 
 class StyleClassifier:
@@ -177,7 +177,7 @@ def _read_scorer(path: Path) -> None:
     if read_bytes(path)[-22:-18] != _ZIP_END:
         raise RealignerError(f"{path}: something was added to it")
     words, *rest = (step for _, step in StyleClassifier.load(path).pipeline.steps)
-    if getattr(words, "token_pattern", None) != _TOKEN or [type(step) for step in rest] != [LogisticRegression]:
+    if getattr(words, "token_pattern", None) != TOKEN or [type(step) for step in rest] != [LogisticRegression]:
         raise RealignerError(f"{path}: not a scorer of ours")
 
 
@@ -185,7 +185,7 @@ SCORER = Artifact("a scorer", _read_scorer)
 
 
 def _pipeline(seed: int) -> Pipeline:
-    words = TfidfVectorizer(token_pattern=_TOKEN, ngram_range=(1, 2), sublinear_tf=True, min_df=2, max_features=100_000)
+    words = TfidfVectorizer(token_pattern=TOKEN, ngram_range=(1, 2), sublinear_tf=True, min_df=2, max_features=100_000)
     return make_pipeline(words, LogisticRegression(C=10.0, max_iter=300, random_state=seed))
 
 
