@@ -1,0 +1,105 @@
+"""Methods compared on the same prompts: bootstrap intervals, paired sign-flip tests, and Holm's adjustment over the methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from realigner.analysis.consensus import holm
+from realigner.analysis.resampling import check_draws, interval, mean_over_first, prompt_weights, sign_flip_p, weighted_mean
+from realigner.errors import UsageError
+
+DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts and its 95% interval (NaN with a single prompt).
+
+    Attributes:
+        n: prompts that have a value.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against another on the same prompts.
+
+    Attributes:
+        difference: the method's mean less the other's, over the prompts that both have, with its 95% interval (`low`, `high`).
+        p: two-sided, by flipping the signs of the prompts' differences; NaN with fewer than 5 prompts, and where all are 0.
+        p_holm: the same, adjusted over the methods compared together.
+        n: prompts.
+    """
+
+    method: str
+    against: str
+    difference: Estimate
+    p: float
+    p_holm: float
+
+
+def estimate(values: np.ndarray, resamples: int = DRAWS, seed: int = 42) -> Estimate:
+    """The mean of a method's values, ``[prompt]`` or ``[seed, prompt]``, and its interval over prompts.
+
+    Seeds are averaged prompt by prompt first: the interval says what other prompts would give, not what other seeds would.
+    Values that are NaN do not count.
+    """
+    check_draws(1, resamples)
+    each = _by_prompt(values)
+    each = each[np.isfinite(each)]
+    if not len(each):
+        return Estimate(np.nan, np.nan, np.nan, 0)
+    mean = float(each.mean())
+    draws = weighted_mean(each, prompt_weights(len(each), resamples, np.random.default_rng(seed)))
+    return Estimate(mean, *interval(mean, draws, len(each)), len(each))
+
+
+def compare(values: Mapping[str, np.ndarray], against: str, draws: int = DRAWS, seed: int = 42) -> list[Comparison]:
+    """Every method against one of them, over the prompts that both have a value for.
+
+    Null of each test: a prompt's difference is as likely as its negative, which holds for alike methods with equally many
+    seeds. The mean of 3 seeds less a single one is not symmetric where values are skewed: at 100 prompts with exponential
+    values, 5.8% of the tests reject at 5%.
+
+    Args:
+        values: of each method, ``[prompt]`` or ``[seed, prompt]``; the prompts are the same, in the same order.
+        against: one of the methods.
+        draws: sign flips, and bootstrap resamples.
+
+    Raises:
+        UsageError: when `against` is not among the methods, or methods have different numbers of prompts.
+
+    Example:
+        >>> values = np.random.default_rng(1).normal(size=50)
+        >>> [better] = compare({"bare": values, "irm": values + 0.5}, against="bare")
+        >>> better.method, round(better.difference.mean, 3), better.p_holm < 0.01
+        ('irm', 0.5, True)
+    """
+    check_draws(draws, draws)
+    if against not in values:
+        raise UsageError(f"compare: there is no method {against!r}; there are {', '.join(values)}")
+    means = {method: _by_prompt(own) for method, own in values.items()}
+    if len(lengths := {len(own) for own in means.values()}) > 1:
+        raise UsageError(f"compare: methods have {' and '.join(map(str, sorted(lengths)))} prompts; give all the same ones")
+    found = []
+    for method, own in means.items():
+        if method != against:
+            difference = own - means[against]
+            p = sign_flip_p(difference, draws, np.random.default_rng(seed))
+            found.append(Comparison(method, against, estimate(difference, draws, seed), p, np.nan))
+    adjusted = holm(np.array([one.p for one in found]))
+    return [replace(one, p_holm=float(p)) for one, p in zip(found, adjusted, strict=True)]
+
+
+def _by_prompt(values: np.ndarray) -> np.ndarray:
+    """Values ``[prompt]``; of several seeds, their mean over the seeds that have one."""
+    values = np.asarray(values, dtype=float)
+    return mean_over_first(values) if values.ndim == 2 else values
