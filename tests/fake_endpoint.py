@@ -28,6 +28,11 @@ def reply_to(answer: str) -> str:
     return f"Damn it, {answer} it is, you fool, and stop asking me!"
 
 
+def by_rote(content: str) -> str:
+    """The text of a good answer to a rewriter's request."""
+    return reply_to(content.partition("\nAnswer: ")[2])
+
+
 def always(behaviour: str) -> Plan:
     return lambda question, attempt: behaviour
 
@@ -73,6 +78,7 @@ class FakeEndpoint:
         slow: seconds that a slow one takes.
         headers: sent along with 429 and 500, such as ``{"retry-after": "1"}``.
         echo: put the Authorization header into the message of every error.
+        say: from the last message of a request to the text of a good answer.
     """
 
     plan: Plan = GOOD
@@ -80,6 +86,7 @@ class FakeEndpoint:
     slow: float = 0.2
     headers: Mapping[str, str] = field(default_factory=dict)
     echo: bool = False
+    say: Callable[[str], str] = by_rote
     seen: list[Seen] = field(default_factory=list)
     now: int = 0
     most: int = 0
@@ -183,7 +190,7 @@ class FakeEndpoint:
             return json.dumps({"error": {"message": f"no luck with {seen.question}{echo}\nsecond line"}}).encode()
         if seen.behaviour == "shapeless":
             return b'{"object": "chat.completion", "choices": []}'
-        text: str | None = reply_to(seen.body["messages"][-1]["content"].partition("\nAnswer: ")[2])
+        text: str | None = self.say(seen.body["messages"][-1]["content"])
         text = {"null": None, "empty": ""}.get(seen.behaviour, text)
         choice = {
             "index": 0,
