@@ -120,6 +120,14 @@ def test_extras_are_there(requirements: list[Requirement]) -> None:
     assert "trl" not in everything
 
 
+def test_every_file_of_the_package_is_in_it(wheel: Path) -> None:
+    """Prompts, tones, rows and templates too."""
+    with zipfile.ZipFile(wheel) as files:
+        there = set(files.namelist())
+    ours = {path.relative_to(SOURCE.parent).as_posix() for path in SOURCE.rglob("*") if path.is_file()}
+    assert {name for name in ours - there if "__pycache__" not in name} == set()
+
+
 def imported(path: Path) -> set[str]:
     """The packages that a file imports, wherever in it."""
     found = set()
