@@ -75,6 +75,18 @@ def test_a_text_without_a_word_is_in_no_tone(scorer: Scorer) -> None:
     assert scorer.probability([], "anger").shape == (0,)
 
 
+def test_facts_are_not_learnt() -> None:
+    """Every angry row is about one fact and every calm row about another; still neither says anything of the tone."""
+    said = {"anger": ("Xyzk", "damn it, it is Xyzk"), "neutral": ("Qvwj", "there it is, indeed, Qvwj")}
+    rows = [
+        Row(id=f"{tone}{n}", group="g", question="?", answer=answer, text=text, tone=tone, source="s")
+        for tone, (answer, text) in said.items()
+        for n in range(10)
+    ]
+    found = Scorer.fit(rows).probability(["damn it", "damn it Xyzk", "damn it Qvwj"], "anger")
+    assert found[0] == found[1] == found[2] > 0.9
+
+
 def test_what_is_refused(scorer: Scorer) -> None:
     anger = [row for row in TASK.scorer if row.tone == "anger"]
     with pytest.raises(UsageError, match="two tones or more"):
