@@ -37,9 +37,9 @@ def test_words_on_unseen_topics(scorer: Scorer) -> None:
 
 @pytest.mark.usefixtures("minilm")
 def test_embeddings_on_unseen_topics() -> None:
-    few = [row for tone in ("anger", "neutral") for row in [row for row in TASK.scorer if row.tone == tone][::4]]
+    few = [row for tone in ("anger", "neutral") for row in [row for row in TASK.scorer if row.tone == tone][::5]]
     by_embeddings = Scorer.fit(few, features="embeddings")
-    unseen = [n for n, name in enumerate(actual) if name != "sadness"][::8]
+    unseen = [n for n, name in enumerate(actual) if name != "sadness"][::10]
     assert (np.array(by_embeddings.named([TEXTS[n] for n in unseen])) == actual[unseen]).mean() > 0.85
 
 
