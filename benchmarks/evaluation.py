@@ -40,10 +40,10 @@ from realigner.evaluation.methods import METHODS, find_method
 import realigner as ra
 from realigner.data import TONES, authored
 from realigner.evaluation.measured import Effort, Measured
-from realigner.evaluation.protocol import Evaluation
 from realigner.evaluation.results import table, tone_results
 from realigner.evaluation.strength_choice import STRENGTHS, choose_strength
 from realigner.evaluation.task import make_task
+from realigner.evaluation.tone_evaluation import ToneEvaluation
 from realigner.files import read_object, write_text
 from realigner.hosts import EMBEDDED
 from realigner.training import make_recipe
@@ -123,14 +123,14 @@ def _host() -> tuple[Any, Any]:
 
 
 @cache
-def _evaluation(plan: Plan, tone: str) -> Evaluation:
+def _evaluation(plan: Plan, tone: str) -> ToneEvaluation:
     host, tokenizer = _host()
     task = make_task([row for name in TONES for row in authored(name)], tone)
     recipe = make_recipe(threads=1, steps=40 if plan.quick else None)
     if plan.quick:
         task = replace(task, test=task.test[::4][:24], tune=task.tune[::3])
     effort = Effort(dialogues=2, dropped=6, passages=6, answers=8) if plan.quick else Effort()
-    return Evaluation(host, tokenizer, task, plan.out / tone, recipe, effort)
+    return ToneEvaluation(host, tokenizer, task, plan.out / tone, recipe, effort)
 
 
 def _method(unit: Unit) -> Method:
@@ -250,7 +250,7 @@ def results_of(plan: Plan) -> dict[str, Any]:
     return found
 
 
-def _point(evaluation: Evaluation, measured: Measured) -> dict[str, float]:
+def _point(evaluation: ToneEvaluation, measured: Measured) -> dict[str, float]:
     scores = evaluation.scores(measured)
     names = ("summary", "probability", "named", "content", "fact", "nats")
     means = {name: round(float(scores.each[name][scores.each[name] == scores.each[name]].mean()), 4) for name in names}

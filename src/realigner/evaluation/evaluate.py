@@ -19,11 +19,11 @@ from realigner.errors import RealignerError, UsageError
 from realigner.evaluation.measured import Effort
 from realigner.evaluation.method_protocol import Fitted
 from realigner.evaluation.methods import find_method
-from realigner.evaluation.protocol import Evaluation, Subject
 from realigner.evaluation.replies import ask, bare_speaker
 from realigner.evaluation.results import tone_results
 from realigner.evaluation.strength_choice import MOST_KL, MOST_SHIFT, STRENGTHS, StrengthChoice, choose_strength
 from realigner.evaluation.task import Task
+from realigner.evaluation.tone_evaluation import Subject, ToneEvaluation
 from realigner.files import made_folder, read_object, write_text
 from realigner.irm_config import WEIGHTS_FILE, adapter_folder
 from realigner.training import read_recipe, read_run
@@ -129,7 +129,7 @@ def evaluate(
         task = replace(task, test=_some(task.test, questions))
     if len({row.tone for row in task.scorer}) < 2:
         task = replace(task, scorer=[*task.scorer, *_own_voice(task, host, tokenizer, out, effort)])
-    evaluation = Evaluation(host, tokenizer, task, out, recipe, effort)
+    evaluation = ToneEvaluation(host, tokenizer, task, out, recipe, effort)
     own = _subject(irm, out / "irm", host, tokenizer)
     choice = None
     with progress("asking", _asked(evaluation, len(methods), tune)) as bar:
@@ -207,7 +207,7 @@ def _some(rows: Sequence[Row], count: int) -> list[Row]:
     return [rows[number * len(rows) // count] for number in range(count)]
 
 
-def _asked(evaluation: Evaluation, methods: int, tune: bool) -> int:
+def _asked(evaluation: ToneEvaluation, methods: int, tune: bool) -> int:
     """How many questions are asked in all, for the progress bar."""
     effort, test = evaluation.effort, len(evaluation.task.test)
     each = test + min(effort.dropped, test) + effort.answers

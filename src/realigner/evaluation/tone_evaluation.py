@@ -48,7 +48,7 @@ class Subject:
 
 
 @dataclass(eq=False)
-class Evaluation:
+class ToneEvaluation:
     """The evaluation of methods in one tone on one host.
 
     Attributes:
