@@ -233,6 +233,8 @@ def test_mean_delta_and_random(fitted: Fits) -> None:
             each.append(network(residuals.layers[0][0]))
     mean = torch.cat(each).mean(dim=0)
     assert torch.allclose(mean_deltas(job), mean, atol=1e-6)
+    of_the_run = replace(job, given=Given(irm=fitted["irm-compact"] / ADAPTER))
+    assert torch.equal(mean_deltas(of_the_run), mean_deltas(job))
     vectors = {
         name: load_file(fitted[name] / ADAPTER / "adapter_model.safetensors")["irm.output.bias"].view(3, -1)
         for name in ("mean-delta", "random")
@@ -485,6 +487,8 @@ def test_refusals(tmp_path: Path, fitted: Fits) -> None:
         fit("prompt", tmp_path / "a", given=Given())
     with pytest.raises(UsageError, match="chat template"):
         find_method("bare").fit(host, tokenizer, a_task(), make_recipe(template="plain"), None, tmp_path / "a")
+    with pytest.raises(RealignerError, match="no rows to tune on"):
+        find_method("lora").fit(host, tokenizer, replace(a_task(), tune=[]), make_recipe(), None, tmp_path / "a")
     with pytest.raises(RealignerError, match="fitted there already"):
         fit("bare", fitted["bare"])
     (tmp_path / "b").mkdir()

@@ -28,9 +28,15 @@ _WIDTH_OF_RANK = 4  # a hidden layer's width over the rank, as the compact prese
 
 @contextmanager
 def irm_attached(host: Any, tokenizer: Any, folder: Path, parameters: int) -> Iterator[Fitted]:
-    """A block in which the IRM in a method's folder is on a host."""
+    """A block in which an IRM is on a host.
+
+    Args:
+        host, tokenizer: from `load_host`; the host is bare.
+        folder: of a method that is an IRM, or of an IRM itself.
+        parameters: how many were trained.
+    """
     with restored(host):
-        model = load_irm(host, folder / ADAPTER).eval()
+        model = load_irm(host, folder).eval()
         try:
             yield Fitted(model, tokenizer, parameters, scaled=partial(strength, model))
         finally:

@@ -58,7 +58,7 @@ class Given:
 
     Attributes:
         score: by which system prompts and strengths are chosen, on ``task.tune``.
-        irm: folder of a fitted IRM, of whose deltas constant vectors are made.
+        irm: folder of an IRM, or of a method that is one; constant vectors are made of its deltas.
         instruct: the system prompt that ``irm-sentence`` is to make unnecessary; the first of the tone's five when None.
         reply_tokens: tokens at most of each reply that is made while fitting.
     """
@@ -215,7 +215,7 @@ class Method(ABC):
 
         Raises:
             UsageError: when something that the method needs is not given, or the recipe has a template of its own.
-            RealignerError: when the folder is taken, or the training fails.
+            RealignerError: when the folder is taken, the task has no rows to tune on, or the training fails.
         """
         given, folder = given or Given(), Path(folder)
         for need in self.needs:
@@ -225,6 +225,8 @@ class Method(ABC):
             raise UsageError(
                 "recipe: methods are asked by the host's chat template as it is; leave template and its kwargs out"
             )
+        if not task.tune and (self.rates or "score" in self.needs):
+            raise RealignerError(f"{self.name}: the task has no rows to tune on (task.tune), where it is to be validated")
         with locked(folder), _threads(recipe.threads):
             _refuse_taken(folder)
             job = Job(host, tokenizer, task, self._own_recipe(host, tokenizer, task, recipe, rate), folder, given)
