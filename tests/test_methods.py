@@ -18,7 +18,7 @@ from realigner.data import Row, built_in_tones
 from realigner.errors import RealignerError, UsageError
 from realigner.evaluation.constant_vectors import STRENGTHS, constant_irm, mean_deltas, mean_residuals
 from realigner.evaluation.layer_edits import Edit, EditedHost, LoReFTEdit, PSREdit
-from realigner.evaluation.method_protocol import ADAPTER, EDITS_FILE, RECORD_FILE, Given, Job, Method, read_method
+from realigner.evaluation.method_protocol import ADAPTER, RECORD_FILE, Given, Job, Method, read_method
 from realigner.evaluation.methods import METHODS, find_method
 from realigner.evaluation.peft_methods import Prefix
 from realigner.evaluation.prompting import system_prompts
@@ -30,6 +30,7 @@ from realigner.locate import find_sites
 from realigner.residuals import Residuals
 from realigner.tiny import tiny_host
 from realigner.training import make_recipe, read_run, teacher
+from realigner.training.batches import Collator
 from realigner.training.loss import row_losses
 from realigner.training.trainer import IRMTrainer, trainer_arguments
 from realigner.tuner import load_irm, tuner_of
@@ -151,8 +152,14 @@ def test_the_record_of_a_training(name: str, fitted: Fits) -> None:
     assert record["tokens"] > 0
     start, end = record["validation_loss"]
     assert start != end
-    host, _ = tiny_pair()
+    host, tokenizer = tiny_pair()
     assert record["parameters"] == find_method(name).parameters(host.config)
+    if name != "irm-sentence":  # what is loaded has the loss that what was trained had
+        job = Job(host, tokenizer, a_task(), make_recipe(batch_size=4, tone="grumpy"), Path("-"), Given())
+        inputs = Collator(0)([{**item, "row": n} for n, item in enumerate(prepared_rows(job).validation)])
+        with find_method(name).attach(host, tokenizer, fitted[name]) as model, torch.no_grad():
+            sums, counts = row_losses(model.model, inputs, only_where_needed=True)
+        assert round(float(sums.sum() / counts.sum()), 3) == pytest.approx(end, abs=2e-3)
     assert not list(fitted[name].rglob("*.bin"))
     assert not list(fitted[name].rglob("*.pt*"))
 
@@ -505,26 +512,39 @@ def test_refusals(tmp_path: Path, fitted: Fits) -> None:
     assert logits(other).isfinite().all()
 
 
-def test_a_damaged_file_of_edits_is_refused_and_the_host_stays_bare(tmp_path: Path, fitted: Fits) -> None:
+@pytest.mark.parametrize("name", ["reft", "lora", "prefix", "constant"])
+def test_a_damaged_file_is_refused_and_the_host_stays_bare(name: str, fitted: Fits) -> None:
     host, tokenizer = tiny_pair()
-    before, path = account(host), fitted["reft"] / ADAPTER / EDITS_FILE
+    before, folder = account(host), fitted[name] / ADAPTER
+    path = next(folder.glob("*.safetensors"))
     tensors, data = load_file(path), path.read_bytes()
+    first = min(tensors)
     damaged: dict[str, Any] = {
         "truncated": data[:100],
-        "other tensors": {name: value for name, value in tensors.items() if not name.startswith("2.")},
-        "not finite": {**tensors, "1.bias": torch.full_like(tensors["1.bias"], float("nan"))},
+        "tensor": {**{key: value for key, value in tensors.items() if key != first}, "other": tensors[first]},
+        "tensors?|shape": {**tensors, first: tensors[first].repeat(2, *[1] * (tensors[first].dim() - 1))},
+        "no [ae]": None,
     }
     try:
         for why, content in damaged.items():
+            path.unlink(missing_ok=True)
             if isinstance(content, bytes):
                 path.write_bytes(content)
-            else:
+            elif content:
                 save_file(content, path)
-            with pytest.raises(RealignerError, match=why), find_method("reft").attach(host, tokenizer, fitted["reft"]):
+            with pytest.raises(RealignerError, match=why), find_method(name).attach(host, tokenizer, fitted[name]):
                 pass
+            assert account(host) == before
     finally:
         path.write_bytes(data)
-    assert account(host) == before
+    if name != "reft":
+        return
+    try:
+        save_file({**tensors, "1.bias": torch.full_like(tensors["1.bias"], float("nan"))}, path)
+        with pytest.raises(RealignerError, match="not finite"), find_method(name).attach(host, tokenizer, fitted[name]):
+            pass
+    finally:
+        path.write_bytes(data)
 
 
 @pytest.mark.slow

@@ -127,6 +127,8 @@ def read_edits(path: Path, kind: str, layers: int, width: int) -> list[Edit]:
     Raises:
         RealignerError: when it cannot be read, or has other tensors than such edits of one rank.
     """
+    if not path.is_file():
+        raise RealignerError(f"{path.parent}: no {path.name}; fit the method again")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:

@@ -24,12 +24,16 @@ from peft import (
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.shadow.layers import ShadowLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, set_seed
 
 from realigner.errors import RealignerError
 from realigner.evaluation.method_protocol import ADAPTER, Fitted, Job, Method, MethodRecord, closest, restored
 from realigner.evaluation.prompting import system_prompts
 from realigner.evaluation.row_training import train_on_rows
+from realigner.files import read_object
+from realigner.irm_config import CONFIG_FILE, WEIGHTS_FILE, file_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ class PeftMethod(Method):
     @contextmanager
     def attached(self, host: Any, tokenizer: Any, folder: Path, record: MethodRecord) -> Iterator[Fitted]:
         with restored(host):
-            model = PeftModel.from_pretrained(host, str(folder / ADAPTER)).eval()
+            model = read_adapted(host, folder / ADAPTER)
 
             @contextmanager
             def scaled(value: float) -> Iterator[None]:
@@ -94,6 +98,31 @@ class PeftMethod(Method):
             raise RealignerError(f"{self.name}: PEFT cannot adapt {type(host).__name__} ({error})") from error
         assert isinstance(model, PeftModel)
         return model
+
+
+def read_adapted(host: Any, folder: Path) -> PeftModel:
+    """A host adapted by what is in a folder. Unlike PEFT's own reading, it takes safetensors alone, and all of the tensors.
+
+    Raises:
+        RealignerError: when a file is missing or damaged, or its tensors are not those of its config; the host is left bare.
+    """
+    given, path = file_tensors(folder), folder / CONFIG_FILE
+    read_object(path)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise RealignerError(f"{path}: not a config of PEFT's ({error}); fit the method again") from None
+    model = get_peft_model(host, config)
+    assert isinstance(model, PeftModel)
+    try:
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+        if {name: list(value.shape) for name, value in own.items()} != given:
+            raise RealignerError(f"{folder / WEIGHTS_FILE}: holds other tensors than its config asks for; fit the method again")
+        set_peft_model_state_dict(model, load_file(folder / WEIGHTS_FILE))
+    except BaseException:
+        _unload(model)
+        raise
+    return model.eval()
 
 
 def _unload(model: PeftModel) -> None:
@@ -198,7 +227,11 @@ class Prefix(PeftMethod):
     def start(self, model: PeftModel, job: Job) -> None:
         text = " ".join(system_prompts(job.task.tone)) + " "
         text *= 1 + self.tokens // len(job.tokenizer(text)["input_ids"])
-        initialize_kv_prefix_from_text(model, job.tokenizer, text=text, use_chat_template=False)
+        try:
+            initialize_kv_prefix_from_text(model, job.tokenizer, text=text, use_chat_template=False)
+        except (ValueError, TypeError) as error:
+            kind = type(job.host).__name__
+            raise RealignerError(f"{self.name}: PEFT cannot read keys and values of {kind} ({error})") from error
 
     def sized(self, config: PreTrainedConfig, parameters: int) -> Method:
         return closest(parameters, lambda tokens: replace(self, tokens=tokens), config)
