@@ -34,12 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from realigner.evaluation.method_protocol import RECORD_FILE, Method
-from realigner.evaluation.methods import METHODS, find_method
 
 import realigner as ra
 from realigner.data import TONES, authored
 from realigner.evaluation.measured import Effort, Measured
+from realigner.evaluation.method_protocol import RECORD_FILE, Method
+from realigner.evaluation.methods import METHODS, find_method
 from realigner.evaluation.results import table, tone_results
 from realigner.evaluation.strength_choice import STRENGTHS, choose_strength
 from realigner.evaluation.task import make_task

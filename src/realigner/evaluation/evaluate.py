@@ -19,8 +19,9 @@ from realigner.errors import RealignerError, UsageError
 from realigner.evaluation.measured import Effort
 from realigner.evaluation.method_protocol import Fitted
 from realigner.evaluation.methods import find_method
-from realigner.evaluation.replies import ask, bare_speaker
+from realigner.evaluation.replies import ask
 from realigner.evaluation.results import tone_results
+from realigner.evaluation.side_effects import bare_speaker
 from realigner.evaluation.strength_choice import MOST_KL, MOST_SHIFT, STRENGTHS, StrengthChoice, choose_strength
 from realigner.evaluation.task import Task
 from realigner.evaluation.tone_evaluation import Subject, ToneEvaluation

@@ -90,9 +90,9 @@ def choose_strength(scores: Mapping[float, Scores], most_kl: float = MOST_KL, mo
     points = []
     for strength, found in sorted(scores.items()):
         kl, shift = found.whole["kl"], found.whole["shift_median"]
-        means = (float(np.nanmean(found.each[name])) for name in ("named", "nats"))
+        named, nats = (float(np.nanmean(found.each[name])) for name in ("named", "nats"))
         allowed = kl <= most_kl and shift <= most_shift
-        points.append(Point(strength, estimate(found.each["summary"]), *means, kl, shift, allowed))
+        points.append(Point(strength, estimate(found.each["summary"]), named, nats, kl, shift, allowed))
     within = [point for point in points if point.allowed]
     if not within:
         least = min(points, key=lambda point: point.kl)

@@ -92,7 +92,12 @@ class Prepared:
 
 
 def prepare(
-    rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe, prompted: Mapping[str, Example] | None = None
+    rows: Sequence[Row],
+    tokenizer: Any,
+    config: Any,
+    recipe: Recipe,
+    prompted: Mapping[str, Example] | None = None,
+    split: Split | None = None,
 ) -> Prepared:
     """Split and encode rows, and refuse what cannot be trained on.
 
@@ -103,6 +108,7 @@ def prepare(
         recipe: how to.
         prompted: of rows by id whose replies are a teacher's: what the teacher reads. It ends in the same tokens of the reply,
             which get labels ``teacher_labels`` in the row's example, beside ``teacher_ids``.
+        split: the parts of the rows; those that the recipe's shares and seed make when None.
 
     Raises:
         UsageError: when the rows are of several tones, or a layer is named that the host does not have.
@@ -117,7 +123,8 @@ def prepare(
     text = config.get_text_config(decoder=True)
     if (depth := getattr(text, "num_hidden_layers", None)) is not None:
         recipe.shape.resolved_layers(int(depth))
-    split = split_rows(rows, recipe.seed, recipe.validation, recipe.test, by_tone=len(tones) > 1)
+    if split is None:
+        split = split_rows(rows, recipe.seed, recipe.validation, recipe.test, by_tone=len(tones) > 1)
     chat_format = ChatFormat(tokenizer, recipe.template, recipe.chat_template_kwargs)
     prompted = prompted or {}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,18 @@ def products_dtype(recipe: Recipe, host: nn.Module) -> torch.dtype | None:
     return torch.bfloat16 if wanted == "bfloat16" else None
 
 
-class IRMTrainer(Trainer):
-    """Trains the IRM of a PEFT model on prepared rows.
+class RowTrainer(Trainer):
+    """Trains any model on prepared rows: with the order of rows, the schedule, the loss and the validation loss of an IRM's.
+
+    Args:
+        model: what is trained; it gives logits as its host does.
+        prepared: the rows.
+        recipe: how to.
+        arguments: the recipe as Trainer's (`trainer_arguments`).
+        tokenizer: the host's.
+        host: what the model is made of.
+        frozen: modules that stay in evaluation mode: a host's dropout is no part of what is compared.
+        **options: of Trainer.
 
     Attributes:
         step_rows: the rows of the last step, as numbers in `prepared.train`.
@@ -137,15 +148,22 @@ class IRMTrainer(Trainer):
     """
 
     def __init__(
-        self, model: nn.Module, prepared: Prepared, recipe: Recipe, arguments: TrainingArguments, tokenizer: Any, **options: Any
+        self,
+        model: nn.Module,
+        prepared: Prepared,
+        recipe: Recipe,
+        arguments: TrainingArguments,
+        tokenizer: Any,
+        host: nn.Module,
+        frozen: Sequence[nn.Module] = (),
+        **options: Any,
     ) -> None:
+        self._frozen = frozen
         self.recipe = recipe
         self.prepared = prepared
         self.step_rows: list[torch.Tensor] = []
         self.tokens: torch.Tensor | int = 0
-        self._only_where_needed = takes_logits_to_keep(tuner_of(model).model)
-        tuner_of(model).registry.network("default").training_dtype = products_dtype(recipe, tuner_of(model).model)
-        self._deltas = DeltaSum(tuner_of(model)) if recipe.l1 else None
+        self._only_where_needed = takes_logits_to_keep(host)
         pad = getattr(tokenizer, "pad_token_id", None) or 0
         longest_first = sorted(range(len(prepared.validation)), key=lambda n: -len(prepared.validation[n]["input_ids"]))
         self._tones = np.array([prepared.validation_tones[n] for n in longest_first if prepared.validation_tones])
@@ -159,7 +177,6 @@ class IRMTrainer(Trainer):
             compute_metrics=self._validation_losses,
             **options,
         )
-        self._tuner = tuner_of(model)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a whole step
         self.label_names = ["shift_labels"]
 
@@ -187,9 +204,63 @@ class IRMTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Nats, the weighted mean over the targets of the whole step (all parts, all processes), and the L1 term."""
+        """Nats, the mean over the targets of the whole step (all parts, all processes)."""
+        for module in self._frozen:
+            module.training = False
+        self._note(inputs)
+        sums, counts = row_losses(model, inputs, self._only_where_needed)
+        loss = sums.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
+        scaled: torch.Tensor = loss * self.accelerator.num_processes  # gradients are averaged over the processes
+        return scaled
+
+    def _note(self, inputs: dict[str, Any]) -> None:
         self.step_rows.append(inputs["rows"])
         self.tokens = self.tokens + inputs["attention_mask"].sum()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Trainer's, of one part of a step; remembers the rows of the whole step."""
+        if len(self.step_rows) >= self.recipe.accumulate:
+            self.step_rows.clear()
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        return loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Each row's summed loss, its number of targets, their weight (1), and whether it has a teacher (0), ``[row, 4]``."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            sums, counts = row_losses(model, inputs, self._only_where_needed)
+        found = sums, counts, torch.ones_like(sums), torch.zeros_like(sums)
+        return None, torch.stack([part.double() for part in found], dim=1), counts
+
+    def _validation_losses(self, prediction: Any) -> dict[str, float]:
+        """Nats per token over all rows, and over those of each tone, where there are several."""
+        losses = _nats_per_token(prediction)
+        for tone in sorted({*self._tones}):
+            sums, counts = np.asarray(prediction.predictions)[self._tones == tone].T[:2]
+            losses[f"{TONE_PREFIX}{tone}"] = float(sums.sum() / counts.sum())
+        return losses
+
+
+class IRMTrainer(RowTrainer):
+    """Trains the IRM of a PEFT model on prepared rows, or on a teacher's replies, with checkpoints."""
+
+    def __init__(
+        self, model: nn.Module, prepared: Prepared, recipe: Recipe, arguments: TrainingArguments, tokenizer: Any, **options: Any
+    ) -> None:
+        self._tuner = tuner_of(model)
+        self._tuner.registry.network("default").training_dtype = products_dtype(recipe, self._tuner.model)
+        self._deltas = DeltaSum(self._tuner) if recipe.l1 else None
+        super().__init__(model, prepared, recipe, arguments, tokenizer, self._tuner.model, **options)
+
+    # The losses.
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Nats, the weighted mean over the targets of the whole step (all parts, all processes), and the L1 term."""
+        self._note(inputs)
         if self._deltas is None:
             sums, counts = row_losses(model, inputs, self._only_where_needed, self._tuner)
         else:
@@ -219,13 +290,6 @@ class IRMTrainer(Trainer):
         counts = [(batch["shift_labels"] != IGNORED).sum(dim=1) * self._row_weights(batch) for batch in batch_samples]
         return self.accelerator.gather(torch.cat(counts).sum().to(device)).sum()
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Trainer's, of one part of a step; remembers the rows of the whole step."""
-        if len(self.step_rows) >= self.recipe.accumulate:
-            self.step_rows.clear()
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
-        return loss
-
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
@@ -236,14 +300,6 @@ class IRMTrainer(Trainer):
         taught = inputs.get("taught", torch.zeros_like(counts))
         weights = torch.ones_like(sums) if self.recipe.instruct is None else self._row_weights(inputs)
         return None, torch.stack([part.double() for part in (sums, counts, weights, taught)], dim=1), counts
-
-    def _validation_losses(self, prediction: Any) -> dict[str, float]:
-        """Nats per token over all rows, and over those of each tone, where there are several."""
-        losses = _nats_per_token(prediction)
-        for tone in sorted({*self._tones}):
-            sums, counts = np.asarray(prediction.predictions)[self._tones == tone].T[:2]
-            losses[f"{TONE_PREFIX}{tone}"] = float(sums.sum() / counts.sum())
-        return losses
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         metrics: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)

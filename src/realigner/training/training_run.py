@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 import realigner.training.run_dir as run_dir
 from realigner.chat_format import has_chat_template
 from realigner.console import progress, say, signals_to
-from realigner.data import TONES, Row, authored, read_rows
+from realigner.data import TONES, Row, Split, authored, read_rows
 from realigner.data.dataset_rows import EVERY_TONE
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import fingerprint, weights_hash
@@ -72,6 +72,7 @@ def train(
     force: bool = False,
     resume: bool = False,
     quiet: bool = False,
+    split: Split | None = None,
     **changes: Any,
 ) -> Run:
     """Train one IRM on a frozen host and save it.
@@ -89,6 +90,7 @@ def train(
         force: replace a run that is there already, finished or not.
         resume: continue the unfinished run of `out`, if there is one: the result is byte-identical to an uninterrupted run.
         quiet: show no progress.
+        split: which of the rows are trained on, and which are for the validation loss; as the recipe says when None.
         **changes: keys of the recipe with other values (``steps=100, layers="0-15", seed=420``).
 
     Raises:
@@ -101,11 +103,13 @@ def train(
     recipe = (recipe or Recipe()).changed(**changes)
     if not rows and recipe.instruct is None:
         raise RealignerError("there are no rows to train on")
+    if split is not None and recipe.instruct is not None:
+        raise UsageError("split: of a teacher's replies, which come later; leave it out (instruct)")
     with run_dir.held(Path(out), force, resume) as place:
         recipe = resolve(recipe, host, tokenizer, rows)
         check_packages(recipe)
         check_search(recipe)
-        prepared = _material(rows, tokenizer, host.config, recipe)
+        prepared = _material(rows, tokenizer, host.config, recipe, split)
         check_fit(prepared, recipe, host.config, loaded=True, quiet=quiet)
         return _train(host, tokenizer, prepared, recipe, place, resume, quiet)
 
@@ -146,10 +150,12 @@ def train_recipe(
         return _train(host, tokenizer, prepared, resolve(recipe, host, tokenizer, rows), place, resume, quiet)
 
 
-def _material(rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe) -> Prepared | Teacher:
+def _material(
+    rows: Sequence[Row], tokenizer: Any, config: Any, recipe: Recipe, split: Split | None = None
+) -> Prepared | Teacher:
     """What a run learns from: rows, or what a teacher has yet to reply."""
     if recipe.instruct is None:
-        prepared = prepare(rows, tokenizer, config, recipe)
+        prepared = prepare(rows, tokenizer, config, recipe, split=split)
         check_tokens(prepared.texts(), tokenizer, config)
         return prepared
     if rows and _FSDP:  # a process whose rows have no teacher would not run the host a second time, as others do
