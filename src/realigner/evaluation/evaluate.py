@@ -124,7 +124,7 @@ def evaluate(
     """
     effort = effort or Effort()
     methods = [find_method(name) for name in baselines if name != "bare"]
-    task, recipe = task_of(irm, tune or any("score" in method.needs for method in methods))
+    task, recipe = task_of(irm, tune or any("score" in method.needs or method.rates for method in methods))
     refuse_another(out, irm, effort, questions)
     if questions is not None:
         task = replace(task, test=_some(task.test, questions))

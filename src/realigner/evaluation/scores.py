@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -65,21 +66,29 @@ class Judges:
         self._check(bare)
         if not bare.shuffled:
             raise RealignerError(f"{bare.method}: was measured without shuffled replies; measure it anew")
-        self.words = [Scorer.fit(task.scorer, seed) for seed in SEEDS]
-        self.embeddings = Scorer.fit(task.scorer, features="embeddings")
+        self.words = Scorer.fit(task.scorer, SEEDS[0])
         references = [row.text for row in task.test]
         said = [item.reply for item in bare.replies]
         self.content = Content(self.questions, said, references, typical_words(task.scorer, task.tone))
         self.fluency = FluencyScale(_mean(_per_token(bare)), _mean(_each(bare.shuffled)))
-        self._bare_probability = self._probability(self.words[0], said)
+        self._bare_probability = self._probability(self.words, said)
+
+    @cached_property
+    def embeddings(self) -> Scorer:
+        """The second scorer."""
+        return Scorer.fit(self.task.scorer, features="embeddings")
+
+    @cached_property
+    def _others(self) -> list[Scorer]:
+        return [Scorer.fit(self.task.scorer, seed) for seed in SEEDS[1:]]
 
     def scores(self, measured: Measured) -> Scores:
         """The scores of a method that was measured on the same questions."""
         self._check(measured)
         texts = [item.reply for item in measured.replies]
         nats = _per_token(measured)
-        probability = self._probability(self.words[0], texts)
-        named = self._named(self.words[0], texts)
+        probability = self._probability(self.words, texts)
+        named = self._named(self.words, texts)
         second = self._named(self.embeddings, texts)
         content, fluency = self._content(texts, measured.given), self.fluency.scores(nats, texts)
         answers = [row.answer for row in self.task.test]
@@ -99,7 +108,7 @@ class Judges:
             "away": (probability < self._bare_probability).astype(float),
             **{name: np.array([item[name] for item in own]) for name in own[0]},
         }
-        by_seed = [float(self._is_tone(self._named(scorer, texts)).mean()) for scorer in self.words]
+        by_seed = [float(self._is_tone(self._named(scorer, texts)).mean()) for scorer in (self.words, *self._others)]
         shift = np.mean([effect.shift for effect in measured.text], axis=0).tolist() if measured.text else []
         return Scores(each, self._whole(measured, each["named"], shift), shift, agreement(named, second), by_seed)
 
@@ -113,7 +122,7 @@ class Judges:
         """
         nats = np.array([total / tokens if text else np.nan for text, (total, tokens) in zip(texts, losses, strict=True)])
         fluency = self.fluency.scores(nats, texts)
-        return proxy(self._probability(self.words[0], texts), self._content(texts, given), fluency)
+        return proxy(self._probability(self.words, texts), self._content(texts, given), fluency)
 
     def _content(self, texts: Sequence[str], given: str) -> np.ndarray:
         return self.content.scores(texts, [f"{given}\n{question}" for question in self.questions])
@@ -147,7 +156,7 @@ class Judges:
     def _share(self, texts: Sequence[str], of: Sequence[int]) -> float:
         """The share of replies to some of the test questions that are named in the tone."""
         hidden = [masked(text, self.task.test[number].answer) for text, number in zip(texts, of, strict=True)]
-        return _mean(self._is_tone(self.words[0].named(hidden)))
+        return _mean(self._is_tone(self.words.named(hidden)))
 
     def _probability(self, scorer: Scorer, texts: Sequence[str]) -> np.ndarray:
         return scorer.probability(self._masked(texts), self.task.tone)

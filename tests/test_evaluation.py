@@ -1,0 +1,231 @@
+"""An evaluation from end to end on a tiny host that speaks in words, and what is chosen and written from its numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from realigner.data import Row, authored
+from realigner.errors import RealignerError, UsageError
+from realigner.evaluation.evaluate import evaluate, task_of
+from realigner.evaluation.measured import Effort, Measured
+from realigner.evaluation.methods import find_method
+from realigner.evaluation.results import table, tone_results
+from realigner.evaluation.scorers import Agreement
+from realigner.evaluation.scores import Scores
+from realigner.evaluation.strength_choice import choose_strength
+from realigner.evaluation.task import Task, make_task
+from realigner.evaluation.tone_evaluation import ToneEvaluation
+from realigner.hosts import HostInfo
+from realigner.irm_config import check_adapter
+from realigner.tiny import tiny_host
+from realigner.training import make_recipe, train
+from tests.tiny import TEMPLATE
+
+ROWS = authored("anger") + authored("neutral")
+SMALL = Effort(reply_tokens=6, dialogues=1, dropped=2, passages=2, answers=2)
+RECIPE = make_recipe(steps=2, batch_size=4, samples=0, report_to=[], learning_rate=0.05, delta_scale=1.0, threads=1)
+
+
+def speaking_host(seed: int = 0) -> tuple[Any, Any]:
+    """A tiny host over the words of the authored set, sure enough of the next one that their order matters to it."""
+    words = sorted({word for row in ROWS for word in f"{row.question} {row.text}".split()})
+    marks = ["<pad>", "<eos>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
+    backend = Tokenizer(WordLevel({word: n for n, word in enumerate([*marks, *words])}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    tokenizer.padding_side = "left"
+    tokenizer.chat_template = (
+        TEMPLATE.replace("|>{{", "|> {{").replace("<eos>", " <eos>").replace("<|assistant|>", "<|assistant|> ")
+    )
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    host = tiny_host("llama", seed=seed, initializer_range=0.3, **sizes)
+    host.realigner = HostInfo("", tokenizer)
+    return host, tokenizer
+
+
+def small_task() -> Task:
+    task = make_task(ROWS, "anger")
+    return replace(task, train=task.train[:16], tune=task.tune[::10], test=task.test[::10], scorer=task.scorer[::3])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluation")
+
+
+def results(folder: Path, host: Any, tokenizer: Any) -> dict[str, Any]:
+    """An evaluation of a few methods, with what was kept of it before."""
+    evaluation = ToneEvaluation(host, tokenizer, small_task(), folder, RECIPE, SMALL)
+    entries = {"bare": [(evaluation.bare, evaluation.scores(evaluation.bare))]}
+    irm = evaluation.folder / "irm-compact-42"
+    for name in ("irm-compact", "constant", "mean-delta", "prompt"):
+        method = find_method(name)
+        fitted = evaluation.fit(method, name, irm=irm if name == "mean-delta" else None)
+        measured = evaluation.measured(evaluation.subject(method, fitted))
+        entries[name] = [(measured, evaluation.scores(measured))]
+    return tone_results(entries, "irm-compact")
+
+
+@pytest.mark.usefixtures("minilm")
+def test_what_was_measured_gives_the_same_results_again_without_a_host(folder: Path) -> None:
+    found = results(folder, *speaking_host())
+    assert json.dumps(results(folder, None, None)) == json.dumps(found)  # to the bit
+    assert list(found["methods"]) == ["bare", "irm-compact", "constant", "mean-delta", "prompt"]
+    assert found["questions"] == 11
+    irm, bare = found["methods"]["irm-compact"], found["methods"]["bare"]
+    assert irm["whole"]["kl"] > 0 == bare["whole"]["kl"]
+    assert irm["whole"]["shift_most"] > 0 == bare["whole"]["shift_most"]
+    assert irm["estimates"]["target"]["mean"] != bare["estimates"]["target"]["mean"]
+    assert found["methods"]["prompt"]["given"]
+    assert [one["method"] for one in found["compared"]["summary"]] == ["bare", "constant", "mean-delta", "prompt"]
+    assert table(found).count("\n") == 6
+
+
+@pytest.mark.usefixtures("minilm")
+def test_strength_0_scores_as_the_bare_host_does(folder: Path) -> None:
+    host, tokenizer = speaking_host()
+    evaluation = ToneEvaluation(host, tokenizer, small_task(), folder, RECIPE, SMALL)
+    method = find_method("irm-compact")
+    subject = evaluation.subject(method, evaluation.fit(method, "irm-compact"))
+    off, bare = evaluation.measured(subject, strength=0.0), evaluation.bare
+    assert (off.target, off.turns, off.dropped, off.text, off.about) == (
+        bare.target,
+        bare.turns,
+        bare.dropped,
+        bare.text,
+        bare.about,
+    )
+    scores, own = evaluation.scores(off), evaluation.scores(bare)
+    assert all(np.array_equal(scores.each[name], own.each[name], equal_nan=True) for name in own.each)
+    on = evaluation.measured(subject)
+    assert on.target != bare.target
+
+
+@pytest.mark.usefixtures("minilm")
+def test_a_measurement_that_is_killed_is_made_anew_and_is_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, tokenizer = speaking_host()
+    evaluation = ToneEvaluation(host, tokenizer, small_task(), tmp_path, RECIPE, SMALL)
+    method = find_method("irm-compact")
+    subject = evaluation.subject(method, evaluation.fit(method, "irm-compact"))
+
+    def killed(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Measured, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.measured(subject)
+    assert not (subject.folder / "measured.json").exists()
+    again = evaluation.measured(subject)
+    before = Measured.load(folder / "irm-compact-42" / "measured.json")
+    timed = {"ms_per_token": 0.0, "facts": {}}
+    assert again.model_copy(update=timed) == before.model_copy(update=timed)
+
+
+@pytest.mark.usefixtures("minilm")
+def test_replies_to_other_questions_are_refused(folder: Path) -> None:
+    task = small_task()
+    evaluation = ToneEvaluation(None, None, replace(task, test=task.test[::-1]), folder, RECIPE, SMALL)
+    with pytest.raises(RealignerError, match="was asked other questions"):
+        assert evaluation.judges
+
+
+def test_a_damaged_measurement_is_named(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    path.write_text('{"method": "bare"}')
+    with pytest.raises(RealignerError, match=r"measured\.json: not what an evaluation measured \(key 'tone' is missing\)"):
+        Measured.load(path)
+
+
+# The strength.
+
+
+def scored(summary: float, kl: float, shift: float = 0.1, noise: int = 0) -> Scores:
+    values = summary + 0.2 * np.random.default_rng(noise).normal(size=40)
+    each = {"summary": values, "named": np.ones(40), "nats": np.full(40, 2.0)}
+    return Scores(each, {"kl": kl, "shift_median": shift}, [shift], Agreement(1.0, 1.0), [])
+
+
+def test_the_best_strength_within_the_limits_is_chosen_and_its_range_is_of_those_as_good() -> None:
+    tried = {0.5: scored(0.6, 0.1), 0.75: scored(1.2, 0.2, noise=1), 1.0: scored(1.25, 0.5, noise=2), 1.5: scored(1.9, 3.0)}
+    choice = choose_strength(tried)
+    assert (choice.strength, choice.low, choice.high) == (1.0, 0.75, 1.0)
+    assert [point.allowed for point in choice.points] == [True, True, True, False]
+    assert choose_strength(tried, most_kl=5.0).strength == 1.5
+    with pytest.raises(RealignerError, match=r"at 0\.5: KL 0\.10, at most 0\.01"):
+        choose_strength(tried, most_kl=0.01)
+    with pytest.raises(RealignerError, match=r"moves by 0\.10 of its size, at most 0\.05"):
+        choose_strength(tried, most_shift=0.05)
+
+
+# A user's run.
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    host, tokenizer = speaking_host()
+    path = tmp_path_factory.mktemp("runs") / "anger"
+    recipe = RECIPE.changed(tone="anger", data="authored", test=0.25, validation=0.1)
+    train(host, tokenizer, authored("anger"), path, recipe, quiet=True).model.unload()
+    return path
+
+
+@pytest.mark.usefixtures("minilm")
+def test_a_run_is_evaluated_on_what_it_held_out_and_its_strength_is_saved(run: Path, tmp_path: Path) -> None:
+    host, tokenizer = speaking_host()
+    task, _ = task_of(run, tune=True)
+    learned = {row.id for row in task.train}
+    assert not learned & {row.id for row in (*task.test, *task.tune)}
+    assert not {row.group for row in task.scorer} & {row.group for row in task.test}
+    options: dict[str, Any] = {"effort": SMALL, "tune": True, "questions": 10, "most_kl": 100.0, "most_shift": 100.0}
+    found = evaluate(run, tmp_path / "out", host, tokenizer, ["constant"], **options)
+    assert found.choice is not None
+    assert list(found.values["methods"]) == ["bare", "irm", "constant"]
+    assert found.values["questions"] == 10
+    saved = check_adapter(run)
+    assert saved["strength"] == found.choice.strength == found.values["methods"]["irm"]["strength"]
+    assert saved["strength_range"] == [found.choice.low, found.choice.high]
+    again = evaluate(run, tmp_path / "out", host, tokenizer, ["constant"], **options)
+    assert again.values == found.values
+    with pytest.raises(RealignerError, match=r"holds an evaluation of something else \(other questions\)"):
+        evaluate(run, tmp_path / "out", host, tokenizer, [], **{**options, "questions": 9})
+
+
+def test_what_cannot_be_evaluated_is_said(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="unknown 'lore'"):
+        evaluate(run, tmp_path, None, None, ["lore"])
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(RealignerError, match="holds something that is no evaluation"):
+        evaluate(run, tmp_path, None, None, [])
+    assert (tmp_path / "mine.txt").read_text() == "x"
+
+
+def test_a_task_shares_no_topic_between_its_parts_and_depends_on_the_seed_alone() -> None:
+    task = make_task(ROWS, "anger")
+    parts = [{row.group for row in rows} for rows in (task.train, task.tune, task.test, task.scorer)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 24
+    assert make_task(ROWS[::-1], "anger").test[0].group in parts[2]
+    assert {row.group for row in make_task(ROWS, "anger", seed=1).test} != parts[2]
+    few: Callable[[int], list[Row]] = lambda topics: [row for row in ROWS if row.group in sorted(set.union(*parts))[:topics]]  # noqa: E731
+    with pytest.raises(RealignerError, match="4 topics"):
+        make_task(few(4), "anger")
+    with pytest.raises(RealignerError, match="in another tone"):
+        make_task(authored("anger"), "anger")
