@@ -183,8 +183,11 @@ def test_the_best_strength_within_the_limits_is_chosen_and_its_range_is_of_those
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     host, tokenizer = speaking_host()
     path = tmp_path_factory.mktemp("runs") / "anger"
-    recipe = RECIPE.changed(tone="anger", data="authored", test=0.25, validation=0.1)
-    train(host, tokenizer, authored("anger"), path, recipe, quiet=True).model.unload()
+    rows = [row for row in ROWS[::3] if row.group < "i"]  # nine topics
+    data = path.with_suffix(".jsonl")
+    data.write_text("".join(row.model_dump_json() + "\n" for row in rows))
+    recipe = RECIPE.changed(tone="anger", data=str(data), test=0.3, validation=0.15)
+    train(host, tokenizer, [row for row in rows if row.tone == "anger"], path, recipe, quiet=True).model.unload()
     return path
 
 
@@ -205,7 +208,7 @@ def test_a_run_is_evaluated_on_what_it_held_out_and_its_strength_is_saved(run: P
     assert saved["strength_range"] == [found.choice.low, found.choice.high]
     again = evaluate(run, tmp_path / "out", host, tokenizer, ["constant"], **options)
     assert again.values == found.values
-    with pytest.raises(RealignerError, match=r"holds an evaluation of something else \(other questions\)"):
+    with pytest.raises(RealignerError, match=r"holds an evaluation of something else \(questions differ\)"):
         evaluate(run, tmp_path / "out", host, tokenizer, [], **{**options, "questions": 9})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -30,7 +31,8 @@ def tone_results(entries: Mapping[str, Sequence[Entry]], against: str) -> dict[s
     Returns:
         ``questions``, their number; ``methods``: name -> ``seeds``, ``facts`` (of the first seed), ``estimates`` (measure ->
         mean, low, high, n; over questions, seeds averaged), ``whole`` (measure -> mean over seeds), ``shift`` by site,
-        ``scorers`` (agreement, by_seed); ``against`` and ``compared``: measure -> a list of comparisons.
+        ``scorers`` (agreement, by_seed); ``against`` and ``compared``: measure -> a list of comparisons. A number that cannot
+        be had is None.
     """
     each = {
         measure: {method: np.stack([scores.each[measure] for _, scores in own]) for method, own in entries.items()}
@@ -54,12 +56,18 @@ def tone_results(entries: Mapping[str, Sequence[Entry]], against: str) -> dict[s
         measure: [asdict(one) for one in compare(each[measure], against)] if against in entries and len(entries) > 1 else []
         for measure in COMPARED
     }
-    return {
-        "questions": len(next(iter(entries.values()))[0][0].replies),
-        "methods": methods,
-        "against": against,
-        "compared": compared,
-    }
+    questions = len(next(iter(entries.values()))[0][0].replies)
+    found: dict[str, Any] = _plain({"questions": questions, "methods": methods, "against": against, "compared": compared})
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """JSON values, with null where a number is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -69,20 +77,24 @@ def table(results: Mapping[str, Any]) -> str:
         "| --- " * 11 + "|",
     ]
     methods = results["methods"]
-    for name in sorted(methods, key=lambda method: -methods[method]["estimates"]["summary"]["mean"]):
+    for name in sorted(methods, key=lambda method: -(methods[method]["estimates"]["summary"]["mean"] or 0)):
         own, found = methods[name], methods[name]["estimates"]
         parameters, seconds = own["facts"].get("parameters", 0), own["seconds"][0]
         cells = [
             name,
             f"{parameters:,}" if parameters else "",
             *(_interval(found[key]) for key in ("summary", "named", "fact")),
-            *(f"{found[key]['mean']:.2f}" for key in ("content", "nats", "target")),
-            *(f"{own['whole'][key]:.2f}" if key in own["whole"] else "" for key in ("kl", "about")),
+            *(_number(found[key]["mean"]) for key in ("content", "nats", "target")),
+            *(_number(own["whole"].get(key)) for key in ("kl", "about")),
             f"{seconds:.0f}" if seconds else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _interval(found: Mapping[str, float]) -> str:
-    return f"{found['mean']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+def _interval(found: Mapping[str, float | None]) -> str:
+    return f"{_number(found['mean'])} ({_number(found['low'])} to {_number(found['high'])})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
