@@ -95,6 +95,9 @@ def test_what_was_measured_gives_the_same_results_again_without_a_host(folder: P
     assert found["methods"]["prompt"]["given"]
     assert [one["method"] for one in found["compared"]["summary"]] == ["bare", "constant", "mean-delta", "prompt"]
     assert table(found).count("\n") == 6
+    best, *_, worst = found["examples"]
+    assert best["summary"]["irm-compact"] >= worst["summary"]["irm-compact"]
+    assert best["replies"]["bare"] in [item.reply for item in Measured.load(folder / "bare" / "measured.json").replies]
 
 
 @pytest.mark.usefixtures("minilm")
@@ -201,10 +204,10 @@ def test_a_run_is_evaluated_on_what_it_held_out_and_its_strength_is_saved(run: P
     options: dict[str, Any] = {"effort": SMALL, "tune": True, "questions": 10, "most_kl": 100.0, "most_shift": 100.0}
     found = evaluate(run, tmp_path / "out", host, tokenizer, ["constant"], **options)
     assert found.choice is not None
-    assert list(found.values["methods"]) == ["bare", "irm", "constant"]
-    assert found.values["questions"] == 10
+    assert list(found.results["methods"]) == ["bare", "irm", "constant"]
+    assert found.results["questions"] == 10
     saved = check_adapter(run)
-    assert saved["strength"] == found.choice.strength == found.values["methods"]["irm"]["strength"]
+    assert saved["strength"] == found.choice.strength == found.results["methods"]["irm"]["strength"]
     assert saved["strength_range"] == [found.choice.low, found.choice.high]
     again = evaluate(run, tmp_path / "out", host, tokenizer, ["constant"], **options)
     assert again.values == found.values

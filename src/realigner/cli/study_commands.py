@@ -58,8 +58,8 @@ def evaluate(
     if as_json:
         opt.print_json(found.values)
         return
-    show(f"{found.values['tone']}, {found.values['questions']} questions that the run held out\n")
-    show(table(found.values))
+    show(f"{found.tone}, {found.results['questions']} questions that the run held out\n")
+    show(table(found.results))
     if (choice := found.choice) is not None:
         show(f"\nstrength {choice.strength:g}, as good from {choice.low:g} to {choice.high:g}; saved with the adapter")
     show(f'Try next:  realigner generate --irm {irm} "Why is the sky blue?"')

@@ -84,12 +84,20 @@ class Result:
     """What an evaluation found.
 
     Attributes:
-        values: as JSON values; `results.tone_results`, and what was evaluated.
+        tone: of the run.
+        values: as JSON values: ``irm``, ``host``, and ``tones``, the tone -> its `results.tone_results`.
         choice: of the strength, if one was to be chosen.
     """
 
+    tone: str
     values: dict[str, Any]
     choice: StrengthChoice | None
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """In the run's tone."""
+        found: dict[str, Any] = self.values["tones"][self.tone]
+        return found
 
 
 def evaluate(
@@ -146,12 +154,13 @@ def evaluate(
             folder = evaluation.fit(method, method.name, recipe.seed, irm=irm if "irm" in method.needs else None)
             measured = evaluation.measured(evaluation.subject(method, folder))
             entries[method.name] = [(measured, evaluation.scores(measured))]
-    values = {"irm": str(irm), "tone": task.tone, "host": recipe.host, **tone_results(entries, "irm")}
+    results = tone_results(entries, "irm")
     if choice is not None:
-        values["strength"] = choice.to_dict()
+        results["strength"] = choice.to_dict()
         choice.save(irm)
+    values = {"irm": str(irm), "host": recipe.host, "tones": {task.tone: results}}
     write_text(out / RESULTS, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-    return Result(values, choice)
+    return Result(task.tone, values, choice)
 
 
 def refuse_another(out: Path, irm: Path, effort: Effort, questions: int | None) -> None:

@@ -17,6 +17,7 @@ BY_REPLY = (
     "summary", "named", "probability", "named_2", "content", "fact", "fluency", "nats", "target", "away", "words", "ended",
     "distinct_1", "distinct_2", "repeated",
 )  # fmt: skip
+EXAMPLES = 3  # best, and worst
 COMPARED = ("summary", "named", "content", "fact", "nats", "target")
 Entry = tuple[Measured, Scores]
 
@@ -31,8 +32,8 @@ def tone_results(entries: Mapping[str, Sequence[Entry]], against: str) -> dict[s
     Returns:
         ``questions``, their number; ``methods``: name -> ``seeds``, ``facts`` (of the first seed), ``estimates`` (measure ->
         mean, low, high, n; over questions, seeds averaged), ``whole`` (measure -> mean over seeds), ``shift`` by site,
-        ``scorers`` (agreement, by_seed); ``against`` and ``compared``: measure -> a list of comparisons. A number that cannot
-        be had is None.
+        ``scorers`` (agreement, by_seed); ``against`` and ``compared``: measure -> a list of comparisons; ``examples``: the
+        questions with the best and the worst summaries of `against`. A number that cannot be had is None.
     """
     each = {
         measure: {method: np.stack([scores.each[measure] for _, scores in own]) for method, own in entries.items()}
@@ -57,8 +58,31 @@ def tone_results(entries: Mapping[str, Sequence[Entry]], against: str) -> dict[s
         for measure in COMPARED
     }
     questions = len(next(iter(entries.values()))[0][0].replies)
-    found: dict[str, Any] = _plain({"questions": questions, "methods": methods, "against": against, "compared": compared})
+    found: dict[str, Any] = _plain(
+        {
+            "questions": questions,
+            "methods": methods,
+            "against": against,
+            "compared": compared,
+            "examples": _examples(entries, against) if against in entries else [],
+        }
+    )
     return found
+
+
+def _examples(entries: Mapping[str, Sequence[Entry]], of: str) -> list[dict[str, Any]]:
+    """The questions on which a method's first seed has its best and its worst summaries, with all methods' replies."""
+    measured, scores = entries[of][0]
+    order = np.argsort(-scores.each["summary"], kind="stable").tolist()
+    shown = sorted({*order[:EXAMPLES], *order[-EXAMPLES:]}, key=order.index)
+    return [
+        {
+            "question": measured.replies[number].question,
+            "summary": {method: float(own[0][1].each["summary"][number]) for method, own in entries.items()},
+            "replies": {method: own[0][0].replies[number].reply for method, own in entries.items()},
+        }
+        for number in shown
+    ]
 
 
 def _plain(value: Any) -> Any:
