@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from realigner.data import Row, authored
+from realigner.data.endpoint import Endpoint
 from realigner.errors import RealignerError, UsageError
 from realigner.evaluation.evaluate import evaluate, task_of
 from realigner.evaluation.measured import Effort, Measured
@@ -29,6 +30,7 @@ from realigner.hosts import HostInfo
 from realigner.irm_config import check_adapter
 from realigner.tiny import tiny_host
 from realigner.training import make_recipe, train
+from tests.fake_endpoint import FakeEndpoint
 from tests.tiny import TEMPLATE
 
 ROWS = authored("anger") + authored("neutral")
@@ -202,14 +204,21 @@ def test_a_run_is_evaluated_on_what_it_held_out_and_its_strength_is_saved(run: P
     assert not learned & {row.id for row in (*task.test, *task.tune)}
     assert not {row.group for row in task.scorer} & {row.group for row in task.test}
     options: dict[str, Any] = {"effort": SMALL, "tune": True, "questions": 10, "most_kl": 100.0, "most_shift": 100.0}
-    found = evaluate(run, tmp_path / "out", host, tokenizer, ["constant"], **options)
+    with FakeEndpoint(say=lambda text: "Rating: 2" if "fluen" in text.lower() else "Rating: 1") as server:
+        judge = Endpoint(server.url, "judge", temperature=0.0)
+        found = evaluate(run, tmp_path / "out", host, tokenizer, ["constant"], judge=judge, **options)
+        asked = len(server.seen)
+        again = evaluate(run, tmp_path / "out", host, tokenizer, ["constant"], judge=judge, **options)
+        assert len(server.seen) == asked > 0  # what it said is kept
+    rated = found.results["judge"]["methods"]["irm"]
+    assert rated["missing"] == 0
+    assert rated["score"]["mean"] == pytest.approx(3 / (1 / 1 + 1 / 1 + 1 / 2))
     assert found.choice is not None
     assert list(found.results["methods"]) == ["bare", "irm", "constant"]
     assert found.results["questions"] == 10
     saved = check_adapter(run)
     assert saved["strength"] == found.choice.strength == found.results["methods"]["irm"]["strength"]
     assert saved["strength_range"] == [found.choice.low, found.choice.high]
-    again = evaluate(run, tmp_path / "out", host, tokenizer, ["constant"], **options)
     assert again.values == found.values
     with pytest.raises(RealignerError, match=r"holds an evaluation of something else \(questions differ\)"):
         evaluate(run, tmp_path / "out", host, tokenizer, [], **{**options, "questions": 9})

@@ -31,6 +31,13 @@ def evaluate(
     most_shift: Annotated[
         float, typer.Option(help="Limit of a chosen strength: how far the residual stream moves, in units of its size.", min=0)
     ] = 1.0,
+    judge: Annotated[
+        Optional[str],
+        typer.Option(metavar="MODEL", help="A model behind an endpoint that rates the replies.", show_default=False),
+    ] = None,
+    endpoint: Annotated[
+        Optional[str], typer.Option(help="The judge's base URL, e.g. http://127.0.0.1:8000/v1.", show_default=False)
+    ] = None,
     host: opt.HostOfIrm = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
@@ -50,11 +57,18 @@ def evaluate(
     names = {"all": [method.name for method in METHODS], "none": []}.get(baselines, baselines.split(","))
     for name in names:
         find_method(name)
+    rated_by: Any = None
+    if judge is not None:
+        from realigner.data.endpoint import Endpoint
+
+        rated_by = Endpoint(endpoint, judge, temperature=0.0)
+    elif endpoint is not None:
+        raise UsageError("evaluate: --endpoint is the judge's; give --judge MODEL too, or leave it out")
     task_of(irm, tune is not None)
     loaded, tokenizer = load_host_of(irm, host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     effort = Effort(reply_tokens=max_new_tokens)
-    limits = {"most_kl": most_kl, "most_shift": most_shift}
-    found = measure(irm, out, loaded, tokenizer, names, tune is not None, effort, questions, **limits)
+    options: dict[str, Any] = {"most_kl": most_kl, "most_shift": most_shift, "judge": rated_by}
+    found = measure(irm, out, loaded, tokenizer, names, tune is not None, effort, questions, **options)
     if as_json:
         opt.print_json(found.values)
         return

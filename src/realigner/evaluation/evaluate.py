@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ from typing import Any
 from realigner.console import progress
 from realigner.data import TONES, Row, authored, read_rows
 from realigner.data.data_split import split_rows
+from realigner.data.endpoint import Endpoint
 from realigner.errors import RealignerError, UsageError
-from realigner.evaluation.measured import Effort
+from realigner.evaluation.compare import estimate
+from realigner.evaluation.judge import ASPECTS, rate
+from realigner.evaluation.measured import Effort, Measured
 from realigner.evaluation.method_protocol import Fitted
 from realigner.evaluation.methods import find_method
 from realigner.evaluation.replies import ask
-from realigner.evaluation.results import tone_results
+from realigner.evaluation.results import plain, tone_results
 from realigner.evaluation.side_effects import bare_speaker
 from realigner.evaluation.strength_choice import MOST_KL, MOST_SHIFT, STRENGTHS, StrengthChoice, choose_strength
 from realigner.evaluation.task import Task
@@ -32,7 +35,7 @@ from realigner.training.recipe import Recipe
 from realigner.training.run_dir import RECIPE_FILE
 from realigner.tuner import load_irm, strength as set_strength
 
-RESULTS, ASKED, OWN_VOICE = "evaluation.json", "asked.json", "own-voice.jsonl"
+RESULTS, ASKED, OWN_VOICE, JUDGE = "evaluation.json", "asked.json", "own-voice.jsonl", "judge.json"
 _TUNED_ON = 1 / 3  # of the topics that a run held out, where its strength is to be chosen
 _CONTRASTED = 120  # questions that the bare host is asked for a scorer to tell its voice from the tone
 _LEAST = 8  # questions
@@ -111,6 +114,7 @@ def evaluate(
     questions: int | None = None,
     most_kl: float = MOST_KL,
     most_shift: float = MOST_SHIFT,
+    judge: Endpoint | None = None,
 ) -> Result:
     """Evaluate a run against the bare host and other methods.
 
@@ -125,6 +129,7 @@ def evaluate(
         effort: how much is asked.
         questions: of the held-out ones at most; all when None.
         most_kl, most_shift: limits of the chosen strength.
+        judge: a language model that rates the replies too (`judge.rate`); what it says is kept in `out`.
 
     Raises:
         UsageError: for an unknown baseline, or a run that cannot be evaluated.
@@ -155,12 +160,30 @@ def evaluate(
             measured = evaluation.measured(evaluation.subject(method, folder))
             entries[method.name] = [(measured, evaluation.scores(measured))]
     results = tone_results(entries, "irm")
+    if judge is not None:
+        measures = {name: own[0][0] for name, own in entries.items()}
+        results["judge"] = {"model": judge.model, "methods": _ratings(judge, task.tone, measures, out / JUDGE)}
     if choice is not None:
         results["strength"] = choice.to_dict()
         choice.save(irm)
     values = {"irm": str(irm), "host": recipe.host, "tones": {task.tone: results}}
     write_text(out / RESULTS, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
     return Result(task.tone, values, choice)
+
+
+def _ratings(judge: Endpoint, tone: str, measures: Mapping[str, Measured], place: Path) -> dict[str, Any]:
+    """A judge's mean ratings of each method's replies; what it says is kept in a file, whatever happens."""
+    said: dict[str, str] = read_object(place) if place.is_file() else {}
+    found = {}
+    try:
+        for name, measured in measures.items():
+            texts = [item.reply for item in measured.replies]
+            ratings = rate(judge, tone, [item.question for item in measured.replies], texts, said)
+            each = {aspect: asdict(estimate(getattr(ratings, aspect))) for aspect in (*ASPECTS, "score")}
+            found[name] = plain({**each, "missing": ratings.missing})
+    finally:
+        write_text(place, json.dumps(said, ensure_ascii=False, indent=1) + "\n")
+    return found
 
 
 def refuse_another(out: Path, irm: Path, effort: Effort, questions: int | None) -> None:

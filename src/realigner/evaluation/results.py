@@ -58,7 +58,7 @@ def tone_results(entries: Mapping[str, Sequence[Entry]], against: str) -> dict[s
         for measure in COMPARED
     }
     questions = len(next(iter(entries.values()))[0][0].replies)
-    found: dict[str, Any] = _plain(
+    found: dict[str, Any] = plain(
         {
             "questions": questions,
             "methods": methods,
@@ -85,12 +85,12 @@ def _examples(entries: Mapping[str, Sequence[Entry]], of: str) -> list[dict[str,
     ]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON values, with null where a number is not finite."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
