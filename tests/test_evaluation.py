@@ -204,7 +204,7 @@ def test_a_run_is_evaluated_on_what_it_held_out_and_its_strength_is_saved(run: P
     assert not learned & {row.id for row in (*task.test, *task.tune)}
     assert not {row.group for row in task.scorer} & {row.group for row in task.test}
     options: dict[str, Any] = {"effort": SMALL, "tune": True, "questions": 10, "most_kl": 100.0, "most_shift": 100.0}
-    with FakeEndpoint(say=lambda text: "Rating: 2" if "fluen" in text.lower() else "Rating: 1") as server:
+    with FakeEndpoint(say=lambda text: "Rating: 2" if "well is a reply written" in text else "Rating: 1") as server:
         judge = Endpoint(server.url, "judge", temperature=0.0)
         found = evaluate(run, tmp_path / "out", host, tokenizer, ["constant"], judge=judge, **options)
         asked = len(server.seen)
