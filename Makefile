@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow fuzz wheel-check check bench validation census canary install help clean
+.PHONY: demo test test-slow fuzz wheel-check check bench validation evaluation census canary install help clean
 
 help:
 	@echo "make demo       train an IRM on the embedded host and open on a report: demo/report.html (about 7 minutes of work)"
@@ -18,6 +18,7 @@ help:
 	@echo "make census     prove injection on a tiny host of every type in transformers, and write docs/hosts.md"
 	@echo "make canary     the same against the newest transformers and PEFT; reports only"
 	@echo "make bench      measure speed against named peers, each in its own environment in .bench (9 GB; 50 minutes)"
+	@echo "make evaluation does an IRM work, and against what? 18 methods, 3 tones; writes docs/results (about 8 hours; goes on where it was)"
 	@echo "make validation are the statistics and verdicts right? null data, planted truth; writes docs/statistics.md and docs/explain.md (1 hour)"
 
 install: $(READY)
@@ -73,6 +74,9 @@ bench: $(READY)
 validation: $(READY)
 	@$(BIN)/python -m benchmarks.validation --jobs 2
 	@$(BIN)/python -m benchmarks.verdicts --jobs 2
+
+evaluation: $(READY)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.evaluation
 
 census: $(READY)
 	@HF_HUB_OFFLINE=1 $(BIN)/realigner hosts --out docs/hosts.md --force

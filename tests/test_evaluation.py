@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +36,7 @@ from realigner.training import make_recipe, train
 from tests.fake_endpoint import FakeEndpoint
 from tests.tiny import TEMPLATE
 
+ROOT = Path(__file__).parents[1]
 ROWS = authored("anger") + authored("neutral")
 SMALL = Effort(reply_tokens=6, dialogues=1, dropped=2, passages=2, answers=2)
 RECIPE = make_recipe(steps=2, batch_size=4, samples=0, report_to=[], learning_rate=0.05, delta_scale=1.0, threads=1)
@@ -244,3 +248,25 @@ def test_a_task_shares_no_topic_between_its_parts_and_depends_on_the_seed_alone(
         make_task(few(4), "anger")
     with pytest.raises(RealignerError, match="in another tone"):
         make_task(authored("anger"), "anger")
+
+
+@pytest.mark.slow
+@pytest.mark.host
+@pytest.mark.timeout(2400)
+@pytest.mark.usefixtures("minilm")
+def test_the_quick_study_runs_and_makes_the_same_results_again(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.evaluation", "--quick", "--out", str(tmp_path / "work")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    written = []
+    for number, more in enumerate(([], ["--only", "results"])):
+        place = tmp_path / f"results-{number}"
+        done = subprocess.run([*command, "--results", str(place), *more], env=environment, check=False, cwd=ROOT)
+        assert done.returncode == 0
+        written.append(json.loads((place / "evaluation-quick.json").read_text()))
+    assert written[0]["tones"] == written[1]["tones"]
+    found = written[0]["tones"]["anger"]
+    assert set(found["methods"]) >= {"bare", "irm-compact", "lora", "prompt", "mean-delta"}
+    bare, off = found["methods"]["bare"]["estimates"], found["curve"]["0"]
+    assert off["named"] == pytest.approx(bare["named"]["mean"], abs=1e-4)
+    assert off["kl"] == 0
+    assert found["methods"]["irm-compact"]["estimates"]["target"]["mean"] < bare["target"]["mean"]
