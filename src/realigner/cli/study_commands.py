@@ -76,7 +76,7 @@ def evaluate(
     show(table(found.results))
     if (choice := found.choice) is not None:
         show(f"\nstrength {choice.strength:g}, as good from {choice.low:g} to {choice.high:g}; saved with the adapter")
-    show(f'Try next:  realigner generate --irm {irm} "Why is the sky blue?"')
+    show(f"Try next:  realigner report {out} --out report.html    (tables, curves and examples)")
 
 
 def trace(
@@ -254,7 +254,9 @@ def report(
     context: typer.Context,
     sources: Annotated[
         list[Path],
-        typer.Argument(help="Folders of runs and sweeps (prompts are answered now), zarr traces, folders of explain."),
+        typer.Argument(
+            help="Folders of runs and sweeps (prompts are answered now), zarr traces, folders of explain and of evaluate."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The HTML file.")],
     strength: opt.Strength = 1.0,
@@ -265,7 +267,7 @@ def report(
     force: opt.Force = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Write one self-contained HTML page over runs, sweeps, traces and explanations."""
+    """Write one self-contained HTML page over runs, sweeps, traces, explanations and evaluations."""
     opt.refuse_missing(sources)
     from realigner.files import taken
     from realigner.report.html_report import REPORT, build_report

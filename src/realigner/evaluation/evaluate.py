@@ -18,6 +18,7 @@ from realigner.data.data_split import split_rows
 from realigner.data.endpoint import Endpoint
 from realigner.errors import RealignerError, UsageError
 from realigner.evaluation.compare import estimate
+from realigner.evaluation.evaluation_file import RESULTS
 from realigner.evaluation.judge import ASPECTS, rate
 from realigner.evaluation.measured import Effort, Measured
 from realigner.evaluation.method_protocol import Fitted
@@ -35,7 +36,7 @@ from realigner.training.recipe import Recipe
 from realigner.training.run_dir import RECIPE_FILE
 from realigner.tuner import load_irm, strength as set_strength
 
-RESULTS, ASKED, OWN_VOICE, JUDGE = "evaluation.json", "asked.json", "own-voice.jsonl", "judge.json"
+ASKED, OWN_VOICE, JUDGE = "asked.json", "own-voice.jsonl", "judge.json"
 _TUNED_ON = 1 / 3  # of the topics that a run held out, where its strength is to be chosen
 _CONTRASTED = 120  # questions that the bare host is asked for a scorer to tell its voice from the tone
 _LEAST = 8  # questions

@@ -30,10 +30,11 @@ def tone_results(entries: Mapping[str, Sequence[Entry]], against: str) -> dict[s
         against: the method that others are compared with, in paired tests over the questions, adjusted by Holm.
 
     Returns:
-        ``questions``, their number; ``methods``: name -> ``seeds``, ``facts`` (of the first seed), ``estimates`` (measure ->
-        mean, low, high, n; over questions, seeds averaged), ``whole`` (measure -> mean over seeds), ``shift`` by site,
-        ``scorers`` (agreement, by_seed); ``against`` and ``compared``: measure -> a list of comparisons; ``examples``: the
-        questions with the best and the worst summaries of `against`. A number that cannot be had is None.
+        ``questions``, their number; ``methods``: name -> ``seeds``, ``facts`` (of the first seed), ``asked`` (how much,
+        besides the questions), ``estimates`` (measure -> mean, low, high, n; over questions, seeds averaged), ``whole``
+        (measure -> mean over seeds), ``shift`` by site, ``scorers`` (agreement, by_seed); ``against`` and ``compared``:
+        measure -> a list of comparisons; ``examples``: the questions with the best and the worst summaries of `against`. A
+        number that cannot be had is None.
     """
     each = {
         measure: {method: np.stack([scores.each[measure] for _, scores in own]) for method, own in entries.items()}
@@ -47,6 +48,12 @@ def tone_results(entries: Mapping[str, Sequence[Entry]], against: str) -> dict[s
             "strength": first.strength,
             "facts": {key: value for key, value in first.facts.items() if key not in ("system", "history")},
             "given": first.given,
+            "asked": {
+                "dialogues": len(first.turns),
+                "dropped": len(first.dropped),
+                "passages": len(first.text),
+                "answers": len(first.about),
+            },
             "seconds": [measured.facts.get("seconds") for measured, _ in own],
             "estimates": {measure: asdict(estimate(each[measure][method])) for measure in BY_REPLY},
             "whole": {key: float(np.mean([one[key] for one in whole])) for key in whole[0]},

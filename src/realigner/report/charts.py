@@ -61,6 +61,26 @@ class Dot:
 
 
 @dataclass(frozen=True)
+class Spot:
+    """One named point of a scatter chart.
+
+    Attributes:
+        label: written beside it.
+        x, y: where; NaN leaves it out.
+        colour: as of a `Line`.
+        title: its tooltip.
+        small: one of a trail.
+    """
+
+    label: str
+    x: float
+    y: float
+    colour: int = 0
+    title: str = ""
+    small: bool = False
+
+
+@dataclass(frozen=True)
 class ChartAxis:
     """A horizontal axis, in percent of its width; a logarithmic one has zeros at its left.
 
@@ -137,7 +157,13 @@ def spans_much(values: Sequence[float]) -> bool:
 
 
 def line_chart(
-    lines: Sequence[Line], x_label: str, y_label: str, title: str, from_zero: bool = False, log: bool = False
+    lines: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    title: str,
+    from_zero: bool = False,
+    log: bool = False,
+    band: tuple[float, float] | None = None,
 ) -> Markup:
     """Lines over a common axis, as an ``<svg>`` with a title that is read out.
 
@@ -147,6 +173,7 @@ def line_chart(
         title: what it shows.
         from_zero: the vertical axis begins at 0.
         log: the vertical axis is logarithmic; what is not positive is left out.
+        band: a range of the horizontal axis to shade.
     """
     if log:
         lines = [replace(line, y=[math.log10(y) if y > 0 else math.nan for y in line.y]) for line in lines]
@@ -180,7 +207,75 @@ def line_chart(
     whole = all(x == int(x) for x in xs)  # layers and steps have no halves
     places = [(across(value), fmt(value)) for value in ticks(x_low, x_high, 8) if not whole or value == int(value)]
     edges = _LEFT, _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM
-    return _markup("line_chart", title, x_label, y_label, (_WIDTH, _HEIGHT), edges, heights, places, paths)
+    shaded = band and tuple(across(min(x_high, max(x_low, end))) for end in band)
+    return _markup("line_chart", title, x_label, y_label, (_WIDTH, _HEIGHT), edges, heights, places, paths, shaded)
+
+
+def scatter_chart(
+    spots: Sequence[Spot], x_label: str, y_label: str, title: str, trail: Sequence[Spot] = (), log: bool = False
+) -> Markup:
+    """Named points, as an ``<svg>``: labels keep clear of each other and of the points; empty without a point.
+
+    Args:
+        spots: the points.
+        x_label, y_label: with units.
+        title: what it shows.
+        trail: points that a line joins in their order, drawn below the others.
+        log: the horizontal axis is logarithmic; what is not positive is left out.
+    """
+    shown = [spot for spot in (*trail, *spots) if math.isfinite(spot.x) and math.isfinite(spot.y) and (spot.x > 0 or not log)]
+    if not shown:
+        return Markup()
+    height, right = 380, 24
+    left_to_right = ChartAxis.over([spot.x for spot in shown], log)
+    bottom_to_top = ChartAxis.over([spot.y for spot in shown])
+
+    def across(value: float) -> float:
+        return round(_LEFT + left_to_right.at(value) / 100 * (_WIDTH - _LEFT - right), 1)
+
+    def up(value: float) -> float:
+        return round(height - _BOTTOM - bottom_to_top.at(value) / 100 * (height - _TOP - _BOTTOM), 1)
+
+    points = [(across(spot.x), up(spot.y)) for spot in shown]
+    places = _labels([(spot.label, at) for spot, at in zip(shown, points, strict=True)], (_LEFT, _WIDTH, _TOP, height - _BOTTOM))
+    drawn = list(zip(shown, points, places, strict=True))
+    path = "".join(f"{'L' if number else 'M'}{x} {y}" for number, (spot, (x, y), _) in enumerate(drawn) if spot.small)
+    heights = [(up(value), fmt(value)) for value in bottom_to_top.ticks(6)]
+    below = [(across(value), fmt(value)) for value in left_to_right.ticks(8)]
+    edges = _LEFT, _WIDTH - right, _TOP, height - _BOTTOM
+    return _markup("scatter_chart", title, x_label, y_label, (_WIDTH, height), edges, heights, below, drawn, path)
+
+
+def _labels(
+    points: Sequence[tuple[str, tuple[float, float]]], edges: tuple[float, float, float, float]
+) -> list[tuple[float, float, str, bool]]:
+    """Where each point's label is written: x, y, anchor, and whether a line should join them.
+
+    The nearest of some places beside the point where nothing is yet; the nearest of all if there is none.
+    """
+    left, right, top, bottom = edges
+    taken = [(x - 5, y - 5, x + 5, y + 5) for _, (x, y) in points]
+    found: list[tuple[float, float, str, bool]] = []
+    for label, (x, y) in points:
+        wide = 6.3 * len(label) + 2
+        best, least = None, math.inf
+        for down in sorted(range(-108, 120, 12), key=abs):
+            for anchor, start in (("start", x + 8), ("end", x - 8 - wide)):
+                box = (start, y + down - 6, start + wide, y + down + 6)
+                outside = box[0] < left or box[2] > right or box[1] < top or box[3] > bottom
+                covered = sum(_overlap(box, other) for other in taken) + 1e4 * outside
+                if covered < least:
+                    best, least = (box, anchor, down), covered
+        assert best is not None
+        box, anchor, down = best
+        taken.append(box)
+        found.append((round(x + (8 if anchor == "start" else -8), 1), round(y + down + 4, 1), anchor, abs(down) > 12))
+    return found
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    """The area that two boxes (left, top, right, bottom) share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def bar_chart(heights: Sequence[float], ends: tuple[float, float], highest: float, colour: int, title: str) -> Markup:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from realigner.report.charts import NONE, Line, fmt, key, line_chart
+from realigner.report.charts import MINUS, NONE, Line, fmt, key, line_chart
 from realigner.report.page import number, page_filter
 
 NAMES = {
@@ -79,6 +79,29 @@ def probability(p: Any) -> str:
 
 
 @page_filter
+def fixed(value: Any, digits: int = 2, signed: bool = False) -> str:
+    """A number with so many decimals, to stand under others; with `signed`, a plus too.
+
+    Example:
+        >>> fixed(0.9), fixed(0.1234, 3, signed=True), fixed(-0.001), fixed(None)
+        ('0.90', '+0.123', '0.00', '\u2013')
+    """
+    found = number(value)
+    if not math.isfinite(found):
+        return NONE
+    text = f"{found:,.{digits}f}"
+    if not text.strip("-0.,"):
+        return text.removeprefix("-")
+    return text.replace("-", MINUS) if found < 0 else "+" * signed + text
+
+
+@page_filter
+def fixed_interval(low: Any, high: Any, digits: int = 2) -> str:
+    """An interval with so many decimals; empty where there is none."""
+    return "" if NONE in (ends := (fixed(low, digits), fixed(high, digits))) else " to ".join(ends)
+
+
+@page_filter
 def fmt_interval(low: Any, high: Any) -> str:
     """An interval; empty where there is none."""
     ends = number(low), number(high)
@@ -130,8 +153,14 @@ def points(lines: Sequence[Line], x: str) -> dict[str, Any]:
 
 
 def charted(
-    lines: Sequence[Line], x: str, y_label: str, title: str, from_zero: bool = False, log: bool = False
+    lines: Sequence[Line],
+    x: str,
+    y_label: str,
+    title: str,
+    from_zero: bool = False,
+    log: bool = False,
+    band: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """A line chart with its key and its numbers; see `charts.line_chart`."""
-    chart = line_chart(lines, x, y_label, title, from_zero, log)
+    chart = line_chart(lines, x, y_label, title, from_zero, log, band)
     return {"chart": chart, "key": key(lines), "table": points(lines, x)}

@@ -12,6 +12,7 @@ import xarray as xr
 from realigner.analysis import Analysis
 from realigner.dialogues import spoken
 from realigner.errors import RealignerError
+from realigner.evaluation.evaluation_file import is_evaluation
 from realigner.explain.explanation import RESULT_FILE, Explanation, is_explanation, read_explanation
 from realigner.traces.store import is_trace, load_trace
 from realigner.training.run_dir import read_metrics, read_run
@@ -97,12 +98,15 @@ def read_inputs(sources: Sequence[Path]) -> list[ReportInput]:
 
 
 def untraced(sources: Sequence[Path]) -> list[Path]:
-    """The sources that must be traced first: neither traces nor explanations; of explanations alone, the IRMs explained.
+    """The sources that must be traced first: neither traces, explanations nor evaluations.
+
+    Where explanations have no trace beside them, the IRMs that were explained.
 
     Raises:
         RealignerError: for a damaged explanation, or an explained IRM that no longer exists.
     """
     explained = [source for source in sources if is_explanation(source)]
+    sources = [source for source in sources if source in explained or not is_evaluation(source)]
     if explained and len(explained) == len(sources):
         items = [read_explanation(source) for source in explained]
         for item in items:
