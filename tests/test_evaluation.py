@@ -21,6 +21,7 @@ from realigner.data import Row, authored
 from realigner.data.endpoint import Endpoint
 from realigner.errors import RealignerError, UsageError
 from realigner.evaluation.evaluate import evaluate, task_of
+from realigner.evaluation.evaluation_file import Whole, read_evaluation
 from realigner.evaluation.measured import Effort, Measured
 from realigner.evaluation.methods import find_method
 from realigner.evaluation.results import table, tone_results
@@ -31,6 +32,7 @@ from realigner.evaluation.task import Task, make_task
 from realigner.evaluation.tone_evaluation import ToneEvaluation
 from realigner.hosts import HostInfo
 from realigner.irm_config import check_adapter
+from realigner.report import render
 from realigner.tiny import tiny_host
 from realigner.training import make_recipe, train
 from tests.fake_endpoint import FakeEndpoint
@@ -223,6 +225,14 @@ def test_a_run_is_evaluated_on_what_it_held_out_and_its_strength_is_saved(run: P
     saved = check_adapter(run)
     assert saved["strength"] == found.choice.strength == found.results["methods"]["irm"]["strength"]
     assert saved["strength_range"] == [found.choice.low, found.choice.high]
+    read = read_evaluation(tmp_path / "out")
+    assert read.tones["anger"].ranked()[-1] in found.results["methods"]
+    own = found.results["methods"]["irm"]
+    assert set(own["whole"]) <= set(Whole.model_fields)
+    assert own["asked"] == {key: getattr(SMALL, key) for key in ("dialogues", "dropped", "passages", "answers")}
+    assert read.tones["anger"].strength is not None
+    assert read.tones["anger"].judge is not None
+    assert "What a judge says" in render([], evaluations=[read])
     assert again.values == found.values
     with pytest.raises(RealignerError, match=r"holds an evaluation of something else \(questions differ\)"):
         evaluate(run, tmp_path / "out", host, tokenizer, [], **{**options, "questions": 9})

@@ -15,7 +15,14 @@ from matplotlib.text import Text
 
 from realigner.analysis import analyze, run_maps
 from realigner.errors import RealignerError
+from realigner.evaluation.evaluation_file import EvaluationFile
 from realigner.report.diagram import figure1
+from realigner.report.evaluation_figures import (
+    concept_against_kl,
+    save_evaluation_figures,
+    summary_against_parameters,
+    summary_by_method,
+)
 from realigner.report.figures import (
     appendix_maps,
     figure2,
@@ -27,6 +34,7 @@ from realigner.report.paper_figures import save_figures
 from realigner.report.plot_style import COLUMN, DPI, PAGE, as_png, as_svg, save_figure
 from realigner.training.loss_plot import loss_curve
 from tests.planted import planted_trace
+from tests.planted_evaluation import METHODS, planted_evaluation
 
 RUNS = {"anger-42": ("anger", 42), "sadness-420": ("sadness", 420), "untrained-42": ("untrained", 42)}
 FIGURES = [
@@ -147,3 +155,29 @@ def test_missing_layers_and_nothing_at_all() -> None:
         length_histogram([1, 2, 2, 5], "words"),
     ):
         assert as_png(figure).startswith(b"\x89PNG")
+
+
+def test_figures_of_an_evaluation(tmp_path: Path) -> None:
+    """Every method is drawn at its numbers and named, whatever its name is."""
+    methods = {f"${name}_$x" if name == "lora" else name: means for name, means in METHODS.items()}
+    values = planted_evaluation(methods, ("anger", "$sadness_"), 20)
+    written = save_evaluation_figures(values, tmp_path / "figures")
+    names = [f"evaluation-{name}.{form}" for name in ("concept-kl", "summary", "parameters") for form in ("png", "svg")]
+    assert [path.name for path in written] == names
+    svg = (tmp_path / "figures" / "evaluation-concept-kl.svg").read_text()
+    assert all(f">{name}</text>" in svg for name in ("$lora_$x", "irm", "bare", "0.25"))
+    found = EvaluationFile.model_validate(values)
+    own = found.tones["anger"]
+    for figure, shown in ((concept_against_kl(found), 5), (summary_against_parameters(found), 2)):
+        drawn = [np.asarray(line.get_xydata()) for line in figure.axes[0].lines]
+        spots = [tuple(points[0].tolist()) for points in drawn if len(points) == 1]
+        assert len(spots) == shown
+        across = own.methods["irm"].whole.kl if shown == 5 else 369_680
+        up = own.methods["irm"].estimates.named.mean if shown == 5 else own.methods["irm"].estimates.summary.mean
+        assert (across, up) in spots
+        texts = [text for axes in figure.axes for text in axes.texts]
+        assert {text.get_text() for text in texts} >= {"irm", "$lora_$x"}
+        assert all(float(text.get_fontsize()) >= 7 for text in figure.findobj(Text) if text.get_text())
+    best_first = [label.get_text() for label in summary_by_method(found).axes[0].get_yticklabels()][::-1]
+    means = {name: sum(tone.methods[name].estimates.summary.mean for tone in found.tones.values()) for name in methods}
+    assert best_first == sorted(methods, key=lambda name: -means[name])

@@ -31,6 +31,7 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from realigner.cli import main
 from tests.mutations import fresh, mutate
 from tests.planted import planted_explanation, planted_trace, written_explanation
+from tests.planted_evaluation import planted_evaluation, written_evaluation
 from tests.tiny import some_rows, tiny_folder
 
 SECONDS, BYTES, LETTERS = 10.0, 1 << 30, 2100  # what a case may take at most; the letters of its line
@@ -87,6 +88,7 @@ KINDS = {
             for files in ("trace.zarr/zarr.json", "trace.zarr/**/*")
         ),
     ),
+    "evaluation": Kind(("evaluated/evaluation.json",), ("report evaluated --out page.html",)),
     "sweep": Kind(
         ("sweep.yaml", "swept/sweep.json"),
         (
@@ -190,6 +192,7 @@ def artefacts(place: Path) -> Path:
         role = np.array(["user", "assistant", "user", "assistant", ""], dtype=object)[turn]
         save_trace(trace.assign_coords(turn=("token", turn), role=("token", role)), "trace.zarr")
         written_explanation(Path("explained"), planted_explanation(neurons=40, layers=3))
+        written_evaluation(Path("evaluated"), planted_evaluation(questions=8))
         (place / "sweep.yaml").write_text(
             "recipe: recipe.yaml\nset: {steps: 0, samples: 0}\ngrid:\n  seed: [1, 2]\n  layers: ['0', '0-2']\n"
             "data: {anger: rows.jsonl}\nbaselines: false\nworkers: 1\ngpus: 0\n"

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from realigner.analysis import analyze
+from realigner.evaluation.evaluation_file import EvaluationFile
 from realigner.explain.explanation import read_explanation
 from realigner.report import gather, render
 from tests.planted import planted_explanation, planted_trace, written_explanation
+from tests.planted_evaluation import METHODS, planted_evaluation
 
 STRIPE = 1512
 WIDE = {"anger-42": ("anger", 42), "sadness-42": ("sadness", 42), "untrained-42": ("untrained", 42)}
@@ -292,3 +294,49 @@ def test_why_this_index(chromium: Any, small: Path, width: int) -> None:
     page.wait_for_selector("body:not(.at-index)")
     assert page.locator("#why-2").is_visible()
     opened.close(small)
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation alone: two tones, more methods than fit beside each other, replies with long words."""
+    methods = METHODS | {f"lora@{size}": METHODS["lora"] for size in (1000, 20_000, 300_000)}
+    values = planted_evaluation(methods, ("anger", "sadness"), 20, reply="<b>" + "!" * 200)
+    path = tmp_path_factory.mktemp("page") / "evaluated.html"
+    path.write_text(render([], evaluations=[EvaluationFile.model_validate(values)]), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_does_it_work(chromium: Any, evaluated: Path, width: int, scheme: str) -> None:
+    """The chapter fits the screen, its marks lie within their charts, its links lead somewhere."""
+    opened = Opened(chromium, evaluated, viewport={"width": width, "height": 844}, color_scheme=scheme)
+    page = opened.page
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.locator("nav a", has_text="Sadness").click()
+    assert page.locator("#works-1-2").is_visible()
+    outside = """[...document.querySelectorAll(".works .chart :is(circle, text:not(.name), .band)")].filter((e) => {
+      const box = e.getBoundingClientRect(), chart = e.closest("svg").getBoundingClientRect();
+      return box.left < chart.left - 1 || box.right > chart.right + 1 || box.top < chart.top - 1
+        || box.bottom > chart.bottom + 1 }).map((e) => e.textContent)"""
+    assert page.evaluate(outside) == []
+    dots = page.locator("#works-1-1 .dots").first.locator(".dot-row circle")
+    assert dots.count() == 8
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map((e) => e.id)")
+    assert len(ids) == len(set(ids))
+    links = page.evaluate("[...document.querySelectorAll('a[href^=\"#\"]')].map((a) => a.hash.slice(1))")
+    assert set(links) <= set(ids)
+    page.locator("summary", has_text="Every measure").first.click()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    was = page.evaluate("getComputedStyle(document.querySelector('.chart .label')).fill")
+    page.locator("[data-theme-switch]").click()
+    assert page.evaluate("getComputedStyle(document.querySelector('.chart .label')).fill") != was
+    opened.close(evaluated)
+
+
+def test_does_it_work_without_scripts(chromium: Any, evaluated: Path) -> None:
+    context = chromium.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(evaluated.as_uri())
+    assert page.locator(".scored tbody tr").count() == 16
+    assert page.locator("#works-1-1 .scatter").first.is_visible()
+    context.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -88,6 +88,8 @@ class Asked(_Part):
 
 
 class MethodSettings(_Part):
+    """What a method is, in a sentence."""
+
     about: str = ""
 
 
@@ -118,7 +120,7 @@ class MethodResults(_Part):
     asked: Asked = Asked()
     estimates: Estimates
     whole: Whole
-    shift: list[Value]
+    shift: Annotated[list[Value], Field(max_length=10_000)]
     scorers: ScorerFacts
 
 
@@ -171,9 +173,26 @@ class Tuned(_Part):
     strength: Strength
     low: Strength
     high: Strength
-    points: list[TunedPoint]
+    points: Annotated[list[TunedPoint], Field(max_length=200)]
     most_kl: Value
     most_shift: Value
+
+
+class Ratings(_Part):
+    """A judge's mean ratings of a method's replies, 0 to 2, and of how many it gave none; see `judge.Ratings`."""
+
+    concept: Mean
+    instruction: Mean
+    fluency: Mean
+    score: Mean
+    missing: Count
+
+
+class Judged(_Part):
+    """What a language model says of the methods' replies."""
+
+    model: str
+    methods: dict[str, Ratings]
 
 
 class ToneResults(_Part):
@@ -182,19 +201,22 @@ class ToneResults(_Part):
     Attributes:
         curve: strength -> the IRM's means at it; empty where it was not measured.
         strength: the choice of one, if one was made.
+        judge: its ratings, if one was asked.
     """
 
     questions: Count
-    methods: Annotated[dict[str, MethodResults], Field(min_length=1)]
+    methods: Annotated[dict[str, MethodResults], Field(min_length=1, max_length=200)]
     against: str
     compared: dict[str, list[Difference]]
     examples: list[Example]
-    curve: dict[Strength, CurvePoint] = {}
+    curve: Annotated[dict[Strength, CurvePoint], Field(max_length=200)] = {}
     strength: Tuned | None = None
+    judge: Judged | None = None
 
     @model_validator(mode="after")
     def _of_these_methods(self) -> ToneResults:
         named = {one.method for own in self.compared.values() for one in own}
+        named |= set(self.judge.methods) if self.judge else set()
         named |= {method for example in self.examples for method in (*example.summary, *example.replies)}
         if unknown := sorted(named - set(self.methods)):
             raise ValueError(f"names the method {unknown[0]!r}, which has no results")
@@ -218,15 +240,15 @@ class EvaluationFile(_Part):
     """An evaluation.
 
     Attributes:
-        host: name of the base model.
+        host: name of the base model; None for one that was made in Python.
         irm: folder of the IRM; empty for a study of methods.
         tones: tone -> results.
         path: where it was read from; not in the file.
     """
 
-    host: str
+    host: str | None = None
     irm: str = ""
-    tones: Annotated[dict[str, ToneResults], Field(min_length=1)]
+    tones: Annotated[dict[str, ToneResults], Field(min_length=1, max_length=20)]
     path: Annotated[Path, Field(exclude=True)] = Path()
 
 
@@ -246,9 +268,13 @@ def read_evaluation(place: Path) -> EvaluationFile:
         RealignerError: naming the file, and the key that is missing or invalid.
     """
     path = place if place.is_file() else place / RESULTS
-    found: dict[str, Any] = read_object(path)
+    again = "run realigner evaluate again, which makes it anew"
+    try:
+        found = read_object(path)
+    except RealignerError as error:
+        raise RealignerError(f"{error}; {again}") from None
     try:
         return EvaluationFile.model_validate({**found, "path": path})
     except ValidationError as error:
         fault = first_fault(error, EvaluationFile, "an evaluation")
-        raise RealignerError(f"{path}: not an evaluation ({fault}); run realigner evaluate again, which makes it anew") from None
+        raise RealignerError(f"{path}: not an evaluation ({fault}); {again}") from None

@@ -212,7 +212,13 @@ def line_chart(
 
 
 def scatter_chart(
-    spots: Sequence[Spot], x_label: str, y_label: str, title: str, trail: Sequence[Spot] = (), log: bool = False
+    spots: Sequence[Spot],
+    x_label: str,
+    y_label: str,
+    title: str,
+    trail: Sequence[Spot] = (),
+    log: bool = False,
+    ends: tuple[float, float] | None = None,
 ) -> Markup:
     """Named points, as an ``<svg>``: labels keep clear of each other and of the points; empty without a point.
 
@@ -222,13 +228,14 @@ def scatter_chart(
         title: what it shows.
         trail: points that a line joins in their order, drawn below the others.
         log: the horizontal axis is logarithmic; what is not positive is left out.
+        ends: of the vertical axis, if not those of the points.
     """
     shown = [spot for spot in (*trail, *spots) if math.isfinite(spot.x) and math.isfinite(spot.y) and (spot.x > 0 or not log)]
     if not shown:
         return Markup()
     height, right = 380, 24
     left_to_right = ChartAxis.over([spot.x for spot in shown], log)
-    bottom_to_top = ChartAxis.over([spot.y for spot in shown])
+    bottom_to_top = ChartAxis(*ends) if ends else ChartAxis.over([spot.y for spot in shown])
 
     def across(value: float) -> float:
         return round(_LEFT + left_to_right.at(value) / 100 * (_WIDTH - _LEFT - right), 1)
@@ -237,7 +244,9 @@ def scatter_chart(
         return round(height - _BOTTOM - bottom_to_top.at(value) / 100 * (height - _TOP - _BOTTOM), 1)
 
     points = [(across(spot.x), up(spot.y)) for spot in shown]
-    places = _labels([(spot.label, at) for spot, at in zip(shown, points, strict=True)], (_LEFT, _WIDTH, _TOP, height - _BOTTOM))
+    places = label_places(
+        [(spot.label, at) for spot, at in zip(shown, points, strict=True)], (_LEFT, _WIDTH, _TOP, height - _BOTTOM)
+    )
     drawn = list(zip(shown, points, places, strict=True))
     path = "".join(f"{'L' if number else 'M'}{x} {y}" for number, (spot, (x, y), _) in enumerate(drawn) if spot.small)
     heights = [(up(value), fmt(value)) for value in bottom_to_top.ticks(6)]
@@ -246,7 +255,7 @@ def scatter_chart(
     return _markup("scatter_chart", title, x_label, y_label, (_WIDTH, height), edges, heights, below, drawn, path)
 
 
-def _labels(
+def label_places(
     points: Sequence[tuple[str, tuple[float, float]]], edges: tuple[float, float, float, float]
 ) -> list[tuple[float, float, str, bool]]:
     """Where each point's label is written: x, y, anchor, and whether a line should join them.

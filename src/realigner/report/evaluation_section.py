@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from realigner.evaluation.evaluation_file import Difference, EvaluationFile, Mean, MethodResults, ToneResults
 from realigner.report import charts, page_tables as tables
 from realigner.report.charts import ChartAxis, Dot, Line, Spot, fmt
@@ -63,13 +65,15 @@ def evaluation_section(item: EvaluationFile, number: int) -> dict[str, Any]:
     tones = [
         {"id": f"works-{number}-{at}", "tone": tone, **_tone(tone, own)} for at, (tone, own) in enumerate(item.tones.items(), 1)
     ]
-    return {"id": f"works-{number}", "host": item.host, "irm": item.irm, "path": str(item.path), "tones": tones}
+    return {"id": f"works-{number}", "host": item.host or "its host", "irm": item.irm, "path": str(item.path), "tones": tones}
 
 
 def _tone(tone: str, own: ToneResults) -> dict[str, Any]:
     ranked = own.ranked()
+    asked = own.methods[own.against if own.irm else ranked[0]].asked
     return {
         "questions": own.questions,
+        "asked": asked,
         "against": own.against,
         "kinds": [kind for kind in KINDS if kind in set(map(method_kind, ranked))],
         "methods": [(name, own.methods[name]) for name in ranked],
@@ -84,6 +88,7 @@ def _tone(tone: str, own: ToneResults) -> dict[str, Any]:
         "costs": _costs(own, ranked),
         "lasting": _lasting(own, ranked),
         "scorers": _scorers(own, ranked),
+        "judged": _judged(own),
         "all": _all_measures(own, ranked),
         "compared": _compared(own),
     }
@@ -116,9 +121,9 @@ def _claim(own: ToneResults, other: str, measure: str, question: str, up: bool) 
     apart = known and not low <= 0 <= high
     held = apart and not found.p_holm >= ALPHA
     answer = "cannot tell" if not known else "supported" if held and (mean > 0) == up else "not supported"
-    words = f"{name.capitalize()} {fixed(ours)} against {fixed(theirs)}: {_signed(mean)}" + (
-        f" (95% interval {_signed(low)} to {_signed(high)}; p {probability(found.p_holm)} after Holm's adjustment)." if known else "."
-    )
+    tested = f"; p {probability(found.p_holm)} after Holm's adjustment" if math.isfinite(found.p_holm) else ""
+    between = f" (95% interval {_signed(low)} to {_signed(high)}{tested})" if known else ""
+    words = f"{name.capitalize()} {fixed(ours)} against {fixed(theirs)}: {_signed(mean)}{between}."
     if known and not apart:
         words += " The interval holds 0."
     elif apart and not held:
@@ -158,7 +163,8 @@ def _row(name: str, own: ToneResults) -> dict[str, Any]:
         estimate: Mean = getattr(method.estimates, measure)
         found = own.difference(measure, name)
         interval = fixed_interval(estimate.low, estimate.high) if measure in ("summary", "named", "fact") else ""
-        title = "" if found is None else f"{_signed(found.difference.mean)} from {own.against}, p {probability(found.p_holm)} (Holm)"
+        p = "" if found is None else f", p {probability(found.p_holm)} (Holm)"
+        title = "" if found is None else f"{_signed(found.difference.mean)} from {own.against}{p}"
         cells.append({"mean": estimate.mean, "interval": interval, "standing": _standing(measure, found), "title": title})
     seconds = [value for value in method.seconds if value is not None and math.isfinite(value)]
     return {
@@ -171,6 +177,7 @@ def _row(name: str, own: ToneResults) -> dict[str, Any]:
         "cells": cells,
         "kl": method.whole.kl,
         "about": method.whole.about,
+        "about_interval": fixed_interval(*share_interval(method.whole.about, method.asked.answers)),
         "seconds": sum(seconds) / len(seconds) if seconds else math.nan,
     }
 
@@ -183,7 +190,13 @@ def _holm(own: ToneResults) -> dict[str, Any] | None:
     sides: dict[str, list[str]] = {"better": [], "worse": [], "": []}
     for one in found:
         sides[_standing("summary", one)].append(one.method)
-    return {"count": len(found), "n": found[0].difference.n, "better": sides["better"], "worse": sides["worse"], "same": sides[""]}
+    return {
+        "count": len(found),
+        "n": found[0].difference.n,
+        "better": sides["better"],
+        "worse": sides["worse"],
+        "same": sides[""],
+    }
 
 
 def _by_summary(own: ToneResults, ranked: Sequence[str]) -> Any:
@@ -207,7 +220,7 @@ def _trade(own: ToneResults, ranked: Sequence[str]) -> Any:
         if value >= 0
     ]
     return charts.scatter_chart(
-        spots, "KL, nats per token of neutral text", "concept, share of replies", "Concept against KL", trail
+        spots, "KL, nats per token of neutral text", "concept, share of replies", "Concept against KL", trail, ends=(0.0, 1.0)
     )
 
 
@@ -243,7 +256,10 @@ def _strength(own: ToneResults) -> dict[str, Any] | None:
         "limits": sum(not point.allowed for point in chosen.points) if chosen else 0,
         "n": max((point.summary.n for point in chosen.points), default=0) if chosen else 0,
         "charts": [
-            {"words": words, **tables.charted(lines, "strength", label, words + " over strength", label != "nats per token", band=band)}
+            {
+                "words": words,
+                **tables.charted(lines, "strength", label, words + " over strength", label != "nats per token", band=band),
+            }
             for lines, label, words in drawn
             if any(line.x for line in lines)
         ],
@@ -297,7 +313,12 @@ def _examples(own: ToneResults) -> list[dict[str, Any]]:
     found = []
     for at, example in enumerate(own.examples):
         cells = [
-            {"name": name, "colour": method_kind(name).colour, "text": example.replies[name], "summary": example.summary.get(name)}
+            {
+                "name": name,
+                "colour": method_kind(name).colour,
+                "text": example.replies[name],
+                "summary": example.summary.get(name),
+            }
             for name in shown
             if name in example.replies
         ]
@@ -388,6 +409,24 @@ def _scorers(own: ToneResults, ranked: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _judged(own: ToneResults) -> dict[str, Any] | None:
+    """A judge's ratings, the best score first."""
+    if own.judge is None:
+        return None
+    rated = own.judge.methods
+    rows = []
+    for name in sorted(rated, key=lambda name: -np.nan_to_num(rated[name].score.mean)):
+        means = (rated[name].score, rated[name].concept, rated[name].instruction, rated[name].fluency)
+        rows.append([name, *(_mean(found) for found in means), str(rated[name].missing)])
+    head = ["method", "score", "concept", "instruction", "fluency", "not rated"]
+    return {"model": own.judge.model, "table": {"head": head, "rows": rows, "numeric": [False, *[True] * 5]}}
+
+
+def _mean(found: Mean) -> str:
+    between = fixed_interval(found.low, found.high)
+    return f"{fixed(found.mean)} ({between})" if between and found.low < found.high else fixed(found.mean)
+
+
 def _all_measures(own: ToneResults, ranked: Sequence[str]) -> dict[str, Any]:
     means = [name for name in MEASURES if name not in _WHOLE]
     rows = [[name, *_means(own.methods[name], means)] for name in ranked]
@@ -396,11 +435,7 @@ def _all_measures(own: ToneResults, ranked: Sequence[str]) -> dict[str, Any]:
 
 
 def _means(method: MethodResults, means: Sequence[str]) -> list[str]:
-    cells = []
-    for name in means:
-        found: Mean = getattr(method.estimates, name)
-        between = fixed_interval(found.low, found.high)
-        cells.append(f"{fixed(found.mean)} ({between})" if between and found.low < found.high else fixed(found.mean))
+    cells = [_mean(getattr(method.estimates, name)) for name in means]
     return [*cells, *(fmt(getattr(method.whole, name)) for name in _WHOLE)]
 
 
