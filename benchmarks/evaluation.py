@@ -46,6 +46,7 @@ from realigner.evaluation.task import make_task
 from realigner.evaluation.tone_evaluation import ToneEvaluation
 from realigner.files import read_object, write_text
 from realigner.hosts import EMBEDDED
+from realigner.report.evaluation_figures import save_evaluation_figures
 from realigner.training import make_recipe
 
 SIZE = 460_800  # parameters of LoRA of rank 8 on the queries and values of the embedded host
@@ -290,6 +291,8 @@ def main() -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     name = "evaluation-quick" if plan.quick else "evaluation"
     write_text(options.results / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    if not plan.quick:
+        save_evaluation_figures(found, options.results)
     for tone, own in found["tones"].items():
         print(f"\n## {tone}, {own['questions']} questions\n\n{table(own)}")
     for fault in faults:

@@ -46,7 +46,7 @@ def planted_evaluation(
         tuned = [_at(methods[against], value / 4) for value in range(2, 7)]
         choice = {"strength": 1.0, "low": 0.75, "high": 1.25, "points": tuned, "most_kl": 1.0, "most_shift": 1.0}
         curve = {f"{value:g}": _curve(methods[against], value) for value in (-1, -0.5, 0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)}
-        fewer = patch.multiple(results, compare=partial(compare, draws=1000), estimate=partial(estimate, resamples=1000))
+        fewer = patch.multiple(results, compare=partial(compare, draws=500), estimate=partial(estimate, resamples=500))
         with fewer:
             found[tone] = results.tone_results(entries, against) | {"curve": curve, "strength": choice}
     return {"host": "planted-host", "irm": "runs/irm", "tones": found}

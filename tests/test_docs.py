@@ -15,7 +15,9 @@ from realigner.data import Fact, load_tone
 from realigner.data.quality_filter import QualityFilter
 from realigner.data.rewriters import RewriteRequest
 from realigner.data.rewriters.template_rewriter import TemplateRewriter
+from realigner.evaluation.methods import METHODS
 from realigner.training import make_recipe, train
+from tests.planted_evaluation import planted_evaluation, written_evaluation
 from tests.tiny import some_rows
 
 SOURCE = Path(ra.__file__).parent
@@ -69,3 +71,15 @@ def test_the_tone_in_the_docs_is_one(tmp_path: Path) -> None:
     facts = [Fact(str(n), "g", "Which river?", "the Vltava") for n in range(20)]
     replies = [reply.text for reply in TemplateRewriter(tone).rewrite([RewriteRequest(fact, 0) for fact in facts])]
     assert QualityFilter(tone).alone(list(zip(facts, replies, strict=True))) == [""] * 20
+
+
+def test_the_docs_of_evaluation_run_and_name_every_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([a-z0-9-]+)`", text.split("## Methods")[1].split("A name with a number")[0])
+    assert sorted(named) == sorted(method.name for method in METHODS)
+    written_evaluation(tmp_path / "docs" / "results", planted_evaluation(questions=10))
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 1
+    exec(compile(blocks[0], "evaluation.md", "exec"), {})
+    assert len(list((tmp_path / "figures").iterdir())) == 6

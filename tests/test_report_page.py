@@ -306,7 +306,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), pytest.param(1280, "light", marks=pytest.mark.slow)])
 def test_does_it_work(chromium: Any, evaluated: Path, width: int, scheme: str) -> None:
     """The chapter fits the screen, its marks lie within their charts, its links lead somewhere."""
     opened = Opened(chromium, evaluated, viewport={"width": width, "height": 844}, color_scheme=scheme)
