@@ -246,8 +246,8 @@ def _strength(own: ToneResults) -> dict[str, Any] | None:
     fluency = [Line("fluency", at, [point.nats for _, point in curve], 5)]
     band = (chosen.low, chosen.high) if chosen else None
     drawn = [
-        (shares, "share of replies", "Concept and fact kept"),
-        (summaries, "summary, 0 to 2", "Summary"),
+        (shares, "share", "Concept and fact kept"),
+        (summaries, "0 to 2", "Summary"),
         (changes, "change", "What else changes: KL on neutral text, and the shift of the residual stream"),
         (fluency, "nats per token", "Fluency: the bare host's nats per token of the replies"),
     ]
