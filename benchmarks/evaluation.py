@@ -47,6 +47,7 @@ from realigner.evaluation.tone_evaluation import ToneEvaluation
 from realigner.files import read_object, write_text
 from realigner.hosts import EMBEDDED
 from realigner.report.evaluation_figures import save_evaluation_figures
+from realigner.sweep.worker import die_with
 from realigner.training import make_recipe
 
 SIZE = 460_800  # parameters of LoRA of rank 8 on the queries and values of the embedded host
@@ -211,7 +212,7 @@ def work(plan: Plan, step: str, units: Sequence[Unit], do: Callable[[Plan, Unit]
     """Do a step's units in processes; what went wrong, a line each."""
     faults, started = [], time.monotonic()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, context, die_with, (os.getpid(),)) as pool:
         waiting = {pool.submit(do, plan, unit): unit for unit in units}
         for count, future in enumerate(as_completed(waiting), start=1):
             unit, passed = waiting[future], time.monotonic() - started

@@ -76,7 +76,13 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 # transformers itself refuses its quantised cache for sliding windows (Gemma3).
-WAYS = [(f, c, s) for f in FAMILIES for c in CACHES for s in STRATEGIES if (f, c) != ("gemma3_text", "quantised")]
+WAYS = [
+    pytest.param(f, c, s, marks=[pytest.mark.slow] if c == "quantised" and f != "llama" else [])
+    for f in FAMILIES
+    for c in CACHES
+    for s in STRATEGIES
+    if (f, c) != ("gemma3_text", "quantised")
+]
 
 
 @pytest.mark.parametrize(("family", "cache", "strategy"), WAYS)

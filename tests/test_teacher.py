@@ -352,6 +352,7 @@ def test_killed_ten_times_for_real(tmp_path: Path, questions: str) -> None:
     assert adapter(out) == adapter(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_rate_is_searched_for_on_the_replies_and_once(
     tmp_path: Path, questions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,13 +115,18 @@ def wait_until_free(run: Path, seconds: float = _PATIENCE) -> None:
             time.sleep(0.5)
 
 
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent, of this id, is gone. On Linux; elsewhere it lives on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before we asked
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main() -> None:
     """The child's side: train the run, or resume it; an error is written to its file, with the traceback to the log."""
     parent, recipe, out, error_file = sys.argv[1:5]
-    if sys.platform == "linux":  # elsewhere a worker outlives a parent that is killed
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-        if os.getppid() != int(parent):  # it ended before we asked
-            os.kill(os.getpid(), signal.SIGKILL)
+    die_with(int(parent))
     try:
         from realigner.training import read_recipe, train_recipe
 
