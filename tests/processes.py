@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 
-def in_a_child(work: Callable[[], object]) -> int:
-    """Run something in a forked process; returns its pid."""
+def in_a_child(work: Callable[[], object], log: str | Path = os.devnull) -> int:
+    """Run something in a forked process; returns its pid. What it says on standard error is added to a file."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 2)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         work()
         code = 0
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(code)

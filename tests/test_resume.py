@@ -57,12 +57,13 @@ def test_killed_ten_times_it_ends_in_the_same_bytes(tmp_path: Path, family: str)
     duration = time.monotonic() - started
     dice, kills = random.Random(family), 0
     while kills < 10:
-        pid = in_a_child(lambda: run_tiny(tmp_path / "killed", family, resume=True))
+        pid = in_a_child(lambda: run_tiny(tmp_path / "killed", family, resume=True), tmp_path / "child.log")
         time.sleep(dice.uniform(0.1, 0.8) * duration)
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         kills += os.WIFSIGNALED(status)
         if (tmp_path / "killed").exists() or not os.WIFSIGNALED(status):  # it was faster, perhaps killed on its way out
+            assert (tmp_path / "killed").exists(), (tmp_path / "child.log").read_text()
             assert adapter(tmp_path / "killed") == adapter(tmp_path / "whole")
             shutil.rmtree(tmp_path / "killed")  # the next one begins anew
     run_tiny(tmp_path / "killed", family, resume=True)
