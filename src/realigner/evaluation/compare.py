@@ -46,11 +46,13 @@ class Comparison:
     p_holm: float
 
 
-def estimate(values: np.ndarray, resamples: int = DRAWS, seed: int = 42) -> Estimate:
+def estimate(
+    values: np.ndarray, resamples: int = DRAWS, seed: int = 42, bounds: tuple[float, float] = (-np.inf, np.inf)
+) -> Estimate:
     """The mean of a method's values, ``[prompt]`` or ``[seed, prompt]``, and its interval over prompts.
 
     Seeds are averaged prompt by prompt first: the interval says what other prompts would give, not what other seeds would.
-    Values that are NaN do not count.
+    Values that are NaN do not count. The interval stays within `bounds`, which the mean cannot exceed.
     """
     check_draws(1, resamples)
     each = _by_prompt(values)
@@ -59,7 +61,7 @@ def estimate(values: np.ndarray, resamples: int = DRAWS, seed: int = 42) -> Esti
         return Estimate(np.nan, np.nan, np.nan, 0)
     mean = float(each.mean())
     draws = weighted_mean(each, prompt_weights(len(each), resamples, np.random.default_rng(seed)))
-    return Estimate(mean, *interval(mean, draws, len(each)), len(each))
+    return Estimate(mean, *interval(mean, draws, len(each), bounds), len(each))
 
 
 def compare(values: Mapping[str, np.ndarray], against: str, draws: int = DRAWS, seed: int = 42) -> list[Comparison]:

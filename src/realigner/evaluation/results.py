@@ -11,6 +11,7 @@ import numpy as np
 
 from realigner.evaluation.compare import compare, estimate
 from realigner.evaluation.measured import Measured
+from realigner.evaluation.measures import BEST
 from realigner.evaluation.scores import Scores
 
 BY_REPLY = (
@@ -18,6 +19,8 @@ BY_REPLY = (
     "distinct_1", "distinct_2", "repeated",
 )  # fmt: skip
 EXAMPLES = 3  # best, and worst
+_OF_2, _ABOVE_0 = ("summary", "content", "fluency"), ("nats", "target", "words")
+_BOUNDS = {name: (0.0, BEST if name in _OF_2 else np.inf if name in _ABOVE_0 else 1.0) for name in BY_REPLY}
 COMPARED = ("summary", "named", "content", "fact", "nats", "target")
 Entry = tuple[Measured, Scores]
 
@@ -55,7 +58,7 @@ def tone_results(entries: Mapping[str, Sequence[Entry]], against: str) -> dict[s
                 "answers": len(first.about),
             },
             "seconds": [measured.facts.get("seconds") for measured, _ in own],
-            "estimates": {measure: asdict(estimate(each[measure][method])) for measure in BY_REPLY},
+            "estimates": {measure: asdict(estimate(each[measure][method], bounds=_BOUNDS[measure])) for measure in BY_REPLY},
             "whole": {key: float(np.mean([one[key] for one in whole])) for key in whole[0]},
             "shift": np.mean([scores.shift for _, scores in own], axis=0).tolist(),
             "scorers": {**asdict(own[0][1].agreement), "by_seed": own[0][1].by_seed},
