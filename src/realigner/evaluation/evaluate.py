@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,9 @@ from realigner.data.endpoint import Endpoint
 from realigner.errors import RealignerError, UsageError
 from realigner.evaluation.compare import estimate
 from realigner.evaluation.evaluation_file import RESULTS
+from realigner.evaluation.irm_methods import irm_attached
 from realigner.evaluation.judge import ASPECTS, rate
 from realigner.evaluation.measured import Effort, Measured
-from realigner.evaluation.method_protocol import Fitted
 from realigner.evaluation.methods import find_method
 from realigner.evaluation.replies import ask
 from realigner.evaluation.results import plain, tone_results
@@ -34,7 +32,6 @@ from realigner.irm_config import WEIGHTS_FILE, adapter_folder
 from realigner.training import read_recipe, read_run
 from realigner.training.recipe import Recipe
 from realigner.training.run_dir import RECIPE_FILE
-from realigner.tuner import load_irm, strength as set_strength
 
 ASKED, OWN_VOICE, JUDGE = "asked.json", "own-voice.jsonl", "judge.json"
 _TUNED_ON = 1 / 3  # of the topics that a run held out, where its strength is to be chosen
@@ -211,16 +208,7 @@ def _subject(irm: Path, folder: Path, host: Any, tokenizer: Any) -> Subject:
     record = read_run(irm)
     parameters = int(record["irm"]["parameters"])
     facts = {"parameters": parameters, "seconds": record["seconds"], "validation_loss": record["validation_loss"]}
-
-    @contextmanager
-    def attach() -> Iterator[Fitted]:
-        model = load_irm(host, irm).eval()
-        try:
-            yield Fitted(model, tokenizer, parameters, scaled=partial(set_strength, model))
-        finally:
-            model.unload()
-
-    return Subject("irm", int(record["seed"]), folder, facts, attach)
+    return Subject("irm", int(record["seed"]), folder, facts, lambda: irm_attached(host, tokenizer, irm, parameters))
 
 
 def _own_voice(task: Task, host: Any, tokenizer: Any, out: Path, effort: Effort) -> list[Row]:

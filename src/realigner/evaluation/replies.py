@@ -5,7 +5,7 @@ A method shows itself as a `Speaker`: what answers, and what stands before each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -139,9 +139,3 @@ def has_logits_to_keep(model: nn.Module) -> bool:
     inner: Any = tuner.model if tuner is not None else model
     get_base = getattr(inner, "get_base_model", None)
     return takes_logits_to_keep(get_base() if callable(get_base) else inner)
-
-
-def per_token(losses: Sequence[tuple[float, int]] | Sequence[Mapping[str, Any]]) -> float:
-    """Nats per token over all replies."""
-    pairs = [(item["nats"], item["tokens"]) if isinstance(item, Mapping) else item for item in losses]
-    return sum(total for total, _ in pairs) / max(1, sum(count for _, count in pairs))

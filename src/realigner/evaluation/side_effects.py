@@ -21,7 +21,6 @@ from realigner.evaluation.replies import Speaker, ask, device_of, encode
 from realigner.files import read_object
 from realigner.locate import find_sites
 from realigner.residuals import Residuals
-from realigner.sites import HostSites
 
 _EXCERPT = Path(__file__).with_name("squad_excerpt.json")
 ANSWER_TOKENS = 24
@@ -82,7 +81,7 @@ class NeutralText:
     def __init__(self, bare: Speaker, tokenizer: Any, texts: Sequence[Passage]) -> None:
         self.tokenizer, self.texts = tokenizer, texts
         self.sites = find_sites(bare.model)
-        self._bare = [self._read(bare, text, self.sites) for text in texts]
+        self._bare = [self._read(bare, text) for text in texts]
 
     def effects(self, speaker: Speaker) -> list[dict[str, Any]]:
         """How a speaker's predictions of each passage differ from the bare host's.
@@ -94,7 +93,7 @@ class NeutralText:
         """
         found = []
         for text, (was, stream, targets) in zip(self.texts, self._bare, strict=True):
-            logits, moved, own = self._read(speaker, text, self.sites)
+            logits, moved, own = self._read(speaker, text)
             assert own == targets  # the same tokens are predicted
             before, after = (torch.log_softmax(part.float(), dim=-1) for part in (was, logits))
             labels = torch.tensor(targets, device=before.device)
@@ -112,13 +111,13 @@ class NeutralText:
             )
         return found
 
-    def _read(self, speaker: Speaker, text: Passage, sites: HostSites) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    def _read(self, speaker: Speaker, text: Passage) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Logits ``[token, word]`` and residuals ``[site, token, neuron]`` where a passage is predicted, and its tokens."""
         (example,) = encode(speaker, self.tokenizer, [_ASKS_FOR_TEXT.format(article=text.article)], [text.passage])
         predicted = [at - 1 for at, label in enumerate(example["labels"]) if label != IGNORED]
         ids = torch.tensor([example["input_ids"]], device=device_of(speaker.model))
         speaker.model.eval()
-        with Residuals(sites).watching() as residuals, torch.no_grad():
+        with Residuals(self.sites).watching() as residuals, torch.no_grad():
             logits = speaker.model(input_ids=ids, use_cache=False).logits[0]
         stream = torch.stack([residuals.layers[layer][0, predicted].float().cpu() for layer in sorted(residuals.layers)])
         return logits[predicted], stream, [example["input_ids"][at + 1] for at in predicted]
