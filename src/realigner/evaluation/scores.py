@@ -88,8 +88,8 @@ class Judges:
         texts = [item.reply for item in measured.replies]
         nats = _per_token(measured)
         probability = self._probability(self.words, texts)
-        named = self._named(self.words, texts)
-        second = self._named(self.embeddings, texts)
+        hidden = self._masked(texts)
+        named, second = self.words.named(hidden), self.embeddings.named(hidden)
         content, fluency = self._content(texts, measured.given), self.fluency.scores(nats, texts)
         answers = [row.answer for row in self.task.test]
         own = [
@@ -108,7 +108,8 @@ class Judges:
             "away": (probability < self._bare_probability).astype(float),
             **{name: np.array([item[name] for item in own]) for name in own[0]},
         }
-        by_seed = [float(self._is_tone(self._named(scorer, texts)).mean()) for scorer in (self.words, *self._others)]
+        names = [named, *(scorer.named(hidden) for scorer in self._others)]
+        by_seed = [float(self._is_tone(one).mean()) for one in names]
         shift = np.mean([effect.shift for effect in measured.text], axis=0).tolist() if measured.text else []
         return Scores(each, self._whole(measured, each["named"], shift), shift, agreement(named, second), by_seed)
 
@@ -160,9 +161,6 @@ class Judges:
 
     def _probability(self, scorer: Scorer, texts: Sequence[str]) -> np.ndarray:
         return scorer.probability(self._masked(texts), self.task.tone)
-
-    def _named(self, scorer: Scorer, texts: Sequence[str]) -> list[str]:
-        return scorer.named(self._masked(texts))
 
     def _masked(self, texts: Sequence[str]) -> list[str]:
         return [masked(text, row.answer) for text, row in zip(texts, self.task.test, strict=True)]
