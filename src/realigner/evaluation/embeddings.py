@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from transformers import AutoModel, AutoTokenizer
 
 from realigner.errors import RealignerError
@@ -29,6 +31,18 @@ def minilm_folder() -> Path | None:
         if (folder / "model.safetensors").is_file():
             return folder
     return None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A block in which torch and BLAS add up on one thread, so a score has the same last bits however many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1, user_api="blas"):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def embed(texts: Sequence[str]) -> np.ndarray:
@@ -52,7 +66,7 @@ def embed(texts: Sequence[str]) -> np.ndarray:
 def _embedding(text: str) -> np.ndarray:
     model, tokenizer = _minilm()
     tokens = tokenizer(text, truncation=True, max_length=_LONGEST, padding=False, return_tensors="pt")
-    with torch.inference_mode():
+    with one_thread(), torch.inference_mode():
         mean = model(**tokens).last_hidden_state[0].mean(dim=0)
     return np.asarray(torch.nn.functional.normalize(mean, dim=0).numpy())
 

@@ -28,13 +28,13 @@ from realigner.evaluation.strength_choice import MOST_KL, MOST_SHIFT, STRENGTHS,
 from realigner.evaluation.task import Task
 from realigner.evaluation.tone_evaluation import Subject, ToneEvaluation
 from realigner.files import made_folder, read_object, write_text
-from realigner.irm_config import WEIGHTS_FILE, adapter_folder
+from realigner.irm_config import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
 from realigner.training import read_recipe, read_run
 from realigner.training.recipe import Recipe
 from realigner.training.run_dir import RECIPE_FILE
 
 ASKED, OWN_VOICE, JUDGE = "asked.json", "own-voice.jsonl", "judge.json"
-_TUNED_ON = 1 / 3  # of the topics that a run held out, where its strength is to be chosen
+_TUNED_ON = 1 / 3  # of the topics that a run held out
 _CONTRASTED = 120  # questions that the bare host is asked for a scorer to tell its voice from the tone
 _LEAST = 8  # questions
 
@@ -44,11 +44,12 @@ def task_of(folder: Path, tune: bool) -> tuple[Task, Recipe]:
 
     Args:
         folder: of a finished run, trained on rows.
-        tune: keep a third of the topics that were held out for choosing a strength.
+        tune: something is to be chosen on tuning rows, so there must be some.
 
     Returns:
-        The task, whose scorer rows are those of the topics that were trained on, in every tone that the data has; and the run's
-        recipe.
+        The task, and the run's recipe. A third of the topics that were held out, where there are two or more, are for tuning,
+        whether or not anything is chosen there, so the questions asked are always the same. The scorer rows are those of the
+        topics that were trained on, in every tone that the data has.
 
     Raises:
         UsageError: for a run of several tones, or from a sentence alone.
@@ -64,14 +65,10 @@ def task_of(folder: Path, tune: bool) -> tuple[Task, Recipe]:
         raise RealignerError(f"{recipe.data}: is not what {folder} was trained on; evaluate it with those rows")
     held = [*parts.validation, *parts.test]
     topics = sorted({row.group for row in held})
-    tuned = set[str]()
-    if tune:
-        if len(topics) < 2:
-            raise RealignerError(
-                f"{folder}: held out {len(topics)} topic(s); train with test=0.3 to have some for the strength"
-            )
-        random.Random(recipe.seed).shuffle(topics)
-        tuned = set(topics[: max(1, round(_TUNED_ON * len(topics)))])
+    if tune and len(topics) < 2:
+        raise RealignerError(f"{folder}: held out {len(topics)} topic(s); train with test=0.3 to have some for the strength")
+    random.Random(recipe.seed).shuffle(topics)
+    tuned = set(topics[: max(1, round(_TUNED_ON * len(topics)))]) if len(topics) > 1 else set[str]()
     test = [row for row in held if row.group not in tuned]
     if len(test) < _LEAST:
         raise RealignerError(f"{folder}: held out {len(test)} questions to ask; train with test=0.3 to have more")
@@ -123,7 +120,8 @@ def evaluate(
         out: where to keep what is measured; ``evaluation.json`` is written there last.
         host, tokenizer: from `load_host`; the host is bare.
         baselines: names of `methods.METHODS`; those that are trained learn from the run's training rows by its recipe.
-        tune: choose the strength on a part of the held-out topics, and save it with the adapter.
+        tune: choose the strength on a part of the held-out topics, and save it with the adapter; else the IRM acts at the
+            strength that its adapter names.
         effort: how much is asked.
         questions: of the held-out ones at most; all when None.
         most_kl, most_shift: limits of the chosen strength.
@@ -151,7 +149,7 @@ def evaluate(
             tried = {value: evaluation.measured(own, value, tuning=True, cheap=True) for value in STRENGTHS}
             scores = {value: evaluation.tuning_judges.scores(found) for value, found in tried.items()}
             choice = choose_strength(scores, most_kl, most_shift)
-        measured = evaluation.measured(own, None if choice is None else choice.strength)
+        measured = evaluation.measured(own, _strength_of(irm) if choice is None else choice.strength)
         entries["irm"] = [(measured, evaluation.scores(measured))]
         for method in methods:
             folder = evaluation.fit(method, method.name, recipe.seed, irm=irm if "irm" in method.needs else None)
@@ -209,6 +207,12 @@ def _subject(irm: Path, folder: Path, host: Any, tokenizer: Any) -> Subject:
     parameters = int(record["irm"]["parameters"])
     facts = {"parameters": parameters, "seconds": record["seconds"], "validation_loss": record["validation_loss"]}
     return Subject("irm", int(record["seed"]), folder, facts, lambda: irm_attached(host, tokenizer, irm, parameters))
+
+
+def _strength_of(irm: Path) -> float | None:
+    """The strength that an adapter names; None where it is that of its training."""
+    named = float(read_object(adapter_folder(irm) / CONFIG_FILE).get("strength", 1.0))
+    return None if named == 1.0 else named
 
 
 def _own_voice(task: Task, host: Any, tokenizer: Any, out: Path, effort: Effort) -> list[Row]:

@@ -17,7 +17,7 @@ from sklearn.preprocessing import FunctionTransformer
 from realigner.data import Row
 from realigner.data.style_classifier import TOKEN, StyleClassifier, masked
 from realigner.errors import RealignerError, UsageError
-from realigner.evaluation.embeddings import embed
+from realigner.evaluation.embeddings import embed, one_thread
 
 _MEMBERS, _SHARE = 8, 0.8  # logistic regressions in a scorer; the share of the rows that each is trained on
 _C = 100.0  # inverse of the L2 penalty: at 10 the authored set's accuracy is the same, but P(tone) averages .68, not .80
@@ -72,7 +72,8 @@ class Scorer:
         members = BaggingClassifier(each, n_estimators=_MEMBERS, max_samples=_SHARE, bootstrap=False, random_state=seed)
         pipeline = make_pipeline(FEATURES[features](), members)
         try:
-            pipeline.fit([masked(row.text, row.answer) for row in rows], [row.tone for row in rows])
+            with one_thread():
+                pipeline.fit([masked(row.text, row.answer) for row in rows], [row.tone for row in rows])
         except ValueError as error:
             raise RealignerError(f"scorer: cannot learn from {len(rows)} rows ({str(error).splitlines()[0]})") from None
         return cls(features, StyleClassifier(pipeline))
@@ -89,7 +90,8 @@ class Scorer:
         """
         if tone not in self.tones:
             raise UsageError(f"scorer: was not trained on {tone!r}; it knows {', '.join(self.tones)}")
-        found = self.classifier.probabilities(texts)[:, self.tones.index(tone)]
+        with one_thread():
+            found = self.classifier.probabilities(texts)[:, self.tones.index(tone)]
         return np.where([_has_word(text) for text in texts], found, 0.0)
 
     def named(self, texts: Sequence[str]) -> list[str]:
