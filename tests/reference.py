@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, relu
+from torch.nn.functional import linear, relu, silu
 
 Tensor = Any  # tensors: the layers' submodules are untyped
 Inject = Callable[[int, Tensor, Tensor], Tensor]  # (layer, input x, branch) -> the delta to add to x + branch
@@ -27,14 +27,14 @@ def first(output: Any) -> Tensor:
 
 
 def reference_irm(weights: Mapping[str, Tensor], h0: Tensor, input_norm: bool, factorised: bool) -> Tensor:
-    """The network from its saved tensors alone: a ReLU after every linear layer but the bottleneck and the output."""
+    """The network from its saved tensors alone: SiLU (compact) or ReLU after every linear layer but bottleneck and output."""
     h0 = h0.float()  # the network computes in its own precision
     x = h0 / (h0.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() if input_norm else h0
     places = sorted({int(key.split(".")[1]) for key in weights if key.startswith("trunk.")})
     for place in places:
         x = linear(x, weights[f"trunk.{place}.weight"], weights[f"trunk.{place}.bias"])
         if not (factorised and place == places[-1]):
-            x = relu(x)
+            x = silu(x) if factorised else relu(x)
     flat = linear(x, weights["output.weight"], weights["output.bias"])
     return flat.reshape(*h0.shape[:-1], -1, h0.shape[-1])
 
@@ -130,7 +130,7 @@ def reference_host(
     other = host if in_place else copy.deepcopy(host)
     state: dict[str, Tensor] = {}
     sizes: list[float] = []  # of the residual at each site, as long as it is measured
-    scales = (1.0, 1.0)  # of h0, of deltas
+    scales = (1.0, torch.tensor(1.0))  # of h0, of the deltas of each layer
 
     def inject(n: int, x: Tensor, branch: Tensor) -> Tensor:
         if state.get("measuring") is not None:
@@ -156,6 +156,8 @@ def reference_host(
         with torch.no_grad():
             other(input_ids=ids, use_cache=False)
         del state["measuring"]
-        moved = [sum(layer <= site for layer in layers) / sizes[site] for site in range(layers[0], len(sizes))]
-        scales = sizes[0], 2.26 / (sum(one**2 for one in moved) / len(moved)) ** 0.5
+        own = torch.tensor(sizes) ** 0.5
+        moved = [sum(own[layer] for layer in layers if layer <= site) / sizes[site] for site in range(layers[0], len(sizes))]
+        times = 1.211 / (sum(one**2 for one in moved) / len(moved)) ** 0.5
+        scales = sizes[0], (times * own[list(layers)])[:, None]
     return other

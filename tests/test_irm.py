@@ -32,9 +32,12 @@ def test_paper_preset_keeps_the_default_initialisation() -> None:
     assert torch.equal(irm.output.bias, plain[-1].bias)
 
 
-def test_compact_preset_is_about_one_percent_of_a_7b_host() -> None:
-    share = IRMShape(preset="compact").parameter_count(4096, 32) / 6.74e9
-    assert 0.005 < share < 0.015
+def test_compact_preset_is_a_small_part_of_a_7b_host() -> None:
+    shares = [IRMShape(preset="compact", edition=edition).parameter_count(4096, 32) / 6.74e9 for edition in (1, 2)]
+    assert 0.005 < shares[0] < 0.015
+    assert 0.003 < shares[1] < 0.004
+    assert IRMShape().parameter_count(576, 30) == 458_420
+    assert IRMShape(edition=1).parameter_count(576, 30) == 1_353_152
 
 
 def test_compact_preset_starts_near_zero() -> None:

@@ -18,7 +18,7 @@ from realigner.data import authored
 from realigner.errors import UsageError
 from realigner.irm import IRM
 from realigner.locate import find_sites
-from realigner.residuals import delta_scale, residual_sizes
+from realigner.residuals import delta_scale, delta_scales, residual_sizes
 from realigner.sweep.grid import Sweep, plan
 from realigner.tiny import tiny_host
 from realigner.training import Recipe, make_recipe, read_recipe, train
@@ -51,7 +51,8 @@ def test_sizes_are_those_of_the_residual() -> None:
 @settings(max_examples=100, deadline=None)
 def test_the_scale_follows_the_stream(sizes: list[float], factor: float, random: Any) -> None:
     layers = sorted(random.sample(range(len(sizes)), random.randint(1, len(sizes))))
-    scale = delta_scale(sizes, layers)
+    scale, scales = delta_scale(sizes, layers), delta_scales(sizes, layers)
+    assert delta_scales([factor * size for size in sizes], layers) == pytest.approx([factor * one for one in scales])
     assert delta_scale([factor * size for size in sizes], layers) == pytest.approx(factor * scale)
     moved = [sum(one <= site for one in layers) * scale / sizes[site] for site in range(layers[0], len(sizes))]
     assert math.sqrt(sum(one**2 for one in moved) / len(moved)) == pytest.approx(2.26)
@@ -64,6 +65,9 @@ def test_the_scales_are_where_they_are_said_to_be() -> None:
     scaled.load_state_dict(plain.state_dict())
     h0 = torch.randn(2, 3, 8)
     assert torch.allclose(scaled(0.01 * h0), 3 * plain(h0), rtol=1e-5, atol=1e-6)
+    by_layer = IRM(8, (0, 2), (16,), 4, 0.1, input_norm=True, delta_scale=[3.0, 0.5])
+    by_layer.load_state_dict(plain.state_dict())
+    assert torch.allclose(by_layer(h0), plain(h0) * torch.tensor([[3.0], [0.5]]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("preset", ["compact", "paper"])
@@ -74,7 +78,8 @@ def test_scales_are_measured_once_and_saved(preset: str, tmp_path: Path) -> None
     model = get_peft_model(host, ra.IRMConfig(preset=preset, layers=[1, 2], output_std=0.3))
     config, network = tuner_of(model).peft_config["default"], tuner_of(model).registry.network("default")
     if preset == "compact":
-        assert (config.input_scale, config.delta_scale) == (sizes[0], delta_scale(sizes, [1, 2]))
+        assert (config.input_scale, config.delta_scale) == (sizes[0], delta_scales(sizes, [1, 2]))
+        assert config.edition == 2
     assert (network.input_scale, network.delta_scale) == (config.input_scale or 1.0, config.delta_scale or 1.0)
     ids = torch.arange(3, 13)[None]
     logits = model(input_ids=ids).logits
@@ -89,13 +94,13 @@ def test_scales_are_measured_once_and_saved(preset: str, tmp_path: Path) -> None
 def test_adapters_of_before_have_no_scales(tmp_path: Path) -> None:
     host, ids = tiny_host("llama"), torch.arange(3, 13)[None]
     torch.manual_seed(0)
-    model = get_peft_model(host, ra.IRMConfig(input_scale=1.0, delta_scale=1.0, output_std=0.3))
+    model = get_peft_model(host, ra.IRMConfig(input_scale=1.0, delta_scale=1.0, output_std=0.3, edition=1))
     logits = model(input_ids=ids).logits
     model.save_pretrained(tmp_path)
     host = model.unload()
     values = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(
-        json.dumps({key: value for key, value in values.items() if not key.endswith("_scale")})
+        json.dumps({key: value for key, value in values.items() if key != "edition" and not key.endswith("_scale")})
     )
     assert torch.equal(load_irm(host, tmp_path)(input_ids=ids).logits, logits)
     ra.unload(host)
@@ -121,7 +126,7 @@ def test_recipes_of_before_mean_what_they_meant(tmp_path: Path) -> None:
 
 
 def test_sweeps_of_before_find_their_runs() -> None:
-    before = {"default": {"learning_rate": 0.01, "input_scale": 1.0, "delta_scale": 1.0}, "paper": {}}
+    before = {"default": {"learning_rate": 0.01, "input_scale": 1.0, "delta_scale": 1.0, "edition": 1}, "paper": {}}
     runs = [plan(Sweep(recipe=name, set=keys, grid={"tone": ["anger"]}), Path())[0] for name, keys in before.items()]
     assert [run.name for run in runs] == ["92e5e7119ddd", "fa2baacbb3e2"]  # what they were
 

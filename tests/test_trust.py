@@ -314,9 +314,10 @@ def test_the_lines_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     sizes = record["residual"]["rms"]
     assert len(sizes) == 3
     assert all(size > 0 for size in sizes)
-    scale = record["residual"]["delta_scale"]
+    scales = record["residual"]["delta_scale"]
+    by = f"{min(scales):.3g} to {max(scales):.3g}"
     shown = " ".join(f"{size:.3g}" for size in sizes)
-    assert f"residual stream: RMS {shown} (3 layers, first to last); deltas are multiplied by {scale:.3g}" in lines
+    assert f"residual stream: RMS {shown} (3 layers, first to last); deltas are multiplied by {by}" in lines
     assert "learning rate 0.02: as given" in lines
     evaluations = [line for line in lines if line.startswith("step ")]
     assert [line.split(":")[0] for line in evaluations] == ["step 0", "step 2", "step 4"]

@@ -19,6 +19,7 @@ from torch import nn
 from realigner.errors import UsageError
 
 PRESETS = ("compact", "paper")
+EDITIONS = (1, 2)  # of the compact preset; the last is the newest
 LayerChoice = str | Sequence[int] | range
 _MOST_LAYERS = 100_000  # of a host: what a text of layers may name
 _MOST_WIDTHS = 100  # hidden layers of an IRM
@@ -28,18 +29,21 @@ def _round_to_8(value: float) -> int:
     return max(8, round(value / 8) * 8)
 
 
-def _compact(hidden_size: int) -> tuple[tuple[int, ...], int]:
+def _compact_1(hidden_size: int) -> tuple[tuple[int, ...], int]:
     # Two narrow hidden layers and a rank of h/9. At h=4096 and 32 layers: 71M parameters, 1.1% of a 7B host;
     # at h=576 and 30 layers (SmolLM2-135M): 1.4M, 1.0%.
     width = _round_to_8(hidden_size * 4 / 9)
     return (width, width), _round_to_8(hidden_size / 9)
 
 
+def _compact_2(hidden_size: int) -> tuple[tuple[int, ...], int]:
+    # One hidden layer and a rank of h/29. At h=4096 and 32 layers: 24M parameters, 0.3% of a 7B host;
+    # at h=576 and 30 layers: 458,420, as many as LoRA of rank 8 on the queries and values.
+    return (_round_to_8(hidden_size * 5 / 18),), max(4, round(hidden_size * 5 / 144))
+
+
 def _paper(hidden_size: int) -> tuple[tuple[int, ...], int]:
     return (3 * hidden_size,) * 4, 0
-
-
-_PRESET_SHAPES: dict[str, Callable[[int], tuple[tuple[int, ...], int]]] = {"compact": _compact, "paper": _paper}
 
 
 def parse_layers(layers: LayerChoice, num_layers: int | None = None, field: str = "layers") -> tuple[int, ...] | None:
@@ -110,9 +114,13 @@ class IRMShape:
             thousandfold in the size of h0 (0.14 in SmolLM2), and one learning rate should do for all.
         input_scale: what h0 is divided by before anything else. None: with the compact preset h0's root mean square on the
             host (a median over tokens), measured when the IRM is made; with the paper's 1.
-        delta_scale: what every delta is multiplied by. None: with the compact preset a number measured on the host (see
-            `residuals.delta_scale`), so that one learning rate fits hosts whose residuals differ in size; with the paper's 1.
+        delta_scale: what deltas are multiplied by: a number, or one for each chosen layer. None: with the compact preset
+            measured on the host (see `residuals.delta_scales`), so that one learning rate fits hosts and layers whose residuals
+            differ in size; with the paper's 1.
         masked: neuron indices whose delta is forced to zero in every layer, during training and inference.
+        edition: of the compact preset. 2: one hidden layer with SiLU, deltas scaled layer by layer. 1, as it was until November
+            2026: two hidden layers with ReLU, three times the parameters, one scale for all layers. None: the newest; in an
+            adapter's file, 1.
 
     Raises:
         UsageError: naming the field, for a value no network can be built from.
@@ -129,8 +137,9 @@ class IRMShape:
     output_std: float | None = None
     input_norm: bool | None = None
     input_scale: float | None = None
-    delta_scale: float | None = None
+    delta_scale: float | Sequence[float] | None = None
     masked: Sequence[int] | None = None
+    edition: int | None = None
 
     def validate(self) -> None:
         """Check every field on its own; raises UsageError naming the first bad one."""
@@ -154,10 +163,17 @@ class IRMShape:
             raise UsageError(f"output_std: {reprlib.repr(std)} is not a number of 0 or more")
         if self.input_norm not in (None, True, False):
             raise UsageError(f"input_norm: {reprlib.repr(self.input_norm)} is not true or false")
-        for name in ("input_scale", "delta_scale"):
-            scale = getattr(self, name)
-            if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < 1e9):
-                raise UsageError(f"{name}: {reprlib.repr(scale)} is not a number above 0")
+        by_layer = isinstance(self.delta_scale, (list, tuple))
+        deltas = self.delta_scale if isinstance(self.delta_scale, (list, tuple)) else [self.delta_scale]
+        for name, scales in (("input_scale", [self.input_scale]), ("delta_scale", deltas)):
+            for scale in scales:
+                wrong = isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < 1e9
+                if wrong and (scale is not None or (by_layer and name == "delta_scale")):
+                    raise UsageError(f"{name}: {reprlib.repr(scale)} is not a number above 0")
+        if by_layer:
+            self.delta_scale = list(deltas)  # type: ignore[arg-type]
+        if self.edition not in (None, *EDITIONS) or isinstance(self.edition, bool):
+            raise UsageError(f"edition: {reprlib.repr(self.edition)} is not one of {', '.join(map(str, EDITIONS))}")
         if self.masked is not None:
             if not isinstance(self.masked, (list, tuple)):
                 raise UsageError(f"masked: {reprlib.repr(self.masked)} is not a list of neuron indices")
@@ -177,7 +193,10 @@ class IRMShape:
 
     def resolved_widths(self, hidden_size: int) -> tuple[tuple[int, ...], int]:
         """The widths of the hidden layers, and the rank, on a host of this residual width."""
-        widths, rank = _PRESET_SHAPES[self.preset](hidden_size)
+        if self.preset == "paper":
+            widths, rank = _paper(hidden_size)
+        else:
+            widths, rank = (_compact_1 if self.edition == 1 else _compact_2)(hidden_size)
         return tuple(widths if self.widths is None else self.widths), rank if self.rank is None else self.rank
 
     def build(self, hidden_size: int, num_layers: int) -> IRM:
@@ -188,6 +207,9 @@ class IRMShape:
         std = 1e-3 if self.preset == "compact" else None
         if self.masked and max(self.masked) >= hidden_size:
             raise UsageError(f"masked: there is no index {max(self.masked)}; this host has 0 to {hidden_size - 1}")
+        scales = self.delta_scale
+        if isinstance(scales, (list, tuple)) and len(scales) != len(layers):
+            raise UsageError(f"delta_scale: {len(scales)} given for {len(layers)} layers; give one number, or one for each")
         return IRM(
             hidden_size,
             layers,
@@ -196,8 +218,9 @@ class IRMShape:
             output_std=std if self.output_std is None else self.output_std,
             input_norm=self.preset == "compact" if self.input_norm is None else self.input_norm,
             input_scale=1.0 if self.input_scale is None else self.input_scale,
-            delta_scale=1.0 if self.delta_scale is None else self.delta_scale,
+            delta_scale=1.0 if scales is None else scales,
             masked=self.masked or (),
+            activation=nn.SiLU if self.preset == "compact" and self.edition != 1 else nn.ReLU,
         )
 
     def parameter_count(self, hidden_size: int, num_layers: int) -> int:
@@ -220,13 +243,14 @@ class IRM(nn.Module):
     Args:
         hidden_size: width of the host's residual stream.
         layers: sorted layer indices that receive a delta.
-        widths: hidden widths of the trunk, each followed by a ReLU.
+        widths: hidden widths of the trunk, each followed by the activation.
         rank: 0 for a dense output, else the width of a linear bottleneck before it.
         output_std: initial standard deviation of the output weights; None keeps PyTorch's default.
         input_norm: scale h0 to a root mean square of 1, token by token.
         input_scale: what h0 is divided by first.
-        delta_scale: what the output is multiplied by.
+        delta_scale: what the output is multiplied by: a number, or one for each of the layers.
         masked: neuron indices at which every delta is 0.
+        activation: makes the one after each hidden layer.
 
     Attributes:
         training_dtype: what the matrix products of training are computed in; None: in the weights' own dtype, as everything
@@ -239,6 +263,7 @@ class IRM(nn.Module):
     """
 
     masked: torch.Tensor | None
+    layer_scales: torch.Tensor | None
 
     def __init__(
         self,
@@ -249,20 +274,23 @@ class IRM(nn.Module):
         output_std: float | None,
         input_norm: bool = False,
         input_scale: float = 1.0,
-        delta_scale: float = 1.0,
+        delta_scale: float | Sequence[float] = 1.0,
         masked: Sequence[int] = (),
+        activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.layers = tuple(layers)
         self.input_norm = input_norm
         self.input_scale, self.delta_scale = input_scale, delta_scale
+        by_layer = None if isinstance(delta_scale, (int, float)) else torch.tensor(delta_scale)[:, None]
+        self.register_buffer("layer_scales", by_layer, persistent=False)
         self.register_buffer("masked", torch.tensor(list(masked)) if masked else None, persistent=False)
         self.training_dtype: torch.dtype | None = None
         trunk: list[nn.Module] = []
         width = hidden_size
         for next_width in widths:
-            trunk += [nn.Linear(width, next_width), nn.ReLU()]
+            trunk += [nn.Linear(width, next_width), activation()]
             width = next_width
         if rank:
             trunk.append(nn.Linear(width, rank))
@@ -287,7 +315,9 @@ class IRM(nn.Module):
         if self.input_norm:
             h0 = torch.nn.functional.rms_norm(h0, (self.hidden_size,), eps=1e-6)
         flat: torch.Tensor = self.output(self.trunk(h0))
-        if self.delta_scale != 1.0:
-            flat = flat * self.delta_scale
         delta = flat.view(*flat.shape[:-1], len(self.layers), self.hidden_size)
+        if self.layer_scales is not None:
+            delta = delta * self.layer_scales.to(delta.dtype)
+        elif self.delta_scale != 1.0:
+            delta = delta * self.delta_scale
         return delta if self.masked is None else delta.index_fill(-1, self.masked, 0.0)

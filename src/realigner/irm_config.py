@@ -22,7 +22,7 @@ from realigner.errors import RealignerError, UsageError
 from realigner.files import parsed, read_bytes
 from realigner.fingerprints import Fingerprint
 from realigner.hosts import folder_of
-from realigner.irm import IRMShape
+from realigner.irm import EDITIONS, IRMShape
 from realigner.settings import check_strength
 
 PEFT_NAME = "irm"
@@ -179,6 +179,7 @@ class IRMConfig(PeftConfig, IRMShape):
         check_adapter(folder)
         config = super().from_pretrained(str(folder), **kwargs)
         assert isinstance(config, IRMConfig)
+        config.edition = config.edition or EDITIONS[0]  # which earlier files do not name
         config.file_tensors = file_tensors(adapter_folder(folder))
         return config
 

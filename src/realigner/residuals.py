@@ -6,6 +6,7 @@ Residual streams differ a thousandfold in size between hosts, and between the la
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from realigner.sites import INPUT, HostSites, Site
 
 _TOKENS = 64  # that sizes are measured over
 _DOSE = 2.26  # of deltas of 1 (see `delta_scale`); so SmolLM2, on which recipes were tuned before, has a scale of 1
+_DOSE_BY_LAYER = 1.211  # the same (see `delta_scales`); so the root mean square of SmolLM2's scales is 1
+_POWER = 0.5  # of a layer's residual size that its deltas are scaled by
 
 
 class Residuals:
@@ -142,3 +145,28 @@ def delta_scale(sizes: Sequence[float], layers: Sequence[int]) -> float:
     moved = [sum(layer <= site for layer in layers) / sizes[site] for site in reached if sizes[site] > 0]
     total = math.sqrt(sum(one * one for one in moved) / max(1, len(moved)))
     return _DOSE / total if total > 0 else 1.0
+
+
+def delta_scales(sizes: Sequence[float], layers: Sequence[int]) -> list[float]:
+    """What the deltas of each chosen layer are multiplied by: the square root of its residual's size, times one number.
+
+    With one scale for all, late layers, whose residuals are large, hardly learn; in units of each layer's residual they
+    learn too much. The number is chosen as in `delta_scale`, by how far all deltas together move the stream, so a host whose
+    stream is multiplied by c has c times the scales.
+
+    Args:
+        sizes: of the residual at each site (`residual_sizes`).
+        layers: the chosen ones.
+
+    Example:
+        >>> early, late = delta_scales([0.25, 4.0], [0, 1])
+        >>> round(late / early, 6)
+        4.0
+    """
+    known = [size for size in sizes if size > 0]
+    usual = float(statistics.median(known)) if known else 1.0
+    own = [(size if size > 0 else usual) ** _POWER for size in sizes]
+    reached = range(min(layers), len(sizes))
+    moved = [sum(own[layer] for layer in layers if layer <= site) / sizes[site] for site in reached if sizes[site] > 0]
+    total = math.sqrt(sum(one * one for one in moved) / max(1, len(moved)))
+    return [_DOSE_BY_LAYER / total * own[layer] if total > 0 else 1.0 for layer in layers]

@@ -30,9 +30,10 @@ from realigner.adapters import AdapterRegistry
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import Fingerprint, fingerprint
 from realigner.injection import Injector, attached_injectors, refuse_attached
+from realigner.irm import EDITIONS
 from realigner.irm_config import FILE_PREFIX, PEFT_NAME, WEIGHTS_FILE, IRMConfig, adapter_folder, check_adapter
 from realigner.locate import find_sites
-from realigner.residuals import delta_scale, residual_sizes
+from realigner.residuals import delta_scale, delta_scales, residual_sizes
 from realigner.settings import Generation, Settings, Strength, Where, part_of
 
 
@@ -194,11 +195,14 @@ class IRMModel(BaseTuner):
         is_new = config.host is None and config.file_tensors is None  # else its scales are saved with it, or it has none
         _bind(config, self.fingerprint, self.sites.summary())
         size = self.sites.width, len(self.sites.layers)
+        if is_new:
+            config.edition = config.edition or EDITIONS[-1]
         if is_new and config.preset == "compact":
             if config.input_scale is None:
                 config.input_scale = self.residual_sizes[0] or 1.0
             if config.delta_scale is None:
-                config.delta_scale = delta_scale(self.residual_sizes, config.resolved_layers(len(self.residual_sizes)))
+                scale = delta_scale if config.edition == 1 else delta_scales
+                config.delta_scale = scale(self.residual_sizes, config.resolved_layers(len(self.residual_sizes)))
         if config.file_tensors is not None:
             with torch.device("meta"):
                 expected = _named_as_in_file(config.build(*size)) | _beside(model, config.modules_to_save or ())

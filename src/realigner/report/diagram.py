@@ -102,15 +102,15 @@ def _widths(record: Mapping[str, Any], neurons: int, outputs: int) -> list[tuple
     from realigner.irm import IRMShape
 
     own = {field.name: recipe[field.name] for field in fields(IRMShape) if recipe.get(field.name) is not None}
-    shape = IRMShape(**(own | {"preset": str(record["irm"]["preset"]), "layers": list(range(outputs))}))
+    shape = IRMShape(**({"edition": 1} | own | {"preset": str(record["irm"]["preset"]), "layers": list(range(outputs))}))
     with torch.device("meta"):
         network = shape.build(neurons, outputs)
     widths = [(neurons, f"{neurons:,}" + (", scaled" if network.input_norm else ""))]
     modules = list(network.trunk)
     for module, following in zip(modules, [*modules[1:], None], strict=True):
         if isinstance(module, torch.nn.Linear):
-            rectified = isinstance(following, torch.nn.ReLU)
-            widths.append((module.out_features, f"{module.out_features:,}" + " ReLU" * rectified))
+            bent = "" if following is None or isinstance(following, torch.nn.Linear) else f" {type(following).__name__}"
+            widths.append((module.out_features, f"{module.out_features:,}{bent}"))
     return [*widths, (neurons, f"{outputs} \u00d7 {neurons:,}")]
 
 

@@ -39,7 +39,9 @@ def residual_line(residual: Mapping[str, Any]) -> str:
         inner = range(1, _SHOWN_SIZES - 1)
         sizes = [sizes[0], *(sizes[at * len(sizes) // (_SHOWN_SIZES - 1)] for at in inner), sizes[-1]]
     layers = f"{len(residual['rms'])} layers, first to last"
-    return f"residual stream: RMS {' '.join(sizes)} ({layers}); deltas are multiplied by {residual['delta_scale']:.3g}"
+    scales = residual["delta_scale"]
+    by = f"{min(scales):.3g} to {max(scales):.3g}" if isinstance(scales, list) else f"{scales:.3g}"
+    return f"residual stream: RMS {' '.join(sizes)} ({layers}); deltas are multiplied by {by}"
 
 
 def check_tokens(texts: Iterable[tuple[str, Sequence[int]]], tokenizer: Any, config: Any) -> None:

@@ -42,6 +42,7 @@ LATER_KEYS: dict[str, Any] = {
     "data_weight": 1.0,
     "input_scale": 1.0,
     "delta_scale": 1.0,
+    "edition": 1,
 }
 
 
@@ -76,6 +77,9 @@ def _with_words(value: str) -> str:
 Name = Annotated[str, AfterValidator(_without_nul)]  # of a file, a folder, a module
 
 
+_Scale = Annotated[float, Field(gt=0, lt=1e9)]
+
+
 class Recipe(BaseModel):
     """What one run is. The defaults are the recipe ``default``: chat template, loss on the reply, rows of like length together.
 
@@ -95,7 +99,8 @@ class Recipe(BaseModel):
         teacher_replies: replies that the teacher samples to each question; those in which it obeys are kept.
         data_weight: with an instruction and rows: the weight of a token of the rows beside one of the teacher's replies.
 
-        preset, layers, widths, rank, output_std, input_norm, input_scale, delta_scale, masked: the network; see `IRMShape`.
+        preset, layers, widths, rank, output_std, input_norm, input_scale, delta_scale, masked, edition: the network; see
+            `IRMShape`.
         layers_path: where the host's decoder layers are, for a host on which the probe cannot tell.
 
         template: ``chat``: the host's own; ``plain``: question, three spaces, reply (the paper's).
@@ -164,9 +169,10 @@ class Recipe(BaseModel):
     rank: int | None = Field(default=None, ge=0)
     output_std: float | None = Field(default=None, ge=0, lt=1e3)
     input_norm: bool | None = None
-    input_scale: float | None = Field(default=None, gt=0, lt=1e9)
-    delta_scale: float | None = Field(default=None, gt=0, lt=1e9)
+    input_scale: _Scale | None = None
+    delta_scale: _Scale | list[_Scale] | None = None
     masked: list[Annotated[int, Field(ge=0)]] | None = None
+    edition: Literal[1, 2] = 2
     layers_path: str | None = None
 
     template: Literal["chat", "plain"] = "chat"
@@ -204,6 +210,12 @@ class Recipe(BaseModel):
     gradient_checkpointing: bool = False
     compile: bool = False
     tf32: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_edition(cls, values: Any) -> Any:
+        is_paper = isinstance(values, Mapping) and values.get("preset") == "paper"
+        return {**values, "edition": 1} if is_paper else values  # there is one of the paper's preset
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:

@@ -45,7 +45,7 @@ class ResidualFacts(_Part):
 
     rms: list[_Finite]
     input_scale: _Finite
-    delta_scale: _Finite
+    delta_scale: _Finite | list[_Finite]
 
 
 class TriedRate(_Part):
