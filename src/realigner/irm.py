@@ -318,6 +318,6 @@ class IRM(nn.Module):
         delta = flat.view(*flat.shape[:-1], len(self.layers), self.hidden_size)
         if self.layer_scales is not None:
             delta = delta * self.layer_scales.to(delta.dtype)
-        elif self.delta_scale != 1.0:
+        elif isinstance(self.delta_scale, (int, float)) and self.delta_scale != 1.0:
             delta = delta * self.delta_scale
         return delta if self.masked is None else delta.index_fill(-1, self.masked, 0.0)
