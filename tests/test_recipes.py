@@ -252,7 +252,7 @@ def test_layers_below_the_first_delta_are_not_gone_back_through() -> None:
     "options", [{"gradient_checkpointing": True}, {"accumulate": 4}, {"accumulate": 2, "gradient_checkpointing": True}]
 )
 def test_what_saves_memory_changes_no_number(tmp_path: Path, options: dict[str, Any]) -> None:
-    recipe = make_recipe(steps=8, batch_size=4, samples=0, report_to=[], optimizer="sgd", learning_rate=0.1)
+    recipe = make_recipe(steps=8, batch_size=4, samples=0, report_to=[], optimizer="sgd", learning_rate=0.1, dropout=0.0)
     weights = []
     for name, own in (("plain", recipe), ("other", recipe.changed(**options))):
         host, tokenizer = tiny_pair()
@@ -264,7 +264,7 @@ def test_what_saves_memory_changes_no_number(tmp_path: Path, options: dict[str, 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_compiled_training_gives_the_same_numbers(tmp_path: Path) -> None:
-    recipe = make_recipe(steps=2, batch_size=4, samples=0, evaluations=1, report_to=[], optimizer="sgd", learning_rate=0.1)
+    recipe = make_recipe(steps=2, batch_size=4, samples=0, evaluations=1, report_to=[], optimizer="sgd", learning_rate=0.1, dropout=0)
     weights = []
     for name in (False, True):
         host, tokenizer = tiny_pair()
@@ -286,7 +286,7 @@ def test_the_irms_products_are_bfloat16_only_while_it_is_trained_on_such_a_host(
         host, tokenizer = tiny_pair()
         host = host.to(dtype)
         run = train(
-            host, tokenizer, some_rows(), tmp_path / products, steps=3, batch_size=4, samples=0, report_to=[], quiet=True
+            host, tokenizer, some_rows(), tmp_path / products, steps=3, batch_size=4, samples=0, report_to=[], quiet=True, dropout=0
         )
         assert run.record["recipe"]["irm_products"] == products
         network = tuner_of(run.model).registry.network("default")

@@ -118,9 +118,10 @@ class IRMShape:
             measured on the host (see `residuals.delta_scales`), so that one learning rate fits hosts and layers whose residuals
             differ in size; with the paper's 1.
         masked: neuron indices whose delta is forced to zero in every layer, during training and inference.
-        edition: of the compact preset. 2: one hidden layer with SiLU, deltas scaled layer by layer. 1, as it was until November
-            2026: two hidden layers with ReLU, three times the parameters, one scale for all layers. None: the newest; in an
-            adapter's file, 1.
+        dropout: share of the trunk's outputs that are zeroed while training; recipes have their own default.
+        edition: of the compact preset. 2: one hidden layer with SiLU, deltas scaled layer by layer. 1, as it was until
+            November 2026: two hidden layers with ReLU, three times the parameters, one scale for all layers. None:
+            the newest; in an adapter's file, 1.
 
     Raises:
         UsageError: naming the field, for a value no network can be built from.
@@ -139,6 +140,7 @@ class IRMShape:
     input_scale: float | None = None
     delta_scale: float | Sequence[float] | None = None
     masked: Sequence[int] | None = None
+    dropout: float = 0.0
     edition: int | None = None
 
     def validate(self) -> None:
@@ -161,6 +163,9 @@ class IRMShape:
         std = self.output_std
         if std is not None and (isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 <= std < 1e3):
             raise UsageError(f"output_std: {reprlib.repr(std)} is not a number of 0 or more")
+        dropout = self.dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise UsageError(f"dropout: {reprlib.repr(dropout)} is not a number from 0 to below 1")
         if self.input_norm not in (None, True, False):
             raise UsageError(f"input_norm: {reprlib.repr(self.input_norm)} is not true or false")
         by_layer = isinstance(self.delta_scale, (list, tuple))
@@ -204,6 +209,7 @@ class IRMShape:
         self.validate()
         layers = self.resolved_layers(num_layers)
         widths, rank = self.resolved_widths(hidden_size)
+        newest = self.preset == "compact" and self.edition != 1
         std = 1e-3 if self.preset == "compact" else None
         if self.masked and max(self.masked) >= hidden_size:
             raise UsageError(f"masked: there is no index {max(self.masked)}; this host has 0 to {hidden_size - 1}")
@@ -220,7 +226,8 @@ class IRMShape:
             input_scale=1.0 if self.input_scale is None else self.input_scale,
             delta_scale=1.0 if scales is None else scales,
             masked=self.masked or (),
-            activation=nn.SiLU if self.preset == "compact" and self.edition != 1 else nn.ReLU,
+            activation=nn.SiLU if newest else nn.ReLU,
+            dropout=self.dropout,
         )
 
     def parameter_count(self, hidden_size: int, num_layers: int) -> int:
@@ -251,6 +258,7 @@ class IRM(nn.Module):
         delta_scale: what the output is multiplied by: a number, or one for each of the layers.
         masked: neuron indices at which every delta is 0.
         activation: makes the one after each hidden layer.
+        dropout: share of the trunk's outputs that are zeroed while training.
 
     Attributes:
         training_dtype: what the matrix products of training are computed in; None: in the weights' own dtype, as everything
@@ -277,6 +285,7 @@ class IRM(nn.Module):
         delta_scale: float | Sequence[float] = 1.0,
         masked: Sequence[int] = (),
         activation: Callable[[], nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
@@ -295,6 +304,8 @@ class IRM(nn.Module):
         if rank:
             trunk.append(nn.Linear(width, rank))
             width = rank
+        if dropout:
+            trunk.append(nn.Dropout(dropout))
         self.trunk = nn.Sequential(*trunk)
         self.output = nn.Linear(width, len(self.layers) * hidden_size)
         if output_std is not None:

@@ -109,7 +109,7 @@ def _widths(record: Mapping[str, Any], neurons: int, outputs: int) -> list[tuple
     modules = list(network.trunk)
     for module, following in zip(modules, [*modules[1:], None], strict=True):
         if isinstance(module, torch.nn.Linear):
-            bent = "" if following is None or isinstance(following, torch.nn.Linear) else f" {type(following).__name__}"
+            bent = f" {type(following).__name__}" if isinstance(following, (torch.nn.ReLU, torch.nn.SiLU)) else ""
             widths.append((module.out_features, f"{module.out_features:,}{bent}"))
     return [*widths, (neurons, f"{outputs} \u00d7 {neurons:,}")]
 

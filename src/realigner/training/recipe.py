@@ -42,6 +42,7 @@ LATER_KEYS: dict[str, Any] = {
     "data_weight": 1.0,
     "input_scale": 1.0,
     "delta_scale": 1.0,
+    "dropout": 0.0,
     "edition": 1,
 }
 
@@ -99,8 +100,8 @@ class Recipe(BaseModel):
         teacher_replies: replies that the teacher samples to each question; those in which it obeys are kept.
         data_weight: with an instruction and rows: the weight of a token of the rows beside one of the teacher's replies.
 
-        preset, layers, widths, rank, output_std, input_norm, input_scale, delta_scale, masked, edition: the network; see
-            `IRMShape`.
+        preset, layers, widths, rank, output_std, input_norm, input_scale, delta_scale, masked, dropout, edition: the
+            network; see `IRMShape`.
         layers_path: where the host's decoder layers are, for a host on which the probe cannot tell.
 
         template: ``chat``: the host's own; ``plain``: question, three spaces, reply (the paper's).
@@ -172,6 +173,7 @@ class Recipe(BaseModel):
     input_scale: _Scale | None = None
     delta_scale: _Scale | list[_Scale] | None = None
     masked: list[Annotated[int, Field(ge=0)]] | None = None
+    dropout: float = Field(default=0.5, ge=0, lt=1)
     edition: Literal[1, 2] = 2
     layers_path: str | None = None
 
@@ -215,7 +217,7 @@ class Recipe(BaseModel):
     @classmethod
     def _one_edition(cls, values: Any) -> Any:
         is_paper = isinstance(values, Mapping) and values.get("preset") == "paper"
-        return {**values, "edition": 1} if is_paper else values  # there is one of the paper's preset
+        return {"dropout": 0.0, **values, "edition": 1} if is_paper else values
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:
