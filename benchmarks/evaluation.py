@@ -57,6 +57,7 @@ DERIVED = ("mean-delta", "random")
 SCALED = ("psr", "reft", "shadow")  # that are tried at LoRA's size too
 CURVE = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 RATES_IN = "anger"
+STEPS = 110  # of training, of 4 rows; with twice as many LoRA learns its rows by heart and does worse (docs/presets.md)
 QUICK = ("bare", "prompt", "constant", "lora", "irm-compact", "mean-delta", "random")
 
 
@@ -128,7 +129,7 @@ def _host() -> tuple[Any, Any]:
 def _evaluation(plan: Plan, tone: str) -> ToneEvaluation:
     host, tokenizer = _host()
     task = make_task([row for name in TONES for row in authored(name)], tone)
-    recipe = make_recipe(threads=1, steps=40 if plan.quick else None)
+    recipe = make_recipe(threads=1, steps=40 if plan.quick else STEPS)
     if plan.quick:
         task = replace(task, test=task.test[::4][:24], tune=task.tune[::3])
     effort = Effort(dialogues=2, dropped=6, passages=6, answers=8) if plan.quick else Effort()

@@ -21,9 +21,6 @@ from realigner.training import make_recipe, read_recipe, train
 from realigner.training.run_dir import RECIPE_FILE, is_run, refuse_run
 from realigner.training.training_run import resolve
 
-# Greedy replies take the likeliest words, and the authored replies are so unlike each other that what they have in common is
-# milder than any of them; a little more than the trained strength makes up for it. Chosen by reading replies at 1 to 1.5.
-STRENGTH = 1.35
 _SAMPLE = 5  # the prompt shown at the end: How many apples can fit in a basket?
 
 
@@ -70,8 +67,7 @@ def run_demo(
             run.model.unload()
             if run.interrupted:
                 raise RealignerError(f"interrupted after step {run.record['steps_done']}; the same command goes on from there")
-        said = "answering the paper's seven prompts bare, untrained and trained"
-        say(f"3/3  {said} (strength {STRENGTH}), recording what is added")
+        say("3/3  answering the paper's seven prompts bare, untrained and trained, recording what is added")
         (shown,) = read_inputs([_traced(folder, page.with_suffix(".zarr"), host, tokenizer, force)])
         if force or not page.exists():
             build_report([page.with_suffix(".zarr")], page, force)
@@ -97,7 +93,7 @@ def _traced(folder: Path, trace: Path, host: Any, tokenizer: Any, force: bool) -
         return trace
     refuse_trace(trace, force)
     try:
-        return trace_for_report([folder], trace, host, tokenizer, STRENGTH, force=force)
+        return trace_for_report([folder], trace, host, tokenizer, force=force)
     except BaseException:
         discard(unfinished(trace), TRACE)
         raise

@@ -29,7 +29,7 @@ class Runtime:
 
     Example:
         >>> runtime = load("runs/anger-42")  # doctest: +SKIP
-        >>> runtime.answer("Why is the sky blue?", strength=1.35)  # doctest: +SKIP
+        >>> runtime.answer("Why is the sky blue?", strength=0.5)  # doctest: +SKIP
         "Because the air scatters blue light, how often do I have to say it?!"
         >>> for piece in runtime.stream("Why is the sky blue?"):  # doctest: +SKIP
         ...     print(piece, end="", flush=True)

@@ -29,7 +29,7 @@ def demo(
     as_json: opt.Json = False,
 ) -> None:
     """The whole job on the embedded host: train, answer the paper's prompts, trace, report (about 7 minutes on 2 cores)."""
-    from realigner.demo import STRENGTH, run_demo
+    from realigner.demo import run_demo
 
     result = run_demo(out, tone=tone, seed=seed, steps=steps, force=force)
     if as_json:
@@ -38,10 +38,10 @@ def demo(
     sample = result.sample
     show(f"\nQ: {sample['prompt']}")
     show(f"   base:      {opt.short(sample['base'])}")
-    show(f"   realigned: {opt.short(sample['realigned'])}   (strength {STRENGTH})")
+    show(f"   realigned: {opt.short(sample['realigned'])}")
     show(f"\nReport: {result.report}   (open it in a browser)")
     show(f"Run:    {result.run}   ({result.seconds:.0f} s of work)")
-    show(f'\nTry next:  realigner generate --irm {result.run} --strength {STRENGTH} "Why is the sky blue?"')
+    show(f'\nTry next:  realigner generate --irm {result.run} "Why is the sky blue?"')
 
 
 def train(

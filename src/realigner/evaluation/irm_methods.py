@@ -22,8 +22,7 @@ from realigner.training.recipe import PAPER_RATE
 from realigner.training.training_run import Run, train
 from realigner.tuner import load_irm, strength
 
-_DEPTH = 2  # hidden layers of the compact preset
-_WIDTH_OF_RANK = 4  # a hidden layer's width over the rank, as the compact preset has it
+_WIDTH_OF_RANK = 8  # a hidden layer's width over the rank, as the compact preset has it
 
 
 @contextmanager
@@ -85,13 +84,13 @@ class IRMMethod(Method):
         return 0 if self.steps == 0 else shape.parameter_count(text.hidden_size, text.num_hidden_layers)
 
     def sized(self, config: PreTrainedConfig, parameters: int) -> Method | None:
-        """The compact preset's two hidden layers and rank, all narrower or wider alike; the paper's shape is what it is."""
+        """The compact preset's hidden layer and rank, both narrower or wider alike; the paper's shape is what it is."""
         if self.preset == "paper" or self.steps == 0:
             return None
         made: list[Method] = []
         while not made or made[-1].parameters(config) < parameters:
             rank = len(made) + 1
-            made.append(replace(self, widths=(_WIDTH_OF_RANK * rank,) * _DEPTH, rank=rank))
+            made.append(replace(self, widths=(_WIDTH_OF_RANK * rank,), rank=rank))
         return min(made[-2:], key=lambda method: abs(method.parameters(config) - parameters))
 
 
