@@ -58,7 +58,7 @@ def irms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     host, _ = ra.load_host(str(tiny_folder(place / "host")), dtype="float32")
     for seed, (tone, strength) in enumerate({"anger": 2.0, "sadness": 1.0}.items()):
         torch.manual_seed(seed)
-        model = get_peft_model(host, IRMConfig(output_std=0.3, tone=tone, strength=strength))
+        model = get_peft_model(host, IRMConfig(output_std=1.0, tone=tone, strength=strength))
         model.save_pretrained(str(place / tone))
         model.unload()
     return {tone: place / tone for tone in ("anger", "sadness")}

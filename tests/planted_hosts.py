@@ -129,6 +129,8 @@ def planted_folder(
         samples=0,
         report_to=[],
         evaluations=1,
+        edition=1,  # with which the verdicts were validated (docs/explain.md)
+        dropout=0.0,
     )
 
 

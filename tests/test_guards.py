@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change(monkeypatch: pytest.Mo
     with pytest.raises(RealignerError) as caught:
         check_memory(memory, recipe, llama())
     message = str(caught.value)
-    for part in ("not enough memory", "2,1", "24 GiB free", "optimizer=adafactor saves 16 GiB", "preset=compact saves 30 GiB",
+    for part in ("not enough memory", "2,1", "24 GiB free", "optimizer=adafactor saves 16 GiB", "preset=compact saves 31 GiB",
                  "accumulate=8", "gradient_checkpointing=true", "device=balanced"):  # fmt: skip
         assert part in message, part
     # Each piece of advice does lower the estimate.

@@ -453,7 +453,7 @@ def test_edits_are_trained_through_checkpointing() -> None:
 def test_sizes_on_smollm2() -> None:
     counts = {method.name: method.parameters(SMOLLM2) for method in METHODS}
     assert counts["lora"] == LORA
-    assert counts["irm-compact"] == counts["irm-sentence"] == 1_353_152
+    assert counts["irm-compact"] == counts["irm-sentence"] == 458_420
     assert (counts["constant"], counts["shared"]) == (30 * 576, 576)
     assert (counts["psr"], counts["reft"]) == (30 * 1153, 30 * 4 * 1153)
     assert counts["prefix"] == 20 * 2 * 30 * 192

@@ -26,7 +26,7 @@ from tests.tiny import tiny_pair
 def two_tones(host: Any = None, **config: Any) -> Any:
     """A model with two IRMs, anger active."""
     torch.manual_seed(1)
-    config = {"output_std": 0.3, **config}
+    config = {"output_std": 1.0, **config}
     model = get_peft_model(tiny_host("llama") if host is None else host, IRMConfig(**config), adapter_name="anger").eval()
     model.add_adapter("sadness", IRMConfig(**config))
     return model

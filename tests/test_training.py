@@ -61,7 +61,7 @@ def test_training_learns(tmp_path: Path) -> None:
         tmp_path / "run", recipe=make_recipe(steps=60, batch_size=8, learning_rate=1e-2, evaluations=1, samples=0)
     )
     losses = run.record["validation_loss"]
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - 0.2
 
 
 def test_the_saved_irm_is_the_trained_one(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ class IRMShape:
 
     Example:
         >>> IRMShape(preset="compact", layers=[0, 5], rank=16).parameter_count(hidden_size=64, num_layers=8)
-        5840
+        3488
     """
 
     preset: str = "compact"
