@@ -4,8 +4,7 @@
 
 Anger on the embedded host, on the rows that `benchmarks.evaluation` trains on (11 topics, 165 rows), 110 steps of 4 unless the
 variant's name says otherwise. The validation loss is taken on the rows of 6 other topics (90 rows: those that evaluation tunes
-and trains its scorers on; its test rows are not looked at). What is trained is kept in --out and not trained again. Three seeds of
-the first of each kind; those of LoRA and the constant vectors show what the IRM has to be better than.
+and trains its scorers on; its test rows are not looked at). What is trained is kept in --out and not trained again.
 """
 
 from __future__ import annotations
@@ -143,9 +142,7 @@ def save_figure_of(found: list[dict[str, Any]], place: Path) -> None:
             front = [
                 row
                 for row in found
-                if not any(
-                    other["loss"] <= row["loss"] and other[axis] <= row[axis] and other is not row for other in found
-                )
+                if not any(other["loss"] <= row["loss"] and other[axis] <= row[axis] and other is not row for other in found)
             ]
             front.sort(key=lambda row: row[axis])
             one.plot([row[axis] for row in front], [row["loss"] for row in front], color="#999999", lw=1, zorder=0)

@@ -23,8 +23,8 @@ from realigner.tuner import tuner_of
 from tests.tiny import some_rows, tiny_pair
 
 RECIPE = make_recipe(
-    steps=6, batch_size=8, evaluations=2, samples=0, optimizer="sgd", learning_rate=0.1, dropout=0.0, warmup=0, schedule="constant",
-    report_to=[], threads=1,
+    steps=6, batch_size=8, evaluations=2, samples=0, optimizer="sgd", learning_rate=0.1, warmup=0, schedule="constant",
+    dropout=0.0, report_to=[], threads=1,
 )  # fmt: skip
 
 

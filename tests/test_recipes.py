@@ -264,7 +264,9 @@ def test_what_saves_memory_changes_no_number(tmp_path: Path, options: dict[str, 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_compiled_training_gives_the_same_numbers(tmp_path: Path) -> None:
-    recipe = make_recipe(steps=2, batch_size=4, samples=0, evaluations=1, report_to=[], optimizer="sgd", learning_rate=0.1, dropout=0)
+    recipe = make_recipe(
+        steps=2, batch_size=4, samples=0, evaluations=1, report_to=[], optimizer="sgd", learning_rate=0.1, dropout=0
+    )
     weights = []
     for name in (False, True):
         host, tokenizer = tiny_pair()
@@ -285,9 +287,8 @@ def test_the_irms_products_are_bfloat16_only_while_it_is_trained_on_such_a_host(
     for dtype, products in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
         host, tokenizer = tiny_pair()
         host = host.to(dtype)
-        run = train(
-            host, tokenizer, some_rows(), tmp_path / products, steps=3, batch_size=4, samples=0, report_to=[], quiet=True, dropout=0
-        )
+        recipe = make_recipe(steps=3, batch_size=4, samples=0, report_to=[], dropout=0)
+        run = train(host, tokenizer, some_rows(), tmp_path / products, recipe, quiet=True)
         assert run.record["recipe"]["irm_products"] == products
         network = tuner_of(run.model).registry.network("default")
         assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}

@@ -126,7 +126,8 @@ def test_recipes_of_before_mean_what_they_meant(tmp_path: Path) -> None:
 
 
 def test_sweeps_of_before_find_their_runs() -> None:
-    before = {"default": {"learning_rate": 0.01, "input_scale": 1.0, "delta_scale": 1.0, "dropout": 0.0, "edition": 1}, "paper": {}}
+    scales = {"input_scale": 1.0, "delta_scale": 1.0}
+    before = {"default": {"learning_rate": 0.01, "dropout": 0.0, "edition": 1, **scales}, "paper": {}}
     runs = [plan(Sweep(recipe=name, set=keys, grid={"tone": ["anger"]}), Path())[0] for name, keys in before.items()]
     assert [run.name for run in runs] == ["92e5e7119ddd", "fa2baacbb3e2"]  # what they were
 
