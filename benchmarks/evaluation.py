@@ -1,6 +1,6 @@
 """Does an IRM work, and against what? Three tones on the embedded host, every method of `realigner.evaluation`, 105 questions.
 
-    python -m benchmarks.evaluation [--out runs/evaluation] [--jobs 2] [--quick] [--results docs/results]
+    python -m benchmarks.evaluation [--out runs/evaluation] [--jobs 2] [--quick] [--methods NAMES] [--results docs/results]
 
 Authored rows, 24 topics: 11 to learn from, 2 to tune on, 4 to train the scorers on, 7 to test on (`evaluation.task`). In this
 order, each step kept in --out and not done again:
@@ -67,6 +67,7 @@ class Plan:
 
     out: Path
     quick: bool
+    only: Sequence[str] = ()  # methods to work on; all when empty
 
     @property
     def tones(self) -> Sequence[str]:
@@ -74,7 +75,8 @@ class Plan:
 
     @property
     def methods(self) -> list[Method]:
-        return [find_method(name) for name in QUICK] if self.quick else list(METHODS)
+        names = QUICK if self.quick else [method.name for method in METHODS]
+        return [find_method(name) for name in names if not self.only or name in self.only]
 
     @property
     def seeds(self) -> Sequence[int]:
@@ -266,19 +268,25 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--methods", help="work on these alone, separated by commas")
     parser.add_argument("--only", choices=["results"], help="make the results from what is there, without new work")
     options = parser.parse_args()
-    plan, started = Plan(options.out, options.quick), time.monotonic()
+    methods = tuple(find_method(name).name for name in options.methods.split(",")) if options.methods else ()
+    plan, started = Plan(options.out, options.quick, methods), time.monotonic()
     faults: list[str] = []
     if options.only is None:
         steps: list[tuple[str, list[Unit], Callable[[Plan, Unit], None]]] = [
             ("bare", [Unit(tone, "bare", SEEDS[0]) for tone in plan.tones], ask_bare),
             ("rates", [] if plan.quick else [*rate_units(plan)], search_rate),
             ("methods", [*plan.units()], do_unit),
-            ("derived", [Unit(tone, name, SEEDS[0]) for tone in plan.tones for name in DERIVED], do_unit),
-            ("strength", [*strength_units(plan)], at_strength),
-            ("chosen", [Unit(tone, "irm-compact", SEEDS[0]) for tone in plan.tones], choose),
         ]
+        if "irm-compact" in {method.name for method in plan.methods}:
+            derived = [Unit(tone, name, SEEDS[0]) for tone in plan.tones for name in DERIVED]
+            steps += [
+                ("derived", derived, do_unit),
+                ("strength", [*strength_units(plan)], at_strength),
+                ("chosen", [Unit(tone, "irm-compact", SEEDS[0]) for tone in plan.tones], choose),
+            ]
         for step, units, do in steps:
             if units:
                 faults += work(plan, step, units, do, options.jobs)

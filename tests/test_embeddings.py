@@ -53,7 +53,7 @@ def test_scores_do_not_depend_on_the_number_of_threads() -> None:
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 @pytest.mark.usefixtures("minilm")
