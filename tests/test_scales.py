@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 import realigner as ra
 from realigner.data import authored
 from realigner.errors import UsageError
-from realigner.irm import IRM
+from realigner.irm import EDITIONS, IRM
 from realigner.locate import find_sites
 from realigner.residuals import delta_scale, delta_scales, residual_sizes
 from realigner.sweep.grid import Sweep, plan
@@ -125,9 +125,19 @@ def test_recipes_of_before_mean_what_they_meant(tmp_path: Path) -> None:
     assert read_recipe(tmp_path / "mine.yaml") == Recipe(tone="anger", steps=10)
 
 
+def test_a_preset_named_later_is_the_preset(tmp_path: Path) -> None:
+    compact, paper = make_recipe(), make_recipe("paper")
+    for changed in (make_recipe(preset="paper"), read_recipe("default", ["preset=paper"]), compact.changed(preset="paper")):
+        assert (changed.shape.dropout, changed.shape.edition) == (paper.shape.dropout, paper.shape.edition) == (0.0, 1)
+    assert paper.changed(preset="compact").shape == compact.shape
+    assert (compact.shape.dropout, compact.shape.edition) == (0.5, EDITIONS[-1])
+    assert make_recipe(edition=1).shape.dropout == 0.0
+    assert make_recipe(edition=1, dropout=0.2).shape.dropout == make_recipe(preset="paper", dropout=0.2).shape.dropout == 0.2
+
+
 def test_sweeps_of_before_find_their_runs() -> None:
     scales = {"input_scale": 1.0, "delta_scale": 1.0}
-    before = {"default": {"learning_rate": 0.01, "dropout": 0.0, "edition": 1, **scales}, "paper": {}}
+    before = {"default": {"learning_rate": 0.01, "edition": 1, **scales}, "paper": {}}
     runs = [plan(Sweep(recipe=name, set=keys, grid={"tone": ["anger"]}), Path())[0] for name, keys in before.items()]
     assert [run.name for run in runs] == ["92e5e7119ddd", "fa2baacbb3e2"]  # what they were
 

@@ -21,7 +21,6 @@ from realigner.training.recipe import (
     LATER_KEYS,
     MOST_YAML,
     RUNTIME_ONLY_KEYS,
-    SCALES,
     Name,
     Recipe,
     read_recipe,
@@ -187,8 +186,7 @@ def _run_spec(
 def _name(recipe: Recipe, baseline: bool, digests: dict[str, str]) -> str:
     """The hash of a run: its recipe without what only decides how fast it goes, data by content and not by place."""
     values = {key: value for key, value in recipe.model_dump().items() if key not in RUNTIME_ONLY_KEYS}
-    if recipe.preset == "paper":  # has no other scales
-        values |= {key: values[key] or 1.0 for key in SCALES}
+    values |= recipe.by_preset
     later = {"masked": None, **LATER_KEYS}  # omitted where they ask for what was done before, so that earlier hashes hold
     values = {key: value for key, value in values.items() if key not in later or value not in (later[key], [])}
     if baseline:  # an untrained IRM is the same for all tones

@@ -30,6 +30,8 @@ MOST_YAML = 1 << 18  # characters of a YAML file
 _DIGITS = 400  # of a number
 RUNTIME_ONLY_KEYS = frozenset({"device", "threads", "report_to"})  # where and how fast a run goes, not what it is
 SCALES = ("input_scale", "delta_scale")  # keys that are measured where they are null, with the compact preset
+_NEWEST = 2  # edition of the compact preset (irm.EDITIONS)
+_DROPOUT = 0.5  # of the compact preset: without it, some hundred rows are learned by heart in two epochs (docs/presets.md)
 DEFAULT_RATE, PAPER_RATE = 1e-2, 1e-4  # learning rates of the presets
 _OF_DEFAULT = 0.3  # the share of the default that imitating a teacher takes: its distributions are near the host's own
 _HOST_WIDTH, _IRM_WIDTH = 576, 256  # SmolLM2's and its compact IRM's: up to these the first is taken whole
@@ -173,8 +175,8 @@ class Recipe(BaseModel):
     input_scale: _Scale | None = None
     delta_scale: _Scale | list[_Scale] | None = None
     masked: list[Annotated[int, Field(ge=0)]] | None = None
-    dropout: float = Field(default=0.5, ge=0, lt=1)
-    edition: Literal[1, 2] = 2
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    edition: Literal[1, 2] | None = None
     layers_path: str | None = None
 
     template: Literal["chat", "plain"] = "chat"
@@ -213,12 +215,6 @@ class Recipe(BaseModel):
     compile: bool = False
     tf32: bool = True
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_edition(cls, values: Any) -> Any:
-        is_paper = isinstance(values, Mapping) and values.get("preset") == "paper"
-        return {"dropout": 0.0, **values, "edition": 1} if is_paper else values
-
     @model_validator(mode="after")
     def _together(self) -> Recipe:
         if self.steps is None and self.epochs is None:
@@ -236,7 +232,21 @@ class Recipe(BaseModel):
         """The network that it asks for."""
         from realigner.irm import IRMShape
 
-        return IRMShape(**{field.name: getattr(self, field.name) for field in fields(IRMShape)})
+        return IRMShape(**{field.name: getattr(self, field.name) for field in fields(IRMShape)} | self.by_preset)
+
+    @property
+    def by_preset(self) -> dict[str, Any]:
+        """`edition`, `dropout` and scales: the preset's where they are null; null are scales that a host is to be measured for.
+
+        Example:
+            >>> Recipe().by_preset["dropout"], Recipe(preset="paper").by_preset["dropout"]
+            (0.5, 0.0)
+        """
+        is_paper = self.preset == "paper"
+        edition = 1 if is_paper else self.edition or _NEWEST
+        dropout = (0.0 if edition == 1 else _DROPOUT) if self.dropout is None else self.dropout
+        scales = {key: 1.0 if is_paper and getattr(self, key) is None else getattr(self, key) for key in SCALES}
+        return {"edition": edition, "dropout": dropout, **scales}
 
     @property
     def has_rows(self) -> bool:
@@ -277,10 +287,9 @@ class Recipe(BaseModel):
 
     def difference(self, other: Recipe) -> str | None:
         """The first key that makes another run of it, with both values; None when both are the same run."""
-        for key in type(self).model_fields:
-            mine, theirs = getattr(self, key), getattr(other, key)
-            if key in SCALES and self.preset == other.preset == "paper":  # has no others than 1
-                mine, theirs = mine or 1.0, theirs or 1.0
+        own, others = self.model_dump() | self.by_preset, other.model_dump() | other.by_preset
+        for key, mine in own.items():
+            theirs = others[key]
             if key not in RUNTIME_ONLY_KEYS and mine != theirs:
                 mine, theirs = ("null" if value is None else value for value in (mine, theirs))
                 return f"{key} is {mine}, not {theirs}"

@@ -218,6 +218,7 @@ def resolve(recipe: Recipe, host: nn.Module, tokenizer: Any, rows: Sequence[Row]
         "template": recipe.template if has_chat_template(tokenizer) else "plain",
         "threads": recipe.threads or torch.get_num_threads(),
         "learning_rate": recipe.rate(text_config(host).hidden_size) if recipe.learning_rate is None else recipe.learning_rate,
+        "edition": recipe.by_preset["edition"],
         "irm_products": "float32" if products_dtype(recipe, host) is None else "bfloat16",
     }
     return recipe.model_copy(update=settled)
