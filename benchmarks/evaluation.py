@@ -33,6 +33,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import realigner as ra
@@ -169,8 +170,7 @@ def do_unit(plan: Plan, unit: Unit) -> None:
 
 def ask_bare(plan: Plan, unit: Unit) -> None:
     """Ask the bare host."""
-    assert _evaluation(plan, unit.tone).bare
-    assert _evaluation(plan, unit.tone).tuning_judges
+    _evaluation(plan, unit.tone).prepare()
 
 
 def at_strength(plan: Plan, unit: Unit) -> None:
@@ -242,23 +242,24 @@ def results_of(plan: Plan) -> dict[str, Any]:
                 measured = Measured.load(path)
                 entries.setdefault(name, []).append((measured, evaluation.scores(measured)))
         irm = evaluation.folder / f"irm-compact-{SEEDS[0]}"
-        for tuned in (irm / "tuned").glob("measured-*.json"):
-            measured = Measured.load(tuned)
+        choice = read_object(irm / "strength.json") if (irm / "strength.json").is_file() else None
+        if choice is not None:
+            measured = Measured.load(irm / "tuned" / f"measured-{choice['strength']:g}.json")
             entries["irm-compact, tuned"] = [(measured, evaluation.scores(measured))]
         curve = {}
         for strength in CURVE:
             if (path := irm / f"measured-{strength:g}.json").is_file():
                 curve[f"{strength:g}"] = _point(evaluation, Measured.load(path))
         found[tone] = tone_results(entries, "irm-compact") | {"curve": curve}
-        if (choice := irm / "strength.json").is_file():
-            found[tone]["strength"] = read_object(choice)
+        if choice is not None:
+            found[tone]["strength"] = choice
     return found
 
 
 def _point(evaluation: ToneEvaluation, measured: Measured) -> dict[str, float]:
     scores = evaluation.scores(measured)
     names = ("summary", "probability", "named", "content", "fact", "nats")
-    means = {name: round(float(scores.each[name][scores.each[name] == scores.each[name]].mean()), 4) for name in names}
+    means = {name: round(float(np.nanmean(scores.each[name])), 4) for name in names}
     return means | {key: round(scores.whole[key], 4) for key in ("kl", "shift_median")}
 
 
@@ -272,7 +273,8 @@ def main() -> None:
     parser.add_argument("--only", choices=["results"], help="make the results from what is there, without new work")
     options = parser.parse_args()
     methods = tuple(find_method(name).name for name in options.methods.split(",")) if options.methods else ()
-    plan, started = Plan(options.out, options.quick, methods), time.monotonic()
+    out = options.out / "quick" if options.quick else options.out
+    plan, started = Plan(out, options.quick, methods), time.monotonic()
     faults: list[str] = []
     if options.only is None:
         steps: list[tuple[str, list[Unit], Callable[[Plan, Unit], None]]] = [

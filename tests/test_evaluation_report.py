@@ -18,11 +18,12 @@ from statsmodels.stats.proportion import proportion_confint
 import realigner as ra
 from realigner.cli import main
 from realigner.errors import RealignerError
+from realigner.evaluation.compare import share_interval
 from realigner.evaluation.evaluation_file import Estimates, EvaluationFile, read_evaluation
 from realigner.evaluation.results import BY_REPLY
 from realigner.report import gather, render
 from realigner.report.charts import Spot, label_places, scatter_chart
-from realigner.report.evaluation_section import evaluation_section, share_interval
+from realigner.report.evaluation_section import evaluation_section
 from realigner.report.report_input import untraced
 from tests.planted import planted_explanation, planted_trace, written_explanation
 from tests.planted_evaluation import planted_evaluation, written_evaluation
@@ -114,12 +115,12 @@ def difference(low: float | None, high: float | None, p_holm: float | None) -> C
     ("low", "high", "p", "more", "fewer", "words"),
     [
         (0.1, 0.3, 0.01, "supported", "not supported", "+0.200 (95% interval +0.100 to +0.300; p 0.01 after"),
-        (-0.1, 0.3, 0.01, "not supported", "not supported", "The interval holds 0."),
-        (0.0, 0.3, 0.01, "not supported", "not supported", "The interval holds 0."),
+        (-0.1, 0.3, 0.01, "not supported", "not supported", "The interval includes 0."),
+        (0.0, 0.3, 0.01, "not supported", "not supported", "The interval includes 0."),
         (-0.3, -0.1, 0.01, "not supported", "supported", "-0.200"),
-        (0.1, 0.3, 0.2, "not supported", "not supported", "After the adjustment this may be chance."),
+        (0.1, 0.3, 0.2, "not supported", "not supported", "Not significant after Holm's adjustment."),
         (None, None, None, "cannot tell", "cannot tell", "+0.200."),
-        (0.1, 0.3, None, "supported", "not supported", "(95% interval +0.100 to +0.300)."),
+        (0.1, 0.3, None, "cannot tell", "cannot tell", "There are too few questions for a test."),
     ],
 )
 def test_a_claim_needs_an_interval_without_0(
@@ -133,7 +134,7 @@ def test_a_claim_needs_an_interval_without_0(
     assert (tone["answer"], facts["answer"]) == (more, fewer)
     assert words in tone["words"].replace("\u2212", "-")
     assert tone["n"] == 40
-    assert ("other way round" in tone["words"]) == (low == -0.3)
+    assert ("opposite direction" in tone["words"]) == (low == -0.3)
 
 
 def test_rivals_are_claims_and_holms_survivors_are_listed() -> None:

@@ -22,6 +22,7 @@ from realigner.evaluation.method_protocol import ADAPTER, RECORD_FILE, Given, Jo
 from realigner.evaluation.methods import METHODS, find_method
 from realigner.evaluation.peft_methods import Prefix
 from realigner.evaluation.prompting import system_prompts
+from realigner.evaluation.replies import conversation_of
 from realigner.evaluation.row_training import prepared_rows, train_on_rows
 from realigner.evaluation.task import Task
 from realigner.fingerprints import weights_hash
@@ -60,7 +61,7 @@ def a_task() -> Task:
     return Task("grumpy", rows[:16], rows[16:19], rows[19:], [])
 
 
-def score(rows: Sequence[Row], replies: Sequence[str]) -> float:
+def score(rows: Sequence[Row], replies: Sequence[str], given: str = "") -> float:
     assert len(rows) == len(replies)
     return float(sum(map(len, replies)))
 
@@ -124,8 +125,8 @@ def test_kept_put_on_and_taken_off(name: str, fitted: Fits) -> None:
         assert torch.equal(acting, bare) != (changes_weights or name == "untrained")
         if name not in ("bare", "untrained"):
             assert replies != plain
-        assert model.adjustable == (name not in ("bare", "prompt", "few-shot", "prefix"))
-        if model.adjustable:
+        assert (model.scaled is not None) == (name not in ("bare", "prompt", "few-shot", "prefix"))
+        if model.scaled is not None:
             with model.strength(0.0):
                 assert torch.equal(logits(model.model), bare)
                 assert model.generate(QUESTIONS, max_new_tokens=6) == plain
@@ -289,7 +290,7 @@ def test_best_prompt_and_few_shot(tmp_path: Path, fitted: Fits) -> None:
     wanted = [0.0, 3.0, 9.0, 4.0, 1.0]
     asked = iter(wanted)
 
-    def fixed(rows: Sequence[Row], replies: Sequence[str]) -> float:
+    def fixed(rows: Sequence[Row], replies: Sequence[str], given: str) -> float:
         assert [row.id for row in rows] == ["16", "17", "18"]
         return next(asked)
 
@@ -299,7 +300,7 @@ def test_best_prompt_and_few_shot(tmp_path: Path, fitted: Fits) -> None:
 
     host, tokenizer = tiny_pair()
     with find_method("few-shot").attach(host, tokenizer, fitted["few-shot"]) as model:
-        messages: Any = model.prompts(["Why?"])[0]
+        messages: Any = conversation_of(model, "Why?")
     assert [message["role"] for message in messages] == ["user", "assistant"] * 3 + ["user"]
     texts = {row.question: row.text for row in a_task().train}
     assert all(texts[messages[n]["content"]] == messages[n + 1]["content"] for n in (0, 2, 4))

@@ -21,6 +21,7 @@ import realigner as ra
 from realigner import generation
 from realigner.chat_format import ChatFormat, prompt_ids
 from realigner.errors import RealignerError, UsageError
+from realigner.generation import encode_prompts
 from realigner.irm_config import CONFIG_FILE, IRMConfig
 from realigner.runtime import Runtime, find_irm
 from tests.tiny import tiny_tokenizer
@@ -72,6 +73,24 @@ def test_settings_of_each_prompt(runtime: Runtime) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             runtime.answer(QUESTIONS, **given, **SHORT)
+
+
+def test_a_penalty_that_leaves_the_prompt_out(irms: dict[str, Path]) -> None:
+    """Against a loop that knows no cache and no processor; prompts of different lengths in one batch."""
+    bare = ra.load(host=str(irms["anger"].parent / "host"), dtype="float32")
+    got = bare.answer(QUESTIONS, max_new_tokens=24, repetition_penalty=3.0, penalize_prompt=False)
+    for question, reply in zip(QUESTIONS, got, strict=True):
+        ids = encode_prompts(bare.tokenizer, [question], torch.device("cpu"))["input_ids"]
+        said: list[int] = []
+        while len(said) < 24 and bare.model.generation_config.eos_token_id not in said:
+            with torch.no_grad():
+                scores = bare.model(input_ids=torch.cat([ids, torch.tensor([said], dtype=torch.long)], dim=1)).logits[0, -1]
+            for token in set(said):
+                scores[token] = scores[token] / 3 if scores[token] > 0 else scores[token] * 3
+            said.append(int(scores.argmax()))
+        assert reply == bare.tokenizer.decode(said, skip_special_tokens=True).strip()
+        assert reply.ended == (bare.model.generation_config.eos_token_id in said)
+    assert got != bare.answer(QUESTIONS, max_new_tokens=24, repetition_penalty=3.0)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.2, "seed": 3}, {"strength": -2.0, "irms": "sadness"}], ids=str)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from realigner.chat_format import ChatFormat, check_template_kwargs
@@ -30,9 +30,11 @@ class Answer(str):
 
     Attributes:
         thought: what the host thought before it; empty on hosts that do not think.
+        ended: whether it came to its end, and was not cut at ``max_new_tokens``.
     """
 
     thought: str = ""
+    ended: bool = True
 
 
 class Thought(str):
@@ -56,6 +58,7 @@ def answer(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     thinking_budget: int = 512,
     first: int = 0,
+    penalize_prompt: bool = True,
 ) -> list[Answer]:
     """The replies to `prompts`, in order, as text.
 
@@ -80,6 +83,8 @@ def answer(
         chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``, over those of the IRM.
         thinking_budget: tokens of a thought, on hosts that think; then the thought is closed. They do not count as the reply's.
         first: number of the first prompt, for whoever asks some of a list of prompts and samples as all of it would be.
+        penalize_prompt: whether `repetition_penalty` counts the prompt's tokens too, as transformers and vLLM do, or the
+            reply's alone.
 
     Raises:
         UsageError: for an empty prompt, a bad number, or settings of another number than there are prompts.
@@ -95,6 +100,7 @@ def answer(
     names = [irms] * len(prompts) if isinstance(irms, (str, tuple)) else irms
     sampling = _Sampling(max_new_tokens, thinking_budget, temperature, repetition_penalty, seed)
     chat_format = format_of(model, tokenizer, chat_template_kwargs, irms)
+    ends = _ends(model, chat_format)
     replies: list[Answer] = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -107,13 +113,15 @@ def answer(
         }
         settings = _settings(model, **own, where=where)
         opened = [chat_format.opens_thought(row) for row in rows]
-        options = sampling.options(model, chat_format, opened, first + start)
+        uncounted = 0 if penalize_prompt else inputs["input_ids"].shape[1]
+        options = sampling.options(model, chat_format, opened, first + start, uncounted)
         with torch.no_grad():
             tokens = model.generate(**inputs, **options, **settings)  # type: ignore[operator]
         for row, is_open in zip(tokens[:, inputs["input_ids"].shape[1] :].tolist(), opened, strict=True):
             thought, text = chat_format.split(row, is_open)
             replies.append(Answer(text))
             replies[-1].thought = thought
+            replies[-1].ended = not ends.isdisjoint(row)
         if done is not None:
             done(len(rows))
     return replies
@@ -349,10 +357,21 @@ class _Sampling:
         _check_number("temperature", self.temperature, 0 <= self.temperature < 100)
         _check_number("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < 100)
 
-    def options(self, model: nn.Module, chat_format: ChatFormat, opened: Sequence[bool], first_row: int) -> dict[str, Any]:
-        """The arguments of ``generate`` for the rows of a batch, the first one being the prompt of number `first_row`."""
+    def options(
+        self, model: nn.Module, chat_format: ChatFormat, opened: Sequence[bool], first_row: int, uncounted: int = 0
+    ) -> dict[str, Any]:
+        """The arguments of ``generate`` for the rows of a batch.
+
+        Args:
+            opened: of each row, whether its prompt opens a thought.
+            first_row: number of the prompt that is the first row.
+            uncounted: positions at the start that the repetition penalty leaves out.
+        """
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
         options |= {"do_sample": False, "logits_processor": [], "stopping_criteria": []}
+        if uncounted:
+            penalty = RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty), prompt_ignore_length=uncounted)
+            options |= {"repetition_penalty": 1.0, "logits_processor": [penalty]}
         if (
             chat_format.tokenizer.pad_token_id is not None
         ):  # some hosts name a token of text, which would be read as the reply's
@@ -364,11 +383,16 @@ class _Sampling:
             options["max_new_tokens"] = budget.most
             options["logits_processor"].append(budget)
             options["stopping_criteria"].append(budget.enough)
-        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = [ends] if isinstance(ends, int) else list(ends or [])
-        if not chat_format.is_plain and not set(chat_format.ends) <= set(ends):  # the template ends replies in another way
-            options["eos_token_id"] = ends + chat_format.ends
+        if ends := _ends(model, chat_format):
+            options["eos_token_id"] = sorted(ends)
         return options
+
+
+def _ends(model: nn.Module, chat_format: ChatFormat) -> set[int]:
+    """The tokens that end a reply: the host's, and those by which its template ends one."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = {ends} if isinstance(ends, int) else set(ends or [])
+    return own if chat_format.is_plain else own | set(chat_format.ends)
 
 
 def _check_number(name: str, value: float, fits: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from realigner.analysis.resampling import check_draws, interval, mean_over_first
 from realigner.errors import UsageError
 
 DRAWS = 10_000
+_Z = 1.959964  # of a 95% interval
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def estimate(
     """The mean of a method's values, ``[prompt]`` or ``[seed, prompt]``, and its interval over prompts.
 
     Seeds are averaged prompt by prompt first: the interval says what other prompts would give, not what other seeds would.
-    Values that are NaN do not count. The interval stays within `bounds`, which the mean cannot exceed.
+    Values that are NaN do not count. The interval stays within `bounds`, which the mean cannot exceed. Where `bounds` are 0 and
+    1 and so are all values, a bootstrap says nothing; the interval is Wilson's.
     """
     check_draws(1, resamples)
     each = _by_prompt(values)
@@ -60,6 +63,8 @@ def estimate(
     if not len(each):
         return Estimate(np.nan, np.nan, np.nan, 0)
     mean = float(each.mean())
+    if bounds == (0.0, 1.0) and mean in bounds:
+        return Estimate(mean, *share_interval(mean, len(each)), len(each))
     draws = weighted_mean(each, prompt_weights(len(each), resamples, np.random.default_rng(seed)))
     return Estimate(mean, *interval(mean, draws, len(each), bounds), len(each))
 
@@ -99,6 +104,20 @@ def compare(values: Mapping[str, np.ndarray], against: str, draws: int = DRAWS, 
             found.append(Comparison(method, against, estimate(difference, draws, seed), p, np.nan))
     adjusted = holm(np.array([one.p for one in found]))
     return [replace(one, p_holm=float(p)) for one, p in zip(found, adjusted, strict=True)]
+
+
+def share_interval(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share of n; NaN where n is 0.
+
+    Example:
+        >>> [round(end, 3) for end in share_interval(0.5, 24)]
+        [0.314, 0.686]
+    """
+    if not n or not math.isfinite(share):
+        return math.nan, math.nan
+    middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(max(0.0, share * (1 - share)) / n + _Z**2 / (4 * n**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _by_prompt(values: np.ndarray) -> np.ndarray:

@@ -25,13 +25,12 @@ from realigner.errors import RealignerError
 from realigner.evaluation.irm_methods import irm_attached
 from realigner.evaluation.method_protocol import Fitted, Job, Method, MethodRecord, restored
 from realigner.evaluation.row_training import train_on_rows
-from realigner.generation import answer
 from realigner.irm_config import IRMConfig
 from realigner.locate import find_sites
 from realigner.prompts import Message
 from realigner.residuals import Residuals
 from realigner.training.batches import Collator, to_last_label
-from realigner.tuner import tuner_of
+from realigner.tuner import strength, tuner_of
 
 STRENGTHS = (0.1, 0.2, 0.4, 0.7, 1.0)  # of mean differences that are tried
 _ROWS = 8  # in a batch of forwards
@@ -167,9 +166,9 @@ class MeanDifference(ConstantMethod):
         toned = [row.conversation for row in job.task.train]
         asked, length = [conversation[:-1] for conversation in toned], job.given.reply_tokens
         with progress("the bare host's replies", len(asked)) as bar:
-            said = answer(job.host, job.tokenizer, asked, max_new_tokens=length, done=bar.advance)
+            said = Fitted(job.host, job.tokenizer).generate(asked, length, bar.advance)
         own = [
-            [*before, {"role": "assistant", "content": str(reply)}]
+            [*before, {"role": "assistant", "content": reply}]
             for before, reply in zip(asked, said, strict=True)
             if reply.strip()
         ]
@@ -183,9 +182,9 @@ class MeanDifference(ConstantMethod):
         try:
             with progress("trying strengths", len(STRENGTHS) * len(rows)) as bar:
                 for value in STRENGTHS:
-                    options: dict[str, Any] = {"strength": value, "max_new_tokens": length, "done": bar.advance}
-                    replies = answer(model, job.tokenizer, prompts, **options)
-                    scores[value] = float(job.given.score(rows, [str(reply) for reply in replies]))
+                    with strength(model, value):
+                        replies = Fitted(model, job.tokenizer).generate(prompts, length, bar.advance)
+                    scores[value] = float(job.given.score(rows, replies, ""))
         finally:
             model.unload()
         best = max(scores, key=lambda value: scores[value])

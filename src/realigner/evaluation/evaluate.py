@@ -6,12 +6,12 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from realigner.console import progress
-from realigner.data import TONES, Row, authored, read_rows
+from realigner.data import TONES, Row, authored, read_rows, rows_hash
 from realigner.data.data_split import split_rows
 from realigner.data.endpoint import Endpoint
 from realigner.errors import RealignerError, UsageError
@@ -19,8 +19,8 @@ from realigner.evaluation.compare import estimate
 from realigner.evaluation.evaluation_file import RESULTS
 from realigner.evaluation.irm_methods import irm_attached
 from realigner.evaluation.judge import ASPECTS, rate
-from realigner.evaluation.measured import Effort, Measured
-from realigner.evaluation.methods import find_method
+from realigner.evaluation.measured import MEASURED, Effort, Measured
+from realigner.evaluation.methods import METHODS, find_method
 from realigner.evaluation.replies import ask
 from realigner.evaluation.results import plain, tone_results
 from realigner.evaluation.side_effects import bare_speaker
@@ -28,15 +28,17 @@ from realigner.evaluation.strength_choice import MOST_KL, MOST_SHIFT, STRENGTHS,
 from realigner.evaluation.task import Task
 from realigner.evaluation.tone_evaluation import Subject, ToneEvaluation
 from realigner.files import made_folder, read_object, write_text
+from realigner.irm import IRMShape
 from realigner.irm_config import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
 from realigner.training import read_recipe, read_run
 from realigner.training.recipe import Recipe
-from realigner.training.run_dir import RECIPE_FILE
+from realigner.training.run_dir import RECIPE_FILE, is_run
 
 ASKED, OWN_VOICE, JUDGE = "asked.json", "own-voice.jsonl", "judge.json"
-_TUNED_ON = 1 / 3  # of the topics that a run held out
+_TUNED_ON = 1 / 3  # of the topics that a run without test rows held out
 _CONTRASTED = 120  # questions that the bare host is asked for a scorer to tell its voice from the tone
 _LEAST = 8  # questions
+_NETWORK = tuple(field.name for field in fields(IRMShape))  # keys of a recipe
 
 
 def task_of(folder: Path, tune: bool) -> tuple[Task, Recipe]:
@@ -47,28 +49,34 @@ def task_of(folder: Path, tune: bool) -> tuple[Task, Recipe]:
         tune: something is to be chosen on tuning rows, so there must be some.
 
     Returns:
-        The task, and the run's recipe. A third of the topics that were held out, where there are two or more, are for tuning,
-        whether or not anything is chosen there, so the questions asked are always the same. The scorer rows are those of the
-        topics that were trained on, in every tone that the data has.
+        The task, and the run's recipe. Of a run with test rows, those are asked about, and its validation rows, on which its
+        checkpoint was chosen, are for tuning. Of one without, a third of the validation topics, where there are two or more,
+        are for tuning, and the rest is asked about. The scorer rows are those of the topics that were trained on, in every
+        tone that the data has.
 
     Raises:
         UsageError: for a run of several tones, or from a sentence alone.
-        RealignerError: when its data have changed, or it held out too little.
+        RealignerError: when it is no run, its data have changed, or it held out too little.
     """
+    if not is_run(folder):
+        raise RealignerError(f"{folder}: is not a finished run; give the folder that `realigner train --out` made")
     record, recipe = read_run(folder), read_recipe(folder / RECIPE_FILE)
     if recipe.data is None or recipe.tone in (None, "all"):
-        raise UsageError(f"{folder}: was not trained on one tone's rows of a file or the authored set; there is nothing to ask")
+        raise UsageError(
+            f"{folder}: was not trained on one tone's rows of a file or the authored set, which evaluate asks about"
+        )
     rows = [row for name in TONES for row in authored(name)] if recipe.data == "authored" else read_rows(recipe.data)
     own = [row for row in rows if row.tone == recipe.tone]
     parts = split_rows(own, recipe.seed, recipe.validation, recipe.test)
-    if sorted({row.group for row in parts.validation}) != record["data"]["validation_groups"]:
+    if rows_hash(own) != record["data"]["sha256"]:
         raise RealignerError(f"{recipe.data}: is not what {folder} was trained on; evaluate it with those rows")
-    held = [*parts.validation, *parts.test]
-    topics = sorted({row.group for row in held})
-    if tune and len(topics) < 2:
-        raise RealignerError(f"{folder}: held out {len(topics)} topic(s); train with test=0.3 to have some for the strength")
-    random.Random(recipe.seed).shuffle(topics)
-    tuned = set(topics[: max(1, round(_TUNED_ON * len(topics)))]) if len(topics) > 1 else set[str]()
+    held, tuned = [*parts.validation, *parts.test], {row.group for row in parts.validation}
+    if not parts.test:
+        topics = sorted(tuned)
+        if tune and len(topics) < 2:
+            raise RealignerError(f"{folder}: held out {len(topics)} topic(s); train with test=0.3 to have some to tune on")
+        random.Random(recipe.seed).shuffle(topics)
+        tuned = set(topics[: max(1, round(_TUNED_ON * len(topics)))]) if len(topics) > 1 else set()
     test = [row for row in held if row.group not in tuned]
     if len(test) < _LEAST:
         raise RealignerError(f"{folder}: held out {len(test)} questions to ask; train with test=0.3 to have more")
@@ -119,7 +127,8 @@ def evaluate(
         irm: the run's folder.
         out: where to keep what is measured; ``evaluation.json`` is written there last.
         host, tokenizer: from `load_host`; the host is bare.
-        baselines: names of `methods.METHODS`; those that are trained learn from the run's training rows by its recipe.
+        baselines: names of `methods.METHODS`; those that are trained learn from the run's training rows by its recipe, IRMs
+            with the network of their presets. Those that were measured in `out` before are compared again.
         tune: choose the strength on a part of the held-out topics, and save it with the adapter; else the IRM acts at the
             strength that its adapter names.
         effort: how much is asked.
@@ -134,12 +143,18 @@ def evaluate(
     effort = effort or Effort()
     methods = [find_method(name) for name in baselines if name != "bare"]
     task, recipe = task_of(irm, tune or any("score" in method.needs or method.rates for method in methods))
-    refuse_another(out, irm, effort, questions)
+    if methods and (recipe.template != "chat" or recipe.chat_template_kwargs):
+        raise UsageError(f"{irm}: was not trained in the host's own chat form, in which methods are asked; give no baselines")
+    refuse_another(out, irm, task, effort, questions, host)
+    methods += [
+        method for method in METHODS if method not in methods and any(out.glob(f"{method.name}-{recipe.seed}/{MEASURED}"))
+    ]
     if questions is not None:
         task = replace(task, test=_some(task.test, questions))
     if len({row.tone for row in task.scorer}) < 2:
         task = replace(task, scorer=[*task.scorer, *_own_voice(task, host, tokenizer, out, effort)])
-    evaluation = ToneEvaluation(host, tokenizer, task, out, recipe, effort)
+    networks = {name: Recipe.model_fields[name].default for name in _NETWORK}
+    evaluation = ToneEvaluation(host, tokenizer, task, out, recipe.model_copy(update=networks), effort)
     own = _subject(irm, out / "irm", host, tokenizer)
     choice = None
     with progress("asking", _asked(evaluation, len(methods), tune)) as bar:
@@ -149,13 +164,16 @@ def evaluate(
             tried = {value: evaluation.measured(own, value, tuning=True, cheap=True) for value in STRENGTHS}
             scores = {value: evaluation.tuning_judges.scores(found) for value, found in tried.items()}
             choice = choose_strength(scores, most_kl, most_shift)
-        measured = evaluation.measured(own, _strength_of(irm) if choice is None else choice.strength)
+        used = _strength_of(irm) if choice is None else choice.strength
+        measured = evaluation.measured(own, used)
         entries["irm"] = [(measured, evaluation.scores(measured))]
         for method in methods:
             folder = evaluation.fit(method, method.name, recipe.seed, irm=irm if "irm" in method.needs else None)
-            measured = evaluation.measured(evaluation.subject(method, folder))
+            measured = evaluation.measured(evaluation.subject(method, folder), used if "irm" in method.needs else None)
             entries[method.name] = [(measured, evaluation.scores(measured))]
     results = tone_results(entries, "irm")
+    before = read_object(out / RESULTS)["tones"].get(task.tone, {}) if (out / RESULTS).is_file() else {}
+    results |= {key: before[key] for key in ("strength", "judge") if before.get(key)}
     if judge is not None:
         measures = {name: own[0][0] for name, own in entries.items()}
         results["judge"] = {"model": judge.model, "methods": _ratings(judge, task.tone, measures, out / JUDGE)}
@@ -182,23 +200,27 @@ def _ratings(judge: Endpoint, tone: str, measures: Mapping[str, Measured], place
     return found
 
 
-def refuse_another(out: Path, irm: Path, effort: Effort, questions: int | None) -> None:
+def refuse_another(out: Path, irm: Path, task: Task, effort: Effort, questions: int | None, host: Any) -> None:
     """Note in a folder what is evaluated there, or raise where it is something else.
 
     Raises:
         RealignerError: naming what differs.
     """
-    weights = hashlib.sha256((adapter_folder(irm) / WEIGHTS_FILE).read_bytes()).hexdigest()
-    asked = {"irm": weights, "effort": effort.model_dump(), "questions": questions}
     path = made_folder(out) / ASKED
+    if not path.is_file() and any(out.iterdir()):
+        raise RealignerError(f"{out}: holds something that is no evaluation; choose another folder")
+    asked = {
+        "--irm": hashlib.sha256((adapter_folder(irm) / WEIGHTS_FILE).read_bytes()).hexdigest(),
+        "the run's rows": rows_hash([*task.train, *task.tune, *task.test, *task.scorer]),
+        "--max-new-tokens": effort.reply_tokens,
+        "how much is asked": effort.model_dump(exclude={"reply_tokens"}),
+        "--questions": questions,
+        "--dtype": str(next(host.parameters()).dtype).removeprefix("torch."),
+    }
     if path.is_file():
         before = read_object(path)
         if other := [key for key, value in asked.items() if before.get(key) != value]:
-            raise RealignerError(
-                f"{out}: holds an evaluation of something else ({', '.join(other)} differ); choose another folder"
-            )
-    elif any(out.iterdir()):
-        raise RealignerError(f"{out}: holds something that is no evaluation; choose another folder")
+            raise RealignerError(f"{out}: holds an evaluation with other settings ({', '.join(other)}); choose another folder")
     write_text(path, json.dumps(asked, indent=1) + "\n")
 
 

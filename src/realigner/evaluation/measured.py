@@ -188,7 +188,7 @@ def measure(
     disordered = [_shuffled(text, number) for number, text in enumerate(texts)] if shuffle else []
     unusual = reply_losses(bare, tokenizer, questions, disordered) if shuffle else []
     replies = [
-        Said(question=question, reply=text, tokens=length, ended=length < effort.reply_tokens, nats=nats, nats_tokens=count)
+        Said(question=question, reply=text, tokens=length, ended=text.ended, nats=nats, nats_tokens=count)
         for question, text, length, (nats, count) in zip(questions, texts, lengths, usual, strict=True)
     ]
     return Measured(

@@ -22,13 +22,14 @@ from transformers import PreTrainedConfig
 
 from realigner.data import Row
 from realigner.errors import RealignerError, UsageError
+from realigner.evaluation.replies import Conversation, ask
 from realigner.evaluation.task import Task
 from realigner.files import Artifact, Output, locked, read_object, write_text
 from realigner.fingerprints import Fingerprint, fingerprint, weights_hash
-from realigner.generation import answer
+from realigner.generation import Answer
 from realigner.irm_config import WEIGHTS_FILE
-from realigner.prompts import Message, Prompt, messages_of
-from realigner.training.recipe import Recipe
+from realigner.prompts import Message
+from realigner.training.recipe import RUNTIME_ONLY_KEYS, Recipe
 from realigner.training.training_run import resolve
 from realigner.validation_message import first_fault
 
@@ -48,7 +49,7 @@ _LEARNED = Artifact(
     "what a method learned", _check_learned, r"adapter_config\.json|README\.md|(adapter_model|edits)\.safetensors"
 )
 
-Score = Callable[[Sequence[Row], Sequence[str]], float]
+Score = Callable[[Sequence[Row], Sequence[str], str], float]  # of replies to rows, with what stood before each question
 """How good replies to rows are, as ``score(rows, replies)``; the higher, the better."""
 
 
@@ -105,11 +106,6 @@ class Fitted:
     history: Sequence[Message] = ()
     scaled: Callable[[float], AbstractContextManager[None]] | None = None
 
-    @property
-    def adjustable(self) -> bool:
-        """Whether it has a strength."""
-        return self.scaled is not None
-
     @contextmanager
     def strength(self, value: float) -> Iterator[None]:
         """Have the method act at a strength in the calls of a block; blocks do not nest.
@@ -122,15 +118,11 @@ class Fitted:
         with self.scaled(value):
             yield
 
-    def prompts(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Prompts as this method puts them, but for its system prompt."""
-        return [[*self.history, *messages_of(prompt)] if self.history else prompt for prompt in prompts]
-
-    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
-        """The replies to prompts, in order; `options` are those of `realigner.generation.answer`."""
-        return [
-            str(reply) for reply in answer(self.model, self.tokenizer, self.prompts(prompts), system=self.system, **options)
-        ]
+    def generate(
+        self, questions: Sequence[str | Conversation], max_new_tokens: int, done: Callable[[int], None] | None = None
+    ) -> list[Answer]:
+        """The replies to questions; see `replies.ask`."""
+        return ask(self, self.tokenizer, questions, max_new_tokens, done)
 
 
 class MethodRecord(BaseModel):
@@ -242,6 +234,8 @@ class Method(ABC):
                 "tone": task.tone,
                 "seed": recipe.seed,
                 "rate": job.recipe.learning_rate if self.rates else None,
+                "asked_rate": rate,
+                "recipe": recipe.model_dump(exclude=set(RUNTIME_ONLY_KEYS)),
                 "seconds": round(seconds, 1),
                 "parameters": 0,
                 **found,
@@ -289,6 +283,23 @@ class Method(ABC):
     def recipe_keys(self) -> Mapping[str, Any]:
         """Keys of the recipe that are this method's."""
         return {}
+
+
+def refuse_other_fit(folder: Path, method: Method, recipe: Recipe, rate: float | None) -> None:
+    """Raise unless a folder holds a fit of this method with these settings.
+
+    Raises:
+        RealignerError: naming what differs.
+    """
+    values = read_method(folder, method.name).model_dump()
+    asked = {"settings": method.describe(), "asked_rate": rate, "recipe": recipe.model_dump(exclude=set(RUNTIME_ONLY_KEYS))}
+    asked = json.loads(json.dumps(asked))
+    if asked == {key: values.get(key) for key in asked}:
+        return
+    before, now = values.get("recipe") or {}, asked["recipe"]
+    other = [key for key in ("settings", "asked_rate") if values.get(key) != asked[key]]
+    other += [f"{key} {before.get(key)}, not {now[key]}" for key in now if before.get(key) != now[key]]
+    raise RealignerError(f"{folder}: was fitted with other settings ({', '.join(other)}); delete it to fit anew")
 
 
 def read_method(folder: Path, name: str | None = None) -> MethodRecord:

@@ -65,8 +65,8 @@ class BestPrompt(Prompting):
             for prompt in prompts:
                 fitted = Fitted(job.host, job.tokenizer, system=prompt)
                 asked = [row.question if row.messages is None else row.conversation[:-1] for row in rows]
-                replies = fitted.generate(asked, max_new_tokens=job.given.reply_tokens, done=bar.advance)
-                scores.append(float(job.given.score(rows, replies)))
+                replies = fitted.generate(asked, job.given.reply_tokens, bar.advance)
+                scores.append(float(job.given.score(rows, replies, prompt)))
         tried = dict(zip(prompts, scores, strict=True))
         return {"system": max(tried, key=lambda prompt: tried[prompt]), "scores": tried}
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from realigner.data.tokens import Example
-from realigner.generation import answer, format_of
+from realigner.generation import Answer, answer, format_of
 from realigner.prompts import Message
 from realigner.training.batches import Collator, EncodedRows
 from realigner.training.loss import row_losses, takes_logits_to_keep
@@ -54,8 +54,11 @@ def ask(
     questions: Sequence[str | Conversation],
     max_new_tokens: int,
     done: Callable[[int], None] | None = None,
-) -> list[str]:
+) -> list[Answer]:
     """Greedy replies, in the order of the questions; those of like length are answered together.
+
+    As in `realigner generate`, tokens that a reply has are made less likely (a repetition penalty of 1.1); those of its prompt
+    are not: else a system prompt, examples, or earlier replies would drive the tone's own words away.
 
     Args:
         speaker: who answers.
@@ -66,12 +69,13 @@ def ask(
     """
     prompts = [conversation_of(speaker, question) for question in questions]
     order = sorted(range(len(prompts)), key=lambda n: sum(len(message["content"]) for message in prompts[n]))
-    replies = [""] * len(prompts)
+    replies = [Answer()] * len(prompts)
     for start in range(0, len(order), BATCH):
         part = order[start : start + BATCH]
-        texts = answer(speaker.model, tokenizer, [prompts[n] for n in part], max_new_tokens)
+        asked = [prompts[n] for n in part]
+        texts = answer(speaker.model, tokenizer, asked, max_new_tokens, batch_size=BATCH, penalize_prompt=False)
         for n, text in zip(part, texts, strict=True):
-            replies[n] = str(text)
+            replies[n] = text
         if done is not None:
             done(len(part))
     return replies

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from realigner.data import Row
+from realigner.errors import RealignerError
 from realigner.evaluation.measured import MEASURED, Effort, Measured, measure
-from realigner.evaluation.method_protocol import RECORD_FILE, Fitted, Given, Method, read_method
+from realigner.evaluation.method_protocol import RECORD_FILE, Fitted, Given, Method, read_method, refuse_other_fit
 from realigner.evaluation.replies import Speaker, reply_losses
 from realigner.evaluation.scores import Judges, Scores
 from realigner.evaluation.side_effects import NeutralText, bare_speaker, some_passages
@@ -95,11 +96,13 @@ class ToneEvaluation:
             irm: folder of a fitted IRM, for methods that are made of one.
         """
         folder = self.folder / f"{name}-{seed}"
-        if not (folder / RECORD_FILE).is_file():
+        recipe = self.recipe.changed(seed=seed)
+        if (folder / RECORD_FILE).is_file():
+            refuse_other_fit(folder, method, recipe, rate)
+        else:
             if "score" in method.needs:
-                assert self.tuning_judges  # which need the bare host
+                self.prepare()
             given = Given(score=self._tuning_score, irm=irm, reply_tokens=self.effort.reply_tokens)
-            recipe = self.recipe.changed(seed=seed)
             method.fit(self.host, self.tokenizer, self.task, recipe, rate, made_folder(folder.parent) / folder.name, given)
         return folder
 
@@ -120,11 +123,11 @@ class ToneEvaluation:
             cheap: leave out dialogues, requests to drop the tone, and questions about passages.
         """
         name = "tune" if tuning else "measured"
+        effort = self.effort.model_copy(update=_CHEAP) if cheap else self.effort
         place = subject.folder / (f"{name}.json" if strength is None else f"{name}-{strength:g}.json")
         if place.is_file():
-            return Measured.load(place)
+            return _asked_so(Measured.load(place), effort, place)
         named = {"method": subject.name, "tone": self.task.tone, "seed": subject.seed, "facts": subject.facts}
-        effort = self.effort.model_copy(update=_CHEAP) if cheap else self.effort
         rows = self.task.tune if tuning else self.task.test
         found = self._measure(_at(subject.attach(), strength), rows, effort, named, strength)
         made_folder(place.parent)
@@ -146,7 +149,7 @@ class ToneEvaluation:
     def _bare_on(self, task: Task, name: str, effort: Effort) -> Measured:
         place = self.folder / name / MEASURED
         if place.is_file():
-            return Measured.load(place)
+            return _asked_so(Measured.load(place), effort, place)
         named = {"method": "bare", "tone": task.tone, "seed": 42, "facts": {"parameters": 0}}
         found = self._measure(nullcontext(self._speaker), task.test, effort, named, None, shuffle=True)
         made_folder(place.parent)
@@ -167,14 +170,24 @@ class ToneEvaluation:
             attached, self._speaker, self.tokenizer, rows, neutral, effort, named, strength, shuffle=shuffle, done=self.done
         )
 
-    def _tuning_score(self, rows: Sequence[Row], replies: Sequence[str]) -> float:
+    def prepare(self) -> None:
+        """Ask the bare host what it has not been asked, and train the scorers: while nothing is attached to the host."""
+        self.judges, self.tuning_judges  # noqa: B018
+
+    def _tuning_score(self, rows: Sequence[Row], replies: Sequence[str], given: str = "") -> float:
         """The mean summary of replies to the tuning questions, by which prompts and strengths are chosen."""
         assert list(rows) == list(self.task.tune)
         with ExitStack() as stack:
             for injector in attached_injectors(self.host):
                 stack.enter_context(injector.threads.using(Settings(irms=())))
             losses = reply_losses(self._speaker, self.tokenizer, [row.question for row in rows], replies)
-        return float(self.tuning_judges.summary(replies, losses).mean())
+        return float(self.tuning_judges.summary(replies, losses, given).mean())
+
+
+def _asked_so(measured: Measured, effort: Effort, place: Path) -> Measured:
+    if measured.effort != effort:
+        raise RealignerError(f"{place}: was measured with other settings ({measured.effort}, not {effort}); delete it")
+    return measured
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from realigner.evaluation.compare import share_interval
 from realigner.evaluation.evaluation_file import Difference, EvaluationFile, Mean, MethodResults, ToneResults
 from realigner.report import charts, page_tables as tables
 from realigner.report.charts import ChartAxis, Dot, Line, Spot, fmt
@@ -16,7 +17,6 @@ from realigner.report.method_styles import KINDS, method_kind
 from realigner.report.page_tables import fixed, fixed_interval, probability
 
 ALPHA = 0.05  # of a comparison after Holm's adjustment
-_Z = 1.959964  # of a 95% interval
 _LOWER_IS_BETTER = ("nats", "target")
 MEASURES = {
     "summary": "summary",
@@ -104,7 +104,7 @@ def _claims(tone: str, own: ToneResults) -> list[dict[str, Any]]:
     for name in own.methods:
         base, _, size = name.partition("@")
         if base in _RIVALS and name != own.against:
-            sized = f" at {int(size):,} parameters" if size.isdigit() else ""
+            sized = f" with {own.methods[name].facts.parameters:,} parameters" if size else ""
             found.append(_claim(own, name, "summary", f"Is it better than {_RIVALS[base]}{sized}?", up=True))
     return [claim for claim in found if claim]
 
@@ -119,17 +119,20 @@ def _claim(own: ToneResults, other: str, measure: str, question: str, up: bool) 
     ours, theirs = (getattr(one.estimates, measure).mean for one in (irm, own.methods[other]))
     known = math.isfinite(low) and math.isfinite(high)
     apart = known and not low <= 0 <= high
-    held = apart and not found.p_holm >= ALPHA
-    answer = "cannot tell" if not known else "supported" if held and (mean > 0) == up else "not supported"
+    held = apart and found.p_holm < ALPHA
+    untested = apart and not math.isfinite(found.p_holm)
+    answer = "cannot tell" if untested or not known else "supported" if held and (mean > 0) == up else "not supported"
     tested = f"; p {probability(found.p_holm)} after Holm's adjustment" if math.isfinite(found.p_holm) else ""
     between = f" (95% interval {_signed(low)} to {_signed(high)}{tested})" if known else ""
     words = f"{name.capitalize()} {fixed(ours)} against {fixed(theirs)}: {_signed(mean)}{between}."
     if known and not apart:
-        words += " The interval holds 0."
+        words += " The interval includes 0."
+    elif untested:
+        words += " There are too few questions for a test."
     elif apart and not held:
-        words += " After the adjustment this may be chance."
+        words += " Not significant after Holm's adjustment."
     elif answer == "not supported":
-        words += " It is the other way round."
+        words += " The difference is in the opposite direction."
     if other == "prompt":
         words += "".join(_beside(own, other, measure) for measure in ("named", "content"))
     mark = {"supported": "yes", "not supported": "no"}.get(answer, "unknown")
@@ -342,20 +345,6 @@ def _costs(own: ToneResults, ranked: Sequence[str]) -> dict[str, Any]:
     head = ["method", "parameters", "seconds of training, by seed", "learning rate", "ms per token"]
     chart = charts.scatter_chart(spots, "parameters (log)", "summary, 0 to 2", "Summary against parameters", log=True)
     return {"chart": chart, "table": {"head": head, "rows": rows, "numeric": [False, *[True] * 4]}}
-
-
-def share_interval(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share of n; NaN where n is 0.
-
-    Example:
-        >>> [round(end, 3) for end in share_interval(0.5, 24)]
-        [0.314, 0.686]
-    """
-    if not n or not math.isfinite(share):
-        return math.nan, math.nan
-    middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(max(0.0, share * (1 - share)) / n + _Z**2 / (4 * n**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _share(value: float, n: int) -> str:
