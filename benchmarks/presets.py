@@ -124,7 +124,7 @@ def rows(out: Path) -> Iterator[dict[str, Any]]:
                 "name": name,
                 "kind": variant.kind,
                 "parameters": found[0]["parameters"],
-                "seconds": found[0]["training_seconds"],
+                "seconds": found[0]["seconds"],
                 "losses": losses,
                 "loss": round(mean(losses), 4),
             }

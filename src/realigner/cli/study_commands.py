@@ -15,21 +15,27 @@ from realigner.errors import RealignerError, UsageError
 
 
 def evaluate(
+    context: typer.Context,
     irm: Annotated[Path, typer.Option("--irm", help="A run's folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for what is measured; the same command goes on there.")],
+    out: Annotated[Path, typer.Option(help="Folder for the measurements; run the same command again to resume.")],
     baselines: Annotated[
         str, typer.Option(help="Methods to compare with, separated by commas, besides the bare host; or all, or none.")
     ] = "prompt,mean-delta",
     tune: Annotated[
-        Optional[str], typer.Option(metavar="strength", help="strength: choose the IRM's, and save it with the adapter.")
+        Optional[str],
+        typer.Option(
+            metavar="strength", help="strength: choose the best one on held-out questions and save it in the adapter."
+        ),
     ] = None,
     questions: Annotated[
         Optional[int], typer.Option(help="Held-out questions to ask at most; all when left out.", min=8, show_default=False)
     ] = None,
     max_new_tokens: opt.MaxNewTokens = 60,
-    most_kl: Annotated[float, typer.Option(help="Limit of a chosen strength: nats per token of neutral text.", min=0)] = 1.0,
+    most_kl: Annotated[
+        float, typer.Option(help="Reject strengths with a larger KL on neutral text (nats per token).", min=0)
+    ] = 1.0,
     most_shift: Annotated[
-        float, typer.Option(help="Limit of a chosen strength: how far the residual stream moves, in units of its size.", min=0)
+        float, typer.Option(help="Reject strengths that move the residual stream further (in units of its size).", min=0)
     ] = 1.0,
     judge: Annotated[
         Optional[str],
@@ -48,13 +54,17 @@ def evaluate(
     if tune is not None:
         opt.one_of("--tune", tune, ("strength",))
     opt.refuse_missing([irm])
+    from realigner.evaluation.embeddings import refuse_missing_minilm
     from realigner.evaluation.evaluate import evaluate as measure, task_of
     from realigner.evaluation.measured import Effort
     from realigner.evaluation.methods import METHODS, find_method
     from realigner.evaluation.results import table
+    from realigner.files import locked
     from realigner.runtime import load_host_of
 
-    names = {"all": [method.name for method in METHODS], "none": []}.get(baselines, baselines.split(","))
+    names = {"all": [method.name for method in METHODS], "none": []}.get(
+        baselines, [name.strip() for name in baselines.split(",")]
+    )
     for name in names:
         find_method(name)
     rated_by: Any = None
@@ -65,6 +75,8 @@ def evaluate(
     elif endpoint is not None:
         raise UsageError("evaluate: --endpoint is the judge's; give --judge MODEL too, or leave it out")
     task_of(irm, tune is not None)
+    refuse_missing_minilm()
+    opt.claim(context, locked(out))
     loaded, tokenizer = load_host_of(irm, host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     effort = Effort(reply_tokens=max_new_tokens)
     options: dict[str, Any] = {"most_kl": most_kl, "most_shift": most_shift, "judge": rated_by}
@@ -75,7 +87,9 @@ def evaluate(
     show(f"{found.tone}, {found.results['questions']} questions that the run held out\n")
     show(table(found.results))
     if (choice := found.choice) is not None:
-        show(f"\nstrength {choice.strength:g}, as good from {choice.low:g} to {choice.high:g}; saved with the adapter")
+        show(
+            f"\nstrength {choice.strength:g} (no clear difference from {choice.low:g} to {choice.high:g}); saved in the adapter"
+        )
     show(f"Try next:  realigner report {out} --out report.html    (tables, curves and examples)")
 
 

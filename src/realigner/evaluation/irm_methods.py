@@ -134,6 +134,5 @@ def run_facts(run: Run) -> dict[str, Any]:
         "rows": record["data"]["train"],
         "steps": record["steps_done"],
         "tokens": record["tokens"],
-        "training_seconds": record["seconds"],
         "validation_loss": record["validation_loss"],
     }

@@ -6,7 +6,6 @@ It is written once, as ``measured.json``; every score is made from it, and can b
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from realigner.data import Row
 from realigner.errors import RealignerError
-from realigner.evaluation.replies import Speaker, ask, ask_in_turns, reply_losses, tokens_of
+from realigner.evaluation.replies import Speaker, ask, ask_in_turns, clock_of, reply_losses, tokens_of
 from realigner.evaluation.side_effects import NeutralText, answers_about, some_passages
 from realigner.files import read_bytes, write_text
 from realigner.validation_message import first_fault
@@ -171,13 +170,15 @@ def measure(
     """
     questions = [row.question for row in rows]
     drop = DROP_CALM if named["tone"] == "neutral" else DROP_THE_TONE
-    dialogues = [questions[at : at + TURNS] for at in range(0, min(effort.dialogues * TURNS, len(questions)), TURNS)]
+    count = min(effort.dialogues, len(questions) // TURNS)
+    dialogues = [questions[at * TURNS : (at + 1) * TURNS] for at in range(count)]
     asked = some_passages(effort.answers)
     with attached as speaker:
         given = [*([] if speaker.system is None else [speaker.system]), *(str(turn["content"]) for turn in speaker.history)]
-        started = time.perf_counter()
+        clock = clock_of(speaker.model)
+        started = clock()
         texts = ask(speaker, tokenizer, questions, effort.reply_tokens, done)
-        seconds = time.perf_counter() - started
+        seconds = clock() - started
         target = reply_losses(speaker, tokenizer, questions, [row.text for row in rows])
         turns = ask_in_turns(speaker, tokenizer, dialogues, effort.reply_tokens)
         dropped = ask(speaker, tokenizer, [text + drop for text in questions[: effort.dropped]], effort.reply_tokens, done)
@@ -200,7 +201,7 @@ def measure(
         shuffled=[Loss(nats=nats, tokens=count) for nats, count in unusual],
         target=[Loss(nats=nats, tokens=count) for nats, count in target],
         turns=turns,
-        dropped=dropped,
+        dropped=list(dropped),
         text=[Effect(**effect) for effect in effects],
         about=[About(id=item.id, reply=reply, right=right) for item, (reply, right) in zip(asked, about, strict=True)],
         ms_per_token=1000 * seconds / max(1, sum(lengths)),

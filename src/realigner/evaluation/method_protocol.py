@@ -7,7 +7,6 @@ safetensors and JSON, no pickles. A fit that was killed is begun anew, or, where
 from __future__ import annotations
 
 import json
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -22,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from realigner.data import Row
 from realigner.errors import RealignerError, UsageError
-from realigner.evaluation.replies import Conversation, ask
+from realigner.evaluation.replies import Conversation, ask, clock_of
 from realigner.evaluation.task import Task
 from realigner.files import Artifact, Output, locked, read_object, write_text
 from realigner.fingerprints import Fingerprint, fingerprint, weights_hash
@@ -223,9 +222,10 @@ class Method(ABC):
             _refuse_taken(folder)
             job = Job(host, tokenizer, task, self._own_recipe(host, tokenizer, task, recipe, rate), folder, given)
             hashed, mark = weights_hash(host), fingerprint(host)
-            started = time.monotonic()
+            clock = clock_of(host)
+            started = clock()
             found = self.learn(job)
-            seconds = time.monotonic() - started
+            seconds = clock() - started
             if weights_hash(host) != hashed:
                 raise RealignerError(f"{self.name}: the host's weights changed while fitting; nothing was saved")
             record = {

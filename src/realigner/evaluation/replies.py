@@ -5,6 +5,7 @@ A method shows itself as a `Speaker`: what answers, and what stands before each 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -130,6 +131,11 @@ def encode(speaker: Speaker, tokenizer: Any, questions: Sequence[str | Conversat
     chat_format = format_of(speaker.model, tokenizer)
     pairs = zip(questions, replies, strict=True)
     return [chat_format.examples(conversation_of(speaker, question, reply or "."))[-1] for question, reply in pairs]
+
+
+def clock_of(model: nn.Module) -> Callable[[], float]:
+    """A clock in seconds: of processor time where one thread computes, which other work on the machine does not slow down."""
+    return time.process_time if device_of(model).type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,11 +68,9 @@ def train_on_rows(model: nn.Module, job: Job, frozen: Sequence[nn.Module]) -> di
                 model, prepared, recipe, arguments, job.tokenizer, job.host, frozen, callbacks=[guard, _Steps(bar)]
             )
             trainer.remove_callback(PrinterCallback)
-            started = time.monotonic()  # with both validations, as the seconds of an IRM's run are
             before = trainer.evaluate()["eval_loss"]
             trainer.train()
             after = trainer.evaluate()["eval_loss"]
-            seconds = time.monotonic() - started
     model.eval()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-_LAST:]
     return {
@@ -81,7 +78,6 @@ def train_on_rows(model: nn.Module, job: Job, frozen: Sequence[nn.Module]) -> di
         "rows": len(prepared.train),
         "steps": trainer.state.global_step,
         "tokens": int(trainer.tokens),
-        "training_seconds": round(seconds, 1),
         "training_loss": round(sum(losses) / len(losses), 4),
         "validation_loss": [round(before, 4), round(after, 4)],
     }

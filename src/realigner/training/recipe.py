@@ -34,7 +34,7 @@ _NEWEST = 2  # edition of the compact preset (irm.EDITIONS)
 _DROPOUT = 0.5  # of the compact preset: without it, some hundred rows are learned by heart in two epochs (docs/presets.md)
 DEFAULT_RATE, PAPER_RATE = 1e-2, 1e-4  # learning rates of the presets
 _OF_DEFAULT = 0.3  # the share of the default that imitating a teacher takes: its distributions are near the host's own
-_HOST_WIDTH, _IRM_WIDTH = 576, 256  # SmolLM2's and its compact IRM's: up to these the first is taken whole
+_HOST_WIDTH, _IRM_WIDTH = 576, 256  # SmolLM2's and its first compact IRM's: up to these the first is taken whole
 _WRITTEN_OUT = 30  # keys of a file that is a run's own, with every key that there was
 # Keys that came later, with what runs did before: those that a run's own recipe lacks, and a hash leaves out.
 LATER_KEYS: dict[str, Any] = {
