@@ -189,6 +189,23 @@ def test_the_best_strength_within_the_limits_is_chosen_and_its_range_is_of_those
         choose_strength(tried, most_shift=0.05)
 
 
+@pytest.mark.usefixtures("minilm")
+def test_a_fit_and_a_measurement_with_other_settings_are_not_taken(tmp_path: Path) -> None:
+    evaluation = ToneEvaluation(*speaking_host(), small_task(), tmp_path, RECIPE, SMALL)
+    constant = find_method("constant")
+    folder = evaluation.fit(constant, "constant", rate=0.1)
+    evaluation.measured(evaluation.subject(constant, folder))
+    assert evaluation.fit(constant, "constant", rate=0.1) == folder
+    with pytest.raises(RealignerError, match=r"constant-42: was fitted with other settings \(rate 0\.1, not 0\.2\); delete it"):
+        evaluation.fit(constant, "constant", rate=0.2)
+    evaluation.recipe = evaluation.recipe.changed(steps=7)
+    with pytest.raises(RealignerError, match=r"other settings \(steps \d+, not 7\)"):
+        evaluation.fit(constant, "constant", rate=0.1)
+    evaluation.effort = SMALL.model_copy(update={"reply_tokens": 3})
+    with pytest.raises(RealignerError, match=r"measured\.json: was measured with other settings"):
+        evaluation.measured(evaluation.subject(constant, folder))
+
+
 # A user's run.
 
 

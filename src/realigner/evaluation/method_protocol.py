@@ -132,6 +132,9 @@ class MethodRecord(BaseModel):
     method: str
     host: dict[str, Any]
     parameters: int = Field(ge=0)
+    settings: dict[str, Any] = {}
+    asked_rate: float | None = None
+    recipe: dict[str, Any] = {}
     system: str | None = None
     history: list[dict[str, str]] = []
 
@@ -291,15 +294,17 @@ def refuse_other_fit(folder: Path, method: Method, recipe: Recipe, rate: float |
     Raises:
         RealignerError: naming what differs.
     """
-    values = read_method(folder, method.name).model_dump()
-    asked = {"settings": method.describe(), "asked_rate": rate, "recipe": recipe.model_dump(exclude=set(RUNTIME_ONLY_KEYS))}
-    asked = json.loads(json.dumps(asked))
-    if asked == {key: values.get(key) for key in asked}:
-        return
-    before, now = values.get("recipe") or {}, asked["recipe"]
-    other = [key for key in ("settings", "asked_rate") if values.get(key) != asked[key]]
-    other += [f"{key} {before.get(key)}, not {now[key]}" for key in now if before.get(key) != now[key]]
-    raise RealignerError(f"{folder}: was fitted with other settings ({', '.join(other)}); delete it to fit anew")
+    record, words = read_method(folder, method.name), ("about", "rates", "needs")
+    settings = {key: value for key, value in method.describe().items() if key not in words}
+    asked = json.loads(recipe.model_dump_json(exclude=set(RUNTIME_ONLY_KEYS)))
+    pairs = [(record.settings, settings), ({"rate": record.asked_rate}, {"rate": rate}), (record.recipe, asked)]
+    if other := [
+        f"{key} {before[key]}, not {now[key]}"
+        for before, now in pairs
+        for key in now
+        if key in before and before[key] != now[key]
+    ]:
+        raise RealignerError(f"{folder}: was fitted with other settings ({', '.join(other)}); delete it to fit anew")
 
 
 def read_method(folder: Path, name: str | None = None) -> MethodRecord:
