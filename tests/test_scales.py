@@ -130,7 +130,7 @@ def test_a_preset_named_later_is_the_preset(tmp_path: Path) -> None:
     for changed in (make_recipe(preset="paper"), read_recipe("default", ["preset=paper"]), compact.changed(preset="paper")):
         assert (changed.shape.dropout, changed.shape.edition) == (paper.shape.dropout, paper.shape.edition) == (0.0, 1)
     assert paper.changed(preset="compact").shape == compact.shape
-    assert (compact.shape.dropout, compact.shape.edition) == (0.5, EDITIONS[-1])
+    assert (compact.shape.dropout, compact.shape.edition) == (0.6, EDITIONS[-1])
     assert make_recipe(edition=1).shape.dropout == 0.0
     assert make_recipe(edition=1, dropout=0.2).shape.dropout == make_recipe(preset="paper", dropout=0.2).shape.dropout == 0.2
 
