@@ -77,7 +77,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 # transformers itself refuses its quantised cache for sliding windows (Gemma3).
 WAYS = [
-    pytest.param(f, c, s, marks=[pytest.mark.slow] if c == "quantised" and f != "llama" else [])
+    pytest.param(f, c, s, marks=[pytest.mark.slow] if c == "quantised" else [])
     for f in FAMILIES
     for c in CACHES
     for s in STRATEGIES
