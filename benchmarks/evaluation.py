@@ -189,7 +189,7 @@ def choose(plan: Plan, unit: Unit) -> None:
     evaluation = _evaluation(plan, unit.tone)
     irm = evaluation.subject(find_method("irm-compact"), evaluation.folder / f"irm-compact-{unit.seed}")
     tried = {value: evaluation.measured(irm, value, tuning=True, cheap=True) for value in STRENGTHS}
-    choice = choose_strength({value: evaluation.tuning_judges.scores(found) for value, found in tried.items()})
+    choice = choose_strength({value: evaluation.tuning_scorers.scores(found) for value, found in tried.items()})
     write_text(irm.folder / "strength.json", json.dumps(choice.to_dict(), indent=1) + "\n")
     evaluation.measured(replace(irm, folder=irm.folder / "tuned"), choice.strength)
 

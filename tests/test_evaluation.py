@@ -158,7 +158,7 @@ def test_replies_to_other_questions_are_refused(folder: Path) -> None:
     task = small_task()
     evaluation = ToneEvaluation(None, None, replace(task, test=task.test[::-1]), folder, RECIPE, SMALL)
     with pytest.raises(RealignerError, match="was asked other questions"):
-        assert evaluation.judges
+        assert evaluation.scorers
 
 
 def test_a_damaged_measurement_is_named(folder: Path, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def evaluate(
         entries = {"bare": [(evaluation.bare, evaluation.scores(evaluation.bare))]}
         if tune:
             tried = {value: evaluation.measured(own, value, tuning=True, cheap=True) for value in STRENGTHS}
-            scores = {value: evaluation.tuning_judges.scores(found) for value, found in tried.items()}
+            scores = {value: evaluation.tuning_scorers.scores(found) for value, found in tried.items()}
             choice = choose_strength(scores, most_kl, most_shift)
         used = _strength_of(irm) if choice is None else choice.strength
         measured = evaluation.measured(own, used)

@@ -49,7 +49,7 @@ class Scores:
     by_seed: list[float]
 
 
-class Judges:
+class ReplyScorers:
     """What replies in a tone are scored by: two scorers of the tone, and scales for content and fluency.
 
     Args:

@@ -18,7 +18,7 @@ from realigner.errors import RealignerError
 from realigner.evaluation.measured import MEASURED, Effort, Measured, measure
 from realigner.evaluation.method_protocol import RECORD_FILE, Fitted, Given, Method, read_method, refuse_other_fit
 from realigner.evaluation.replies import Speaker, reply_losses
-from realigner.evaluation.scores import Judges, Scores
+from realigner.evaluation.scores import ReplyScorers, Scores
 from realigner.evaluation.side_effects import NeutralText, bare_speaker, some_passages
 from realigner.evaluation.task import Task
 from realigner.files import made_folder
@@ -75,15 +75,15 @@ class ToneEvaluation:
         return self._bare_on(self.task, "bare", self.effort)
 
     @cached_property
-    def judges(self) -> Judges:
+    def scorers(self) -> ReplyScorers:
         """By which the test questions' replies are scored."""
-        return Judges(self.task, self.bare)
+        return ReplyScorers(self.task, self.bare)
 
     @cached_property
-    def tuning_judges(self) -> Judges:
+    def tuning_scorers(self) -> ReplyScorers:
         """By which the tuning questions' replies are scored."""
         task = replace(self.task, test=self.task.tune)
-        return Judges(task, self._bare_on(task, "bare-tune", self.effort.model_copy(update=_CHEAP)))
+        return ReplyScorers(task, self._bare_on(task, "bare-tune", self.effort.model_copy(update=_CHEAP)))
 
     def fit(self, method: Method, name: str, seed: int = 42, rate: float | None = None, irm: Path | None = None) -> Path:
         """Have a method learn the task, unless it did; its folder.
@@ -136,7 +136,7 @@ class ToneEvaluation:
 
     def scores(self, measured: Measured) -> Scores:
         """The scores of a method on the test questions."""
-        return self.judges.scores(measured)
+        return self.scorers.scores(measured)
 
     @cached_property
     def _neutral(self) -> NeutralText:
@@ -172,7 +172,7 @@ class ToneEvaluation:
 
     def prepare(self) -> None:
         """Ask the bare host what it has not been asked, and train the scorers: while nothing is attached to the host."""
-        self.judges, self.tuning_judges  # noqa: B018
+        _ = self.scorers, self.tuning_scorers
 
     def _tuning_score(self, rows: Sequence[Row], replies: Sequence[str], given: str = "") -> float:
         """The mean summary of replies to the tuning questions, by which prompts and strengths are chosen."""
@@ -181,7 +181,7 @@ class ToneEvaluation:
             for injector in attached_injectors(self.host):
                 stack.enter_context(injector.threads.using(Settings(irms=())))
             losses = reply_losses(self._speaker, self.tokenizer, [row.question for row in rows], replies)
-        return float(self.tuning_judges.summary(replies, losses, given).mean())
+        return float(self.tuning_scorers.summary(replies, losses, given).mean())
 
 
 def _asked_so(measured: Measured, effort: Effort, place: Path) -> Measured:
