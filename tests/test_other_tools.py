@@ -55,6 +55,7 @@ def test_auto_class_and_pipeline(saved: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_card_says_what_to_import(saved: Path) -> None:
     """And what it says is true: in a fresh process its lines open the IRM, and without the first they do not."""
     text = (saved / "README.md").read_text()
