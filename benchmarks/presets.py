@@ -25,6 +25,7 @@ import torch
 from matplotlib import pyplot as plt
 
 import realigner as ra
+from benchmarks.evaluation import RATES_IN, SEEDS, STEPS
 from realigner.data import TONES, authored
 from realigner.evaluation.constant_vectors import TrainedVectors
 from realigner.evaluation.irm_methods import IRMMethod
@@ -38,8 +39,7 @@ from realigner.report.plot_style import STYLE, TONES as COLOURS, save_figure
 from realigner.sweep.worker import die_with
 from realigner.training import make_recipe
 
-TONE, STEPS = "anger", 110
-SEEDS = (42, 43, 44)
+TONE = RATES_IN
 
 
 @dataclass(frozen=True)

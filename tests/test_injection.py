@@ -20,7 +20,7 @@ STRENGTH = 0.7
 PAD = 0
 
 
-def attach(host: Any, compact: bool = True, layers: Any = "all", std: float = 0.3) -> Any:
+def attach(host: Any, compact: bool = True, layers: Any = "all", std: float = 0.8) -> Any:
     """An IRM with deltas large enough to matter."""
     torch.manual_seed(1)
     preset = "compact" if compact else "paper"
@@ -50,7 +50,7 @@ def test_full_forward(family: str, compact: bool) -> None:
         got, want = model(input_ids=ids()).logits, reference(input_ids=ids()).logits
         assert (got - want).abs().max() < 1e-5
         if compact:  # large deltas: the test would notice a delta that does nothing
-            seen = 2e-3 if family == "cohere" else 5e-3  # Cohere's logits are multiplied by 1/16
+            seen = 5e-3 if family == "cohere" else 1e-2  # Cohere's logits are multiplied by 1/16
             assert (got - bare(input_ids=ids()).logits).abs().max() > seen
 
 

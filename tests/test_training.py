@@ -58,10 +58,10 @@ def test_a_run_leaves_its_files_and_the_host_alone(tmp_path: Path) -> None:
 
 def test_training_learns(tmp_path: Path) -> None:
     _, run = run_tiny(
-        tmp_path / "run", recipe=make_recipe(steps=60, batch_size=8, learning_rate=1e-2, evaluations=1, samples=0)
+        tmp_path / "run", recipe=make_recipe(steps=60, batch_size=8, learning_rate=3e-2, evaluations=1, samples=0)
     )
     losses = run.record["validation_loss"]
-    assert losses[-1] < losses[0] - 0.2
+    assert losses[-1] < losses[0] - 0.3
 
 
 def test_the_saved_irm_is_the_trained_one(tmp_path: Path) -> None:

@@ -141,9 +141,7 @@ def delta_scale(sizes: Sequence[float], layers: Sequence[int]) -> float:
         >>> round(delta_scale([2.0] * 4, range(4)) / delta_scale([1.0] * 4, range(4)), 6)
         2.0
     """
-    reached = range(min(layers), len(sizes))
-    moved = [sum(layer <= site for layer in layers) / sizes[site] for site in reached if sizes[site] > 0]
-    total = math.sqrt(sum(one * one for one in moved) / max(1, len(moved)))
+    total = _moved(sizes, layers, [1.0] * len(sizes))
     return _DOSE / total if total > 0 else 1.0
 
 
@@ -166,7 +164,12 @@ def delta_scales(sizes: Sequence[float], layers: Sequence[int]) -> list[float]:
     known = [size for size in sizes if size > 0]
     usual = float(statistics.median(known)) if known else 1.0
     own = [(size if size > 0 else usual) ** _POWER for size in sizes]
-    reached = range(min(layers), len(sizes))
-    moved = [sum(own[layer] for layer in layers if layer <= site) / sizes[site] for site in reached if sizes[site] > 0]
-    total = math.sqrt(sum(one * one for one in moved) / max(1, len(moved)))
+    total = _moved(sizes, layers, own)
     return [_DOSE_BY_LAYER / total * own[layer] if total > 0 else 1.0 for layer in layers]
+
+
+def _moved(sizes: Sequence[float], layers: Sequence[int], deltas: Sequence[float]) -> float:
+    """How far deltas of these sizes, by layer, move the stream in units of its own size: a root mean square over the sites."""
+    reached = range(min(layers), len(sizes))
+    moved = [sum(deltas[layer] for layer in layers if layer <= site) / sizes[site] for site in reached if sizes[site] > 0]
+    return math.sqrt(sum(one * one for one in moved) / max(1, len(moved)))

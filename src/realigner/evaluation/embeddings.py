@@ -59,14 +59,15 @@ def embed(texts: Sequence[str]) -> np.ndarray:
         >>> bool(lake @ pond > lake @ anger)
         True
     """
-    return np.stack([_embedding(text) for text in texts]) if len(texts) else np.zeros((0, SIZE), np.float32)
+    with one_thread():
+        return np.stack([_embedding(text) for text in texts]) if len(texts) else np.zeros((0, SIZE), np.float32)
 
 
 @lru_cache(maxsize=20_000)
 def _embedding(text: str) -> np.ndarray:
     model, tokenizer = _minilm()
     tokens = tokenizer(text, truncation=True, max_length=_LONGEST, padding=False, return_tensors="pt")
-    with one_thread(), torch.inference_mode():
+    with torch.inference_mode():
         mean = model(**tokens).last_hidden_state[0].mean(dim=0)
     return np.asarray(torch.nn.functional.normalize(mean, dim=0).numpy())
 
