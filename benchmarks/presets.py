@@ -25,7 +25,6 @@ import torch
 from matplotlib import pyplot as plt
 
 import realigner as ra
-from benchmarks.evaluation import RATES_IN, SEEDS, STEPS
 from realigner.data import TONES, authored
 from realigner.evaluation.constant_vectors import TrainedVectors
 from realigner.evaluation.irm_methods import IRMMethod
@@ -39,7 +38,8 @@ from realigner.report.plot_style import STYLE, TONES as COLOURS, save_figure
 from realigner.sweep.worker import die_with
 from realigner.training import make_recipe
 
-TONE = RATES_IN
+TONE, STEPS = "anger", 110  # as in benchmarks/evaluation.py
+SEEDS = (42, 43, 44)
 
 
 @dataclass(frozen=True)
