@@ -1,18 +1,19 @@
 """Does an IRM work, and against what? Three tones on the embedded host, every method of `realigner.evaluation`, 105 questions.
 
-    python -m benchmarks.evaluation [--out runs/evaluation] [--jobs 2] [--quick] [--methods NAMES] [--results docs/results]
+    python -m benchmarks.evaluation [--jobs 2] [--quick] [--methods NAMES] [--out docs/results/evaluation]
 
 Authored rows, 24 topics: 11 to learn from, 2 to tune on, 4 to train the scorers on, 7 to test on (`evaluation.task`). In this
 order, each step kept in --out and not done again:
 
 1. rates     in anger, every method that is trained, at three learning rates; the best validation loss on the tuning rows counts
              for all tones.
-2. methods   in each tone; three seeds of those in `SEEDED`. Methods that can be scaled once at their own size and once at that
-             of LoRA of rank 8.
+2. methods   in each tone; three seeds of those in `SEEDED`, of which the second and third are asked the test questions alone.
+             Methods that can be scaled once at their own size and once at that of LoRA of rank 8.
 3. derived   from the compact IRM: the mean of its deltas as constant vectors, and random ones of the same norm.
 4. strength  of the compact IRM: chosen on the tuning questions, tested on the others; and the curve over -1 to 2.
 
 A unit of work is a process's; --jobs of them run at a time, each on one thread. Interrupt it and start it again as you like.
+What was said (measured.json) and found (method.json) is kept in git, weights are not: what was measured is not fitted again.
 --quick: one tone, 24 questions, 40 steps, one seed, a few methods (a quarter of an hour).
 """
 
@@ -44,7 +45,7 @@ from realigner.evaluation.methods import METHODS, find_method
 from realigner.evaluation.results import table, tone_results
 from realigner.evaluation.strength_choice import STRENGTHS, choose_strength
 from realigner.evaluation.task import make_task
-from realigner.evaluation.tone_evaluation import ToneEvaluation
+from realigner.evaluation.tone_evaluation import Subject, ToneEvaluation
 from realigner.files import read_object, write_text
 from realigner.hosts import EMBEDDED
 from realigner.report.evaluation_figures import save_evaluation_figures
@@ -55,6 +56,7 @@ SIZE = 460_800  # parameters of LoRA of rank 8 on the queries and values of the 
 SEEDS = (42, 43, 44)
 SEEDED = ("irm-compact", "irm-paper", "lora", "shadow", "constant")
 DERIVED = ("mean-delta", "random")
+PROMPTS = ("prompt", "few-shot")  # without weights
 SCALED = ("psr", "reft", "shadow")  # that are tried at LoRA's size too
 CURVE = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 RATES_IN = "anger"
@@ -84,12 +86,12 @@ class Plan:
         return SEEDS[:1] if self.quick else SEEDS
 
     def units(self) -> Iterator[Unit]:
-        """Those of step 2: one for each tone, method, size and seed."""
-        for tone in self.tones:
+        """Those of step 2: one for each seed, method, tone and size."""
+        for seed in self.seeds:
             for method in self.methods:
-                if method.name in ("bare", *DERIVED):
+                if method.name in ("bare", *DERIVED) or (seed != SEEDS[0] and method.name not in SEEDED):
                     continue
-                for seed in self.seeds if method.name in SEEDED else self.seeds[:1]:
+                for tone in self.tones:
                     yield Unit(tone, method.name, seed)
                     if method.name in SCALED and not self.quick:
                         yield Unit(tone, method.name, seed, sized=True)
@@ -148,6 +150,36 @@ def _method(unit: Unit) -> Method:
     return scaled
 
 
+def _place(plan: Plan, unit: Unit) -> Path:
+    return plan.out / unit.tone / f"{unit.name}-{unit.seed}"
+
+
+def _fitted(plan: Plan, unit: Unit) -> Path:
+    """The folder of a unit's fit, made now if need be; with its weights, which are fitted anew where only its record is."""
+    evaluation, method, place, rate = _evaluation(plan, unit.tone), _method(unit), _place(plan, unit), best_rate(plan, unit)
+    searched = plan.out / RATES_IN / "rates" / f"{unit.name}-{rate}-{unit.seed}"
+    if unit.tone == RATES_IN and rate is not None and not place.exists() and _has_weights(searched):
+        aside = place.with_name(f".{place.name}.{os.getpid()}")
+        shutil.copytree(searched, aside)
+        aside.rename(place)
+    irm = _fitted(plan, replace(unit, method="irm-compact")) if unit.method in DERIVED else None
+    lost = (place / RECORD_FILE).is_file() and unit.method not in PROMPTS and not _has_weights(place)
+    return evaluation.fit(method, f"again/{unit.name}" if lost else unit.name, unit.seed, rate, irm)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.rglob("*.safetensors"))
+
+
+def _subject(plan: Plan, unit: Unit) -> Subject:
+    """Whoever a unit asks; fitted by the time it is asked what it has not been asked before."""
+    evaluation, method, place = _evaluation(plan, unit.tone), _method(unit), _place(plan, unit)
+    if not (place / RECORD_FILE).is_file():
+        _fitted(plan, unit)
+    host, tokenizer = _host()
+    return replace(evaluation.subject(method, place), attach=lambda: method.attach(host, tokenizer, _fitted(plan, unit)))
+
+
 def search_rate(plan: Plan, unit: Unit) -> None:
     """Step 1: fit at one learning rate."""
     _evaluation(plan, unit.tone).fit(_method(unit), f"rates/{unit.name}-{unit.rate:g}", unit.seed, unit.rate)
@@ -155,17 +187,7 @@ def search_rate(plan: Plan, unit: Unit) -> None:
 
 def do_unit(plan: Plan, unit: Unit) -> None:
     """Steps 2 and 3: fit, and ask."""
-    evaluation, method = _evaluation(plan, unit.tone), _method(unit)
-    rate = best_rate(plan, unit)
-    folder = evaluation.folder / f"{unit.name}-{unit.seed}"
-    searched = plan.out / RATES_IN / "rates" / f"{unit.name}-{rate}-{unit.seed}"
-    if unit.tone == RATES_IN and rate is not None and (searched / RECORD_FILE).is_file() and not folder.exists():
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.copytree(searched, aside)
-        aside.rename(folder)
-    irm = evaluation.folder / f"irm-compact-{unit.seed}" if unit.method in DERIVED else None
-    folder = evaluation.fit(method, unit.name, unit.seed, rate, irm)
-    evaluation.measured(evaluation.subject(method, folder))
+    _evaluation(plan, unit.tone).measured(_subject(plan, unit), cheap=unit.seed != SEEDS[0])
 
 
 def ask_bare(plan: Plan, unit: Unit) -> None:
@@ -175,8 +197,7 @@ def ask_bare(plan: Plan, unit: Unit) -> None:
 
 def at_strength(plan: Plan, unit: Unit) -> None:
     """Step 4: the compact IRM at one strength (the unit's `rate`)."""
-    evaluation = _evaluation(plan, unit.tone)
-    irm = evaluation.subject(find_method("irm-compact"), evaluation.folder / f"irm-compact-{unit.seed}")
+    evaluation, irm = _evaluation(plan, unit.tone), _subject(plan, replace(unit, rate=None))
     assert unit.rate is not None
     if unit.rate in STRENGTHS:
         evaluation.measured(irm, unit.rate, tuning=True, cheap=True)
@@ -186,8 +207,7 @@ def at_strength(plan: Plan, unit: Unit) -> None:
 
 def choose(plan: Plan, unit: Unit) -> None:
     """Step 4: choose the strength, and ask the test questions at it."""
-    evaluation = _evaluation(plan, unit.tone)
-    irm = evaluation.subject(find_method("irm-compact"), evaluation.folder / f"irm-compact-{unit.seed}")
+    evaluation, irm = _evaluation(plan, unit.tone), _subject(plan, unit)
     tried = {value: evaluation.measured(irm, value, tuning=True, cheap=True) for value in STRENGTHS}
     choice = choose_strength({value: evaluation.tuning_scorers.scores(found) for value, found in tried.items()})
     write_text(irm.folder / "strength.json", json.dumps(choice.to_dict(), indent=1) + "\n")
@@ -238,7 +258,7 @@ def results_of(plan: Plan) -> dict[str, Any]:
         entries: dict[str, list[tuple[Measured, Any]]] = {"bare": [(evaluation.bare, evaluation.scores(evaluation.bare))]}
         for path in sorted(evaluation.folder.glob("*/measured.json")):
             name = path.parent.name.rpartition("-")[0]
-            if path.parent.name not in ("bare", "bare-tune"):
+            if path.parent.name not in ("bare", "bare-tune"):  # not of `rates` and `again`, a folder deeper
                 measured = Measured.load(path)
                 entries.setdefault(name, []).append((measured, evaluation.scores(measured)))
         irm = evaluation.folder / f"irm-compact-{SEEDS[0]}"
@@ -265,7 +285,7 @@ def _point(evaluation: ToneEvaluation, measured: Measured) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/evaluation"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/evaluation"))
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--quick", action="store_true")

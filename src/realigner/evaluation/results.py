@@ -12,7 +12,7 @@ import numpy as np
 from realigner.evaluation.compare import compare, estimate
 from realigner.evaluation.measured import Measured
 from realigner.evaluation.measures import BEST
-from realigner.evaluation.scores import Scores
+from realigner.evaluation.scores import Scores, mean
 
 BY_REPLY = (
     "summary", "named", "probability", "named_2", "content", "fact", "fluency", "nats", "target", "away", "words", "ended",
@@ -35,9 +35,9 @@ def tone_results(entries: Mapping[str, Sequence[Entry]], against: str) -> dict[s
     Returns:
         ``questions``, their number; ``methods``: name -> ``seeds``, ``facts`` (of the first seed), ``asked`` (how much,
         besides the questions), ``estimates`` (measure -> mean, low, high, n; over questions, seeds averaged), ``whole``
-        (measure -> mean over seeds), ``shift`` by site, ``scorers`` (agreement, by_seed); ``against`` and ``compared``:
-        measure -> a list of comparisons; ``examples``: the questions with the best and the worst summaries of `against`. A
-        number that cannot be had is None.
+        (measure -> mean over the seeds that were asked for it), ``shift`` by site, ``scorers`` (agreement, by_seed);
+        ``against`` and ``compared``: measure -> a list of comparisons; ``examples``: the questions with the best and the worst
+        summaries of `against`. A number that cannot be had is None.
     """
     each = {
         measure: {method: np.stack([scores.each[measure] for _, scores in own]) for method, own in entries.items()}
@@ -59,7 +59,7 @@ def tone_results(entries: Mapping[str, Sequence[Entry]], against: str) -> dict[s
             },
             "seconds": [measured.facts.get("seconds") for measured, _ in own],
             "estimates": {measure: asdict(estimate(each[measure][method], bounds=_BOUNDS[measure])) for measure in BY_REPLY},
-            "whole": {key: float(np.mean([one[key] for one in whole])) for key in whole[0]},
+            "whole": {key: mean([one.get(key, math.nan) for one in whole]) for key in whole[0]},
             "shift": np.mean([scores.shift for _, scores in own], axis=0).tolist(),
             "scorers": {**asdict(own[0][1].agreement), "by_seed": own[0][1].by_seed},
         }

@@ -70,7 +70,7 @@ class ReplyScorers:
         references = [row.text for row in task.test]
         said = [item.reply for item in bare.replies]
         self.content = Content(self.questions, said, references, typical_words(task.scorer, task.tone))
-        self.fluency = FluencyScale(_mean(_per_token(bare)), _mean(_each(bare.shuffled)))
+        self.fluency = FluencyScale(mean(_per_token(bare)), mean(_each(bare.shuffled)))
         self._bare_probability = self._probability(self.words, said)
 
     @cached_property
@@ -132,9 +132,9 @@ class ReplyScorers:
         text, tokens = measured.text, sum(effect.tokens for effect in measured.text)
         whole = {
             "ms_per_token": measured.ms_per_token,
-            "about": _mean([item.right for item in measured.about]),
+            "about": mean([item.right for item in measured.about]),
             "dropped": self._share(measured.dropped, range(len(measured.dropped))),
-            "before_dropped": _mean(named[: len(measured.dropped)]),
+            "before_dropped": mean(named[: len(measured.dropped)]),
         }
         if text:
             whole |= {
@@ -157,7 +157,7 @@ class ReplyScorers:
     def _share(self, texts: Sequence[str], of: Sequence[int]) -> float:
         """The share of replies to some of the test questions that are named in the tone."""
         hidden = [masked(text, self.task.test[number].answer) for text, number in zip(texts, of, strict=True)]
-        return _mean(self._is_tone(self.words.named(hidden)))
+        return mean(self._is_tone(self.words.named(hidden)))
 
     def _probability(self, scorer: Scorer, texts: Sequence[str]) -> np.ndarray:
         return scorer.probability(self._masked(texts), self.task.tone)
@@ -184,6 +184,7 @@ def _per_token(measured: Measured) -> np.ndarray:
     return np.array([item.nats / item.nats_tokens if item.reply else np.nan for item in measured.replies])
 
 
-def _mean(values: Sequence[float] | Sequence[bool] | np.ndarray) -> float:
+def mean(values: Sequence[float] | Sequence[bool] | np.ndarray) -> float:
+    """The mean of those that are numbers; NaN where none is."""
     found = np.asarray(values, dtype=float)
     return float(np.nanmean(found)) if np.isfinite(found).any() else float("nan")
