@@ -107,12 +107,17 @@ def estimate_memory(
     inside = layer + 2 * depth * hidden * bytes_each if recipe.gradient_checkpointing else depth * layer
     return Memory(
         host=0.0 if loaded else host * bytes_each,
-        irm=irm * (8 + _STATE_BYTES[recipe.optimizer]),
+        irm=irm * _irm_bytes(recipe),
         activations=rows * (longest * (inside + 12 * depth * hidden) + targets * logits),
         free=free_memory(device),
         irm_parameters=irm,
         host_parameters=host,
     )
+
+
+def _irm_bytes(recipe: Recipe) -> int:
+    """For each parameter of the IRM: itself, its gradient, what the optimiser keeps, and the mean of its values."""
+    return 8 + _STATE_BYTES[recipe.optimizer] + (4 if recipe.by_preset["average"] else 0)
 
 
 def check_memory(memory: Memory, recipe: Recipe, config: Any) -> str | None:
@@ -129,7 +134,7 @@ def check_memory(memory: Memory, recipe: Recipe, config: Any) -> str | None:
         ways.append(f"optimizer=adafactor saves {_gib(8 * memory.irm_parameters)}")
     if recipe.preset == "paper":
         small = IRMShape(layers=recipe.layers).parameter_count(int(text.hidden_size), int(text.num_hidden_layers))
-        ways.append(f"preset=compact saves {_gib(memory.irm - small * (8 + _STATE_BYTES[recipe.optimizer]))}")
+        ways.append(f"preset=compact saves {_gib(memory.irm - small * _irm_bytes(recipe.changed(preset='compact')))}")
     if recipe.batch_size // recipe.accumulate > 1:
         ways.append(f"accumulate={recipe.batch_size} saves up to {_gib(memory.activations * (1 - 1 / recipe.batch_size))}")
     if not recipe.gradient_checkpointing:

@@ -38,6 +38,7 @@ from realigner.training.callbacks import TONE_PREFIX
 from realigner.training.checkpoint_io import load_tree, random_states, save_tree, set_random_states
 from realigner.training.loss import DeltaSum, row_losses, takes_logits_to_keep
 from realigner.training.recipe import Recipe
+from realigner.training.weight_averaging import average_weights
 from realigner.tuner import tuner_of
 
 _OPTIMIZERS = {"adam": "adamw_torch_fused", "adam-8bit": "adamw_bnb_8bit", "adafactor": "adafactor", "sgd": "sgd"}
@@ -254,6 +255,14 @@ class IRMTrainer(RowTrainer):
         self._deltas = DeltaSum(self._tuner) if recipe.l1 else None
         super().__init__(model, prepared, recipe, arguments, tokenizer, self._tuner.model, **options)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Trainer's, which keeps the mean of the weights of the last steps if the recipe wants it (`average`)."""
+        made_before = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not made_before and (share := self.recipe.by_preset["average"]):
+            average_weights(optimizer, after=round((1 - share) * self.args.max_steps))
+        return optimizer
+
     # The losses.
 
     def compute_loss(
@@ -325,6 +334,8 @@ class IRMTrainer(RowTrainer):
                 if writer:
                     aside.mkdir(parents=True)
                 self.accelerator.wait_for_everyone()
+                if callable(mean_in_place := getattr(_bare(self.optimizer), "eval", None)):
+                    mean_in_place()  # `train` is called by Trainer, before the next step
                 self.store_flos()
                 self.save_model(str(aside), _internal_call=True)
                 self._save_optimizer_and_scheduler(str(aside))
