@@ -103,9 +103,18 @@ class HostBatchManager:
     @property
     def failure(self) -> str:
         """Why no more requests are answered, in one line; empty while they are."""
-        if self._manager.is_running() and self._manager.background_thread_status.fatal_error is None:
+        status = self._manager.background_thread_status
+        if self._manager.is_running() and status.can_accept_new_requests() is None:
             return ""
-        return _line(self._manager.background_thread_status.fatal_error or "it ended")
+        return _line(status.fatal_error or "it ended")
+
+    @property
+    def pending(self) -> int:
+        """Requests in the batch, and waiting to get into it."""
+        processor = self._manager.batch_processor
+        if processor is None:  # its thread has just begun
+            return 0
+        return len(processor.scheduler.active_requests) + len(processor.scheduler.waiting_requests)
 
     def cancel(self, request_id: str) -> None:
         """Give a request up, wherever it is; nothing more comes of it. One that is over, or unknown, is no error."""

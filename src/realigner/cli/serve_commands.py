@@ -117,8 +117,7 @@ def _host_of(irm: Path) -> str:
 def _print_ready(url: str, models: Sequence[str], keys: bool) -> None:
     show(f"Serving {', '.join(models)} at {url}")
     key = f' -H "Authorization: Bearer ${_KEY_ENV}"' if keys else ""
-    body = (
-        f'{{"model": "{models[min(1, len(models) - 1)]}", "messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}'
-    )
+    message = '[{"role": "user", "content": "Why is the sky blue?"}]'
+    body = f'{{"model": "{models[min(1, len(models) - 1)]}", "messages": {message}}}'
     show(f"Try next:  curl {url}/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
     sys.stdout.flush()

@@ -226,7 +226,7 @@ class Engine:
         tokens = max(2 * self.context, min(requests * self.context, _CACHE))
         return ContinuousBatchingConfig(
             page_size=_PAGE,
-            num_blocks=-(-tokens // _PAGE) + 2 * requests,
+            num_blocks=-(-tokens // _PAGE) + 8,
             max_batch_tokens=max(256, 8 * requests),
             max_requests_per_batch=requests,
         )
@@ -240,6 +240,11 @@ class Engine:
     def running(self) -> int:
         """Requests that are being answered or wait."""
         return len(self._jobs)
+
+    @property
+    def pending(self) -> int:
+        """Those that transformers has, which learns a little later of one that was given up."""
+        return 0 if self._batch is None else self._batch.pending
 
     async def start(self, asked: Asked) -> Job:
         """Begin to answer a request.
@@ -270,9 +275,9 @@ class Engine:
                 eos_token_id=job.ends or [-1],
                 streaming=job.stream,
             )
-        except BaseException:
+        except RealignerError as error:
             self.finish(job)
-            raise
+            raise BatchFailedError(f"{error}; start the server again") from None
         return job
 
     async def pieces(self, job: Job) -> AsyncGenerator[str, None]:

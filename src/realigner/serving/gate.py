@@ -26,6 +26,7 @@ ANSWERED = ("/v1/chat/completions", "/v1/completions")  # what takes a place in 
 ADMIN = "/v1/irms"
 _ROUTES = (*ANSWERED, ADMIN, "/v1/models", "/health", "/metrics")  # by which requests are counted
 _LEFT = 499  # how nginx counts a client that left
+_THROWN_AWAY = 16 << 20  # bytes of a request that is refused
 _HEAD = 10.0  # seconds that a request's head may take
 _STUCK = 30.0  # seconds that a client may take nothing of what is sent
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -86,17 +87,16 @@ class Gate:
 
     async def _admit(self, scope: Any, receive: Any, send: Any) -> None:
         refused = self._unauthorised(scope)
-        body = b""
-        if refused is None:
-            try:
-                async with asyncio.timeout(self._limits.patience):
-                    body = await self._body(scope, receive)
-            except TimeoutError:
-                refused = refusal(408, f"the request did not come in {self._limits.patience:g} s; send it faster")
-            except _TooLargeError:
-                refused = refusal(413, f"the request is larger than {self._limits.body:,} bytes; shorten it")
-            except _LeftError:
-                return
+        body: bytes | None = b""
+        try:
+            async with asyncio.timeout(self._limits.patience):
+                body = await self._body(receive, 0 if refused else self._limits.body)
+        except TimeoutError:
+            refused = refused or refusal(408, f"the request did not come in {self._limits.patience:g} s; send it faster")
+        except _LeftError:
+            return
+        if refused is None and body is None:
+            refused = refusal(413, f"the request is larger than {self._limits.body:,} bytes; shorten it")
         if refused is None and scope["path"] in ANSWERED and self._running >= self._limits.requests:
             busy = f"{self._running} requests are being answered or wait; try again later"
             refused = refusal(429, busy, "rate_limit_exceeded", {"retry-after": "1"})
@@ -109,7 +109,7 @@ class Gate:
         ends: list[Callable[[], None]] = []
         token = begun.set(ends)
         try:
-            await self._answer(scope, body, receive, send)
+            await self._answer(scope, body or b"", receive, send)
         finally:
             begun.reset(token)
             self._running -= takes_place
@@ -132,20 +132,22 @@ class Gate:
         message = "the key is wrong" if given else "a key is needed: send it as Authorization: Bearer KEY"
         return refusal(401, message, "invalid_api_key", {"www-authenticate": "Bearer"})
 
-    async def _body(self, scope: Any, receive: Any) -> bytes:
-        lengths = [value for name, value in scope["headers"] if name == b"content-length"]
-        if lengths and lengths[0].isdigit() and int(lengths[0][:20]) > self._limits.body:
-            raise _TooLargeError
-        body = bytearray()
+    async def _body(self, receive: Any, most: int) -> bytes | None:
+        """The body of a request; None where it is larger.
+
+        What is too large is read to its end all the same, within bounds: a client that is still sending would not see why it
+        is refused.
+        """
+        body, size = bytearray(), 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise _LeftError
-            body += message.get("body", b"")
-            if len(body) > self._limits.body:
-                raise _TooLargeError
-            if not message.get("more_body", False):
-                return bytes(body)
+            size += len(message.get("body", b""))
+            if size <= most:
+                body += message.get("body", b"")
+            if not message.get("more_body", False) or size > _THROWN_AWAY:
+                return bytes(body) if size <= most else None
 
     async def _answer(self, scope: Any, body: bytes, receive: Any, send: Any) -> None:
         """Have the application answer, until it has or the client leaves."""
@@ -178,10 +180,6 @@ class Gate:
             for task in (work, watching):
                 task.cancel()
             await asyncio.gather(work, watching, return_exceptions=True)
-
-
-class _TooLargeError(Exception):
-    pass
 
 
 class _LeftError(Exception):

@@ -49,6 +49,7 @@ def application(engine: Engine, host: str, metrics: Metrics, keys: list[str], ad
     _more_routes(app, engine, models, metrics)
     for raised in (StarletteHTTPException, RequestValidationError, RealignerError):
         app.add_exception_handler(raised, _refused)
+    metrics.watch("requests_in_batch", "Requests in the batch, or waiting to get into it.", lambda: engine.pending)
     metrics.watch("irms", "Loaded IRMs.", lambda: len(engine.shelf.strengths))
     return Gate(app, engine.limits, metrics, keys, admin_key)
 

@@ -116,7 +116,7 @@ async def _serve(
     server = _Server(config, lambda: ready and ready(url, [name, *(f"{name}+{irm}" for irm in engine.shelf.strengths)]))
     await server.serve(sockets=[listening])
     if server.force_exit:
-        raise RealignerError(f"stopped at once by a second signal; {engine.running} replies were cut")
+        raise RealignerError("stopped at once by a second signal; replies that were under way are cut")
 
 
 class _Server(uvicorn.Server):
@@ -143,6 +143,11 @@ class _Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._abort)
         else:
             say("realigner serve: finishing the replies that are under way (again to stop at once)")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # which uvicorn takes for a reason to leave the application as it is
+            await self.lifespan.shutdown()
 
     def _abort(self) -> None:
         for connection in list(self.server_state.connections):

@@ -91,6 +91,8 @@ class StopTexts:
 
     def add(self, piece: str) -> str:
         """The part of the text that may be said now."""
+        if self.found:
+            return ""
         text, self._held = self._held + piece, ""
         at = min((text.index(stop) for stop in self.stops if stop in text), default=None)
         if at is not None:
