@@ -348,8 +348,8 @@ def test_continuous_batching_forgets_what_is_finished() -> None:
             batch.add_request(ids)
         for _ in range(6):
             assert len(batch.next().generated_tokens) == 3
-        assert not batch._requests
-        assert not batch._finished
+        assert not batch._manager.batch_processor.scheduler.active_requests
+        assert not batch._manager.output_router.result_handlers
 
 
 def test_continuous_batching_refuses_what_is_not_one_number() -> None:

@@ -18,7 +18,8 @@ FLOORS = [
     "errors", "markdown", "extras", "lazy", "prompts", "thoughts", "chat_format", "files", "console", "dialogues", "irm",
     "sites", "settings", "gguf_cache", "hosts", "probe", "locate", "residuals", "fingerprints", "injection", "adapters",
     "batching", "irm_config", "tuner", "thinking_budget", "generation", "runtime", "chat", "oracle", "tiny", "census",
-    "validation_message", "data", "training", "sweep", "traces", "analysis", "explain", "evaluation", "report", "demo", "cli",
+    "validation_message", "data", "training", "sweep", "traces", "analysis", "explain", "evaluation", "report", "demo",
+    "serving", "cli",
 ]  # fmt: skip
 
 
@@ -93,6 +94,8 @@ def test_no_two_files_have_one_name() -> None:
         ("realigner.explain.explanation", ("torch", "transformers", "peft", "numpy", "xarray")),
         ("realigner.report.html_report", ("torch", "transformers", "peft")),
         ("realigner.data", ("torch", "transformers", "peft")),
+        ("realigner.serving.mixes", ("torch", "transformers", "peft", "pydantic")),
+        ("realigner.serving.asked", ("torch", "transformers", "peft", "pydantic")),
     ],
 )
 def test_light_imports(module: str, forbidden: tuple[str, ...]) -> None:

@@ -262,7 +262,7 @@ def test_spaces_that_are_cleaned_up_in_a_stream() -> None:
     backend.decoder = decoders.WordPiece(cleanup=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=True)
     for made in ([1, 2, 3, 4], [5, 3, 6], [7, 8, 7, 8]):
-        pieces = generation._Pieces(ChatFormat(tokenizer, "plain"), False, False)
+        pieces = generation.Pieces(ChatFormat(tokenizer, "plain"), False, False)
         pieces.put(torch.tensor([[0]]))
         for token in made:
             pieces.put(torch.tensor([token]))

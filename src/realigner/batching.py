@@ -7,30 +7,45 @@ every token is written where the forward will read it.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from realigner.errors import RealignerError, UsageError
-from realigner.settings import Settings, Strength, Where, acts
+from realigner.settings import NO_IRM, Settings, Strength, Where, acts
 
 _LOG = "ContinuousBatchingLogger"  # it prints tracebacks for what is raised here
+_OWN = "realigner"  # what a request's `_Request` is called among its options
+_PROOF = 6  # tokens that are compared with a plain forward
 
 
-class _Request(NamedTuple):
-    """IRM -> strength; the tokens that they act on; tokens of the prompt."""
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """What we keep of a request, on transformers' own record of it: it is forgotten with that record.
+
+    Attributes:
+        strengths: IRM -> strength.
+        where: the tokens that they act on.
+        prompt: tokens of the prompt.
+        processors: of its scores, after those of all requests.
+    """
 
     strengths: dict[str, float]
     where: Where
     prompt: int
+    processors: LogitsProcessorList | None = None
+
+    def __deepcopy__(self, memo: Any) -> _Request:
+        return self  # transformers copies it when it puts a request off, and the processors go on where they were
 
 
 class HostBatchManager:
@@ -53,10 +68,19 @@ class HostBatchManager:
             raise RealignerError(f"{self._host}: cannot be run in continuous batches ({_line(error)})") from None
         self.queue = self._manager.add_request  # transformers' own
 
-    def start(self, processors: ContinuousBatchingLogitsProcessorList | None = None) -> None:
-        """Begin to answer requests, with these logits processors instead of transformers' own if given."""
+    def start(
+        self, processors: ContinuousBatchingLogitsProcessorList | None = None, router: OutputRouter | None = None
+    ) -> None:
+        """Begin to answer requests, with these logits processors instead of transformers' own if given.
+
+        Args:
+            processors: of all requests.
+            router: takes the replies, instead of `next`.
+        """
         if processors is not None:
             self._manager.logit_processor = processors
+        if router is not None:
+            self._manager.output_router = router
         logger = logging.getLogger(_LOG)
         self._level = logger.level
         logger.setLevel(logging.CRITICAL + 1)
@@ -75,6 +99,35 @@ class HostBatchManager:
                 raise RealignerError(f"{self._host}: continuous batching failed ({_line(error or 'it ended')}){self._advice}")
             if result is not None:
                 return result
+
+    @property
+    def failure(self) -> str:
+        """Why no more requests are answered, in one line; empty while they are."""
+        status = self._manager.background_thread_status
+        if self._manager.is_running() and status.can_accept_new_requests() is None:
+            return ""
+        return _line(status.fatal_error or "it ended")
+
+    @property
+    def pending(self) -> int:
+        """Requests in the batch, and waiting to get into it."""
+        processor = self._manager.batch_processor
+        if processor is None:  # its thread has just begun
+            return 0
+        return len(processor.scheduler.active_requests) + len(processor.scheduler.waiting_requests)
+
+    def cancel(self, request_id: str) -> None:
+        """Give a request up, wherever it is; nothing more comes of it. One that is over, or unknown, is no error."""
+        self._manager.cancel_request(request_id)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """No forward runs while the block does; what is under way goes on afterwards.
+
+        Raises:
+            RuntimeError: when the batch has ended.
+        """
+        pause: AbstractContextManager[None] = self._manager.pause()
+        return pause
 
     def close(self) -> None:
         """Stop at once, whatever is under way, and give the host its attention back."""
@@ -97,6 +150,8 @@ class BatchManager(HostBatchManager):
         batching_config: transformers'. Blocks of keys and values are not shared between requests and batches are not prepared
             ahead, whatever it says: both would mix settings.
         hints: by which sizes are chosen: the longest prompt's tokens, the longest reply's (0: the config's), how many requests.
+        own_processors: requests may bring logits processors of their own. They are Python, so there are no CUDA graphs.
+        router: takes the replies, instead of `next`.
 
     Attributes:
         replies: to each request (``num_return_sequences``).
@@ -116,6 +171,8 @@ class BatchManager(HostBatchManager):
         generation_config: GenerationConfig | None = None,
         batching_config: ContinuousBatchingConfig | None = None,
         hints: tuple[int, int, int] | None = None,
+        own_processors: bool = False,
+        router: OutputRouter | None = None,
     ) -> None:
         self._tuner = tuner
         host = tuner.model
@@ -127,16 +184,17 @@ class BatchManager(HostBatchManager):
             )
         config = ContinuousBatchingConfig() if batching_config is None else batching_config
         config = replace(config, allow_block_sharing=False, use_async_batching=False)
+        if own_processors:
+            config = replace(config, use_cuda_graph=False)
         sizes = None
         if hints is not None:
             reply = hints[1] or (generation_config or host.generation_config).max_new_tokens or 0
             sizes = WorkloadHints(max_prompt_length=hints[0], max_generated_length=reply, num_requests=hints[2])
         super().__init__(host, generation_config, config, sizes)
         self.replies: int = self._manager.num_return_sequences
-        self._requests: dict[str, _Request] = {}
-        self._finished: Counter[str] = Counter()  # replies to requests that have more to come
         self._strengths: dict[str, torch.Tensor] = {}
-        self.start(_BeforeForward(self._manager.logit_processor, self._write))
+        self._own_processors = own_processors and self.replies == 1
+        self.start(_AroundForward(self._manager.logit_processor, self._write, own_processors), router)
 
     def add_request(
         self,
@@ -145,6 +203,7 @@ class BatchManager(HostBatchManager):
         strength: Strength | None = None,
         irms: str | tuple[str, ...] | None = None,
         where: Where | None = None,
+        processors: LogitsProcessorList | None = None,
         **options: Any,
     ) -> str:
         """Queue a request and return its id.
@@ -155,14 +214,22 @@ class BatchManager(HostBatchManager):
             strength: a number, or a mapping from IRM to number; that of the calling thread's block when None.
             irms: the IRMs that act on it; ``"__base__"`` for none, the active ones when None.
             where: the tokens that they act on; see `tuner.strength`.
+            processors: of this request's scores, as in ``generate``: each gets ``[1, position]`` and ``[1, token]``.
             options: of transformers' ``add_request`` (``max_new_tokens``, ``eos_token_id``, ``streaming``, ...).
 
         Raises:
             UsageError: for a strength that is not one number, or an IRM that is not loaded.
+            RealignerError: when the batch failed or was closed.
         """
+        if processors and not self._own_processors:
+            raise UsageError("processors: open the manager with own_processors, for one reply to a request")
         registry = self._tuner.registry
-        rows = None if irms is None else [irms]
-        settings: Settings = registry.settings(self._tuner.settings, strength, where, rows)
+        settings: Settings = registry.settings(self._tuner.settings, strength, where)
+        if irms is not None:
+            names = () if irms == NO_IRM else (irms,) if isinstance(irms, str) else irms
+            for name in names:
+                registry.check_loaded("irms:", name)
+            settings = replace(settings, irms=names, rows=None)
         if any(value.dim() for value in settings.strengths.values()):
             raise UsageError("strength: a request takes one number for each IRM")
         taking_part = registry.active(replace(settings, generation=None))
@@ -171,19 +238,10 @@ class BatchManager(HostBatchManager):
             with self._manager._request_lock:
                 request_id = f"request_{self._manager._request_counter}"
                 self._manager._request_counter += 1
-        self._requests[request_id] = _Request(strengths, settings.where, len(input_ids))
-        self.queue(list(input_ids), request_id, **options)
+        own = _Request(strengths, settings.where, len(input_ids), processors)
+        if self.queue(list(input_ids), request_id, **{_OWN: own}, **options) is None:
+            raise RealignerError(f"{self._host}: continuous batching failed ({self.failure})")
         return request_id
-
-    def next(self) -> GenerationOutput:
-        """As the base class has it; a request whose replies are all finished is forgotten."""
-        result = super().next()
-        request_id = result.request_id.partition("__child#")[0]
-        self._finished[request_id] += result.is_finished()
-        if self._finished[request_id] >= self.replies:
-            del self._finished[request_id]
-            self._requests.pop(request_id, None)
-        return result
 
     def __enter__(self) -> BatchManager:
         return self
@@ -196,7 +254,7 @@ class BatchManager(HostBatchManager):
         tokens: dict[str, list[float]] = {name: [] for name in self._tuner.registry.networks}
         for future in requests:
             state, count = future.state, future.query_length
-            request = self._requests[state.request_id.partition("__child#")[0]]
+            request: _Request = state.logit_processor_kwargs[_OWN]
             first = state.position_offset - count - request.prompt  # the offset is that of the tokens after these
             on = [acts(request.where, first + n) for n in range(count)]
             for name, values in tokens.items():
@@ -204,6 +262,7 @@ class BatchManager(HostBatchManager):
                 values += [strength if acting else 0.0 for acting in on]
         threads = self._tuner.injector.threads
         size = max(self._manager.continuous_batching_config.max_batch_tokens or 0, *map(len, tokens.values()))
+        self._strengths = {name: held for name, held in self._strengths.items() if name in tokens}
         static = self._manager.batch_processor.model_runner.pad_inputs  # compiled or captured: the same tensors every time
         for name, values in tokens.items():
             held = self._strengths.get(name)
@@ -215,16 +274,64 @@ class BatchManager(HostBatchManager):
         threads.state.settings = replace(threads.default, strengths=self._strengths, irms=irms, packed=True)
 
 
-class _BeforeForward(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
-    """A manager's processors; transformers shows them the requests of every batch before its forward, and so us."""
+class _AroundForward(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
+    """A manager's processors; transformers shows them the requests of every batch before its forward, and so us.
 
-    def __init__(self, processors: ContinuousBatchingLogitsProcessorList, call: Any) -> None:
+    After it, they process the scores of all requests, and then each request's own processors its row.
+    """
+
+    def __init__(self, processors: ContinuousBatchingLogitsProcessorList, before: Any, own: bool) -> None:
         self.__dict__.update(vars(processors))
-        self._call = call
+        self._before = before
+        self._rows: list[Any] = []  # the records of the requests that get a token, one for each row of scores
+        self.do_processing: bool = processors.do_processing or own
+
+    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        super().check_kwargs({name: value for name, value in kwargs.items() if name != _OWN})
 
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], *args: Any, **kwargs: Any) -> Any:
-        self._call(requests_in_batch)
+        self._before(requests_in_batch)
+        self._rows = [request.state for request in requests_in_batch if request.has_new_token]
         return super().prepare_tensor_args(requests_in_batch, *args, **kwargs)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, *args: Any) -> torch.Tensor:
+        scores = super().__call__(input_ids, scores, *args)
+        for row, state in enumerate(self._rows):
+            if own := state.logit_processor_kwargs[_OWN].processors:
+                text = torch.tensor([state.initial_tokens + state.generated_tokens], device=scores.device)
+                scores[row] = own(text, scores[row : row + 1])[0]
+        return scores
+
+
+def prove_batches(host: Any, prompts: Sequence[Sequence[int]], manager: HostBatchManager, advice: str) -> None:
+    """Prove that continuous batches give what a host gives alone: on some hosts they do not, and say nothing.
+
+    Prompts of unlike length are continued together, greedily; each token must be the likeliest by a plain forward, within
+    rounding. (transformers 5.23 gets MPT, GPT-J, GPT-Neo and CodeGen wrong.)
+
+    Args:
+        host: the manager's.
+        prompts: as tokens.
+        manager: started, greedy; it is closed.
+        advice: what to add to the message.
+
+    Raises:
+        RealignerError: when a token is another one.
+    """
+    try:
+        for number, prompt in enumerate(prompts):
+            manager.queue(list(prompt), str(number), max_new_tokens=_PROOF, eos_token_id=[-1])
+        results = {result.request_id: result.generated_tokens for result in (manager.next() for _ in prompts)}
+    finally:
+        manager.close()
+    for number, prompt in enumerate(prompts):
+        tokens = torch.tensor([[*prompt, *results[str(number)]]], device=host.device)
+        with torch.no_grad():
+            logits = host(tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        chosen = logits.gather(-1, tokens[0, len(prompt) :, None])[:, 0]
+        behind = (logits.max(dim=-1).values - chosen).max() / logits.abs().max()
+        if behind > (1e-4 if host.dtype == torch.float32 else 0.05):
+            raise RealignerError(f"{type(host).__name__}: gives other tokens in continuous batches than alone{advice}")
 
 
 def _line(error: object) -> str:

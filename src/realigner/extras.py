@@ -16,6 +16,7 @@ FOLDERS = {
     "sweep": "sweep",
     **dict.fromkeys(("traces", "analysis", "explain", "report", "demo"), "study"),
     "evaluation": "evaluate",
+    "serving": "serve",
 }
 
 

@@ -98,9 +98,9 @@ def answer(
         raise UsageError("prompts: give a list of prompts, not one string")
     _check_number("batch_size", batch_size, batch_size >= 1)
     names = [irms] * len(prompts) if isinstance(irms, (str, tuple)) else irms
-    sampling = _Sampling(max_new_tokens, thinking_budget, temperature, repetition_penalty, seed)
+    sampling = Sampling(max_new_tokens, thinking_budget, temperature, repetition_penalty, seed)
     chat_format = format_of(model, tokenizer, chat_template_kwargs, irms)
-    ends = _ends(model, chat_format)
+    ends = ends_of(model, chat_format)
     replies: list[Answer] = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -157,7 +157,7 @@ def stream(
         >>> for piece in stream(model, tokenizer, "Why is the sky blue?"):  # doctest: +SKIP
         ...     print(piece, end="", flush=True)
     """
-    sampling = _Sampling(max_new_tokens, thinking_budget, temperature, repetition_penalty, seed)
+    sampling = Sampling(max_new_tokens, thinking_budget, temperature, repetition_penalty, seed)
     chat_format = format_of(model, tokenizer, chat_template_kwargs, irms)
     rows = chat_format.prompts([prompt], system)
     inputs = padded(rows, tokenizer, _device(model))
@@ -165,7 +165,7 @@ def stream(
     given = _settings(model, strength=strength, rows=None if irms is None else [irms], where=where)
     opened = [chat_format.opens_thought(rows[0])]
     options = sampling.options(model, chat_format, opened, 0)
-    pieces = _Pieces(chat_format, opened[0], thoughts)
+    pieces = Pieces(chat_format, opened[0], thoughts)
     options["stopping_criteria"].append(_Stopped(pieces))
 
     def generate() -> None:
@@ -216,7 +216,7 @@ def format_of(
     return ChatFormat(tokenizer, template, {**variables, **(chat_template_kwargs or {})})
 
 
-def _read(pieces: _Pieces, thread: threading.Thread) -> Generator[str]:
+def _read(pieces: Pieces, thread: threading.Thread) -> Generator[str]:
     def stop() -> None:
         pieces.stopped = True
         thread.join()
@@ -235,7 +235,7 @@ def _read(pieces: _Pieces, thread: threading.Thread) -> Generator[str]:
         unregister(stop)
 
 
-class _Pieces(BaseStreamer):  # type: ignore[misc]
+class Pieces(BaseStreamer):  # type: ignore[misc]
     """A reply's text in pieces that never have to be taken back: no half characters, no space that may be the last."""
 
     def __init__(self, chat_format: ChatFormat, opened: bool, thoughts: bool) -> None:
@@ -278,7 +278,7 @@ class _Pieces(BaseStreamer):  # type: ignore[misc]
 class _Stopped(StoppingCriteria):  # type: ignore[misc]
     """Ends a generation that nobody reads any more."""
 
-    def __init__(self, pieces: _Pieces) -> None:
+    def __init__(self, pieces: Pieces) -> None:
         self._pieces = pieces
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -342,7 +342,7 @@ def _check_positions(model: nn.Module, inputs: Mapping[str, torch.Tensor], first
 
 
 @dataclass(frozen=True)
-class _Sampling:
+class Sampling:
     """How a reply is made, checked."""
 
     max_new_tokens: int
@@ -383,12 +383,12 @@ class _Sampling:
             options["max_new_tokens"] = budget.most
             options["logits_processor"].append(budget)
             options["stopping_criteria"].append(budget.enough)
-        if ends := _ends(model, chat_format):
+        if ends := ends_of(model, chat_format):
             options["eos_token_id"] = sorted(ends)
         return options
 
 
-def _ends(model: nn.Module, chat_format: ChatFormat) -> set[int]:
+def ends_of(model: nn.Module, chat_format: ChatFormat) -> set[int]:
     """The tokens that end a reply: the host's, and those by which its template ends one."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     own = {ends} if isinstance(ends, int) else set(ends or [])

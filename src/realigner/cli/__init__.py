@@ -18,7 +18,7 @@ import typer
 from typer.exceptions import TyperException
 
 import realigner
-from realigner.cli import data_commands, host_commands, irm_commands, study_commands, sweep_commands
+from realigner.cli import data_commands, host_commands, irm_commands, serve_commands, study_commands, sweep_commands
 from realigner.console import say, show, sigterm_interrupts
 from realigner.errors import RealignerError, UsageError
 
@@ -39,6 +39,7 @@ for command in (  # in the order of --help
     irm_commands.recipes,
     sweep_commands.sweep,
     irm_commands.generate,
+    serve_commands.serve,
     study_commands.evaluate,
     study_commands.trace,
     study_commands.analyze,

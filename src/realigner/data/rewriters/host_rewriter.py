@@ -21,7 +21,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
-from realigner.batching import HostBatchManager
+from realigner.batching import HostBatchManager, prove_batches
 from realigner.chat_format import WITHOUT_THOUGHT, ChatFormat
 from realigner.data.rewriters import Reply, RewriteRequest, messages, seed_of
 from realigner.data.tone import Tone
@@ -32,7 +32,7 @@ from realigner.generation import gumbel
 _NUCLEUS = 64  # never more than the likeliest so many tokens are sampled from, whatever top_p says
 _PAGE = 32  # tokens of a block of the cache
 _MEASURED = 200  # of the longest prompts by bytes, to find the longest by tokens
-_PROOF = 6  # tokens that are compared with a plain forward
+_ADVICE = "; rewrite with another host"
 
 
 @dataclass(eq=False, repr=False)
@@ -107,27 +107,12 @@ class HostRewriter:
                 yield Reply(request.fact.id, request.attempt, self._text(result.generated_tokens), read, written)
 
     def _check_host(self, requests: Sequence[RewriteRequest]) -> None:
-        """Prove, once, that continuous batches give what the host gives alone: on some hosts they do not, and say nothing.
-
-        Two prompts of unlike length are continued together, greedily; each token must be the likeliest by a plain forward,
-        within rounding.
-        """
+        """Prove, once, that continuous batches give what the host gives alone (`batching.prove_batches`)."""
         if self._checked:
             return
         prompts = [self._prompt(requests[0]), self._prompt(requests[0])[3:]]
-        with closing(self._running(max(map(len, prompts)) + _PAGE, greedy=True)) as manager:
-            for number, prompt in enumerate(prompts):
-                manager.queue(prompt, str(number), max_new_tokens=_PROOF, eos_token_id=[-1])
-            results = {result.request_id: result.generated_tokens for result in (manager.next(), manager.next())}
-        for number, prompt in enumerate(prompts):
-            tokens = torch.tensor([prompt + results[str(number)]], device=self.host.device)
-            with torch.no_grad():
-                logits = self.host(tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-            chosen = logits.gather(-1, tokens[0, len(prompt) :, None])[:, 0]
-            behind = (logits.max(dim=-1).values - chosen).max() / logits.abs().max()
-            if behind > (1e-4 if self.host.dtype == torch.float32 else 0.05):
-                host = type(self.host).__name__
-                raise RealignerError(f"{host}: gives other tokens in continuous batches than alone; rewrite with another host")
+        proof = self._running(max(map(len, prompts)) + _PAGE, greedy=True)
+        prove_batches(self.host, prompts, proof, _ADVICE)
         self._checked = True
 
     def _running(self, longest: int, greedy: bool = False) -> HostBatchManager:
@@ -145,7 +130,7 @@ class HostRewriter:
         batching = ContinuousBatchingConfig(
             page_size=_PAGE, max_requests_per_batch=self.batch_size, use_async_batching=False, **sizes
         )
-        manager = HostBatchManager(self.host, settings, batching, advice="; rewrite with another host")
+        manager = HostBatchManager(self.host, settings, batching, advice=_ADVICE)
         sampling = None
         if self.temperature > 0 and not greedy:
             processors = LogitsProcessorList([SeededSampling(self.temperature, self.top_p)])

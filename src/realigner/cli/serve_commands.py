@@ -1,0 +1,123 @@
+"""The command that answers over HTTP: serve."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Optional
+
+from typer import Argument, Option
+
+from realigner.cli import options as opt
+from realigner.console import say, show
+from realigner.errors import UsageError
+
+ENGINES = ("transformers", "vllm")
+_KEY_ENV, _ADMIN_ENV = "REALIGNER_API_KEY", "REALIGNER_ADMIN_KEY"
+
+
+def serve(
+    host: Annotated[Optional[str], Argument(help="The host; by default the one the first IRM was made for.")] = None,
+    irm: Annotated[
+        Optional[list[str]],
+        Option("--irm", metavar="NAME=DIR", help="An IRM, and its name; may be given often.", show_default=False),
+    ] = None,
+    host_name: Annotated[
+        Optional[str], Option(help="The model's name in requests.", show_default="the host's, or its folder's")
+    ] = None,
+    address: Annotated[str, Option(help="Where to listen; other than this machine's own needs a key.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="0 for a free one.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        Optional[list[str]],
+        Option(metavar="KEY", help=f"Ask for one of these keys; or set {_KEY_ENV}.", show_default=False),
+    ] = None,
+    no_key: Annotated[bool, Option("--no-key", help="Listen for others without a key.")] = False,
+    admin_key: Annotated[
+        Optional[str],
+        Option(metavar="KEY", help=f"Let who has it load and unload IRMs; or set {_ADMIN_ENV}.", show_default=False),
+    ] = None,
+    max_requests: Annotated[int, Option(help="Requests that are answered or wait; more are told to come back.", min=1)] = 64,
+    max_tokens: Annotated[int, Option(help="Tokens of a reply at most.", min=1)] = 512,
+    max_context: Annotated[
+        Optional[int], Option(help="Tokens of prompt and reply at most.", min=2, show_default="the host's, up to 8192")
+    ] = None,
+    engine: Annotated[str, Option(help="transformers (a laptop), or vllm (GPUs; see docs/serving.md).")] = "transformers",
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    trust_remote_code: opt.Trust = False,
+    option: Annotated[
+        Optional[list[str]], Option(metavar="ARG", help="With --engine vllm: an argument for vllm serve.", show_default=False)
+    ] = None,
+) -> None:
+    """Serve a host and its IRMs by OpenAI's API: each request has IRMs and strengths of its own."""
+    opt.one_of("--engine", engine, ENGINES)
+    irms = named(irm or [])
+    if host is None and not irms:
+        raise UsageError("serve: give a host, or an IRM (--irm NAME=DIR)")
+    if option and engine != "vllm":
+        raise UsageError("--option: is for --engine vllm")
+    keys = [*(api_key or []), *filter(None, [os.environ.get(_KEY_ENV)])]
+    if engine == "vllm":
+        from realigner.runtime import find_irm
+        from realigner.serving.vllm_command import serve_with_vllm  # type: ignore[import-untyped,unused-ignore]
+
+        folders = {name: find_irm(folder) for name, folder in irms.items()}
+        serve_with_vllm(host or _host_of(next(iter(folders.values()))), folders, address, port, keys, option or [])
+    from realigner.serving.engine import Limits
+    from realigner.serving.serve import serve as serve_here
+
+    say("realigner serve: loading")
+    serve_here(
+        irms,
+        host,
+        host_name,
+        address,
+        port,
+        keys,
+        no_key,
+        admin_key or os.environ.get(_ADMIN_ENV) or None,
+        Limits(max_requests, max_tokens, max_context),
+        dtype,
+        device,
+        trust_remote_code,
+        lambda url, models: _print_ready(url, models, bool(keys)),
+    )
+
+
+def named(irms: Sequence[str]) -> dict[str, Path]:
+    """IRMs by name, of ``NAME=DIR`` or ``DIR``.
+
+    Raises:
+        UsageError: when two have one name.
+    """
+    found: dict[str, Path] = {}
+    for given in irms:
+        name, equals, folder = given.partition("=")
+        if not equals:
+            name, folder = Path(given).resolve().name, given
+        if name in found:
+            raise UsageError(f"--irm: {name!r} is given twice; name them apart (NAME=DIR)")
+        found[name] = Path(folder)
+    return found
+
+
+def _host_of(irm: Path) -> str:
+    """The host that an IRM was made for, by the name in its config."""
+    from realigner.irm_config import check_adapter
+
+    config = check_adapter(irm)
+    name = (config.get("host") or {}).get("name") or config.get("base_model_name_or_path")
+    if not name:
+        raise UsageError(f"{irm}: its config names no host; say which (realigner serve HOST)")
+    return str(name)
+
+
+def _print_ready(url: str, models: Sequence[str], keys: bool) -> None:
+    show(f"Serving {', '.join(models)} at {url}")
+    key = f' -H "Authorization: Bearer ${_KEY_ENV}"' if keys else ""
+    message = '[{"role": "user", "content": "Why is the sky blue?"}]'
+    body = f'{{"model": "{models[min(1, len(models) - 1)]}", "messages": {message}}}'
+    show(f"Try next:  curl {url}/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    sys.stdout.flush()

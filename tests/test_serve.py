@@ -1,0 +1,566 @@
+"""`realigner serve`: a real server on 127.0.0.1 with two IRMs on a tiny host, asked by the official client and by nobody's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from peft import get_peft_model
+
+import realigner as ra
+from realigner.batching import BatchManager
+from realigner.cli import main
+from realigner.errors import UsageError
+from realigner.irm_config import IRMConfig
+from realigner.runtime import Runtime
+from realigner.serving.asked import CHAT, TEXT, NotServedError, read_request
+from realigner.serving.engine import BatchFailedError, Engine, Limits
+from realigner.serving.gate import Gate
+from realigner.serving.metrics import Metrics
+from realigner.serving.serve import check_address
+from realigner.serving.shelf import Served, Shelf
+from realigner.serving.texts import StopTexts
+from tests.served import Server, begin, eventually, serving
+from tests.tiny import tiny_folder, tiny_pair
+
+Irms = dict[str, Path]
+ASK = [{"role": "user", "content": "Why?"}]
+MIXES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # a model's name, fields, and the same for `answer`
+    ("host", {}, {"irms": "__base__"}),
+    ("host+anger", {}, {"irms": "anger", "strength": 2.0}),
+    ("host+anger@0.5", {}, {"irms": "anger", "strength": 0.5}),
+    ("host", {"irms": {"sadness": -1}}, {"irms": "sadness", "strength": -1.0}),
+    ("host+anger@0.7+sadness", {"where": "reply"}, {"irms": ("anger", "sadness"), "strength": {"anger": 0.7, "sadness": 1.0}}),
+    ("host", {"irms": "anger@3", "where": 4}, {"irms": "anger", "strength": 3.0, "where": 4}),
+    ("host", {"vllm_xargs": {"irms": "sadness", "where": "prompt"}}, {"irms": "sadness", "strength": 1.0, "where": "prompt"}),
+    ("host+sadness@2", {"temperature": 0.8, "seed": 7}, {"irms": "sadness", "strength": 2.0, "temperature": 0.8, "seed": 7}),
+]
+MIXES[4][2]["where"] = "reply"
+
+
+@pytest.fixture(scope="module")
+def server(irms: Irms, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(irms, tmp_path_factory.mktemp("server") / "log", "--max-tokens", "400") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def guarded(irms: Irms, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Keys, an admin key, few requests; one IRM to begin with."""
+    options = ("--api-key", "one", "--api-key", "two", "--admin-key", "boss", "--max-requests", "2", "--max-tokens", "400")
+    log = tmp_path_factory.mktemp("guarded") / "log"
+    with serving({"anger": irms["anger"]}, log, *options, "--host-name", "small") as running:
+        yield running
+
+
+# --- the same answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_client_gets_what_answer_gives_whole_and_streamed(server: Server, runtime: Runtime) -> None:
+    client = server.client()
+    assert [model.id for model in client.models.list()] == ["host", "host+anger", "host+sadness"]
+    assert client.models.retrieve("host+anger").id == "host+anger"
+    wanted = runtime.answer("Why?", irms="anger", max_new_tokens=16)
+    whole = client.chat.completions.create(model="host+anger", messages=ASK, max_tokens=16)
+    assert whole.choices[0].message.content == wanted
+    assert whole.usage.completion_tokens == 16
+    stream = client.chat.completions.create(model="host+anger", messages=ASK, max_tokens=16, stream=True)
+    chunks = list(stream)
+    assert len(chunks) > 3
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    assert server.is_idle()
+
+
+def test_thirty_two_requests_at_once_are_answered_as_each_alone(server: Server, runtime: Runtime) -> None:
+    asked = [(f"What is {n}? {'x' * (3 * n)}", *MIXES[n % 8]) for n in range(32)]
+    with ThreadPoolExecutor(32) as pool:
+        replies = list(pool.map(lambda one: server.chat(one[1], one[0], max_tokens=20, **one[2]), asked))
+    texts = [body["choices"][0]["message"]["content"] for _, body in replies]
+    assert texts == [runtime.answer(question, max_new_tokens=20, **how) for question, _, _, how in asked]
+    assert len(set(texts)) > 16
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_tokens_of_the_engine_are_those_of_generate(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen requests, eight settings, a cache so small that some are put off and begun again."""
+    monkeypatch.setattr("realigner.serving.engine._CACHE", 1)
+    host, tokenizer = tiny_pair(family)
+    shelf, model = two_on_a_shelf(host), two_by_peft(tiny_pair(family)[0])
+    alone = Runtime(model, tokenizer, {"anger": 1.0, "sadness": 1.0})
+    bodies = [
+        ({"model": name, **fields, "messages": [{"role": "user", "content": f"{n}?" * (1 + n)}], "max_tokens": 12}, how)
+        for n in range(16)
+        for name, fields, how in [MIXES[n % 8]]
+    ]
+
+    async def all_at_once() -> list[str]:
+        engine = Engine(shelf, tokenizer, Limits(requests=16, tokens=16, context=96))
+        engine.prove()
+        engine.open(asyncio.get_running_loop())
+
+        async def one(body: dict[str, Any]) -> str:
+            job = await engine.start(read_request(body, CHAT, "host", {"anger": 2.0, "sadness": 1.0}))
+            return "".join([piece async for piece in engine.pieces(job)])
+
+        try:
+            return await asyncio.gather(*(one(body) for body, _ in bodies))
+        finally:
+            engine.close()
+
+    replies = asyncio.run(all_at_once())
+    prompts = [body["messages"][0]["content"] for body, _ in bodies]
+    assert replies == [alone.answer(prompt, max_new_tokens=12, **how) for prompt, (_, how) in zip(prompts, bodies, strict=True)]
+    assert len(set(replies)) > 8
+
+
+def two_on_a_shelf(host: Any) -> Shelf:
+    """The IRMs of `two_by_peft`, as a server has them."""
+    shelf = Shelf(host)
+    for seed, name in enumerate(("anger", "sadness")):
+        torch.manual_seed(seed)
+        shelf.model.add_adapter(f"served_{name}", IRMConfig(output_std=1.0))
+        shelf.put(name, Served(f"served_{name}", 1.0, "chat", {}))
+    return shelf
+
+
+def two_by_peft(host: Any) -> Any:
+    torch.manual_seed(0)
+    model = get_peft_model(host, IRMConfig(output_std=1.0), adapter_name="anger")
+    torch.manual_seed(1)
+    model.add_adapter("sadness", IRMConfig(output_std=1.0))
+    return model
+
+
+def test_a_text_is_continued(server: Server, runtime: Runtime) -> None:
+    tokens = runtime.tokenizer("Why is", return_tensors="pt")
+    options = {"max_new_tokens": 12, "do_sample": False, "repetition_penalty": 1.1, "strength": 0.5}
+    with torch.no_grad():
+        ids = runtime.model.generate(**tokens, **options)[0]
+    wanted = runtime.tokenizer.decode(ids)[len("Why is") :]
+    client = server.client()
+    whole = client.completions.create(model="host+anger@0.5", prompt="Why is", max_tokens=12)
+    assert whole.choices[0].text == wanted
+    pieces = client.completions.create(model="host+anger@0.5", prompt="Why is", max_tokens=12, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == wanted
+
+
+def test_a_reply_ends_where_a_stop_text_begins(server: Server, runtime: Runtime) -> None:
+    whole = runtime.answer("Why?", irms="sadness", strength=1.0, max_new_tokens=300)
+    stop = whole[len(whole) // 3 : len(whole) // 3 + 2]
+    wanted = whole[: whole.index(stop)]
+    for stream in (False, True):
+        reply = server.client().chat.completions.create(
+            model="host+sadness",
+            messages=ASK,
+            max_tokens=300,
+            stop=[stop, "never said"],
+            stream=stream,
+        )
+        text = "".join(c.choices[0].delta.content or "" for c in reply) if stream else reply.choices[0].message.content
+        assert text == wanted
+    assert eventually(server.is_idle)
+
+
+def test_sampling_depends_on_the_seed_alone(server: Server) -> None:
+    def replies(**fields: Any) -> set[str]:
+        return {server.chat("host", temperature=1.5, **fields)[1]["choices"][0]["message"]["content"] for _ in range(4)}
+
+    assert len(replies(seed=3)) == 1
+    assert len(replies(seed=3, top_p=0.5)) == 1
+    assert len(replies()) > 1
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------------------
+
+REFUSED: list[tuple[dict[str, Any], int, str]] = [
+    ({"model": "nobody"}, 404, "model: 'nobody' is not served; served are host, host+anger, host+sadness"),
+    ({"model": "host+joy"}, 404, "IRM 'joy' is not loaded"),
+    ({"model": "host+anger@nan"}, 400, "is not a number between"),
+    ({"model": "host+anger+anger"}, 400, "named twice"),
+    ({"model": None}, 400, "model: give the name"),
+    ({"model": 7}, 400, "model: give the name"),
+    ({"irms": {"anger": float("nan")}}, 400, "strength of 'anger'"),
+    ({"irms": {"anger": 1e9}}, 400, "strength of 'anger'"),
+    ({"irms": ["joy"]}, 400, "not loaded"),
+    ({"irms": 3}, 400, "irms: 3"),
+    ({"model": "host+anger", "irms": "sadness"}, 400, "irms: the model's name has IRMs too"),
+    ({"where": "nowhere"}, 400, "where: 'nowhere'"),
+    ({"where": -1}, 400, "where: -1"),
+    ({"where": True}, 400, "where: True"),
+    ({"messages": []}, 400, "messages: give a list"),
+    ({"messages": ["hi"]}, 400, "messages[0]: 'hi' is not a message"),
+    ({"messages": [{"role": "user", "content": ""}]}, 400, "it is empty"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "no character"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "no text"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "last message"),
+    ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "prompt: it has 623 tokens, and 511 at most"),
+    ({"max_tokens": 0}, 400, "max_tokens: 0"),
+    ({"max_tokens": 401}, 400, "above this server's 400"),
+    ({"max_tokens": "7"}, 400, "max_tokens: '7'"),
+    ({"messages": [{"role": "user", "content": "x" * 300}], "max_tokens": 400}, 400, "leaves 189 of 512"),
+    ({"temperature": -1}, 400, "temperature: -1"),
+    ({"temperature": True}, 400, "temperature: True"),
+    ({"top_p": 0}, 400, "top_p: 0"),
+    ({"seed": 1.5}, 400, "seed: 1.5"),
+    ({"stop": [""]}, 400, "stop:"),
+    ({"stop": ["a"] * 20}, 400, "stop: 20 texts"),
+    ({"stream": "yes"}, 400, "stream: 'yes'"),
+    ({"n": 2}, 400, "n: 2 cannot be done here"),
+    ({"tools": [{"type": "function"}]}, 400, "tools: [{'type': 'function'}] cannot be done here"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format: {'type': 'json_object'} cannot be done"),
+    ({"chat_template_kwargs": {"nonsense": 1}}, 400, "no variable 'nonsense'"),
+    ({"chat_template_kwargs": [1]}, 400, "is not an object"),
+    ({"strength": 1}, 400, "strength: there is no such field"),
+    ({"vllm_xargs": {"what": 1}}, 400, "vllm_xargs: there is no argument 'what'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "status", "message"), REFUSED, ids=[str(n) for n in range(len(REFUSED))])
+def test_what_cannot_be_done_is_said_in_one_line(server: Server, fields: dict[str, Any], status: int, message: str) -> None:
+    body = {"model": "host", "messages": ASK, "max_tokens": 4, **fields}
+    found, answer = server.request("POST", "/v1/chat/completions", body)
+    assert (found, set(answer)) == (status, {"error"})
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert message in answer["error"]["message"]
+    assert "\n" not in answer["error"]["message"]
+
+
+def test_fields_that_change_nothing_are_taken(server: Server) -> None:
+    neutral = {"n": 1, "tools": [], "frequency_penalty": 0, "user": "me", "stream_options": None, "tool_choice": "auto"}
+    parts = [{"type": "text", "text": "Why?"}]
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "name": "me", "content": parts, "refusal": None},
+    ]
+    status, body = server.request("POST", "/v1/chat/completions", {"model": "host", "messages": messages, **neutral})
+    assert status == 200, body
+
+
+def test_what_is_no_request_at_all(server: Server) -> None:
+    path = "/v1/chat/completions"
+    for body in (b"{broken", b"[]", b"7", b"", b"\xff\xfe", b"[" * 100_000, b'{"model": "host"'):
+        status, answer = server.request("POST", path, body)
+        assert (status, list(answer)) == (400, ["error"]), body[:20]
+    assert server.request("POST", path, b"{}", {"content-type": "text/plain"})[0] == 400  # what a page may send unasked
+    assert server.request("POST", path, b" " * (1 << 20) + b"{}")[0] == 413
+    for method, where, status in (
+        ("GET", path, 405),
+        ("GET", "/", 404),
+        ("GET", "/docs", 404),
+        ("GET", "/openapi.json", 404),
+        ("POST", "/reset", 404),
+        ("POST", "/load_model", 404),
+        ("POST", "/v1/responses", 404),
+        ("POST", "/v1/irms", 404),
+        ("GET", "/v1/models/nobody", 404),
+    ):
+        found, answer = server.request(method, where, b"{}" if method == "POST" else None)
+        assert (found, list(answer)) == (status, ["error"]), where
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+        raw.sendall(b"no HTTP\r\n\r\n")
+        assert raw.recv(1000).startswith(b"HTTP/1.1 400")
+    assert server.request("GET", "/health") == (200, {"status": "ok"})
+
+
+def test_fields_of_a_request() -> None:
+    strengths = {"anger": 2.0, "v1.5": 0.5}
+    asked = read_request(
+        {"model": "a+b+v1.5", "messages": ASK, "max_completion_tokens": 3, "stop": "x"}, CHAT, "a+b", strengths
+    )
+    assert (asked.mix.strengths, asked.max_tokens, asked.stop, asked.where) == ({"v1.5": 0.5}, 3, ("x",), "all")
+    assert read_request({"model": "host", "prompt": ["one"]}, TEXT, "host", {}).prompt == "one"
+    with pytest.raises(NotServedError, match="not served"):
+        read_request({"model": "other", "messages": ASK}, CHAT, "host", strengths)
+    with pytest.raises(UsageError, match="prompt: "):
+        read_request({"model": "host", "prompt": ["one", "two"]}, TEXT, "host", {})
+
+
+def test_stop_texts_may_come_in_pieces() -> None:
+    for stops, pieces, said in (
+        (["END"], ["one E", "N", "d two EN", "D three"], "one ENd two "),
+        (["aab"], ["aa", "aab", "x"], "aa"),
+        (["x", "yz"], ["y", "y", "z"], "y"),
+        (["never"], ["ne", "ve"], "neve"),
+    ):
+        text = StopTexts(stops)
+        assert "".join([*map(text.add, pieces), text.end()]) == said
+
+
+# --- keys, limits, IRMs that come and go --------------------------------------------------------------------------------------
+
+
+def test_keys(guarded: Server) -> None:
+    body = {"model": "small", "messages": ASK, "max_tokens": 2}
+    for headers, status in (
+        ({}, 401),
+        ({"authorization": "Bearer three"}, 401),
+        ({"authorization": "Basic one"}, 401),
+        ({"authorization": "Bearer boss"}, 401),
+        ({"authorization": "Bearer one"}, 200),
+        ({"authorization": "bearer two"}, 200),
+    ):
+        assert guarded.request("POST", "/v1/chat/completions", body, headers)[0] == status, headers
+    assert guarded.request("GET", "/v1/models")[0] == 401
+    assert guarded.request("GET", "/health")[0] == guarded.request("GET", "/metrics")[0] == 200
+    with pytest.raises(openai.AuthenticationError, match="the key is wrong"):
+        guarded.client("three").models.list()
+    assert guarded.request("POST", "/v1/irms", {}, {"authorization": "Bearer one"})[0] == 401
+    assert "boss" not in guarded.log.read_text()
+
+
+def test_too_many_requests_are_told_to_come_back(guarded: Server) -> None:
+    client = guarded.client("one")
+    long: Any = {"model": "small", "messages": ASK, "max_tokens": 400, "stream": True}
+    streams = [client.chat.completions.create(**long) for _ in range(2)]
+    with pytest.raises(openai.RateLimitError, match="2 requests are being answered") as refused:
+        client.chat.completions.create(**long)
+    assert refused.value.response.headers["retry-after"] == "1"
+    for stream in streams:
+        stream.close()
+    assert eventually(guarded.is_idle)
+    assert client.chat.completions.create(**{**long, "max_tokens": 2, "stream": False}).usage.completion_tokens == 2
+
+
+def test_irms_come_and_go_while_it_answers(guarded: Server, irms: Irms, runtime: Runtime, tmp_path: Path) -> None:
+    boss = {"authorization": "Bearer boss"}
+
+    def admin(method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        return guarded.request(method, path, body, boss)
+
+    def names() -> list[str]:
+        return [model.id for model in guarded.client("one").models.list()]
+
+    client = guarded.client("one")
+    wanted = runtime.answer("Why?", irms="anger", max_new_tokens=300)
+    stream = client.chat.completions.create(model="small+anger", messages=ASK, max_tokens=300, stream=True)
+    pieces = [next(stream), next(stream)]
+    assert admin("POST", "/v1/irms", {"name": "sad", "path": str(irms["sadness"])}) == (201, {"name": "sad", "strength": 1.0})
+    assert admin("DELETE", "/v1/irms/anger")[0] == 204  # the stream goes on with it
+    assert names() == ["small", "small+sad"]
+    assert admin("POST", "/v1/irms", {"name": "anger", "path": str(irms["sadness"])})[0] == 201  # the name is free at once
+    pieces += stream
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == wanted
+    reply = client.chat.completions.create(model="small+anger", messages=ASK, max_tokens=8)
+    assert reply.choices[0].message.content == runtime.answer("Why?", irms="sadness", strength=1.0, max_new_tokens=8)
+
+    damaged, other = tmp_path / "damaged", tmp_path / "other"
+    shutil.copytree(irms["anger"], damaged)
+    (damaged / "adapter_model.safetensors").write_bytes(b"\x00" * 100)
+    stranger, _ = ra.load_host(str(tiny_folder(tmp_path / "stranger", seed=5)), dtype="float32")
+    get_peft_model(stranger, IRMConfig()).save_pretrained(str(other))
+    for body, status, message in (
+        ({"name": "bad", "path": str(damaged)}, 400, "truncated or damaged"),
+        ({"name": "bad", "path": str(other)}, 400, "made for"),
+        ({"name": "bad", "path": str(tmp_path / "nowhere")}, 400, "no such adapter folder"),
+        ({"name": "sad", "path": str(irms["anger"])}, 400, "'sad' is loaded already"),
+        ({"name": "no good", "path": str(irms["anger"])}, 400, "no name to serve by"),
+        ({"name": "bad"}, 400, "give name and path"),
+    ):
+        found, answer = admin("POST", "/v1/irms", body)
+        assert (found, message in answer["error"]["message"]) == (status, True), answer
+    assert admin("DELETE", "/v1/irms/bad")[0] == 404
+    assert names() == ["small", "small+anger", "small+sad"]
+    for name in ("anger", "sad"):
+        assert admin("DELETE", f"/v1/irms/{name}")[0] == 204
+    assert names() == ["small"]
+    bare = client.chat.completions.create(model="small", messages=ASK, max_tokens=8)
+    assert bare.choices[0].message.content == runtime.answer("Why?", irms="__base__", max_new_tokens=8)
+    assert admin("POST", "/v1/irms", {"name": "anger", "path": str(irms["anger"])})[0] == 201
+    assert guarded.metric("realigner_irms") == 1
+
+
+# --- clients that leave, and slow ones ----------------------------------------------------------------------------------------
+
+
+def sent(server: Server, more: dict[str, str] | None = None, **fields: Any) -> socket.socket:
+    """A request on a socket of its own, of which nothing is read."""
+    body = json.dumps({"model": "host+anger", "messages": ASK, "max_tokens": 400, **fields}).encode()
+    headers = {"host": "x", "content-type": "application/json", "content-length": len(body), **(more or {})}
+    lines = ["POST /v1/chat/completions HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    head = "\r\n".join(lines)
+    raw = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    raw.sendall(head.encode() + body)
+    return raw
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_takes_no_place(server: Server, stream: bool) -> None:
+    clients = [sent(server, stream=stream) for _ in range(6)]
+    assert eventually(lambda: server.metric("realigner_requests_in_batch") == 6)
+    for client in clients:
+        client.close()
+    assert eventually(server.is_idle, 3)
+    assert server.chat("host+anger")[0] == 200
+
+
+def gate(seconds: float, send: Any = None) -> tuple[Gate, list[Any]]:
+    """A gate before an application that answers at once, and what it sent."""
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    return Gate(app, Limits(body=100, patience=seconds), Metrics()), sent
+
+
+def test_a_client_that_sends_too_slowly_is_refused() -> None:
+    made, sent = gate(0.2)
+
+    async def never() -> dict[str, Any]:
+        await asyncio.sleep(60)
+        return {}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    asyncio.run(asyncio.wait_for(made(scope, never, send), 10))
+    assert sent[0]["status"] == 408
+
+
+def test_an_application_that_fails_is_one_line_for_the_client(capfd: pytest.CaptureFixture[str]) -> None:
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise KeyError("what")
+
+    asked = iter([{"type": "http.request", "body": b"{}"}])
+
+    async def receive() -> dict[str, Any]:
+        for message in asked:
+            return message
+        return await asyncio.sleep(60, {"type": "http.disconnect"})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    asyncio.run(Gate(app, Limits(), Metrics())(scope, receive, send))
+    assert sent[0]["status"] == 500
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_a_batch_that_fails_is_said_and_nothing_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, tokenizer = tiny_pair()
+    shelf = two_on_a_shelf(host)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of\nmemory")
+
+    async def ask() -> None:
+        engine = Engine(shelf, tokenizer, Limits(tokens=400))
+        engine.open(asyncio.get_running_loop())
+        body = {"model": "host+anger", "messages": ASK, "max_tokens": 400, "stream": True}
+        try:
+            jobs = [await engine.start(read_request(body, CHAT, "host", {"anger": 1.0})) for _ in range(2)]
+            pieces = engine.pieces(jobs[0])
+            await anext(pieces)
+            monkeypatch.setattr(BatchManager, "_write", fail)
+            monkeypatch.setattr(engine._batch._manager.logit_processor, "_before", fail)  # type: ignore[union-attr]
+            for rest in (pieces, engine.pieces(jobs[1])):
+                with pytest.raises(BatchFailedError, match="out of memory"):
+                    _ = [piece async for piece in rest]
+            for job in jobs:
+                engine.finish(job)
+            with pytest.raises(BatchFailedError, match="start the server again"):
+                await engine.start(read_request(body, CHAT, "host", {"anger": 1.0}))
+            while "memory" not in engine.failure:  # which is recorded after those who wait are told
+                await asyncio.sleep(0.01)
+            assert engine.running == 0
+        finally:
+            engine.close()
+
+    asyncio.run(asyncio.wait_for(ask(), 60))
+
+
+# --- start and end ------------------------------------------------------------------------------------------------------------
+
+
+def test_killed_while_it_loads_it_starts_again_and_sigterm_finishes_replies(
+    irms: Irms, runtime: Runtime, tmp_path: Path
+) -> None:
+    for seconds in (1.0, 4.0):
+        process = begin(irms, tmp_path / "killed")
+        time.sleep(seconds)
+        process.kill()
+        process.communicate(timeout=30)
+    with serving(irms, tmp_path / "log", "--max-tokens", "400") as server:
+        stream = server.client().chat.completions.create(model="host", messages=ASK, max_tokens=200, stream=True)
+        pieces = [next(stream), next(stream)]
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        with pytest.raises(openai.APIConnectionError):
+            server.client().models.list()
+        pieces += stream
+        assert "".join(p.choices[0].delta.content or "" for p in pieces) == runtime.answer(
+            "Why?", irms="__base__", max_new_tokens=200
+        )
+        assert server.process.wait(30) == 0
+        assert server.log.read_text().count("\n") == 2  # loading, finishing
+
+
+def test_what_cannot_be_served_is_said_in_one_line(irms: Irms, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged, other = tmp_path / "damaged", tmp_path / "other"
+    shutil.copytree(irms["anger"], damaged)
+    (damaged / "adapter_config.json").write_text("{")
+    stranger, _ = ra.load_host(str(tiny_folder(tmp_path / "stranger", seed=5)), dtype="float32")
+    get_peft_model(stranger, IRMConfig()).save_pretrained(str(other))
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = str(taken.getsockname()[1])
+    anger = f"anger={irms['anger']}"
+    for arguments, code, message in (
+        ([], 2, "give a host, or an IRM"),
+        (["--irm", anger, "--irm", f"anger={irms['sadness']}"], 2, "'anger' is given twice"),
+        (["--irm", f"no good={irms['anger']}"], 2, "no name to serve by"),
+        (["--irm", anger, "--address", "0.0.0.0"], 2, "can be reached from elsewhere"),
+        (["--irm", anger, "--port", port], 1, "cannot be served on"),
+        (["--irm", anger, "--irm", f"bad={damaged}"], 1, "adapter_config.json"),
+        (["--irm", anger, "--irm", f"other={other}", "--port", "0"], 1, "made for"),
+        (["--irm", f"none={tmp_path / 'nowhere'}"], 1, "no such adapter folder"),
+        (["--irm", anger, "--engine", "fast"], 2, "'fast' is not one of transformers, vllm"),
+        (["--irm", anger, "--api-key", "a b"], 2, "a key is of letters"),
+    ):
+        assert main(["serve", *arguments, "--dtype", "float32"]) == code, arguments
+        lines = [line for line in capsys.readouterr().err.splitlines() if line != "realigner serve: loading"]
+        assert len(lines) == 1, lines
+        assert message in lines[0]
+    taken.close()
+
+
+def test_addresses_that_others_reach_need_a_key() -> None:
+    for address in ("127.0.0.1", "127.3.2.1", "::1", "localhost"):
+        check_address(address, [], no_key=False)
+    for address in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
+        with pytest.raises(UsageError, match="reached from elsewhere"):
+            check_address(address, [], no_key=False)
+        check_address(address, ["key"], no_key=False)
+        check_address(address, [], no_key=True)
+
+
+def test_a_second_signal_ends_at_once(guarded: Server) -> None:
+    key = {"authorization": "Bearer one"}
+    clients = [sent(guarded, key, model="small", stream=True) for _ in range(2)]
+    assert all(client.recv(1) for client in clients)
+    for _ in range(2):
+        guarded.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    assert guarded.process.wait(10) == 1
+    assert "stopped at once by a second signal" in guarded.log.read_text()
+    assert "Traceback" not in guarded.log.read_text()
+    for client in clients:
+        client.close()
