@@ -429,8 +429,9 @@ def prove(
             tolerance = 1e-4 if dtype == torch.float32 else 0.06
             if actual.shape == expected.shape and torch.allclose(actual.float(), expected.float(), tolerance, tolerance):
                 return
-            errors.append(f"what {site.reader or 'it'} is given is not the layer's input plus {site.scale:g} * {site.branch}")
-    raise RealignerError(f"{where} cannot take this IRM: {errors[-1]}; serve it with transformers (realigner serve)")
+            what = f"what {site.reader} is given" if reader is not None else "what it returns"
+            errors.insert(0, f"{what} is not the layer's input plus {site.scale:g} * {site.branch}")
+    raise RealignerError(f"{where} cannot take this IRM: {errors[0]}; serve it with transformers (realigner serve)")
 
 
 @torch.no_grad()

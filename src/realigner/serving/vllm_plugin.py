@@ -12,6 +12,7 @@ import functools
 import hashlib
 import inspect
 import os
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,14 +79,10 @@ def _of_engine(module: str, name: str, *parameters: str) -> tuple[Any, Any]:
         if missing:
             raise AttributeError(f"it takes no {missing[0]}")
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            release = import_module("vllm").__version__
-        except (ImportError, AttributeError, PackageNotFoundError):
-            release = version("vllm")
+        release = getattr(sys.modules.get("vllm"), "__version__", "here")
         raise RealignerError(
-            f"vLLM {release} is not known to realigner (vllm.{module}: {name}: {error}); install vLLM {TESTED}, or unset REALIGNER_IRMS"
+            f"vLLM {release} is not known to realigner (vllm.{module}: {name}: {error}); install vLLM {TESTED}, or take realigner "
+            "out of its environment"
         ) from error
     return owner, found
 
