@@ -75,7 +75,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-class _AfterImport(MetaPathFinder):
+class AfterImport(MetaPathFinder):
     """Does something as soon as another package's module has run, without importing it ourselves.
 
     It stays in place until the module has really run: others only ask whether it could be found (transformers does).
@@ -127,5 +127,5 @@ def _register_with_peft(_: ModuleType) -> None:
         import_module("realigner.tuner")
 
 
-_AfterImport("peft", _register_with_peft)
-_AfterImport("trl.generation.vllm_generation", _guard_vllm)
+AfterImport("peft", _register_with_peft)
+AfterImport("trl.generation.vllm_generation", _guard_vllm)

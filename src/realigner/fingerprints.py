@@ -108,13 +108,13 @@ class Fingerprint:
             return _NAMES_DIFFER
         pairs = []
         for mine, theirs in ((self.vectors, other.vectors), (self.samples, other.samples)):
-            a, b = _decode(mine), _decode(theirs)
+            a, b = decode_samples(mine), decode_samples(theirs)
             both = a.keys() & b.keys()
             if 4 * len(both) < 3 * min(len(a), len(b)):
                 return _NAMES_DIFFER
             values = [pair for key in both for pair in zip(a[key], b[key], strict=False)]
             pairs.append(torch.tensor(values).reshape(-1, 2).T)
-        return _off(*pairs[0]) or (_off_in_sign(*pairs[1]) if by_sign else _off(*pairs[1]))
+        return off(*pairs[0]) or (off_in_sign(*pairs[1]) if by_sign else off(*pairs[1]))
 
 
 def fingerprint(host: nn.Module, layers: nn.Module | None = None) -> Fingerprint:
@@ -298,20 +298,31 @@ def _sample(weights: Sequence[_Weight], count: int) -> str:
     Experts are left out: whether they are one tensor or many depends on the quantiser.
     """
 
-    def digest(text: str) -> str:
-        return hashlib.sha256(text.encode()).hexdigest()
-
     own = [w for w in weights if math.prod(w.shape) and "experts" not in w.name.split(".")]
-    chosen = sorted(own or weights, key=lambda w: digest(f"{w.name} {w.shape}"))[:count]
+    chosen = sorted(own or weights, key=lambda w: _digest(f"{w.name} {w.shape}"))[:count]
     each, groups = max(1, count // max(1, len(chosen))), []
     for number, weight in enumerate(chosen):
-        places = [int(digest(f"{weight.name} {n}")[:14], 16) % math.prod(weight.shape) for n in range(each)]
+        places = places_of(weight.name, math.prod(weight.shape), each)
         values = torch.tensor(weight.values(places, number < _DEQUANTISED)).bfloat16().view(torch.int16).tolist()
-        groups.append(digest(f"{weight.name} {weight.shape}")[:6] + "".join(f"{value & 0xFFFF:04x}" for value in values))
+        groups.append(sample_key(weight.name, weight.shape) + "".join(f"{value & 0xFFFF:04x}" for value in values))
     return ".".join(groups)
 
 
-def _decode(text: str) -> dict[str, list[float]]:
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sample_key(name: str, shape: list[int]) -> str:
+    """By which a weight goes in a fingerprint: 6 hex digits of its name (from the list of layers on) and shape."""
+    return _digest(f"{name} {shape}")[:6]
+
+
+def places_of(name: str, size: int, count: int) -> list[int]:
+    """The flat places at which a weight of `size` numbers is sampled."""
+    return [int(_digest(f"{name} {n}")[:14], 16) % size for n in range(count)]
+
+
+def decode_samples(text: str) -> dict[str, list[float]]:
     """Key -> weights, as `_sample` wrote them."""
     return {group[:6]: _numbers(group[6:]) for group in str(text).split(".") if group}
 
@@ -324,7 +335,7 @@ def _numbers(text: str) -> list[float]:
         raise RealignerError("host fingerprint: samples is not hex") from None
 
 
-def _off(a: torch.Tensor, b: torch.Tensor) -> str | None:
+def off(a: torch.Tensor, b: torch.Tensor) -> str | None:
     """Whether weights in full precision differ by more than the rounding to float16 and bfloat16."""
     known = ~(a.isnan() | b.isnan())
     # Rounded twice (float16, then bfloat16) a weight can end one bfloat16 step away, 2^-7 of it at most; that happens to
@@ -336,7 +347,7 @@ def _off(a: torch.Tensor, b: torch.Tensor) -> str | None:
     return None
 
 
-def _off_in_sign(a: torch.Tensor, b: torch.Tensor) -> str | None:
+def off_in_sign(a: torch.Tensor, b: torch.Tensor) -> str | None:
     """Whether signs agree too seldom: they do in 90% or more on the same host, in one half on another."""
     known = ~(a.isnan() | b.isnan() | (a == 0) | (b == 0))
     off = known & (a.sign() != b.sign())
@@ -376,7 +387,7 @@ def _difference_1(saved: Fingerprint, found: Fingerprint) -> str | None:
         by_sign = torch.tensor([weight.quantised for _, weight in chosen])
         if len(samples) == len(read):
             values = torch.tensor(read).bfloat16().float()
-            return _off(samples[~by_sign], values[~by_sign]) or _off_in_sign(samples[by_sign], values[by_sign])
+            return off(samples[~by_sign], values[~by_sign]) or off_in_sign(samples[by_sign], values[by_sign])
     return _NAMES_DIFFER
 
 

@@ -6,29 +6,33 @@ tensors that are no floating-point numbers are each refused with one line, befor
 
 from __future__ import annotations
 
-import codecs
 import reprlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
-from safetensors import SafetensorError, safe_open
 
+from realigner.adapter_files import (
+    CONFIG_FILE as CONFIG_FILE,
+    FILE_PREFIX as FILE_PREFIX,
+    PEFT_NAME as PEFT_NAME,
+    TYPES,
+    WEIGHTS_FILE as WEIGHTS_FILE,
+    adapter_folder as adapter_folder,
+    check_types,
+    file_tensors as file_tensors,
+    read_values,
+)
 from realigner.chat_format import TEMPLATES, check_template_kwargs
 from realigner.errors import RealignerError, UsageError
-from realigner.files import parsed, read_bytes
 from realigner.fingerprints import Fingerprint
 from realigner.hosts import folder_of
 from realigner.irm import EDITIONS, IRMShape
 from realigner.settings import check_strength
 
-PEFT_NAME = "irm"
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PICKLE_FILE = "adapter_model.bin"
 _HOW_TO_LOAD = """
 
 ## How to load
@@ -42,26 +46,6 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 """
-_LARGEST_CONFIG = 16 * 2**20  # bytes; one of a host of a hundred layers has a hundred thousand
-_DTYPES = ("F64", "F32", "F16", "BF16")  # that the weights may have
-_TYPES: dict[str, tuple[type, ...]] = {  # of what IRMShape does not check
-    "base_model_name_or_path": (str,),
-    "revision": (str,),
-    "task_type": (str,),
-    "peft_version": (str,),
-    "inference_mode": (bool,),
-    "auto_mapping": (dict,),
-    "layers_path": (str,),
-    "tone": (str,),
-    "template": (str,),
-    "chat_template_kwargs": (dict,),
-    "strength": (int, float),
-    "strength_range": (tuple, list),
-    "host": (dict,),
-    "site": (dict,),
-    "modules_to_save": (tuple, set, list),
-}
-FILE_PREFIX = "irm."  # tensors in the file are named irm.trunk.0.weight, ..., whatever host and adapter name
 
 
 def _register_peft_type() -> PeftType:
@@ -118,10 +102,7 @@ class IRMConfig(PeftConfig, IRMShape):
     modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
-        for key, types in _TYPES.items():
-            value = getattr(self, key)
-            if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
-                raise UsageError(f"{key}: {reprlib.repr(value)} is not of type {types[-1].__name__}")
+        check_types({key: getattr(self, key) for key in TYPES})
         if not all(isinstance(name, str) for name in self.modules_to_save or ()):
             raise UsageError(f"modules_to_save: {reprlib.repr(self.modules_to_save)} is not a list of modules' names")
         self.task_type: Any = self.task_type or "CAUSAL_LM"
@@ -184,25 +165,6 @@ class IRMConfig(PeftConfig, IRMShape):
         return config
 
 
-def adapter_folder(folder: str | Path) -> Path:
-    """The folder that holds the adapter: itself, or its only subfolder that does (PEFT saves a named adapter into one).
-
-    Raises:
-        RealignerError: when there is none, or several, naming them.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise RealignerError(f"{folder}: there is no such adapter folder")
-    if (folder / CONFIG_FILE).is_file():
-        return folder
-    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
-    if len(inside) > 1:
-        raise RealignerError(f"{folder}: holds several adapters; give one of {', '.join(map(str, inside))}")
-    if not inside:
-        raise RealignerError(f"{folder}: not an adapter folder, it has no {CONFIG_FILE}")
-    return inside[0]
-
-
 def check_adapter(folder: str | Path) -> dict[str, Any]:
     """Check an adapter's two files without a host and return its config's values.
 
@@ -211,15 +173,7 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
     """
     folder = adapter_folder(folder)
     path = folder / CONFIG_FILE
-    values = parsed(read_bytes(path, _LARGEST_CONFIG), path)
-    if path.read_bytes().startswith(codecs.BOM_UTF8):  # PEFT reads the file too, and cannot
-        raise RealignerError(f"{path}: begins with a byte order mark; save it without")
-    if not isinstance(values, dict) or values.get("peft_type") != PEFT_NAME.upper():
-        found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
-        raise RealignerError(f"{path}: not an IRM (peft_type is {found!r})")
-    unknown = sorted(set(values) - {f.name for f in fields(IRMConfig)})
-    if unknown:
-        raise RealignerError(f"{path}: unknown key {unknown[0]!r}; the adapter may come from a newer realigner")
+    values = read_values(folder)
     try:
         IRMConfig(**values)
         if values.get("host") is not None:
@@ -228,31 +182,6 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
         raise RealignerError(f"{path}: {error}") from None
     file_tensors(folder)
     return values
-
-
-def file_tensors(folder: Path) -> dict[str, list[int]]:
-    """Tensor -> shape of an adapter's weights, from the file's header.
-
-    Raises:
-        RealignerError: when it is missing, truncated or pickled, or a tensor is not of floating-point numbers.
-    """
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
-        pickled = (folder / _PICKLE_FILE).exists()
-        why = f"{_PICKLE_FILE} is a pickle and is not read" if pickled else "its weights are missing"
-        raise RealignerError(f"{folder}: no {WEIGHTS_FILE}; {why}")
-    shapes: dict[str, list[int]] = {}
-    try:
-        with safe_open(str(weights), framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                tensor = handle.get_slice(name)
-                shapes[name] = tensor.get_shape()
-                if (dtype := tensor.get_dtype()) not in _DTYPES:
-                    known = ", ".join(_DTYPES)
-                    raise RealignerError(f"{weights}: tensor {reprlib.repr(name)} is of type {dtype}; an IRM's are {known}")
-    except (SafetensorError, OSError) as error:
-        raise RealignerError(f"{weights}: truncated or damaged ({error})") from None
-    return shapes
 
 
 # Whoever has a config may give it to PEFT, which must know the tuner by then. (The tuner imports this file, now whole.)

@@ -10,9 +10,8 @@ tensor, a truncated or pickled file are each refused with one line.
 
 from __future__ import annotations
 
-import reprlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -26,6 +25,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dty
 from peft.utils import AuxiliaryTrainingWrapper, register_peft_method, set_additional_trainable_modules
 from torch import nn
 
+from realigner.adapter_files import check_tensors
 from realigner.adapters import AdapterRegistry
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import Fingerprint, fingerprint
@@ -207,7 +207,7 @@ class IRMModel(BaseTuner):
             with torch.device("meta"):
                 expected = _named_as_in_file(config.build(*size)) | _beside(model, config.modules_to_save or ())
             own = {key: s for key, s in config.file_tensors.items() if key.startswith(FILE_PREFIX) or key in expected}
-            _check_tensors(adapter_name, expected, own)
+            check_tensors(_file_of(adapter_name), expected, own)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             network = config.build(*size)
         if first:
@@ -380,8 +380,9 @@ class IRMModel(BaseTuner):
         # PEFT adds the embeddings where the vocabulary was resized; they are the host's, and it has them.
         copies = {key for key in state_dict if (key.startswith("base_model.") and "embed" in key) or ".lm_head." in key}
         own = {key: state_dict[key] for key in sorted(state_dict.keys() - beside.keys() - copies)}
-        _check_tensors(adapter_name, _named_as_in_file(self.registry.network(adapter_name)), own)
-        _check_tensors(adapter_name, {key: value for key, value in model.state_dict().items() if saved in key}, beside)
+        check_tensors(_file_of(adapter_name), _named_as_in_file(self.registry.network(adapter_name)), own)
+        wrapped = {key: value for key, value in model.state_dict().items() if saved in key}
+        check_tensors(_file_of(adapter_name), wrapped, beside)
         place = f"base_model.registry.networks.{adapter_name}."
         return beside | {place + key.removeprefix(FILE_PREFIX): value for key, value in own.items()}
 
@@ -508,6 +509,10 @@ def _wrappers(host: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in host.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
 
 
+def _file_of(adapter_name: str) -> str:
+    return f"adapter {adapter_name!r}: {WEIGHTS_FILE}"
+
+
 def _named_as_in_file(network: nn.Module) -> dict[str, torch.Tensor]:
     return {FILE_PREFIX + key: value for key, value in network.state_dict().items()}
 
@@ -521,25 +526,6 @@ def _beside(host: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
             plain = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
             found |= {f"base_model.model.{name}.{key}": value for key, value in plain.state_dict().items()}
     return found
-
-
-def _check_tensors(
-    adapter_name: str, expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor] | Mapping[str, list[int]]
-) -> None:
-    """Raise unless tensors (or shapes) of a file are those that an IRM has, and finite."""
-    where = f"adapter {adapter_name!r}: {WEIGHTS_FILE}"
-    for key, tensor in expected.items():
-        if key not in given:
-            raise RealignerError(f"{where}: tensor {key} is missing")
-        found = given[key]
-        shape = list(found.shape) if isinstance(found, torch.Tensor) else found
-        if shape != list(tensor.shape):
-            raise RealignerError(f"{where}: tensor {key} has shape {shape}, not {list(tensor.shape)}")
-        if isinstance(found, torch.Tensor) and not (found.is_floating_point() and bool(torch.isfinite(found).all())):
-            raise RealignerError(f"{where}: tensor {key} has values that are not finite numbers")
-    for key in given:
-        if key not in expected:
-            raise RealignerError(f"{where}: has a tensor {reprlib.repr(key)} that this IRM does not have")
 
 
 def _bind(config: IRMConfig, host: Fingerprint, site: dict[str, Any]) -> None:

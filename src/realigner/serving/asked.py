@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from realigner.errors import UsageError
-from realigner.serving.mixes import Mix, mix_of_field, mix_of_model
+from realigner.serving.mixes import Mix, NotServedError, mix_of_field, mix_of_model
 
 CHAT, TEXT = "chat", "text"  # /v1/chat/completions, /v1/completions
 _OURS = {"irms", "where", "repetition_penalty", "thinking_budget", "chat_template_kwargs", "vllm_xargs"}
@@ -32,10 +32,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # field that we cannot do -> values th
 _MOST_STOPS, _LONGEST_STOP = 16, 1000  # characters
 _WHERES = ("all", "prompt", "reply")  # settings.WHERES, which needs torch
 _LARGEST = 2**53  # of a whole number: what JSON keeps
-
-
-class NotServedError(UsageError):
-    """A model's name whose host or IRM is not served here (HTTP 404)."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +125,7 @@ def _model(given: Mapping[str, Any], host: str, strengths: Mapping[str, float]) 
     if not isinstance(model, str) or not model:
         served = ", ".join([host, *(f"{host}+{name}" for name in sorted(strengths))])
         raise UsageError(f"model: give the name of one as a string; served are {served}")
-    terms = model[len(host) + 1 :].split("+") if model.startswith(f"{host}+") else []
-    known = model == host or (terms and all(term.partition("@")[0] in strengths for term in terms))
-    if known or terms == ["none"]:
-        return model
-    try:
-        mix_of_model(model, host, strengths)
-    except UsageError as error:
-        raise NotServedError(str(error)) from None
+    mix_of_model(model, host, strengths)  # which refuses others
     return model
 
 

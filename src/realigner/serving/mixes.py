@@ -17,6 +17,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MOST = 1000.0  # of a strength, either way (settings.check_strength)
 
 
+class NotServedError(UsageError):
+    """A request names a host or an IRM that is not served: over HTTP a 404, where other mistakes are a 400."""
+
+
 @dataclass(frozen=True)
 class Mix:
     """IRMs with their strengths; none of them is the bare host.
@@ -38,7 +42,11 @@ class Mix:
 
     def name(self, host: str) -> str:
         """The model's name of a host with these IRMs."""
-        return host + "".join(f"+{name}@{repr(value).removesuffix('.0')}" for name, value in self.strengths.items())
+        return f"{host}+{self.terms()}" if self.strengths else host
+
+    def terms(self) -> str:
+        """These IRMs as `mix_of_terms` reads them."""
+        return "+".join(f"{name}@{repr(value).removesuffix('.0')}" for name, value in self.strengths.items()) or "none"
 
 
 def check_name(name: str) -> str:
@@ -61,7 +69,8 @@ def mix_of_model(model: str, host: str, defaults: Mapping[str, float]) -> Mix:
         defaults: loaded IRM -> its own strength, which acts where a request names none.
 
     Raises:
-        UsageError: for another host, an IRM that is not loaded or named twice, or a strength that is no number.
+        NotServedError: for another host, or an IRM that is not loaded.
+        UsageError: for an IRM that is named twice, or a strength that is no number.
 
     Example:
         >>> mix_of_model("smollm2+anger@0.7", "smollm2", {"anger": 1.0})
@@ -70,7 +79,7 @@ def mix_of_model(model: str, host: str, defaults: Mapping[str, float]) -> Mix:
     if model == host:
         return Mix()
     if not model.startswith(f"{host}+"):
-        raise UsageError(f"model: {model[:80]!r} is not served; served are {_served(host, defaults)}")
+        raise NotServedError(f"model: {model[:80]!r} is not served; served are {_served(host, defaults)}")
     return mix_of_terms(model[len(host) + 1 :], defaults, "model")
 
 
@@ -121,7 +130,7 @@ def mix_of_field(value: Any, defaults: Mapping[str, float]) -> Mix:
 
 def _check_loaded(name: Any, defaults: Mapping[str, float], where: str) -> None:
     if not isinstance(name, str) or name not in defaults:
-        raise UsageError(f"{where}: IRM {name!r:.80} is not loaded; loaded are {', '.join(sorted(defaults)) or 'none'}")
+        raise NotServedError(f"{where}: IRM {name!r:.80} is not loaded; loaded are {', '.join(sorted(defaults)) or 'none'}")
 
 
 def _number(value: Any, what: str) -> float:

@@ -20,10 +20,11 @@ from transformers.cli.serving.utils import GenerationState
 
 from realigner.console import say
 from realigner.errors import RealignerError
-from realigner.serving.asked import CHAT, TEXT, NotServedError, read_request
+from realigner.serving.asked import CHAT, TEXT, read_request
 from realigner.serving.engine import BatchFailedError, Engine, Job
 from realigner.serving.gate import ADMIN, Gate, begun, refusal
 from realigner.serving.metrics import Metrics
+from realigner.serving.mixes import NotServedError
 from realigner.serving.texts import Thought
 
 _KEPT = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}  # of transformers' routes

@@ -1,0 +1,238 @@
+"""IRMs over vLLM's HTTP routes: in a model's name, in the field ``irms``, and in the list of models.
+
+A request becomes one that the engine's own routes take: the host as its model, the IRMs in ``vllm_xargs``. So all routes work that
+take a model (chat, completions, responses, messages), and an unchanged client.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+from realigner.errors import RealignerError, UsageError
+from realigner.serving.mixes import Mix, NotServedError, mix_of_model
+from realigner.serving.served import Served, servable
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+_LARGEST = 256 << 20  # bytes of a request's body that are read here
+
+
+class IRMMiddleware:
+    """ASGI middleware between the check of keys and the routes.
+
+    Args:
+        app: what comes next.
+        served: the IRMs.
+        hosts: the names by which the host is served.
+    """
+
+    def __init__(self, app: App, served: Served, hosts: Sequence[str]) -> None:
+        self.app, self.served, self.hosts = app, served, hosts
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        path = scope.get("path", "").removeprefix(scope.get("root_path", "")).rstrip("/")
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif scope["method"] == "GET" and path == "/v1/models":
+            await self._list(scope, receive, send)
+        elif scope["method"] == "POST" and _is_json(scope):
+            await self._ask(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _ask(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        body, rest = await _read(receive)
+        if body is None:
+            await self.app(scope, rest, send)
+            return
+        try:
+            changed = self.rewritten(body)
+        except NotServedError as error:
+            await _answer(send, 404, str(error), "NotFoundError")
+            return
+        except UsageError as error:
+            await _answer(send, 400, str(error), "BadRequestError")
+            return
+        length = str(len(changed)).encode()
+        headers = [(key, length if key.lower() == b"content-length" else value) for key, value in scope["headers"]]
+        await self.app({**scope, "headers": headers}, _once(changed, rest), send)
+
+    def rewritten(self, body: bytes) -> bytes:
+        """A request's body as the engine's routes take it; the same one where it names no IRM, or is none of ours.
+
+        Raises:
+            NotServedError: for an IRM that is not loaded.
+            UsageError: for a strength that is no number, IRMs in two places, or beam search, which drops them.
+        """
+        if b'"irms"' not in body and not any(json.dumps(f"{host}+")[1:-1].encode() in body for host in self.hosts):
+            return body
+        try:
+            request = json.loads(body)
+        except ValueError:  # the route says so
+            return body
+        if not isinstance(request, dict):
+            return body
+        model = request.get("model")
+        host = next((host for host in self.hosts if isinstance(model, str) and model.startswith(f"{host}+")), None)
+        if model in self.hosts or (host is None and "irms" not in request):
+            host = None
+        if host is None and request.get("irms") is None:
+            return body
+        if host is not None and request.get("irms") is not None:
+            raise UsageError(f"irms: the model {str(model)[:80]!r} names IRMs too; name them in one place")
+        field = request.pop("irms", None)
+        mix = self.served.mix(field) if host is None else mix_of_model(str(model), host, self.served.defaults)
+        if mix.strengths and request.get("use_beam_search"):
+            raise UsageError("use_beam_search: vLLM's beams drop a request's IRMs; sample, or decode greedily")
+        if host is not None:
+            request["model"] = host
+        self._name(request, mix)
+        return json.dumps(request).encode()
+
+    def _name(self, request: dict[str, Any], mix: Mix) -> None:
+        xargs = request.get("vllm_xargs")
+        if isinstance(xargs, Mapping) and "irms" in xargs:
+            raise UsageError("irms: vllm_xargs names IRMs too; name them in one place")
+        if not mix.strengths:
+            return
+        request["vllm_xargs"] = {**(xargs or {}), "irms": mix.terms()}
+        if "messages" in request and (kwargs := self.served.template_kwargs(mix)):
+            request["chat_template_kwargs"] = {**kwargs, **(request.get("chat_template_kwargs") or {})}
+
+    async def _list(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """The route's list of models, and each of its hosts with each IRM."""
+        start: Message = {}
+        parts: list[bytes] = []
+
+        async def keep(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                start.update(message)
+                return
+            parts.append(message.get("body", b""))
+            if not message.get("more_body"):
+                body = self.listed(b"".join(parts)) if start["status"] == 200 else b"".join(parts)
+                headers = [pair for pair in start["headers"] if pair[0].lower() != b"content-length"]
+                await send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+                await send({**message, "body": body})
+
+        await self.app(scope, receive, keep)
+
+    def listed(self, body: bytes) -> bytes:
+        """A list of models with ours in it."""
+        models = json.loads(body)
+        for card in [card for card in models["data"] if card["id"] in self.hosts]:
+            for name, irm in self.served.irms.items():
+                own = {"id": f"{card['id']}+{name}", "root": str(irm.folder), "parent": card["id"]}
+                models["data"].append({**card, **own, "strength": irm.strength})
+        return json.dumps(models).encode()
+
+
+def add_admin(app: Any, served: Served, args: Any) -> None:
+    """Routes by which IRMs are loaded and unloaded: ``POST /v1/load_irm`` with ``irm_name`` and ``irm_path``, ``/v1/unload_irm``.
+
+    They read any folder of the machine that they are given, so they are there only where they were asked for.
+    """
+    from fastapi import Request
+    from fastapi.responses import JSONResponse
+
+    if (getattr(args, "api_server_count", None) or 1) > 1:
+        raise RealignerError("REALIGNER_ADMIN=1: with several API servers each would have IRMs of its own; set --api-server-count 1")
+
+    async def change(request: Any, keys: Sequence[str], act: Callable[..., Awaitable[str | None]]) -> Any:
+        try:
+            given = await request.json()
+            values = [given.get(key) if isinstance(given, dict) else None for key in keys]
+            if not all(isinstance(value, str) and value for value in values):
+                raise UsageError(f"give {' and '.join(keys)}, each a text")
+            if wrong := await act(request.app.state.engine_client, *values):
+                raise RealignerError(wrong)
+        except NotServedError as error:
+            return JSONResponse(_error(404, str(error), "NotFoundError"), 404)
+        except (RealignerError, ValueError) as error:
+            return JSONResponse(_error(400, str(error), "BadRequestError"), 400)
+        return JSONResponse({"irms": sorted(served.irms)})
+
+    async def load(engine: Any, name: str, folder: str) -> str | None:
+        irm = servable(served.check_new(name), folder)
+        wrong = await _all_workers(engine, "load_irm", name, str(irm.folder))
+        if wrong is None:
+            served.irms[name] = irm
+        return wrong
+
+    async def unload(engine: Any, name: str) -> str | None:
+        if name not in served.irms:
+            raise NotServedError(f"irm_name: {name[:80]!r} is not loaded; loaded are {', '.join(sorted(served.irms)) or 'none'}")
+        del served.irms[name]  # no request for it comes in any more
+        await engine.pause_generation(mode="wait", clear_cache=False)  # those that did are finished
+        try:
+            return await _all_workers(engine, "unload_irm", name)
+        finally:
+            await engine.resume_generation()
+
+    async def load_irm(request: Request) -> Any:
+        return await change(request, ("irm_name", "irm_path"), load)
+
+    async def unload_irm(request: Request) -> Any:
+        return await change(request, ("irm_name",), unload)
+
+    for route in (load_irm, unload_irm):
+        route.__annotations__["request"] = Request  # FastAPI reads it, and in this file it is a text
+        app.add_api_route(f"/v1/{route.__name__}", route, methods=["POST"])
+
+
+async def _all_workers(engine: Any, method: str, *args: str) -> str | None:
+    """Call a method of all workers; the first thing that is wrong. What some could do and others not is undone."""
+    answers = await engine.collective_rpc(method, args=args)
+    wrong = next((answer for answer in answers if answer), None)
+    if wrong and method == "load_irm" and not all(answers):
+        await engine.collective_rpc("unload_irm", args=args[:1])
+    return wrong
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------------
+
+
+def _is_json(scope: Mapping[str, Any]) -> bool:
+    kind = next((value for key, value in scope["headers"] if key.lower() == b"content-type"), b"application/json")
+    return bool(kind.lower().split(b";")[0].strip().endswith(b"json"))
+
+
+async def _read(receive: Receive) -> tuple[bytes | None, Receive]:
+    """A request's whole body, or None if it is too large or never ends; and what gives the rest, from the start in that case."""
+    messages: list[Message] = []
+    size = 0
+    while True:
+        message = await receive()
+        messages.append(message)
+        size += len(message.get("body", b""))
+        if message["type"] != "http.request" or size > _LARGEST:
+            return None, _again(messages, receive)
+        if not message.get("more_body"):
+            return b"".join(message.get("body", b"") for message in messages), receive
+
+
+def _again(messages: list[Message], receive: Receive) -> Receive:
+    async def again() -> Message:
+        return messages.pop(0) if messages else await receive()
+
+    return again
+
+
+def _once(body: bytes, rest: Receive) -> Receive:
+    return _again([{"type": "http.request", "body": body, "more_body": False}], rest)
+
+
+def _error(status: int, message: str, kind: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": "model" if message.startswith("model") else "irms", "code": status}}
+
+
+async def _answer(send: Send, status: int, message: str, kind: str) -> None:
+    body = json.dumps(_error(status, message, kind)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
