@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from realigner.errors import UsageError
-from realigner.serving.mixes import Mix, NotServedError, mix_of_field, mix_of_model
+from realigner.serving.mixes import Mix, mix_of_field, mix_of_model
 
 CHAT, TEXT = "chat", "text"  # /v1/chat/completions, /v1/completions
 _OURS = {"irms", "where", "repetition_penalty", "thinking_budget", "chat_template_kwargs", "vllm_xargs"}
