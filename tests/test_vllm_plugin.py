@@ -509,6 +509,7 @@ def test_requests_become_the_engines(served: Served) -> None:
     assert rewritten(served, **asked) == {"model": "org/host", "vllm_xargs": {"seed": 1, "irms": "anger@1.25+sadness@-1"}}
     assert rewritten(served, model="host", irms={"anger": 0.5})["vllm_xargs"] == {"irms": "anger@0.5"}
     assert rewritten(served, model="host+anger@0") == {"model": "host"}
+    assert rewritten(served, model="host", vllm_xargs={"irms": "anger"})["vllm_xargs"] == {"irms": "anger@1.25"}
     for untouched in ({"model": "host"}, {"model": "other"}, {"model": "hostess"}, {"model": "host", "irms": None}):
         assert rewritten(served, **untouched) == untouched
     chat = rewritten(served, model="host+sadness", messages=[])
@@ -526,6 +527,7 @@ def test_requests_become_the_engines(served: Served) -> None:
         ({"model": "host+anger", "irms": "sadness"}, UsageError, "in one place"),
         ({"model": "host+anger", "vllm_xargs": {"irms": "sadness"}}, UsageError, "in one place"),
         ({"model": "host", "irms": 7}, UsageError, "neither terms"),
+        ({"model": "host", "vllm_xargs": {"irms": "joy"}}, NotServedError, "'joy' is not loaded"),
         ({"model": "host+anger", "use_beam_search": True}, UsageError, "beam"),
     ],
 )

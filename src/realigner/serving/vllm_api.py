@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequen
 from typing import Any
 
 from realigner.errors import RealignerError, UsageError
-from realigner.serving.mixes import Mix, NotServedError, mix_of_model
+from realigner.serving.mixes import NotServedError, mix_of_model
 from realigner.serving.served import Served, servable
 
 Message = MutableMapping[str, Any]
@@ -77,32 +77,26 @@ class IRMMiddleware:
             return body
         if not isinstance(request, dict):
             return body
-        model = request.get("model")
-        host = next((host for host in self.hosts if isinstance(model, str) and model.startswith(f"{host}+")), None)
-        if model in self.hosts or (host is None and "irms" not in request):
-            host = None
-        if host is None and request.get("irms") is None:
+        model, xargs = str(request.get("model")), request.get("vllm_xargs")
+        host = None if model in self.hosts else next((host for host in self.hosts if model.startswith(f"{host}+")), None)
+        named = [request.pop("irms", None), xargs.pop("irms", None) if isinstance(xargs, dict) else None]
+        fields = [field for field in named if field is not None]
+        if len(fields) + (host is not None) > 1:
+            raise UsageError(f"irms: {model[:80]!r}, the field irms and vllm_xargs name IRMs more than once; name them in one place")
+        if host is not None:
+            mix = mix_of_model(model, host, self.served.defaults)
+            request["model"] = host
+        elif fields:
+            mix = self.served.mix(fields[0])
+        else:
             return body
-        if host is not None and request.get("irms") is not None:
-            raise UsageError(f"irms: the model {str(model)[:80]!r} names IRMs too; name them in one place")
-        field = request.pop("irms", None)
-        mix = self.served.mix(field) if host is None else mix_of_model(str(model), host, self.served.defaults)
         if mix.strengths and request.get("use_beam_search"):
             raise UsageError("use_beam_search: vLLM's beams drop a request's IRMs; sample, or decode greedily")
-        if host is not None:
-            request["model"] = host
-        self._name(request, mix)
+        if mix.strengths:
+            request["vllm_xargs"] = {**(xargs or {}), "irms": mix.terms()}
+            if "messages" in request and (kwargs := self.served.template_kwargs(mix)):
+                request["chat_template_kwargs"] = {**kwargs, **(request.get("chat_template_kwargs") or {})}
         return json.dumps(request).encode()
-
-    def _name(self, request: dict[str, Any], mix: Mix) -> None:
-        xargs = request.get("vllm_xargs")
-        if isinstance(xargs, Mapping) and "irms" in xargs:
-            raise UsageError("irms: vllm_xargs names IRMs too; name them in one place")
-        if not mix.strengths:
-            return
-        request["vllm_xargs"] = {**(xargs or {}), "irms": mix.terms()}
-        if "messages" in request and (kwargs := self.served.template_kwargs(mix)):
-            request["chat_template_kwargs"] = {**kwargs, **(request.get("chat_template_kwargs") or {})}
 
     async def _list(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """The route's list of models, and each of its hosts with each IRM."""

@@ -417,11 +417,12 @@ def prove(
     if site.kind == "sequential" and reader is None:
         raise RealignerError(f"{where} has no {site.reader}, the module that reads the residual; serve it with transformers")
     expected = site.base[0][1] * x + site.scale * first if reader is not None else site.scale * (first - second)
-    errors = []
-    for form in (lambda noise: noise, lambda noise: (noise, None)):  # what a branch returns: a tensor, or that and more
+    errors: list[str] = []
+    for alone, attention_alone in ((True, True), (False, True), (True, False), (False, False)):  # or with more in a tuple
         for shape in ((4, width), (1, 4, width)):
             try:
-                runs = [_run(layer, branch, reader, x.view(shape), form(noise.view(shape))) for noise in (first, second)]
+                noises = [noise.view(shape) if alone else (noise.view(shape), None) for noise in (first, second)]
+                runs = [_run(layer, branch, reader, x.view(shape), noise, attention_alone) for noise in noises]
             except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError, AssertionError) as error:
                 errors.append(f"{type(error).__name__}: {error}".partition("\n")[0])
                 continue
@@ -435,7 +436,9 @@ def prove(
 
 
 @torch.no_grad()
-def _run(layer: nn.Module, branch: nn.Module, reader: nn.Module | None, x: torch.Tensor, noise: Any) -> torch.Tensor:
+def _run(
+    layer: nn.Module, branch: nn.Module, reader: nn.Module | None, x: torch.Tensor, noise: Any, attention_alone: bool
+) -> torch.Tensor:
     """Run a layer with `noise` in its branch's place; the sum of what its reader is given, or of what it returns."""
     seen: list[torch.Tensor] = []
 
@@ -445,7 +448,7 @@ def _run(layer: nn.Module, branch: nn.Module, reader: nn.Module | None, x: torch
 
     attention = [child for name in _ATTENTION if (child := getattr(layer, name, None)) is not None and child is not branch]
     replaced: list[tuple[nn.Module, Callable[..., Any]]] = [(branch, lambda *args, **kwargs: noise)]
-    replaced += [(child, _given(x)) for child in attention if isinstance(child, nn.Module)]
+    replaced += [(child, _given(x, attention_alone)) for child in attention if isinstance(child, nn.Module)]
     if reader is not None:
         replaced.append((reader, read))
     values: dict[str, Any] = {**dict.fromkeys(_STREAMS, x.clone()), **dict.fromkeys(_POSITIONS, _places(x))}
@@ -471,11 +474,12 @@ def _places(x: torch.Tensor) -> torch.Tensor:
     return torch.arange(x.shape[-2], device=x.device)
 
 
-def _given(x: torch.Tensor) -> Callable[..., Any]:
+def _given(x: torch.Tensor, alone: bool) -> Callable[..., Any]:
     """In attention's place: returns what it is given."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return next((value for value in (*args, *kwargs.values()) if _is_stream(value, x)), x)
+        given = next((value for value in (*args, *kwargs.values()) if _is_stream(value, x)), x)
+        return given if alone else (given, None)
 
     return forward
 
