@@ -102,16 +102,21 @@ def _wrap(owner: Any, name: str, wrapper: Any) -> None:
 
 def _watch_requests(served: Served) -> None:
     """Every request, offline or over HTTP, becomes one for the engine in `process_inputs`: names are read and salted there."""
+    from realigner.errors import UsageError
     from realigner.serving.mixes import Mix
 
     owner, _ = _of_engine("v1.engine.input_processor", "InputProcessor.process_inputs", "request_id", "prompt", "params")
     _of_engine("v1.engine", "EngineCoreRequest.cache_salt")
     _of_engine("sampling_params", "SamplingParams.extra_args")
+    _, refusal = _of_engine("exceptions", "VLLMValidationError")  # a ValueError, and over HTTP a 400
 
     def process(original: Any, self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         extra = getattr(params, "extra_args", None) or {}
         field = extra.get("irms")
-        mix = Mix() if field is None else served.mix(field)  # refused before anything is made of it
+        try:
+            mix = Mix() if field is None else served.mix(field)
+        except UsageError as error:
+            raise refusal(str(error), parameter="irms") from None
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if field is not None:
             rest = {key: value for key, value in extra.items() if key != "irms"}
