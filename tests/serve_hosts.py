@@ -35,7 +35,8 @@ def make(place: Path, host_type: str, shapes: dict[str, dict[str, Any]] | None =
     Args:
         place: the folder to fill: ``host/`` (unless embedded), ``irms/anger/``, ``irms/sadness/``, ``replies.json``.
         host_type: a model type, for a tiny random host, or the embedded host's name.
-        shapes: of the two IRMs; by default of the compact preset, the second with a part of the layers, and of edition 1 on a tiny host.
+        shapes: of the two IRMs; by default of the compact preset, the second with a part of the layers, and of edition 1 on a
+            tiny host.
     """
     if host_type == EMBEDDED:
         host, folder = load_host(EMBEDDED, dtype="float32")[0], embedded_folder()

@@ -1,6 +1,6 @@
 """Run by test_vllm_engine.py in the engine's environment: `vllm serve` with the plugin, asked by the official client.
 
-    python tests/serve_http.py JOB.json RESULT.json
+python tests/serve_http.py JOB.json RESULT.json
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         found["tokens"] = 0
         for reply in replies[:8]:
             asked = {"prompt": reply["prompt"], "max_tokens": len(reply["tokens"]), "temperature": 0, "ignore_eos": True}
-            _, answer = ask(base, "/v1/completions", {"model": "smollm2", "irms": reply["irms"] or None, "return_token_ids": True, **asked})
+            asked |= {"model": "smollm2", "irms": reply["irms"] or None, "return_token_ids": True}
+            _, answer = ask(base, "/v1/completions", asked)
             found["tokens"] += answer["choices"][0]["token_ids"] == reply["tokens"]
         found["asked"] = len(replies[:8])
         bad: list[dict[str, Any]] = [

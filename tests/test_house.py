@@ -16,8 +16,9 @@ SOURCE = Path(ra.__file__).parent
 # Bottom-up import order: a file may import from its own layer and those before it.
 FLOORS = [
     "errors", "markdown", "extras", "lazy", "prompts", "thoughts", "chat_format", "files", "console", "dialogues", "irm",
-    "sites", "settings", "adapter_files", "gguf_cache", "hosts", "probe", "locate", "residuals", "fingerprints", "injection", "adapters",
-    "batching", "irm_config", "tuner", "thinking_budget", "generation", "runtime", "chat", "stored_host", "serving", "oracle", "tiny", "census",
+    "sites", "settings", "adapter_files", "gguf_cache", "hosts", "probe", "locate", "residuals", "fingerprints", "stored_host",
+    "injection", "adapters", "batching", "irm_config", "tuner", "thinking_budget", "generation", "runtime", "chat", "serving",
+    "oracle", "tiny", "census",
     "validation_message", "data", "training", "sweep", "traces", "analysis", "explain", "evaluation", "report", "demo", "cli",
 ]  # fmt: skip
 

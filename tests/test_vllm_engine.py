@@ -92,7 +92,8 @@ def test_chunked_prefill_and_preemption(llama: Path) -> None:
     for message, words in zip(
         found["refused"], ("'joy' is not loaded", "is not a number", "twice", "neither terms", "between"), strict=True
     ):
-        assert words in message and "\n" not in message
+        assert words in message
+        assert "\n" not in message
 
 
 @pytest.mark.parametrize("host_type", ["qwen3", "gemma2", "granite", "gpt2", "mixtral"])
@@ -112,7 +113,7 @@ def test_the_second_runners_bookkeeping(llama: Path) -> None:
 
 def test_an_engine_with_the_irm_of_another_host_does_not_start(llama: Path, tmp_path: Path) -> None:
     other = make(tmp_path / "other", "qwen3")
-    with pytest.raises(AssertionError, match="irm 'anger' was made for another host; of .* the decoder is of type llama"):
+    with pytest.raises(AssertionError, match=r"irm 'anger' was made for another host; of .* the decoder is of type llama"):
         generate(llama, environment=irms_of(other))
 
 
@@ -140,4 +141,5 @@ def test_the_server_answers_as_answer_does(embedded_place: Path, llama: Path) ->
     assert found["sadness"].strip() == wanted[3]
     assert [status for status, _ in found["unload"]] == [200, 404]
     assert found["after"].strip() == wanted[0]
-    assert found["hits"] > 0 and found["exit"] == 0
+    assert found["hits"] > 0
+    assert found["exit"] == 0

@@ -1,7 +1,7 @@
 """IRMs over vLLM's HTTP routes: in a model's name, in the field ``irms``, and in the list of models.
 
-A request becomes one that the engine's own routes take: the host as its model, the IRMs in ``vllm_xargs``. So all routes work that
-take a model (chat, completions, responses, messages), and an unchanged client.
+A request becomes one that the engine's own routes take: the host as its model, the IRMs in ``vllm_xargs``. So all routes work
+that take a model (chat, completions, responses, messages), and an unchanged client.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class IRMMiddleware:
         named = [request.pop("irms", None), xargs.pop("irms", None) if isinstance(xargs, dict) else None]
         fields = [field for field in named if field is not None]
         if len(fields) + (host is not None) > 1:
-            raise UsageError(f"irms: {model[:80]!r}, the field irms and vllm_xargs name IRMs more than once; name them in one place")
+            raise UsageError("irms: the model, the field irms and vllm_xargs name IRMs more than once; name them in one place")
         if host is not None:
             mix = mix_of_model(model, host, self.served.defaults)
             request["model"] = host
@@ -127,7 +127,7 @@ class IRMMiddleware:
 
 
 def add_admin(app: Any, served: Served, args: Any) -> None:
-    """Routes by which IRMs are loaded and unloaded: ``POST /v1/load_irm`` with ``irm_name`` and ``irm_path``, ``/v1/unload_irm``.
+    """Routes that load and unload IRMs: ``POST /v1/load_irm`` with ``irm_name`` and ``irm_path``; ``/v1/unload_irm``.
 
     They read any folder of the machine that they are given, so they are there only where they were asked for.
     """
@@ -135,7 +135,7 @@ def add_admin(app: Any, served: Served, args: Any) -> None:
     from fastapi.responses import JSONResponse
 
     if (getattr(args, "api_server_count", None) or 1) > 1:
-        raise RealignerError("REALIGNER_ADMIN=1: with several API servers each would have IRMs of its own; set --api-server-count 1")
+        raise RealignerError("REALIGNER_ADMIN: several API servers would each have IRMs of their own; set --api-server-count 1")
 
     async def change(request: Any, keys: Sequence[str], act: Callable[..., Awaitable[str | None]]) -> Any:
         try:
@@ -160,7 +160,8 @@ def add_admin(app: Any, served: Served, args: Any) -> None:
 
     async def unload(engine: Any, name: str) -> str | None:
         if name not in served.irms:
-            raise NotServedError(f"irm_name: {name[:80]!r} is not loaded; loaded are {', '.join(sorted(served.irms)) or 'none'}")
+            loaded = ", ".join(sorted(served.irms)) or "none"
+            raise NotServedError(f"irm_name: {name[:80]!r} is not loaded; loaded are {loaded}")
         del served.irms[name]  # no request for it comes in any more
         await engine.pause_generation(mode="wait", clear_cache=False)  # those that did are finished
         try:
@@ -197,7 +198,7 @@ def _is_json(scope: Mapping[str, Any]) -> bool:
 
 
 async def _read(receive: Receive) -> tuple[bytes | None, Receive]:
-    """A request's whole body, or None if it is too large or never ends; and what gives the rest, from the start in that case."""
+    """A request's whole body and what gives the rest; or None, if it is too large or ends early, and what gives all of it."""
     messages: list[Message] = []
     size = 0
     while True:
@@ -222,7 +223,8 @@ def _once(body: bytes, rest: Receive) -> Receive:
 
 
 def _error(status: int, message: str, kind: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": "model" if message.startswith("model") else "irms", "code": status}}
+    param = "model" if message.startswith("model") else "irms"
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 async def _answer(send: Send, status: int, message: str, kind: str) -> None:

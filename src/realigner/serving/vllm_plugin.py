@@ -81,8 +81,8 @@ def _of_engine(module: str, name: str, *parameters: str) -> tuple[Any, Any]:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         release = getattr(sys.modules.get("vllm"), "__version__", "here")
         raise RealignerError(
-            f"vLLM {release} is not known to realigner (vllm.{module}: {name}: {error}); install vLLM {TESTED}, or take realigner "
-            "out of its environment"
+            f"vLLM {release} is not known to realigner (vllm.{module}: {name}: {error}); install vLLM {TESTED}, or take "
+            "realigner out of its environment"
         ) from error
     return owner, found
 
@@ -108,7 +108,7 @@ def _watch_requests(served: Served) -> None:
     owner, _ = _of_engine("v1.engine.input_processor", "InputProcessor.process_inputs", "request_id", "prompt", "params")
     _of_engine("v1.engine", "EngineCoreRequest.cache_salt")
     _of_engine("sampling_params", "SamplingParams.extra_args")
-    _, refusal = _of_engine("exceptions", "VLLMValidationError")  # a ValueError, and over HTTP a 400
+    _, refusal = _of_engine("exceptions", "VLLMValidationError")  # over HTTP a 400
 
     def process(original: Any, self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         extra = getattr(params, "extra_args", None) or {}
@@ -146,8 +146,9 @@ def _put_into_models(served: Served) -> None:
 
 def _fill_steps() -> None:
     """V1's steps; workers' calls for IRMs; and the check that ends a start, whichever runner it is."""
-    runner, _ = _of_engine("v1.worker.gpu_model_runner", "GPUModelRunner._prepare_inputs", "scheduler_output", "num_scheduled_tokens")
-    _of_engine("v1.worker.gpu_model_runner", "GPUModelRunner._dummy_run", "num_tokens")
+    module = "v1.worker.gpu_model_runner"
+    runner, _ = _of_engine(module, "GPUModelRunner._prepare_inputs", "scheduler_output", "num_scheduled_tokens")
+    _of_engine(module, "GPUModelRunner._dummy_run", "num_tokens")
     _of_engine("v1.worker.gpu_input_batch", "CachedRequestState.__init__", "sampling_params")
     wrapper, _ = _of_engine("v1.worker.worker_base", "WorkerWrapperBase.initialize_from_config")
 

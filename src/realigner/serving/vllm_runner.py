@@ -1,9 +1,9 @@
 """Where the engine's workers meet the IRMs: they are put into its model when it is loaded, and told each step's strengths.
 
-vLLM has two model runners. V2 (GPUs) asks a model for its `ModelState`, which sees requests come and prepares each step's inputs:
-an official place. V1 (CPUs, and what V2 does not do yet) has none, so its `_prepare_inputs` is wrapped: by then the requests of
-the step are in its batch and in order. Either way one thing is asked at the end of a start (`check_connected`): a step with
-strengths must give other numbers than one without. An engine in which it does not, does not start.
+vLLM has two model runners. V2 (GPUs) asks a model for its `ModelState`, which sees requests come and prepares each step's
+inputs: an official place. V1 (CPUs, and what V2 does not do yet) has none, so its `_prepare_inputs` is wrapped: by then the
+requests of the step are in its batch and in order. Either way one thing is asked at the end of a start (`check_connected`): a
+step with strengths must give other numbers than one without. An engine in which it does not, does not start.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def check_connected(worker: Any, fill_is_in_place: bool) -> None:
         with _all_at(irms, strength):
             outputs.append(runner._dummy_run(4)[0])
     if all(output is not None for output in outputs) and torch.equal(*(output[:4].clone() for output in outputs)):
-        raise RealignerError("vLLM's step does not run the IRMs (a compiled graph of before?); clear ~/.cache/vllm, or report it")
+        raise RealignerError("vLLM's step does not run the IRMs (an old compiled graph?); delete ~/.cache/vllm, or report it")
 
 
 @contextmanager
