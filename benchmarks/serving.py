@@ -7,7 +7,7 @@ process of its own; they take turns within each repeat, so that a slow moment of
 works at a time. A ratio is to the bare engine of the same repeat, and the table has the median of the repeats' ratios. Prefix
 caching is off, and every repeat has prompts of its own.
 
-`bare` is vLLM without plugins. `idle` has the plugin, and no IRM. `unused` has an IRM that no request asks for: it is run all the
+`bare` is vLLM without plugins. `idle` has the plugin, and no IRM. `unused` has an IRM that no request asks for; it runs all the
 same. `irm`: all requests ask for one. `irms-8`: eight are loaded, and the requests of a batch ask for them in turn.
 `lora`, `lora-8`: the same with adapters of rank 8 on the queries and values, as many parameters as a compact IRM.
 """

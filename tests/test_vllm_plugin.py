@@ -514,6 +514,9 @@ def test_requests_become_the_engines(served: Served) -> None:
     assert rewritten(served, **asked) == {"model": "org/host", "vllm_xargs": {"seed": 1, "irms": "anger@1.25+sadness@-1"}}
     assert rewritten(served, model="host", irms={"anger": 0.5})["vllm_xargs"] == {"irms": "anger@0.5"}
     assert rewritten(served, model="host+anger@0") == {"model": "host"}
+    middleware = IRMMiddleware(None, served, ["org/host"])  # type: ignore[arg-type]
+    for escaped in (rb'{"model": "org\/host+anger"}', rb'{"model":"org/host\u002banger"}'):
+        assert json.loads(middleware.rewritten(escaped))["vllm_xargs"] == {"irms": "anger@1.25"}
     assert rewritten(served, model="host", vllm_xargs={"irms": "anger"})["vllm_xargs"] == {"irms": "anger@1.25"}
     for untouched in ({"model": "host"}, {"model": "other"}, {"model": "hostess"}, {"model": "host", "irms": None}):
         assert rewritten(served, **untouched) == untouched

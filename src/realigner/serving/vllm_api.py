@@ -7,6 +7,7 @@ that take a model (chat, completions, responses, messages), and an unchanged cli
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+_NAMES_IRMS = re.compile(rb'"irms"|"model"\s*:\s*"[^"]*(?:\+|\\u002[bB])')
 _LARGEST = 256 << 20  # bytes of a request's body that are read here
 
 
@@ -69,7 +71,7 @@ class IRMMiddleware:
             NotServedError: for an IRM that is not loaded.
             UsageError: for a strength that is no number, IRMs in two places, or beam search, which drops them.
         """
-        if b'"irms"' not in body and not any(json.dumps(f"{host}+")[1:-1].encode() in body for host in self.hosts):
+        if _NAMES_IRMS.search(body) is None:  # most are large and name none
             return body
         try:
             request = json.loads(body)

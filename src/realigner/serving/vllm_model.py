@@ -274,7 +274,8 @@ def output_blocks(irm: IRM) -> torch.Tensor:
     """Each layer's output as one matrix ``[layer, width + 1, neuron]``: the weights, then the bias, with scales and mask."""
     weight, bias = irm.output.weight.detach(), irm.output.bias.detach()
     whole = torch.cat([weight, bias[:, None]], dim=1).view(len(irm.layers), irm.hidden_size, -1)
-    scales = torch.tensor(irm.delta_scale, dtype=whole.dtype) if irm.layer_scales is None else irm.layer_scales.to(whole.dtype)
+    given = irm.delta_scale if irm.layer_scales is None else irm.layer_scales
+    scales = torch.as_tensor(given, dtype=whole.dtype, device=whole.device)
     whole = whole * (scales.unsqueeze(-1) if scales.dim() else scales)
     return (whole if irm.masked is None else whole.index_fill(1, irm.masked, 0.0)).transpose(1, 2)
 

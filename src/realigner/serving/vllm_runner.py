@@ -39,8 +39,8 @@ def put_into(model: Any, vllm_config: Any, irms: Mapping[str, StoredIRM], spare:
     for name, irm in irms.items():
         check_host(name, irm, vllm_config)
     config = vllm_config.model_config
-    device = next(model.parameters()).device
-    with torch.device(device), torch.no_grad():
+    device = torch.device(vllm_config.device_config.device)
+    with torch.no_grad():
         slots = IRMSlots(irms, spare, vllm_config.scheduler_config.max_num_batched_tokens, config.dtype, device)
         with _contexts(vllm_config):
             attach(model, slots)
@@ -227,13 +227,13 @@ def check_connected(worker: Any, fill_is_in_place: bool) -> None:
 @contextmanager
 def _all_at(irms: IRMSlots, strength: float) -> Any:
     """All tokens of dummy runs at a strength."""
-    strengths, clear = irms.get_buffer("strengths"), irms.clear
+    strengths = irms.get_buffer("strengths")
     irms.clear = lambda tokens=0: None  # type: ignore[method-assign]  # a dummy run clears
     try:
         strengths[:] = strength
         yield
     finally:
-        irms.clear = clear  # type: ignore[method-assign]
+        del irms.clear  # the class's own is back
         strengths[:] = 0.0
 
 
