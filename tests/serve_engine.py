@@ -1,6 +1,6 @@
 """Run by test_vllm_engine.py in the engine's environment: one engine, some work, what came of it as JSON.
 
-    python tests/serve_engine.py JOB.json RESULT.json
+python tests/serve_engine.py JOB.json RESULT.json
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 def generated(job: dict[str, Any]) -> dict[str, Any]:
     """All requests at once, some times over; replies that are as they should be, and the engine's counts."""
     from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     wanted = json.loads((Path(job["place"]) / "replies.json").read_text())
     replies = wanted["replies"]
@@ -36,7 +37,7 @@ def generated(job: dict[str, Any]) -> dict[str, Any]:
         try:
             llm.generate(prompts[:1], params(irms, 1), use_tqdm=False)
             refused.append(None)
-        except ValueError as error:
+        except VLLMValidationError as error:
             refused.append(str(error))
     counts = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     return {"rounds": rounds, "refused": refused, "preemptions": counts.get("vllm:num_preemptions")}
@@ -63,7 +64,7 @@ def stepped(job: dict[str, Any]) -> dict[str, Any]:
     model = torch.nn.Module()
     model.irms = IRMSlots(irms, 0, config.scheduler_config.max_num_batched_tokens, torch.float32, device)
     state = type("State", (StepState, DefaultModelState), {})(config, model, None, device)
-    fields = {name: None for name in NewRequestData.__dataclass_fields__}
+    fields = dict.fromkeys(NewRequestData.__dataclass_fields__)
 
     def add(place: int, name: str, asked: dict[str, float] | None) -> None:
         params = SamplingParams(extra_args={"irms": asked} if asked else None)

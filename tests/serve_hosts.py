@@ -35,14 +35,15 @@ def make(place: Path, host_type: str, shapes: dict[str, dict[str, Any]] | None =
     Args:
         place: the folder to fill: ``host/`` (unless embedded), ``irms/anger/``, ``irms/sadness/``, ``replies.json``.
         host_type: a model type, for a tiny random host, or the embedded host's name.
-        shapes: of the two IRMs; by default one of each edition of the compact preset, the second with a part of the layers.
+        shapes: of the two IRMs; by default of the compact preset, the second with a part of the layers, and of edition 1 on a
+            tiny host.
     """
     if host_type == EMBEDDED:
         host, folder = load_host(EMBEDDED, dtype="float32")[0], embedded_folder()
     else:
         host, folder = tiny_host(host_type, **_SIZES), place / "host"
         host.save_pretrained(folder)
-    model = _with_irms(host, shapes or _shapes(host), 0.05 if host_type == EMBEDDED else 1.0)
+    model = _with_irms(host, shapes or _shapes(host), 0.25 if host_type == EMBEDDED else 1.0)
     model.save_pretrained(place / "irms")
     vocabulary = host.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(1)
@@ -72,7 +73,8 @@ def reply(model: PeftModel, prompt: list[int], irms: dict[str, float]) -> list[i
 
 
 def _shapes(host: Any) -> dict[str, dict[str, Any]]:
-    return {"anger": {}, "sadness": {"edition": 1, "layers": [0, 2], "masked": [3, 5]}}
+    some = {"layers": [0, 2], "masked": [3, 5]}
+    return {"anger": {}, "sadness": some if host.config.num_hidden_layers > 3 else {**some, "edition": 1}}
 
 
 def _with_irms(host: Any, shapes: dict[str, dict[str, Any]], std: float) -> PeftModel:

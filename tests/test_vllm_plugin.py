@@ -177,7 +177,8 @@ def test_the_deltas_are_the_networks_own(name: str, irms: dict[str, StoredIRM]) 
         at = expected[:, own.layers.index(layer)] if layer in own.layers else torch.zeros(5, 32)
         torch.testing.assert_close(deltas[layer], at, atol=3e-5, rtol=1e-4)
         assert torch.equal(deltas[layer][0], torch.zeros(32))
-    assert slots.read is None and slots.x0 is None
+    assert slots.read is None
+    assert slots.x0 is None
 
 
 def test_irms_of_all_shapes_are_summed(irms: dict[str, StoredIRM]) -> None:
@@ -220,7 +221,8 @@ def test_loading_and_unloading(irms: dict[str, StoredIRM]) -> None:
     deltas = torch.stack(stepped(slots, x0, branch))
     torch.testing.assert_close(deltas[:, 0], irms["unnormed"].network()((x0 + branch)[0]), atol=3e-5, rtol=1e-4)
     torch.testing.assert_close(deltas[[0, 2], 1], irms["some_layers"].network()((x0 + branch)[1]), atol=3e-5, rtol=1e-4)
-    assert not deltas[1, 1].any() and not deltas[:, 2].any()
+    assert not deltas[1, 1].any()
+    assert not deltas[:, 2].any()
 
 
 def test_irms_of_other_hosts_and_sites_do_not_share_an_engine(irms: dict[str, StoredIRM]) -> None:
@@ -337,7 +339,8 @@ def test_an_engines_layers_get_their_deltas(kind: type[Fused], irms: dict[str, S
     with torch.no_grad():
         found, expected = model(x), untouched.expected(x, irm.network(), strengths, kind)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert torch.equal(found[0], bare[0]) and not torch.allclose(found[1], bare[1], atol=1e-2)
+    assert torch.equal(found[0], bare[0])
+    assert not torch.allclose(found[1], bare[1], atol=1e-2)
 
 
 def test_one_compiled_graph_serves_all_steps(irms: dict[str, StoredIRM]) -> None:
@@ -369,11 +372,12 @@ def test_a_model_without_the_site_is_refused_by_name(
     irm = replace(irm, sites=tuple(replace(site, **change) for site in irm.sites))
     with pytest.raises(RealignerError, match=words) as caught:
         attach(Engine(kind), slots_of({"a": irm}))
-    assert str(caught.value).startswith("Engine: ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith("Engine: ")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_model_of_another_depth_is_refused(irms: dict[str, StoredIRM]) -> None:
-    with pytest.raises(RealignerError, match="Engine: .*no list of 3 layers"):
+    with pytest.raises(RealignerError, match=r"Engine: .*no list of 3 layers"):
         attach(Engine(Fused, layers=4), slots_of({"a": irms["compact"]}))
 
 
@@ -485,7 +489,7 @@ def test_irms_are_named_in_the_environment(served: Served, tmp_path: Path) -> No
         with pytest.raises(RealignerError, match=words):
             Served.of_text(text)
     saved(tmp_path, {"a": {"template": "plain"}, "b": {}})
-    with pytest.raises(RealignerError, match="template=plain.*template=chat"):
+    with pytest.raises(RealignerError, match=r"template=plain.*template=chat"):
         Served.of_text(f"a={tmp_path}/a")
 
 
@@ -493,7 +497,8 @@ def test_the_salt_tells_mixes_apart_and_leaves_the_host_alone(served: Served) ->
     mixes = [served.mix(text) for text in ("anger", "anger@1", "sadness@1", "anger@1+sadness@1", "anger@-1")]
     assert len({served.salt(mix, None) for mix in mixes}) == len(mixes)
     assert served.salt(served.mix("anger@1.25"), None) == served.salt(served.mix("anger"), None)
-    assert served.salt(Mix(), None) is None and served.salt(Mix(), "own") == "own"
+    assert served.salt(Mix(), None) is None
+    assert served.salt(Mix(), "own") == "own"
     assert served.salt(mixes[0], "own") != served.salt(mixes[0], None)
 
 
@@ -509,6 +514,10 @@ def test_requests_become_the_engines(served: Served) -> None:
     assert rewritten(served, **asked) == {"model": "org/host", "vllm_xargs": {"seed": 1, "irms": "anger@1.25+sadness@-1"}}
     assert rewritten(served, model="host", irms={"anger": 0.5})["vllm_xargs"] == {"irms": "anger@0.5"}
     assert rewritten(served, model="host+anger@0") == {"model": "host"}
+    middleware = IRMMiddleware(None, served, ["org/host"])  # type: ignore[arg-type]
+    for escaped in (rb'{"model": "org\/host+anger"}', rb'{"model":"org/host\u002banger"}'):
+        assert json.loads(middleware.rewritten(escaped))["vllm_xargs"] == {"irms": "anger@1.25"}
+    assert rewritten(served, model="host", vllm_xargs={"irms": "anger"})["vllm_xargs"] == {"irms": "anger@1.25"}
     for untouched in ({"model": "host"}, {"model": "other"}, {"model": "hostess"}, {"model": "host", "irms": None}):
         assert rewritten(served, **untouched) == untouched
     chat = rewritten(served, model="host+sadness", messages=[])
@@ -523,9 +532,10 @@ def test_requests_become_the_engines(served: Served) -> None:
         ({"model": "host+joy"}, NotServedError, "'joy' is not loaded"),
         ({"model": "host+"}, NotServedError, "'' is not loaded"),
         ({"model": "host+anger@much"}, UsageError, "is not a number"),
-        ({"model": "host+anger", "irms": "sadness"}, UsageError, "in one place"),
-        ({"model": "host+anger", "vllm_xargs": {"irms": "sadness"}}, UsageError, "in one place"),
+        ({"model": "host+anger", "irms": "sadness"}, UsageError, "one place"),
+        ({"model": "host+anger", "vllm_xargs": {"irms": "sadness"}}, UsageError, "one place"),
         ({"model": "host", "irms": 7}, UsageError, "neither terms"),
+        ({"model": "host", "vllm_xargs": {"irms": "joy"}}, NotServedError, "'joy' is not loaded"),
         ({"model": "host+anger", "use_beam_search": True}, UsageError, "beam"),
     ],
 )
@@ -564,12 +574,15 @@ def test_the_middleware_lists_answers_and_passes_on(served: Served) -> None:
     status, models = asked(middleware, "GET", "/v1/models", b"", [])
     assert status == 200
     assert [card["id"] for card in models["data"]] == ["host", "lora", "host+anger", "host+sadness"]
-    assert models["data"][2]["parent"] == "host" and models["data"][2]["strength"] == 1.25
+    assert models["data"][2]["parent"] == "host"
+    assert models["data"][2]["strength"] == 1.25
     headers = [(b"content-type", b"application/json; charset=utf-8"), (b"content-length", b"27")]
     status, body = asked(middleware, "POST", "/v1/completions", b'{"model": "host+anger@0.5"}', headers)
     assert (status, body) == (200, {"model": "host", "vllm_xargs": {"irms": "anger@0.5"}})
     status, body = asked(middleware, "POST", "/v1/completions", b'{"model": "host+joy"}', headers)
-    assert status == 404 and body["error"]["code"] == 404 and "joy" in body["error"]["message"]
+    assert status == 404
+    assert body["error"]["code"] == 404
+    assert "joy" in body["error"]["message"]
     status, body = asked(middleware, "POST", "/v1/completions", b'{"model": "host+anger@x"}', headers)
     assert status == 400
 

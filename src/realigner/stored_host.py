@@ -1,7 +1,7 @@
 """Whether a checkpoint on disk is the host that an IRM was made for, told by its safetensors files alone.
 
-An engine fuses weights and splits them over devices, so what it has in memory is not what `fingerprints` samples. Its files are:
-each sampled weight is found by its name and shape and read where it lies, a few hundred numbers whatever the host's size.
+An engine fuses weights and splits them over devices, so what it has in memory is not what `fingerprints` samples. Its files
+are: each sampled weight is found by its name and shape and read where it lies, a few hundred numbers whatever the host's size.
 """
 
 from __future__ import annotations
@@ -67,14 +67,15 @@ def difference(made_for: Fingerprint, folder: Path, hidden_size: int, num_layers
             return f"{key} is {theirs}, not {getattr(made_for, key)}"
     types = sorted((made_for.model_type, model_type), key=len)
     if made_for.version == 1:
-        raise RealignerError("this IRM's fingerprint of its host is of an old form; load it with realigner.load and save it again")
+        raise RealignerError("this IRM's fingerprint of its host is of an old form; load it (realigner.load) and save it again")
     if not types[1].startswith(types[0].removesuffix("_text")):
         return f"the decoder is of type {model_type}, not {made_for.model_type}"
     with ExitStack() as stack:
         stored = list(_layers_of(stack, folder, num_layers))
         quantised = any(tensor.dtype not in _FLOATS for tensor in stored if len(tensor.shape) > 1)
         # AWQ and its kind move scales from a matrix into the norm before it.
-        moved = any(t.name.endswith((".qweight", ".weight_packed")) for t in stored) and not any("g_idx" in t.name for t in stored)
+        packed = any(tensor.name.endswith((".qweight", ".weight_packed")) for tensor in stored)
+        moved = packed and not any(tensor.name.endswith("g_idx") for tensor in stored)
         for text in ("" if moved else made_for.vectors, made_for.samples):
             wanted = decode_samples(text)
             exact, by_sign, found = _pairs(wanted, stored, made_for.quantised and text is made_for.samples)
@@ -85,9 +86,7 @@ def difference(made_for: Fingerprint, folder: Path, hidden_size: int, num_layers
     return None
 
 
-def _pairs(
-    wanted: Mapping[str, list[float]], stored: list[_Stored], signs: bool
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _pairs(wanted: Mapping[str, list[float]], stored: list[_Stored], signs: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Sampled weights beside those of the files: to be compared as they are, and by sign; and how many tensors were found."""
     exact: list[tuple[float, float]] = []
     by_sign: list[tuple[float, float]] = []
@@ -137,4 +136,3 @@ def _layers_of(stack: ExitStack, folder: Path, num_layers: int) -> Iterator[_Sto
         for match, view in views.values():
             if match["layers"] == layers:
                 yield _Stored(f"{match['index']}.{match['rest']}", tuple(view.get_shape()), view.get_dtype(), view)
-

@@ -63,7 +63,7 @@ class Served:
         return mix_of_field(field, self.defaults)
 
     def salt(self, mix: Mix, own: str | None) -> str | None:
-        """What keeps keys and values of this mix from requests with another: a hash of weights and strengths; none for the host.
+        """What keeps a mix's keys and values from requests with another: a hash of weights and strengths. None: the host's.
 
         Args:
             mix: of a request.
@@ -77,9 +77,8 @@ class Served:
 
     def template_kwargs(self, mix: Mix) -> dict[str, Any]:
         """The variables of the chat template that the IRMs were trained with."""
-        return {
-            key: value for name in mix.strengths for key, value in (self.irms[name].values.get("chat_template_kwargs") or {}).items()
-        }
+        own = [self.irms[name].values.get("chat_template_kwargs") or {} for name in mix.strengths]
+        return {key: value for kwargs in own for key, value in kwargs.items()}
 
 
 def servable(name: str, folder: str) -> StoredIRM:

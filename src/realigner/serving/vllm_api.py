@@ -1,23 +1,25 @@
 """IRMs over vLLM's HTTP routes: in a model's name, in the field ``irms``, and in the list of models.
 
-A request becomes one that the engine's own routes take: the host as its model, the IRMs in ``vllm_xargs``. So all routes work that
-take a model (chat, completions, responses, messages), and an unchanged client.
+A request becomes one that the engine's own routes take: the host as its model, the IRMs in ``vllm_xargs``. So all routes work
+that take a model (chat, completions, responses, messages), and an unchanged client.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from realigner.errors import RealignerError, UsageError
-from realigner.serving.mixes import Mix, NotServedError, mix_of_model
+from realigner.serving.mixes import NotServedError, mix_of_model
 from realigner.serving.served import Served, servable
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+_NAMES_IRMS = re.compile(rb'"irms"|"model"\s*:\s*"[^"]*(?:\+|\\u002[bB])')
 _LARGEST = 256 << 20  # bytes of a request's body that are read here
 
 
@@ -69,7 +71,7 @@ class IRMMiddleware:
             NotServedError: for an IRM that is not loaded.
             UsageError: for a strength that is no number, IRMs in two places, or beam search, which drops them.
         """
-        if b'"irms"' not in body and not any(json.dumps(f"{host}+")[1:-1].encode() in body for host in self.hosts):
+        if _NAMES_IRMS.search(body) is None:  # most are large and name none
             return body
         try:
             request = json.loads(body)
@@ -77,32 +79,26 @@ class IRMMiddleware:
             return body
         if not isinstance(request, dict):
             return body
-        model = request.get("model")
-        host = next((host for host in self.hosts if isinstance(model, str) and model.startswith(f"{host}+")), None)
-        if model in self.hosts or (host is None and "irms" not in request):
-            host = None
-        if host is None and request.get("irms") is None:
+        model, xargs = str(request.get("model")), request.get("vllm_xargs")
+        host = None if model in self.hosts else next((host for host in self.hosts if model.startswith(f"{host}+")), None)
+        named = [request.pop("irms", None), xargs.pop("irms", None) if isinstance(xargs, dict) else None]
+        fields = [field for field in named if field is not None]
+        if len(fields) + (host is not None) > 1:
+            raise UsageError("irms: the model, the field irms and vllm_xargs name IRMs more than once; name them in one place")
+        if host is not None:
+            mix = mix_of_model(model, host, self.served.defaults)
+            request["model"] = host
+        elif fields:
+            mix = self.served.mix(fields[0])
+        else:
             return body
-        if host is not None and request.get("irms") is not None:
-            raise UsageError(f"irms: the model {str(model)[:80]!r} names IRMs too; name them in one place")
-        field = request.pop("irms", None)
-        mix = self.served.mix(field) if host is None else mix_of_model(str(model), host, self.served.defaults)
         if mix.strengths and request.get("use_beam_search"):
             raise UsageError("use_beam_search: vLLM's beams drop a request's IRMs; sample, or decode greedily")
-        if host is not None:
-            request["model"] = host
-        self._name(request, mix)
+        if mix.strengths:
+            request["vllm_xargs"] = {**(xargs or {}), "irms": mix.terms()}
+            if "messages" in request and (kwargs := self.served.template_kwargs(mix)):
+                request["chat_template_kwargs"] = {**kwargs, **(request.get("chat_template_kwargs") or {})}
         return json.dumps(request).encode()
-
-    def _name(self, request: dict[str, Any], mix: Mix) -> None:
-        xargs = request.get("vllm_xargs")
-        if isinstance(xargs, Mapping) and "irms" in xargs:
-            raise UsageError("irms: vllm_xargs names IRMs too; name them in one place")
-        if not mix.strengths:
-            return
-        request["vllm_xargs"] = {**(xargs or {}), "irms": mix.terms()}
-        if "messages" in request and (kwargs := self.served.template_kwargs(mix)):
-            request["chat_template_kwargs"] = {**kwargs, **(request.get("chat_template_kwargs") or {})}
 
     async def _list(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """The route's list of models, and each of its hosts with each IRM."""
@@ -133,7 +129,7 @@ class IRMMiddleware:
 
 
 def add_admin(app: Any, served: Served, args: Any) -> None:
-    """Routes by which IRMs are loaded and unloaded: ``POST /v1/load_irm`` with ``irm_name`` and ``irm_path``, ``/v1/unload_irm``.
+    """Routes that load and unload IRMs: ``POST /v1/load_irm`` with ``irm_name`` and ``irm_path``; ``/v1/unload_irm``.
 
     They read any folder of the machine that they are given, so they are there only where they were asked for.
     """
@@ -141,7 +137,7 @@ def add_admin(app: Any, served: Served, args: Any) -> None:
     from fastapi.responses import JSONResponse
 
     if (getattr(args, "api_server_count", None) or 1) > 1:
-        raise RealignerError("REALIGNER_ADMIN=1: with several API servers each would have IRMs of its own; set --api-server-count 1")
+        raise RealignerError("REALIGNER_ADMIN: several API servers would each have IRMs of their own; set --api-server-count 1")
 
     async def change(request: Any, keys: Sequence[str], act: Callable[..., Awaitable[str | None]]) -> Any:
         try:
@@ -166,7 +162,8 @@ def add_admin(app: Any, served: Served, args: Any) -> None:
 
     async def unload(engine: Any, name: str) -> str | None:
         if name not in served.irms:
-            raise NotServedError(f"irm_name: {name[:80]!r} is not loaded; loaded are {', '.join(sorted(served.irms)) or 'none'}")
+            loaded = ", ".join(sorted(served.irms)) or "none"
+            raise NotServedError(f"irm_name: {name[:80]!r} is not loaded; loaded are {loaded}")
         del served.irms[name]  # no request for it comes in any more
         await engine.pause_generation(mode="wait", clear_cache=False)  # those that did are finished
         try:
@@ -203,7 +200,7 @@ def _is_json(scope: Mapping[str, Any]) -> bool:
 
 
 async def _read(receive: Receive) -> tuple[bytes | None, Receive]:
-    """A request's whole body, or None if it is too large or never ends; and what gives the rest, from the start in that case."""
+    """A request's whole body and what gives the rest; or None, if it is too large or ends early, and what gives all of it."""
     messages: list[Message] = []
     size = 0
     while True:
@@ -228,7 +225,8 @@ def _once(body: bytes, rest: Receive) -> Receive:
 
 
 def _error(status: int, message: str, kind: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": "model" if message.startswith("model") else "irms", "code": status}}
+    param = "model" if message.startswith("model") else "irms"
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 async def _answer(send: Send, status: int, message: str, kind: str) -> None:

@@ -4,15 +4,15 @@ The contract is `injection`'s: ``residual = x + branch`` becomes ``x + (branch +
 What an engine adds to it:
 
 1. All is one static graph, for torch.compile and for CUDA graphs: every IRM runs on every token, and what differs from step to
-   step is in `IRMSlots.strengths`, a buffer that stays in place. A token's strengths are 0 for the IRMs that it does not ask for.
+   step is in `IRMSlots.strengths`, a buffer that stays in place. A token's strength is 0 for IRMs that it does not ask for.
 2. The trunks run once, at layer 0. What is kept for the other layers is their output, not the deltas: at 32 layers of width
    4096 and 8192 tokens those of one IRM alone would be 2 GiB.
 3. The output matrices of all IRMs lie one upon the other, with everything folded in that multiplies a delta (its scale by
    layer, masked neurons, the weight that the branch has in the residual). So a layer costs one matrix product, whatever the
    number of IRMs.
 
-Modules of the engine are not replaced but given a subclass of their own class, so their parameters keep their names (weights are
-loaded anew by name, LoRA is put in by name). The IRMs' weights are buffers, which no loader of weights asks for.
+Modules of the engine are not replaced but given a subclass of their own class, so their parameters keep their names (weights
+are loaded anew by name, LoRA is put in by name). The IRMs' weights are buffers, which no loader of weights asks for.
 """
 
 from __future__ import annotations
@@ -194,9 +194,9 @@ class IRMSlots(nn.Module):
         self.leaving[name] = self.names.pop(name)
 
     def _put(self, name: str, irm: StoredIRM, network: IRM, slot: int) -> None:
-        ours = (self.first.hidden_size, self.first.num_layers)
-        if (irm.hidden_size, irm.num_layers) != ours:
-            raise RealignerError(f"irm {name!r}: made for a host of {irm.num_layers} layers of width {irm.hidden_size}, not {ours}")
+        if (irm.hidden_size, irm.num_layers) != (self.first.hidden_size, self.first.num_layers):
+            made_for = f"{irm.num_layers} layers of width {irm.hidden_size}"
+            raise RealignerError(f"irm {name!r}: made for a host of {made_for}, and others for another; serve it on its own")
         if irm.sites != self.first.sites:
             raise RealignerError(f"irm {name!r}: its site is not that of the others; retrain it, or serve it on its own")
         self.leaving = {left: place for left, place in self.leaving.items() if place != slot and left != name}
@@ -274,7 +274,8 @@ def output_blocks(irm: IRM) -> torch.Tensor:
     """Each layer's output as one matrix ``[layer, width + 1, neuron]``: the weights, then the bias, with scales and mask."""
     weight, bias = irm.output.weight.detach(), irm.output.bias.detach()
     whole = torch.cat([weight, bias[:, None]], dim=1).view(len(irm.layers), irm.hidden_size, -1)
-    scales = torch.tensor(irm.delta_scale, dtype=whole.dtype) if irm.layer_scales is None else irm.layer_scales.to(whole.dtype)
+    given = irm.delta_scale if irm.layer_scales is None else irm.layer_scales
+    scales = torch.as_tensor(given, dtype=whole.dtype, device=whole.device)
     whole = whole * (scales.unsqueeze(-1) if scales.dim() else scales)
     return (whole if irm.masked is None else whole.index_fill(1, irm.masked, 0.0)).transpose(1, 2)
 
@@ -417,11 +418,12 @@ def prove(
     if site.kind == "sequential" and reader is None:
         raise RealignerError(f"{where} has no {site.reader}, the module that reads the residual; serve it with transformers")
     expected = site.base[0][1] * x + site.scale * first if reader is not None else site.scale * (first - second)
-    errors = []
-    for form in (lambda noise: noise, lambda noise: (noise, None)):  # what a branch returns: a tensor, or that and more
+    errors: list[str] = []
+    for alone, attention_alone in ((True, True), (False, True), (True, False), (False, False)):  # or with more in a tuple
         for shape in ((4, width), (1, 4, width)):
             try:
-                runs = [_run(layer, branch, reader, x.view(shape), form(noise.view(shape))) for noise in (first, second)]
+                noises = [noise.view(shape) if alone else (noise.view(shape), None) for noise in (first, second)]
+                runs = [_run(layer, branch, reader, x.view(shape), noise, attention_alone) for noise in noises]
             except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError, AssertionError) as error:
                 errors.append(f"{type(error).__name__}: {error}".partition("\n")[0])
                 continue
@@ -435,7 +437,9 @@ def prove(
 
 
 @torch.no_grad()
-def _run(layer: nn.Module, branch: nn.Module, reader: nn.Module | None, x: torch.Tensor, noise: Any) -> torch.Tensor:
+def _run(
+    layer: nn.Module, branch: nn.Module, reader: nn.Module | None, x: torch.Tensor, noise: Any, attention_alone: bool
+) -> torch.Tensor:
     """Run a layer with `noise` in its branch's place; the sum of what its reader is given, or of what it returns."""
     seen: list[torch.Tensor] = []
 
@@ -445,12 +449,13 @@ def _run(layer: nn.Module, branch: nn.Module, reader: nn.Module | None, x: torch
 
     attention = [child for name in _ATTENTION if (child := getattr(layer, name, None)) is not None and child is not branch]
     replaced: list[tuple[nn.Module, Callable[..., Any]]] = [(branch, lambda *args, **kwargs: noise)]
-    replaced += [(child, _given(x)) for child in attention if isinstance(child, nn.Module)]
+    replaced += [(child, _given(x, attention_alone)) for child in attention if isinstance(child, nn.Module)]
     if reader is not None:
         replaced.append((reader, read))
     values: dict[str, Any] = {**dict.fromkeys(_STREAMS, x.clone()), **dict.fromkeys(_POSITIONS, _places(x))}
     parameters = inspect.signature(layer.forward).parameters.values()
-    needed = [p for p in parameters if p.name in values or (p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))]
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    needed = [p for p in named if p.name in values or p.default is p.empty]
     with _forwards(replaced):
         try:
             output = layer(**{p.name: values.get(p.name) for p in needed})
@@ -471,11 +476,12 @@ def _places(x: torch.Tensor) -> torch.Tensor:
     return torch.arange(x.shape[-2], device=x.device)
 
 
-def _given(x: torch.Tensor) -> Callable[..., Any]:
+def _given(x: torch.Tensor, alone: bool) -> Callable[..., Any]:
     """In attention's place: returns what it is given."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return next((value for value in (*args, *kwargs.values()) if _is_stream(value, x)), x)
+        given = next((value for value in (*args, *kwargs.values()) if _is_stream(value, x)), x)
+        return given if alone else (given, None)
 
     return forward
 

@@ -81,8 +81,8 @@ def _of_engine(module: str, name: str, *parameters: str) -> tuple[Any, Any]:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         release = getattr(sys.modules.get("vllm"), "__version__", "here")
         raise RealignerError(
-            f"vLLM {release} is not known to realigner (vllm.{module}: {name}: {error}); install vLLM {TESTED}, or take realigner "
-            "out of its environment"
+            f"vLLM {release} is not known to realigner (vllm.{module}: {name}: {error}); install vLLM {TESTED}, or take "
+            "realigner out of its environment"
         ) from error
     return owner, found
 
@@ -102,16 +102,21 @@ def _wrap(owner: Any, name: str, wrapper: Any) -> None:
 
 def _watch_requests(served: Served) -> None:
     """Every request, offline or over HTTP, becomes one for the engine in `process_inputs`: names are read and salted there."""
+    from realigner.errors import UsageError
     from realigner.serving.mixes import Mix
 
     owner, _ = _of_engine("v1.engine.input_processor", "InputProcessor.process_inputs", "request_id", "prompt", "params")
     _of_engine("v1.engine", "EngineCoreRequest.cache_salt")
     _of_engine("sampling_params", "SamplingParams.extra_args")
+    _, refusal = _of_engine("exceptions", "VLLMValidationError")  # over HTTP a 400
 
     def process(original: Any, self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         extra = getattr(params, "extra_args", None) or {}
         field = extra.get("irms")
-        mix = Mix() if field is None else served.mix(field)  # refused before anything is made of it
+        try:
+            mix = Mix() if field is None else served.mix(field)
+        except UsageError as error:
+            raise refusal(str(error), parameter="irms") from None
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if field is not None:
             rest = {key: value for key, value in extra.items() if key != "irms"}
@@ -141,8 +146,9 @@ def _put_into_models(served: Served) -> None:
 
 def _fill_steps() -> None:
     """V1's steps; workers' calls for IRMs; and the check that ends a start, whichever runner it is."""
-    runner, _ = _of_engine("v1.worker.gpu_model_runner", "GPUModelRunner._prepare_inputs", "scheduler_output", "num_scheduled_tokens")
-    _of_engine("v1.worker.gpu_model_runner", "GPUModelRunner._dummy_run", "num_tokens")
+    module = "v1.worker.gpu_model_runner"
+    runner, _ = _of_engine(module, "GPUModelRunner._prepare_inputs", "scheduler_output", "num_scheduled_tokens")
+    _of_engine(module, "GPUModelRunner._dummy_run", "num_tokens")
     _of_engine("v1.worker.gpu_input_batch", "CachedRequestState.__init__", "sampling_params")
     wrapper, _ = _of_engine("v1.worker.worker_base", "WorkerWrapperBase.initialize_from_config")
 

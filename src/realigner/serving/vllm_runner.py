@@ -1,9 +1,9 @@
 """Where the engine's workers meet the IRMs: they are put into its model when it is loaded, and told each step's strengths.
 
-vLLM has two model runners. V2 (GPUs) asks a model for its `ModelState`, which sees requests come and prepares each step's inputs:
-an official place. V1 (CPUs, and what V2 does not do yet) has none, so its `_prepare_inputs` is wrapped: by then the requests of
-the step are in its batch and in order. Either way one thing is asked at the end of a start (`check_connected`): a step with
-strengths must give other numbers than one without. An engine in which it does not, does not start.
+vLLM has two model runners. V2 (GPUs) asks a model for its `ModelState`, which sees requests come and prepares each step's
+inputs: an official place. V1 (CPUs, and what V2 does not do yet) has none, so its `_prepare_inputs` is wrapped: by then the
+requests of the step are in its batch and in order. Either way one thing is asked at the end of a start (`check_connected`): a
+step with strengths must give other numbers than one without. An engine in which it does not, does not start.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def put_into(model: Any, vllm_config: Any, irms: Mapping[str, StoredIRM], spare:
     for name, irm in irms.items():
         check_host(name, irm, vllm_config)
     config = vllm_config.model_config
-    device = next(model.parameters()).device
-    with torch.device(device), torch.no_grad():
+    device = torch.device(vllm_config.device_config.device)
+    with torch.no_grad():
         slots = IRMSlots(irms, spare, vllm_config.scheduler_config.max_num_batched_tokens, config.dtype, device)
         with _contexts(vllm_config):
             attach(model, slots)
@@ -221,19 +221,19 @@ def check_connected(worker: Any, fill_is_in_place: bool) -> None:
         with _all_at(irms, strength):
             outputs.append(runner._dummy_run(4)[0])
     if all(output is not None for output in outputs) and torch.equal(*(output[:4].clone() for output in outputs)):
-        raise RealignerError("vLLM's step does not run the IRMs (a compiled graph of before?); clear ~/.cache/vllm, or report it")
+        raise RealignerError("vLLM's step does not run the IRMs (an old compiled graph?); delete ~/.cache/vllm, or report it")
 
 
 @contextmanager
 def _all_at(irms: IRMSlots, strength: float) -> Any:
     """All tokens of dummy runs at a strength."""
-    strengths, clear = irms.get_buffer("strengths"), irms.clear
+    strengths = irms.get_buffer("strengths")
     irms.clear = lambda tokens=0: None  # type: ignore[method-assign]  # a dummy run clears
     try:
         strengths[:] = strength
         yield
     finally:
-        irms.clear = clear  # type: ignore[method-assign]
+        del irms.clear  # the class's own is back
         strengths[:] = 0.0
 
 
