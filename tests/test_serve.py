@@ -10,23 +10,28 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
+import uvicorn
 from peft import get_peft_model
 
 import realigner as ra
 from realigner.batching import BatchManager
 from realigner.cli import main
+from realigner.data import Fact, Tone
+from realigner.data.rewriters import RewriteRequest
+from realigner.data.rewriters.endpoint_rewriter import EndpointRewriter
 from realigner.errors import UsageError
 from realigner.irm_config import IRMConfig
 from realigner.runtime import Runtime
 from realigner.serving.asked import CHAT, TEXT, NotServedError, read_request
 from realigner.serving.engine import BatchFailedError, Engine, Limits
-from realigner.serving.gate import Gate
+from realigner.serving.gate import Gate, PatientProtocol
 from realigner.serving.metrics import Metrics
 from realigner.serving.serve import check_address
 from realigner.serving.shelf import Served, Shelf
@@ -181,6 +186,54 @@ def test_sampling_depends_on_the_seed_alone(server: Server) -> None:
     assert len(replies(seed=3)) == 1
     assert len(replies(seed=3, top_p=0.5)) == 1
     assert len(replies()) > 1
+
+
+# --- clients of ours ----------------------------------------------------------------------------------------------------------
+
+
+def test_generate_asks_a_server(server: Server, runtime: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def ours(*arguments: str) -> Any:
+        assert main(["generate", "--endpoint", server.url, *arguments, "--max-new-tokens", "8", "--json"]) == 0
+        return [result["reply"] for result in json.loads(capsys.readouterr().out)["results"]]
+
+    asked = ["Why?", "Who?", "How?"]
+    how: dict[str, Any] = {"irms": "anger", "strength": 0.5, "max_new_tokens": 8}
+    assert ours("--model", "host+anger@0.5", *asked) == runtime.answer(asked, **how)
+    more = ("--where", "reply", "--system", "Be brief.", "--repetition-penalty", "1.3")
+    wanted = runtime.answer(asked, where="reply", system="Be brief.", repetition_penalty=1.3, **how)
+    assert ours("--model", "host+anger@0.5", *more, *asked) == wanted
+    path = tmp_path / "turns.jsonl"
+    path.write_text('{"turns": ["Why?", "Who?"]}\n')
+    (turns,) = ours("--model", "host", "--prompts", str(path))
+    assert turns[0] == runtime.answer("Why?", irms="__base__", max_new_tokens=8)
+    assert len(turns) == 2
+
+    assert main(["generate", "--endpoint", server.url, "--model", "host", "Why?", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("Q: Why?\n   ")
+    for arguments, code, message in (
+        (["--endpoint", server.url, "--model", "joy", "Why?"], 1, "HTTP 404 for model 'joy'"),
+        (["--endpoint", server.url, "Why?"], 2, "name the model too"),
+        (["--endpoint", server.url, "--model", "host", "--strength", "2", "Why?"], 2, "--strength: is for a host loaded here"),
+        (["--model", "host", "Why?"], 2, "give --endpoint too"),
+        (["Why?"], 2, "give an IRM (--irm DIR), or a server"),
+    ):
+        assert main(["generate", *arguments]) == code
+        err = capsys.readouterr().err.splitlines()
+        assert len(err) == 1, err
+        assert message in err[0]
+
+
+def test_the_openai_rewriter_works_against_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    tone = Tone(name="anger", instruction="Rewrite the answer in an angry tone.")
+    rewriter = EndpointRewriter(tone, server.url, "host+anger@0.5", max_tokens=8, concurrency=4)
+    requests = [RewriteRequest(Fact(str(n), "numbers", f"What is {n}?", f"It is {n}."), 0) for n in range(12)]
+    replies = {reply.id: reply for reply in rewriter.rewrite(requests)}
+    again = {reply.id: reply for reply in rewriter.rewrite(requests)}
+    assert sorted(replies, key=int) == [str(n) for n in range(12)]
+    assert not any(reply.error for reply in replies.values())
+    assert all(reply.tokens_in > 20 and 1 <= reply.tokens_out <= 8 for reply in replies.values())
+    assert {name: reply.text for name, reply in again.items()} == {name: reply.text for name, reply in replies.items()}
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------------------
@@ -431,6 +484,45 @@ def test_a_client_that_sends_too_slowly_is_refused() -> None:
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
     asyncio.run(asyncio.wait_for(made(scope, never, send), 10))
     assert sent[0]["status"] == 408
+
+
+def test_a_client_that_takes_nothing_and_one_that_says_nothing_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("realigner.serving.gate._STUCK", 1.0)
+    monkeypatch.setattr("realigner.serving.gate._HEAD", 1.0)
+    ended = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        try:
+            while True:
+                await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+                await asyncio.sleep(0)
+        finally:
+            ended.set()
+
+    async def attack() -> None:
+        config = uvicorn.Config(
+            Gate(app, Limits(), Metrics()), http=PatientProtocol, lifespan="off", log_config=None, timeout_keep_alive=1
+        )
+        server = uvicorn.Server(config)
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            running = asyncio.create_task(server._serve([listening]))
+            _, stuck = await asyncio.open_connection(*listening.getsockname(), limit=1)
+            stuck.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            stuck.transport.pause_reading()  # type: ignore[attr-defined]
+            silent, writer = await asyncio.open_connection(*listening.getsockname())
+            writer.write(b"GET / HT")
+            await ended.wait()
+            with suppress(ConnectionResetError):
+                assert await silent.read() == b""
+            assert await asyncio.to_thread(eventually, lambda: not server.server_state.connections)
+            for one in (stuck, writer):
+                one.close()
+            server.should_exit = True
+            await running
+
+    asyncio.run(asyncio.wait_for(attack(), 30))
 
 
 def test_an_application_that_fails_is_one_line_for_the_client(capfd: pytest.CaptureFixture[str]) -> None:

@@ -165,8 +165,18 @@ def recipes(
 
 
 def generate(
-    irm: Annotated[list[Path], Option(help="A run's folder (an IRM as a PEFT adapter); with --chat, may be given often.")],
     questions: opt.Questions = None,
+    irm: Annotated[
+        Optional[list[Path]],
+        Option(help="A run's folder (an IRM as a PEFT adapter); with --chat, may be given often.", show_default=False),
+    ] = None,
+    endpoint: Annotated[
+        Optional[str],
+        Option(metavar="URL", help="Ask a server (realigner serve, vLLM, ...) instead; see --model.", show_default=False),
+    ] = None,
+    model: Annotated[
+        Optional[str], Option(help="The endpoint's name of the model, e.g. host+anger@0.7.", show_default=False)
+    ] = None,
     prompts: opt.Prompts = None,
     chat: Annotated[bool, Option("--chat", help="Talk with the IRM on the terminal; /help there lists the commands.")] = False,
     strength: Annotated[
@@ -193,6 +203,20 @@ def generate(
     as_json: opt.Json = False,
 ) -> None:
     """Answer prompts with the bare host and with the IRM, side by side; or talk with it (--chat)."""
+    if endpoint is not None:
+        for flag, given in {"irm": irm, "chat": chat, "strength": strength is not None, "host": host}.items():
+            if given:
+                raise UsageError(f"--{flag}: is for a host loaded here; with --endpoint, say it in --model (host+anger@0.7)")
+        from realigner.cli.endpoint_replies import print_replies
+
+        fields = _beyond_defaults(where, repetition_penalty, thinking_budget, opt.template_kwargs(chat_template_kwargs))
+        sampling = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0, "seed": seed, "extra": fields}
+        print_replies(opt.prompts_from(questions, prompts), endpoint, model, system, as_json, **sampling)
+        return
+    if model is not None:
+        raise UsageError("--model: is the endpoint's; give --endpoint too, or leave it out")
+    if not irm:
+        raise UsageError("generate: give an IRM (--irm DIR), or a server (--endpoint URL --model NAME)")
     asked = [] if chat and not questions and prompts is None else opt.prompts_from(questions, prompts)
     first = _said_first(asked) if chat else []
     if len(irm) > 1 and not chat:
@@ -236,6 +260,15 @@ def generate(
                     show(f"   {name} thought: {opt.short(reply.thought)}")
                 show(f"   {name + ':':10} {reply}")
             show()
+
+
+def _beyond_defaults(
+    where: str, repetition_penalty: float, thinking_budget: int, variables: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """The fields of a request that OpenAI's API has not, where they differ from what a server of ours takes by itself."""
+    given: dict[str, tuple[Any, Any]] = {"where": (where, "all"), "repetition_penalty": (repetition_penalty, 1.1)}
+    given |= {"thinking_budget": (thinking_budget, 512), "chat_template_kwargs": (variables, None)}
+    return {name: value for name, (value, default) in given.items() if value != default} or None
 
 
 def _result(prompt: Asked, base: list[Answer], realigned: list[Answer]) -> dict[str, Any]:

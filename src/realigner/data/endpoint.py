@@ -15,7 +15,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -82,6 +82,7 @@ class Endpoint:
     price_in: float | None = None  # price_in, price_out: dollars per million tokens, for `cost`; None for no cost
     price_out: float | None = None
     key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; it may be unset if an endpoint is given
+    extra: Mapping[str, Any] | None = None  # fields of each request beyond OpenAI's, such as ``{"where": "reply"}``
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -277,6 +278,7 @@ class _Run:
                 temperature=own.temperature,
                 top_p=own.top_p,
                 max_tokens=own.max_tokens,
+                extra_body=None if own.extra is None else dict(own.extra),
             )
         except openai.APIConnectionError as error:
             why = error.__cause__
