@@ -29,6 +29,7 @@ COMMANDS = {
     "train": ("train", "--out", "run"),
     "sweep": ("sweep", "paper", "--out", "runs", "--on", "here"),
     "study": ("analyze", "a.zarr"),
+    "serve": ("serve", "smollm2-135m-instruct"),
     "data": ("data", "build", "--squad", "squad.json", "--tone", "anger"),
 }
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 import uvicorn
 from peft import get_peft_model
+from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 import realigner as ra
 from realigner.batching import BatchManager
@@ -36,8 +37,9 @@ from realigner.serving.metrics import Metrics
 from realigner.serving.mixes import NotServedError
 from realigner.serving.serve import check_address
 from realigner.serving.shelf import Served, Shelf
-from realigner.serving.texts import StopTexts
+from realigner.serving.texts import StopTexts, Thought
 from tests.served import Server, begin, eventually, serving
+from tests.test_thinking import HYBRID, OPENED, thinker
 from tests.tiny import tiny_folder, tiny_pair
 
 Irms = dict[str, Path]
@@ -103,6 +105,9 @@ def test_thirty_two_requests_at_once_are_answered_as_each_alone(server: Server, 
 def test_tokens_of_the_engine_are_those_of_generate(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen requests, eight settings, a cache so small that some are put off and begun again."""
     monkeypatch.setattr("realigner.serving.engine._CACHE", 1)
+    put_off: list[bool] = []
+    offload = OffloadingManager.offload_requests
+    monkeypatch.setattr(OffloadingManager, "offload_requests", lambda self: put_off.append(offload(self)) or put_off[-1])
     host, tokenizer = tiny_pair(family)
     shelf, model = two_on_a_shelf(host), two_by_peft(tiny_pair(family)[0])
     alone = Runtime(model, tokenizer, {"anger": 1.0, "sadness": 1.0})
@@ -112,24 +117,66 @@ def test_tokens_of_the_engine_are_those_of_generate(family: str, monkeypatch: py
         for name, fields, how in [MIXES[n % 8]]
     ]
 
-    async def all_at_once() -> list[str]:
-        engine = Engine(shelf, tokenizer, Limits(requests=16, tokens=16, context=96))
-        engine.prove()
-        engine.open(asyncio.get_running_loop())
-
-        async def one(body: dict[str, Any]) -> str:
-            job = await engine.start(read_request(body, CHAT, "host", {"anger": 2.0, "sadness": 1.0}))
-            return "".join([piece async for piece in engine.pieces(job)])
-
-        try:
-            return await asyncio.gather(*(one(body) for body, _ in bodies))
-        finally:
-            engine.close()
-
-    replies = asyncio.run(all_at_once())
+    made = run_all(shelf, tokenizer, [body for body, _ in bodies], Limits(requests=16, tokens=16, context=96))
+    replies = [text for text, _ in made]
+    assert any(put_off)
     prompts = [body["messages"][0]["content"] for body, _ in bodies]
     assert replies == [alone.answer(prompt, max_new_tokens=12, **how) for prompt, (_, how) in zip(prompts, bodies, strict=True)]
     assert len(set(replies)) > 8
+
+
+@pytest.mark.parametrize("template", [HYBRID, OPENED])
+def test_a_host_that_thinks(template: str) -> None:
+    """Thought and reply apart, each with its own number of tokens, as `answer` has them."""
+    host, tokenizer = thinker(template, special=False)
+    alone = [
+        ra.answer(host, tokenizer, [f"{n}?"], max_new_tokens=5, thinking_budget=9 + n, repetition_penalty=1.3)[0]
+        for n in range(4)
+    ]
+    shelf = Shelf(host)
+    common = {"model": "host", "max_tokens": 5, "repetition_penalty": 1.3}
+    bodies = [{**common, "messages": [{"role": "user", "content": f"{n}?"}], "thinking_budget": 9 + n} for n in range(4)]
+    replies = run_all(shelf, tokenizer, bodies, Limits(tokens=8))
+    assert [text for text, _ in replies] == [str(reply) for reply in alone]
+    assert [thought for _, thought in replies] == [reply.thought for reply in alone]
+    if template is OPENED:
+        assert all(reply.thought for reply in alone)
+
+
+def test_numbers_that_are_none_stay_with_their_request() -> None:
+    """An IRM gone wild makes NaN of its own request's states, and of no other's in the batch."""
+    host, tokenizer = tiny_pair()
+    shelf = two_on_a_shelf(host)
+    with torch.no_grad():
+        for parameter in shelf.model.base_model.registry.networks["served_sadness"].parameters():
+            parameter.mul_(1e12)
+    calm = [{"model": "host+anger", "messages": [{"role": "user", "content": f"{n}?"}], "max_tokens": 8} for n in range(4)]
+    alone = run_all(shelf, tokenizer, calm, Limits(tokens=8))
+    wild = {**calm[0], "model": "host+sadness@1000"}
+    assert run_all(shelf, tokenizer, [*calm[:2], wild, *calm[2:]], Limits(tokens=8))[:2] == alone[:2]
+    assert run_all(shelf, tokenizer, [wild, *calm], Limits(tokens=8))[1:] == alone
+
+
+def run_all(shelf: Shelf, tokenizer: Any, bodies: list[dict[str, Any]], limits: Limits) -> list[tuple[str, str]]:
+    """Reply and thought of each request, all of them at once."""
+
+    async def all_at_once() -> list[tuple[str, str]]:
+        engine = Engine(shelf, tokenizer, limits)
+        engine.prove()
+        engine.open(asyncio.get_running_loop())
+
+        async def one(body: dict[str, Any]) -> tuple[str, str]:
+            job = await engine.start(read_request(body, CHAT, "host", {"anger": 2.0, "sadness": 1.0}))
+            pieces = [piece async for piece in engine.pieces(job)]
+            thoughts = [piece for piece in pieces if isinstance(piece, Thought)]
+            return "".join(piece for piece in pieces if not isinstance(piece, Thought)), "".join(thoughts)
+
+        try:
+            return await asyncio.gather(*map(one, bodies))
+        finally:
+            engine.close()
+
+    return asyncio.run(all_at_once())
 
 
 def two_on_a_shelf(host: Any) -> Shelf:
@@ -293,7 +340,7 @@ def test_what_cannot_be_done_is_said_in_one_line(server: Server, fields: dict[st
 
 
 def test_fields_that_change_nothing_are_taken(server: Server) -> None:
-    neutral = {"n": 1, "tools": [], "frequency_penalty": 0, "user": "me", "stream_options": None, "tool_choice": "auto"}
+    neutral = {"n": 1, "tools": [], "frequency_penalty": 0.0, "user": "me", "stream_options": None, "tool_choice": "auto"}
     parts = [{"type": "text", "text": "Why?"}]
     messages = [
         {"role": "developer", "content": "Be brief."},

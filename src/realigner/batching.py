@@ -282,7 +282,7 @@ class _AroundForward(ContinuousBatchingLogitsProcessorList):  # type: ignore[mis
 
     def __init__(self, processors: ContinuousBatchingLogitsProcessorList, before: Any, own: bool) -> None:
         self.__dict__.update(vars(processors))
-        self._before = before
+        self._before, self._own = before, own
         self._rows: list[Any] = []  # the records of the requests that get a token, one for each row of scores
         self.do_processing: bool = processors.do_processing or own
 
@@ -291,11 +291,14 @@ class _AroundForward(ContinuousBatchingLogitsProcessorList):  # type: ignore[mis
 
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], *args: Any, **kwargs: Any) -> Any:
         self._before(requests_in_batch)
-        self._rows = [request.state for request in requests_in_batch if request.has_new_token]
+        if self._own:
+            self._rows = [request.state for request in requests_in_batch if request.has_new_token]
         return super().prepare_tensor_args(requests_in_batch, *args, **kwargs)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, *args: Any) -> torch.Tensor:
         scores = super().__call__(input_ids, scores, *args)
+        if not self._own:  # it may be compiled
+            return scores
         for row, state in enumerate(self._rows):
             if own := state.logit_processor_kwargs[_OWN].processors:
                 text = torch.tensor([state.initial_tokens + state.generated_tokens], device=scores.device)

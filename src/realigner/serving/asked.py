@@ -31,6 +31,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # field that we cannot do -> values th
 }
 _MOST_STOPS, _LONGEST_STOP = 16, 1000  # characters
 _WHERES = ("all", "prompt", "reply")  # settings.WHERES, which needs torch
+_COLDEST = 1e-3  # of temperatures; below, scores divided by it are no numbers, and sampling is greedy
 _LARGEST = 2**53  # of a whole number: what JSON keeps
 
 
@@ -86,11 +87,12 @@ def read_request(body: Mapping[str, Any], kind: str, host: str, strengths: Mappi
     """
     given = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
-        if name in _NEUTRAL and not any(value == neutral and type(value) is type(neutral) for neutral in _NEUTRAL[name]):
+        if name in _NEUTRAL and not any(_same(value, neutral) for neutral in _NEUTRAL[name]):
             raise UsageError(f"{name}: {value!r:.60} cannot be done here; leave it out")
         if name not in _READ | _OF_KIND[kind] | _OF_NO_EFFECT | set(_NEUTRAL):
             raise UsageError(f"{name[:60]}: there is no such field")
     given |= _extra_arguments(given)
+    temperature = _number("temperature", given.get("temperature", 0.0), 0, 100)
     limits = [given[name] for name in ("max_completion_tokens", "max_tokens") if name in given]
     return Asked(
         model=_model(given, host, strengths),
@@ -98,7 +100,7 @@ def read_request(body: Mapping[str, Any], kind: str, host: str, strengths: Mappi
         where=_where(given.get("where", "all")),
         prompt=_messages(given.get("messages")) if kind == CHAT else _text(given.get("prompt")),
         max_tokens=_whole("max_tokens", limits[0], 1) if limits else None,
-        temperature=_number("temperature", given.get("temperature", 0.0), 0, 100),
+        temperature=0.0 if temperature < _COLDEST else temperature,
         top_p=_number("top_p", given.get("top_p", 1.0), 1e-6, 1),
         repetition_penalty=_number("repetition_penalty", given.get("repetition_penalty", 1.1), 0.01, 100),
         thinking_budget=_whole("thinking_budget", given.get("thinking_budget", 512), 0),
@@ -109,6 +111,10 @@ def read_request(body: Mapping[str, Any], kind: str, host: str, strengths: Mappi
         if "chat_template_kwargs" in given
         else None,
     )
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)  # 0.0 is 0, False is not
 
 
 def _extra_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
