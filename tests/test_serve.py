@@ -30,12 +30,12 @@ from realigner.data.rewriters.endpoint_rewriter import EndpointRewriter
 from realigner.errors import UsageError
 from realigner.irm_config import IRMConfig
 from realigner.runtime import Runtime
-from realigner.serving.address import check_address
 from realigner.serving.asked import CHAT, TEXT, read_request
 from realigner.serving.engine import BatchFailedError, Engine, Limits
 from realigner.serving.gate import Gate, PatientProtocol
 from realigner.serving.metrics import Metrics
 from realigner.serving.mixes import NotServedError
+from realigner.serving.serve import check_address
 from realigner.serving.shelf import Served, Shelf
 from realigner.serving.texts import StopTexts, Thought
 from tests.served import Server, begin, eventually, serving

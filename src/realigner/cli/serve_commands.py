@@ -16,7 +16,6 @@ from realigner.errors import UsageError
 
 ENGINES = ("transformers", "vllm")
 _KEY_ENV, _ADMIN_ENV = "REALIGNER_API_KEY", "REALIGNER_ADMIN_KEY"
-_REQUESTS, _TOKENS = 64, 512
 
 
 def serve(
@@ -39,10 +38,8 @@ def serve(
         Optional[str],
         Option(metavar="KEY", help=f"Let who has it load and unload IRMs; or set {_ADMIN_ENV}.", show_default=False),
     ] = None,
-    max_requests: Annotated[
-        int, Option(help="Requests that are answered or wait; more are told to come back.", min=1)
-    ] = _REQUESTS,
-    max_tokens: Annotated[int, Option(help="Tokens of a reply at most.", min=1)] = _TOKENS,
+    max_requests: Annotated[int, Option(help="Requests that are answered or wait; more are told to come back.", min=1)] = 64,
+    max_tokens: Annotated[int, Option(help="Tokens of a reply at most.", min=1)] = 512,
     max_context: Annotated[
         Optional[int], Option(help="Tokens of prompt and reply at most.", min=2, show_default="the host's, up to 8192")
     ] = None,
@@ -62,32 +59,12 @@ def serve(
     if option and engine != "vllm":
         raise UsageError("--option: is for --engine vllm")
     keys = [*(api_key or []), *filter(None, [os.environ.get(_KEY_ENV)])]
-    admin = admin_key or os.environ.get(_ADMIN_ENV) or None
     if engine == "vllm":
-        if admin or device != "auto" or (max_requests, max_tokens) != (_REQUESTS, _TOKENS):
-            raise UsageError(
-                "--admin-key, --device, --max-requests, --max-tokens: are not vLLM's; see vllm serve --help, and --option"
-            )
-        from realigner.serving.address import check_address
-        from realigner.serving.vllm_command import serve_with_vllm
+        from realigner.runtime import find_irm
+        from realigner.serving.vllm_command import serve_with_vllm  # type: ignore[import-untyped,unused-ignore]
 
-        check_address(address, keys, no_key)
-        place = host or _host_of(next(iter(irms.values())))
-        served = host_name or (Path(place).name if Path(place).is_dir() else place)
-        options = [
-            "--host",
-            address,
-            "--port",
-            str(port),
-            "--served-model-name",
-            served,
-            "--dtype",
-            dtype,
-        ]
-        options += [] if max_context is None else ["--max-model-len", str(max_context)]
-        options += ["--trust-remote-code"] if trust_remote_code else []
-        options += ["--api-key", *keys] if keys else []
-        serve_with_vllm(_folder_of(place), irms, [*options, *(option or [])])
+        folders = {name: find_irm(folder) for name, folder in irms.items()}
+        serve_with_vllm(host or _host_of(next(iter(folders.values()))), folders, address, port, keys, option or [])
     from realigner.serving.engine import Limits
     from realigner.serving.serve import serve as serve_here
 
@@ -100,7 +77,7 @@ def serve(
         port,
         keys,
         no_key,
-        admin,
+        admin_key or os.environ.get(_ADMIN_ENV) or None,
         Limits(max_requests, max_tokens, max_context),
         dtype,
         device,
@@ -128,20 +105,13 @@ def named(irms: Sequence[str]) -> dict[str, Path]:
 
 def _host_of(irm: Path) -> str:
     """The host that an IRM was made for, by the name in its config."""
-    from realigner.adapter_files import adapter_folder, read_values
+    from realigner.irm_config import check_adapter
 
-    config = read_values(adapter_folder(irm))
+    config = check_adapter(irm)
     name = (config.get("host") or {}).get("name") or config.get("base_model_name_or_path")
     if not name:
         raise UsageError(f"{irm}: its config names no host; say which (realigner serve HOST)")
     return str(name)
-
-
-def _folder_of(host: str) -> str:
-    """A host as vLLM takes it: the embedded one is a folder in the cache."""
-    from realigner.gguf_cache import EMBEDDED, embedded_folder
-
-    return str(embedded_folder()) if host == EMBEDDED else host
 
 
 def _print_ready(url: str, models: Sequence[str], keys: bool) -> None:

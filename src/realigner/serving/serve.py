@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from realigner.gguf_cache import quiet_transformers
 from realigner.hosts import EMBEDDED, host_name, load_host
 from realigner.irm_config import check_adapter
 from realigner.runtime import find_irm, load_host_of
-from realigner.serving.address import bound, check_address
 from realigner.serving.engine import Engine, Limits
 from realigner.serving.gate import PatientProtocol
 from realigner.serving.metrics import Metrics
@@ -26,6 +26,22 @@ from realigner.serving.routes import application
 from realigner.serving.shelf import Shelf
 
 _CONNECTIONS = 1000  # at once
+
+
+def check_address(address: str, keys: Sequence[str], no_key: bool) -> None:
+    """Raise UsageError for an address that others can reach, unless keys are asked for or nobody wants any.
+
+    Example:
+        >>> check_address("127.0.0.1", [], no_key=False)
+    """
+    try:
+        reached = not ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        reached = address != "localhost"
+    if reached and not keys and not no_key:
+        raise UsageError(
+            f"address: {address} can be reached from elsewhere; give an api key, or say that there is none (no_key)"
+        )
 
 
 def serve(
@@ -67,7 +83,7 @@ def serve(
     for key in (*keys, *([] if admin_key is None else [admin_key])):
         if not key or not key.isascii() or not key.isprintable() or " " in key:
             raise UsageError("api_key, admin_key: a key is of letters, digits and signs, without spaces")
-    with bound(address, port) as listening:
+    with _bound(address, port) as listening:
         shelf, tokenizer, found = _loaded(irms, host, dtype, device, trust_remote_code)
         name = host_name_served or found
         metrics = Metrics()
@@ -136,6 +152,22 @@ class _Server(uvicorn.Server):
     def _abort(self) -> None:
         for connection in list(self.server_state.connections):
             connection.transport.abort()
+
+
+@contextmanager
+def _bound(address: str, port: int) -> Iterator[socket.socket]:
+    """A socket at the address, taken before the long work and listening after it."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    with listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((address, port))
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            said = f"{address}:{port}: cannot be served on ({why}); choose another port, or stop what is there"
+            raise RealignerError(said) from None
+        yield listening
 
 
 def _loaded(
