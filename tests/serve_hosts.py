@@ -47,7 +47,7 @@ def make(place: Path, host_type: str, shapes: dict[str, dict[str, Any]] | None =
     model.save_pretrained(place / "irms")
     vocabulary = host.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(5, vocabulary, (length,), generator=generator).tolist() for length in (6, 45, 70, 100)]
+    prompts = [torch.randint(5, vocabulary, (length,), generator=generator).tolist() for length in (6, 25, 60, 90)]
     replies = [
         {"prompt": prompt, "irms": irms, "tokens": reply(model, prompt, irms)} for prompt in prompts for irms in SETTINGS
     ]

@@ -84,8 +84,8 @@ def test_a_compiled_graph_is_not_that_of_other_irms(llama: Path, tmp_path: Path)
 
 
 def test_chunked_prefill_and_preemption(llama: Path) -> None:
-    """Chunks of 40 tokens, and so few blocks that requests are thrown out and come again."""
-    options = {"enforce_eager": True, "max_num_batched_tokens": 40, "num_gpu_blocks_override": 14}
+    """Chunks of 64 tokens, and so few blocks that requests are thrown out and come again."""
+    options = {"enforce_eager": True, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 14}
     found = generate(llama, options=options, rounds=2, refused=["joy", "anger@x", "anger+anger", 3, {"anger": 1e9}])
     assert [each["right"] for each in found["rounds"]] == [ALL, ALL]
     assert found["preemptions"] > 0
