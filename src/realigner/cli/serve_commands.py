@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -60,11 +60,12 @@ def serve(
         raise UsageError("--option: is for --engine vllm")
     keys = [*(api_key or []), *filter(None, [os.environ.get(_KEY_ENV)])]
     if engine == "vllm":
-        from realigner.runtime import find_irm
-        from realigner.serving.vllm_command import serve_with_vllm  # type: ignore[import-untyped,unused-ignore]
-
-        folders = {name: find_irm(folder) for name, folder in irms.items()}
-        serve_with_vllm(host or _host_of(next(iter(folders.values()))), folders, address, port, keys, option or [])
+        ours = {"--host-name": host_name, "--admin-key": admin_key, "--max-context": max_context}
+        changed = {"--max-requests": max_requests != 64, "--max-tokens": max_tokens != 512, "--dtype": dtype != "auto"}
+        if given := next((flag for flag, value in {**ours, **changed, "--device": device != "auto"}.items() if value), None):
+            raise UsageError(f"{given}: is for --engine transformers; give vLLM's own with --option")
+        _with_vllm(host, irms, address, port, keys, no_key, option or [])
+        return
     from realigner.serving.engine import Limits
     from realigner.serving.serve import serve as serve_here
 
@@ -84,6 +85,27 @@ def serve(
         trust_remote_code,
         lambda url, models: _print_ready(url, models, bool(keys)),
     )
+
+
+def _with_vllm(
+    host: str | None,
+    irms: Mapping[str, Path],
+    address: str,
+    port: int,
+    keys: Sequence[str],
+    no_key: bool,
+    extra: Sequence[str],
+) -> None:
+    """Become ``vllm serve``, with our plugin and these IRMs."""
+    from realigner.runtime import find_irm
+    from realigner.serving.addresses import check_address, check_keys
+
+    check_address(address, keys, no_key)
+    check_keys(keys)
+    folders = {name: find_irm(folder) for name, folder in irms.items()}
+    from realigner.serving.vllm_command import serve_with_vllm  # type: ignore[import-untyped,unused-ignore]
+
+    serve_with_vllm(host or _host_of(next(iter(folders.values()))), folders, address, port, keys, extra)
 
 
 def named(irms: Sequence[str]) -> dict[str, Path]:
