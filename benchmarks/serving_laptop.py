@@ -83,7 +83,9 @@ def measure(client: openai.OpenAI, host: str, options: argparse.Namespace) -> li
             for way, workers in (("serial", 1), ("at once", options.requests)):
                 began = time.perf_counter()
                 with ThreadPoolExecutor(workers) as pool:
-                    said = list(pool.map(lambda one: ask(client, *one, options.tokens), zip(models, questions, strict=True)))
+                    said = list(
+                        pool.map(lambda model, question: ask(client, model, question, options.tokens), models, questions)
+                    )
                 speeds[way].append(sum(count for _, count in said) / (time.perf_counter() - began))
                 replies[way] = [text for text, _ in said]
             same = sum(a == b for a, b in zip(*replies.values(), strict=True))

@@ -30,12 +30,12 @@ from realigner.data.rewriters.endpoint_rewriter import EndpointRewriter
 from realigner.errors import UsageError
 from realigner.irm_config import IRMConfig
 from realigner.runtime import Runtime
+from realigner.serving.addresses import check_address
 from realigner.serving.asked import CHAT, TEXT, read_request
 from realigner.serving.engine import BatchFailedError, Engine, Limits
 from realigner.serving.gate import Gate, PatientProtocol
 from realigner.serving.metrics import Metrics
 from realigner.serving.mixes import NotServedError
-from realigner.serving.serve import check_address
 from realigner.serving.shelf import Served, Shelf
 from realigner.serving.texts import StopTexts, Thought
 from tests.served import Server, begin, eventually, serving
@@ -107,7 +107,12 @@ def test_tokens_of_the_engine_are_those_of_generate(family: str, monkeypatch: py
     monkeypatch.setattr("realigner.serving.engine._CACHE", 1)
     put_off: list[bool] = []
     offload = OffloadingManager.offload_requests
-    monkeypatch.setattr(OffloadingManager, "offload_requests", lambda self: put_off.append(offload(self)) or put_off[-1])
+
+    def noted(manager: Any) -> Any:
+        put_off.append(offload(manager))
+        return put_off[-1]
+
+    monkeypatch.setattr(OffloadingManager, "offload_requests", noted)
     host, tokenizer = tiny_pair(family)
     shelf, model = two_on_a_shelf(host), two_by_peft(tiny_pair(family)[0])
     alone = Runtime(model, tokenizer, {"anger": 1.0, "sadness": 1.0})
@@ -674,6 +679,8 @@ def test_what_cannot_be_served_is_said_in_one_line(irms: Irms, tmp_path: Path, c
         (["--irm", f"none={tmp_path / 'nowhere'}"], 1, "no such adapter folder"),
         (["--irm", anger, "--engine", "fast"], 2, "'fast' is not one of transformers, vllm"),
         (["--irm", anger, "--api-key", "a b"], 2, "a key is of letters"),
+        (["--irm", anger, "--engine", "vllm", "--max-tokens", "9"], 2, "--max-tokens: is for --engine transformers"),
+        (["--irm", anger, "--option", "--enforce-eager"], 2, "--option: is for --engine vllm"),
     ):
         assert main(["serve", *arguments, "--dtype", "float32"]) == code, arguments
         lines = [line for line in capsys.readouterr().err.splitlines() if line != "realigner serve: loading"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, NoReturn, Optional
 
 from typer import Argument, Option
 
@@ -60,11 +60,12 @@ def serve(
         raise UsageError("--option: is for --engine vllm")
     keys = [*(api_key or []), *filter(None, [os.environ.get(_KEY_ENV)])]
     if engine == "vllm":
-        from realigner.runtime import find_irm
-        from realigner.serving.vllm_command import serve_with_vllm  # type: ignore[import-untyped,unused-ignore]
-
-        folders = {name: find_irm(folder) for name, folder in irms.items()}
-        serve_with_vllm(host or _host_of(next(iter(folders.values()))), folders, address, port, keys, option or [])
+        changed = {"--max-requests": max_requests != 64, "--max-tokens": max_tokens != 512, "--device": device != "auto"}
+        if given := next((flag for flag, value in {"--admin-key": admin_key, **changed}.items() if value), None):
+            raise UsageError(f"{given}: is for --engine transformers; give vLLM's own with --option")
+        more = [] if max_context is None else ["--max-model-len", str(max_context)]
+        more += ["--trust-remote-code"] if trust_remote_code else []
+        _become_vllm(host, irms, host_name, address, port, keys, no_key, ["--dtype", dtype, *more, *(option or [])])
     from realigner.serving.engine import Limits
     from realigner.serving.serve import serve as serve_here
 
@@ -86,6 +87,29 @@ def serve(
     )
 
 
+def _become_vllm(
+    host: str | None,
+    irms: Mapping[str, Path],
+    host_name: str | None,
+    address: str,
+    port: int,
+    keys: Sequence[str],
+    no_key: bool,
+    more: Sequence[str],
+) -> NoReturn:
+    """Become ``vllm serve``, with our plugin and these IRMs; only what its environment has is imported."""
+    from realigner.gguf_cache import EMBEDDED, embedded_folder
+    from realigner.serving.addresses import check_address, check_keys
+    from realigner.serving.vllm_command import serve_with_vllm
+
+    check_address(address, keys, no_key)
+    check_keys(keys)
+    found = host or _host_of(next(iter(irms.values())))
+    name = host_name or (Path(found).resolve().name if Path(found).is_dir() else found)
+    options = ["--host", address, "--port", str(port), "--served-model-name", name, *(["--api-key", *keys] if keys else [])]
+    serve_with_vllm(str(embedded_folder()) if found == EMBEDDED else found, irms, [*options, *more])
+
+
 def named(irms: Sequence[str]) -> dict[str, Path]:
     """IRMs by name, of ``NAME=DIR`` or ``DIR``.
 
@@ -105,9 +129,9 @@ def named(irms: Sequence[str]) -> dict[str, Path]:
 
 def _host_of(irm: Path) -> str:
     """The host that an IRM was made for, by the name in its config."""
-    from realigner.irm_config import check_adapter
+    from realigner.adapter_files import adapter_folder, read_values
 
-    config = check_adapter(irm)
+    config = read_values(adapter_folder(irm))
     name = (config.get("host") or {}).get("name") or config.get("base_model_name_or_path")
     if not name:
         raise UsageError(f"{irm}: its config names no host; say which (realigner serve HOST)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,11 +12,12 @@ from typing import Any
 import uvicorn
 
 from realigner.console import say, signals_to
-from realigner.errors import RealignerError, UsageError
+from realigner.errors import RealignerError
 from realigner.gguf_cache import quiet_transformers
 from realigner.hosts import EMBEDDED, host_name, load_host
 from realigner.irm_config import check_adapter
 from realigner.runtime import find_irm, load_host_of
+from realigner.serving.addresses import check_address, check_keys
 from realigner.serving.engine import Engine, Limits
 from realigner.serving.gate import PatientProtocol
 from realigner.serving.metrics import Metrics
@@ -26,22 +26,6 @@ from realigner.serving.routes import application
 from realigner.serving.shelf import Shelf
 
 _CONNECTIONS = 1000  # at once
-
-
-def check_address(address: str, keys: Sequence[str], no_key: bool) -> None:
-    """Raise UsageError for an address that others can reach, unless keys are asked for or nobody wants any.
-
-    Example:
-        >>> check_address("127.0.0.1", [], no_key=False)
-    """
-    try:
-        reached = not ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        reached = address != "localhost"
-    if reached and not keys and not no_key:
-        raise UsageError(
-            f"address: {address} can be reached from elsewhere; give an api key, or say that there is none (no_key)"
-        )
 
 
 def serve(
@@ -80,9 +64,7 @@ def serve(
     check_address(address, keys, no_key)
     for name in irms:
         check_name(name)
-    for key in (*keys, *([] if admin_key is None else [admin_key])):
-        if not key or not key.isascii() or not key.isprintable() or " " in key:
-            raise UsageError("api_key, admin_key: a key is of letters, digits and signs, without spaces")
+    check_keys([*keys, *([] if admin_key is None else [admin_key])])
     with _bound(address, port) as listening:
         shelf, tokenizer, found = _loaded(irms, host, dtype, device, trust_remote_code)
         name = host_name_served or found

@@ -1,0 +1,30 @@
+"""Who can reach a server, and whether they need a key."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+
+from realigner.errors import UsageError
+
+
+def check_address(address: str, keys: Sequence[str], no_key: bool) -> None:
+    """Raise UsageError for an address that others can reach, unless keys are asked for or nobody wants any.
+
+    Example:
+        >>> check_address("127.0.0.1", [], no_key=False)
+    """
+    try:
+        reached = not ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        reached = address != "localhost"
+    if reached and not keys and not no_key:
+        raise UsageError(
+            f"address: {address} can be reached from elsewhere; give an api key, or say that you want none (no_key)"
+        )
+
+
+def check_keys(keys: Sequence[str]) -> None:
+    """Raise UsageError unless each key can be sent in a header; what it is stays out of the message."""
+    if not all(key and key.isascii() and key.isprintable() and " " not in key for key in keys):
+        raise UsageError("api_key, admin_key: a key is of letters, digits and signs, without spaces")
