@@ -184,18 +184,15 @@ class _Text(CompletionHandler):  # type: ignore[misc]
 def _more_routes(app: FastAPI, engine: Engine, models: _Models, metrics: Metrics) -> None:
     """Routes that transformers' server has not."""
 
-    @app.get("/metrics")
     async def counted() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         found = next((model for model in models.get_gen_models() if model["id"] == name), None)
         if found is None:
             raise NotServedError(f"model: {name[:80]!r} is not served; GET /v1/models lists what is")
         return JSONResponse(found)
 
-    @app.post(ADMIN)
     async def load(body: dict[str, Any]) -> Response:
         name, path = body.get("name"), body.get("path")
         if not isinstance(name, str) or not isinstance(path, str) or set(body) != {"name", "path"}:
@@ -204,10 +201,14 @@ def _more_routes(app: FastAPI, engine: Engine, models: _Models, metrics: Metrics
         say(f"realigner serve: loaded {name} from {path}")
         return JSONResponse({"name": name, "strength": engine.shelf.strengths[name]}, status_code=201)
 
-    @app.delete(ADMIN + "/{name}")
     async def unload(name: str) -> Response:
         if name not in engine.shelf.strengths:
             raise HTTPException(404, f"irm: {name[:80]!r} is not loaded")
         await engine.unload(name)
         say(f"realigner serve: unloaded {name}")
         return Response(status_code=204)
+
+    app.add_api_route("/metrics", counted, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", model, methods=["GET"])
+    app.add_api_route(ADMIN, load, methods=["POST"])
+    app.add_api_route(ADMIN + "/{name}", unload, methods=["DELETE"])
