@@ -31,13 +31,13 @@ from realigner.errors import UsageError
 from realigner.irm_config import IRMConfig
 from realigner.runtime import Runtime
 from realigner.serving.addresses import check_address
-from realigner.serving.asked import CHAT, TEXT, read_request
+from realigner.serving.api_request import CHAT, TEXT, read_request
 from realigner.serving.engine import BatchFailedError, Engine, Limits
-from realigner.serving.gate import Gate, PatientProtocol
+from realigner.serving.keys_and_limits import KeysAndLimits, PatientProtocol
+from realigner.serving.loaded_irms import LoadedIRM, LoadedIRMs
 from realigner.serving.metrics import Metrics
 from realigner.serving.mixes import NotServedError
-from realigner.serving.shelf import Served, Shelf
-from realigner.serving.texts import StopTexts, Thought
+from realigner.serving.reply_text import StopTexts, Thought
 from tests.served import Server, begin, eventually, serving
 from tests.test_thinking import HYBRID, OPENED, thinker
 from tests.tiny import tiny_folder, tiny_pair
@@ -138,7 +138,7 @@ def test_a_host_that_thinks(template: str) -> None:
         ra.answer(host, tokenizer, [f"{n}?"], max_new_tokens=5, thinking_budget=9 + n, repetition_penalty=1.3)[0]
         for n in range(4)
     ]
-    shelf = Shelf(host)
+    shelf = LoadedIRMs(host)
     common = {"model": "host", "max_tokens": 5, "repetition_penalty": 1.3}
     bodies = [{**common, "messages": [{"role": "user", "content": f"{n}?"}], "thinking_budget": 9 + n} for n in range(4)]
     replies = run_all(shelf, tokenizer, bodies, Limits(tokens=8))
@@ -162,7 +162,7 @@ def test_numbers_that_are_none_stay_with_their_request() -> None:
     assert run_all(shelf, tokenizer, [wild, *calm], Limits(tokens=8))[1:] == alone
 
 
-def run_all(shelf: Shelf, tokenizer: Any, bodies: list[dict[str, Any]], limits: Limits) -> list[tuple[str, str]]:
+def run_all(shelf: LoadedIRMs, tokenizer: Any, bodies: list[dict[str, Any]], limits: Limits) -> list[tuple[str, str]]:
     """Reply and thought of each request, all of them at once."""
 
     async def all_at_once() -> list[tuple[str, str]]:
@@ -184,13 +184,13 @@ def run_all(shelf: Shelf, tokenizer: Any, bodies: list[dict[str, Any]], limits: 
     return asyncio.run(all_at_once())
 
 
-def two_on_a_shelf(host: Any) -> Shelf:
+def two_on_a_shelf(host: Any) -> LoadedIRMs:
     """The IRMs of `two_by_peft`, as a server has them."""
-    shelf = Shelf(host)
+    shelf = LoadedIRMs(host)
     for seed, name in enumerate(("anger", "sadness")):
         torch.manual_seed(seed)
         shelf.model.add_adapter(f"served_{name}", IRMConfig(output_std=1.0))
-        shelf.put(name, Served(f"served_{name}", 1.0, "chat", {}))
+        shelf.put(name, LoadedIRM(f"served_{name}", 1.0, "chat", {}))
     return shelf
 
 
@@ -512,7 +512,7 @@ def test_a_client_that_leaves_takes_no_place(server: Server, stream: bool) -> No
     assert server.chat("host+anger")[0] == 200
 
 
-def gate(seconds: float, send: Any = None) -> tuple[Gate, list[Any]]:
+def gate(seconds: float, send: Any = None) -> tuple[KeysAndLimits, list[Any]]:
     """A gate before an application that answers at once, and what it sent."""
     sent: list[Any] = []
 
@@ -521,7 +521,7 @@ def gate(seconds: float, send: Any = None) -> tuple[Gate, list[Any]]:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"ok"})
 
-    return Gate(app, Limits(body=100, patience=seconds), Metrics()), sent
+    return KeysAndLimits(app, Limits(body=100, patience=seconds), Metrics()), sent
 
 
 def test_a_client_that_sends_too_slowly_is_refused() -> None:
@@ -540,8 +540,8 @@ def test_a_client_that_sends_too_slowly_is_refused() -> None:
 
 
 def test_a_client_that_takes_nothing_and_one_that_says_nothing_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("realigner.serving.gate._STUCK", 1.0)
-    monkeypatch.setattr("realigner.serving.gate._HEAD", 1.0)
+    monkeypatch.setattr("realigner.serving.keys_and_limits._STUCK", 1.0)
+    monkeypatch.setattr("realigner.serving.keys_and_limits._HEAD", 1.0)
     ended = asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -556,7 +556,7 @@ def test_a_client_that_takes_nothing_and_one_that_says_nothing_are_let_go(monkey
 
     async def attack() -> None:
         config = uvicorn.Config(
-            Gate(app, Limits(), Metrics()), http=PatientProtocol, lifespan="off", log_config=None, timeout_keep_alive=1
+            KeysAndLimits(app, Limits(), Metrics()), http=PatientProtocol, lifespan="off", log_config=None, timeout_keep_alive=1
         )
         server = uvicorn.Server(config)
         with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -595,7 +595,7 @@ def test_an_application_that_fails_is_one_line_for_the_client(capfd: pytest.Capt
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-    asyncio.run(Gate(app, Limits(), Metrics())(scope, receive, send))
+    asyncio.run(KeysAndLimits(app, Limits(), Metrics())(scope, receive, send))
     assert sent[0]["status"] == 500
     assert capfd.readouterr().err.count("\n") == 1
 

@@ -21,17 +21,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from realigner.adapter_files import TYPES, WEIGHTS_FILE, StoredIRM, read_irm
+from realigner.checkpoint_fingerprint import difference
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import Fingerprint, fingerprint
 from realigner.irm import IRMShape
 from realigner.irm_config import CONFIG_FILE, IRMConfig
 from realigner.serving import vllm_runner
 from realigner.serving.mixes import Mix, NotServedError
-from realigner.serving.served import Served
 from realigner.serving.vllm_api import IRMMiddleware
+from realigner.serving.vllm_irms import ServedIRMs
 from realigner.serving.vllm_model import IRMSlots, attach
 from realigner.serving.vllm_plugin import register, spare_slots
-from realigner.stored_host import difference
 from realigner.tiny import tiny_host
 from realigner.tuner import tuner_of
 
@@ -471,15 +471,15 @@ def test_a_host_whose_files_cannot_be_compared_is_refused(tmp_path: Path, host_f
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+def served(tmp_path_factory: pytest.TempPathFactory) -> ServedIRMs:
     place = tmp_path_factory.mktemp("served")
     saved(place, {"anger": {"strength": 1.25}, "sadness": {"chat_template_kwargs": {"enable_thinking": False}}})
-    return Served.of_text(f"anger={place}/anger, sadness={place}/sadness")
+    return ServedIRMs.of_text(f"anger={place}/anger, sadness={place}/sadness")
 
 
-def test_irms_are_named_in_the_environment(served: Served, tmp_path: Path) -> None:
+def test_irms_are_named_in_the_environment(served: ServedIRMs, tmp_path: Path) -> None:
     assert served.defaults == {"anger": 1.25, "sadness": 1.0}
-    assert Served.of_text("").irms == {}
+    assert ServedIRMs.of_text("").irms == {}
     folder = served.irms["anger"].folder
     for text, words in {
         f"a={folder},a={folder}": "given twice",
@@ -488,13 +488,13 @@ def test_irms_are_named_in_the_environment(served: Served, tmp_path: Path) -> No
         f"a={tmp_path}/nothing": "no such adapter folder",
     }.items():
         with pytest.raises(RealignerError, match=words):
-            Served.of_text(text)
+            ServedIRMs.of_text(text)
     saved(tmp_path, {"a": {"template": "plain"}, "b": {}})
     with pytest.raises(RealignerError, match=r"template=plain.*template=chat"):
-        Served.of_text(f"a={tmp_path}/a")
+        ServedIRMs.of_text(f"a={tmp_path}/a")
 
 
-def test_the_salt_tells_mixes_apart_and_leaves_the_host_alone(served: Served) -> None:
+def test_the_salt_tells_mixes_apart_and_leaves_the_host_alone(served: ServedIRMs) -> None:
     mixes = [served.mix(text) for text in ("anger", "anger@1", "sadness@1", "anger@1+sadness@1", "anger@-1")]
     assert len({served.salt(mix, None) for mix in mixes}) == len(mixes)
     assert served.salt(served.mix("anger@1.25"), None) == served.salt(served.mix("anger"), None)
@@ -503,13 +503,13 @@ def test_the_salt_tells_mixes_apart_and_leaves_the_host_alone(served: Served) ->
     assert served.salt(mixes[0], "own") != served.salt(mixes[0], None)
 
 
-def rewritten(served: Served, **request: Any) -> dict[str, Any]:
+def rewritten(served: ServedIRMs, **request: Any) -> dict[str, Any]:
     asked = json.dumps(request).encode()
     found: dict[str, Any] = json.loads(IRMMiddleware(None, served, ["org/host", "host"]).rewritten(asked))  # type: ignore[arg-type]
     return found
 
 
-def test_requests_become_the_engines(served: Served) -> None:
+def test_requests_become_the_engines(served: ServedIRMs) -> None:
     assert rewritten(served, model="host+anger@0.7") == {"model": "host", "vllm_xargs": {"irms": "anger@0.7"}}
     asked = {"model": "org/host+anger+sadness@-1", "vllm_xargs": {"seed": 1}}
     assert rewritten(served, **asked) == {"model": "org/host", "vllm_xargs": {"seed": 1, "irms": "anger@1.25+sadness@-1"}}
@@ -540,7 +540,7 @@ def test_requests_become_the_engines(served: Served) -> None:
         ({"model": "host+anger", "use_beam_search": True}, UsageError, "beam"),
     ],
 )
-def test_bad_requests_are_named(request_: dict[str, Any], kind: type[Exception], words: str, served: Served) -> None:
+def test_bad_requests_are_named(request_: dict[str, Any], kind: type[Exception], words: str, served: ServedIRMs) -> None:
     with pytest.raises(kind, match=words):
         rewritten(served, **request_)
 
@@ -561,7 +561,7 @@ def asked(app: Any, method: str, path: str, body: bytes, headers: list[tuple[byt
     return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
 
 
-def test_the_middleware_lists_answers_and_passes_on(served: Served) -> None:
+def test_the_middleware_lists_answers_and_passes_on(served: ServedIRMs) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         body = b'{"data": [{"id": "host", "root": "/x"}, {"id": "lora"}]}'
         if scope["method"] == "POST":
@@ -591,7 +591,7 @@ def test_the_middleware_lists_answers_and_passes_on(served: Served) -> None:
 # --- starting ---------------------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_engine_is_refused_in_one_line(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_engine_is_refused_in_one_line(served: ServedIRMs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REALIGNER_IRMS", f"anger={served.irms['anger'].folder}")
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="9.9", __path__=[]))
     with pytest.raises(RealignerError, match=r"vLLM 9.9 is not known to realigner") as caught:

@@ -36,9 +36,9 @@ from realigner.generation import Sampling
 from realigner.hosts import text_config
 from realigner.irm_config import check_adapter
 from realigner.runtime import find_irm
-from realigner.serving.asked import Asked
-from realigner.serving.shelf import Served, Shelf, Taken
-from realigner.serving.texts import ContinuedText, ReplyText, StopTexts, Thought
+from realigner.serving.api_request import ApiRequest
+from realigner.serving.loaded_irms import LoadedIRM, LoadedIRMs, RequestIRMs
+from realigner.serving.reply_text import ContinuedText, ReplyText, StopTexts, Thought
 from realigner.tuner import tuner_of
 
 _PAGE = 32  # tokens of a block of keys and values
@@ -116,7 +116,7 @@ class Job:
         ended: why the reply ended, once it has: ``"stop"`` or ``"length"``.
     """
 
-    taken: Taken
+    taken: RequestIRMs
     where: str | int
     prompt: list[int]
     most: int
@@ -157,7 +157,7 @@ class Job:
 
 
 class Engine:
-    """A host and a `Shelf` of IRMs, answering until `close`.
+    """A host and a `LoadedIRMs` of IRMs, answering until `close`.
 
     Args:
         shelf: with the IRMs to begin with.
@@ -174,7 +174,7 @@ class Engine:
 
     def __init__(
         self,
-        shelf: Shelf,
+        shelf: LoadedIRMs,
         tokenizer: Any,
         limits: Limits,
         first_token: Callable[[float], None] = lambda seconds: None,
@@ -246,7 +246,7 @@ class Engine:
         """Those that transformers has, which learns a little later of one that was given up."""
         return 0 if self._batch is None else self._batch.pending
 
-    async def start(self, asked: Asked) -> Job:
+    async def start(self, asked: ApiRequest) -> Job:
         """Begin to answer a request.
 
         Raises:
@@ -326,7 +326,7 @@ class Engine:
 
     # A request as tokens, in the thread of prompts.
 
-    def _job(self, asked: Asked, taken: Taken) -> Job:
+    def _job(self, asked: ApiRequest, taken: RequestIRMs) -> Job:
         if isinstance(asked.prompt, str):
             chat_format = self._format("plain", {})
             prompt = self._text_ids(asked.prompt)
@@ -413,7 +413,7 @@ class Engine:
         if (adapter := self.shelf.unload(name)) is not None:
             await self._drop(adapter)
 
-    def _read(self, source: Path) -> Served:
+    def _read(self, source: Path) -> LoadedIRM:
         folder = find_irm(source)
         check_adapter(folder)
         try:
@@ -436,7 +436,7 @@ class Engine:
     def _paused(self) -> AbstractContextManager[None]:
         return nullcontext() if self._batch is None else self._batch.paused()
 
-    def _give_back(self, taken: Taken) -> None:
+    def _give_back(self, taken: RequestIRMs) -> None:
         for adapter in self.shelf.give_back(taken):
             task = asyncio.get_running_loop().create_task(self._drop(adapter))
             self._drops.add(task)  # else it might be collected before it has run

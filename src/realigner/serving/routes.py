@@ -20,18 +20,18 @@ from transformers.cli.serving.utils import GenerationState
 
 from realigner.console import say
 from realigner.errors import RealignerError
-from realigner.serving.asked import CHAT, TEXT, read_request
+from realigner.serving.api_request import CHAT, TEXT, read_request
 from realigner.serving.engine import BatchFailedError, Engine, Job
-from realigner.serving.gate import ADMIN, Gate, begun, refusal
+from realigner.serving.keys_and_limits import ADMIN, KeysAndLimits, begun, refusal
 from realigner.serving.metrics import Metrics
 from realigner.serving.mixes import NotServedError
-from realigner.serving.texts import Thought
+from realigner.serving.reply_text import Thought
 
 _KEPT = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}  # of transformers' routes
 _DONE = "data: [DONE]\n\n"
 
 
-def application(engine: Engine, host: str, metrics: Metrics, keys: list[str], admin_key: str | None = None) -> Gate:
+def application(engine: Engine, host: str, metrics: Metrics, keys: list[str], admin_key: str | None = None) -> KeysAndLimits:
     """The ASGI application that serves an engine.
 
     Args:
@@ -52,7 +52,7 @@ def application(engine: Engine, host: str, metrics: Metrics, keys: list[str], ad
         app.add_exception_handler(raised, _refused)
     metrics.watch("requests_in_batch", "Requests in the batch, or waiting to get into it.", lambda: engine.pending)
     metrics.watch("irms", "Loaded IRMs.", lambda: len(engine.shelf.strengths))
-    return Gate(app, engine.limits, metrics, keys, admin_key)
+    return KeysAndLimits(app, engine.limits, metrics, keys, admin_key)
 
 
 async def _refused(_: Any, error: Exception) -> Response:

@@ -19,11 +19,11 @@ from realigner.irm_config import check_adapter
 from realigner.runtime import find_irm, load_host_of
 from realigner.serving.addresses import check_address, check_keys
 from realigner.serving.engine import Engine, Limits
-from realigner.serving.gate import PatientProtocol
+from realigner.serving.keys_and_limits import PatientProtocol
+from realigner.serving.loaded_irms import LoadedIRMs
 from realigner.serving.metrics import Metrics
 from realigner.serving.mixes import check_name
 from realigner.serving.routes import application
-from realigner.serving.shelf import Shelf
 
 _CONNECTIONS = 1000  # at once
 
@@ -154,7 +154,7 @@ def _bound(address: str, port: int) -> Iterator[socket.socket]:
 
 def _loaded(
     irms: Mapping[str, Path], host: str | None, dtype: str, device: str, trust_remote_code: bool
-) -> tuple[Shelf, Any, str]:
+) -> tuple[LoadedIRMs, Any, str]:
     """The shelf with its IRMs, the tokenizer, and the name by which the host is served unless another is given."""
     folders = {name: find_irm(source) for name, source in irms.items()}
     for folder in folders.values():
@@ -163,7 +163,7 @@ def _loaded(
     first = next(iter(folders.values()), None)
     base, tokenizer = load_host(host or EMBEDDED, **options) if first is None else load_host_of(first, host, **options)
     with quiet_transformers():
-        shelf = Shelf(base)
+        shelf = LoadedIRMs(base)
         for name, folder in folders.items():
             shelf.put(name, shelf.read(folder))
     named = host_name(base)

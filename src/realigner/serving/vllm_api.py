@@ -13,7 +13,7 @@ from typing import Any
 
 from realigner.errors import RealignerError, UsageError
 from realigner.serving.mixes import NotServedError, mix_of_model
-from realigner.serving.served import Served, servable
+from realigner.serving.vllm_irms import ServedIRMs, servable
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -32,7 +32,7 @@ class IRMMiddleware:
         hosts: the names by which the host is served.
     """
 
-    def __init__(self, app: App, served: Served, hosts: Sequence[str]) -> None:
+    def __init__(self, app: App, served: ServedIRMs, hosts: Sequence[str]) -> None:
         self.app, self.served, self.hosts = app, served, hosts
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -128,7 +128,7 @@ class IRMMiddleware:
         return json.dumps(models).encode()
 
 
-def add_admin(app: Any, served: Served, args: Any) -> None:
+def add_admin(app: Any, served: ServedIRMs, args: Any) -> None:
     """Routes that load and unload IRMs: ``POST /v1/load_irm`` with ``irm_name`` and ``irm_path``; ``/v1/unload_irm``.
 
     They read any folder of the machine that they are given, so they are there only where they were asked for.

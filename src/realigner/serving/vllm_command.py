@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from realigner.errors import RealignerError, UsageError
-from realigner.serving.served import VARIABLE, Served
+from realigner.serving.vllm_irms import VARIABLE, ServedIRMs
 from realigner.serving.vllm_plugin import ADMIN, SLOTS, TESTED
 
 INSTALL = f'an environment of its own: pip install "vllm=={TESTED}.*", then pip install --no-deps realigner (docs/serving.md)'
@@ -58,7 +58,7 @@ def irm_environment(irms: Mapping[str, str | Path], slots: int | None = None, ad
         if "," in folder:
             raise UsageError(f"irm {name!r}: {folder} has a comma in it, which {VARIABLE} cannot hold; move it, or make a link")
     text = ",".join(f"{name}={folder}" for name, folder in folders.items())
-    Served.of_text(text)
+    ServedIRMs.of_text(text)
     more = {SLOTS: str(slots)} if slots is not None else {}
     return {VARIABLE: text, **more, **({ADMIN: "1"} if admin else {})}
 

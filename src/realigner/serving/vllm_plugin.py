@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from realigner.serving.served import Served
+    from realigner.serving.vllm_irms import ServedIRMs
 
 TESTED = "0.32"  # the release of vLLM that this was written against and is tested with
 SLOTS = "REALIGNER_SLOTS"  # how many IRMs may be loaded at a time
@@ -32,9 +32,9 @@ def register() -> None:
     Raises:
         RealignerError: in one line, for IRMs that cannot be served or an engine that is not known.
     """
-    from realigner.serving.served import VARIABLE, Served
+    from realigner.serving.vllm_irms import VARIABLE, ServedIRMs
 
-    served = Served.of_text(os.environ.get(VARIABLE, ""))
+    served = ServedIRMs.of_text(os.environ.get(VARIABLE, ""))
     _watch_requests(served)
     if not served.irms:
         return
@@ -100,7 +100,7 @@ def _wrap(owner: Any, name: str, wrapper: Any) -> None:
     setattr(owner, name, wrapped)
 
 
-def _watch_requests(served: Served) -> None:
+def _watch_requests(served: ServedIRMs) -> None:
     """Every request, offline or over HTTP, becomes one for the engine in `process_inputs`: names are read and salted there."""
     from realigner.errors import UsageError
     from realigner.serving.mixes import Mix
@@ -128,7 +128,7 @@ def _watch_requests(served: Served) -> None:
     _wrap(owner, "process_inputs", process)
 
 
-def _put_into_models(served: Served) -> None:
+def _put_into_models(served: ServedIRMs) -> None:
     owner, _ = _of_engine("model_executor.model_loader", "BaseModelLoader.load_model", "vllm_config", "model_config")
     spare = spare_slots(len(served.irms))
 
@@ -182,7 +182,7 @@ def _fill_steps() -> None:
     wrapper.compile_or_warm_up_model, wrapper.load_irm, wrapper.unload_irm = warm_up, load_irm, unload_irm
 
 
-def _salt_graphs(served: Served) -> None:
+def _salt_graphs(served: ServedIRMs) -> None:
     """Compiled graphs are kept on disk by the engine's config, which knows nothing of plugins."""
     owner, _ = _of_engine("config", "VllmConfig.compute_hash")
     salt = hashlib.sha256(Path(__file__).with_name("vllm_model.py").read_bytes())
@@ -197,7 +197,7 @@ def _salt_graphs(served: Served) -> None:
     _wrap(owner, "compute_hash", compute_hash)
 
 
-def _open_http(served: Served) -> None:
+def _open_http(served: ServedIRMs) -> None:
     """The server's application, where it is made (and only there: workers need none of it)."""
     from realigner import AfterImport
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from realigner.adapter_files import StoredIRM, read_irm
+from realigner.checkpoint_fingerprint import difference
 from realigner.errors import RealignerError
 from realigner.fingerprints import Fingerprint
 from realigner.serving.vllm_model import IRMSlots, attach
-from realigner.stored_host import difference
 
 FIELD = "irms"  # of a request's extra_args
 _PROBE = 1000.0  # a strength that shows in every precision

@@ -18,7 +18,7 @@ from realigner.settings import NO_IRM
 
 
 @dataclass
-class Served:
+class LoadedIRM:
     """One IRM: PEFT's name for it, what a request needs to know of it, and how many requests are using it."""
 
     adapter: str
@@ -30,8 +30,8 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Taken:
-    """The IRMs of one request, held until `Shelf.give_back`.
+class RequestIRMs:
+    """The IRMs of one request, held until `LoadedIRMs.give_back`.
 
     Attributes:
         irms: PEFT's names, as `batching.BatchManager.add_request` takes them.
@@ -44,10 +44,10 @@ class Taken:
     strength: dict[str, float]
     template: str
     template_kwargs: Mapping[str, Any]
-    held: tuple[Served, ...] = field(default=(), repr=False)
+    held: tuple[LoadedIRM, ...] = field(default=(), repr=False)
 
 
-class Shelf:
+class LoadedIRMs:
     """IRMs by name on a host, none at first. One thread calls its methods, but for `read` and `drop`.
 
     Args:
@@ -60,7 +60,7 @@ class Shelf:
     def __init__(self, host: PreTrainedModel) -> None:
         idle = IRMConfig(preset="compact", widths=(1,), rank=1, input_scale=1.0, delta_scale=1.0)
         self.model: PeftModel = get_peft_model(host, idle, adapter_name="idle")
-        self._served: dict[str, Served] = {}
+        self._served: dict[str, LoadedIRM] = {}
         self._numbers = count()
 
     @property
@@ -73,7 +73,7 @@ class Shelf:
         if check_name(name) in self._served:
             raise UsageError(f"irm: {name!r} is loaded already; unload it first, or give another name")
 
-    def read(self, folder: Path) -> Served:
+    def read(self, folder: Path) -> LoadedIRM:
         """Put an IRM's weights on the host, without a name yet; no forward may run meanwhile.
 
         Raises:
@@ -85,9 +85,9 @@ class Shelf:
         adapter = f"served_{next(self._numbers)}"
         self.model.load_adapter(str(adapter_folder(folder)), adapter_name=adapter)
         variables = config.get("chat_template_kwargs") or {}
-        return Served(adapter, float(config.get("strength", 1.0)), str(config.get("template", "chat")), variables)
+        return LoadedIRM(adapter, float(config.get("strength", 1.0)), str(config.get("template", "chat")), variables)
 
-    def put(self, name: str, served: Served) -> None:
+    def put(self, name: str, served: LoadedIRM) -> None:
         """Give an IRM that was `read` its name.
 
         Raises:
@@ -112,7 +112,7 @@ class Shelf:
         """Forget the weights of an IRM that was unloaded; no forward may run meanwhile."""
         self.model.delete_adapter(adapter)
 
-    def take(self, mix: Mix) -> Taken:
+    def take(self, mix: Mix) -> RequestIRMs:
         """The IRMs of a request, which stay until they are given back.
 
         Raises:
@@ -128,9 +128,9 @@ class Shelf:
         for one in held:
             one.users += 1
         strength = {one.adapter: mix.strengths[name] for one, name in zip(held, mix.strengths, strict=True)}
-        return Taken(tuple(strength) or NO_IRM, strength, template, variables, held)
+        return RequestIRMs(tuple(strength) or NO_IRM, strength, template, variables, held)
 
-    def give_back(self, taken: Taken) -> list[str]:
+    def give_back(self, taken: RequestIRMs) -> list[str]:
         """End a request's hold on its IRMs; returns the adapters that may be `drop`ped now."""
         for one in taken.held:
             one.users -= 1

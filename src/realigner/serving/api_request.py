@@ -36,7 +36,7 @@ _LARGEST = 2**53  # of a whole number: what JSON keeps
 
 
 @dataclass(frozen=True)
-class Asked:
+class ApiRequest:
     """A request.
 
     Attributes:
@@ -67,7 +67,7 @@ class Asked:
     template_kwargs: Mapping[str, Any] | None = None
 
 
-def read_request(body: Mapping[str, Any], kind: str, host: str, strengths: Mapping[str, float]) -> Asked:
+def read_request(body: Mapping[str, Any], kind: str, host: str, strengths: Mapping[str, float]) -> ApiRequest:
     """Check the JSON body of a request.
 
     Args:
@@ -94,7 +94,7 @@ def read_request(body: Mapping[str, Any], kind: str, host: str, strengths: Mappi
     given |= _extra_arguments(given)
     temperature = _number("temperature", given.get("temperature", 0.0), 0, 100)
     limits = [given[name] for name in ("max_completion_tokens", "max_tokens") if name in given]
-    return Asked(
+    return ApiRequest(
         model=_model(given, host, strengths),
         mix=_mix(given, host, strengths),
         where=_where(given.get("where", "all")),

@@ -16,14 +16,14 @@ from realigner.serving.mixes import Mix, check_name, mix_of_field
 VARIABLE = "REALIGNER_IRMS"
 
 
-class Served:
+class ServedIRMs:
     """IRMs by name.
 
     Attributes:
         irms: name -> IRM.
 
     Example:
-        >>> served = Served.of_text("anger=runs/anger-42,sadness=runs/sadness-42")  # doctest: +SKIP
+        >>> served = ServedIRMs.of_text("anger=runs/anger-42,sadness=runs/sadness-42")  # doctest: +SKIP
         >>> served.mix("anger@0.7").strengths  # doctest: +SKIP
         {'anger': 0.7}
     """
@@ -32,7 +32,7 @@ class Served:
         self.irms = dict(irms or {})
 
     @classmethod
-    def of_text(cls, text: str) -> Served:
+    def of_text(cls, text: str) -> ServedIRMs:
         """The IRMs of ``name=folder,name=folder``.
 
         Raises:

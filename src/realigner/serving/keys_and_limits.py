@@ -42,7 +42,7 @@ def refusal(status: int, message: str, code: str | None = None, headers: dict[st
     return JSONResponse({"error": error}, status_code=status, headers=headers)
 
 
-class Gate:
+class KeysAndLimits:
     """Lets requests through to an application, if they may come in.
 
     Args:
