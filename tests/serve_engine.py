@@ -32,7 +32,7 @@ def generated(job: dict[str, Any]) -> dict[str, Any]:
         outputs = llm.generate(prompts, [params(r["irms"], len(r["tokens"])) for r in replies], use_tqdm=False)
         right = [list(o.outputs[0].token_ids) == r["tokens"] for o, r in zip(outputs, replies, strict=True)]
         rounds.append({"right": sum(right), "cached": sum(output.num_cached_tokens or 0 for output in outputs)})
-    refused = []
+    refused: list[str | None] = []
     for irms in job.get("refused", []):
         try:
             llm.generate(prompts[:1], params(irms, 1), use_tqdm=False)
@@ -61,7 +61,7 @@ def stepped(job: dict[str, Any]) -> dict[str, Any]:
     config = EngineArgs(host, skip_tokenizer_init=True, max_model_len=256, max_num_seqs=4).create_engine_config()
     device = torch.device("cpu")
     irms = {name: read_irm(Path(job["place"], "irms", name)) for name in ("anger", "sadness")}
-    model = torch.nn.Module()
+    model: Any = torch.nn.Module()
     model.irms = IRMSlots(irms, 0, config.scheduler_config.max_num_batched_tokens, torch.float32, device)
     state = type("State", (StepState, DefaultModelState), {})(config, model, None, device)
     fields = dict.fromkeys(NewRequestData.__dataclass_fields__)

@@ -60,7 +60,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         found["models"] = [model.id for model in client.models.list()]
 
         def text(model: str, **extra: Any) -> str:
-            options = {"max_tokens": 16, "temperature": 0, "extra_body": {"repetition_penalty": 1.1, **extra}}
+            options: Any = {"max_tokens": 16, "temperature": 0, "extra_body": {"repetition_penalty": 1.1, **extra}}
             messages: Any = [{"role": "user", "content": job["question"]}]
             return str(client.chat.completions.create(model=model, messages=messages, **options).choices[0].message.content)
 

@@ -123,7 +123,7 @@ def test_the_server_answers_as_answer_does(embedded_place: Path, llama: Path) ->
     wanted = [
         runtime.answer(QUESTION, max_new_tokens=16, irms=tuple(irms) or "__base__", strength=irms or None) for irms in asked
     ]
-    job = {"place": str(embedded_place), "stranger": f"{llama}/irms/anger", "question": QUESTION}
+    job: dict[str, Any] = {"place": str(embedded_place), "stranger": f"{llama}/irms/anger", "question": QUESTION}
     job |= {"terms": ["", "anger@0.7", "anger@1.5"], "log": str(embedded_place / "server.log")}
     found = in_engine("serve_http.py", job, embedded_place)
     assert "failed" not in found, found["failed"]

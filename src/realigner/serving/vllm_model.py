@@ -145,9 +145,9 @@ class IRMSlots(nn.Module):
             like = next(networks[name] for name in slots if name is not None)
             group = TrunkGroup(like, len(slots), dtype, device)
             self.groups.append(group)
-            for number, name in enumerate(slots):
+            names += slots
+            for number in range(len(slots)):
                 places.append((group, number, rows))
-                names.append(name)
                 rows += group.width + 1
         self._places = places
         self.names: dict[str, int] = {}
@@ -162,9 +162,9 @@ class IRMSlots(nn.Module):
         self.x0: torch.Tensor | None = None
         self.read: torch.Tensor | None = None
         self._staging = torch.zeros(max_tokens, len(places), pin_memory=True) if device.type == "cuda" else strengths
-        for slot, name in enumerate(names):
-            if name is not None:
-                self._put(name, irms[name], networks[name], slot)
+        for slot, named in enumerate(names):
+            if named is not None:
+                self._put(named, irms[named], networks[named], slot)
 
     def load(self, name: str, irm: StoredIRM) -> None:
         """Put an IRM into a free slot; no forward may be under way.
@@ -253,6 +253,7 @@ class IRMSlots(nn.Module):
         h0 = h0.reshape(-1, h0.shape[-1]).to(self.dtype)
         strengths, start, parts = self.get_buffer("strengths")[: h0.shape[0]], 0, []
         for group in self.groups:
+            assert isinstance(group, TrunkGroup)
             own = strengths[:, start : start + group.count].unsqueeze(-1)
             start += group.count
             part = torch.cat([group(h0).float() * own, own], dim=-1).to(self.dtype)
@@ -492,7 +493,7 @@ def _forwards(replaced: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Itera
     kept = [(module, vars(module).get("forward")) for module, _ in replaced]
     try:
         for module, forward in replaced:
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
         yield
     finally:
         for module, own in kept:
