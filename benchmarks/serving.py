@@ -195,6 +195,7 @@ def main() -> None:
     loads = [(int(requests), int(prompt)) for requests in args.requests.split(",") for prompt in args.prompts.split(",")]
     settings = ["bare", *(name for name in args.settings.split(",") if name != "bare")]
     most, longest = max(load[0] for load in loads), max(load[1] for load in loads) + args.tokens
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no engine is left behind
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         host = make_adapters(place, dtype)
