@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 
-def ask(base: str, path: str, body: Any = None) -> tuple[int, Any]:
+def ask(base: str, path: str, body: Any = None, method: str | None = None) -> tuple[int, Any]:
     """Status and JSON of a request."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(base + path, data, {"Content-Type": "application/json", "Authorization": "Bearer key"})
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer key"}
+    request = urllib.request.Request(base + path, data, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, json.loads(answer.read() or b"null")
@@ -92,18 +93,18 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
             {"model": "other"},
         ]
         found["bad"] = [ask(base, "/v1/completions", {"prompt": "a", "max_tokens": 1, **request}) for request in bad]
-        load = {"irm_name": "sadness", "irm_path": f"{place}/irms/sadness"}
+        load = {"name": "sadness", "path": f"{place}/irms/sadness"}
         found["unloaded_asked"] = ask(base, "/v1/completions", {"prompt": "a", "model": "smollm2+sadness", "max_tokens": 1})[0]
         found["load"] = [
-            ask(base, "/v1/load_irm", load),
-            ask(base, "/v1/load_irm", load),
-            ask(base, "/v1/load_irm", {"irm_name": "joy", "irm_path": f"{place}/nothing"}),
-            ask(base, "/v1/load_irm", {"irm_name": "joy", "irm_path": job["stranger"]}),
-            ask(base, "/v1/load_irm", {"irm_name": "joy"}),
+            ask(base, "/v1/irms", load),
+            ask(base, "/v1/irms", load),
+            ask(base, "/v1/irms", {"name": "joy", "path": f"{place}/nothing"}),
+            ask(base, "/v1/irms", {"name": "joy", "path": job["stranger"]}),
+            ask(base, "/v1/irms", {"name": "joy"}),
         ]
         found["loaded_models"] = [model.id for model in client.models.list()]
         found["sadness"] = text("smollm2+anger@0.7+sadness@-0.8")
-        found["unload"] = [ask(base, "/v1/unload_irm", {"irm_name": name}) for name in ("sadness", "sadness")]
+        found["unload"] = [ask(base, f"/v1/irms/{name}", method="DELETE") for name in ("sadness", "sadness")]
         found["after"] = text("smollm2")
         metrics = urllib.request.Request(f"{base}/metrics")
         with urllib.request.urlopen(metrics, timeout=60) as answer:

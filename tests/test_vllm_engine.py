@@ -135,11 +135,11 @@ def test_the_server_answers_as_answer_does(embedded_place: Path, llama: Path) ->
     assert statuses == [404, 400, 404, 404, 400, 404]
     assert all("\n" not in body["error"]["message"] for _, body in found["bad"])
     assert found["unloaded_asked"] == 404
-    assert [status for status, _ in found["load"]] == [200, 400, 400, 400, 400]
+    assert [status for status, _ in found["load"]] == [201, 400, 400, 400, 400]
     assert "made for another host" in found["load"][3][1]["error"]["message"]
     assert found["loaded_models"] == ["smollm2", "smollm2+anger", "smollm2+sadness"]
     assert found["sadness"].strip() == wanted[3]
-    assert [status for status, _ in found["unload"]] == [200, 404]
+    assert [status for status, _ in found["unload"]] == [204, 404]
     assert found["after"].strip() == wanted[0]
     assert found["hits"] > 0
     assert found["exit"] == 0

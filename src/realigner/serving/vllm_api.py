@@ -129,57 +129,50 @@ class IRMMiddleware:
 
 
 def add_admin(app: Any, served: ServedIRMs, args: Any) -> None:
-    """Routes that load and unload IRMs: ``POST /v1/load_irm`` with ``irm_name`` and ``irm_path``; ``/v1/unload_irm``.
+    """Routes that load and unload IRMs, as `realigner serve` has them: ``POST /v1/irms``, ``DELETE /v1/irms/NAME``.
 
     They read any folder of the machine that they are given, so they are there only where they were asked for.
     """
     from fastapi import Request
-    from fastapi.responses import JSONResponse
+    from fastapi.responses import JSONResponse, Response
 
     if (getattr(args, "api_server_count", None) or 1) > 1:
         raise RealignerError("REALIGNER_ADMIN: several API servers would each have IRMs of their own; set --api-server-count 1")
 
-    async def change(request: Any, keys: Sequence[str], act: Callable[..., Awaitable[str | None]]) -> Any:
+    async def load(request: Request) -> Response:
         try:
             given = await request.json()
-            values = [given.get(key) if isinstance(given, dict) else None for key in keys]
-            if not all(isinstance(value, str) and value for value in values):
-                raise UsageError(f"give {' and '.join(keys)}, each a text")
-            if wrong := await act(request.app.state.engine_client, *values):
+            if not isinstance(given, dict) or set(given) != {"name", "path"} or not all(map(_is_text, given.values())):
+                raise UsageError("irm: give name and path, two strings, and nothing else")
+            name = served.check_new(given["name"])
+            irm = servable(name, given["path"])
+            if wrong := await _all_workers(request.app.state.engine_client, "load_irm", name, str(irm.folder)):
                 raise RealignerError(wrong)
-        except NotServedError as error:
-            return JSONResponse(_error(404, str(error), "NotFoundError"), 404)
         except (RealignerError, ValueError) as error:
             return JSONResponse(_error(400, str(error), "BadRequestError"), 400)
-        return JSONResponse({"irms": sorted(served.irms)})
+        served.irms[name] = irm
+        return JSONResponse({"name": name, "strength": irm.strength}, 201)
 
-    async def load(engine: Any, name: str, folder: str) -> str | None:
-        irm = servable(served.check_new(name), folder)
-        wrong = await _all_workers(engine, "load_irm", name, str(irm.folder))
-        if wrong is None:
-            served.irms[name] = irm
-        return wrong
-
-    async def unload(engine: Any, name: str) -> str | None:
+    async def unload(request: Request) -> Response:
+        name, engine = request.path_params["name"], request.app.state.engine_client
         if name not in served.irms:
-            loaded = ", ".join(sorted(served.irms)) or "none"
-            raise NotServedError(f"irm_name: {name[:80]!r} is not loaded; loaded are {loaded}")
+            return JSONResponse(_error(404, f"irm: {name[:80]!r} is not loaded", "NotFoundError"), 404)
         del served.irms[name]  # no request for it comes in any more
         await engine.pause_generation(mode="wait", clear_cache=False)  # those that did are finished
         try:
-            return await _all_workers(engine, "unload_irm", name)
+            wrong = await _all_workers(engine, "unload_irm", name)
         finally:
             await engine.resume_generation()
+        return Response(status_code=204) if wrong is None else JSONResponse(_error(400, wrong, "BadRequestError"), 400)
 
-    async def load_irm(request: Request) -> Any:
-        return await change(request, ("irm_name", "irm_path"), load)
+    for route in (load, unload):
+        route.__annotations__ = {"request": Request, "return": None}  # FastAPI reads them, and in this file they are texts
+    app.add_api_route("/v1/irms", load, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/irms/{name}", unload, methods=["DELETE"], response_model=None)
 
-    async def unload_irm(request: Request) -> Any:
-        return await change(request, ("irm_name",), unload)
 
-    for route in (load_irm, unload_irm):
-        route.__annotations__["request"] = Request  # FastAPI reads it, and in this file it is a text
-        app.add_api_route(f"/v1/{route.__name__}", route, methods=["POST"])
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 async def _all_workers(engine: Any, method: str, *args: str) -> str | None:
