@@ -114,7 +114,7 @@ def test_tokens_of_the_engine_are_those_of_generate(family: str, monkeypatch: py
 
     monkeypatch.setattr(OffloadingManager, "offload_requests", noted)
     host, tokenizer = tiny_pair(family)
-    shelf, model = two_on_a_shelf(host), two_by_peft(tiny_pair(family)[0])
+    loaded_irms, model = two_loaded(host), two_by_peft(tiny_pair(family)[0])
     alone = Runtime(model, tokenizer, {"anger": 1.0, "sadness": 1.0})
     bodies = [
         ({"model": name, **fields, "messages": [{"role": "user", "content": f"{n}?" * (1 + n)}], "max_tokens": 12}, how)
@@ -122,7 +122,7 @@ def test_tokens_of_the_engine_are_those_of_generate(family: str, monkeypatch: py
         for name, fields, how in [MIXES[n % 8]]
     ]
 
-    made = run_all(shelf, tokenizer, [body for body, _ in bodies], Limits(requests=16, tokens=16, context=96))
+    made = run_all(loaded_irms, tokenizer, [body for body, _ in bodies], Limits(requests=16, tokens=16, context=96))
     replies = [text for text, _ in made]
     assert any(put_off)
     prompts = [body["messages"][0]["content"] for body, _ in bodies]
@@ -138,10 +138,10 @@ def test_a_host_that_thinks(template: str) -> None:
         ra.answer(host, tokenizer, [f"{n}?"], max_new_tokens=5, thinking_budget=9 + n, repetition_penalty=1.3)[0]
         for n in range(4)
     ]
-    shelf = LoadedIRMs(host)
+    loaded_irms = LoadedIRMs(host)
     common = {"model": "host", "max_tokens": 5, "repetition_penalty": 1.3}
     bodies = [{**common, "messages": [{"role": "user", "content": f"{n}?"}], "thinking_budget": 9 + n} for n in range(4)]
-    replies = run_all(shelf, tokenizer, bodies, Limits(tokens=8))
+    replies = run_all(loaded_irms, tokenizer, bodies, Limits(tokens=8))
     assert [text for text, _ in replies] == [str(reply) for reply in alone]
     assert [thought for _, thought in replies] == [reply.thought for reply in alone]
     if template is OPENED:
@@ -151,22 +151,22 @@ def test_a_host_that_thinks(template: str) -> None:
 def test_numbers_that_are_none_stay_with_their_request() -> None:
     """An IRM gone wild makes NaN of its own request's states, and of no other's in the batch."""
     host, tokenizer = tiny_pair()
-    shelf = two_on_a_shelf(host)
+    loaded_irms = two_loaded(host)
     with torch.no_grad():
-        for parameter in shelf.model.base_model.registry.networks["served_sadness"].parameters():
+        for parameter in loaded_irms.model.base_model.registry.networks["served_sadness"].parameters():
             parameter.mul_(1e12)
     calm = [{"model": "host+anger", "messages": [{"role": "user", "content": f"{n}?"}], "max_tokens": 8} for n in range(4)]
-    alone = run_all(shelf, tokenizer, calm, Limits(tokens=8))
+    alone = run_all(loaded_irms, tokenizer, calm, Limits(tokens=8))
     wild = {**calm[0], "model": "host+sadness@1000"}
-    assert run_all(shelf, tokenizer, [*calm[:2], wild, *calm[2:]], Limits(tokens=8))[:2] == alone[:2]
-    assert run_all(shelf, tokenizer, [wild, *calm], Limits(tokens=8))[1:] == alone
+    assert run_all(loaded_irms, tokenizer, [*calm[:2], wild, *calm[2:]], Limits(tokens=8))[:2] == alone[:2]
+    assert run_all(loaded_irms, tokenizer, [wild, *calm], Limits(tokens=8))[1:] == alone
 
 
-def run_all(shelf: LoadedIRMs, tokenizer: Any, bodies: list[dict[str, Any]], limits: Limits) -> list[tuple[str, str]]:
+def run_all(loaded_irms: LoadedIRMs, tokenizer: Any, bodies: list[dict[str, Any]], limits: Limits) -> list[tuple[str, str]]:
     """Reply and thought of each request, all of them at once."""
 
     async def all_at_once() -> list[tuple[str, str]]:
-        engine = Engine(shelf, tokenizer, limits)
+        engine = Engine(loaded_irms, tokenizer, limits)
         engine.prove()
         engine.open(asyncio.get_running_loop())
 
@@ -184,14 +184,14 @@ def run_all(shelf: LoadedIRMs, tokenizer: Any, bodies: list[dict[str, Any]], lim
     return asyncio.run(all_at_once())
 
 
-def two_on_a_shelf(host: Any) -> LoadedIRMs:
+def two_loaded(host: Any) -> LoadedIRMs:
     """The IRMs of `two_by_peft`, as a server has them."""
-    shelf = LoadedIRMs(host)
+    loaded_irms = LoadedIRMs(host)
     for seed, name in enumerate(("anger", "sadness")):
         torch.manual_seed(seed)
-        shelf.model.add_adapter(f"served_{name}", IRMConfig(output_std=1.0))
-        shelf.put(name, LoadedIRM(f"served_{name}", 1.0, "chat", {}))
-    return shelf
+        loaded_irms.model.add_adapter(f"served_{name}", IRMConfig(output_std=1.0))
+        loaded_irms.put(name, LoadedIRM(f"served_{name}", 1.0, "chat", {}))
+    return loaded_irms
 
 
 def two_by_peft(host: Any) -> Any:
@@ -602,13 +602,13 @@ def test_an_application_that_fails_is_one_line_for_the_client(capfd: pytest.Capt
 
 def test_a_batch_that_fails_is_said_and_nothing_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     host, tokenizer = tiny_pair()
-    shelf = two_on_a_shelf(host)
+    loaded_irms = two_loaded(host)
 
     def fail(*_: Any) -> None:
         raise RuntimeError("out of\nmemory")
 
     async def ask() -> None:
-        engine = Engine(shelf, tokenizer, Limits(tokens=400))
+        engine = Engine(loaded_irms, tokenizer, Limits(tokens=400))
         engine.open(asyncio.get_running_loop())
         body = {"model": "host+anger", "messages": ASK, "max_tokens": 400, "stream": True}
         try:

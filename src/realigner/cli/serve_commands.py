@@ -16,6 +16,7 @@ from realigner.errors import UsageError
 
 ENGINES = ("transformers", "vllm")
 _KEY_ENV, _ADMIN_ENV = "REALIGNER_API_KEY", "REALIGNER_ADMIN_KEY"
+_REQUESTS, _TOKENS = 64, 512  # defaults, by which it is told what was given
 
 
 def serve(
@@ -38,8 +39,8 @@ def serve(
         Optional[str],
         Option(metavar="KEY", help=f"Let who has it load and unload IRMs; or set {_ADMIN_ENV}.", show_default=False),
     ] = None,
-    max_requests: Annotated[int, Option(help="Requests that are answered or wait; more are told to come back.", min=1)] = 64,
-    max_tokens: Annotated[int, Option(help="Tokens of a reply at most.", min=1)] = 512,
+    max_requests: Annotated[int, Option(help="Requests that are answered or wait; others must come back.", min=1)] = _REQUESTS,
+    max_tokens: Annotated[int, Option(help="Tokens of a reply at most.", min=1)] = _TOKENS,
     max_context: Annotated[
         Optional[int], Option(help="Tokens of prompt and reply at most.", min=2, show_default="the host's, up to 8192")
     ] = None,
@@ -60,7 +61,11 @@ def serve(
         raise UsageError("--option: is for --engine vllm")
     keys = [*(api_key or []), *filter(None, [os.environ.get(_KEY_ENV)])]
     if engine == "vllm":
-        changed = {"--max-requests": max_requests != 64, "--max-tokens": max_tokens != 512, "--device": device != "auto"}
+        changed = {
+            "--max-requests": max_requests != _REQUESTS,
+            "--max-tokens": max_tokens != _TOKENS,
+            "--device": device != "auto",
+        }
         if given := next((flag for flag, value in {"--admin-key": admin_key, **changed}.items() if value), None):
             raise UsageError(f"{given}: is for --engine transformers; give vLLM's own with --option")
         more = [] if max_context is None else ["--max-model-len", str(max_context)]

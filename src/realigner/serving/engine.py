@@ -160,7 +160,7 @@ class Engine:
     """A host and a `LoadedIRMs` of IRMs, answering until `close`.
 
     Args:
-        shelf: with the IRMs to begin with.
+        loaded_irms: with the IRMs to begin with.
         tokenizer: the host's.
         limits: how much is taken on; a context of None becomes the host's.
         first_token: called with the seconds to each reply's first token.
@@ -174,14 +174,14 @@ class Engine:
 
     def __init__(
         self,
-        shelf: LoadedIRMs,
+        loaded_irms: LoadedIRMs,
         tokenizer: Any,
         limits: Limits,
         first_token: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self.shelf, self.tokenizer, self.limits = shelf, tokenizer, limits
+        self.loaded_irms, self.tokenizer, self.limits = loaded_irms, tokenizer, limits
         self._first_token = first_token
-        self._host = tuner_of(shelf.model).model
+        self._host = tuner_of(loaded_irms.model).model
         positions = getattr(text_config(self._host), "max_position_embeddings", None)
         most = positions if isinstance(positions, int) and positions > 0 else _CONTEXT
         self.context = min(most, limits.context or _CONTEXT)
@@ -203,7 +203,7 @@ class Engine:
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to answer, in this event loop."""
         router = _Router(loop, self._take)
-        tuner = tuner_of(self.shelf.model)
+        tuner = tuner_of(self.loaded_irms.model)
         self._batch = BatchManager(tuner, self._generation(), self._batching(), own_processors=True, router=router)
 
     def close(self) -> None:
@@ -254,7 +254,7 @@ class Engine:
             RealignerError: when the host's chat template refuses the prompt.
             BatchFailedError: when nothing is answered any more.
         """
-        taken = self.shelf.take(asked.mix)
+        taken = self.loaded_irms.take(asked.mix)
         try:
             job: Job = await asyncio.get_running_loop().run_in_executor(self._prompts, self._job, asked, taken)
             if self._batch is None or self._batch.failure:
@@ -400,9 +400,9 @@ class Engine:
             RealignerError: when there is none, it is damaged, for another host, or its name is taken; all goes on as before.
         """
         async with self._changing:
-            self.shelf.check_new(name)
+            self.loaded_irms.check_new(name)
             served = await asyncio.get_running_loop().run_in_executor(self._changes, self._read, Path(source))
-            self.shelf.put(name, served)
+            self.loaded_irms.put(name, served)
 
     async def unload(self, name: str) -> None:
         """Take an IRM away; requests that use it are finished.
@@ -410,7 +410,7 @@ class Engine:
         Raises:
             UsageError: when it is not loaded.
         """
-        if (adapter := self.shelf.unload(name)) is not None:
+        if (adapter := self.loaded_irms.unload(name)) is not None:
             await self._drop(adapter)
 
     def _read(self, source: Path) -> LoadedIRM:
@@ -418,7 +418,7 @@ class Engine:
         check_adapter(folder)
         try:
             with self._paused():
-                return self.shelf.read(folder)
+                return self.loaded_irms.read(folder)
         except RealignerError:
             raise
         except Exception as error:  # what PEFT and torch raise over a file, or for want of memory
@@ -431,13 +431,13 @@ class Engine:
     def _drop_now(self, adapter: str) -> None:
         if not self.failure:
             with self._paused():
-                self.shelf.drop(adapter)
+                self.loaded_irms.drop(adapter)
 
     def _paused(self) -> AbstractContextManager[None]:
         return nullcontext() if self._batch is None else self._batch.paused()
 
     def _give_back(self, taken: RequestIRMs) -> None:
-        for adapter in self.shelf.give_back(taken):
+        for adapter in self.loaded_irms.give_back(taken):
             task = asyncio.get_running_loop().create_task(self._drop(adapter))
             self._drops.add(task)  # else it might be collected before it has run
             task.add_done_callback(self._drops.discard)

@@ -51,7 +51,7 @@ def application(engine: Engine, host: str, metrics: Metrics, keys: list[str], ad
     for raised in (StarletteHTTPException, RequestValidationError, RealignerError):
         app.add_exception_handler(raised, _refused)
     metrics.watch("requests_in_batch", "Requests in the batch, or waiting to get into it.", lambda: engine.pending)
-    metrics.watch("irms", "Loaded IRMs.", lambda: len(engine.shelf.strengths))
+    metrics.watch("irms", "Loaded IRMs.", lambda: len(engine.loaded_irms.strengths))
     return KeysAndLimits(app, engine.limits, metrics, keys, admin_key)
 
 
@@ -77,7 +77,7 @@ class _Models(ModelManager):  # type: ignore[misc]
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         base = {"object": "model", "created": self._created, "owned_by": "realigner"}
-        strengths = sorted(self._engine.shelf.strengths.items())
+        strengths = sorted(self._engine.loaded_irms.strengths.items())
         irms = [{"id": f"{self._host}+{name}", **base, "strength": strength} for name, strength in strengths]
         return [{"id": self._host, **base}, *irms]
 
@@ -100,7 +100,7 @@ class _Served:
         self.engine, self.host, self.metrics = engine, host, metrics
 
     async def answer(self, handler: Any, kind: str, body: dict[str, Any]) -> Response:
-        asked = read_request(body, kind, self.host, self.engine.shelf.strengths)
+        asked = read_request(body, kind, self.host, self.engine.loaded_irms.strengths)
         job = await self.engine.start(asked)
         begun.get().append(lambda: self._over(job))
         self.metrics.tokens.labels("prompt").inc(len(job.prompt))
@@ -199,10 +199,10 @@ def _more_routes(app: FastAPI, engine: Engine, models: _Models, metrics: Metrics
             raise HTTPException(400, "irm: give name and path, two strings, and nothing else")
         await engine.load(name, path)
         say(f"realigner serve: loaded {name} from {path}")
-        return JSONResponse({"name": name, "strength": engine.shelf.strengths[name]}, status_code=201)
+        return JSONResponse({"name": name, "strength": engine.loaded_irms.strengths[name]}, status_code=201)
 
     async def unload(name: str) -> Response:
-        if name not in engine.shelf.strengths:
+        if name not in engine.loaded_irms.strengths:
             raise HTTPException(404, f"irm: {name[:80]!r} is not loaded")
         await engine.unload(name)
         say(f"realigner serve: unloaded {name}")

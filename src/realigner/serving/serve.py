@@ -66,10 +66,10 @@ def serve(
         check_name(name)
     check_keys([*keys, *([] if admin_key is None else [admin_key])])
     with _bound(address, port) as listening:
-        shelf, tokenizer, found = _loaded(irms, host, dtype, device, trust_remote_code)
+        loaded_irms, tokenizer, found = _loaded(irms, host, dtype, device, trust_remote_code)
         name = host_name_served or found
         metrics = Metrics()
-        engine = Engine(shelf, tokenizer, limits or Limits(), metrics.first_token.observe)
+        engine = Engine(loaded_irms, tokenizer, limits or Limits(), metrics.first_token.observe)
         engine.prove()
         try:
             asyncio.run(_serve(engine, name, metrics, list(keys), admin_key, listening, ready))
@@ -95,7 +95,7 @@ async def _serve(
     )
     address, port = listening.getsockname()[:2]
     url = f"http://[{address}]:{port}/v1" if ":" in address else f"http://{address}:{port}/v1"
-    server = _Server(config, lambda: ready and ready(url, [name, *(f"{name}+{irm}" for irm in engine.shelf.strengths)]))
+    server = _Server(config, lambda: ready and ready(url, [name, *(f"{name}+{irm}" for irm in engine.loaded_irms.strengths)]))
     await server.serve(sockets=[listening])
     if server.force_exit:
         raise RealignerError("stopped at once by a second signal; replies that were under way are cut")
@@ -155,7 +155,7 @@ def _bound(address: str, port: int) -> Iterator[socket.socket]:
 def _loaded(
     irms: Mapping[str, Path], host: str | None, dtype: str, device: str, trust_remote_code: bool
 ) -> tuple[LoadedIRMs, Any, str]:
-    """The shelf with its IRMs, the tokenizer, and the name by which the host is served unless another is given."""
+    """The loaded_irms with its IRMs, the tokenizer, and the name by which the host is served unless another is given."""
     folders = {name: find_irm(source) for name, source in irms.items()}
     for folder in folders.values():
         check_adapter(folder)
@@ -163,8 +163,8 @@ def _loaded(
     first = next(iter(folders.values()), None)
     base, tokenizer = load_host(host or EMBEDDED, **options) if first is None else load_host_of(first, host, **options)
     with quiet_transformers():
-        shelf = LoadedIRMs(base)
+        loaded_irms = LoadedIRMs(base)
         for name, folder in folders.items():
-            shelf.put(name, shelf.read(folder))
+            loaded_irms.put(name, loaded_irms.read(folder))
     named = host_name(base)
-    return shelf, tokenizer, Path(named).name if Path(named).is_absolute() else named or type(base).__name__
+    return loaded_irms, tokenizer, Path(named).name if Path(named).is_absolute() else named or type(base).__name__
