@@ -23,7 +23,8 @@ from realigner.chat_format import ChatFormat, prompt_ids
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import encode_prompts
 from realigner.irm_config import CONFIG_FILE, IRMConfig
-from realigner.runtime import Runtime, find_irm
+from realigner.irm_sources import find_irm
+from realigner.runtime import Runtime
 from tests.tiny import tiny_tokenizer
 
 QUESTIONS = ["Why is the sky blue?", "How many legs has a spider?", "Who?"]

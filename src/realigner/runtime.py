@@ -9,14 +9,13 @@ from typing import Any, overload
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from realigner.errors import RealignerError, UsageError
+from realigner.errors import UsageError
 from realigner.generation import Answer, answer, stream
-from realigner.hosts import EMBEDDED, cache_root, load_host
-from realigner.irm_config import CONFIG_FILE, adapter_folder, check_adapter
+from realigner.hosts import EMBEDDED, load_host
+from realigner.irm_config import check_adapter
+from realigner.irm_sources import Source, find_irm, host_of
 from realigner.prompts import Prompt
 from realigner.tuner import load_irm, tuner_of
-
-Source = str | Path
 
 
 class Runtime:
@@ -88,8 +87,9 @@ def load(
     """Load an IRM, or several, with the host they were made for.
 
     Args:
-        irm: a run's or an adapter's folder, an id on the Hugging Face hub, or the name of a ready-made IRM (`ready_made`); a
-            list of these, or a mapping from the name that each is to have. The first one is active. None: the host alone.
+        irm: a run's or an adapter's folder, an id on the Hugging Face hub, or the name of a ready-made IRM
+            (`irm_sources.ready_made`); a list of these, or a mapping from the name that each is to have. The first one is
+            active. None: the host alone.
         host: the host; by default the one that the first IRM was made for. Any copy of it will do; it is checked.
         dtype, device, trust_remote_code: see `hosts.load_host`.
         revision: of the host on the hub.
@@ -132,44 +132,8 @@ def load_host_of(irm: Source, host: Source | None = None, **options: Any) -> tup
         UsageError: when the config names no host and none is given.
         RealignerError: when the IRM is damaged, or the host is not found.
     """
-    config = check_adapter(irm)
-    name = host or (config.get("host") or {}).get("name") or config.get("base_model_name_or_path")
-    if not name:
-        raise UsageError(f"{irm}: its config names no host; say which (host)")
-    return load_host(str(name), **options)
-
-
-def find_irm(source: Source) -> Path:
-    """The folder of an IRM that is given as a folder, a ready-made IRM's name, or an id on the hub (then it is fetched).
-
-    Raises:
-        RealignerError: when there is no such IRM.
-    """
-    folder = Path(source).expanduser()
-    if str(source).strip() and folder.is_dir():
-        return adapter_folder(folder)
-    if folder.is_file():
-        raise RealignerError(f"{source}: a file; an IRM is a folder with {CONFIG_FILE}")
-    name, known = str(source), ready_made()
-    if name in known:
-        return known[name]
-    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
-        names = f"; ready-made IRMs are {', '.join(known)}" if known else ""
-        raise RealignerError(f"{name}: there is no such adapter folder{names}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = [CONFIG_FILE, "*.safetensors", "README.md"]
-        return adapter_folder(Path(snapshot_download(name, allow_patterns=patterns)))
-    except (OSError, ValueError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise RealignerError(f"{name}: not found here or on the hub [{why}]") from None
-
-
-def ready_made() -> dict[str, Path]:
-    """The IRMs that go by a name alone: those in ``irms`` in the cache folder (`hosts.cache_root`)."""
-    places = sorted((cache_root() / "irms").glob(f"*/{CONFIG_FILE}"))
-    return {path.parent.name: path.parent for path in places}
+    check_adapter(irm)
+    return load_host(str(host or host_of(irm)), **options)
 
 
 def _named(sources: Sequence[Source]) -> dict[str, Source]:

@@ -104,15 +104,17 @@ def _become_vllm(
 ) -> NoReturn:
     """Become ``vllm serve``, with our plugin and these IRMs; only what its environment has is imported."""
     from realigner.gguf_cache import EMBEDDED, embedded_folder
+    from realigner.irm_sources import find_irm, host_of
     from realigner.serving.addresses import check_address, check_keys
     from realigner.serving.vllm_command import serve_with_vllm
 
     check_address(address, keys, no_key)
     check_keys(keys)
-    found = host or _host_of(next(iter(irms.values())))
+    folders = {name: find_irm(source) for name, source in irms.items()}
+    found = host or host_of(next(iter(folders.values())))
     name = host_name or (Path(found).resolve().name if Path(found).is_dir() else found)
     options = ["--host", address, "--port", str(port), "--served-model-name", name, *(["--api-key", *keys] if keys else [])]
-    serve_with_vllm(str(embedded_folder()) if found == EMBEDDED else found, irms, [*options, *more])
+    serve_with_vllm(str(embedded_folder()) if found == EMBEDDED else found, folders, [*options, *more])
 
 
 def named(irms: Sequence[str]) -> dict[str, Path]:
@@ -130,17 +132,6 @@ def named(irms: Sequence[str]) -> dict[str, Path]:
             raise UsageError(f"--irm: {name!r} is given twice; name them apart (NAME=DIR)")
         found[name] = Path(folder)
     return found
-
-
-def _host_of(irm: Path) -> str:
-    """The host that an IRM was made for, by the name in its config."""
-    from realigner.adapter_files import adapter_folder, read_values
-
-    config = read_values(adapter_folder(irm))
-    name = (config.get("host") or {}).get("name") or config.get("base_model_name_or_path")
-    if not name:
-        raise UsageError(f"{irm}: its config names no host; say which (realigner serve HOST)")
-    return str(name)
 
 
 def _print_ready(url: str, models: Sequence[str], keys: bool) -> None:

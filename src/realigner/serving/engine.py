@@ -35,7 +35,7 @@ from realigner.errors import RealignerError, UsageError
 from realigner.generation import Sampling
 from realigner.hosts import text_config
 from realigner.irm_config import check_adapter
-from realigner.runtime import find_irm
+from realigner.irm_sources import find_irm
 from realigner.serving.api_request import ApiRequest
 from realigner.serving.loaded_irms import LoadedIRM, LoadedIRMs, RequestIRMs
 from realigner.serving.reply_text import ContinuedText, ReplyText, StopTexts, Thought

@@ -16,7 +16,8 @@ from realigner.errors import RealignerError
 from realigner.gguf_cache import quiet_transformers
 from realigner.hosts import EMBEDDED, host_name, load_host
 from realigner.irm_config import check_adapter
-from realigner.runtime import find_irm, load_host_of
+from realigner.irm_sources import find_irm
+from realigner.runtime import load_host_of
 from realigner.serving.addresses import check_address, check_keys
 from realigner.serving.engine import Engine, Limits
 from realigner.serving.keys_and_limits import PatientProtocol
