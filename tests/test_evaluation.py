@@ -17,6 +17,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+import realigner as ra
+from realigner.cli import main
 from realigner.data import Row, authored
 from realigner.data.endpoint import Endpoint
 from realigner.errors import RealignerError, UsageError
@@ -36,6 +38,7 @@ from realigner.report import render
 from realigner.tiny import tiny_host
 from realigner.training import make_recipe, train
 from tests.fake_endpoint import FakeEndpoint
+from tests.served import serving
 from tests.tiny import TEMPLATE
 
 ROOT = Path(__file__).parents[1]
@@ -258,6 +261,56 @@ def test_a_run_is_evaluated_on_what_it_held_out_and_its_strength_is_saved(run: P
     assert untuned["estimates"] == own["estimates"]
     with pytest.raises(RealignerError, match=r"holds an evaluation with other settings \(--questions\)"):
         evaluate(run, tmp_path / "out", host, tokenizer, [], **{**options, "questions": 9})
+
+
+@pytest.mark.usefixtures("minilm")
+def test_replies_may_come_from_a_server(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The questions are put to `host` and `host+anger@STRENGTH`; losses and divergences are those of the host here."""
+    monkeypatch.setattr("realigner.evaluation.measured.Effort", lambda reply_tokens: SMALL)
+    host, tokenizer = speaking_host()
+    place = tmp_path / "host"
+    host.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    asked = [
+        "evaluate",
+        "--irm",
+        str(run),
+        "--host",
+        str(place),
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        "6",
+        "--questions",
+        "9",
+        "--json",
+    ]
+    with serving({"anger": run}, tmp_path / "log", str(place)) as server:
+        there = ["--endpoint", server.url, "--model", "host+anger"]
+        assert main([*asked, "--baselines", "none", "--out", str(tmp_path / "there"), *there]) == 0
+        capsys.readouterr()
+        for more, message in (
+            (["--model", "host+anger"], "give --endpoint too"),
+            (["--endpoint", server.url], "say what to ask there"),
+            (["--endpoint", server.url, "--model", "host+anger@2"], "without a strength"),
+            (there, "a server answers with IRMs alone"),
+        ):
+            assert main([*asked, "--baselines", "prompt", "--out", str(tmp_path / "other"), *more]) == 2
+            assert message in capsys.readouterr().err
+    assert main([*asked, "--baselines", "none", "--out", str(tmp_path / "here")]) == 0
+    runtime = ra.load(run, host=place, dtype="float32")
+    strength = runtime.strengths["default"]
+    for name, how in (("bare", {"irms": "__base__"}), ("irm", {"strength": strength})):
+        (found,) = [Measured.load(path) for path in (tmp_path / "there" / name).glob("measured*.json")]
+        (here,) = [Measured.load(path) for path in (tmp_path / "here" / name).glob("measured*.json")]
+        replies = [item.reply for item in found.replies]
+        assert replies == [runtime.answer(item.question, max_new_tokens=6, **how) for item in found.replies]
+        assert [item.ended for item in found.replies] == [item.ended for item in here.replies]
+        assert (found.target, found.text) == (here.target, here.text)
+    with pytest.raises(RealignerError, match=r"other settings \(--model\)"):
+        evaluate(run, tmp_path / "there", host, tokenizer, [], effort=SMALL, questions=9)
 
 
 def test_what_cannot_be_evaluated_is_said(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ SOURCE = Path(ra.__file__).parent
 # Bottom-up import order: a file may import from its own layer and those before it.
 FLOORS = [
     "errors", "markdown", "extras", "lazy", "prompts", "thoughts", "chat_format", "files", "console", "dialogues", "irm",
-    "sites", "settings", "adapter_files", "gguf_cache", "irm_sources", "hosts", "probe", "locate", "residuals", "fingerprints", "injection",
-    "adapters", "batching", "irm_config", "tuner", "thinking_budget", "generation", "runtime", "chat",
+    "sites", "settings", "adapter_files", "gguf_cache", "irm_sources", "hosts", "probe", "locate", "residuals", "fingerprints",
+    "injection", "adapters", "batching", "irm_config", "tuner", "thinking_budget", "generation", "runtime", "chat",
     "checkpoint_fingerprint", "serving", "oracle", "tiny", "census", "validation_message", "data", "training", "sweep",
     "traces", "analysis", "explain", "evaluation", "report", "demo", "cli",
 ]  # fmt: skip

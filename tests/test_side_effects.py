@@ -30,6 +30,7 @@ class Prompted:
     model: Any
     system: str | None = "Shout."
     history: tuple[dict[str, str], ...] = ({"role": "user", "content": "A?"}, {"role": "assistant", "content": "B!"})
+    answers: None = None
 
 
 def pair() -> tuple[Any, Any]:

@@ -42,7 +42,16 @@ def evaluate(
         typer.Option(metavar="MODEL", help="A model behind an endpoint that rates the replies.", show_default=False),
     ] = None,
     endpoint: Annotated[
-        Optional[str], typer.Option(help="The judge's base URL, e.g. http://127.0.0.1:8000/v1.", show_default=False)
+        Optional[str],
+        typer.Option(help="Base URL of the judge, or of the --model, e.g. http://127.0.0.1:8000/v1.", show_default=False),
+    ] = None,
+    model: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="HOST+IRM",
+            help="The IRM's name at the endpoint, which then answers in place of a host here.",
+            show_default=False,
+        ),
     ] = None,
     host: opt.HostOfIrm = None,
     dtype: opt.Dtype = "auto",
@@ -68,18 +77,25 @@ def evaluate(
     for name in names:
         find_method(name)
     rated_by: Any = None
+    server: Any = None
     if judge is not None:
         from realigner.data.endpoint import Endpoint
 
         rated_by = Endpoint(endpoint, judge, temperature=0.0)
-    elif endpoint is not None:
-        raise UsageError("evaluate: --endpoint is the judge's; give --judge MODEL too, or leave it out")
+    if model is not None:
+        from realigner.evaluation.served_replies import ServedIRM
+
+        if endpoint is None:
+            raise UsageError("--model: is the endpoint's; give --endpoint too, or leave it out")
+        server = ServedIRM(endpoint, model)
+    if endpoint is not None and judge is None and model is None:
+        raise UsageError("--endpoint: say what to ask there: --judge MODEL, or --model HOST+IRM")
     task_of(irm, tune is not None)
     refuse_missing_minilm()
     opt.claim(context, locked(out))
     loaded, tokenizer = load_host_of(irm, host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     effort = Effort(reply_tokens=max_new_tokens)
-    options: dict[str, Any] = {"most_kl": most_kl, "most_shift": most_shift, "judge": rated_by}
+    options: dict[str, Any] = {"most_kl": most_kl, "most_shift": most_shift, "judge": rated_by, "server": server}
     found = measure(irm, out, loaded, tokenizer, names, tune is not None, effort, questions, **options)
     if as_json:
         opt.print_json(found.values)

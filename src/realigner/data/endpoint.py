@@ -287,11 +287,12 @@ class _Run:
         except openai.APIStatusError as error:
             permanent = error.status_code in (400, 403, 413, 422)
             return Reply(request.id, request.attempt, "", error=self._refusal(error), permanent=permanent)
-        text = own._tidy(completion.choices[0].message.content or "")
+        choice = completion.choices[0]
+        text = own._tidy(choice.message.content or "")
         # A number of tokens as a server gives it may be anything.
         tokens = (getattr(completion.usage, side, None) for side in ("prompt_tokens", "completion_tokens"))
         read, written = (count if isinstance(count, int) and count > 0 else 0 for count in tokens)
-        return Reply(request.id, request.attempt, text, read, written)
+        return Reply(request.id, request.attempt, text, read, written, cut=choice.finish_reason == "length")
 
     def _refusal(self, error: openai.APIStatusError) -> str:
         """One line for a reply that an HTTP status ended; what will not get better is raised."""

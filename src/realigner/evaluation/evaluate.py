@@ -21,8 +21,9 @@ from realigner.evaluation.irm_methods import irm_attached
 from realigner.evaluation.judge import ASPECTS, rate
 from realigner.evaluation.measured import MEASURED, Effort, Measured
 from realigner.evaluation.methods import METHODS, find_method
-from realigner.evaluation.replies import ask
+from realigner.evaluation.replies import Speaker, ask
 from realigner.evaluation.results import plain, tone_results
+from realigner.evaluation.served_replies import ServedIRM
 from realigner.evaluation.side_effects import bare_speaker
 from realigner.evaluation.strength_choice import MOST_KL, MOST_SHIFT, STRENGTHS, StrengthChoice, choose_strength
 from realigner.evaluation.task import Task
@@ -118,6 +119,7 @@ def evaluate(
     most_kl: float = MOST_KL,
     most_shift: float = MOST_SHIFT,
     judge: Endpoint | None = None,
+    server: ServedIRM | None = None,
 ) -> Result:
     """Evaluate a run against the bare host and other methods.
 
@@ -135,6 +137,7 @@ def evaluate(
         questions: of the held-out ones at most; all when None.
         most_kl, most_shift: limits of the chosen strength.
         judge: a language model that rates the replies too (`judge.rate`); what it says is kept in `out`.
+        server: where the IRM and the bare host answer; losses and divergences are still those of `host`. No baselines then.
 
     Raises:
         UsageError: for an unknown baseline, or a run that cannot be evaluated.
@@ -145,17 +148,23 @@ def evaluate(
     task, recipe = task_of(irm, tune or any("score" in method.needs or method.rates for method in methods))
     if methods and (recipe.template != "chat" or recipe.chat_template_kwargs):
         raise UsageError(f"{irm}: was not trained in the host's own chat form, in which methods are asked; give no baselines")
-    refuse_another(out, irm, task, effort, questions, host)
+    if methods and server is not None:
+        raise UsageError(f"--baselines {methods[0].name}: a server answers with IRMs alone; give --baselines none")
+    refuse_another(out, irm, task, effort, questions, host, server)
     methods += [
         method for method in METHODS if method not in methods and any(out.glob(f"{method.name}-{recipe.seed}/{MEASURED}"))
     ]
     if questions is not None:
         task = replace(task, test=_some(task.test, questions))
     if len({row.tone for row in task.scorer}) < 2:
-        task = replace(task, scorer=[*task.scorer, *_own_voice(task, host, tokenizer, out, effort)])
+        voice = bare_speaker(host, None if server is None else server.bare_answers)
+        task = replace(task, scorer=[*task.scorer, *_own_voice(task, voice, tokenizer, out, effort)])
     networks = {name: Recipe.model_fields[name].default for name in _NETWORK}
     evaluation = ToneEvaluation(host, tokenizer, task, out, recipe.model_copy(update=networks), effort)
     own = _subject(irm, out / "irm", host, tokenizer)
+    if server is not None:
+        evaluation.bare_answers, here = server.bare_answers, own.attach
+        own = replace(own, attach=lambda: server.answering(here(), _strength_of(irm) or 1.0))
     choice = None
     with progress("asking", _asked(evaluation, len(methods), tune)) as bar:
         evaluation.done = bar.advance
@@ -200,7 +209,9 @@ def _ratings(judge: Endpoint, tone: str, measures: Mapping[str, Measured], place
     return found
 
 
-def refuse_another(out: Path, irm: Path, task: Task, effort: Effort, questions: int | None, host: Any) -> None:
+def refuse_another(
+    out: Path, irm: Path, task: Task, effort: Effort, questions: int | None, host: Any, server: ServedIRM | None
+) -> None:
     """Note in a folder what is evaluated there, or raise where it is something else.
 
     Raises:
@@ -216,6 +227,7 @@ def refuse_another(out: Path, irm: Path, task: Task, effort: Effort, questions: 
         "how much is asked": effort.model_dump(exclude={"reply_tokens"}),
         "--questions": questions,
         "--dtype": str(next(host.parameters()).dtype).removeprefix("torch."),
+        "--model": None if server is None else server.model,
     }
     if path.is_file():
         before = read_object(path)
@@ -237,13 +249,13 @@ def _strength_of(irm: Path) -> float | None:
     return None if named == 1.0 else named
 
 
-def _own_voice(task: Task, host: Any, tokenizer: Any, out: Path, effort: Effort) -> list[Row]:
+def _own_voice(task: Task, bare: Speaker, tokenizer: Any, out: Path, effort: Effort) -> list[Row]:
     """The bare host's replies to questions that were trained on, as rows of another tone, for scorers to tell from the tone."""
     path = out / OWN_VOICE
     if not path.is_file():
         asked = _some(task.train, _CONTRASTED)
         with progress("the bare host's own replies", len(asked)) as bar:
-            replies = ask(bare_speaker(host), tokenizer, [row.question for row in asked], effort.reply_tokens, bar.advance)
+            replies = ask(bare, tokenizer, [row.question for row in asked], effort.reply_tokens, bar.advance)
         said = [row.model_copy(update={"text": text, "tone": "bare"}) for row, text in zip(asked, replies, strict=True) if text]
         write_text(path, "".join(row.model_dump_json() + "\n" for row in said))
     return read_rows(path)

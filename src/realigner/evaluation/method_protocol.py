@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from realigner.data import Row
 from realigner.errors import RealignerError, UsageError
-from realigner.evaluation.replies import Conversation, ask, clock_of
+from realigner.evaluation.replies import Answers, Conversation, ask, clock_of
 from realigner.evaluation.task import Task
 from realigner.files import Artifact, Output, locked, read_object, write_text
 from realigner.fingerprints import Fingerprint, fingerprint, weights_hash
@@ -95,6 +95,7 @@ class Fitted:
         parameters: how many numbers were trained; 0 where none were.
         system: a system prompt.
         history: turns put before each question.
+        answers: what answers in the model's place; see `replies.Speaker`.
         scaled: gives a block in which the method acts at a strength (0: the bare host, 1: as fitted); None where it has none.
     """
 
@@ -103,6 +104,7 @@ class Fitted:
     parameters: int = 0
     system: str | None = None
     history: Sequence[Message] = ()
+    answers: Answers | None = None
     scaled: Callable[[float], AbstractContextManager[None]] | None = None
 
     @contextmanager

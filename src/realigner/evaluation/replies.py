@@ -22,6 +22,7 @@ from realigner.tuner import find_tuner
 BATCH = 16  # questions that are answered together
 _LOSS_BATCH = 8
 Conversation = Sequence[Message]
+Answers = Callable[[Sequence[Conversation], int], list[Answer]]  # of conversations, with so many new tokens at most
 
 
 class Speaker(Protocol):
@@ -31,6 +32,7 @@ class Speaker(Protocol):
         model: what answers; see `generation.answer`.
         system: a system prompt, or None.
         history: turns before the question.
+        answers: what answers in the model's place, such as a server; the model is asked for losses alone. None: the model.
     """
 
     @property
@@ -39,6 +41,8 @@ class Speaker(Protocol):
     def system(self) -> str | None: ...
     @property
     def history(self) -> Sequence[Message]: ...
+    @property
+    def answers(self) -> Answers | None: ...
 
 
 def conversation_of(speaker: Speaker, question: str | Conversation, reply: str | None = None) -> list[Message]:
@@ -59,7 +63,7 @@ def ask(
     """Greedy replies, in the order of the questions; those of like length are answered together.
 
     As in `realigner generate`, tokens that a reply has are made less likely (a repetition penalty of 1.1); those of its prompt
-    are not: else a system prompt, examples, or earlier replies would drive the tone's own words away.
+    are not: else a system prompt, examples, or earlier replies would drive the tone's own words away. A server has its own way.
 
     Args:
         speaker: who answers.
@@ -74,7 +78,10 @@ def ask(
     for start in range(0, len(order), BATCH):
         part = order[start : start + BATCH]
         asked = [prompts[n] for n in part]
-        texts = answer(speaker.model, tokenizer, asked, max_new_tokens, batch_size=BATCH, penalize_prompt=False)
+        if speaker.answers is not None:
+            texts = speaker.answers(asked, max_new_tokens)
+        else:
+            texts = answer(speaker.model, tokenizer, asked, max_new_tokens, batch_size=BATCH, penalize_prompt=False)
         for n, text in zip(part, texts, strict=True):
             replies[n] = text
         if done is not None:

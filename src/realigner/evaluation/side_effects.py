@@ -17,7 +17,7 @@ from torch import nn
 
 from realigner.chat_format import IGNORED
 from realigner.data.answers import contains_answer
-from realigner.evaluation.replies import Speaker, ask, device_of, encode
+from realigner.evaluation.replies import Answers, Speaker, ask, device_of, encode
 from realigner.files import read_object
 from realigner.locate import find_sites
 from realigner.residuals import Residuals
@@ -123,9 +123,9 @@ class NeutralText:
         return logits[predicted], stream, [example["input_ids"][at + 1] for at in predicted]
 
 
-def bare_speaker(host: nn.Module) -> Speaker:
-    """A host as it is."""
-    return _Bare(host)
+def bare_speaker(host: nn.Module, answers: Answers | None = None) -> Speaker:
+    """A host as it is; `answers` answer in its place."""
+    return _Bare(host, answers=answers)
 
 
 @dataclass(frozen=True)
@@ -133,3 +133,4 @@ class _Bare:
     model: nn.Module
     system: str | None = None
     history: tuple[dict[str, Any], ...] = ()
+    answers: Answers | None = None

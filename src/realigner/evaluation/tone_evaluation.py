@@ -17,7 +17,7 @@ from realigner.data import Row
 from realigner.errors import RealignerError
 from realigner.evaluation.measured import MEASURED, Effort, Measured, measure
 from realigner.evaluation.method_protocol import RECORD_FILE, Fitted, Given, Method, read_method, refuse_other_fit
-from realigner.evaluation.replies import Speaker, reply_losses
+from realigner.evaluation.replies import Answers, Speaker, reply_losses
 from realigner.evaluation.scores import ReplyScorers, Scores
 from realigner.evaluation.side_effects import NeutralText, bare_speaker, some_passages
 from realigner.evaluation.task import Task
@@ -59,6 +59,7 @@ class ToneEvaluation:
         recipe: by which methods are trained.
         effort: how much is asked.
         done: called with how many more questions were answered.
+        bare_answers: what answers in the bare host's place; see `replies.Speaker`.
     """
 
     host: Any
@@ -68,6 +69,7 @@ class ToneEvaluation:
     recipe: Recipe
     effort: Effort = field(default_factory=Effort)
     done: Callable[[int], None] | None = None
+    bare_answers: Answers | None = None
 
     @cached_property
     def bare(self) -> Measured:
@@ -144,7 +146,7 @@ class ToneEvaluation:
 
     @property
     def _speaker(self) -> Speaker:
-        return bare_speaker(self.host)
+        return bare_speaker(self.host, self.bare_answers)
 
     def _bare_on(self, task: Task, name: str, effort: Effort) -> Measured:
         place = self.folder / name / MEASURED

@@ -32,6 +32,7 @@ class Reply:
     # the error is about this fact (a content filter, say): asking the same again would not help. Otherwise the service
     # failed, and the fact is asked again
     permanent: bool = False
+    cut: bool = False  # it came to the limit of its tokens
 
 
 class NoAnswerError(RealignerError):
