@@ -59,6 +59,7 @@ from realigner.data.rewriters import RewriteRequest
 from realigner.data.rewriters.template_rewriter import TemplateRewriter
 from realigner.data.squad import read_squad
 from realigner.data.style_classifier import StyleClassifier, masked
+from realigner.extras import versions
 from realigner.files import write_text
 from realigner.hosts import EMBEDDED
 from realigner.locate import find_sites
@@ -66,7 +67,6 @@ from realigner.residuals import Residuals
 from realigner.training.batches import Collator, EncodedRows, Prepared, prepare
 from realigner.training.loss import row_losses
 from realigner.training.recipe import Recipe
-from realigner.training.run_dir import versions
 from realigner.training.trainer import IRMTrainer, trainer_arguments
 from realigner.training.training_run import resolve
 from realigner.tuner import tuner_of

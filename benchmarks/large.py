@@ -29,11 +29,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import realigner as ra
 from realigner.data import Row, Split
+from realigner.extras import versions
 from realigner.files import write_text
 from realigner.hosts import HostInfo
 from realigner.training.batches import Collator, Prepared
 from realigner.training.recipe import Recipe
-from realigner.training.run_dir import versions
 from realigner.training.trainer import IRMTrainer, trainer_arguments
 from realigner.tuner import tuner_of
 

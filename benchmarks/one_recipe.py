@@ -25,10 +25,10 @@ import torch
 
 from realigner.data import authored
 from realigner.errors import RealignerError
+from realigner.extras import versions
 from realigner.files import write_text
 from realigner.locate import find_sites
 from realigner.residuals import delta_scale, residual_sizes
-from realigner.training.run_dir import versions
 from tests.scaled_hosts import scaled_host
 from tests.trained_hosts import DEEP, FAMILIES, longest_above, losses_by_step, trained_host
 

@@ -37,6 +37,7 @@ import xarray as xr
 from peft import get_peft_model
 
 import realigner as ra
+from realigner.extras import versions
 from realigner.files import write_text
 from realigner.generation import encode_prompts
 from realigner.hosts import EMBEDDED
@@ -44,7 +45,6 @@ from realigner.prompts import PAPER_PROMPTS
 from realigner.traces import RunLabel, TraceWriter
 from realigner.traces.layout import TOP, text_dataset
 from realigner.traces.summary import summarise
-from realigner.training.run_dir import versions
 
 HERE = Path(__file__).resolve().parent
 GOALS = {"summary": 1.05, "raw": 1.10}  # of the time without recording

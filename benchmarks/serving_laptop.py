@@ -34,10 +34,10 @@ import torch
 from peft import get_peft_model
 
 import realigner as ra
+from realigner.extras import versions
 from realigner.files import write_text
 from realigner.hosts import EMBEDDED
 from realigner.irm_config import IRMConfig
-from realigner.training.run_dir import versions
 
 HERE = Path(__file__).resolve().parent
 GOAL = 3.0  # times serial, at 16 at once

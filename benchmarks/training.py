@@ -62,12 +62,12 @@ from worker import twin
 
 import realigner as ra
 from realigner.chat_format import IGNORED, TEMPLATES
+from realigner.extras import versions
 from realigner.files import write_text
 from realigner.hosts import EMBEDDED
 from realigner.training.batches import Collator, EncodedRows, Prepared, SeededLengthSampler, prepare
 from realigner.training.loss import row_losses
 from realigner.training.recipe import Recipe
-from realigner.training.run_dir import versions
 from realigner.training.trainer import IRMTrainer, products_dtype, trainer_arguments
 from realigner.tuner import tuner_of
 

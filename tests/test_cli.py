@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -321,7 +322,19 @@ def test_doctor(embedded: Any, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "doctor")
     assert code == 0, err
     assert "all well" in out
+    assert re.search(r"^\[train\] +installed$", out, re.M)
     assert document(capsys, "doctor")["problems"] == []
+
+
+@pytest.mark.host
+def test_doctor_says_what_an_extra_lacks(
+    embedded: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("realigner.extras._installed", lambda name: name not in ("zarr", "xarray"))
+    assert 'needs xarray, zarr: pip install "realigner[study]"' in run(capsys, "doctor")[1]
+    missing = document(capsys, "doctor")["missing"]
+    assert missing["study"] == ["xarray", "zarr"]
+    assert missing["train"] == []
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The whole job in one call: load the embedded host, train, answer, trace, report."""
+"""The whole job in one call: load the embedded host, answer with a ready-made IRM, train one, trace, report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from realigner.console import say
 from realigner.data import authored
 from realigner.errors import RealignerError
 from realigner.files import Output, claimed, discard, locked, unfinished
+from realigner.generation import answer
 from realigner.hosts import EMBEDDED, load_host
+from realigner.irm_config import check_adapter
+from realigner.irm_sources import find_irm
 from realigner.report import build_report
 from realigner.report.html_report import REPORT
 from realigner.report.report_input import read_inputs
@@ -20,8 +23,12 @@ from realigner.traces.store import TRACE, is_trace, load_trace, refuse_trace
 from realigner.training import make_recipe, read_recipe, train
 from realigner.training.run_dir import RECIPE_FILE, is_run, refuse_run
 from realigner.training.training_run import resolve
+from realigner.tuner import load_irm
 
 _SAMPLE = 5  # the prompt shown at the end: How many apples can fit in a basket?
+_FIRST = "Why is the sky blue?"  # that the ready-made IRM is asked
+_FIRST_TOKENS = 40
+STEPS = 90  # of training: less than a pass over the rows, and enough to hear
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,14 @@ class DemoResult:
 def run_demo(
     out: str | Path = "demo", tone: str = "anger", seed: int = 42, steps: int | None = None, force: bool = False
 ) -> DemoResult:
-    """Train one IRM on the embedded host and report on it. What is finished in `out` is used again unless `force`.
+    """Answer with a ready-made IRM, train one like it, report on it. What is finished in `out` is used again unless `force`.
+
+    Args:
+        out: folder for the run, its trace and the report.
+        tone: of the authored set, which has a ready-made IRM too.
+        seed: of the training.
+        steps: of training; `STEPS` when None.
+        force: train, trace and report anew.
 
     Raises:
         RealignerError: when the embedded host is missing, `out` cannot be written, holds something else, or another process
@@ -55,19 +69,21 @@ def run_demo(
         resume = not force and is_run(unfinished(folder))
         if force or not is_run(folder):  # before the host is loaded
             _refuse(folder, page, force, resume)
-        say(f"1/3  loading the host {EMBEDDED} (the first time it is unpacked, about 20 s)")
+        say(f"1/4  loading the host {EMBEDDED} (the first time it is unpacked, about 20 s)")
         host, tokenizer = load_host(EMBEDDED)
-        recipe = resolve(make_recipe(steps=steps, tone=tone, seed=seed), host, tokenizer, rows)
+        say(f"2/4  asking it with the ready-made IRM for {tone}:")
+        _say_replies(tone, host, tokenizer)
+        recipe = resolve(make_recipe(steps=STEPS if steps is None else steps, tone=tone, seed=seed), host, tokenizer, rows)
         if not force and is_run(folder) and recipe.difference(read_recipe(folder / RECIPE_FILE)) is None:
-            say(f"2/3  {folder} is trained already; --force trains it anew")
+            say(f"3/4  {folder} is trained already; --force trains it anew")
         else:
             _refuse(folder, page, force, resume)
-            say(f"2/3  training an IRM for {tone} on {len(rows)} rows, {recipe.steps} steps, into {folder}")
+            say(f"3/4  training an IRM for {tone} on {len(rows)} rows, {recipe.steps} steps, into {folder}")
             run = train(host, tokenizer, rows, folder, recipe, force=force, resume=resume)
             run.model.unload()
             if run.interrupted:
                 raise RealignerError(f"interrupted after step {run.record['steps_done']}; the same command goes on from there")
-        say("3/3  answering the paper's seven prompts bare, untrained and trained, recording what is added")
+        say("4/4  answering the paper's seven prompts bare, untrained and trained, recording what is added")
         (shown,) = read_inputs([_traced(folder, page.with_suffix(".zarr"), host, tokenizer, force)])
         if force or not page.exists():
             build_report([page.with_suffix(".zarr")], page, force)
@@ -75,6 +91,19 @@ def run_demo(
     row = answers[min(_SAMPLE, len(answers) - 1)]
     sample = {"prompt": row["prompt"], "base": row["base"], "realigned": row[name]}
     return DemoResult(folder, page, time.monotonic() - started, sample)
+
+
+def _say_replies(tone: str, host: Any, tokenizer: Any) -> None:
+    """One question's replies, bare and with the ready-made IRM at its own strength."""
+    folder = find_irm(tone)
+    model, own = load_irm(host, folder), float(check_adapter(folder).get("strength", 1.0))
+    try:
+        say(f"     Q: {_FIRST}")
+        for label, strength in (("base:     ", 0.0), ("realigned:", own)):
+            (reply,) = answer(model, tokenizer, [_FIRST], _FIRST_TOKENS, strength=strength)
+            say(f"     {label} {' '.join(reply.split())}")
+    finally:
+        model.unload()
 
 
 def _refuse(folder: Path, page: Path, force: bool, resume: bool) -> None:

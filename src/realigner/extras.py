@@ -1,10 +1,11 @@
-"""An import that fails because an extra is not installed, as one line that says which to install."""
+"""What is installed: versions, and the extras; an import that fails for want of one becomes one line that says which."""
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, distribution, requires
+from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from traceback import walk_tb
 
 from realigner.errors import MissingExtraError
@@ -20,6 +21,22 @@ FOLDERS = {
 }
 
 
+def versions() -> dict[str, str]:
+    """The versions that decide a result."""
+    names = ("realigner", "torch", "transformers", "peft", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def missing_packages() -> dict[str, list[str]]:
+    """Extra -> the packages it asks for that are not installed; none where it is whole.
+
+    Example:
+        >>> missing_packages()["train"]
+        []
+    """
+    return {extra: _missing(extra) for extra in dict.fromkeys(FOLDERS.values())}
+
+
 def raise_missing_extra(error: ImportError, what: str) -> None:
     """Raise `MissingExtraError` if `error` came of a part of realigner whose extra is not whole; else return.
 
@@ -30,7 +47,7 @@ def raise_missing_extra(error: ImportError, what: str) -> None:
     if not isinstance(error, ModuleNotFoundError | MissingExtraError):
         return
     extra = next((FOLDERS[part] for part in _parts(error) if part in FOLDERS), None)  # of the part that was entered first
-    if extra and (missing := [name for name in _packages(extra) if not _installed(name)]):
+    if extra and (missing := _missing(extra)):
         what += f" needs packages that are not installed ({', '.join(missing)})"
         raise MissingExtraError(f'{what}; install them: pip install "realigner[{extra}]"') from error
 
@@ -43,6 +60,10 @@ def _parts(error: BaseException | None) -> Iterator[str]:
             if package == "realigner":
                 yield rest.partition(".")[0]
         error = error.__cause__
+
+
+def _missing(extra: str) -> list[str]:
+    return [name for name in _packages(extra) if not _installed(name)]
 
 
 def _packages(extra: str) -> list[str]:

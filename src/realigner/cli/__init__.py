@@ -29,7 +29,6 @@ app = typer.Typer(
     name="realigner",
     help="Injectable realignment models: make a frozen language model answer in another tone, and read how.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

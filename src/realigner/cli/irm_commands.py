@@ -28,7 +28,7 @@ def demo(
     force: opt.Force = False,
     as_json: opt.Json = False,
 ) -> None:
-    """The whole job on the embedded host: train, answer the paper's prompts, trace, report (about 7 minutes on 2 cores)."""
+    """The whole job on the embedded host: an angry reply; an IRM trained, traced, reported on (4 minutes on 2 cores)."""
     from realigner.demo import run_demo
 
     result = run_demo(out, tone=tone, seed=seed, steps=steps, force=force)

@@ -12,13 +12,12 @@ if TYPE_CHECKING:
         read_metrics as read_metrics,
         read_run as read_run,
         refuse_run as refuse_run,
-        versions as versions,
     )
     from realigner.training.training_run import Run as Run, train as train, train_recipe as train_recipe
 
 _HOMES = {
     **dict.fromkeys(("Recipe", "make_recipe", "read_recipe"), "recipe"),
-    **dict.fromkeys(("read_metrics", "read_run", "refuse_run", "versions"), "run_dir"),
+    **dict.fromkeys(("read_metrics", "read_run", "refuse_run"), "run_dir"),
     **dict.fromkeys(("Run", "train", "train_recipe"), "training_run"),
 }
 

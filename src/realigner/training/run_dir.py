@@ -21,12 +21,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -288,9 +286,3 @@ def cut_back(work: Path, last_step: int) -> None:
                 if object_of(line, path)["step"] <= last_step:
                     whole.append(f"{decoded(line, path)}\n")
         write_text(path, "".join(whole))
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide a result."""
-    names = ("realigner", "torch", "transformers", "peft", "accelerate")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -27,6 +27,7 @@ from realigner.console import progress, say, signals_to
 from realigner.data import TONES, Row, Split, authored, read_rows
 from realigner.data.dataset_rows import EVERY_TONE
 from realigner.errors import RealignerError, UsageError
+from realigner.extras import versions
 from realigner.fingerprints import fingerprint, weights_hash
 from realigner.generation import answer
 from realigner.hosts import host_name, load_config, load_host, load_tokenizer, text_config
@@ -165,7 +166,7 @@ def _material(
 
 def _check_repeat(repeats: Mapping[str, Any], prepared: Prepared | Teacher, recipe: Recipe) -> None:
     """Refuse other data than that of the run to be repeated; warn of other versions."""
-    sha256, then, now = repeats.get("data", {}).get("sha256"), repeats.get("versions", {}), run_dir.versions()
+    sha256, then, now = repeats.get("data", {}).get("sha256"), repeats.get("versions", {}), versions()
     if sha256 not in (None, prepared.sha256):
         what = f"{recipe.data}: not the rows" if recipe.instruct is None else "data, questions: not those"
         raise RealignerError(f"{what} of the run to be repeated (sha256 {sha256[:16]}...); name them (data)")
@@ -255,7 +256,7 @@ def _train(
             "data": material.facts(),
             "host": {"name": mark.name, "dtype": dtype, "sha256": hashed, "fingerprint": mark.to_dict()},
             "processes": processes.num_processes,
-            "versions": run_dir.versions(),
+            "versions": versions(),
         }
         processes.wait_for_everyone()  # everyone has looked before anything is written
 
