@@ -50,7 +50,9 @@ def document(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
 
 def test_generate_json(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("generate", "--irm", place / "run", "--max-new-tokens", 8, "--dtype", "float32", "--seed", 7)
-    results = document(capsys, *options, "How many?", "Why?")["results"]
+    said = document(capsys, *options, "How many?", "Why?")
+    assert (said["irm"], said["host"]) == (str(place / "run"), str(place / "host"))  # what the replies were made with
+    results = said["results"]
     assert [set(r) for r in results] == [{"prompt", "base", "realigned", "strength", "seed"}] * 2
     assert [r["prompt"] for r in results] == ["How many?", "Why?"]
     assert results[0]["strength"] == 1.0

@@ -168,7 +168,7 @@ def generate(
     questions: opt.Questions = None,
     irm: Annotated[
         Optional[list[Path]],
-        Option(help="A run's folder (an IRM as a PEFT adapter); with --chat, may be given often.", show_default=False),
+        Option(help="A run's folder, or a ready-made IRM's name (anger); with --chat, may be given often.", show_default=False),
     ] = None,
     endpoint: Annotated[
         Optional[str],
@@ -224,6 +224,7 @@ def generate(
     variables = opt.template_kwargs(chat_template_kwargs)
     from realigner.chat_format import PLAIN_NOTE, has_chat_template
     from realigner.console import progress, say
+    from realigner.hosts import host_name
     from realigner.runtime import load
 
     runtime = load(_by_name(irm) if chat else irm[0], host, dtype, device, trust_remote_code)
@@ -249,7 +250,8 @@ def generate(
         realigned = all_replies(asked, partial(answer, strength=used, where=acting))
     rows = list(zip(asked, base, realigned, strict=True))
     if as_json:
-        opt.print_json({"results": [{**_result(*row), "strength": used, "seed": seed} for row in rows]})
+        results = [{**_result(*row), "strength": used, "seed": seed} for row in rows]
+        opt.print_json({"irm": str(irm[0]), "host": host_name(runtime.model), "results": results})
         return
     for prompt, *both in rows:
         said = prompt.questions if isinstance(prompt, Dialogue) else (readable(prompt).replace("\n", "\n   "),)
