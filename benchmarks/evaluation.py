@@ -283,6 +283,57 @@ def _point(evaluation: ToneEvaluation, measured: Measured) -> dict[str, float]:
     return means | {key: round(scores.whole[key], 4) for key in ("kl", "shift_median")}
 
 
+def page(found: dict[str, Any]) -> str:
+    """The results as Markdown, docs/results/evaluation.md: tables, the IRM against the others, the curve over strength."""
+    parts = [_HEAD.format(host=found["host"])]
+    for tone, own in found["tones"].items():
+        parts.append(f"## {tone.capitalize()}\n\n{own['questions']} questions.\n\n{table(own)}\n")
+        lines = [
+            f"| {own['against']} less | summary | concept | fact kept | fluency (nats) |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        names = ("summary", "named", "fact", "nats")
+        compared = {name: {one["method"]: one for one in own["compared"][name]} for name in names}
+        for method in compared["summary"]:
+            cells = []
+            for name in names:
+                one, difference = compared[name][method], compared[name][method]["difference"]
+                if difference["mean"] is None or difference["low"] is None:
+                    cells.append("-")
+                    continue
+                clear = one["p_holm"] is not None and one["p_holm"] < 0.05
+                low, high = -difference["high"], -difference["low"]
+                cells.append(f"{'**' * clear}{-difference['mean']:+.2f}{'**' * clear} ({low:+.2f} to {high:+.2f})")
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines) + "\n")
+        if own["curve"]:
+            lines = ["| strength | summary | concept | fact kept | content | fluency (nats) | KL |", "| --- " * 7 + "|"]
+            for value, at in own["curve"].items():
+                shown = (at[key] for key in ("summary", "named", "fact", "content", "nats", "kl"))
+                lines.append(f"| {value} | {' | '.join(f'{number:.2f}' for number in shown)} |")
+            parts.append("The compact IRM over strength:\n\n" + "\n".join(lines) + "\n")
+        if choice := own.get("strength"):
+            parts.append(
+                f"Chosen on the tuning questions: strength {choice['strength']:g}; no clear difference from {choice['low']:g} "
+                f"to {choice['high']:g}.\n"
+            )
+        if missing := [method.name for method in METHODS if method.name not in own["methods"]]:
+            parts.append(f"Not measured yet: {', '.join(missing)}.\n")
+    return "\n".join(parts)
+
+
+_HEAD = """# The study of methods
+
+Written by `python -m benchmarks.evaluation --only results` from what is in docs/results/evaluation; no number is typed by hand.
+Host: {host}. What the columns mean is in [Evaluation](../evaluation.md). Intervals are of 95%, over questions, seeds averaged;
+bold: the difference is clear (p below 0.05 after Holm's adjustment over the methods).
+
+![Summary by method](evaluation-summary.svg)
+
+![Concept against KL on neutral text](evaluation-concept-kl.svg)
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/results/evaluation"))
@@ -325,6 +376,7 @@ def main() -> None:
     write_text(options.results / f"{name}.json", json.dumps(found, indent=1) + "\n")
     if not plan.quick:
         save_evaluation_figures(found, options.results)
+        write_text(options.results / "evaluation.md", page(found))
     for tone, own in found["tones"].items():
         print(f"\n## {tone}, {own['questions']} questions\n\n{table(own)}")
     for fault in faults:
