@@ -53,6 +53,7 @@ from realigner.sweep.worker import die_with
 from realigner.training import make_recipe
 
 SIZE = 460_800  # parameters of LoRA of rank 8 on the queries and values of the embedded host
+DTYPE = "bfloat16"  # of the host, on every machine: what was measured in another is refused
 SEEDS = (42, 43, 44)
 SEEDED = ("irm-compact", "irm-paper", "lora", "shadow", "constant")
 DERIVED = ("mean-delta", "random")
@@ -127,7 +128,7 @@ class Unit:
 @cache
 def _host() -> tuple[Any, Any]:
     torch.set_num_threads(1)
-    return ra.load_host(EMBEDDED)
+    return ra.load_host(EMBEDDED, dtype=DTYPE)
 
 
 @cache

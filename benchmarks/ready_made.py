@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evaluation import SEEDS, STEPS, Plan, Unit, choose, do_unit, results_of
+from evaluation import DTYPE, SEEDS, STEPS, Plan, Unit, choose, do_unit, results_of
 
 import realigner as ra
 from realigner.data import TONES, Row, authored
@@ -68,7 +68,7 @@ def from_study(tone: str) -> tuple[Path, dict[str, Any]]:
 def from_sentence(name: str, sentence: str) -> tuple[Path, dict[str, Any]]:
     """The folder of an IRM that is made from a sentence, and its results beside the bare host's and the prompted one's."""
     torch.set_num_threads(2)
-    host, tokenizer = ra.load_host(EMBEDDED)
+    host, tokenizer = ra.load_host(EMBEDDED, dtype=DTYPE)
     evaluation = ToneEvaluation(
         host, tokenizer, _task(name, sentence, host, tokenizer), OTHERS / name, make_recipe(steps=STEPS)
     )

@@ -21,7 +21,7 @@ from realigner.evaluation.irm_methods import irm_attached
 from realigner.evaluation.judge import ASPECTS, rate
 from realigner.evaluation.measured import MEASURED, Effort, Measured
 from realigner.evaluation.methods import METHODS, find_method
-from realigner.evaluation.replies import Speaker, ask
+from realigner.evaluation.replies import Speaker, ask, dtype_of
 from realigner.evaluation.results import plain, tone_results
 from realigner.evaluation.served_replies import ServedIRM
 from realigner.evaluation.side_effects import bare_speaker
@@ -226,7 +226,7 @@ def refuse_another(
         "--max-new-tokens": effort.reply_tokens,
         "how much is asked": effort.model_dump(exclude={"reply_tokens"}),
         "--questions": questions,
-        "--dtype": str(next(host.parameters()).dtype).removeprefix("torch."),
+        "--dtype": dtype_of(host),
         "--model": None if server is None else server.model,
     }
     if path.is_file():

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from realigner.data import Row
 from realigner.errors import RealignerError
-from realigner.evaluation.replies import Speaker, ask, ask_in_turns, clock_of, reply_losses, tokens_of
+from realigner.evaluation.replies import Speaker, ask, ask_in_turns, clock_of, dtype_of, reply_losses, tokens_of
 from realigner.evaluation.side_effects import NeutralText, answers_about, some_passages
 from realigner.files import read_bytes, write_text
 from realigner.validation_message import first_fault
@@ -97,6 +97,7 @@ class Measured(BaseModel):
     Attributes:
         method, tone, seed: whose.
         strength: at which an IRM acted; None: as it was trained, or without one.
+        dtype: of the host's weights; None in a file from before it was noted.
         facts: what the method says of itself: parameters, seconds of training, learning rate, ...
         given: what stands before each question, a system prompt and examples; empty where nothing does.
         replies: to the test questions, in their order.
@@ -113,6 +114,7 @@ class Measured(BaseModel):
     tone: str
     seed: int
     strength: float | None
+    dtype: str | None = None
     effort: Effort
     facts: dict[str, Any]
     given: str
@@ -196,6 +198,7 @@ def measure(
     return Measured(
         **named,
         strength=strength,
+        dtype=dtype_of(bare.model),
         effort=effort,
         given="\n".join(given),
         replies=replies,

@@ -150,6 +150,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next(parameter.device for parameter in model.parameters())
 
 
+def dtype_of(model: nn.Module) -> str:
+    """The type of a model's parameters, such as ``bfloat16``."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
 def has_logits_to_keep(model: nn.Module) -> bool:
     """Whether the host under a model computes logits where it is told to."""
     tuner = find_tuner(model)

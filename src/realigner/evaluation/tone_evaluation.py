@@ -17,7 +17,7 @@ from realigner.data import Row
 from realigner.errors import RealignerError
 from realigner.evaluation.measured import MEASURED, Effort, Measured, measure
 from realigner.evaluation.method_protocol import RECORD_FILE, Fitted, Given, Method, read_method, refuse_other_fit
-from realigner.evaluation.replies import Answers, Speaker, reply_losses
+from realigner.evaluation.replies import Answers, Speaker, dtype_of, reply_losses
 from realigner.evaluation.scores import ReplyScorers, Scores
 from realigner.evaluation.side_effects import NeutralText, bare_speaker, some_passages
 from realigner.evaluation.task import Task
@@ -128,13 +128,22 @@ class ToneEvaluation:
         effort = self.effort.model_copy(update=_CHEAP) if cheap else self.effort
         place = subject.folder / (f"{name}.json" if strength is None else f"{name}-{strength:g}.json")
         if place.is_file():
-            return _asked_so(Measured.load(place), effort, place)
+            return self._asked_so(Measured.load(place), effort, place)
         named = {"method": subject.name, "tone": self.task.tone, "seed": subject.seed, "facts": subject.facts}
         rows = self.task.tune if tuning else self.task.test
         found = self._measure(_at(subject.attach(), strength), rows, effort, named, strength)
         made_folder(place.parent)
         found.save(place)
         return found
+
+    def _asked_so(self, measured: Measured, effort: Effort, place: Path) -> Measured:
+        if measured.effort != effort:
+            raise RealignerError(f"{place}: was measured with other settings ({measured.effort}, not {effort}); delete it")
+        if self.host is not None and measured.dtype not in (None, own := dtype_of(self.host)):
+            raise RealignerError(
+                f"{place}: was measured on a host in {measured.dtype}, not {own}; load it so, or delete the file"
+            )
+        return measured
 
     def scores(self, measured: Measured) -> Scores:
         """The scores of a method on the test questions."""
@@ -151,7 +160,7 @@ class ToneEvaluation:
     def _bare_on(self, task: Task, name: str, effort: Effort) -> Measured:
         place = self.folder / name / MEASURED
         if place.is_file():
-            return _asked_so(Measured.load(place), effort, place)
+            return self._asked_so(Measured.load(place), effort, place)
         named = {"method": "bare", "tone": task.tone, "seed": 42, "facts": {"parameters": 0}}
         found = self._measure(nullcontext(self._speaker), task.test, effort, named, None, shuffle=True)
         made_folder(place.parent)
@@ -184,12 +193,6 @@ class ToneEvaluation:
                 stack.enter_context(injector.threads.using(Settings(irms=())))
             losses = reply_losses(self._speaker, self.tokenizer, [row.question for row in rows], replies)
         return float(self.tuning_scorers.summary(replies, losses, given).mean())
-
-
-def _asked_so(measured: Measured, effort: Effort, place: Path) -> Measured:
-    if measured.effort != effort:
-        raise RealignerError(f"{place}: was measured with other settings ({measured.effort}, not {effort}); delete it")
-    return measured
 
 
 @contextmanager
