@@ -17,6 +17,7 @@ FOLDERS = {
     **dict.fromkeys(("traces", "analysis", "explain", "report", "demo"), "study"),
     "evaluation": "evaluate",
     "serving": "serve",
+    "app": "app",
 }
 
 
