@@ -60,9 +60,11 @@ new MutationObserver(() => inside().dress && inside().dress(isDark()))
 """
 _CSS = """
 .gradio-container { max-width: 1360px !important; margin: 0 auto; }
-.said .message, .said .message * { white-space: pre-wrap; overflow-wrap: anywhere; }
+.said .md { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .95rem; }
+.said button[aria-label="Clear"], .said button[title="Clear"] { display: none; }
 .about { font-size: .86rem; opacity: .85; }
 .title h1 { margin: 0; }
+.top { align-items: start; flex-wrap: nowrap; }
 footer { display: none !important; }
 """
 
@@ -220,9 +222,8 @@ def build_page(page: Page) -> gr.Blocks:
 
     named = ", ".join(talker.strengths)
     with gr.Blocks(title="realigner", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as blocks:
-        with gr.Row(equal_height=True):
-            with gr.Column(scale=8, min_width=260):
-                gr.Markdown(f"# realigner\n{_text(talker.host)} with {_text(named)}", elem_classes="title")
+        with gr.Row(elem_classes="top"):
+            gr.Markdown(f"# realigner\n{_text(Path(talker.host).name or 'The host')} with {_text(named)}", elem_classes="title")
             theme = gr.Button("Light / dark", size="sm", scale=0, min_width=110)
         gr.Markdown(_ABOUT, elem_classes="about")
         if not talker.has_turns:
@@ -243,13 +244,14 @@ def build_page(page: Page) -> gr.Blocks:
                         autofocus=True,
                         elem_id="question",
                     )
-                    send = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="ask")
-                    stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop")
+                    send = gr.Button("Ask", variant="primary", size="md", scale=1, min_width=80, elem_id="ask")
+                    stop = gr.Button("Stop", size="md", scale=1, min_width=80, elem_id="stop")
                 with gr.Row():
                     again = gr.Button("Ask again with these settings", size="sm", min_width=140, elem_id="again")
                     anew = gr.Button("New conversation", size="sm", min_width=140, elem_id="anew")
                 gr.Examples([[prompt] for prompt in PAPER_PROMPTS], [box], label="The paper's seven prompts", api_name=False)
             with gr.Column(scale=2, min_width=260):
+                gr.Markdown("**Strength**: 0 is off, below 0 the other way. IRMs are summed.", elem_classes="about")
                 strengths = [_slider(name, own, at == 0) for at, (name, own) in enumerate(talker.strengths.items())]
                 with gr.Accordion("Sampling", open=False):
                     temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: greedy, always the same reply")
@@ -320,8 +322,9 @@ def _replies(label: str) -> gr.Chatbot:
 def _slider(name: str, own: float, first: bool) -> gr.Slider:
     """An IRM's strength; the first one acts, as with `realigner.load`."""
     span = max(_SPAN, math.ceil(abs(own) * 3) / 2)
-    info = f"0: off, {own:g}: as it is best used, below 0: the other way"
-    return gr.Slider(-span, span, own if first else 0, step=0.05, label=f"Strength of {name}", info=info)
+    return gr.Slider(
+        -span, span, own if first else 0, step=0.05, label=f"{name} (best used at {own:g})", elem_classes="strength"
+    )
 
 
 def _downloads(button: gr.Button, make: Callable[..., str]) -> None:
