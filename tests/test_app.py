@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import json
+import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ from realigner.traces import load_trace, save_trace
 from realigner.traces.layout import text_spans
 from tests.fake_endpoint import FakeEndpoint, always
 from tests.planted import planted_explanation, written_explanation
+from tests.test_report_page import chromium as chromium
 
 QUESTION = "How many?"
 BOTH = {"anger": 0.7, "sadness": -0.5}
@@ -337,3 +340,218 @@ def test_a_taken_port_and_an_explanation_of_another_host_are_refused(talker: Run
     other = read_explanation(written_explanation(tmp_path / "why", planted_explanation(3)))
     with pytest.raises(UsageError, match="explains index 3"), app_running(talker, Listening(port=0), [other]):
         pass
+
+
+# --- in the browser -------------------------------------------------------------------------------------------------------
+
+
+class Opened:
+    """The app in a page of Chromium of its own, with what it asked for and complained about."""
+
+    def __init__(self, chromium: Any, url: str, **options: Any) -> None:
+        self.url = url
+        self.context = chromium.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(30_000)
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(url)
+        self.page.wait_for_selector("#question textarea")
+        self.map = self.page.frame_locator("#map iframe")
+
+    def ask(self, text: str = QUESTION, button: str = "ask") -> None:
+        self.page.fill("#question textarea", text)
+        self.page.click(f"#{button}")
+
+    def finished(self) -> dict[str, str]:
+        """The replies, once the map says that both are made."""
+        self.map.locator("html[data-done=true]").wait_for(state="attached")
+        return self.replies()
+
+    def replies(self) -> dict[str, str]:
+        """The newest reply on each side, as the page shows it."""
+        sides = self.page.locator(".said")
+        return {side: str(sides.nth(at).locator("[data-testid=bot] .md").last.text_content()) for at, side in enumerate(SIDES)}
+
+    def strength(self, at: int, value: float) -> None:
+        """Move the slider of an IRM, by its number."""
+        box = self.page.locator(".strength input[type=number]").nth(at)
+        box.fill(str(value))
+        box.press("Enter")
+        box.blur()
+
+    def drawn(self) -> list[int]:
+        """The pixels of the map."""
+        pixels = "map => Array.from(map.getContext('2d').getImageData(50, 30, map.width - 60, map.height - 70).data)"
+        return list(self.map.locator("canvas").first.evaluate(pixels))
+
+    def close(self) -> None:
+        """Nothing broke, and nothing but the app was asked."""
+        self.context.close()
+        assert self.errors == []
+        assert [url for url in self.requests if not url.startswith((self.url, "blob:", "data:", "about:"))] == []
+
+
+@pytest.fixture(scope="module")
+def why(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An explanation of the tiny host's index 3."""
+    made = planted_explanation(3, neurons=32, layers=3, host="tiny")
+    return written_explanation(tmp_path_factory.mktemp("why") / "why", made)
+
+
+@pytest.fixture(scope="module")
+def url(talker: RuntimeTalker, why: Path) -> Iterator[str]:
+    with app_running(talker, Listening(port=0, users=2), [read_explanation(why)]) as found:
+        yield found
+
+
+def shown(runtime: Runtime, asked: Asked, side: str) -> str:
+    """What `Runtime.answer` gives, as a page shows it: without NULs, which a host of bytes may say."""
+    return answered(runtime, asked, side).replace("\0", "")
+
+
+def test_a_question_in_the_browser(chromium: Any, url: str, talker: RuntimeTalker, runtime: Runtime, tmp_path: Path) -> None:
+    """Ask; move a slider and ask again; click a token and an index; download; all of it by requests to the app alone."""
+    opened = Opened(chromium, url)
+    assert "made with an IRM" in str(opened.page.text_content("body"))
+    opened.ask()
+    first, map_of_first = opened.finished(), opened.drawn()
+    asked = Asked(QUESTION, strengths={"anger": 2.0})  # the first IRM acts, at its own strength
+    assert first == {side: shown(runtime, asked, side) for side in SIDES}
+
+    opened.strength(0, -1.5)
+    opened.strength(1, 0.75)
+    opened.page.click("#again")
+    opened.map.locator("option", has_text="anger + sadness").first.wait_for(state="attached")
+    second = opened.finished()
+    again = Asked(QUESTION, strengths={"anger": -1.5, "sadness": 0.75})
+    assert second == {side: shown(runtime, again, side) for side in SIDES}
+    assert second["base"] == first["base"]
+    assert second["realigned"] != first["realigned"]
+    assert opened.drawn() != map_of_first
+
+    mean = opened.drawn()
+    opened.map.locator("[data-strip=left] span").nth(12).click()
+    opened.map.locator("[data-token]", has_text="token 13 of").wait_for()
+    for _ in range(100):
+        if opened.drawn() != mean:
+            break
+        time.sleep(0.05)
+    assert opened.drawn() != mean
+    opened.map.locator("[data-go] input").fill("3")
+    opened.map.locator("[data-go] button").click()
+    panel = opened.map.locator("[data-panel-of-index]")
+    panel.get_by_text("Measured at index 3").wait_for()
+    assert "Index 3 of tiny: a <channel> of the host." in str(panel.text_content())
+    assert "token 13" in str(panel.text_content())
+
+    opened.page.get_by_text("Download the last reply").click()
+    for button, name in (("trace", "trace.zarr.zip"), ("report", "report.html")):
+        with opened.page.expect_download() as download:
+            opened.page.click(f"#{button}")
+        assert download.value.suggested_filename == name
+        download.value.save_as(tmp_path / name)
+    shutil.unpack_archive(tmp_path / "trace.zarr.zip", tmp_path)
+    trace = load_trace(tmp_path / "trace.zarr")
+    assert trace["text_reply"].values.tolist() == [answered(runtime, again, "realigned")] * 2
+    assert "anger" in (tmp_path / "report.html").read_text()
+    opened.close()
+
+
+def test_two_browsers_at_once_each_get_their_own_tokens(chromium: Any, url: str, runtime: Runtime) -> None:
+    strengths = (1.0, -2.0)
+    both = [Opened(chromium, url) for _ in strengths]
+    for opened, strength in zip(both, strengths, strict=True):
+        opened.strength(0, strength)
+    for opened in both:
+        opened.ask("Who are you?")
+    found = [opened.finished() for opened in both]
+    for replies, strength in zip(found, strengths, strict=True):
+        assert replies == {
+            side: answered(runtime, Asked("Who are you?", strengths={"anger": strength}), side) for side in SIDES
+        }
+    assert found[0]["realigned"] != found[1]["realigned"]
+    assert found[0]["base"] == found[1]["base"]
+    for opened in both:
+        opened.close()
+
+
+def test_stop_in_the_browser(chromium: Any, url: str, talker: RuntimeTalker, runtime: Runtime) -> None:
+    opened = Opened(chromium, url)
+    opened.page.get_by_text("Sampling").click()
+    box = opened.page.get_by_label("number input for Tokens of a reply at most")
+    box.fill("400")
+    box.press("Enter")
+    box.blur()
+    opened.ask()
+    opened.map.locator("[data-strip=left] span").nth(45).wait_for(state="attached")
+    opened.page.click("#stop")
+    replies = opened.finished()
+    whole = shown(runtime, Asked(QUESTION, strengths={"anger": 2.0}, max_new_tokens=400), "realigned")
+    assert len(replies["realigned"]) < len(whole)
+    assert whole.startswith(replies["realigned"].rstrip())
+    assert not [thread for thread in threading.enumerate() if thread.name in ("realigner-base", "realigner-realigned")]
+    opened.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_in_light_and_dark(chromium: Any, url: str, scheme: str) -> None:
+    """390 px wide nothing goes beyond the edge, in the page or in the map; the map has the page's colours."""
+    opened = Opened(chromium, url, viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    opened.ask()
+    opened.finished()
+    opened.map.locator("[data-strip=left] span").nth(12).click()
+    wide = "() => [document.documentElement.scrollWidth, document.body.scrollWidth]"
+    assert max(opened.page.evaluate(wide)) <= 390
+    assert max(opened.map.locator("html").evaluate(wide)) <= 390
+    grounds = [opened.page.locator("body"), opened.map.locator("body")]
+    colours = [ground.evaluate("body => getComputedStyle(body).backgroundColor") for ground in grounds]
+    assert colours[0] == colours[1]
+    lightness = sum(map(int, re.findall(r"\d+", colours[0])[:3])) / 765
+    assert (lightness > 0.8) == (scheme == "light")
+    opened.close()
+
+
+def test_errors_are_plain_words_in_the_page(chromium: Any, url: str) -> None:
+    opened = Opened(chromium, url)
+    opened.page.click("#ask")
+    opened.page.get_by_text("Write something first.").wait_for()
+    opened.strength(0, 0)
+    opened.ask()
+    opened.map.get_by_text("No IRM acts: every slider is at 0").wait_for()
+    opened.page.get_by_text("Download the last reply").click()
+    opened.page.click("#trace")
+    opened.page.get_by_text("Nothing was recorded: no IRM acted").wait_for()
+    assert "Traceback" not in str(opened.page.text_content("body"))
+    opened.close()
+
+
+def test_a_login_is_asked_for(chromium: Any, talker: RuntimeTalker) -> None:
+    with app_running(talker, Listening(port=0, login=("me", "s3cret"))) as found:
+        context = chromium.new_context()
+        page = context.new_page()
+        page.goto(found)
+        page.get_by_label("password").wait_for()
+        assert page.locator("#question").count() == 0
+        for password, there in (("wrong", 0), ("s3cret", 1)):
+            page.get_by_label("username").fill("me")
+            page.get_by_label("password").fill(password)
+            page.get_by_role("button", name="Login").click()
+            (page.locator("#question textarea") if there else page.get_by_text("Incorrect Credentials")).wait_for()
+        context.close()
+
+
+def test_an_endpoint_has_no_map_and_the_page_says_so(chromium: Any) -> None:
+    with (
+        FakeEndpoint(say=lambda text: f"So: {text}", models=("host", "host+anger")) as server,
+        app_running(EndpointTalker(server.url), Listening(port=0)) as found,
+    ):
+        opened = Opened(chromium, found)
+        assert "there is no map here" in str(opened.page.text_content("#map"))
+        opened.strength(0, 0.7)
+        opened.ask("Why?")
+        opened.page.get_by_text("So: Why?").nth(1).wait_for()
+        assert sorted(seen.body["model"] for seen in server.seen) == ["host", "host+anger@0.7"]
+        opened.close()

@@ -148,6 +148,7 @@ let waiting = Promise.resolve();
 /** A picture, or a message that says why there is none. */
 window.take = (picture) => {
   waiting = waiting.then(async () => {
+    document.documentElement.dataset.done = "false";
     const there = Boolean(picture && picture.runs && picture.runs.length);
     if (picture && !there && picture.message) {
       document.querySelector("[data-waiting]").textContent = picture.message;
