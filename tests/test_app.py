@@ -181,6 +181,7 @@ def test_conversations_are_apart_and_closed_pages_stop(talker: RuntimeTalker) ->
     found.end("one")
     one.exchange.wait()
     assert one.exchange.stopped
+    assert one.ended
     with pytest.raises(UsageError, match="gone"):
         found.live(live.id)
     assert found.of("one") is not one
@@ -340,6 +341,13 @@ def test_a_taken_port_and_an_explanation_of_another_host_are_refused(talker: Run
     other = read_explanation(written_explanation(tmp_path / "why", planted_explanation(3)))
     with pytest.raises(UsageError, match="explains index 3"), app_running(talker, Listening(port=0), [other]):
         pass
+
+
+def test_the_python_of_the_docs_runs(irms: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "app.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(block.replace('"runs/anger-42"', repr(str(irms["anger"]))), "app.md", "exec"), {})
+    assert "('token', 'layer', 'neuron')" in capsys.readouterr().out
 
 
 # --- in the browser -------------------------------------------------------------------------------------------------------

@@ -123,12 +123,15 @@ class Page:
         drawn = 0.0
         try:
             for _ in exchange.follow():
+                if conversation.ended:
+                    return
                 due = not exchange.running or time.monotonic() >= drawn + _PICTURE_EVERY
                 picture = self._picture(exchange) if due else gr.skip()
                 drawn = time.monotonic() if due else drawn
                 yield [*map(conversation.shown, SIDES), gr.skip(), picture]
         finally:
-            exchange.stop()
+            if exchange.running:
+                exchange.stop()
             conversation.settle()
 
     def _asked(self, text: str, history: Mapping[str, Sequence[Message]], *given: Any) -> Asked:
@@ -251,7 +254,9 @@ def build_page(page: Page) -> gr.Blocks:
                     anew = gr.Button("New conversation", size="sm", min_width=140, elem_id="anew")
                 gr.Examples([[prompt] for prompt in PAPER_PROMPTS], [box], label="The paper's seven prompts", api_name=False)
             with gr.Column(scale=2, min_width=260):
-                gr.Markdown("**Strength**: 0 is off, below 0 the other way. IRMs are summed.", elem_classes="about")
+                gr.Markdown(
+                    "**Strength**: 0 is off, 1 as trained, below 0 the other way. IRMs are summed.", elem_classes="about"
+                )
                 strengths = [_slider(name, own, at == 0) for at, (name, own) in enumerate(talker.strengths.items())]
                 with gr.Accordion("Sampling", open=False):
                     temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: greedy, always the same reply")
@@ -322,9 +327,8 @@ def _replies(label: str) -> gr.Chatbot:
 def _slider(name: str, own: float, first: bool) -> gr.Slider:
     """An IRM's strength; the first one acts, as with `realigner.load`."""
     span = max(_SPAN, math.ceil(abs(own) * 3) / 2)
-    return gr.Slider(
-        -span, span, own if first else 0, step=0.05, label=f"{name} (best used at {own:g})", elem_classes="strength"
-    )
+    label = name if own == 1 else f"{name} (best at {own:g})"
+    return gr.Slider(-span, span, own if first else 0, step=0.05, label=label, elem_classes="strength")
 
 
 def _downloads(button: gr.Button, make: Callable[..., str]) -> None:

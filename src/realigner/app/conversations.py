@@ -20,6 +20,7 @@ class Conversation:
 
     messages: dict[str, list[Message]] = field(default_factory=lambda: {side: [] for side in SIDES})
     exchange: Exchange | None = None
+    ended: bool = False  # forgotten: its page was closed, or began a new one
 
     def settle(self) -> None:
         """Put the newest exchange, which is over, into the conversation."""
@@ -58,7 +59,10 @@ class Conversations:
 
     def _ended(self, name: str) -> None:
         gone = self._found.pop(name, None)
-        if gone is not None and gone.exchange is not None:
+        if gone is None:
+            return
+        gone.ended = True
+        if gone.exchange is not None:
             gone.exchange.stop()
 
     def stop(self) -> None:
