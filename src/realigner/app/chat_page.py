@@ -65,7 +65,9 @@ _CSS = """
 .about { font-size: .86rem; opacity: .85; }
 .title h1 { margin: 0; }
 .top { align-items: start; flex-wrap: nowrap; }
+#map, #map .html-container { padding: 0 !important; }
 footer { display: none !important; }
+@media (max-width: 640px) { .gradio-container main { padding: 12px !important; } }
 """
 
 
@@ -243,7 +245,7 @@ def build_page(page: Page) -> gr.Blocks:
                         max_length=talker.limits.prompt,
                         max_lines=6,
                         scale=6,
-                        min_width=200,
+                        min_width=300,
                         autofocus=True,
                         elem_id="question",
                     )
@@ -438,6 +440,12 @@ def _theme() -> gr.themes.Base:
     return theme.set(
         body_background_fill="#f6f6f4",
         body_background_fill_dark="#14181f",
+        background_fill_primary_dark="#1a2029",
+        background_fill_secondary_dark="#14181f",
+        block_background_fill_dark="#1a2029",
+        input_background_fill_dark="#14181f",
+        border_color_primary_dark="#323a46",
+        block_border_color_dark="#323a46",
         button_primary_background_fill="#a8382a",
         button_primary_background_fill_hover="#8f2e22",
         button_primary_background_fill_dark="#a8382a",

@@ -142,6 +142,7 @@ const root = document.querySelector("[data-explorer]");
 const book = new LiveBook(JSON.parse(document.querySelector("[data-shape]").textContent));
 const explorer = new LiveExplorer(root, book);
 book.arrived = () => explorer.redraw();
+document.querySelector("[data-filled]").append(document.getElementById("keys")); // below what is said of an index
 root.explorer = explorer; // for whoever looks from outside
 let waiting = Promise.resolve();
 
