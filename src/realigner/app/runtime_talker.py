@@ -77,8 +77,9 @@ class RuntimeTalker:
         return Exchange(asked, {"base": self._base(asked), "realigned": self._realigned(asked, live)}, live)
 
     def _prompt(self, asked: Asked, side: str) -> Prompt:
-        """A conversation; on a host without a chat template, the question alone."""
-        return asked.conversation(side) if self.has_turns else asked.text
+        """A conversation; the question, where nothing was said before, or the host has no chat template."""
+        conversation = asked.conversation(side)
+        return conversation if self.has_turns and len(conversation) > 1 else asked.text
 
     def _check_length(self, asked: Asked, side: str) -> None:
         chat_format = format_of(self.runtime.model, self.runtime.tokenizer, None, tuple(asked.acting) or None)
