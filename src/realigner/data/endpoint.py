@@ -16,6 +16,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -185,7 +186,8 @@ class Endpoint:
                 return [model.id async for model in client.models.list()]
 
         try:
-            return asyncio.run(ask())
+            with ThreadPoolExecutor(1) as pool:  # a notebook's own thread has an event loop already
+                return pool.submit(asyncio.run, ask()).result()
         except openai.OpenAIError as error:
             raise self._refused(error) from None
 
