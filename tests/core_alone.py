@@ -30,6 +30,7 @@ COMMANDS = {
     "sweep": ("sweep", "paper", "--out", "runs", "--on", "here"),
     "study": ("analyze", "a.zarr"),
     "serve": ("serve", "smollm2-135m-instruct"),
+    "app": ("app", "--irm", "anger"),
     "data": ("data", "build", "--squad", "squad.json", "--tone", "anger"),
 }
 

@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +79,7 @@ class FakeEndpoint:
         headers: sent along with 429 and 500, such as ``{"retry-after": "1"}``.
         echo: put the Authorization header into the message of every error.
         say: from the last message of a request to the text of a good answer.
+        models: what it lists.
     """
 
     plan: Plan = GOOD
@@ -87,6 +88,7 @@ class FakeEndpoint:
     headers: Mapping[str, str] = field(default_factory=dict)
     echo: bool = False
     say: Callable[[str], str] = by_rote
+    models: Sequence[str] = ()
     seen: list[Seen] = field(default_factory=list)
     now: int = 0
     most: int = 0
@@ -136,6 +138,12 @@ class FakeEndpoint:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         start, *lines = head.strip().split("\r\n")
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        if start.startswith("GET"):
+            listed = json.dumps({"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}).encode()
+            writer.write(f"HTTP/1.1 200 X\r\ncontent-type: application/json\r\ncontent-length: {len(listed)}\r\n\r\n".encode())
+            writer.write(listed)
+            await writer.drain()
+            return True
         body = json.loads(await reader.readexactly(int(headers["content-length"])))
         seen = self._note(start.split()[1], headers, body)
         self.now += 1
@@ -176,7 +184,8 @@ class FakeEndpoint:
         status = int(behaviour) if behaviour.isdigit() else 200
         extra = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items()) if status in (429, 500) else ""
         length = len(body) + (100 if behaviour == "cut" else 0)
-        head = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\n{extra}content-length: {length}\r\n\r\n"
+        kind = "text/event-stream" if seen.body.get("stream") and status == 200 else "application/json"
+        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\n{extra}content-length: {length}\r\n\r\n"
         if behaviour == "trickle":
             await _trickle(writer, head.encode(), body)
         self.now -= 1
@@ -192,6 +201,8 @@ class FakeEndpoint:
             return b'{"object": "chat.completion", "choices": []}'
         text: str | None = self.say(seen.body["messages"][-1]["content"])
         text = {"null": None, "empty": ""}.get(seen.behaviour, text)
+        if seen.body.get("stream"):
+            return _streamed(text or "")
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text},
@@ -201,6 +212,14 @@ class FakeEndpoint:
         if "mute" not in seen.question:  # some servers count no tokens
             completion["usage"] = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
         return json.dumps(completion).encode()
+
+
+def _streamed(text: str) -> bytes:
+    """A text as server-sent events, seven characters each."""
+    parts = [{"index": 0, "delta": {"content": text[at : at + 7]}} for at in range(0, len(text), 7)]
+    common = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "fake"}
+    events = [json.dumps({**common, "choices": [part]}) for part in parts]
+    return "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"]).encode()
 
 
 async def _trickle(writer: asyncio.StreamWriter, head: bytes, body: bytes) -> None:

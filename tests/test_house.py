@@ -19,7 +19,7 @@ FLOORS = [
     "sites", "settings", "adapter_files", "gguf_cache", "irm_sources", "hosts", "probe", "locate", "residuals", "fingerprints",
     "injection", "adapters", "batching", "irm_config", "tuner", "thinking_budget", "generation", "runtime", "chat",
     "checkpoint_fingerprint", "serving", "oracle", "tiny", "census", "validation_message", "data", "training", "sweep",
-    "traces", "analysis", "explain", "evaluation", "report", "demo", "cli",
+    "traces", "analysis", "explain", "evaluation", "report", "app", "demo", "cli",
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ FOLDERS = {
     **dict.fromkeys(("traces", "analysis", "explain", "report", "demo"), "study"),
     "evaluation": "evaluate",
     "serving": "serve",
+    "app": "app",
 }
 
 

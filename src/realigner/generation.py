@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
+from transformers import (
+    LogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from realigner.chat_format import ChatFormat, check_template_kwargs
@@ -59,6 +65,7 @@ def answer(
     thinking_budget: int = 512,
     first: int = 0,
     penalize_prompt: bool = True,
+    top_p: float = 1.0,
 ) -> list[Answer]:
     """The replies to `prompts`, in order, as text.
 
@@ -85,6 +92,7 @@ def answer(
         first: number of the first prompt, for whoever asks some of a list of prompts and samples as all of it would be.
         penalize_prompt: whether `repetition_penalty` counts the prompt's tokens too, as transformers and vLLM do, or the
             reply's alone.
+        top_p: of sampling: only the likeliest tokens that together have this probability are sampled from; 1 for all.
 
     Raises:
         UsageError: for an empty prompt, a bad number, or settings of another number than there are prompts.
@@ -98,7 +106,7 @@ def answer(
         raise UsageError("prompts: give a list of prompts, not one string")
     _check_number("batch_size", batch_size, batch_size >= 1)
     names = [irms] * len(prompts) if isinstance(irms, (str, tuple)) else irms
-    sampling = Sampling(max_new_tokens, thinking_budget, temperature, repetition_penalty, seed)
+    sampling = Sampling(max_new_tokens, thinking_budget, temperature, repetition_penalty, seed, top_p)
     chat_format = format_of(model, tokenizer, chat_template_kwargs, irms)
     ends = ends_of(model, chat_format)
     replies: list[Answer] = []
@@ -142,6 +150,8 @@ def stream(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     thinking_budget: int = 512,
     thoughts: bool = False,
+    top_p: float = 1.0,
+    stop: threading.Event | None = None,
 ) -> Generator[str]:
     """The reply to one prompt, piece by piece as it is made; the pieces together are what `answer` gives.
 
@@ -149,6 +159,7 @@ def stream(
 
     Args:
         thoughts: give the pieces of the thought, too, on hosts that think; they are `Thought`.
+        stop: once it is set, which any thread may do, the reply ends with the next token.
 
     Raises:
         UsageError: as `answer` does; what goes wrong later is raised where the pieces are read.
@@ -157,7 +168,7 @@ def stream(
         >>> for piece in stream(model, tokenizer, "Why is the sky blue?"):  # doctest: +SKIP
         ...     print(piece, end="", flush=True)
     """
-    sampling = Sampling(max_new_tokens, thinking_budget, temperature, repetition_penalty, seed)
+    sampling = Sampling(max_new_tokens, thinking_budget, temperature, repetition_penalty, seed, top_p)
     chat_format = format_of(model, tokenizer, chat_template_kwargs, irms)
     rows = chat_format.prompts([prompt], system)
     inputs = padded(rows, tokenizer, _device(model))
@@ -166,7 +177,7 @@ def stream(
     opened = [chat_format.opens_thought(rows[0])]
     options = sampling.options(model, chat_format, opened, 0)
     pieces = Pieces(chat_format, opened[0], thoughts)
-    options["stopping_criteria"].append(_Stopped(pieces))
+    options["stopping_criteria"].append(_Stopped(lambda: pieces.stopped or (stop is not None and stop.is_set())))
 
     def generate() -> None:
         try:
@@ -276,13 +287,13 @@ class Pieces(BaseStreamer):  # type: ignore[misc]
 
 
 class _Stopped(StoppingCriteria):  # type: ignore[misc]
-    """Ends a generation that nobody reads any more."""
+    """Ends a generation that nobody reads any more, or that is to stop."""
 
-    def __init__(self, pieces: Pieces) -> None:
-        self._pieces = pieces
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self._stopped = stopped
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self._pieces.stopped, device=input_ids.device)
+        return torch.full((len(input_ids),), self._stopped(), device=input_ids.device)
 
 
 class SeededSampling(LogitsProcessor):  # type: ignore[misc]
@@ -350,12 +361,14 @@ class Sampling:
     temperature: float
     repetition_penalty: float
     seed: int
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         _check_number("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1)
         _check_number("thinking_budget", self.thinking_budget, self.thinking_budget >= 0)
         _check_number("temperature", self.temperature, 0 <= self.temperature < 100)
         _check_number("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < 100)
+        _check_number("top_p", self.top_p, 0 < self.top_p <= 1)
 
     def options(
         self, model: nn.Module, chat_format: ChatFormat, opened: Sequence[bool], first_row: int, uncounted: int = 0
@@ -376,7 +389,10 @@ class Sampling:
             chat_format.tokenizer.pad_token_id is not None
         ):  # some hosts name a token of text, which would be read as the reply's
             options["pad_token_id"] = chat_format.tokenizer.pad_token_id
-        if self.temperature > 0:
+        if self.temperature > 0 and self.top_p < 1:
+            nucleus = [TemperatureLogitsWarper(float(self.temperature)), TopPLogitsWarper(float(self.top_p))]
+            options["logits_processor"] += [*nucleus, SeededSampling(1.0, self.seed, first_row)]
+        elif self.temperature > 0:
             options["logits_processor"].append(SeededSampling(self.temperature, self.seed, first_row))
         if chat_format.tags is not None:
             budget = ThinkingBudget(chat_format, opened, self.thinking_budget, self.max_new_tokens)

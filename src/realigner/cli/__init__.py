@@ -18,7 +18,15 @@ import typer
 from typer.exceptions import TyperException
 
 import realigner
-from realigner.cli import data_commands, host_commands, irm_commands, serve_commands, study_commands, sweep_commands
+from realigner.cli import (
+    app_command,
+    data_commands,
+    host_commands,
+    irm_commands,
+    serve_commands,
+    study_commands,
+    sweep_commands,
+)
 from realigner.console import say, show, sigterm_interrupts
 from realigner.errors import RealignerError, UsageError
 
@@ -39,6 +47,7 @@ for command in (  # in the order of --help
     sweep_commands.sweep,
     irm_commands.generate,
     serve_commands.serve,
+    app_command.app,
     study_commands.evaluate,
     study_commands.trace,
     study_commands.analyze,

@@ -16,9 +16,10 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
@@ -48,6 +49,7 @@ _OPTIONAL = ("requests_per_minute", "price_in", "price_out")
 _PLACEHOLDERS = ("none", "empty", "null", "x", "no", "no-key", "not-needed", "unused", "dummy", "ollama", "lm-studio", "local")
 _PART_OF_WORDS = 6
 _UNREAD = 64  # replies that may wait for a slow consumer before the workers wait too
+_GLANCE = 0.1  # seconds after which a reader looks whether it is to stop
 _GRACE = 1.5  # seconds for the thread to end: it does at once, unless a name is being looked up, which cannot be cancelled
 
 
@@ -148,6 +150,61 @@ class Endpoint:
         if run.failure is not None:
             raise run.failure
 
+    def stream(self, messages: Sequence[Mapping[str, str]], stop: threading.Event | None = None) -> Generator[str, None, None]:
+        """The reply to one conversation, piece by piece as it comes.
+
+        Closing the iterator ends the request at once, and so does, within a moment, `stop` once it is set.
+
+        Raises:
+            RealignerError: when the endpoint refuses the key, the model or the request, or no longer answers.
+        """
+        reading = _Stream(self, messages)
+        try:
+            while stop is None or not stop.is_set():
+                try:
+                    piece = reading.pieces.get(timeout=None if stop is None else _GLANCE)
+                except Empty:
+                    continue
+                if piece is None:
+                    break
+                yield piece
+        finally:
+            reading.end()
+        if reading.failure is not None:
+            raise reading.failure
+
+    def models(self) -> list[str]:
+        """The names of the models that the endpoint lists.
+
+        Raises:
+            RealignerError: when it refuses the key, or does not answer.
+        """
+        import openai
+
+        async def ask() -> list[str]:
+            async with self._client() as client:
+                return [model.id async for model in client.models.list()]
+
+        try:
+            with ThreadPoolExecutor(1) as pool:  # a notebook's own thread has an event loop already
+                return pool.submit(asyncio.run, ask()).result()
+        except openai.OpenAIError as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: openai.OpenAIError) -> RealignerError:
+        """One line for what the client raised, without keys."""
+        import openai
+
+        if isinstance(error, openai.APIConnectionError):
+            what = _first_line(self._tidy(str(error.__cause__ or error))).partition(" (")[0] or "connection lost"
+            return RealignerError(f"{self.endpoint}: {what} after {_tries(error)}; is the server running?")
+        if not isinstance(error, openai.APIStatusError):
+            return RealignerError(f"{self.endpoint}: {_first_line(self._tidy(str(error)))}")
+        if error.status_code == 401:  # what the endpoint said may hold a part of the key
+            return RealignerError(f"{self.endpoint}: the endpoint refused the key (HTTP 401); set {self.key_env}")
+        said = _first_line(self._tidy(error.message.removeprefix(f"Error code: {error.status_code}").removeprefix(" - ")))
+        return RealignerError(f"{self.endpoint}: HTTP {error.status_code}{said and f': {said}'}")
+
     def _client(self) -> openai.AsyncOpenAI:
         """The official client, set up for this endpoint; it belongs to the event loop in which it is first used."""
         import openai
@@ -169,7 +226,8 @@ class Endpoint:
                         response = await super().send(request, **options)
                 except TimeoutError:
                     raise errors.ReadTimeout(f"no answer in {endpoint.timeout:g} s", request=request) from None
-                if response.is_success and (flaw := _flaw(response)):
+                whole = request.method == "POST" and not options.get("stream")
+                if whole and response.is_success and (flaw := _flaw(response)):
                     raise errors.RemoteProtocolError(flaw, request=request)
                 return response
 
@@ -321,6 +379,66 @@ class _Run:
 
     def _stop(self, why: str) -> NoReturn:
         raise RealignerError(f"{self.endpoint.endpoint}: {why}") from None  # the client's own error quotes the whole reply
+
+
+class _Stream:
+    """One reply under way: an event loop in a thread, which puts the pieces into a queue."""
+
+    def __init__(self, endpoint: Endpoint, messages: Sequence[Mapping[str, str]]) -> None:
+        self.endpoint, self.messages = endpoint, messages
+        self.pieces: SimpleQueue[str | None] = SimpleQueue()
+        self.failure: RealignerError | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._main, name="realigner-endpoint", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Cancels the request if it is under way."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(self._loop)])
+        self._thread.join(_GRACE)
+
+    def _main(self) -> None:
+        import openai
+
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._read())
+        except openai.OpenAIError as error:
+            self.failure = self.endpoint._refused(error)
+        except RealignerError as error:
+            self.failure = error
+        except asyncio.CancelledError:
+            pass
+        except Exception as error:  # what an HTTP client raises in mid-stream
+            what = _first_line(self.endpoint._tidy(f"{type(error).__name__}: {error}"))
+            self.failure = RealignerError(f"{self.endpoint.endpoint}: the reply broke off ({what})")
+        self.pieces.put(None)
+
+    async def _read(self) -> None:
+        own = self.endpoint
+        async with own._client() as client:
+            reply = await client.chat.completions.create(
+                model=own.model,
+                messages=cast(Any, list(self.messages)),
+                seed=own.seed,
+                temperature=own.temperature,
+                top_p=own.top_p,
+                max_tokens=own.max_tokens,
+                extra_body=None if own.extra is None else dict(own.extra),
+                stream=True,
+            )
+            parts = aiter(reply)
+            while True:
+                try:
+                    async with asyncio.timeout(own.timeout):
+                        part = await anext(parts, None)
+                except TimeoutError:
+                    raise RealignerError(f"{own.endpoint}: nothing came for {own.timeout:g} s in mid-reply") from None
+                if part is None:
+                    return
+                if part.choices and (piece := part.choices[0].delta.content):
+                    self.pieces.put(piece)
 
 
 def _flaw(response: Any) -> str:

@@ -23,8 +23,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -341,10 +339,8 @@ class Engine:
         for_thought = asked.thinking_budget + _CLOSING if chat_format.tags is not None else 0
         tokens = asked.max_tokens or max(1, min(self.limits.tokens, left - for_thought))
         opened = chat_format.opens_thought(prompt)
-        nucleus = asked.temperature > 0 and asked.top_p < 1
-        temperature = 1.0 if nucleus else asked.temperature
         seed = secrets.randbits(48) if asked.seed is None else asked.seed
-        sampling = Sampling(tokens, asked.thinking_budget, temperature, asked.repetition_penalty, seed)
+        sampling = Sampling(tokens, asked.thinking_budget, asked.temperature, asked.repetition_penalty, seed, asked.top_p)
         options = sampling.options(self._host, chat_format, [opened], 0)
         if options["max_new_tokens"] > left:
             more = "" if options["max_new_tokens"] == tokens else f" (with the thought, {options['max_new_tokens']:,})"
@@ -353,8 +349,6 @@ class Engine:
         processors: list[Any] = []
         if asked.repetition_penalty != 1:
             processors.append(RepetitionPenaltyLogitsProcessor(asked.repetition_penalty))
-        if nucleus:
-            processors += [TemperatureLogitsWarper(asked.temperature), TopPLogitsWarper(asked.top_p)]
         enough = None
         if options["stopping_criteria"]:  # of a host that thinks; another one than the batch's thread asks
             (enough,) = sampling.options(self._host, chat_format, [opened], 0)["stopping_criteria"]

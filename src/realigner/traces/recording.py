@@ -6,7 +6,8 @@ model's outputs. The texts of a batch are added to the trace, or written to its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -33,6 +34,8 @@ from realigner.tuner import IRMModel, tuner_of
 Keep = Literal["summary", "raw", "replay"]
 NO_TOKEN = -1  # the id of what was given as an embedding
 KEEPS = ("summary", "raw", "replay")
+Watch = Callable[[str, Mapping[str, np.ndarray], torch.Tensor], None]
+_opening = threading.Lock()  # recordings of one host may begin and end in several threads at once
 
 
 def adapter_hash(network: IRM) -> str:
@@ -56,6 +59,7 @@ def record(
     questions: Sequence[Prompt] = (),
     top: int = TOP,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[xr.Dataset]:
     """Record the deltas of the active IRMs within a block; the dataset is filled when the block ends.
 
@@ -75,6 +79,9 @@ def record(
             makes of them the very tokens that were read, those and the reply's (``turn``, ``role``: see `traces.layout`).
         top: how many of the largest values of each text to keep.
         chat_template_kwargs: variables of the chat template that the prompts were made with, over those of the IRM.
+        watch: called after each forward, in the thread that makes it, for each IRM: its name, the labels of the new tokens
+            (``position``, ``is_generated``, ``token_id``, each ``[token]``) and what it added to them, float32
+            ``[token, layer, neuron]``.
 
     Yields:
         A dataset as `traces.layout` describes it; strength is included in its numbers. Empty until the block ends.
@@ -99,22 +106,24 @@ def record(
     if tokenizer is None and isinstance(info, HostInfo):
         tokenizer = info.tokenizer
     check_template_kwargs(chat_template_kwargs)
-    recorder = _Recorder(tuner, tokenizer, chat_template_kwargs, keep, to, labels or {}, questions, top)
+    recorder = _Recorder(tuner, tokenizer, chat_template_kwargs, keep, to, labels or {}, questions, top, watch)
     trace = xr.Dataset()
     host = tuner.model
-    handle = host.register_forward_pre_hook(recorder.begin, with_kwargs=True)
-    watched = vars(host).get("generate")
-    if not isinstance(watched, _WatchedGenerate):
-        watched = host.generate = _WatchedGenerate(host)
-    watched.recorders.append(recorder)
+    with _opening:
+        handle = host.register_forward_pre_hook(recorder.begin, with_kwargs=True)
+        watched = vars(host).get("generate")
+        if not isinstance(watched, _WatchedGenerate):
+            watched = host.generate = _WatchedGenerate(host)
+        watched.recorders.append(recorder)
     observers = (*tuner.settings.observers, recorder.observe)
     try:
         with tuner.injector.threads.using(replace(tuner.settings, observers=observers), may_overlap=True):
             yield trace
     finally:
         recorder.closed = True
-        handle.remove()
-        watched.remove(recorder)
+        with _opening:
+            handle.remove()
+            watched.remove(recorder)
     recorder.finish()
     if recorder.texts:
         whole = join(recorder.texts, tuner.fingerprint.name, list(recorder.labels.values()))
@@ -133,7 +142,7 @@ class _WatchedGenerate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         generate = self.generate
-        for recorder in self.recorders:
+        for recorder in tuple(self.recorders):
             generate = recorder.around(generate, self.host.generation_config)
         return generate(*args, **kwargs)
 
@@ -178,6 +187,7 @@ class _Recorder:
     given: Mapping[str, RunLabel]
     questions: Sequence[Prompt]
     top: int
+    watch: Watch | None = None
     labels: dict[str, RunLabel] = field(default_factory=dict)  # of the adapters seen
     texts: list[xr.Dataset] = field(default_factory=list)
     chats: dict[str, ChatFormat] = field(default_factory=dict)  # of the adapters seen
@@ -233,8 +243,8 @@ class _Recorder:
 
         return watched
 
-    def begin(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not self.follows():
+    def begin(self, _: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None or not self.follows():  # torch forgets that a hook takes kwargs while another thread removes it
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None and isinstance(embedded := kwargs.get("inputs_embeds"), torch.Tensor):
@@ -277,9 +287,10 @@ class _Recorder:
             raise RealignerError("record: the decoder was called directly; call the model or its generate")
         if self.keep == "replay" and self.tuner.settings.where != "all":
             raise UsageError("record: deltas of a part of the text (where=) cannot be computed again; record with keep='raw'")
-        if active.strength.dim():
+        strengths = set(active.strength.flatten().tolist())
+        if len(strengths) > 1:
             raise UsageError(f"record: the strength of {name!r} differs from row to row; record each setting separately")
-        strength = float(active.strength)
+        (strength,) = strengths
         label = self.labels.get(name)
         if label is None:
             label = self.given.get(name, RunLabel(name))
@@ -299,6 +310,8 @@ class _Recorder:
             seen.deltas.append(chosen.cpu())
         elif self.keep == "replay":
             seen.h0.append(h0.detach()[at].float().cpu())
+        if self.watch is not None:
+            self.watch(name, step.tokens, chosen)
 
     def finish(self, replies: torch.Tensor | None = None) -> None:
         """Store the texts of the current batch; `replies` are their generated tokens ``[row, token]``."""
