@@ -90,7 +90,7 @@ census: $(READY)
 
 docs: $(READY)
 	@$(BIN)/python -m typer realigner.cli utils docs --name realigner --title "Command line" --output docs/reference/cli.md > /dev/null
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html   (or, while writing: $(BIN)/mkdocs serve)"
 
 notebooks: $(READY)

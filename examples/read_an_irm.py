@@ -15,8 +15,8 @@ import realigner as ra
 from realigner.data import PAPER_PROMPTS
 from realigner.traces.collect import trace_for_report
 
-# 120 steps are about two minutes on two cores. The tests run this file with REALIGNER_EXAMPLE_STEPS=2.
-STEPS = int(os.environ.get("REALIGNER_EXAMPLE_STEPS", "120"))
+# 60 steps are about a minute on two cores. The tests run this file with REALIGNER_EXAMPLE_STEPS=2.
+STEPS = int(os.environ.get("REALIGNER_EXAMPLE_STEPS", "60"))
 
 host, tokenizer = ra.load_host("smollm2-135m-instruct")
 run = ra.train(host, tokenizer, ra.authored("anger"), "runs/example-anger", steps=STEPS, samples=0, force=True, quiet=True)

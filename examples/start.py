@@ -13,8 +13,8 @@ from peft import get_peft_model
 
 import realigner as ra
 
-# 120 steps are about two minutes on two cores. The tests run this file with REALIGNER_EXAMPLE_STEPS=2.
-STEPS = int(os.environ.get("REALIGNER_EXAMPLE_STEPS", "120"))
+# 90 steps are about two minutes on two cores. The tests run this file with REALIGNER_EXAMPLE_STEPS=2.
+STEPS = int(os.environ.get("REALIGNER_EXAMPLE_STEPS", "90"))
 
 host, tokenizer = ra.load_host("smollm2-135m-instruct")  # or a hub id, a folder, a .gguf file
 questions = ["How many apples can fit in a basket?", "Why is the sky blue?"]
