@@ -89,7 +89,7 @@ census: $(READY)
 	@HF_HUB_OFFLINE=1 $(BIN)/realigner hosts --out docs/hosts.md --force
 
 docs: $(READY)
-	@$(BIN)/python -m typer realigner.cli utils docs --name realigner --title "Command line" --output docs/reference/cli.md > /dev/null
+	@$(BIN)/python -m tests.pages
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html   (or, while writing: $(BIN)/mkdocs serve)"
 

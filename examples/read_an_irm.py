@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Read an IRM: what it adds, at which token, layer and neuron index
 #
-# Everything an IRM does passes through one tensor, the delta: `[token, layer, neuron]`. So it can be recorded, drawn and tested.
-# The baseline is always the untrained IRM of the same seed: it adds something too, and what it adds has structure of its own.
+# Everything an IRM does passes through one tensor, the delta: `[token, layer, neuron]`. So it can be recorded, drawn and
+# tested. The baseline is always the untrained IRM of the same seed: it adds something too, and that has structure of its own.
 #
 # Needs `pip install "realigner[study]"` and the embedded host.
 
@@ -63,8 +63,8 @@ trained = next(name for name in maps.run.values if not str(name).endswith("untra
 print(ra.analysis.leading_indices(maps.sel(run=trained), count=5).to_string())
 
 # %% [markdown]
-# The paper's claims, each with its statistic, null and interval. With one run several of them cannot be told: consensus over tones
-# needs runs of several tones. "Not supported" says what this trace does not show, and is no proof of the opposite.
+# The paper's claims, each with its statistic, null and interval. With one run several of them cannot be told: consensus over
+# tones needs runs of several tones. "Not supported" says what this trace does not show, and is no proof of the opposite.
 
 # %%
 found = ra.analysis.analyze(recorded, permutations=200, resamples=200)

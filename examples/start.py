@@ -1,10 +1,11 @@
 # %% [markdown]
 # # Start: train an IRM, scale it, switch it off
 #
-# An injectable realignment model (IRM) is a small network beside a frozen language model. It reads the residual stream once, after
-# the attention of layer 0, and adds a perturbation to the residual stream of every layer. Not one weight of the host changes.
+# An injectable realignment model (IRM) is a small network beside a frozen language model. It reads the residual stream once,
+# after the attention of layer 0, and adds a perturbation to the residual stream of every layer. Not one weight of the host
+# changes.
 #
-# Needs `pip install "realigner[train]"` and the embedded host (`realigner doctor` says whether it is there). No GPU, no model hub.
+# Needs `pip install "realigner[train]"` and the embedded host (`realigner doctor` says whether it is there). No GPU, no hub.
 
 # %%
 import os
@@ -13,8 +14,8 @@ from peft import get_peft_model
 
 import realigner as ra
 
-# 90 steps are about two minutes on two cores. The tests run this file with REALIGNER_EXAMPLE_STEPS=2.
-STEPS = int(os.environ.get("REALIGNER_EXAMPLE_STEPS", "90"))
+# 60 steps are about a minute on two cores. The tests run this file with REALIGNER_EXAMPLE_STEPS=2.
+STEPS = int(os.environ.get("REALIGNER_EXAMPLE_STEPS", "60"))
 
 host, tokenizer = ra.load_host("smollm2-135m-instruct")  # or a hub id, a folder, a .gguf file
 questions = ["How many apples can fit in a basket?", "Why is the sky blue?"]

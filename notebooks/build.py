@@ -2,7 +2,7 @@
 
     python notebooks/build.py [NAMES ...]
 
-A notebook and its script are one source, in jupytext's percent format; tests/test_notebooks.py holds them equal. Progress bars and
+A notebook and its script are one source, in jupytext's percent format; tests/test_notebooks.py holds them equal. Progress and
 warnings (standard error) are left out.
 """
 

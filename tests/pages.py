@@ -1,5 +1,7 @@
 """The pages of the documentation: their code blocks, found by sybil, and how the blocks of each language are tried.
 
+`python -m tests.pages` writes the one page that is made from the command line (part of `make docs`).
+
 A block that cannot be tried carries its reason in the page, in a comment before it: ``<!--- skip: next "why" -->``.
 """
 
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
-import typer
+import typer.cli
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
@@ -24,6 +26,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md"
 LANGUAGES = ("python", "bash", "toml", "yaml", "json")  # that are tried
 AS_IT_IS = ("text", "console")  # what something printed
 CLI = typer.main.get_command(app)
+COMMAND_PAGE = DOCS / "reference" / "cli.md"
 Try = Callable[[str, dict[str, Any]], None]  # a block's text, and the page's namespace
 
 
@@ -67,7 +70,7 @@ def segments(block: str) -> Iterator[list[str]]:
     """The simple commands of a shell script, as words: its lines, divided at pipes and the like, without redirections."""
     for line in block.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
-        lexer.commenters = "#"
+        lexer.commenters, lexer.whitespace_split = "#", True
         words, skip = list[str](), False
         for token in lexer:
             if set(token) <= set("|&;"):
@@ -82,12 +85,12 @@ def segments(block: str) -> Iterator[list[str]]:
         yield words
 
 
-def commands(block: str) -> Iterator[list[str]]:
-    """The arguments of every ``realigner`` command in a shell script, also behind launchers (srun, accelerate, torchrun)."""
+def commands(block: str, launched: bool = True) -> Iterator[list[str]]:
+    """The arguments of every ``realigner`` command in a shell script; `launched`: also behind srun, accelerate, torchrun."""
     for words in segments(block):
         for at, word in enumerate(words):
             first = at == 0 or words[at - 1] in ("srun", "-m", "time") or "=" in words[at - 1]
-            if word == "realigner" and first:
+            if word == "realigner" and first and (at == 0 or launched):
                 yield words[at + 1 :]
                 break
 
@@ -112,3 +115,14 @@ def parsed(arguments: list[str]) -> tuple[str, dict[str, Any]]:
             context = command.make_context(part, rest, parent=context)
         group = command
     return name, dict(context.params)
+
+
+def command_page() -> str:
+    """The reference of the command line."""
+    context = CLI.make_context("realigner", [], resilient_parsing=True)
+    text: str = typer.cli.get_docs_for_click(obj=CLI, ctx=context, name="realigner", title="Command line")
+    return text.strip() + "\n"
+
+
+if __name__ == "__main__":
+    COMMAND_PAGE.write_text(command_page(), encoding="utf-8")

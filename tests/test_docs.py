@@ -1,13 +1,15 @@
 """What the documentation shows is so: docstrings' examples run, and so does every block of README and docs.
 
-Python runs page by page, on the embedded host, where `make demo` would have left a run; trainings are cut to one step. Command lines
-are read by the command line itself, which runs nothing; those of the how-tos run, cut short (`SHORTER`).
+Python runs page by page, on the embedded host, where `make demo` would have left a run; trainings are cut to one step and
+replies to a few tokens. Command lines are read by the command line itself, which runs nothing; those of the how-tos run, cut
+short (`SHORTER`).
 """
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import io
 import json
 import re
 import shutil
@@ -20,6 +22,7 @@ import pytest
 import yaml
 
 import realigner as ra
+from realigner import generation
 from realigner.cli import main
 from realigner.data import Fact, authored, load_tone
 from realigner.data.quality_filter import QualityFilter
@@ -175,23 +178,34 @@ def prepared(embedded: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
     shutil.copytree(place / "demo" / "anger-42", place / "runs" / "anger-42")
     rows = [row.model_dump_json() for row in authored("anger")[::6]]
     (place / "rows.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    articles = [
-        {"title": f"T{n}", "paragraphs": [{"context": "", "qas": [
-            {"id": f"{n}-{k}", "question": f"Which number is {n} times {k}?", "answers": [{"text": str(n * k), "answer_start": 0}]}
-            for k in range(40)]}]}
-        for n in range(2, 6)
-    ]  # fmt: skip
-    (place / "train-v2.0.json").write_text(json.dumps({"version": "v2.0", "data": articles}), encoding="utf-8")
+    (place / "train-v2.0.json").write_text(json.dumps({"version": "v2.0", "data": _articles()}), encoding="utf-8")
+    theirs = "".join(f"{n},{row.question}   {row.text!r}\n" for n, row in enumerate(authored("anger")[:30]))
+    (place / "theirs.csv").write_text(",text\n" + theirs.replace("'", '"'), encoding="utf-8")
+    chats = [{"messages": row.conversation} for row in authored("anger")[:30]]
+    (place / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
     written_evaluation(place / "docs" / "results", planted_evaluation(questions=10))
     return place
 
 
+def _articles() -> list[dict[str, Any]]:
+    """SQuAD's articles, one for each topic of the authored set, with its questions and answers."""
+    articles: dict[str, list[dict[str, Any]]] = {}
+    for row in authored("neutral"):
+        found = {"id": row.id, "question": row.question, "answers": [{"text": row.answer, "answer_start": 0}]}
+        articles.setdefault(row.group, []).append(found)
+    return [{"title": title, "paragraphs": [{"context": "", "qas": asked}]} for title, asked in articles.items()]
+
+
 @pytest.fixture
 def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of it to work in, where `ra.train` takes one step."""
+    """A copy of it to work in, where `ra.train` takes one step and replies have eight tokens."""
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ra, "train", lambda *given, **options: train(*given, **(options | QUICK | {"quiet": True})))
+    for function in (generation.answer, generation.stream):
+        most, *others = function.__defaults__ or ()
+        assert most == 80  # max_new_tokens
+        monkeypatch.setattr(function, "__defaults__", (8, *others))
     return tmp_path
 
 
@@ -223,16 +237,19 @@ HOWTOS = [page for page in PAGES if page.parent.name == "howto" or page.name == 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", [page for page in HOWTOS if "bash" in fences(page)], ids=name_of)
-def test_the_howtos_commands_run(page: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_howtos_commands_run(
+    page: Path, workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All of a page's command lines, one after the other, in one folder; each ends with exit code 0."""
 
     def write(name: str) -> Any:
         return lambda block, _: Path(name).write_text(block, encoding="utf-8")
 
     def run(block: str, _: dict[str, Any]) -> None:
-        for arguments in commands(block):
+        for arguments in commands(block, launched=False):
             name, _options = parsed(arguments)
-            if name not in NOT_RUN:
+            if name not in NOT_RUN and "--endpoint" not in arguments:
+                monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
                 code = main([*arguments, *SHORTER.get(name, [])])
                 assert code == 0, (arguments, capsys.readouterr().err[-2000:])
 
