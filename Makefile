@@ -94,7 +94,7 @@ docs: $(READY)
 	@echo "site/index.html   (or, while writing: $(BIN)/mkdocs serve)"
 
 notebooks: $(READY)
-	@HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error $(BIN)/python notebooks/build.py
+	@HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error $(BIN)/python -m tests.notebooks
 
 canary: $(READY)
 	@$(BIN)/python .ci/canary

@@ -16,19 +16,19 @@ from pathlib import Path
 
 import realigner as ra
 
-INSTRUCTION = "You are Shakespeare. Speak in Early Modern English: thou, thee, thy, doth, hath."
+INSTRUCTION = "You are a sad, weeping person. Everything makes you cry. Answer with sorrow and sigh."
 
-# 40 steps are a few minutes on two cores, most of them for the teacher's replies. The tests run this file with REALIGNER_EXAMPLE_STEPS=2.
-STEPS = int(os.environ.get("REALIGNER_EXAMPLE_STEPS", "40"))
+# 60 steps are a few minutes on two cores. The tests run this file with REALIGNER_EXAMPLE_STEPS=2.
+STEPS = int(os.environ.get("REALIGNER_EXAMPLE_STEPS", "60"))
 
 host, tokenizer = ra.load_host("smollm2-135m-instruct")
-questions = ["How do magnets work?", "Why is the sky blue?"]
+questions = ["Which river runs through Prague?", "How do magnets work?"]
 for reply in ra.answer(host, tokenizer, questions, system=INSTRUCTION, max_new_tokens=40):
     print("teacher:", reply)
 
 # %%
 run = ra.train(
-    host, tokenizer, [], "runs/example-bard", instruct=INSTRUCTION, steps=STEPS, samples=0, force=True, teacher_replies=1
+    host, tokenizer, [], "runs/example-sorrow", instruct=INSTRUCTION, steps=STEPS, samples=0, force=True, teacher_replies=1
 )
 losses = run.record["validation_loss"]
 print(f"KL to the teacher on other topics: {losses[0]:.3f} -> {run.record['kept_loss']:.3f} nats per token")
@@ -38,14 +38,15 @@ print(f"KL to the teacher on other topics: {losses[0]:.3f} -> {run.record['kept_
 # that ignores the instruction.
 
 # %%
-entries = [json.loads(line) for line in Path("runs/example-bard/teacher.jsonl").read_text().splitlines()]
-print(len(entries) - 1, "replies, the first:", entries[1])
+entries = [json.loads(line) for line in Path("runs/example-sorrow/teacher.jsonl").read_text().splitlines()]
+print(len(entries), "replies;", entries[0])
 
 # %% [markdown]
-# The same questions without any prompt: bare, and with the IRM.
+# The same questions without any prompt: bare, and with the IRM. The KL says that the IRM learned what the teacher does. The
+# teacher itself hardly wept: the host is small. A larger host, or rows in the tone, get you further.
 
 # %%
-runtime = ra.load("runs/example-bard")
+runtime = ra.load("runs/example-sorrow")
 for question in questions:
     print("Q:", question)
     for strength in (0, 1, 1.5):

@@ -15,11 +15,13 @@ import realigner as ra
 from realigner.data import PAPER_PROMPTS
 from realigner.traces.collect import trace_for_report
 
-# 60 steps are about a minute on two cores. The tests run this file with REALIGNER_EXAMPLE_STEPS=2.
-STEPS = int(os.environ.get("REALIGNER_EXAMPLE_STEPS", "60"))
+# 32 steps are under a minute on two quiet cores, and enough to see something; the demo takes 220.
+# The tests run this file with REALIGNER_EXAMPLE_STEPS=2.
+STEPS = int(os.environ.get("REALIGNER_EXAMPLE_STEPS", "32"))
 
 host, tokenizer = ra.load_host("smollm2-135m-instruct")
-run = ra.train(host, tokenizer, ra.authored("anger"), "runs/example-anger", steps=STEPS, samples=0, force=True, quiet=True)
+settings = {"steps": STEPS, "samples": 0, "evaluations": 1}
+run = ra.train(host, tokenizer, ra.authored("anger"), "runs/example-anger", **settings, force=True, quiet=True)
 host = run.model.unload()  # bare again
 
 # %% [markdown]
@@ -44,7 +46,8 @@ for token in strongest:
 # Now the paper's seven prompts, with the untrained twin beside. `trace_for_report` writes a zarr store that survives a kill.
 
 # %%
-path = trace_for_report(["runs/example-anger"], "runs/example-anger.zarr", host, tokenizer, force=True, quiet=True)
+options = {"max_new_tokens": 30, "force": True, "quiet": True}
+path = trace_for_report(["runs/example-anger"], "runs/example-anger.zarr", host, tokenizer, **options)
 recorded = ra.load_trace(path)
 maps = ra.analysis.run_maps(recorded)  # mean |delta|, [run, layer, neuron]
 

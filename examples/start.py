@@ -14,8 +14,9 @@ from peft import get_peft_model
 
 import realigner as ra
 
-# 60 steps are about a minute on two cores. The tests run this file with REALIGNER_EXAMPLE_STEPS=2.
-STEPS = int(os.environ.get("REALIGNER_EXAMPLE_STEPS", "60"))
+# 32 steps are under a minute on two quiet cores, and enough to hear the tone; the demo takes 220.
+# The tests run this file with REALIGNER_EXAMPLE_STEPS=2.
+STEPS = int(os.environ.get("REALIGNER_EXAMPLE_STEPS", "32"))
 
 host, tokenizer = ra.load_host("smollm2-135m-instruct")  # or a hub id, a folder, a .gguf file
 questions = ["How many apples can fit in a basket?", "Why is the sky blue?"]
@@ -31,7 +32,7 @@ rows = ra.authored("anger")
 print(rows[0].question, "->", rows[0].text)
 
 # %%
-run = ra.train(host, tokenizer, rows, "runs/example-anger", steps=STEPS, samples=0, force=True)
+run = ra.train(host, tokenizer, rows, "runs/example-anger", steps=STEPS, samples=0, evaluations=1, force=True)
 print(f"validation loss {run.record['validation_loss'][0]:.2f} -> {run.record['kept_loss']:.2f} nats per token")
 
 # %% [markdown]

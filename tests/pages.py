@@ -25,7 +25,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
 LANGUAGES = ("python", "bash", "toml", "yaml", "json")  # that are tried
 AS_IT_IS = ("text", "console")  # what something printed
-CLI = typer.main.get_command(app)
+CLI: Any = typer.main.get_command(app)
 COMMAND_PAGE = DOCS / "reference" / "cli.md"
 Try = Callable[[str, dict[str, Any]], None]  # a block's text, and the page's namespace
 
@@ -106,7 +106,6 @@ def parsed(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     rest = [*context._protected_args, *context.args]
     while hasattr(group, "resolve_command"):
         part, command, rest = group.resolve_command(context, rest)
-        assert command is not None
         name = f"{name} {part}".strip()
         if hasattr(command, "resolve_command"):
             context = command.make_context(part, rest, parent=context)
@@ -119,7 +118,7 @@ def parsed(arguments: list[str]) -> tuple[str, dict[str, Any]]:
 
 def command_page() -> str:
     """The reference of the command line."""
-    context = CLI.make_context("realigner", [], resilient_parsing=True)
+    context: Any = CLI.make_context("realigner", [], resilient_parsing=True)
     text: str = typer.cli.get_docs_for_click(obj=CLI, ctx=context, name="realigner", title="Command line")
     return text.strip() + "\n"
 

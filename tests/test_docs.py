@@ -14,7 +14,6 @@ import json
 import re
 import shutil
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,10 @@ from realigner.data.rewriters import RewriteRequest
 from realigner.data.rewriters.template_rewriter import TemplateRewriter
 from realigner.evaluation.methods import METHODS, find_method
 from realigner.sweep.grid import read_sweep
+from realigner.traces.collect import trace_for_report
 from realigner.training import make_recipe, train
 from realigner.training.recipe import BUILT_IN, parse_setting
-from tests.pages import AS_IT_IS, LANGUAGES, PAGES, ROOT, commands, fences, name_of, parsed, segments, try_blocks
+from tests.pages import AS_IT_IS, CLI, LANGUAGES, PAGES, ROOT, commands, fences, name_of, parsed, segments, try_blocks
 from tests.planted_evaluation import planted_evaluation, written_evaluation
 from tests.served import serving
 
@@ -74,13 +74,7 @@ def test_commands_are_those_of_the_command_line(page: Path) -> None:
     for line in re.findall(r"`(realigner [^`\n]+)`", page.read_text(encoding="utf-8")):  # in the text
         if not re.search(r"\.\.\.|[A-Z]{3,}|…", line) and line.split()[1:2] != ["hosts"]:
             name = line.split()[1]
-            assert name.startswith("-") or name in {"data", *_names()}, line
-
-
-def _names() -> set[str]:
-    from tests.pages import CLI
-
-    return set(CLI.commands)
+            assert name.startswith("-") or name in CLI.commands, line
 
 
 def _check_script(block: str) -> None:
@@ -176,6 +170,8 @@ def prepared(embedded: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
         recipe = make_recipe(**QUICK, tone=tone)
         train(host, tokenizer, authored(tone)[::3], place / name, recipe=recipe, quiet=True).model.unload()
     shutil.copytree(place / "demo" / "anger-42", place / "runs" / "anger-42")
+    options: dict[str, Any] = {"max_new_tokens": 4, "quiet": True}
+    trace_for_report([place / "demo" / "anger-42"], place / "trace.zarr", host, tokenizer, **options)
     rows = [row.model_dump_json() for row in authored("anger")[::6]]
     (place / "rows.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     (place / "train-v2.0.json").write_text(json.dumps({"version": "v2.0", "data": _articles()}), encoding="utf-8")
@@ -197,7 +193,7 @@ def _articles() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it to work in, where `ra.train` takes one step and replies have eight tokens."""
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)

@@ -10,20 +10,20 @@ from typing import Any
 import nbformat
 import pytest
 
-from notebooks.build import EXAMPLES, HERE, cells_of, run
+from tests.notebooks import EXAMPLES, NOTEBOOKS, cells_of, run
 
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
 
 def test_each_has_its_twin() -> None:
-    assert [path.stem for path in SCRIPTS] == sorted(path.stem for path in HERE.glob("*.ipynb"))
+    assert [path.stem for path in SCRIPTS] == sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
     assert len(SCRIPTS) == 3
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_notebook_has_the_cells_of_its_script(script: Path) -> None:
     """And what they printed; none failed."""
-    notebook: Any = nbformat.read(HERE / f"{script.stem}.ipynb", as_version=4)
+    notebook: Any = nbformat.read(NOTEBOOKS / f"{script.stem}.ipynb", as_version=4)
     nbformat.validate(notebook)
     mine = [(cell.cell_type, cell.source) for cell in cells_of(script).cells]
     assert [(cell.cell_type, cell.source) for cell in notebook.cells] == mine, "run: make notebooks"

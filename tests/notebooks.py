@@ -1,6 +1,6 @@
 """Make the notebooks from examples/*.py: the same cells, run, with what they printed.
 
-    python notebooks/build.py [NAMES ...]
+    python -m tests.notebooks [NAMES ...]
 
 A notebook and its script are one source, in jupytext's percent format; tests/test_notebooks.py holds them equal. Progress and
 warnings (standard error) are left out.
@@ -16,8 +16,8 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 
-HERE = Path(__file__).parent
-EXAMPLES = HERE.parent / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES, NOTEBOOKS = ROOT / "examples", ROOT / "notebooks"
 
 
 def cells_of(script: Path) -> nbformat.NotebookNode:
@@ -47,7 +47,7 @@ def main(names: list[str]) -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             notebook = run(cells_of(script), Path(folder))
-        path = HERE / f"{script.stem}.ipynb"
+        path = NOTEBOOKS / f"{script.stem}.ipynb"
         nbformat.write(notebook, path)
         print(f"{path}: {len(notebook.cells)} cells")
 
