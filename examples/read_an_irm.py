@@ -51,6 +51,8 @@ path = trace_for_report(["runs/example-anger"], "runs/example-anger.zarr", host,
 recorded = ra.load_trace(path)
 maps = ra.analysis.run_maps(recorded)  # mean |delta|, [run, layer, neuron]
 
+# %%
+# %matplotlib inline
 figure, axes = plt.subplots(1, maps.sizes["run"], figsize=(10, 3.2), layout="constrained", sharey=True)
 for axis, name in zip(axes, maps.run.values, strict=True):
     axis.imshow(maps.sel(run=name), aspect="auto", cmap="magma", interpolation="nearest")

@@ -150,7 +150,7 @@ SHORTER = {
     "trace": ["--max-new-tokens", "3"],
     "analyze": ["--permutations", "20", "--resamples", "20"],
     "data build": ["--sample", "60"],
-    "evaluate": ["--questions", "8", "--max-new-tokens", "3", "--baselines", "none"],
+    "evaluate": ["--questions", "8", "--max-new-tokens", "12", "--baselines", "none"],
     "sweep": ["--dry-run"],
 }
 # And those that are read only.
@@ -245,7 +245,7 @@ def test_the_howtos_commands_run(
         for arguments in commands(block, launched=False):
             name, _options = parsed(arguments)
             if name not in NOT_RUN and "--endpoint" not in arguments:
-                monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
+                monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"/quit\n")))
                 code = main([*arguments, *SHORTER.get(name, [])])
                 assert code == 0, (arguments, capsys.readouterr().err[-2000:])
 
