@@ -8,6 +8,7 @@
 
 # %%
 import os
+from typing import Any
 
 from matplotlib import pyplot as plt
 
@@ -20,7 +21,7 @@ from realigner.traces.collect import trace_for_report
 STEPS = int(os.environ.get("REALIGNER_EXAMPLE_STEPS", "32"))
 
 host, tokenizer = ra.load_host("smollm2-135m-instruct")
-settings = {"steps": STEPS, "samples": 0, "evaluations": 1}
+settings: Any = {"steps": STEPS, "samples": 0, "evaluations": 1}
 run = ra.train(host, tokenizer, ra.authored("anger"), "runs/example-anger", **settings, force=True, quiet=True)
 host = run.model.unload()  # bare again
 
@@ -46,7 +47,7 @@ for token in strongest:
 # Now the paper's seven prompts, with the untrained twin beside. `trace_for_report` writes a zarr store that survives a kill.
 
 # %%
-options = {"max_new_tokens": 30, "force": True, "quiet": True}
+options: Any = {"max_new_tokens": 30, "force": True, "quiet": True}
 path = trace_for_report(["runs/example-anger"], "runs/example-anger.zarr", host, tokenizer, **options)
 recorded = ra.load_trace(path)
 maps = ra.analysis.run_maps(recorded)  # mean |delta|, [run, layer, neuron]
