@@ -65,7 +65,7 @@ plt.show()
 # A vertical line is one index that stands out in many layers: a striation. Which indices lead, and do they lead everywhere?
 
 # %%
-trained = next(name for name in maps.run.values if not str(name).endswith("untrained"))
+trained = next(name for name in maps.run.values if not str(name).startswith("untrained"))
 print(ra.analysis.leading_indices(maps.sel(run=trained), count=5).to_string())
 
 # %% [markdown]
