@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 SERVE := .serve-env
 SERVE_READY := $(SERVE)/.ready
 
-.PHONY: demo test test-slow fuzz wheel-check check bench validation evaluation census canary serve-env serve-test serve-bench install help clean
+.PHONY: demo test test-slow fuzz wheel-check check bench validation evaluation census canary docs notebooks serve-env serve-test serve-bench install help clean
 
 help:
 	@echo "make demo       train an IRM on the embedded host and open on a report: demo/report.html (about 7 minutes of work)"
@@ -17,6 +17,8 @@ help:
 	@echo "make fuzz       every kind of file that we read, damaged in 300 ways and more (part of test-slow; half an hour)"
 	@echo "make wheel-check the wheel in an environment of its own, everything fetched anew (1.2 GB for a while, a few minutes)"
 	@echo "make check      ruff and mypy --strict"
+	@echo "make docs       this documentation as a site: site/index.html; strict, so a broken link ends it"
+	@echo "make notebooks  run examples/ and write notebooks/ with what they printed (10 minutes)"
 	@echo "make census     prove injection on a tiny host of every type in transformers, and write docs/hosts.md"
 	@echo "make serve-env  vLLM with the plugin, in an environment of its own, .serve-env (3 GB)"
 	@echo "make serve-test the tests of IRMs in vLLM (part of test-slow where .serve-env is there; 20 minutes)"
@@ -86,6 +88,14 @@ evaluation: $(READY)
 census: $(READY)
 	@HF_HUB_OFFLINE=1 $(BIN)/realigner hosts --out docs/hosts.md --force
 
+docs: $(READY)
+	@$(BIN)/python -m tests.pages
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html   (or, while writing: $(BIN)/mkdocs serve)"
+
+notebooks: $(READY)
+	@HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error $(BIN)/python -m tests.notebooks
+
 canary: $(READY)
 	@$(BIN)/python .ci/canary
 
@@ -109,4 +119,4 @@ serve-bench: $(READY) $(SERVE_READY)
 	@$(BIN)/python benchmarks/serving.py
 
 clean:
-	rm -rf $(VENV) demo .bench $(SERVE)
+	rm -rf $(VENV) demo .bench $(SERVE) site

@@ -43,11 +43,11 @@ def turns(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, se
         `tabulate`, and ``tokens``, how many a value is taken from.
 
         - ``energy``, for reply 1, 2, ...: a token's sum of delta^2 over layers and neurons, averaged over the reply's tokens,
-          then over prompts.
+            then over prompts.
         - ``size``: in the same way, a token's mean ``|delta|`` over layers and neurons.
         - ``energy_ratio``, ``size_ratio``, with reply ``last``: a conversation's last reply over its first, the geometric mean
-          over prompts; null 1, p one-sided for "less" from drawing anew which replies of a conversation are the first and the
-          last (for all runs together). NaN where a reply has no energy at all.
+            over prompts; null 1, p one-sided for "less" from drawing anew which replies of a conversation are the first and the
+            last (for all runs together). NaN where a reply has no energy at all.
 
     Example:
         >>> turns(trace).query("statistic == 'energy_ratio'")  # doctest: +SKIP
