@@ -476,9 +476,7 @@ def test_two_browsers_at_once_each_get_their_own_tokens(chromium: Any, url: str,
         opened.ask("Who are you?")
     found = [opened.finished() for opened in both]
     for replies, strength in zip(found, strengths, strict=True):
-        assert replies == {
-            side: answered(runtime, Asked("Who are you?", strengths={"anger": strength}), side) for side in SIDES
-        }
+        assert replies == {side: shown(runtime, Asked("Who are you?", strengths={"anger": strength}), side) for side in SIDES}
     assert found[0]["realigned"] != found[1]["realigned"]
     assert found[0]["base"] == found[1]["base"]
     for opened in both:
@@ -528,6 +526,7 @@ def test_errors_are_plain_words_in_the_page(chromium: Any, url: str) -> None:
     opened.strength(0, 0)
     opened.ask()
     opened.map.get_by_text("No IRM acts: every slider is at 0").wait_for()
+    opened.finished()
     opened.page.get_by_text("Download the last reply").click()
     opened.page.click("#trace")
     opened.page.get_by_text("Nothing was recorded: no IRM acted").wait_for()

@@ -152,7 +152,7 @@ class Page:
 
     def _picture(self, exchange: Exchange) -> dict[str, Any]:
         if exchange.live is None:
-            return {"message": _NO_IRM if self.talker.layers else self.talker.note}
+            return {"message": _NO_IRM if self.talker.layers else self.talker.note, "done": not exchange.running}
         return exchange.live.picture(done=not exchange.running)
 
     def stop(self, request: gr.Request) -> None:

@@ -76,7 +76,8 @@ def app(
     else:
         from realigner.app.runtime_talker import RuntimeTalker
         from realigner.explain.explanation import read_explanation
-        from realigner.runtime import find_irm, load, ready_made
+        from realigner.irm_sources import find_irm, ready_made
+        from realigner.runtime import load
 
         irms = named(irm or []) or ready_made()
         if not irms:
