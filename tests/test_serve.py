@@ -122,12 +122,15 @@ def test_tokens_of_the_engine_are_those_of_generate(family: str, monkeypatch: py
         for name, fields, how in [MIXES[n % 8]]
     ]
 
-    made = run_all(loaded_irms, tokenizer, [body for body, _ in bodies], Limits(requests=16, tokens=16, context=96))
-    replies = [text for text, _ in made]
-    assert any(put_off)
     prompts = [body["messages"][0]["content"] for body, _ in bodies]
-    assert replies == [alone.answer(prompt, max_new_tokens=12, **how) for prompt, (_, how) in zip(prompts, bodies, strict=True)]
-    assert len(set(replies)) > 8
+    wanted = [alone.answer(prompt, max_new_tokens=12, **how) for prompt, (_, how) in zip(prompts, bodies, strict=True)]
+    for _ in range(5):  # on a busy machine requests may come so slowly that the cache has room for all
+        made = run_all(loaded_irms, tokenizer, [body for body, _ in bodies], Limits(requests=16, tokens=16, context=96))
+        assert [text for text, _ in made] == wanted
+        if any(put_off):
+            break
+    assert any(put_off)
+    assert len(set(wanted)) > 8
 
 
 @pytest.mark.parametrize("template", [HYBRID, OPENED])
