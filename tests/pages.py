@@ -22,7 +22,9 @@ from realigner.cli import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
+_STUDY = DOCS / "results" / "evaluation"  # what the study keeps, cards of adapters among it
+_WRITTEN = [page for page in DOCS.rglob("*.md") if _STUDY not in page.parents]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *_WRITTEN])
 LANGUAGES = ("python", "bash", "toml", "yaml", "json")  # that are tried
 AS_IT_IS = ("text", "console")  # what something printed
 CLI: Any = typer.main.get_command(app)
