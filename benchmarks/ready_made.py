@@ -15,6 +15,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,15 @@ class _Prompted:
         self.model, self.system, self.history, self.answers = model, system, (), None
 
 
+_results = cache(results_of)
+
+
 def from_study(tone: str) -> tuple[Path, dict[str, Any]]:
     """The folder of a tone's IRM, fitted and asked now where it was not, and results of the methods that its card shows."""
     plan, unit = Plan(STUDY, False), Unit(tone, "irm-compact", SEEDS[0])
     do_unit(plan, unit)
     choose(plan, unit)
-    found = results_of(plan)[tone]
+    found = _results(plan)[tone]
     methods = {**found["methods"], "irm": found["methods"]["irm-compact, tuned"]}
     return STUDY / tone / f"irm-compact-{SEEDS[0]}" / "adapter", {**found, "methods": methods}
 

@@ -47,7 +47,7 @@ def ready_made() -> dict[str, Path]:
     those in ``irms`` in the cache folder (`hosts.cache_root`), which come first where both have a name.
 
     Example:
-        >>> "anger" in ready_made()  # doctest: +SKIP
+        >>> "anger" in ready_made()
         True
     """
     found: dict[str, Path] = {}
