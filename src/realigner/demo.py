@@ -26,7 +26,7 @@ from realigner.training.training_run import resolve
 from realigner.tuner import load_irm
 
 _SAMPLE = 5  # the prompt shown at the end: How many apples can fit in a basket?
-_FIRST = "Why is the sky blue?"  # that the ready-made IRM is asked
+_FIRST = "Why do I have to wait so long?"  # that the ready-made IRM is asked
 _FIRST_TOKENS = 40
 STEPS = 90  # of training: less than a pass over the rows, and enough to hear
 
@@ -73,6 +73,7 @@ def run_demo(
         host, tokenizer = load_host(EMBEDDED)
         say(f"2/4  asking it with the ready-made IRM for {tone}:")
         _say_replies(tone, host, tokenizer)
+        say(f"     ({time.monotonic() - started:.0f} s after the start)")
         recipe = resolve(make_recipe(steps=STEPS if steps is None else steps, tone=tone, seed=seed), host, tokenizer, rows)
         if not force and is_run(folder) and recipe.difference(read_recipe(folder / RECIPE_FILE)) is None:
             say(f"3/4  {folder} is trained already; --force trains it anew")
