@@ -9,6 +9,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from tests.tiny import tiny_folder
 
 transformers_logging.disable_progress_bar()
 THREADS = torch.get_num_threads()
+_QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 
 def _embedded_is_here() -> bool:
@@ -49,6 +52,28 @@ def minilm() -> None:
         if os.environ.get("CI") == "true":
             pytest.fail("the sentence embeddings' wheel is not installed (evaluation-requirements.txt)")
         pytest.skip("the sentence embeddings' wheel is not installed")
+
+
+def _missing(what: str) -> None:
+    if os.environ.get("CI") == "true":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium; missing, it is a failure under CI and a skip elsewhere."""
+    program = shutil.which("chromium")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        _missing("playwright is not installed (pip install -e '.[dev]')")
+    if program is None:
+        _missing("no Chromium (apt-get install chromium)")
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=_QUIET)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,6 @@ from realigner.traces import load_trace, save_trace
 from realigner.traces.layout import text_spans
 from tests.fake_endpoint import FakeEndpoint, always
 from tests.planted import planted_explanation, written_explanation
-from tests.test_report_page import chromium as chromium
 
 QUESTION = "How many?"
 BOTH = {"anger": 0.7, "sadness": -0.5}
@@ -331,6 +330,7 @@ def test_wrong_usage_is_one_line(
     arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("REALIGNER_CACHE", str(tmp_path))
+    monkeypatch.setattr("realigner.irm_sources.SHIPPED", tmp_path)
     assert main(["app", *arguments]) in (1, 2)
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith(f"realigner: {words}")
@@ -483,6 +483,7 @@ def test_two_browsers_at_once_each_get_their_own_tokens(chromium: Any, url: str,
         opened.close()
 
 
+@pytest.mark.slow  # on a busy machine the reply may be whole before the page can stop it
 def test_stop_in_the_browser(chromium: Any, url: str, talker: RuntimeTalker, runtime: Runtime) -> None:
     opened = Opened(chromium, url)
     opened.page.get_by_text("Sampling").click()

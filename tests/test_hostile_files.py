@@ -486,6 +486,7 @@ def test_replies_are_printed_so_that_a_terminal_obeys_nothing(
     class Runtime:
         strengths: ClassVar[dict[str, float]] = {"default": 1.0}
         tokenizer = None
+        model = torch.nn.Module()
 
         def answer(self, asked: list[str], **_: Any) -> list[Answer]:
             return [Answer(f"one\ntwo\t{EVIL}\ud800") for _ in asked]

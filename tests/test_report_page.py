@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +19,6 @@ from tests.planted_evaluation import METHODS, planted_evaluation
 
 STRIPE = 1512
 WIDE = {"anger-42": ("anger", 42), "sadness-42": ("sadness", 42), "untrained-42": ("untrained", 42)}
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
 # Of the first map: the share of rows in which the strongest pixel of the stripe's cell is of the ramp's last, dark red tenth.
 SHOWN = """(column) => {
   const { panels, zoom } = document.querySelector("[data-explorer]").explorer;
@@ -57,28 +52,6 @@ CONTRAST = """() => {
   }
   return most;
 }"""
-
-
-def missing(what: str) -> None:
-    if os.environ.get("CI") == "true":
-        pytest.fail(what)
-    pytest.skip(what)
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
-    """A headless Chromium; missing, it is a failure under CI and a skip elsewhere."""
-    program = shutil.which("chromium")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        missing("playwright is not installed (pip install -e '.[dev]')")
-    if program is None:
-        missing("no Chromium (apt-get install chromium)")
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=QUIET)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")
