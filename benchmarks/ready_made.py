@@ -25,7 +25,7 @@ from evaluation import DTYPE, SEEDS, STEPS, Plan, Unit, choose, do_unit, results
 import realigner as ra
 from realigner.data import TONES, Row, authored
 from realigner.errors import RealignerError
-from realigner.evaluation.method_protocol import RECORD_FILE, Given
+from realigner.evaluation.method_protocol import RECORD_FILE, Fitted, Given
 from realigner.evaluation.methods import find_method
 from realigner.evaluation.replies import ask
 from realigner.evaluation.results import tone_results
@@ -47,13 +47,6 @@ SENTENCES = {
 }
 _SHOWN = {"bare": "bare host", "prompt": "best of five system prompts", "lora": "LoRA of rank 8", "irm": "this IRM"}
 _REPLIES = 60  # tokens
-
-
-class _Prompted:
-    """The host with a sentence as its system prompt."""
-
-    def __init__(self, model: Any, system: str) -> None:
-        self.model, self.system, self.history, self.answers = model, system, (), None
 
 
 _results = cache(results_of)
@@ -98,7 +91,7 @@ def _task(name: str, sentence: str, host: Any, tokenizer: Any) -> Task:
         questions = [row.question for row in authored(TONES[0])]
         said = {
             voice: ask(speaker, tokenizer, questions, _REPLIES)
-            for voice, speaker in ((name, _Prompted(host, sentence)), ("bare", bare_speaker(host)))
+            for voice, speaker in ((name, Fitted(host, tokenizer, system=sentence)), ("bare", bare_speaker(host)))
         }
         write_text(kept, json.dumps({voice: list(map(str, replies)) for voice, replies in said.items()}, indent=1) + "\n")
     rows: list[Row] = []

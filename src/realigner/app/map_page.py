@@ -86,14 +86,7 @@ def index_panel(live: LiveMap, run: str, index: int, explained: Sequence[Explana
             profile=charted(lines, "layer", "delta", f"Index {index} through the layers", False),
             tokens=[{**token, "value": fmt(token["value"])} for token in tokens],
             i={"index": index, "host": index_summary(explained, index)},
-            verdicts=[
-                {
-                    "words": item.words,
-                    "conclusions": [{"mark": MARKS[own.answer], **own.model_dump()} for own in item.conclusions],
-                }
-                for item in explained
-                if item.index == index
-            ],
+            verdicts=[_verdict(item) for item in explained if item.index == index],
             explained=bool(explained),
         )
     )

@@ -15,6 +15,7 @@ import os
 import re
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -277,7 +278,26 @@ def _eraser(secrets: Sequence[SecretStr]) -> Callable[[str], str]:
     return lambda text: pattern.sub("***", text)
 
 
-class _Run:
+class _LoopThread(ABC):
+    """An event loop in a thread of its own, which can be ended from another."""
+
+    def _start(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._main, name="realigner-endpoint", daemon=True)
+        self._thread.start()
+
+    @abstractmethod
+    def _main(self) -> None:
+        """What the thread does: run something on `_loop`, and say when it is over."""
+
+    def end(self) -> None:
+        """Cancels whatever is under way; does nothing when all is done."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(self._loop)])
+        self._thread.join(_GRACE)
+
+
+class _Run(_LoopThread):
     """One pass over the requests: an event loop in a thread, with a worker for each request that may be in flight."""
 
     def __init__(self, endpoint: Endpoint, requests: Iterable[ChatRequest], verified: bool) -> None:
@@ -286,15 +306,7 @@ class _Run:
         self.failure: BaseException | None = None
         self.verified = verified  # the key and the model are known to be good
         self.done = self.refused = self.failed_in_a_row = 0
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._main, name="realigner-endpoint", daemon=True)
-        self._thread.start()
-
-    def end(self) -> None:
-        """Cancels whatever is under way; does nothing when all is done."""
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(self._loop)])
-        self._thread.join(_GRACE)
+        self._start()
 
     def _main(self) -> None:
         try:
@@ -381,22 +393,14 @@ class _Run:
         raise RealignerError(f"{self.endpoint.endpoint}: {why}") from None  # the client's own error quotes the whole reply
 
 
-class _Stream:
+class _Stream(_LoopThread):
     """One reply under way: an event loop in a thread, which puts the pieces into a queue."""
 
     def __init__(self, endpoint: Endpoint, messages: Sequence[Mapping[str, str]]) -> None:
         self.endpoint, self.messages = endpoint, messages
         self.pieces: SimpleQueue[str | None] = SimpleQueue()
         self.failure: RealignerError | None = None
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._main, name="realigner-endpoint", daemon=True)
-        self._thread.start()
-
-    def end(self) -> None:
-        """Cancels the request if it is under way."""
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(self._loop)])
-        self._thread.join(_GRACE)
+        self._start()
 
     def _main(self) -> None:
         import openai
