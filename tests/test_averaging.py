@@ -65,7 +65,3 @@ def test_averaging_changes_no_step(tmp_path: Path) -> None:
     assert all(torch.equal(plain[name], averaged[name]) for name in plain)
 
 
-def test_presets_have_their_own() -> None:
-    assert make_recipe().by_preset["average"] == 0.7
-    assert make_recipe("paper").by_preset["average"] == make_recipe(edition=1).by_preset["average"] == 0.0
-    assert make_recipe("paper", average=0.2).by_preset["average"] == 0.2

@@ -195,7 +195,7 @@ def test_a_scaled_stream_trains_alike(family: str, tmp_path: Path) -> None:
 
     def losses(factor: float, **keys: Any) -> list[float]:
         scaled, out = scaled_host(host, factor), tmp_path / f"{factor} {len(keys)}"
-        recipe = Recipe(steps=8, average=0, evaluations=2, samples=0, report_to=[], **keys)
+        recipe = Recipe(steps=8, evaluations=2, samples=0, report_to=[], **keys)
         found: list[float] = train(scaled, tokenizer, some_rows(), out, recipe, quiet=True).record["validation_loss"]
         return found
 

@@ -117,7 +117,7 @@ def estimate_memory(
 
 def _irm_bytes(recipe: Recipe) -> float:
     """For each parameter of the IRM: itself, its gradient, what the optimiser keeps, and the mean of its values."""
-    return 8 + _STATE_BYTES[recipe.optimizer] + (4 if recipe.by_preset["average"] else 0)
+    return 8 + _STATE_BYTES[recipe.optimizer] + (4 if recipe.average else 0)
 
 
 def check_memory(memory: Memory, recipe: Recipe, config: Any) -> str | None:

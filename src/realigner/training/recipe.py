@@ -32,7 +32,7 @@ RUNTIME_ONLY_KEYS = frozenset({"device", "threads", "report_to"})  # where and h
 SCALES = ("input_scale", "delta_scale")  # keys that are measured where they are null, with the compact preset
 _NEWEST = 2  # edition of the compact preset (irm.EDITIONS)
 # Of the compact preset: without dropout some hundred rows are learned by heart in two epochs (docs/presets.md).
-_DROPOUT, _AVERAGE = 0.6, 0.7
+_DROPOUT = 0.6
 DEFAULT_RATE, PAPER_RATE = 1e-2, 1e-4  # learning rates of the presets
 _OF_DEFAULT = 0.3  # the share of the default that imitating a teacher takes: its distributions are near the host's own
 _HOST_WIDTH, _IRM_WIDTH = 576, 256  # SmolLM2's and its first compact IRM's: up to these the first is taken whole
@@ -131,7 +131,7 @@ class Recipe(BaseModel):
         decay: see `schedule`.
         warmup: steps over which the learning rate rises to its peak.
         weight_decay: AdamW's.
-        average: share of the steps, the last ones, over which the weights are averaged; 0: the last step's. null: the preset's.
+        average: share of the steps, the last ones, over which the weights are averaged; 0: the last step's.
         max_grad_norm: gradients longer than this are scaled down to it; 0: never.
 
         evaluations: how often the validation loss is taken, besides once before training.
@@ -203,7 +203,7 @@ class Recipe(BaseModel):
     decay: float = Field(default=0.85, gt=0, le=1)
     warmup: int = Field(default=5, ge=0, le=10**9)
     weight_decay: float = Field(default=0.0, ge=0, lt=1e9)
-    average: float | None = Field(default=None, ge=0, le=1)
+    average: float = Field(default=0.0, ge=0, le=1)
     max_grad_norm: float = Field(default=1.0, ge=0, lt=math.inf)
 
     evaluations: int = Field(default=3, ge=1, le=10**9)
@@ -241,7 +241,7 @@ class Recipe(BaseModel):
 
     @property
     def by_preset(self) -> dict[str, Any]:
-        """`edition`, `dropout`, `average` and scales: the preset's where they are null.
+        """`edition`, `dropout` and scales: the preset's where they are null.
 
         Scales that are still null are those that a host is to be measured for.
 
@@ -251,12 +251,11 @@ class Recipe(BaseModel):
         """
         is_paper = self.preset == "paper"
         edition = 1 if is_paper else self.edition or _NEWEST
-        dropout, average = (0.0, 0.0) if edition == 1 else (_DROPOUT, _AVERAGE)
+        dropout = 0.0 if edition == 1 else _DROPOUT
         scales = {key: 1.0 if is_paper and getattr(self, key) is None else getattr(self, key) for key in SCALES}
         return {
             "edition": edition,
             "dropout": dropout if self.dropout is None else self.dropout,
-            "average": average if self.average is None else self.average,
             **scales,
         }
 

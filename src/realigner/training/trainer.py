@@ -259,7 +259,7 @@ class IRMTrainer(RowTrainer):
         """Trainer's, which keeps the mean of the weights of the last steps if the recipe wants it (`average`)."""
         made_before = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if not made_before and (share := self.recipe.by_preset["average"]):
+        if not made_before and (share := self.recipe.average):
             average_weights(optimizer, after=round((1 - share) * self.args.max_steps))
         return optimizer
 
