@@ -63,5 +63,3 @@ def test_averaging_changes_no_step(tmp_path: Path) -> None:
     """A share so small that the last step alone counts gives the last step's weights, with evaluations in between."""
     plain, averaged = (trained(tmp_path / f"{share}", average=share, evaluations=4) for share in (0.0, 1 / STEPS))
     assert all(torch.equal(plain[name], averaged[name]) for name in plain)
-
-

@@ -81,36 +81,38 @@ def bare_environment(place: Path) -> Path:
     return place / "bin" / "python"
 
 
-def check_core_alone(python: Path) -> None:
-    """Run core_alone.py there, without this environment's settings."""
+def check_alone(python: Path, what: str) -> None:
+    """Run core_alone.py or app_alone.py there, without this environment's settings."""
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    out = run(str(python), "-I", str(ROOT / "tests" / "core_alone.py"), env={**kept, "HF_HUB_OFFLINE": "1"})
-    assert "the core works alone" in out, out
+    out = run(str(python), "-I", str(ROOT / "tests" / f"{what}_alone.py"), env={**kept, "HF_HUB_OFFLINE": "1"})
+    assert f"the {what} works alone" in out, out
 
 
 @pytest.mark.slow  # CI runs it, as make wheel-check
-def test_core_works_alone(wheel: Path, requirements: list[Requirement], tmp_path: Path) -> None:
-    """The wheel in an environment of its own; what the core depends on is lent by links, so that nothing is fetched."""
+@pytest.mark.parametrize("what", ["core", "app"])
+def test_the_wheel_works_alone(what: str, wheel: Path, requirements: list[Requirement], tmp_path: Path) -> None:
+    """The wheel in an environment of its own; what it depends on is lent by links, so that nothing is fetched."""
     python = bare_environment(tmp_path / "bare")
     site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "bare"), "platbase": str(tmp_path / "bare")}))
-    for name in closure(asked_by(requirements)):
+    for name in closure(asked_by(requirements, "" if what == "core" else what)) - {"realigner"}:
         lent = distribution(name)
         for top in {file.parts[0] for file in lent.files or [] if file.parts[0] not in ("..", "__pycache__")}:
             if not (site / top).exists():
                 (site / top).symlink_to(str(lent.locate_file(top)))
     run(sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel))
-    check_core_alone(python)
+    check_alone(python, what)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_core_works_alone_installed(wheel: Path) -> None:
-    """The same, with everything fetched anew: ``pip install realigner-*.whl``."""
-    with tempfile.TemporaryDirectory() as place:  # 1.2 GB, not to be kept
+def test_the_wheel_works_alone_installed(wheel: Path) -> None:
+    """The same, with everything fetched anew: ``pip install realigner-*.whl``, and then its ``[app]``."""
+    with tempfile.TemporaryDirectory() as place:  # 1.4 GB, not to be kept
         python = bare_environment(Path(place))
         pip = (sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet")
-        run(*pip, "--constraint", "constraints.txt", str(wheel))
-        check_core_alone(python)
+        for what, extra in (("core", ""), ("app", "[app]")):
+            run(*pip, "--constraint", "constraints.txt", f"{wheel}{extra}")
+            check_alone(python, what)
 
 
 def test_extras_are_there(requirements: list[Requirement]) -> None:
