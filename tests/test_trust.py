@@ -13,8 +13,9 @@ import torch
 from peft import get_peft_model
 
 from realigner.cli import main
-from realigner.errors import RealignerError, UsageError
+from realigner.errors import RealignerError, UsageError, visible
 from realigner.irm_config import IRMConfig
+from realigner.prompts import PAPER_PROMPTS
 from realigner.training import host_checks, make_recipe, read_run, run_dir, train, training_run
 from realigner.training.batches import prepare
 from realigner.training.callbacks import Log, StartWatch
@@ -322,9 +323,12 @@ def test_the_lines_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     evaluations = [line for line in lines if line.startswith("step ")]
     assert [line.split(":")[0] for line in evaluations] == ["step 0", "step 2", "step 4"]
     losses = record["validation_loss"]
-    for line, loss in zip(evaluations, losses, strict=True):
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    for line, loss, sample in zip(evaluations, losses, samples[:: len(PAPER_PROMPTS)], strict=True):
         assert f"validation loss {loss:.2f}  In which decade did" in line
-        assert len(line) <= 70
+        reply = lines[lines.index(line) + 1]
+        assert reply.removesuffix("...") in visible("    " + " ".join(sample["reply"].split()))
+        assert max(len(line), len(reply)) <= 70
     assert main(["train", "--out", str(tmp_path / "run"), "--resume"]) == 0
     assert capsys.readouterr().out.splitlines()[1] == verdict(record) != ""
 

@@ -25,7 +25,7 @@ from realigner.training.run_dir import RECIPE_FILE, is_run, refuse_run
 from realigner.training.training_run import resolve
 from realigner.tuner import load_irm
 
-_SAMPLE = 5  # the prompt shown at the end: How many apples can fit in a basket?
+_SAMPLE = 0  # the prompt shown at the end: the one whose reply is shown while it learns
 _FIRST = "Why do I have to wait so long?"  # that the ready-made IRM is asked
 _FIRST_TOKENS = 40
 STEPS = 90  # of training: less than a pass over the rows, and enough to hear

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from realigner.console import Task, say
-from realigner.errors import RealignerError
+from realigner.errors import RealignerError, visible
 from realigner.training.run_dir import METRICS_FILE, SAMPLES_FILE, checkpoints
 from realigner.training.run_record import lower_rate, nats
 
@@ -116,15 +116,17 @@ class Log(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step > 0:
             control.should_save = True
-        line = f"step {state.global_step}: validation loss {nats(kwargs['metrics']['eval_loss'])}"
+        lines = [f"step {state.global_step}: validation loss {nats(kwargs['metrics']['eval_loss'])}"]
         if self.sample is not None:
             replies = self.sample()
             for reply in replies:
                 self._append(SAMPLES_FILE, {"step": state.global_step, **reply})
-            line += f"  {replies[0]['prompt']} " + " ".join(replies[0]["reply"].split())
+            lines[0] += f"  {replies[0]['prompt']}"
+            lines.append("    " + " ".join(replies[0]["reply"].split()))
         if not self.quiet:
             most = shutil.get_terminal_size().columns
-            say(line if len(line) <= most else f"{line[: most - 3]}...")
+            for line in map(visible, lines):
+                say(line if len(line) <= most else f"{line[: most - 3]}...")
 
     def _append(self, name: str, entry: dict[str, Any]) -> None:
         if self.work is None:
