@@ -21,14 +21,15 @@ COMMAND = Path(sys.executable).with_name("realigner")
 
 
 def check_replies() -> None:
-    runtime, acting = ra.load("anger", dtype="float32", device="cpu"), {"anger": 0.8}
-    exchange = RuntimeTalker(runtime).begin(Asked(QUESTION, strengths=acting, max_new_tokens=12))
+    runtime, acting = ra.load({"anger": "anger"}, dtype="float32", device="cpu"), {"anger": 0.8}
+    talker = RuntimeTalker(runtime)
+    exchange = talker.begin(Asked(QUESTION, strengths=acting, max_new_tokens=12))
     replies = exchange.wait()
     assert replies["base"] == runtime.answer(QUESTION, strength=0, max_new_tokens=12), replies
     assert replies["realigned"] == runtime.answer(QUESTION, strength=acting, max_new_tokens=12) != replies["base"], replies
     assert exchange.live is not None
     assert exchange.live.trace is not None
-    assert "canvas" in map_page(exchange.live.trace.attrs["layers"], 576)
+    assert "canvas" in map_page(talker.layers, talker.neurons)
     print(replies)
 
 

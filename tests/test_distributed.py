@@ -115,6 +115,7 @@ def test_another_number_of_processes_does_not_resume(ddp: tuple[Path, str], tmp_
         train(host, tokenizer, some_rows(), tmp_path / "run", RECIPE, resume=True, quiet=True)
 
 
+@pytest.mark.slow  # longer than a minute
 def test_two_processes_stop_together_and_resume_exactly(ddp: tuple[Path, str], tmp_path: Path) -> None:
     """SIGTERM to one of them: both stop after the same step; gone on with, the same bytes."""
     done = worker("stop", tmp_path / "run")
