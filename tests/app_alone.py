@@ -34,19 +34,17 @@ def check_replies() -> None:
 
 
 def check_page() -> None:
-    process = subprocess.Popen(
-        [str(COMMAND), "app", "--irm", "anger", "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([str(COMMAND), "app", "--irm", "anger", "--port", "0"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
-        assert line.startswith("Open http://127.0.0.1:"), (line, process.communicate())
+        assert line.startswith("Open http://127.0.0.1:"), line
         with urllib.request.urlopen(line.split()[1], timeout=60) as reply:
             page = reply.read().decode()
         assert "realigner" in page
     finally:
         process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 0, process.communicate()
+    assert process.wait(timeout=60) == 0
 
 
 if __name__ == "__main__":

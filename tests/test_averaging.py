@@ -63,3 +63,8 @@ def test_averaging_changes_no_step(tmp_path: Path) -> None:
     """A share so small that the last step alone counts gives the last step's weights, with evaluations in between."""
     plain, averaged = (trained(tmp_path / f"{share}", average=share, evaluations=4) for share in (0.0, 1 / STEPS))
     assert all(torch.equal(plain[name], averaged[name]) for name in plain)
+
+
+def test_it_is_off_by_default() -> None:
+    assert make_recipe().average == make_recipe("paper").average == make_recipe(edition=1).average == 0.0
+    assert make_recipe("paper", average=0.2).average == 0.2

@@ -52,5 +52,6 @@ def test_each_acts_on_the_embedded_host(embedded: tuple[Any, Any]) -> None:
     (bare,) = ra.answer(host, tokenizer, [QUESTION], 12)
     runtime = ra.load(NAMES, dtype="float32")
     assert runtime.answer(QUESTION, strength=0, max_new_tokens=12) == bare
+    assert runtime.answer(QUESTION, max_new_tokens=12) != bare
     replies = {runtime.answer(QUESTION, irms=(name,), max_new_tokens=12) for name in NAMES}
     assert len(replies | {bare}) == len(NAMES) + 1

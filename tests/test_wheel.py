@@ -94,7 +94,7 @@ def test_the_wheel_works_alone(what: str, wheel: Path, requirements: list[Requir
     """The wheel in an environment of its own; what it depends on is lent by links, so that nothing is fetched."""
     python = bare_environment(tmp_path / "bare")
     site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "bare"), "platbase": str(tmp_path / "bare")}))
-    for name in closure(asked_by(requirements, "" if what == "core" else what)) - {"realigner"}:
+    for name in closure(asked_by(requirements, what)) - {"realigner"}:
         lent = distribution(name)
         for top in {file.parts[0] for file in lent.files or [] if file.parts[0] not in ("..", "__pycache__")}:
             if not (site / top).exists():
