@@ -90,13 +90,13 @@ class FakeEndpoint:
     say: Callable[[str], str] = by_rote
     models: Sequence[str] = ()
     seen: list[Seen] = field(default_factory=list)
-    now: int = 0
     most: int = 0
     connections: int = 0
 
     def __enter__(self) -> FakeEndpoint:
         ready = threading.Event()
         self._tries: Counter[str] = Counter()
+        self._open: set[int] = set()  # requests in flight, by identity
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready)), daemon=True)
         self._thread.start()
         assert ready.wait(10)
@@ -106,6 +106,11 @@ class FakeEndpoint:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(5)
         assert not self._thread.is_alive()
+
+    @property
+    def now(self) -> int:
+        """Requests in flight."""
+        return len(self._open)
 
     @property
     def behaved(self) -> Counter[str]:
@@ -146,20 +151,17 @@ class FakeEndpoint:
             return True
         body = json.loads(await reader.readexactly(int(headers["content-length"])))
         seen = self._note(start.split()[1], headers, body)
-        self.now += 1
+        self._open.add(id(seen))
         self.most = max(self.most, self.now)
         answer = asyncio.ensure_future(self._answer(seen, writer))
         # A client sends nothing while it waits, so anything that can be read is the end of the connection.
         hung_up = asyncio.ensure_future(reader.read(1))
         await asyncio.wait({answer, hung_up}, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            answer.cancel()
-            await asyncio.wait({answer})
-            self.now -= 1
-            return False
-        hung_up.cancel()
-        await asyncio.wait({hung_up})
-        return answer.result()
+        answered = answer.done()
+        (hung_up if answered else answer).cancel()
+        await asyncio.gather(answer, hung_up, return_exceptions=True)
+        self._open.discard(id(seen))
+        return answered and answer.result()
 
     def _note(self, path: str, headers: dict[str, str], body: dict[str, Any]) -> Seen:
         question = body["messages"][-1]["content"].removeprefix("Question: ").partition("\n")[0]
@@ -174,7 +176,7 @@ class FakeEndpoint:
         behaviour, body = seen.behaviour, self._completion(seen)
         await asyncio.sleep({"slow": self.slow, "hang": _PATIENCE}.get(behaviour, self.delay))
         if behaviour in ("hang", "reset"):
-            self.now -= 1
+            self._open.discard(id(seen))
             # Lingering for zero seconds turns the close into a reset.
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
@@ -188,7 +190,7 @@ class FakeEndpoint:
         head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\n{extra}content-length: {length}\r\n\r\n"
         if behaviour == "trickle":
             await _trickle(writer, head.encode(), body)
-        self.now -= 1
+        self._open.discard(id(seen))
         writer.write(head.encode() + body if behaviour != "trickle" else body[-1:])
         await writer.drain()
         return behaviour != "cut"

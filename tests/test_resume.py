@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from realigner.errors import RealignerError
+from realigner.files import is_ours
 from realigner.hosts import EMBEDDED
 from realigner.training import Recipe, make_recipe, read_metrics, read_run, run_dir, train
 from realigner.training.batches import SeededLengthSampler
@@ -162,8 +163,10 @@ def test_a_killed_checkpoint_is_not_taken_for_one(tmp_path: Path, monkeypatch: p
             def tracked(path: Path, tree: Any) -> None:
                 nonlocal calls
                 calls += 1
-                path.write_bytes(b"half")
                 if calls > 6 * at:
+                    path.write_bytes(b"half")
+                    for left in (path.parent, path.parent.parent):  # as safetensors names what it writes
+                        (left / ".tmpx0Y9zQ").write_bytes(b"half")
                     os.kill(os.getpid(), signal.SIGKILL)
                 save_tree(path, tree)
 
@@ -176,7 +179,8 @@ def test_a_killed_checkpoint_is_not_taken_for_one(tmp_path: Path, monkeypatch: p
         assert run_dir.checkpoints(work_folder)
         run_tiny(out, resume=True)
         assert adapter(out) == adapter(tmp_path / "whole")
-        assert not list(out.glob(".checkpoint-*"))
+        assert not list(out.rglob(".*"))
+        assert is_ours(out, run_dir.RUN)
 
 
 def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -652,14 +653,17 @@ def test_memory_counts_the_teachers_logits() -> None:
     assert taught.activations - plain.activations == 4 * 50 * 300 * 16  # rows, positions, words, bytes
 
 
-def test_the_time_is_that_of_planted_forwards() -> None:
+def test_the_time_is_that_of_planted_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     host, _ = tiny_pair()
     model = get_peft_model(host, IRMConfig())
-    host.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    forwards: list[object] = []
+    host.register_forward_pre_hook(lambda *_: forwards.append(None))
+    clock = SimpleNamespace(monotonic=lambda: 0.05 * len(forwards))
+    monkeypatch.setattr("realigner.training.time_estimate.time", clock)
     size = Size(length=20, targets=10, teacher_length=40, train=40, validation=4)
     recipe = make_recipe(batch_size=1, evaluations=1, samples=0, steps=100, instruct=INSTRUCT)
     seconds = estimated_seconds(model, recipe, size, steps_left=100)
-    assert seconds == pytest.approx(100 * 0.05 * (2.3 + 2) + 2 * 4 * 0.05 * 3, rel=0.2)
+    assert seconds == pytest.approx(100 * 0.05 * (2.3 + 2) + 2 * 4 * 0.05 * 3)
     assert estimated_seconds(model, recipe, size, 0, replies_left=80) > 3 * 96 * 0.05
     assert [time_line(s) for s in (10, 60, 500, 7200)] == [
         "time: less than a minute", "time: about 1 minute", "time: about 8 minutes", "time: about 2.0 hours",

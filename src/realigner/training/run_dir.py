@@ -78,14 +78,18 @@ def _any_of(*names: str) -> str:
 _NETWORK = _any_of(*ADAPTER_FILES, CARD_FILE)
 # What Accelerate wrote of an optimiser that FSDP shards, until 0.1.
 _SHARDED = r"optimizer\.bin|scheduler\.pt|optimizer_\d+/([\w.]+)?|pytorch_model_fsdp[\w.]*/?([\w.]+)?"
-_IN_CHECKPOINT = rf"{_NETWORK}|{_any_of(STATE_FILE, SUMS_FILE)}|optimizer\.safetensors|random-\d+\.safetensors|{_SHARDED}"
+_BEING_WRITTEN = r"\.tmp\w{6}"  # how safetensors names a file until it is whole; a killed process leaves it
+_IN_CHECKPOINT = (
+    rf"{_NETWORK}|{_any_of(STATE_FILE, SUMS_FILE)}|optimizer\.safetensors|random-\d+\.safetensors|{_SHARDED}|{_BEING_WRITTEN}"
+)
 _LOGGED = _any_of(RUN_FILE, RECIPE_FILE, METRICS_FILE, SAMPLES_FILE, TEACHER_FILE, CURVE_FILE)
+_LEFT = rf"\.({_LOGGED}|{_NETWORK})-\w{{8}}\.aside|{_BEING_WRITTEN}"
 CHECKPOINT = Artifact("a checkpoint", lambda folder: checkpoint_state(folder), _IN_CHECKPOINT)
 _HALF_CHECKPOINT = replace(CHECKPOINT, name="a checkpoint that was being written", record=lambda folder: None)
 RUN = Artifact(
     "a run",
     _read_record,
-    rf"{_NETWORK}|{_LOGGED}|\.({_LOGGED}|{_NETWORK})-\w{{8}}\.aside|\.{re.escape(TEACHER_FILE)}\.lock"
+    rf"{_NETWORK}|{_LOGGED}|{_LEFT}|\.{re.escape(TEACHER_FILE)}\.lock"
     r"|tensorboard/(events\.out\.tfevents\.[^/]*)?"
     rf"|\.?checkpoint-\d+/({_IN_CHECKPOINT})?",
 )
@@ -277,8 +281,11 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 def cut_back(work: Path, last_step: int) -> None:
     """Drop what was logged after a checkpoint's step (it will be done, and logged, again), and what was being written."""
-    for path in work.glob(f".{_CHECKPOINT}*"):
-        discard_half(path)
+    for path in work.glob(".*"):
+        if path.name.startswith(f".{_CHECKPOINT}"):
+            discard_half(path)
+        elif re.fullmatch(_LEFT, path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
     for path in (path for name in (METRICS_FILE, SAMPLES_FILE) if (path := work / name).is_file()):
         whole = []
         for line in read_bytes(path, _METRICS_MOST).splitlines():
