@@ -301,7 +301,7 @@ def test_replies_may_come_from_a_server(
             assert message in capsys.readouterr().err
     assert main([*asked, "--baselines", "none", "--out", str(tmp_path / "here")]) == 0
     runtime = ra.load(run, host=place, dtype="float32")
-    strength = runtime.strengths["default"]
+    strength = runtime.strengths[run.name]
     for name, how in (("bare", {"irms": "__base__"}), ("irm", {"strength": strength})):
         (found,) = [Measured.load(path) for path in (tmp_path / "there" / name).glob("measured*.json")]
         (here,) = [Measured.load(path) for path in (tmp_path / "here" / name).glob("measured*.json")]

@@ -46,7 +46,7 @@ def by_hand(irms: dict[str, Path], tone: str, strength: float, question: str) ->
 
 def test_it_answers_as_by_hand_at_the_irms_own_strength(irms: dict[str, Path]) -> None:
     alone = ra.load(irms["anger"], dtype="float32")
-    assert alone.irms == ["default"]
+    assert alone.irms == ["anger"]
     got = alone.answer(QUESTIONS, **SHORT)
     assert got == [by_hand(irms, "anger", 2.0, question) for question in QUESTIONS]
     assert alone.answer(QUESTIONS[0], strength=-1.0, **SHORT) == by_hand(irms, "anger", -1.0, QUESTIONS[0])
@@ -208,7 +208,7 @@ def test_names(irms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "irms").mkdir()
     (tmp_path / "irms" / "fury").symlink_to(irms["anger"])
     assert find_irm("fury") == tmp_path / "irms" / "fury"
-    assert ra.load("fury").strengths == {"default": 2.0}
+    assert ra.load("fury").strengths == {"fury": 2.0}
     with pytest.raises(RealignerError, match=r"ready-made IRMs are .*fury"):
         find_irm("joy")
     with pytest.raises(RealignerError, match="not found here or on the hub"):
@@ -223,7 +223,10 @@ def test_a_named_adapters_parent_folder(irms: dict[str, Path], tmp_path: Path) -
     model = get_peft_model(host, IRMConfig(), adapter_name="anger")
     model.save_pretrained(str(tmp_path))
     assert find_irm(tmp_path) == tmp_path / "anger"
-    assert ra.load(tmp_path).irms == ["default"]
+    for folder, name in (("v1.5", "v1-5"), ("train", "irm-train"), ("42", "irm-42"), ("irm", "irm-irm")):
+        (tmp_path / folder).symlink_to(tmp_path / "anger")
+        assert ra.load(tmp_path / folder).irms == [name]
+        (tmp_path / folder).unlink()
     model.add_adapter("sadness", IRMConfig())
     model.save_pretrained(str(tmp_path))
     with pytest.raises(RealignerError, match=f"give one of {tmp_path}/anger, {tmp_path}/sadness"):

@@ -15,7 +15,7 @@ from realigner.hosts import EMBEDDED, load_host
 from realigner.irm_config import check_adapter
 from realigner.irm_sources import Source, find_irm, host_of
 from realigner.prompts import Prompt
-from realigner.tuner import load_irm, tuner_of
+from realigner.tuner import IRMModel, load_irm, name_clash, tuner_of
 
 
 class Runtime:
@@ -88,8 +88,8 @@ def load(
 
     Args:
         irm: a run's or an adapter's folder, an id on the Hugging Face hub, or the name of a ready-made IRM
-            (`irm_sources.ready_made`); a list of these, or a mapping from the name that each is to have. The first one is
-            active. None: the host alone.
+            (`irm_sources.ready_made`); a list of these, each named after its folder, or a mapping from the
+            name that each is to have. The first one is active. None: the host alone.
         host: the host; by default the one that the first IRM was made for. Any copy of it will do; it is checked.
         dtype, device, trust_remote_code: see `hosts.load_host`.
         revision: of the host on the hub.
@@ -137,10 +137,11 @@ def load_host_of(irm: Source, host: Source | None = None, **options: Any) -> tup
 
 
 def _named(sources: Sequence[Source]) -> dict[str, Source]:
-    """A single IRM gets PEFT's default name, several are named after their folders."""
-    if len(sources) == 1:
-        return {"default": sources[0]}
-    named = {Path(source).name: source for source in sources}
+    """IRMs by the names of their folders; one that PyTorch or PEFT cannot bear gets ``irm-`` before it, and no dots."""
+    named = {}
+    for source in sources:
+        name = Path(source).absolute().name.replace(".", "-")
+        named[f"irm-{name}" if name_clash(name) or name in IRMModel.prefix else name] = source
     if len(named) < len(sources):
-        raise UsageError("irm: two have the same name; give a mapping from names to IRMs")
+        raise UsageError("irm: two have the same name; rename a folder, or give a mapping from names to IRMs")
     return named

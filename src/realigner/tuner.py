@@ -187,7 +187,8 @@ class IRMModel(BaseTuner):
         One whose weights are in a file is attached once they are loaded, so that a load that fails leaves the host bare.
         """
         config = self.peft_config[adapter_name]
-        _check_name(adapter_name)
+        if clash := name_clash(adapter_name):
+            raise UsageError(f"adapter name {adapter_name!r} cannot be used: {clash}")
         first = "registry" not in self._modules
         if first:
             self.sites = find_sites(model, config.layers_path)
@@ -558,12 +559,14 @@ def _same_site(saved: Any, found: Any) -> bool:
     return bool(saved == found)
 
 
-def _check_name(name: str) -> None:
+def name_clash(name: str) -> str | None:
+    """Why an IRM cannot have a name, or None."""
     if not name or hasattr(nn.ModuleDict, name):
-        raise UsageError(f"adapter name {name!r} cannot be used: it clashes with the names of PyTorch modules")
+        return "it clashes with the names of PyTorch modules"
     # PEFT tells adapters apart by finding ".name." in tensor names, so a name must not be part of one.
     if name in ("registry", "networks", "trunk", "output", "weight", "bias", "base_model") or name.isdigit() or "." in name:
-        raise UsageError(f"adapter name {name!r} cannot be used: it clashes with the names of tensors")
+        return "it clashes with the names of tensors"
+    return None
 
 
 def _device(host: nn.Module) -> torch.device:

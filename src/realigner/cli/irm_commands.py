@@ -227,7 +227,7 @@ def generate(
     from realigner.hosts import host_name
     from realigner.runtime import load
 
-    runtime = load(_by_name(irm) if chat else irm[0], host, dtype, device, trust_remote_code)
+    runtime = load(irm, host, dtype, device, trust_remote_code)
     used = next(iter(runtime.strengths.values())) if strength is None else strength
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "system": system}
     options |= {"repetition_penalty": repetition_penalty, "thinking_budget": thinking_budget}
@@ -294,11 +294,3 @@ def _said_first(asked: Sequence[Asked]) -> list[str]:
             )
         lines += [prompt] if isinstance(prompt, str) else prompt.questions
     return lines
-
-
-def _by_name(irms: Sequence[Path]) -> dict[str, Path]:
-    """IRMs by the names of their folders, as `/irm` calls them."""
-    named = {path.resolve().name or "irm": path for path in irms}
-    if len(named) < len(irms):
-        raise UsageError("--irm: two have the same name; rename a folder")
-    return named
