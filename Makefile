@@ -7,6 +7,8 @@ DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
 SERVE := .serve-env
 SERVE_READY := $(SERVE)/.ready
+# Set, it makes every process compile torch and transformers anew: ten seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow fuzz wheel-check check bench validation evaluation census canary docs notebooks serve-env serve-test serve-bench install help clean
 
