@@ -9,6 +9,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from realigner.runtime import Runtime
 from tests.tiny import tiny_folder
 
 transformers_logging.disable_progress_bar()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores, and its children too
 THREADS = torch.get_num_threads()
 _QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
