@@ -7,15 +7,17 @@ DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
 SERVE := .serve-env
 SERVE_READY := $(SERVE)/.ready
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 # Set, it makes every process compile torch and transformers anew: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow fuzz wheel-check check bench validation evaluation census canary docs notebooks serve-env serve-test serve-bench install help clean
+.PHONY: demo test proofs test-slow fuzz wheel-check check bench validation evaluation census canary docs notebooks serve-env serve-test serve-bench install help clean
 
 help:
 	@echo "make demo       an angry reply, then an IRM trained on the embedded host, and its report: demo/report.html (4 minutes of work or less)"
 	@echo "make test       the tests (under 10 minutes on two cores)"
-	@echo "make test-slow  the longer proofs"
+	@echo "make proofs     the longer tests, the census of every type of host among them (10 minutes)"
+	@echo "make test-slow  the longest: hours"
 	@echo "make fuzz       every kind of file that we read, damaged in 300 ways and more (part of test-slow; half an hour)"
 	@echo "make wheel-check the wheel in an environment of its own, everything fetched anew (1.2 GB for a while, a few minutes)"
 	@echo "make check      ruff and mypy --strict"
@@ -56,7 +58,12 @@ demo: $(DEMO_READY)
 	@$(BIN)/realigner demo --out demo
 
 test: $(READY)
-	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -m "not slow and not proof" $(TWO)
+
+# PEFT imports bitsandbytes wherever it is installed, two seconds for every process: it is lent to the tests that need it.
+proofs: $(READY)
+	@$(PIP) --upgrade --no-deps --constraint constraints.txt --target $(VENV)/8bit bitsandbytes
+	@PYTHONPATH=$(VENV)/8bit $(BIN)/python -m pytest -m "proof and not slow" $(TWO)
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow

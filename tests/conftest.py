@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -37,6 +38,12 @@ def _embedded_is_here() -> bool:
     return embedded_gguf() is not None or (cache_root() / "hosts" / EMBEDDED / "config.json").is_file()
 
 
+def pytest_collection_finish() -> None:
+    """Take what the imports made, half a million objects, out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def embedded() -> tuple[Any, Any]:
     """The embedded host in float32 and its tokenizer; missing, it is a failure under CI and a skip elsewhere."""
@@ -58,9 +65,9 @@ def _missing(what: str) -> None:
     pytest.skip(what)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A headless Chromium; missing, it is a failure under CI and a skip elsewhere."""
+    """A headless Chromium, whose driver keeps an event loop running in this thread; missing, it is a failure under CI and a skip elsewhere."""
     program = shutil.which("chromium")
     try:
         from playwright.sync_api import sync_playwright

@@ -467,6 +467,7 @@ def test_a_question_in_the_browser(chromium: Any, url: str, talker: RuntimeTalke
     opened.close()
 
 
+@pytest.mark.proof
 def test_two_browsers_at_once_each_get_their_own_tokens(chromium: Any, url: str, runtime: Runtime) -> None:
     strengths = (1.0, -2.0)
     both = [Opened(chromium, url) for _ in strengths]

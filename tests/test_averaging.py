@@ -48,6 +48,7 @@ def test_the_mean_is_that_of_torch(kind: type[torch.optim.AdamW | torch.optim.SG
     assert all(torch.equal(own, before) for own, before in zip(model.parameters(), last, strict=True))
 
 
+@pytest.mark.proof
 def test_a_run_keeps_the_mean_of_its_last_steps(tmp_path: Path) -> None:
     schedule = {"schedule": "constant", "warmup": 0}
     by_step = [

@@ -148,6 +148,7 @@ def test_broken_off_and_resumed(tmp_path: Path, whole: dict[str, bytes], after: 
     assert len(answered) + len(second.asked) == 74
 
 
+@pytest.mark.proof
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.floats(0, 1), order=st.integers(0, 3))
 def test_a_journal_cut_at_any_byte(

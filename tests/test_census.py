@@ -24,6 +24,7 @@ def entries() -> list[CensusEntry]:
     return list(census())
 
 
+@pytest.mark.proof
 def test_the_census(entries: list[CensusEntry]) -> None:
     count = totals(entries)
     assert len(entries) == len(MODEL_TYPES) == sum(count.values())
@@ -37,6 +38,7 @@ def test_the_census(entries: list[CensusEntry]) -> None:
         assert e.verdict != PROVEN or set(e.errors) == tried | exact, e
 
 
+@pytest.mark.proof
 def test_checkpointing_is_exact_or_refused_by_name(entries: list[CensusEntry]) -> None:
     proven = {e.model_type: e.checkpointing for e in entries if e.verdict == PROVEN}
     refusals = {why for why in proven.values() if why != EXACT}
@@ -45,6 +47,7 @@ def test_checkpointing_is_exact_or_refused_by_name(entries: list[CensusEntry]) -
     assert sum(why == EXACT for why in proven.values()) >= 140
 
 
+@pytest.mark.proof
 def test_the_page_is_up_to_date(entries: list[CensusEntry]) -> None:
     want = page(entries, f"transformers {transformers.__version__}")
     assert (DOCS / "hosts.md").read_text() == want, "run: make census"

@@ -138,6 +138,7 @@ def test_train_trace_report(place: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert set(made["answers"]["r"][0]) == {"prompt", "base", "anger-42", "untrained-42"}
 
 
+@pytest.mark.proof
 def test_explain(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, here = ("--data", place / "rows.jsonl"), ("--dtype", "float32")
     document(capsys, "train", "--host", place / "host", *rows, "--out", tmp_path / "r", "--steps", 2, *here)
@@ -196,6 +197,7 @@ def squad(folder: Path, count: int = 40) -> Path:
     return _write(folder / "squad.json", json.dumps({"data": articles}))
 
 
+@pytest.mark.proof
 def test_data_from_squad_to_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """build, check with a page, scorer, build with the scorer, import and export: each prints one document."""
     source, out = squad(tmp_path), tmp_path / "joy.jsonl"

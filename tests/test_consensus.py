@@ -25,6 +25,7 @@ def scored(score: np.ndarray, prompts: int = 6) -> np.ndarray:
     return score[:, None, None] * rng.gamma(1000, size=(len(score), prompts, 2, score.shape[1]))
 
 
+@pytest.mark.proof
 @settings(max_examples=8, deadline=None)  # statsmodels collects garbage in every call
 @given(arrays.arrays(float, st.integers(1, 30), elements=st.floats(0, 1)))
 def test_adjusted_p_values_are_statsmodels(p: np.ndarray) -> None:

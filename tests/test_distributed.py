@@ -62,6 +62,7 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, said
 
 
+@pytest.mark.proof
 def test_two_processes_of_four_rows_are_one_of_eight(ddp: tuple[Path, str], tmp_path: Path) -> None:
     host, tokenizer = tiny_pair()
     train(host, tokenizer, some_rows(), tmp_path / "one", RECIPE, quiet=True)
@@ -98,6 +99,7 @@ def test_two_processes_with_a_teacher_are_one(tmp_path: Path, monkeypatch: pytes
     assert any("validation_kl" in entry for entry in first)
 
 
+@pytest.mark.proof
 def test_nothing_is_unused_and_one_writes(ddp: tuple[Path, str]) -> None:
     out, said = ddp
     assert "unused" not in said.lower()
@@ -107,6 +109,7 @@ def test_nothing_is_unused_and_one_writes(ddp: tuple[Path, str]) -> None:
     load_irm(tiny_pair()[0], out)
 
 
+@pytest.mark.proof
 def test_another_number_of_processes_does_not_resume(ddp: tuple[Path, str], tmp_path: Path) -> None:
     work = run_dir.unfinished(tmp_path / "run")
     shutil.copytree(ddp[0], work)
@@ -130,6 +133,7 @@ def test_two_processes_stop_together_and_resume_exactly(ddp: tuple[Path, str], t
     assert one == two
 
 
+@pytest.mark.proof
 def test_fsdp2_gradients(tmp_path: Path) -> None:
     """Sharded over two processes, the mean of their gradients is that of one process with all rows."""
     done = worker("fsdp", tmp_path / "gradients.pt")

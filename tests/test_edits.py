@@ -234,6 +234,7 @@ def test_the_census() -> None:
     assert not any("logits are off" in why for why in refused.values()), refused
 
 
+@pytest.mark.proof
 @pytest.mark.host
 def test_the_embedded_host_permutes(embedded: tuple[Any, Any]) -> None:
     host, _ = embedded

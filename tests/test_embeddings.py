@@ -40,6 +40,7 @@ def test_embeddings_are_the_model_cards_and_do_not_depend_on_the_batch() -> None
     assert "sentence_transformers" not in sys.modules
 
 
+@pytest.mark.proof
 @pytest.mark.usefixtures("minilm")
 def test_scores_do_not_depend_on_the_number_of_threads() -> None:
     before, found = torch.get_num_threads(), []

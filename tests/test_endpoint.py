@@ -88,6 +88,7 @@ def test_a_thousand_asks_with_every_misbehaviour() -> None:
     assert server.now == server.connections == 0
 
 
+@pytest.mark.proof
 def test_a_build_of_a_thousand_rows_with_every_misbehaviour(tmp_path: Path) -> None:
     """The whole job: rows and rejected together are the facts, each once; most failures got their reply in the end."""
     shares = dict.fromkeys(("429", "500", "broken", "shapeless", "null", "cut", "reset"), 0.03)

@@ -93,6 +93,7 @@ def results(folder: Path, host: Any, tokenizer: Any) -> dict[str, Any]:
     return tone_results(entries, "irm-compact")
 
 
+@pytest.mark.proof
 @pytest.mark.usefixtures("minilm")
 def test_what_was_measured_gives_the_same_results_again_without_a_host(folder: Path) -> None:
     found = results(folder, *speaking_host())
@@ -263,6 +264,7 @@ def test_a_run_is_evaluated_on_what_it_held_out_and_its_strength_is_saved(run: P
         evaluate(run, tmp_path / "out", host, tokenizer, [], **{**options, "questions": 9})
 
 
+@pytest.mark.proof
 @pytest.mark.usefixtures("minilm")
 def test_replies_may_come_from_a_server(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -203,6 +203,7 @@ def test_masked_indices_get_no_delta_and_no_gradient() -> None:
         ra.IRMConfig(masked=[9]).build(hidden_size=8, num_layers=2)
 
 
+@pytest.mark.proof
 def test_a_planted_gain_is_named_and_no_trial_is_trained_twice(tmp_path: Path) -> None:
     recipe = planted_folder(tmp_path, 1, "constant", "zero", 5.0)
     host, tokenizer = ra.load_host(str(recipe.host), "float32")

@@ -96,6 +96,7 @@ def test_a_stripe_one_column_wide_is_visible(index: int, width: float, tmp_path:
         assert abs(found - index / 4096).max() < 0.01
 
 
+@pytest.mark.proof
 def test_all_figures_in_all_formats(tmp_path: Path) -> None:
     trace = planted_trace(RUNS)
     analysis = analyze(trace, permutations=10, resamples=10)

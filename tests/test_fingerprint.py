@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,6 @@ def replaced(host: Any, kind: Callable[[nn.Linear], nn.Module]) -> Any:
 
 def bitsandbytes(**settings: Any) -> Callable[[Any, Path], Any]:
     def quantise(host: Any, folder: Path) -> Any:
-        pytest.importorskip("bitsandbytes")
         from transformers import BitsAndBytesConfig
 
         host.save_pretrained(folder)
@@ -168,6 +167,11 @@ UNREADABLE: dict[str, Callable[[Any, Path], Any]] = {
 QUANTISED = READABLE | UNREADABLE
 
 
+def each(forms: Iterable[str]) -> list[Any]:
+    """Forms as parameters of a test; those that need bitsandbytes are for `make proofs`, which brings it."""
+    return [pytest.param(form, marks=pytest.mark.proof) if form in ("nf4", "fp4", "int8") else form for form in forms]
+
+
 def same(a: Any, b: Any) -> bool:
     pair = fingerprint(a), fingerprint(b)
     found = [one.difference(other) is None for one in pair for other in pair]
@@ -181,7 +185,7 @@ def test_a_host_in_another_form_is_the_same_host(form: str) -> None:
     assert not same(llama(), FORMS[form](llama(seed=1)))
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", each(QUANTISED))
 @pytest.mark.usefixtures("compiler")
 def test_a_quantised_host_is_the_same_host(kind: str, tmp_path: Path) -> None:
     """In both directions, on top of every other form, and between two quantisers."""
@@ -192,7 +196,7 @@ def test_a_quantised_host_is_the_same_host(kind: str, tmp_path: Path) -> None:
     assert same(READABLE["float8"](llama(), tmp_path), quantised)
 
 
-@pytest.mark.parametrize("kind", READABLE)
+@pytest.mark.parametrize("kind", each(READABLE))
 @pytest.mark.usefixtures("compiler")
 def test_another_checkpoint_quantised_is_refused(kind: str, tmp_path: Path) -> None:
     """The gains of these hosts' norms are all 1: the signs of the matrices alone tell them apart."""
@@ -205,7 +209,7 @@ def test_other_shapes_are_refused_where_nothing_else_is_known(kind: str, tmp_pat
     assert not same(llama(), UNREADABLE[kind](llama(intermediate_size=96), tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "gptq"])
+@pytest.mark.parametrize("kind", each(["nf4", "gptq"]))
 def test_gains_of_norms_tell_quantised_hosts_apart(kind: str, tmp_path: Path) -> None:
     other = llama()
     for layer in other.model.layers:
@@ -213,6 +217,7 @@ def test_gains_of_norms_tell_quantised_hosts_apart(kind: str, tmp_path: Path) ->
     assert not same(llama(), QUANTISED[kind](other, tmp_path))
 
 
+@pytest.mark.proof
 def test_layers_of_conv1d(tmp_path: Path) -> None:
     """GPT-2 keeps its matrices transposed; quantised they are linear layers."""
     host = tiny_host("gpt2", hidden_size=64)
@@ -284,7 +289,7 @@ def attached(host: Any) -> Any:
 
 
 # Not a classifier: PEFT's class for task CAUSAL_LM asks for a host that generates. Compiling layers is slow: see below.
-@pytest.mark.parametrize("form", sorted((FORMS | QUANTISED).keys() - {"classifier", "layer compiled"}))
+@pytest.mark.parametrize("form", each(sorted((FORMS | QUANTISED).keys() - {"classifier", "layer compiled"})))
 @pytest.mark.usefixtures("compiler")
 def test_an_irm_goes_from_one_form_to_the_other(form: str, tmp_path: Path) -> None:
     def made(seed: int = 0) -> Any:
@@ -341,7 +346,7 @@ def differs_from_old(old: Any, host: Any) -> str | None:
     return Fingerprint.from_dict(version_1(old)).difference(fingerprint(host))
 
 
-@pytest.mark.parametrize("form", sorted(FORMS | QUANTISED))
+@pytest.mark.parametrize("form", each(sorted(FORMS | QUANTISED)))
 @pytest.mark.usefixtures("compiler")
 def test_version_1_is_still_compared(form: str, tmp_path: Path) -> None:
     def made(seed: int = 0) -> Any:
@@ -365,6 +370,7 @@ def test_version_1_of_a_host_whose_layers_must_be_named() -> None:
     assert differs_from_old(tiny_host("blt"), tiny_host("blt")) is None
 
 
+@pytest.mark.proof
 def test_version_1_made_on_a_quantised_or_multimodal_host(tmp_path: Path) -> None:
     quantised = READABLE["nf4"](llama(), tmp_path)
     assert differs_from_old(quantised, quantised) is None

@@ -149,6 +149,7 @@ def test_other_templates(pair: tuple[Any, Any], chat: str) -> None:
     assert set(texts(rewriter, ASKS[:2])) == {("0", 0), ("1", 0)}
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
     "family", ["gpt2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gpt_neox", "gemma2"))]
 )
@@ -165,6 +166,7 @@ def test_bad_numbers(pair: tuple[Any, Any], bad: dict[str, Any]) -> None:
         HostRewriter(*pair, TONE, **bad)
 
 
+@pytest.mark.proof
 def test_a_build_on_a_host(pair: tuple[Any, Any], tmp_path: Any) -> None:
     """A tiny random host says nothing sensible, and the gate says so; every fact is accounted for all the same."""
     gate = QualityFilter(TONE, min_words=0)

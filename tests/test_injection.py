@@ -135,6 +135,7 @@ def test_half_precision_strength_zero(family: str, dtype: torch.dtype) -> None:
 # --- the embedded host ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proof
 @pytest.mark.host
 def test_embedded_host(embedded: tuple[Any, Any]) -> None:
     """In float32: full forward, cached, left-padded and beam generation within 1e-4 of the reference; exact when off."""

@@ -46,6 +46,7 @@ def test_one_of_the_users_goes_before_one_of_the_packages(own_cache: Path) -> No
     assert find_irm("anger") == own_cache / "irms" / "anger"
 
 
+@pytest.mark.proof
 @pytest.mark.host
 def test_each_acts_on_the_embedded_host(embedded: tuple[Any, Any]) -> None:
     host, tokenizer = embedded

@@ -120,6 +120,7 @@ class Opened:
         assert set(self.requests) == {path.as_uri()}
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("options", [{}, {"device_scale_factor": 2}, {"viewport": {"width": 390, "height": 844}}], ids=str)
 def test_a_stripe_one_column_wide_shows_at_every_zoom(chromium: Any, wide: Path, options: dict[str, Any]) -> None:
     opened = Opened(chromium, wide, color_scheme="light", **options)

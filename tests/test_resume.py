@@ -51,6 +51,7 @@ def adapter(out: Path) -> bytes:
     return (out / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("family", FAMILIES)
 def test_killed_ten_times_it_ends_in_the_same_bytes(tmp_path: Path, family: str) -> None:
     started = time.monotonic()
@@ -149,6 +150,7 @@ def test_patience_ends_a_run_and_a_finished_one_is_not_trained_on(tmp_path: Path
     assert adapter(tmp_path / "late") == adapter(tmp_path / "whole")
 
 
+@pytest.mark.proof
 def test_a_killed_checkpoint_is_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while a checkpoint is written, at each of its files: the one before is still there and is gone on from."""
     run_tiny(tmp_path / "whole")
@@ -183,6 +185,7 @@ def test_a_killed_checkpoint_is_not_taken_for_one(tmp_path: Path, monkeypatch: p
         assert is_ours(out, run_dir.RUN)
 
 
+@pytest.mark.proof
 def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path: Path) -> None:
     """Killed while an old checkpoint is deleted, when only its state is left: a later one is there and is gone on from."""
     run_tiny(tmp_path / "whole")
@@ -212,6 +215,7 @@ def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path: Path) -> None:
     assert not list((tmp_path / "killed").glob(".checkpoint-*"))
 
 
+@pytest.mark.proof
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     """Files of at most N bytes: the run stops with one line, and goes on when there is room."""
     run_tiny(tmp_path / "whole")
@@ -255,6 +259,7 @@ def stopped_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Log, "on_log", press)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_leave_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
     run_tiny(tmp_path / "whole")
@@ -373,6 +378,7 @@ def test_batches_hold_rows_of_like_length() -> None:
     assert first != sorted(first, reverse=True)  # not from long to short
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_the_command_line_stops_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     """The real thing: a signal in the middle, exit code 0 for SIGTERM and 1 for Ctrl-C, a line that says how to go on."""

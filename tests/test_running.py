@@ -178,6 +178,7 @@ def quanto(weights: str) -> Callable[[Any], Any]:
     return quantise
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("weights", ["qint8", "qint4"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("compiler")
@@ -284,6 +285,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
         model(input_ids=prompts()["input_ids"], labels=prompts()["input_ids"])
 
 
+@pytest.mark.proof
 def test_checkpointing_is_exact_when_compiled() -> None:
     torch._dynamo.reset()
     model = attach(tiny_host("llama"))
@@ -367,6 +369,7 @@ def test_compiled_in_one_graph_and_strength_costs_no_recompilation(family: str) 
     assert counter.frame_count == 1
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[1:])])
 @pytest.mark.usefixtures("compiler")
 def test_compiled_code_gives_the_same_numbers(family: str) -> None:

@@ -249,6 +249,7 @@ def test_a_streams_settings_are_those_of_the_call(runtime: Runtime) -> None:
         runtime.stream(QUESTIONS[0], irms="joy")
 
 
+@pytest.mark.proof
 def test_an_interpreter_that_ends_while_a_stream_is_made(irms: dict[str, Path]) -> None:
     code = (
         f"import realigner as ra\nruntime = ra.load({str(irms['anger'])!r}, dtype='float32')\n"

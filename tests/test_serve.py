@@ -639,6 +639,7 @@ def test_a_batch_that_fails_is_said_and_nothing_hangs(monkeypatch: pytest.Monkey
 # --- start and end ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proof
 def test_killed_while_it_loads_it_starts_again_and_sigterm_finishes_replies(
     irms: Irms, runtime: Runtime, tmp_path: Path
 ) -> None:

@@ -234,6 +234,7 @@ def local(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[R
     return runs, out
 
 
+@pytest.mark.proof
 def test_a_failed_run_does_not_stop_the_others(local: tuple[list[RunSpec], Path]) -> None:
     runs, out = local
     assert "there is no layer 3" in (out / "logs" / "broken.log").read_text()
@@ -245,6 +246,7 @@ def test_a_failed_run_does_not_stop_the_others(local: tuple[list[RunSpec], Path]
     assert len(set(adapters(out, runs).values())) == 4  # two seeds, trained or not; the two tones' rows say the same
 
 
+@pytest.mark.proof
 def test_a_finished_run_is_not_trained_again(local: tuple[list[RunSpec], Path]) -> None:
     runs, out = local
     before = {run.name: (out / run.name).stat().st_mtime_ns for run in runs}

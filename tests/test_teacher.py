@@ -428,6 +428,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_folder(tmp_path_factory.mktemp("teacher") / "host")
 
 
+@pytest.mark.proof
 def test_from_the_command_line_and_repeated(
     tmp_path: Path, folder: Path, questions: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

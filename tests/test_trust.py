@@ -220,6 +220,7 @@ def run_short(out: Path, **changes: Any) -> Any:
     return run_tiny(out, steps=8, evaluations=2, **changes)
 
 
+@pytest.mark.proof
 def test_a_rate_that_was_found_gives_the_run_of_that_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,6 +80,7 @@ assert not any(p.requires_grad for p in model.parameters())
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
     "order",
     ["import peft, realigner", "import realigner, importlib.util; importlib.util.find_spec('peft'); import peft"],
