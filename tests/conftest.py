@@ -67,7 +67,7 @@ def _missing(what: str) -> None:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A headless Chromium, whose driver keeps an event loop running in this thread; missing, it is a failure under CI and a skip elsewhere."""
+    """A headless Chromium, whose driver keeps this thread's event loop; missing, a failure under CI and a skip elsewhere."""
     program = shutil.which("chromium")
     try:
         from playwright.sync_api import sync_playwright
