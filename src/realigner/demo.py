@@ -28,6 +28,7 @@ from realigner.tuner import load_irm
 _SAMPLE = 0  # the prompt shown at the end: the one whose reply is shown while it learns
 _FIRST = "Why do I have to wait so long?"  # that the ready-made IRM is asked
 _FIRST_TOKENS = 40
+_SAMPLE_TOKENS = 24  # of the replies while it learns, of which a line is shown
 STEPS = 90  # of training: less than a pass over the rows, and enough to hear
 
 
@@ -74,7 +75,8 @@ def run_demo(
         say(f"2/4  asking it with the ready-made IRM for {tone}:")
         _say_replies(tone, host, tokenizer)
         say(f"     ({time.monotonic() - started:.0f} s after the start)")
-        recipe = resolve(make_recipe(steps=STEPS if steps is None else steps, tone=tone, seed=seed), host, tokenizer, rows)
+        recipe = make_recipe(steps=STEPS if steps is None else steps, samples=_SAMPLE_TOKENS, tone=tone, seed=seed)
+        recipe = resolve(recipe, host, tokenizer, rows)
         if not force and is_run(folder) and recipe.difference(read_recipe(folder / RECIPE_FILE)) is None:
             say(f"3/4  {folder} is trained already; --force trains it anew")
         else:
