@@ -639,7 +639,7 @@ def test_where_no_system_prompt_is_taken_it_stands_in_the_question(questions: st
 def test_without_the_extra_it_says_which(questions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("realigner.training.preflight.find_spec", lambda name: None if name == "datasketch" else object())
     with pytest.raises(
-        RealignerError, match=r'instruct: needs packages that are not installed; pip install "realigner\[data\]"'
+        RealignerError, match=r'instruct: .* not installed \(datasketch\); install them: pip install "realigner\[data\]"'
     ):
         run(tmp_path / "run", questions)
 

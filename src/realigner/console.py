@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 import threading
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
+from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from realigner.errors import visible
@@ -31,6 +34,15 @@ def console() -> Console:
 def say(text: str) -> None:
     """One line for people, on standard error."""
     print(visible(text), file=sys.stderr, flush=True)
+
+
+def program() -> str:
+    """How this program is called here: ``realigner``, or its path where a shell would not find it by its name."""
+    called = Path(sys.argv[0])
+    if called.name != "realigner" or shutil.which("realigner") is not None:
+        return "realigner"
+    here = called.absolute()
+    return quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
 
 
 def show(text: str = "", end: str = "\n") -> None:

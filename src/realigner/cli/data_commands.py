@@ -13,7 +13,7 @@ import typer
 from typer import Argument, Context, Option
 
 from realigner.cli.options import Force, Json, Seed, TemplateKwargs, Trust, claim, print_json, short, template_kwargs
-from realigner.console import show, show_table
+from realigner.console import program, show, show_table
 from realigner.errors import RealignerError, UsageError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def build(
         show(f"skipped: {_listed(skipped)}")
     if note := made.note():
         show(note)
-    show(f"Try next:  realigner data check {quote(str(built.path))}")
+    show(f"Try next:  {program()} data check {quote(str(built.path))}")
 
 
 @app.command("import")
@@ -183,7 +183,7 @@ def import_(
         show(f"{to_hf}: {_listed(splits)} rows")
     if out is not None:
         show(f"{out}" + (f", and what was rejected in {beside(out, '.rejected.jsonl')}" if rejected else ""))
-        show(f"Try next:  realigner data check {quote(str(out))}")
+        show(f"Try next:  {program()} data check {quote(str(out))}")
 
 
 @app.command()
@@ -224,7 +224,7 @@ def condition(
     show(f"{out}: {len(chosen):,} rows ({_listed(counts)})")
     if missing:
         show(f"left out: {missing:,} questions without a row in the tone that the rules give them")
-    show(f"Try next:  realigner train --data {quote(str(out))} --tone all --out {quote(f'runs/{tone_label(chosen)}')}")
+    show(f"Try next:  {program()} train --data {quote(str(out))} --tone all --out {quote(f'runs/{tone_label(chosen)}')}")
 
 
 @app.command()
@@ -277,7 +277,7 @@ def check(
         if path != "authored":
             tone = next(iter(card.tones))
             one = f" --tone {quote(tone)}" if len(card.tones) > 1 else ""
-            show(f"Try next:  realigner train --data {quote(path)}{one} --out {quote(f'runs/{tone}')}")
+            show(f"Try next:  {program()} train --data {quote(path)}{one} --out {quote(f'runs/{tone}')}")
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 from typer import Argument, Option
 
 from realigner.cli import options as opt
-from realigner.console import show
+from realigner.console import program, show
 from realigner.dialogues import Asked, Dialogue, all_replies, questions_in, readable, written
 from realigner.errors import RealignerError, UsageError
 
@@ -41,7 +41,7 @@ def demo(
     show(f"   realigned: {opt.short(sample['realigned'])}")
     show(f"\nReport: {result.report}   (open it in a browser)")
     show(f"Run:    {result.run}   ({result.seconds:.0f} s of work)")
-    show(f'\nTry next:  realigner generate --irm {result.run} "Why is the sky blue?"')
+    show(f'\nTry next:  {program()} generate --irm {result.run} "Why is the sky blue?"')
 
 
 def train(
@@ -139,7 +139,7 @@ def _print_run(folder: Path, record: dict[str, Any], as_json: bool) -> None:
         show(f"{folder}: {record['steps_done']} steps in {record['seconds']:.0f} s{kept}")
         if said := verdict(record):
             show(said)
-        show(f'Try next:  realigner generate --irm {folder} "How many apples can fit in a basket?"')
+        show(f'Try next:  {program()} generate --irm {folder} "How many apples can fit in a basket?"')
 
 
 def _go_on(out: Path) -> str:
@@ -161,7 +161,8 @@ def recipes(
     else:
         for key in BUILT_IN:
             show(f"{key:10}{recipe_text(key)[0].splitlines()[0].removeprefix('# ')}")
-        show("Try next:  realigner recipes paper > mine.yaml; realigner train --recipe mine.yaml --tone anger --out runs/mine")
+        called = program()
+        show(f"Try next:  {called} recipes paper > mine.yaml; {called} train --recipe mine.yaml --tone anger --out runs/mine")
 
 
 def generate(
@@ -241,6 +242,8 @@ def generate(
         return
     if not has_chat_template(runtime.tokenizer):
         say(PLAIN_NOTE)
+    if not as_json:
+        say(f"strength {used:g}" + (", the IRM's own (--strength sets another)" if strength is None else ""))
     with progress("answering", 2 * sum(map(questions_in, asked)), quiet=as_json) as task:
 
         def answer(conversations: list[Prompt], **how: Any) -> list[Answer]:

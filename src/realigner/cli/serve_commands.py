@@ -23,7 +23,12 @@ def serve(
     host: Annotated[Optional[str], Argument(help="The host; by default the one the first IRM was made for.")] = None,
     irm: Annotated[
         Optional[list[str]],
-        Option("--irm", metavar="NAME=DIR", help="An IRM, and its name; may be given often.", show_default=False),
+        Option(
+            "--irm",
+            metavar="[NAME=]IRM",
+            help="An IRM: a folder, a ready-made one (anger, sadness, neutral), an id on the hub; may be given often.",
+            show_default=False,
+        ),
     ] = None,
     host_name: Annotated[
         Optional[str], Option(help="The model's name in requests.", show_default="the host's, or its folder's")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from realigner.cli import options as opt
-from realigner.console import show
+from realigner.console import program, show
 from realigner.errors import RealignerError, UsageError
 
 
@@ -106,7 +106,7 @@ def evaluate(
         show(
             f"\nstrength {choice.strength:g} (no clear difference from {choice.low:g} to {choice.high:g}); saved in the adapter"
         )
-    show(f"Try next:  realigner report {out} --out report.html    (tables, curves and examples)")
+    show(f"Try next:  {program()} report {out} --out report.html    (tables, curves and examples)")
 
 
 def trace(
@@ -159,7 +159,7 @@ def trace(
     names = ", ".join(recorded.attrs["runs"])
     show(f"{out}: {sizes['token']} tokens x {sizes['layer']} layers x {sizes['neuron']} neurons ({keep}), {len(asked)} prompts")
     show(f"runs: {names}")
-    show(f"Try next:  realigner analyze {out}")
+    show(f"Try next:  {program()} analyze {out}")
 
 
 def analyze(
@@ -188,7 +188,7 @@ def analyze(
     for run, table in found.leading.groupby("run", sort=False):
         show(f"   {run:24} " + "  ".join(f"{row.neuron} ({row.ratio:.2f})" for row in table.head(5).itertuples()))
     _show_replies(found.turns)
-    show(f"Try next:  realigner report {traces[0]} --out report.html    (--json has every table)")
+    show(f"Try next:  {program()} report {traces[0]} --out report.html    (--json has every table)")
 
 
 def _show_replies(turns: Any) -> None:
@@ -258,7 +258,7 @@ def explain(
         show(f"{conclusion.answer.upper():14} {conclusion.question}")
         show(f"{'':14} {conclusion.words}  n = {conclusion.n} {conclusion.unit}")
     named = f" --host {host}" if host else ""
-    show(f"Try next:  realigner report {out}{named} --out report.html    ({out}/explain.json has every table)")
+    show(f"Try next:  {program()} report {out}{named} --out report.html    ({out}/explain.json has every table)")
 
 
 def _explain_weights(host: str | None, index: int | None, as_json: bool) -> None:
@@ -277,7 +277,7 @@ def _explain_weights(host: str | None, index: int | None, as_json: bool) -> None
         for fact in entry["facts"]:
             times = "" if fact["times_median"] is None else f", {fact['times_median']:.3g} times the median"
             show(f"   {fact['about']:48} {fact['value']:.4g}{times} (rank {fact['rank']} of {fact['n']:,})")
-    show("Try next:  realigner explain --irm RUN    (with a trained IRM: what it makes of them)")
+    show(f"Try next:  {program()} explain --irm RUN    (with a trained IRM: what it makes of them)")
 
 
 def report(

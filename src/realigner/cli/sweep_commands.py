@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 from typer import Argument, Option
 
 from realigner.cli.options import Json, print_json
-from realigner.console import show
+from realigner.console import program, show
 from realigner.errors import RealignerError
 
 
@@ -42,7 +42,7 @@ def sweep(
         else:
             for run in runs:
                 show(f"{run.name}  {states[run.name]:8}{run.label}")
-            show(f"{len(runs)} runs. Try next:  realigner sweep {file} --out {out}")
+            show(f"{len(runs)} runs. Try next:  {program()} sweep {file} --out {out}")
         return
     gpus = chosen.gpus if gpus is None else gpus
     result = run_sweep(runs, out, on, workers or chosen.workers, gpus, address, retries, quiet=as_json)
@@ -61,7 +61,7 @@ def sweep(
         for name, error in result.errors.items():
             show(f"failed: {name} ({labels[name]}): {error}  [{result.out}/logs/{name}.log]")
         if done:
-            show(f"Try next:  realigner trace --irm {result.out} --prompts paper --out {result.out}.zarr")
+            show(f"Try next:  {program()} trace --irm {result.out} --prompts paper --out {result.out}.zarr")
     if result.errors:
         raise RealignerError(f"{len(result.errors)} of {len(runs)} runs failed")
     if not result.finished:

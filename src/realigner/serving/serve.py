@@ -125,7 +125,8 @@ class _Server(uvicorn.Server):
         if self.force_exit:
             self._loop.call_soon_threadsafe(self._abort)
         else:
-            say("realigner serve: finishing the replies that are under way (again to stop at once)")
+            busy = "finishing the replies that are under way (again to stop at once)"
+            say(f"realigner serve: {busy if self.server_state.tasks else 'stopping'}")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)

@@ -28,8 +28,11 @@ def check_packages(recipe: Recipe) -> None:
     for name in recipe.report_to:
         if find_spec(name) is None:
             raise RealignerError(f"report_to: {name} is not installed; pip install {name}, or set report_to=[]")
-    if recipe.instruct is not None and not all(map(find_spec, ("datasketch", "sklearn"))):  # the filter of replies
-        raise RealignerError('instruct: needs packages that are not installed; pip install "realigner[data]"')
+    if recipe.instruct is not None and (missing := [name for name in ("datasketch", "sklearn") if find_spec(name) is None]):
+        raise RealignerError(
+            f"instruct: the filter of the teacher's replies needs packages that are not installed ({', '.join(missing)}); "
+            'install them: pip install "realigner[data]"'
+        )
     if recipe.optimizer == "adam-8bit" and find_spec("bitsandbytes") is None:
         raise RealignerError("optimizer: adam-8bit needs bitsandbytes; pip install bitsandbytes, or set optimizer=adafactor")
 

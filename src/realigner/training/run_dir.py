@@ -173,6 +173,12 @@ def refuse_pickles(work: Path) -> None:
             )
 
 
+def teacher_replies(work: Path) -> int:
+    """Lines in a folder's record of its teacher's replies, its head not counted."""
+    path = work / TEACHER_FILE
+    return max(0, read_bytes(path).count(b"\n") - 1) if path.is_file() else 0
+
+
 def checkpoint_step(path: Path) -> int:
     """The step a checkpoint was made after."""
     return int(path.name.removeprefix(_CHECKPOINT))

@@ -41,7 +41,7 @@ from realigner.training.batches import Collator, Prepared, prepare, to_last_labe
 from realigner.training.host_checks import check_tokens
 from realigner.training.loss import bare, row_losses, takes_logits_to_keep
 from realigner.training.recipe import Recipe
-from realigner.training.run_dir import TEACHER_FILE
+from realigner.training.run_dir import TEACHER_FILE, teacher_replies
 from realigner.training.run_record import TeacherEntry, checked
 from realigner.tuner import tuner_of
 from realigner.validation_message import first_fault
@@ -279,8 +279,7 @@ class Teacher:
 
     def missing(self, work: Path) -> int:
         """Replies that a run's folder does not have yet."""
-        path = work / TEACHER_FILE
-        return self.wanted - max(0, read_bytes(path).count(b"\n") - 1) if path.is_file() else self.wanted
+        return self.wanted - teacher_replies(work)
 
     def replies(self, model: Any, tokenizer: Any, work: Path, quiet: bool) -> list[dict[str, Any]]:
         """The replies as in ``teacher.jsonl`` (`TeacherEntry`), those that are not there yet sampled now.

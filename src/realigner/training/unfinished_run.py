@@ -38,7 +38,7 @@ def unfinished_run(place: run_dir.RunPlace, record: dict[str, Any], recipe: Reci
     try:
         yield
     except BaseException as error:
-        good, replies = run_dir.checkpoints(work), (work / run_dir.TEACHER_FILE).is_file()
+        good, replies = run_dir.checkpoints(work), run_dir.teacher_replies(work) > 0
         if not good and not replies:
             discard(work, run_dir.RUN)
         if isinstance(error, KeyboardInterrupt):
