@@ -17,6 +17,7 @@ import pytest
 
 import realigner as ra
 from realigner.cli import main
+from realigner.console import program
 from realigner.training import make_recipe, train
 from tests.tiny import some_rows, tiny_folder
 
@@ -657,3 +658,20 @@ def test_help_is_fast() -> None:
         seconds.append(time.perf_counter() - start)
     print(f"realigner --help: median {statistics.median(seconds):.2f} s")
     assert statistics.median(seconds) <= 0.4
+
+
+def test_the_next_command_is_one_that_the_shell_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "my env" / "bin" / "realigner"
+    script.parent.mkdir(parents=True)
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.setattr("sys.argv", [str(script)])
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+    assert program() == "'my env/bin/realigner'"
+    monkeypatch.chdir("/")
+    assert program() == f"'{script.relative_to('/')}'"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert program() == "realigner"
+    monkeypatch.setattr("sys.argv", ["/some/__main__.py"])
+    assert program() == "realigner"
