@@ -305,6 +305,11 @@ def test_killed_between_replies_or_steps_it_ends_in_the_same_bytes(
         patch.setattr(Teacher, "_sampled", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(RealignerError, match=r"interrupted; the teacher's replies are saved, to go on from \(resume\)"):
             run(out, questions, rows=some_rows(8, tone="z"), data_weight=0.5, validation=0.4, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "_sampled", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(RealignerError, match="interrupted; nothing was saved"):
+            run(tmp_path / "at once", questions, resume=True)
+    assert not list(tmp_path.glob("at once*"))
     made: list[range] = []
     sampled = Teacher._sampled
 
@@ -433,12 +438,17 @@ def test_from_the_command_line_and_repeated(
     tmp_path: Path, folder: Path, questions: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(teacher_module, "OBEDIENCE", -1.0)  # a host of random weights obeys nobody
+    monkeypatch.setattr("realigner.console._LINE_EVERY", 0.0)
     first = ["train", "--host", str(folder), "--instruct", INSTRUCT, "--questions", questions, "--out", str(tmp_path / "run")]
     first += ["--steps", "3", "--dtype", "float32", "--set", "samples=0", "--set", "report_to=[]"]
     assert main(first) == 0
     out, err = capsys.readouterr()
     assert "KL from the teacher" in out
     assert "time: less than a minute" in err
+    noted = re.findall(r"teacher replying: (\d+)/24 .* token (\d+) of 10 at most", err)
+    assert noted[0] == ("0", "1")
+    assert {replies for replies, _ in noted} == {"0", "8", "16"}  # a batch has eight
+    assert max(int(token) for _, token in noted) == 10
     assert "teacher replying: 24/24" in err
     assert re.search(r"teacher: 2\d of 24 replies kept \(.*\); all are in .*teacher.jsonl", err)
     recipe = (tmp_path / "run" / "recipe.yaml").read_text()

@@ -126,9 +126,9 @@ class Task:
         return f"{speed:.3g} {self.unit}/s  " if self.unit else ""
 
     def _left(self) -> str:
-        if not self.unit or self.done >= self.total:
+        if not self.unit or not 0 < self.done < self.total:
             return ""
-        seconds = round((time.monotonic() - self._start) * (self.total - self.done) / max(1, self.done))
+        seconds = round((time.monotonic() - self._start) * (self.total - self.done) / self.done)
         return f"{timedelta(seconds=seconds)} left  "
 
 

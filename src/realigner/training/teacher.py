@@ -11,11 +11,11 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -311,7 +311,8 @@ class Teacher:
             step = TOGETHER * processes.num_processes
             for start in range(len(entries) // TOGETHER * TOGETHER, self.wanted, step):
                 own = start + TOGETHER * processes.process_index
-                made = self._sampled(model, tokenizer, range(own, min(own + TOGETHER, self.wanted)))
+                with _tokens_noted(model, task):
+                    made = self._sampled(model, tokenizer, range(own, min(own + TOGETHER, self.wanted)))
                 new = [entry for entry in gather_object(made) if entry["number"] >= len(entries)]
                 if processes.is_main_process:
                     for entry in new:
@@ -446,6 +447,22 @@ def _chosen(questions: list[Question], recipe: Recipe) -> list[Question]:
     if len(questions) <= most:
         return questions
     return [questions[n] for n in sorted(random.Random(recipe.seed).sample(range(len(questions)), most))]
+
+
+@contextmanager
+def _tokens_noted(model: Any, task: Task) -> Iterator[None]:
+    """Beside a task, the token that the replies of a batch are at: until all are whole, none is counted."""
+    read = count(1)
+
+    def note(*_: Any) -> None:
+        if (token := next(read)) <= REPLY_TOKENS:
+            task.advance(0, f"token {token} of {REPLY_TOKENS} at most")
+
+    handle = tuner_of(model).model.register_forward_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def obedience_of(model: Any, tokenizer: Any, pairs: Sequence[tuple[Example, Example]]) -> list[float]:
