@@ -529,6 +529,7 @@ def test_a_generation_config_as_the_second_argument() -> None:
     assert torch.equal(model.generate(prompts(2), config, strength=[0.0, 2.0]), want)
 
 
+@pytest.mark.proof
 def test_where_is_compiled_once() -> None:
     """Nothing that counts tokens is compiled in."""
     model = two_tones()

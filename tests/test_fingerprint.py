@@ -168,8 +168,9 @@ QUANTISED = READABLE | UNREADABLE
 
 
 def each(forms: Iterable[str]) -> list[Any]:
-    """Forms as parameters of a test; those that need bitsandbytes are for `make proofs`, which brings it."""
-    return [pytest.param(form, marks=pytest.mark.proof) if form in ("nf4", "fp4", "int8") else form for form in forms]
+    """Forms as parameters of a test; `make proofs` brings bitsandbytes, and quanto compiles for a minute the first time."""
+    longer = ("nf4", "fp4", "int8", "qint8", "qint4")
+    return [pytest.param(form, marks=pytest.mark.proof) if form in longer else form for form in forms]
 
 
 def same(a: Any, b: Any) -> bool:

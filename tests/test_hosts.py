@@ -277,6 +277,7 @@ def test_the_embedded_host_goes_by_its_name(embedded: tuple[Any, Any], tmp_path:
     assert hosts.host_name(AutoModelForCausalLM.from_pretrained(folder)) == EMBEDDED
 
 
+@pytest.mark.proof
 @pytest.mark.host
 def test_auto_peft_finds_the_embedded_host(embedded: tuple[Any, Any], tmp_path: Path) -> None:
     model = get_peft_model(embedded[0], IRMConfig(preset="compact", layers="0"))

@@ -373,6 +373,7 @@ def config_values(draw: st.DrawFn) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.proof
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(config_values())
 def test_a_config_round_trips_or_is_a_named_error(values: dict[str, Any]) -> None:
