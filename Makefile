@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
+LENT := $(VENV)/lent
 SERVE := .serve-env
 SERVE_READY := $(SERVE)/.ready
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 # Set, it makes every process compile torch and transformers anew: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -58,12 +59,15 @@ demo: $(DEMO_READY)
 	@$(BIN)/realigner demo --out demo
 
 test: $(READY)
-	@$(BIN)/python -m pytest -m "not slow and not proof" $(TWO)
+	@$(BIN)/python -m pytest -m "not slow and not proof" $(WORKERS)
 
 # PEFT imports bitsandbytes wherever it is installed, two seconds for every process: it is lent to the tests that need it.
-proofs: $(READY)
-	@$(PIP) --upgrade --no-deps --constraint constraints.txt --target $(VENV)/8bit bitsandbytes
-	@PYTHONPATH=$(VENV)/8bit $(BIN)/python -m pytest -m "proof and not slow" $(TWO)
+$(LENT)/.ready: $(READY)
+	@$(PIP) --upgrade --no-deps --constraint constraints.txt --target $(LENT) bitsandbytes
+	@touch $@
+
+proofs: $(LENT)/.ready
+	@PYTHONPATH=$(LENT) $(BIN)/python -m pytest -m "proof and not slow" $(WORKERS)
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow

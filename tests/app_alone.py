@@ -21,7 +21,7 @@ COMMAND = Path(sys.executable).with_name("realigner")
 
 
 def check_replies() -> None:
-    runtime, acting = ra.load({"anger": "anger"}, dtype="float32", device="cpu"), {"anger": 0.8}
+    runtime, acting = ra.load("anger", dtype="float32", device="cpu"), {"anger": 0.8}
     talker = RuntimeTalker(runtime)
     exchange = talker.begin(Asked(QUESTION, strengths=acting, max_new_tokens=12))
     replies = exchange.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -130,6 +131,8 @@ def replaced(host: Any, kind: Callable[[nn.Linear], nn.Module]) -> Any:
 
 def bitsandbytes(**settings: Any) -> Callable[[Any, Path], Any]:
     def quantise(host: Any, folder: Path) -> Any:
+        if os.environ.get("CI") != "true":  # where a missing one is a failure
+            pytest.importorskip("bitsandbytes")
         from transformers import BitsAndBytesConfig
 
         host.save_pretrained(folder)

@@ -354,7 +354,8 @@ def test_is_cut(text: str, cut: bool) -> None:
     assert is_cut(text) is cut
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.proof
+@settings(max_examples=200, deadline=None)
 @given(answer=st.text(max_size=30), text=st.text(max_size=80))
 def test_any_text_gets_a_verdict(answer: str, text: str) -> None:
     [reason] = QualityFilter(Tone(name="any", instruction="x")).alone([(Fact("1", "g", "q?", answer), text)])
