@@ -194,6 +194,7 @@ def main() -> None:
     dtype = str(resolve_dtype(args.dtype, resolve_device("auto"))).removeprefix("torch.")
     loads = [(int(requests), int(prompt)) for requests in args.requests.split(",") for prompt in args.prompts.split(",")]
     settings = ["bare", *(name for name in args.settings.split(",") if name != "bare")]
+    result: dict[str, Any] = {}
     most, longest = max(load[0] for load in loads), max(load[1] for load in loads) + args.tokens
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no engine is left behind
     with tempfile.TemporaryDirectory() as folder:
@@ -204,8 +205,11 @@ def main() -> None:
             for setting in settings:
                 print(f"starting {setting}", file=sys.stderr)
                 engines.append(Engine(setting, place, host, dtype, most, longest))
-            rates: dict[str, list[list[float]]] = {setting: [[] for _ in loads] for setting in settings}
+            rates: dict[str, list[list[float]]] = {setting: [] for setting in settings}
+            result |= {"dtype": dtype, "tokens": args.tokens, "loads": [], "tokens_per_second": rates}
             for number, (requests, prompt) in enumerate(loads):
+                for measured in rates.values():
+                    measured.append([])
                 for repeat in range(-1, args.repeats):  # the first warms up
                     asked = {"requests": requests, "prompt": prompt, "tokens": args.tokens, "seed": 1000 * number + repeat}
                     order = engines if repeat % 2 else engines[::-1]
@@ -214,12 +218,12 @@ def main() -> None:
                         if repeat >= 0:
                             rates[engine.setting][number].append(rate)
                     print(f"{requests} requests, prompts of {prompt}: repeat {repeat + 1} of {args.repeats}", file=sys.stderr)
+                result["loads"].append([requests, prompt])
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(result, indent=1))  # what was measured outlives an interruption
         finally:
             for engine in engines:
                 engine.stop()
-    result = {"dtype": dtype, "tokens": args.tokens, "loads": loads, "tokens_per_second": rates}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1))
     print(f"Tokens generated a second (ratio to the bare engine), {dtype}, {args.tokens} tokens a reply:\n\n{table(result)}")
 
 

@@ -29,7 +29,9 @@ _SIZES = {  # what the engine's attention on a CPU asks for
 }
 
 
-def make(place: Path, host_type: str, shapes: dict[str, dict[str, Any]] | None = None) -> Path:
+def make(
+    place: Path, host_type: str, shapes: dict[str, dict[str, Any]] | None = None, sizes: dict[str, int] | None = None
+) -> Path:
     """Write a host, two IRMs of random weights, and what `generate` replies to 4 prompts at each of the settings, one by one.
 
     Args:
@@ -37,11 +39,12 @@ def make(place: Path, host_type: str, shapes: dict[str, dict[str, Any]] | None =
         host_type: a model type, for a tiny random host, or the embedded host's name.
         shapes: of the two IRMs; by default of the compact preset, the second with a part of the layers, and of edition 1 on a
             tiny host.
+        sizes: of a tiny random host, where they are not those of `_SIZES`.
     """
     if host_type == EMBEDDED:
         host, folder = load_host(EMBEDDED, dtype="float32")[0], embedded_folder()
     else:
-        host, folder = tiny_host(host_type, **_SIZES), place / "host"
+        host, folder = tiny_host(host_type, **_SIZES | (sizes or {})), place / "host"
         host.save_pretrained(folder)
     model = _with_irms(host, shapes or _shapes(host), 0.25 if host_type == EMBEDDED else 1.0)
     model.save_pretrained(place / "irms")

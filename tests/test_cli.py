@@ -157,6 +157,20 @@ def test_explain(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert [entry["index"] for entry in whole["indices"]] == [5]
 
 
+def test_weights_alone_are_kept_where_a_folder_is_given(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("explain", "--weights-only", "--host", place / "host")
+    told = document(capsys, *asked, "--out", tmp_path / "kept")
+    assert told == json.loads((tmp_path / "kept" / "weights.json").read_text())
+    assert len(told["indices"]) == 5
+    assert "exists already" in run(capsys, *asked, "--out", tmp_path / "kept")[2]
+    code, out, _ = run(capsys, *asked, "--index", 5, "--out", tmp_path / "kept", "--force")
+    assert code == 0
+    assert f"{tmp_path / 'kept' / 'weights.json'} has these numbers" in out
+    assert [entry["index"] for entry in json.loads((tmp_path / "kept" / "weights.json").read_text())["indices"]] == [5]
+
+
 def test_hosts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     types = ("--type", "llama", "--type", "gpt2", "--type", "xlm")
     code, out, _ = run(capsys, "hosts", *types, "--out", tmp_path / "hosts.md")

@@ -186,7 +186,6 @@ def test_page_is_self_contained_and_escaped() -> None:
         "replies",
         "maps",
         "striation",
-        "consensus",
         "timing",
         "sparsity",
         "indices",
@@ -194,8 +193,23 @@ def test_page_is_self_contained_and_escaped() -> None:
         "methods",
     ):
         assert f'id="{part}"' in page
+    assert "consensus" not in re.sub(r"<(style|script).*?</(style|script)>", "", page, flags=re.DOTALL)  # there is one run
+    assert "1 tone; 1 run, 2 prompts," in page
     assert "index-17" in page
     assert "abababababababab" in page
+
+
+def test_two_runs_are_compared_and_chance_is_not_coloured() -> None:
+    facts = {"a": ("anger", 1), "b": ("sadness", 1), "u": ("untrained", 1)}
+    trace = planted_trace(facts, neurons=200, size=0.0)
+    trace["sum_abs"][:] += 50 * (trace["text_tone"] != "untrained") * (trace["neuron"] == 7)  # which the trained runs share
+    page = render([ReportInput("x", trace, {}, {}, analyze(trace, permutations=10, resamples=10))])
+    assert 'id="consensus"' in page
+    table = page[page.index("Rank-biased overlap of every two runs") :]
+    shares = [int(share) for share in re.findall(r'<td style="--w:(\d+)%">', table[: table.index("</table>")])]
+    assert len(shares) == 6  # each two of three, twice
+    assert max(shares) >= 10
+    assert sum(share <= 3 for share in shares) == 4  # with the untrained one
 
 
 LOG = [{"step": 0, "validation_loss": 2.0}, {"step": 1, "loss": 1.5}, {"step": 1, "validation_loss": 1.0}]

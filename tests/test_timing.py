@@ -14,6 +14,9 @@ from realigner.errors import UsageError
 from tests.planted import planted_trace
 from tests.validation import token_trace, with_twins
 
+SPREAD = ("entropy", "gini", "largest_share")
+ASKED = ("template_share", "question_share", "last_share")
+ANSWERED = ("question_share", "last_share", "opening_share", "reply_centre_of_mass")
 ONE = [("a", "anger", 1)]
 TWINS = [("a", "anger", 1), ("u", "untrained", 1)]
 
@@ -37,14 +40,49 @@ def test_values_by_hand() -> None:
     assert found["prompt_share"] == pytest.approx(0.5 / 0.25)
     assert found["first_share"] == 0.5
     assert found["centre_of_mass"] == pytest.approx((share * [0, 1 / 3, 2 / 3, 1]).sum())
+    assert found["reply_centre_of_mass"] == pytest.approx((np.array([2, 1, 1]) / 4 * [0, 1 / 2, 1]).sum())
     without = values(of_energy([4, 2, 1, 1], 1), without=1)["value"]
     assert without["first_share"] == 0.5
     assert np.isnan(without["prompt_share"])  # no prompt is left
 
 
+def test_places_by_hand_whatever_the_reply_s_length() -> None:
+    prompt = [8.0, 1, 2, 3, 4, 5, 6, 7]  # two of the template, five of the question, the last
+    for generated in (10, 32, 50, 90):
+        energy = [*prompt, *range(1, generated + 1)]
+        found = values(of_energy(energy, 8))["value"]
+        even = (sum(prompt) + 55) / 18
+        assert found["template_share"] == pytest.approx(9 / 2 / even)
+        assert found["question_share"] == pytest.approx(20 / 5 / even)
+        assert found["last_share"] == pytest.approx(7 / even)
+        assert found["opening_share"] == pytest.approx(5.5 / even)
+        if generated >= 32:
+            assert found["reply_centre_of_mass"] == pytest.approx((np.arange(1, 33) * np.arange(32)).sum() / 31 / (16 * 33))
+
+
+def test_what_is_on_the_last_token_of_the_prompt_is_found_there() -> None:
+    rng = np.random.default_rng(0)
+    energy = rng.gamma(20, size=(1, 6, 60, 1))
+    energy[:, :, 11] *= 500
+    found = values(token_trace({"energy": energy}, ONE, 12))
+    assert found["value"]["last_share"] > 15
+    assert found["p"]["last_share"] <= 0.02
+    assert found["p"]["reply_centre_of_mass"] > 0.05
+    assert found["p"]["centre_of_mass"] == 0.01  # it is early in these texts; in shorter ones it would not be
+
+
+def test_tokens_without_messages_have_no_place() -> None:
+    trace = of_energy([1.0, 2, 3, 4, 5, 6], 3)
+    for other in (trace.drop_vars(["turn", "role"]), trace.assign_coords(turn=("token", np.full(trace.sizes["token"], -1)))):
+        found = values(other)["value"]
+        assert found[["template_share", "question_share", "last_share", "opening_share"]].isna().all()
+        assert np.isfinite(found["reply_centre_of_mass"])
+
+
 def test_an_even_text_is_what_the_nulls_say() -> None:
     found = values(of_energy([1.0] * 10, 4))
-    for name in ("entropy", "gini", "largest_share", "prompt_share", "first_share", "centre_of_mass"):
+    places = ("template_share", "question_share", "last_share", "opening_share", "reply_centre_of_mass")
+    for name in ("entropy", "gini", "largest_share", "prompt_share", "first_share", "centre_of_mass", *places):
         assert found["value"][name] == pytest.approx(found["null"][name], abs=1e-12), name
 
 
@@ -67,7 +105,7 @@ def test_against_the_untrained_run() -> None:
     assert found["difference"]["entropy"] == pytest.approx(found["value"]["entropy"] - found["untrained"]["entropy"])
     of_all = values(token_trace({"energy": energy}, TWINS, 10), "all")
     assert of_all["p"]["entropy"] < 0.05
-    assert of_all["p"][["centre_of_mass"]].notna().all()
+    assert of_all["p"][["centre_of_mass", "reply_centre_of_mass"]].notna().all()
     assert of_all["p"][["prompt_share", "first_share"]].isna().all()
     assert (of_all["unit"] == "tones").all()
 
@@ -111,8 +149,8 @@ def test_more_values_than_are_kept() -> None:
     [
         ([0.0] * 6, 3, []),  # no deltas
         ([1.0], 1, ["largest_share", "first_share"]),  # one token
-        ([1.0] * 6, 6, ["entropy", "gini", "largest_share", "first_share", "centre_of_mass"]),  # nothing was answered
-        ([1.0] * 6, 3, ["entropy", "gini", "largest_share", "prompt_share", "first_share", "centre_of_mass"]),
+        ([1.0] * 6, 6, [*SPREAD, "first_share", "centre_of_mass", *ASKED]),  # nothing was answered
+        ([1.0] * 6, 3, [*SPREAD, "prompt_share", "first_share", "centre_of_mass", *ANSWERED]),  # no token of the template
     ],
 )
 def test_degenerate_texts(energy: list[float], prompt_tokens: int, finite: list[str]) -> None:
@@ -139,5 +177,5 @@ def test_rows_and_columns() -> None:
     assert list(table.columns[:12]) == (
         ["run", "tone", "seed", "statistic", "without", "value", "null", "low", "high", "p", "n", "unit"]
     )
-    assert len(table) == (4 + 1) * 6 * 2
+    assert len(table) == (4 + 1) * 11 * 2
     assert (table["test"] != "").equals(table["p"].notna())

@@ -16,12 +16,14 @@ from realigner.traces import join_traces
 from tests.planted import planted_trace
 from tests.validation import with_twins
 
-KEYS = ["striation", "many_indices", "neuron_over_layer", "one_leader", "shared_indices", "early", "sparser"]
+KEYS = ["striation", "many_indices", "neuron_over_layer", "one_leader", "shared_indices", "early", "early_in_reply", "sparser"]
+AGREEMENT = ("one_leader", "shared_indices")  # of runs, two or more
 RUNS = {run: (tone, seed) for run, tone, seed in with_twins(seeds=(1, 2))}
 
 
 def verdicts(found: Analysis) -> dict[str, dict[str, Any]]:
-    assert [verdict["key"] for verdict in found.verdicts] == KEYS
+    asked = [key for key in KEYS if key not in AGREEMENT or len(found.consensus.table)]
+    assert [verdict["key"] for verdict in found.verdicts] == asked
     return {verdict["key"]: verdict for verdict in found.verdicts}
 
 
@@ -37,11 +39,18 @@ def test_one_planted_stripe() -> None:
     }
     assert said["early"]["verdict"] == "not supported"
     assert "Index 17 leads in 6 of 6 runs." in said["one_leader"]["words"]
-    assert "3 tones" in said["striation"]["words"]
+    assert "3 tones, 6 runs, 6 prompts, 864 tokens)" in said["striation"]["words"]
     assert found.leading["neuron"][found.leading["rank"] == 1].tolist()[:6] == [17] * 6
     for verdict in found.verdicts:
         assert set(verdict) >= {"claim", "verdict", "words", "value", "null", "low", "high", "p", "n"}
         assert verdict["p"] is None or not verdict["p"] > verdict["p_adjusted"]
+
+
+def test_one_run_agrees_with_nobody() -> None:
+    found = analyze(planted_trace({"a": ("anger", 1), "u": ("untrained", 1)}, prompts=6), permutations=99, resamples=50)
+    assert found.consensus.table.empty
+    assert not {verdict["key"] for verdict in found.verdicts} & {*AGREEMENT}
+    assert "1 tone, 1 run, 6 prompts, 144 tokens)" in verdicts(found)["striation"]["words"]
 
 
 def test_nothing_planted() -> None:

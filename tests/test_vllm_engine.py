@@ -99,11 +99,20 @@ def test_chunked_prefill_and_preemption(llama: Path) -> None:
         assert "\n" not in message
 
 
-@pytest.mark.parametrize("host_type", ["qwen3", "gemma2", "granite", "gpt2", "mixtral"])
+@pytest.mark.parametrize("host_type", ["qwen3", "gemma2", "gemma3_text", "granite", "gpt2", "mixtral", "phi3"])
 def test_families(host_type: str, tmp_path: Path) -> None:
     """The stream in two halves, norms after the branch, a weight of the branch, one stream, experts."""
     place = make(tmp_path, host_type)
     assert generate(place, options={"enforce_eager": True})["rounds"][0]["right"] == ALL
+
+
+@pytest.mark.parametrize("host_type", ["llama", "gemma2"])
+def test_tensor_parallel(host_type: str, tmp_path: Path) -> None:
+    """Two workers with half of the host each, and each with the whole of the IRMs."""
+    place = make(tmp_path, host_type, sizes={"num_key_value_heads": 2})
+    environment = irms_of(place) | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    options = {"enforce_eager": True, "tensor_parallel_size": 2}
+    assert generate(place, options=options, environment=environment)["rounds"][0]["right"] == ALL
 
 
 def test_the_second_runners_bookkeeping(llama: Path) -> None:

@@ -81,8 +81,8 @@ def test_by_the_definitions() -> None:
     gain, head = weights["model.norm.weight"], weights["lm_head.weight"]
     wanted = {
         "final_gain": gain,
-        "head_norm": np.sqrt((head**2).sum(0)),
-        "head_reach": np.abs(gain) * np.sqrt((head**2).sum(0)),
+        "head_norm": np.sqrt(((head - head.mean(0)) ** 2).sum(0)),
+        "head_reach": np.abs(gain) * np.sqrt(((head - head.mean(0)) ** 2).sum(0)),
         "embedding_norm": np.sqrt((weights["model.embed_tokens.weight"] ** 2).sum(0)),
     }
     for name, values in wanted.items():
@@ -108,11 +108,23 @@ def test_the_gain_that_multiplies_is_measured() -> None:
     gemma = lively("gemma")
     found = weights_of(gemma)
     np.testing.assert_allclose(found["final_gain"], 1 + gemma.model.norm.weight.double(), rtol=1e-12)
-    np.testing.assert_array_equal(found["head_norm"], found["embedding_norm"])
+    head = gemma.lm_head.weight.double().numpy()
+    np.testing.assert_allclose(found["embedding_norm"], np.sqrt((head**2).sum(0)), rtol=1e-12)
+    np.testing.assert_allclose(found["head_norm"], np.sqrt(len(head)) * head.std(0), rtol=1e-12)
     assert found.attrs["tied"] == 1
     gpt2 = lively("gpt2")
     wanted = gpt2.transformer.h[1].mlp.c_proj.weight.double().square().sum(0).sqrt()
     np.testing.assert_allclose(weights_of(gpt2)["mlp_write"][1], wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("value", [5.0, 1e-4, 1e4 / 3])
+def test_a_column_that_is_the_same_for_every_token_has_no_reach(value: float) -> None:
+    """It adds the same to all logits, so that no probability depends on it; one token that differs is reach."""
+    host = lively("llama", vocab_size=3000)
+    host.lm_head.weight.data[:, 3] = value
+    assert float(weights_of(host)["head_reach"][3]) == 0.0
+    host.lm_head.weight.data[7, 3] += value
+    assert float(weights_of(host)["head_norm"][3]) == pytest.approx(value, rel=1e-3)
 
 
 def test_experts_write_together() -> None:

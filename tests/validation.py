@@ -42,7 +42,10 @@ def maps(values: np.ndarray, runs: Labels) -> xr.DataArray:
 def token_trace(
     sums: dict[str, np.ndarray], runs: Labels, prompt_tokens: int, positions: np.ndarray | None = None, neurons: int = 1
 ) -> xr.Dataset:
-    """A trace of token sums ``[run, prompt, token, layer]`` and, of each text, positions of largest values ``[text, rank]``."""
+    """A trace of token sums ``[run, prompt, token, layer]`` and, of each text, positions of largest values ``[text, rank]``.
+
+    The first quarter of a prompt is the template's, the rest one message's.
+    """
     n, prompts, tokens, layers = sums["energy"].shape
     texts = n * prompts
     labels = {
@@ -50,6 +53,9 @@ def token_trace(
     }
     coords: dict[str, Any] = {**labels, "text_prompt": ("text", np.tile(np.arange(prompts), n)), "layer": np.arange(layers)}
     coords |= {"neuron": np.arange(neurons), "is_generated": ("token", np.tile(np.arange(tokens) >= prompt_tokens, texts))}
+    turn = np.where(np.arange(tokens) < prompt_tokens // 4, -1, np.where(np.arange(tokens) < prompt_tokens, 0, 1))
+    role = np.array(["user", "assistant", ""], dtype=object)[turn]
+    coords |= {"turn": ("token", np.tile(turn, texts)), "role": ("token", np.tile(role, texts))}
     values: dict[str, Any] = {
         key: (("token", "layer", "neuron")[: value.ndim - 2], value.reshape(texts * tokens, *value.shape[3:]))
         for key, value in sums.items()
@@ -246,7 +252,8 @@ def planted_timing(rng: np.random.Generator, size: float) -> PValues:
     trace = token_trace({"energy": energy}, [("a", "anger", 1)], 30, positions)
     table = timing(trace, DRAWS, 1, int(rng.integers(2**31)))
     own = table[(table["run"] == "a") & (table["without"] == 0)].set_index("statistic")["p"]
-    return {name: float(own[name]) for name in ("centre_of_mass", "prompt_share", "late_share_100", "late_share_1000")}
+    names = ("centre_of_mass", "prompt_share", "late_share_100", "late_share_1000", "template_share", "reply_centre_of_mass")
+    return {name: float(own[name]) for name in names}
 
 
 def planted_sparsity(rng: np.random.Generator, size: float) -> PValues:

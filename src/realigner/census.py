@@ -23,7 +23,7 @@ from realigner.irm_config import IRMConfig
 from realigner.locate import find_sites
 from realigner.markdown import escaped
 from realigner.sites import HostSites
-from realigner.tiny import MODEL_TYPES, UNBUILDABLE, tiny_host
+from realigner.tiny import MODEL_TYPES, UNBUILDABLE, move_scales, tiny_host
 from realigner.tuner import strength, tuner_of
 
 EXACT = "exact"
@@ -220,7 +220,10 @@ def _off_by(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def census(model_types: Sequence[str] | None = None) -> Iterator[CensusEntry]:
-    """`prove` on a tiny random host of each model type (all that transformers registers, unless given), one by one."""
+    """`prove` on a tiny random host of each model type (all that transformers registers, unless given), one by one.
+
+    The hosts' norms, biases and learned scales are random too.
+    """
     for model_type in MODEL_TYPES if model_types is None else model_types:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # hosts so small gain nothing from more, and lose much when the machine is busy
@@ -235,7 +238,7 @@ def _entry(model_type: str) -> CensusEntry:
     if model_type in UNBUILDABLE:
         return CensusEntry(model_type, reason=UNBUILDABLE[model_type])
     try:
-        host, ids = tiny_host(model_type), torch.arange(3, 10)[None]
+        host, ids = move_scales(tiny_host(model_type)), torch.arange(3, 10)[None]
         with torch.no_grad():
             host(input_ids=ids, use_cache=False)
     except Exception as error:  # a newer transformers may ask anything of a config; the census goes on and says so

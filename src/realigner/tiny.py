@@ -95,3 +95,19 @@ def tiny_host(model_type: str, seed: int = 0, **sizes: Any) -> PreTrainedModel:
         host: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     host.eval().requires_grad_(False)
     return host
+
+
+def move_scales(host: PreTrainedModel, seed: int = 1) -> PreTrainedModel:
+    """Move norms, biases and learned scales (parameters of one axis at most) off their initial values, in place.
+
+    Ones and zeros hide how a host uses them: a learned factor on the residual stream is no factor at 1.
+
+    Example:
+        >>> bool((move_scales(tiny_host("llama")).model.norm.weight == 1).any())
+        False
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in host.parameters():
+        if parameter.ndim < 2:
+            parameter.data += (0.3 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
+    return host

@@ -34,6 +34,7 @@ _COLUMNS += ["untrained", "difference", "difference_low", "difference_high"]
 _KNOTS = (0.5, 0.9, 0.99)
 _DEPTH = 200  # ranks beyond weigh less than 1e-10
 MODELS = ("uniform", "untrained", "host_residual")
+_COUNTED = ("top1_agreement", "in_top")  # shares of a few runs: resampling prompts does not say how sure they are
 STATISTICS = ("top1_agreement", "in_top", "mean_reciprocal_rank", "rank_biased_overlap")
 
 
@@ -96,15 +97,15 @@ def consensus(
         source: a trace, or what `text_maps` made of it.
         host: measurements of the host ``[neuron, measurement]``, a row an index of the trace; give logarithms of sizes.
         permutations: relabellings that p-values of the table are taken from.
-        resamples: bootstrap resamples of prompts for the table's intervals; at most 200.
+        resamples: bootstrap resamples of prompts for the table's intervals (none for the two shares of runs); at most 200.
         seed: of all draws.
 
     Raises:
         UsageError: for a source that is neither, measurements of other indices, or fewer than one draw.
 
     Returns:
-        See `Consensus`. With fewer than two tones p-values and overlap are NaN: runs of one tone are not independent samples.
-        A run with a constant map is left out.
+        See `Consensus`. Of one run the table is empty. With fewer than two tones p-values and overlap are NaN: runs of one
+        tone are not independent samples. A run with a constant map is left out.
 
     Example:
         >>> consensus(trace).indices.head(3)  # doctest: +SKIP
@@ -250,8 +251,8 @@ def _residual(y: np.ndarray, x: np.ndarray | None) -> np.ndarray:
 def _rows(
     own: _Model, control: _Model, weights: np.ndarray, permutations: int, rng: np.random.Generator
 ) -> list[dict[str, object]]:
-    """A model's rows of the table."""
-    if not own.runs:
+    """A model's rows of the table; none of one run, which cannot disagree with itself."""
+    if len(own.runs) < 2:
         return []
     ranked = ranks(-own.scores())
     value, bare = _agreement(ranked, own.tones), _overlap_of(control)
@@ -270,6 +271,8 @@ def _rows(
         under_null = np.array([draw[statistic] for draw in nulls])
         drawn = np.array([draw[statistic] for draw in draws])
         low, high = interval(value[statistic], drawn, weights.shape[1], (0.0, 1.0))
+        if statistic in _COUNTED:
+            low = high = float("nan")
         same = statistic == "rank_biased_overlap"  # the others depend on the number of runs: nothing to compare
         difference = value[statistic] - bare if same else float("nan")
         differences = drawn - np.array(bare_draws) if same else np.empty(0)

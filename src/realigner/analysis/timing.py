@@ -19,10 +19,20 @@ from realigner.analysis.resampling import Side, check_draws, prompt_weights
 from realigner.analysis.sparsity import gini
 from realigner.analysis.tables import RunStatistic, tabulate
 from realigner.errors import UsageError
+from realigner.traces.layout import OPENING
 
 LARGEST = (100, 1000, 10_000)  # how many of a run's largest values the paper's Figure 3 counts
 TEST = "whole tokens permuted within each text"
-_PLACED: dict[str, Side] = {"prompt_share": "greater", "first_share": "greater", "centre_of_mass": "less"}
+REPLY = 32  # generated tokens that a statistic of the reply looks at, however long it is
+PLACES = ("template", "question", "last", "opening")  # of the prompt's tokens and the reply's first 10, each in one of them
+_PLACED: dict[str, Side] = {
+    "prompt_share": "greater",
+    "first_share": "greater",
+    "centre_of_mass": "less",
+    **{f"{place}_share": "both" for place in PLACES},
+    "reply_centre_of_mass": "less",
+}
+_RATIOS = ("prompt_share", *(f"{place}_share" for place in PLACES))  # of shares
 _SPREAD = ("entropy", "gini", "largest_share")  # the same in whatever order tokens come
 
 
@@ -52,10 +62,17 @@ def timing(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, s
         null 1/2), and ``late_share_K`` for K = 100, 1000, 10000 (the share of the run's K largest ``|delta|`` that lies in the
         second half of its text; null 1/2, a middle token counts half; only where the trace keeps as many values). p of the row
         ``run="all"``: runs answer the same prompts, so signs of the differences from the null are flipped by prompt; only where
-        these are symmetric, for ``centre_of_mass`` and ``late_share_K``.
+        these are symmetric, for ``centre_of_mass``, ``reply_centre_of_mass`` and ``late_share_K``.
 
-        NaN: texts without energy; ``prompt_share`` of texts without prompt or without reply; all but ``largest_share`` and
-        ``first_share`` of texts of one token.
+        All these depend on how long replies are; the next do not. Of the prompt and the first 10 generated tokens, each
+        place's share of the energy over its share of the tokens (null 1, p two-sided): ``template_share`` (what the chat
+        template adds), ``question_share`` (the messages' content), ``last_share`` (the prompt's last token, whatever it is of)
+        and ``opening_share`` (the 10 generated ones). And ``reply_centre_of_mass``, of the first 32 generated tokens alone (p
+        one-sided for "early").
+
+        NaN: texts without energy; ``prompt_share`` of texts without prompt or without reply; places that a text has no token
+        of, or none other, and all four where the trace has no roles of tokens; all but ``largest_share`` and ``first_share``
+        of texts of one token.
 
     Example:
         >>> timing(trace).query("statistic == 'centre_of_mass'")  # doctest: +SKIP
@@ -169,10 +186,11 @@ def _bin(position: np.ndarray, tokens: np.ndarray, bins: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Text:
-    """One text: each token's energy, whether it was generated, and how many of the run's largest values it has."""
+    """One text: each token's energy, whether it was generated, its place, and how many of the run's largest values it has."""
 
     energy: np.ndarray
     is_generated: np.ndarray
+    place: np.ndarray
     largest: dict[int, np.ndarray]
 
 
@@ -189,9 +207,22 @@ def _texts(trace: xr.Dataset, own: pd.DataFrame, without: int) -> Iterator[_Text
                     for row, size in enumerate(tokens)
                 ]
     for row, (start, stop) in enumerate(zip(own["start"], own["stop"], strict=True)):
-        energy = np.nansum(trace["energy"][int(start) : int(stop)].values.astype(float), axis=1)[without:]
-        new = trace["is_generated"][int(start) : int(stop)].values.astype(bool)[without:]
-        yield _Text(energy, new, {k: values[row] for k, values in counts.items()})
+        energy = np.nansum(trace["energy"][int(start) : int(stop)].values.astype(float), axis=1)
+        new = trace["is_generated"][int(start) : int(stop)].values.astype(bool)
+        turn = trace["turn"][int(start) : int(stop)].values if "turn" in trace.variables else np.full(len(new), -1)
+        places = _places_of(new, turn)
+        yield _Text(energy[without:], new[without:], places[without:], {k: values[row] for k, values in counts.items()})
+
+
+def _places_of(is_generated: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """Each token's place, of `PLACES`: empty in the reply after its opening, and everywhere where no message is known."""
+    place = np.full(len(turn), "", dtype=object)
+    if (turn < 0).all() or is_generated.all():
+        return place
+    place[:] = np.where(turn >= 0, "question", "template")
+    place[is_generated] = np.where(np.cumsum(is_generated)[is_generated] <= OPENING, "opening", "")
+    place[np.flatnonzero(~is_generated)[-1]] = "last"
+    return place
 
 
 @dataclass(frozen=True)
@@ -207,23 +238,35 @@ class _Found:
 
 def _of_text(text: _Text, permutations: int, rng: np.random.Generator) -> dict[str, _Found]:
     tokens = len(text.energy)
-    total = text.energy.sum()
-    share = text.energy / total if total > 0 else np.full(tokens, np.nan)
-    order = rng.permuted(np.broadcast_to(np.arange(tokens), (permutations, tokens)), axis=1)
+    share, order = _shares(text.energy, permutations, rng)
     found = {
         name: _Found(value, null, np.empty(0), "both")
         for name, value, null in zip(_SPREAD, _spread(share), (1.0, 0.0, 1 / tokens if tokens else np.nan), strict=True)
     }
-    for name, weight in _position_weights(text).items():
-        null = float(weight.mean()) if tokens else float("nan")
-        found[name] = _Found(float(share @ weight), null, share[order] @ weight, _PLACED[name])
+    counted, reply = text.place != "", text.is_generated & (np.cumsum(text.is_generated) <= REPLY)
+    for weights, own, drawn in (
+        (_position_weights(text), share, order),
+        (_place_weights(text.place[counted]), *_shares(text.energy[counted], permutations, rng)),
+        ({"reply_centre_of_mass": _along(int(reply.sum()))}, *_shares(text.energy[reply], permutations, rng)),
+    ):
+        for name, weight in weights.items():
+            null = float(weight.mean()) if len(weight) else float("nan")
+            value = float(own @ weight) if len(weight) else float("nan")
+            found[name] = _Found(value, null, own[drawn] @ weight, _PLACED[name])
     late = (np.sign(2 * np.arange(tokens) - (tokens - 1)) + 1) / 2  # 1 in the second half, 1/2 in the middle of an odd one
     for k, counts in text.largest.items():
         # Per text the number in its second half, to be divided by the run's whole number: a mean weighted by how many it has.
         number = counts.sum()
-        value = counts / number if number else np.full(tokens, np.nan)
-        found[f"late_share_{k}"] = _Found(float(value @ late), 0.5, value[order] @ late, "less", number)
+        of_token = counts / number if number else np.full(tokens, np.nan)
+        found[f"late_share_{k}"] = _Found(float(of_token @ late), 0.5, of_token[order] @ late, "less", number)
     return found
+
+
+def _shares(energy: np.ndarray, permutations: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Each token's share of the energy, and orders of the tokens ``[permutation, token]``."""
+    total, tokens = energy.sum(), len(energy)
+    share = energy / total if total > 0 else np.full(tokens, np.nan)
+    return share, rng.permuted(np.broadcast_to(np.arange(tokens), (permutations, tokens)), axis=1)
 
 
 def _spread(share: np.ndarray) -> tuple[float, float, float]:
@@ -247,8 +290,22 @@ def _position_weights(text: _Text) -> dict[str, np.ndarray]:
     return {
         "prompt_share": prompt / prompt.mean() if both else np.full(tokens, np.nan),
         "first_share": first,
-        "centre_of_mass": np.arange(tokens) / (tokens - 1) if tokens > 1 else np.full(tokens, np.nan),
+        "centre_of_mass": _along(tokens),
     }
+
+
+def _place_weights(place: np.ndarray) -> dict[str, np.ndarray]:
+    """The same of the tokens' places; NaN for one that no token, or every token, is in."""
+    found = {}
+    for name in PLACES:
+        share = np.mean(place == name) if len(place) else 0.0
+        found[f"{name}_share"] = (place == name) / share if 0 < share < 1 else np.full(len(place), np.nan)
+    return found
+
+
+def _along(tokens: int) -> np.ndarray:
+    """0 for the first token, 1 for the last."""
+    return np.arange(tokens) / (tokens - 1) if tokens > 1 else np.full(tokens, np.nan)
 
 
 def _of_run(
@@ -277,14 +334,14 @@ def _of_run(
     kept = np.where(weight > 0, total / (weight > 0).sum(), np.nan)
     ordered = [text.nulls * size[row] for row, text in enumerate(found) if there[row] and len(text.nulls)]
     placed = len(ordered) > 0
-    symmetric = keys["statistic"].startswith(("centre_of_mass", "late_share"))
+    symmetric = keys["statistic"].startswith(("centre_of_mass", "reply_centre_of_mass", "late_share"))
     return RunStatistic(
         **label,
         keys=keys,
         value=float(value.sum() / total),
         draws=(weights @ value) / np.where(drawn > 0, drawn, np.nan),
         n=int((weight > 0).sum()),
-        bounds=(0.0, np.inf if keys["statistic"] == "prompt_share" else 1.0),
+        bounds=(0.0, np.inf if keys["statistic"] in _RATIOS else 1.0),
         null=float(null.sum() / total),
         nulls=np.sum(ordered, axis=0) / total if placed else None,
         test=TEST if placed else "",

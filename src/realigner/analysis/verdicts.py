@@ -8,6 +8,7 @@ verdict is "cannot tell".
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from realigner.analysis.per_run import each_run
 from realigner.analysis.sparsity import sparsity
 from realigner.analysis.striation import striation
 from realigner.analysis.tables import ALL, json_value, records, table_rows
-from realigner.analysis.timing import timing
+from realigner.analysis.timing import REPLY, timing
 from realigner.analysis.turns import LAST, turns
 from realigner.traces.layout import UNTRAINED
 
@@ -44,7 +45,8 @@ class Analysis:
         leading: each run's 10 leading indices: ``run, tone, seed, rank, neuron, ratio, layers_in_top, layers``.
         verdicts: one dict a claim: ``claim``, ``verdict`` ("supported", "not supported", "cannot tell"), ``words``, ``value``,
             ``null``, ``low``, ``high``, ``p``, ``n``; and ``key`` (the claim's short name), ``statistic``, ``p_adjusted``,
-            ``unit``, ``untrained``, ``difference``, ``difference_low``, ``difference_high``.
+            ``unit``, ``runs``, ``prompts``, ``tokens`` (of the trained runs), ``untrained``, ``difference``,
+            ``difference_low``, ``difference_high``. Claims of agreement between runs are left out where there is one run.
     """
 
     striation: pd.DataFrame
@@ -96,8 +98,21 @@ def analyze(
     tables["turns"] = turns(trace, **draws)
     agreed = consensus(trace, host, **draws)
     leading = _leading(trace)
-    verdicts = _verdicts(tables["striation"], agreed, tables["timing"], tables["sparsity"], tables["turns"], leading)
+    claims = _claims(tables["striation"], agreed, tables["timing"], tables["sparsity"], tables["turns"], leading)
+    adjusted = holm(np.array([claim.row["p"] for claim in claims], dtype=float))
+    measured = _measured(trace)
+    verdicts = [_verdict(claim, float(p), measured) for claim, p in zip(claims, adjusted, strict=True)]
     return Analysis(consensus=agreed, leading=leading, verdicts=verdicts, **tables)
+
+
+def _measured(trace: xr.Dataset) -> dict[str, int]:
+    """What the verdicts rest on: trained runs, prompts, and the tokens of these runs."""
+    trained = trace["text_tone"].values != UNTRAINED
+    return {
+        "runs": len(set(trace["text_run"].values[trained].tolist())),
+        "prompts": len(set(trace["text_prompt"].values[trained].tolist())),
+        "tokens": int(trace["count"].values[trained].sum()),
+    }
 
 
 def _leading(trace: xr.Dataset) -> pd.DataFrame:
@@ -131,14 +146,27 @@ class _Claim:
     extra: str = ""
 
 
-def _verdicts(
+def _claims(
     striped: pd.DataFrame,
     agreed: Consensus,
     timed: pd.DataFrame,
     sparse: pd.DataFrame,
     turned: pd.DataFrame,
     leading: pd.DataFrame,
-) -> list[dict[str, Any]]:
+) -> list[_Claim]:
+    """The claims that the trace can say something about."""
+    agreement = [
+        _Claim(
+            "one_leader", "One index leads in every run", _both(agreed, "top1_agreement"), "share of runs", True, _led(leading)
+        ),
+        _Claim(
+            "shared_indices",
+            "Runs trained for different tones share their leading indices",
+            _both(agreed, "rank_biased_overlap"),
+            "rank-biased overlap between tones",
+        ),
+    ]
+    within = _find(timed, statistic="reply_centre_of_mass", without=0)
     claims = [
         _Claim(
             "striation",
@@ -158,16 +186,15 @@ def _verdicts(
             _find(striped, statistic="omega_squared_difference", without=0),
             "share of variance (omega squared) by neuron less that by layer",
         ),
-        _Claim(
-            "one_leader", "One index leads in every run", _both(agreed, "top1_agreement"), "share of runs", True, _led(leading)
-        ),
-        _Claim(
-            "shared_indices",
-            "Runs trained for different tones share their leading indices",
-            _both(agreed, "rank_biased_overlap"),
-            "rank-biased overlap between tones",
-        ),
+        *(agreement if len(agreed.table) else ()),
         _Claim("early", "The largest values fall early in a text", *_timed(timed), more=False),
+        _Claim(
+            "early_in_reply",
+            "Within a reply, more is added to its first tokens",
+            within,
+            f"centre of mass of the energy over a reply's first {REPLY} tokens, 0 the first of them, 1 the last",
+            more=False,
+        ),
         _Claim(
             "sparser",
             "Training makes what is added sparser",
@@ -179,8 +206,7 @@ def _verdicts(
         faded = _find(turned, statistic="energy_ratio", reply=LAST)
         sentence = "What is added fades from the first reply of a conversation to the last"
         claims.append(_Claim("fading", sentence, faded, "energy of a token, last reply over first", more=False))
-    adjusted = holm(np.array([claim.row["p"] for claim in claims], dtype=float))
-    return [_verdict(claim, float(p)) for claim, p in zip(claims, adjusted, strict=True)]
+    return claims
 
 
 def _find(table: pd.DataFrame, **keys: Any) -> dict[str, Any]:
@@ -215,7 +241,7 @@ def _led(leading: pd.DataFrame) -> str:
     return f"Index {index} leads in {int(counts.max())} of {len(first)} runs. "
 
 
-def _verdict(claim: _Claim, p: float) -> dict[str, Any]:
+def _verdict(claim: _Claim, p: float, measured: Mapping[str, int]) -> dict[str, Any]:
     row = claim.row
     verdict, why = _decided(claim, p)
     shown = f"{claim.extra}{claim.measure[:1].upper()}{claim.measure[1:]}: {row['value']:.3f}"
@@ -223,13 +249,11 @@ def _verdict(claim: _Claim, p: float) -> dict[str, Any]:
     facts += [f"95% interval {row['low']:.3f} to {row['high']:.3f}"] if np.isfinite(row["low"]) else []
     facts += [f"untrained {row['untrained']:.3f}"] if np.isfinite(row["untrained"]) else []
     facts += [f"p = {row['p']:.2g}, {p:.2g} after Holm"] if np.isfinite(p) else []
-    unit = row["unit"][:-1] if row["n"] == 1 else row["unit"]
-    facts.append(f"{row['n']} {unit}")
+    facts.append(", ".join(f"{n:,} {unit[:-1] if n == 1 else unit}" for unit, n in {row["unit"]: row["n"], **measured}.items()))
     words = f"{shown} ({'; '.join(facts)}). {why}" if np.isfinite(row["value"]) else why
     kept = ("value", "null", "low", "high", "p", "n", "unit", "statistic", "untrained", "difference")
-    return {"key": claim.key, "claim": claim.claim, "verdict": verdict, "words": words, "p_adjusted": p} | {
-        key: row[key] for key in (*kept, "difference_low", "difference_high")
-    }
+    facts_of = {key: row[key] for key in (*kept, "difference_low", "difference_high")}
+    return {"key": claim.key, "claim": claim.claim, "verdict": verdict, "words": words, "p_adjusted": p, **facts_of, **measured}
 
 
 def _decided(claim: _Claim, p: float) -> tuple[Verdict, str]:

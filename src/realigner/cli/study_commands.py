@@ -209,7 +209,13 @@ def explain(
     irm: Annotated[
         Optional[list[Path]], typer.Option("--irm", help="A run's folder, or a sweep's: all its runs; may be given often.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="The folder of trials and explain.json; the same one goes on.")] = Path("explain"),
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="The folder of trials and explain.json, by default explain; the same one goes on. With --weights-only: of "
+            "weights.json, by default not written."
+        ),
+    ] = None,
     index: Annotated[Optional[int], typer.Option(help="Of the residual stream; by default the leading one.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rows, controls and trials, of 50 steps: minutes.")] = False,
     trials: Annotated[bool, typer.Option(help="Train again with one thing changed.")] = True,
@@ -230,8 +236,9 @@ def explain(
 ) -> None:
     """Why this index? Measurements of the host, ablations, trials with one thing changed, and a verdict."""
     if weights_only:
-        _explain_weights(host, index, as_json)
+        _explain_weights(context, host, index, out, force, as_json)
         return
+    out = out or Path("explain")
     if not irm:
         raise UsageError("explain: give a run with --irm, or --weights-only with --host")
     opt.one_of("--on", on, ("here", "local", "ray"))
@@ -261,13 +268,20 @@ def explain(
     show(f"Try next:  {program()} report {out}{named} --out report.html    ({out}/explain.json has every table)")
 
 
-def _explain_weights(host: str | None, index: int | None, as_json: bool) -> None:
+def _explain_weights(
+    context: typer.Context, host: str | None, index: int | None, out: Path | None, force: bool, as_json: bool
+) -> None:
     """What weights alone say: of one index, or of those that are furthest out of the ordinary."""
     if host is None:
         raise UsageError("explain: --weights-only needs --host, a folder with a model's config.json and safetensors")
-    from realigner.explain import weights_report
+    from realigner.explain.weights_only import WEIGHTS, WEIGHTS_FILE, save_weights_report, weights_report
+    from realigner.files import taken
 
+    if out is not None:
+        opt.claim(context, taken(out / WEIGHTS_FILE, WEIGHTS, force))
     found = weights_report(host, index)
+    if out is not None:
+        save_weights_report(found, out, force)
     if as_json:
         opt.print_json(found)
         return
@@ -277,7 +291,8 @@ def _explain_weights(host: str | None, index: int | None, as_json: bool) -> None
         for fact in entry["facts"]:
             times = "" if fact["times_median"] is None else f", {fact['times_median']:.3g} times the median"
             show(f"   {fact['about']:48} {fact['value']:.4g}{times} (rank {fact['rank']} of {fact['n']:,})")
-    show(f"Try next:  {program()} explain --irm RUN    (with a trained IRM: what it makes of them)")
+    kept = f"; {out / WEIGHTS_FILE} has these numbers" if out is not None else ""
+    show(f"Try next:  {program()} explain --irm RUN    (with a trained IRM: what it makes of them{kept})")
 
 
 def report(

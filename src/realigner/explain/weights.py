@@ -4,8 +4,9 @@ Works on a host in memory and on a checkpoint that is never loaded (`checkpoint.
 norm's effective gain (Gemma's is 1 + weight), W_U the head ``[vocabulary, D]``, E the token embedding ``[vocabulary, D]``, W a
 matrix that writes ``[D, other]``, and all sums in float64:
 
-- ``final_gain`` g_i, ``head_norm`` ||W_U[:, i]||, ``head_reach`` |g_i| ||W_U[:, i]||, ``embedding_norm`` ||E[:, i]||, over
-  ``neuron``;
+- ``final_gain`` g_i, ``head_norm`` ||W_U[:, i] - mean||, ``head_reach`` |g_i| times that, ``embedding_norm`` ||E[:, i]||, over
+  ``neuron``; the head's column is taken about its mean over the vocabulary, because what is added to all logits alike moves no
+  probability;
 - ``attention_gain``, ``mlp_gain`` |g_i| / median over i of |g_i|, of the norm that feeds a layer's attention, its MLP;
   ``attention_write``, ``mlp_write`` ||W[i, :]||, of all matrices that write there (a mixture's experts together), over
   ``layer`` and ``neuron``.
@@ -75,7 +76,7 @@ def measure_weights(source: Tensors, roles: Mapping[str, Role]) -> xr.Dataset:
     tied = bool(embedding and head) and source.host.get_parameter(embedding) is source.host.get_parameter(head)
     table = _Table(source, roles)
     gain = table.gain([name for name, role in roles.items() if role.kind == "gain" and role.place == "final"])
-    norms = table.norms([head] if head in roles else [n for n, role in roles.items() if role.place == "head"])
+    norms = table.spread([head] if head in roles else [n for n, role in roles.items() if role.place == "head"])
     values: dict[str, Any] = {
         "final_gain": ("neuron", gain),
         "head_norm": ("neuron", norms),
@@ -122,6 +123,20 @@ class _Table:
             for block in self.source.blocks(name, self.roles[name].axis):
                 total += torch.linalg.vector_norm(block, dim=0, dtype=torch.float64) ** 2
         return np.asarray(total.sqrt().numpy())
+
+    def spread(self, names: list[str]) -> np.ndarray:
+        """As `norms`, about the mean over these axes; 0 where nothing but float32's rounding is left."""
+        if not names:
+            return self.nothing()
+        mean, squares, count = torch.zeros(self.width).double(), torch.zeros(self.width).double(), 0
+        for name in names:
+            for block in self.source.blocks(name, self.roles[name].axis):
+                rows = block.double()
+                apart, whole = rows.mean(dim=0) - mean, count + len(rows)
+                squares += len(rows) * rows.var(dim=0, correction=0) + apart**2 * count * len(rows) / whole  # Chan et al. 1979
+                mean += apart * len(rows) / whole
+                count = whole
+        return np.asarray(torch.where(squares > 1e-14 * count * mean**2, squares, 0.0).sqrt().numpy())
 
     def by_layer(self, place: str, kind: str) -> np.ndarray:
         """[L, D]: norms of the matrices that write there, or the gains over their median of the norms that feed it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from transformers import PreTrainedModel
 from realigner.explain.predict import weight_table
 from realigner.explain.verdict import check_index, index_facts, outlier_sign
 from realigner.explain.weights import weights_of
+from realigner.files import Artifact, read_object, taken
+
+WEIGHTS_FILE = "weights.json"
 
 
 def weights_report(host: PreTrainedModel | str | Path, index: int | None = None, count: int = 5) -> dict[str, Any]:
@@ -42,3 +46,22 @@ def weights_report(host: PreTrainedModel | str | Path, index: int | None = None,
         entries.append({"index": number, "words": words, "facts": [fact.model_dump(mode="json") for fact in facts]})
     facts_of = {key: weights.attrs[key] for key in ("host", "model_type", "norm", "tied")}
     return {**facts_of, "neurons": width, "layers": weights.sizes["layer"], "indices": entries}
+
+
+def save_weights_report(found: dict[str, Any], out: str | Path, force: bool = False) -> Path:
+    """Write what `weights_report` found to ``weights.json`` in a folder, in place of an older one only with `force`.
+
+    Raises:
+        RealignerError: when one is there, or it cannot be written.
+    """
+    path = Path(out) / WEIGHTS_FILE
+    with taken(path, WEIGHTS, force) as place:
+        place.write(json.dumps(found, indent=2) + "\n")
+    return path
+
+
+def _is_report(path: Path) -> None:
+    read_object(path)["indices"][0]["facts"]
+
+
+WEIGHTS = Artifact("measurements of a host's weights", _is_report)

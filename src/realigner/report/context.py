@@ -15,6 +15,7 @@ import xarray as xr
 from markupsafe import Markup
 
 from realigner.analysis import Consensus, layer_counts, leading_indices, run_maps, top_histogram
+from realigner.analysis.timing import PLACES
 from realigner.dialogues import spoken
 from realigner.prompts import PAPER_PROMPTS
 from realigner.report import charts, diagram, page_tables as tables
@@ -32,6 +33,7 @@ _PROMPTS_SHOWN = 50  # in the commands
 MARKED = 5  # leading indices marked above a map, each with a page
 _STRIATION = ("icc", "kendall_w", "eta_squared_neuron", "omega_squared_neuron", "svd_share")
 _TIMING = ("centre_of_mass", "prompt_share", "first_share", "largest_share", "entropy", "late_share_1000")
+_PLACES = (*(f"{place}_share" for place in PLACES), "reply_centre_of_mass")
 _SPARSITY = ("hoyer", "participation", "kurtosis", "gini", "small_share")
 _RATIOS = ("energy_ratio", "size_ratio")
 _P_HOST = ("p_host", "p_host_holm", "p_host_bh")
@@ -75,13 +77,14 @@ def page_context(item: ReportInput, number: int = 0, budget_bytes: int = BUDGET)
             "neurons": trace.sizes["neuron"],
             "kept": trace.sizes["rank"],
         },
-        "host": str(trace.attrs["host"]),
+        "host": Path(str(trace.attrs["host"])).name,  # as explanations have it
+        "host_source": str(trace.attrs["host"]),
         "settings": trace.attrs["notes"].get("settings", {}),
         "verdicts": [_verdict(verdict) for verdict in found.verdicts] if found else [],
         "replies": _replies(item, runs),
         "leading": {run: top[run].to_dict("records") for run in runs.names},
         "striation": _striation(found.striation, runs) if found else [],
-        "consensus": _consensus(found.consensus, runs.names) if found else None,
+        "consensus": _consensus(found.consensus, runs.names) if found and len(found.consensus.table) else None,
         "timing": _timing(trace, found.timing if found else None, runs),
         "sparsity": _sparsity(trace, found.sparsity if found else None, runs),
         "turns": _turns(found.turns, runs) if found else None,
@@ -147,7 +150,7 @@ def _commands(item: ReportInput, runs: RunStyles) -> list[str]:
 
 def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        **dict.fromkeys((*tables.CELL, "p_adjusted", "n")),
+        **dict.fromkeys((*tables.CELL, "p_adjusted", "n", "runs", "prompts", "tokens")),
         "unit": "",
         **verdict,
         "mark": MARKS.get(verdict["verdict"], "unknown"),
@@ -213,19 +216,17 @@ def _striation(table: pd.DataFrame, runs: RunStyles) -> list[dict[str, Any]]:
     ]
 
 
-def _consensus(found: Consensus, order: Sequence[str]) -> dict[str, Any] | None:
-    if not len(found.table):
-        return None
+def _consensus(found: Consensus, order: Sequence[str]) -> dict[str, Any]:
     pairs = found.pairs
     runs = [run for run in order if run in {*pairs["run_a"], *pairs["run_b"]}]
     both = zip(pairs["run_a"], pairs["run_b"], pairs["value"], strict=True)
     overlap = {pair: value for a, b, value in both for pair in ((a, b), (b, a))}
-    top = max([value for value in overlap.values() if math.isfinite(value)], default=1.0) or 1.0
+    null = float(pairs["null"].iloc[0]) if len(pairs) else 0.0  # coloured from here on: the same rankings in full
     matrix = [
         [
-            None if a == b else {"text": fmt(value, 2), "weight": round(min(1.0, max(0.0, value / top)), 2)}
+            None if a == b else {"text": fmt(value, 2), "weight": round(max(0.0, (value - null) / (1 - null)), 2)}
             for b in runs
-            for value in [overlap.get((a, b), 0.0)]
+            for value in [overlap[a, b] if a != b else 1.0]
         ]
         for a in runs
     ]
@@ -233,7 +234,7 @@ def _consensus(found: Consensus, order: Sequence[str]) -> dict[str, Any] | None:
         "table": tables.full_table(found.table, _LEFT_OUT),
         "indices": tables.full_table(found.indices.head(12), _LEFT_OUT),
         "runs": int(found.indices["runs"].iloc[0]) if len(found.indices) else 0,
-        "pairs": {"runs": runs, "matrix": matrix, "null": fmt(float(pairs["null"].iloc[0])) if len(pairs) else ""},
+        "pairs": {"runs": runs, "matrix": matrix, "null": fmt(null)},
     }
 
 
@@ -249,10 +250,11 @@ def _timing(trace: xr.Dataset, table: pd.DataFrame | None, runs: RunStyles) -> d
             ]
             title = f"Where in their texts the {k:,} largest values lie: "
             figures.append({"k": f"{k:,}", "charts": _bars(lines, (0, 1), title), "table": tables.points(lines, "place")})
-    found: dict[str, Any] = {"figures": figures, "table": None, "all": None}
+    found: dict[str, Any] = {"figures": figures, "table": None, "places": None, "all": None}
     if table is not None:
         whole = table[table["without"] == 0] if "without" in table else table
         found["table"] = tables.by_run(whole, _TIMING, runs.names)
+        found["places"] = tables.by_run(whole, _PLACES, runs.names)
         found["all"] = tables.full_table(table, ("tone", "unit"))
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,13 @@ def evaluation_section(item: EvaluationFile, number: int) -> dict[str, Any]:
     tones = [
         {"id": f"works-{number}-{at}", "tone": tone, **_tone(tone, own)} for at, (tone, own) in enumerate(item.tones.items(), 1)
     ]
-    return {"id": f"works-{number}", "host": item.host or "its host", "irm": item.irm, "path": str(item.path), "tones": tones}
+    return {
+        "id": f"works-{number}",
+        "host": Path(item.host or "its host").name,
+        "irm": item.irm,
+        "path": str(item.path),
+        "tones": tones,
+    }
 
 
 def _tone(tone: str, own: ToneResults) -> dict[str, Any]:
