@@ -293,6 +293,31 @@ def values_of(page: str, title: str, log: bool) -> dict[str, list[float]]:
     return {name: [10**value if log else value for value in row] for name, row in read.items()}
 
 
+def test_verdicts_on_several_hosts_stand_side_by_side(tmp_path: Path) -> None:
+    mine, other = planted_explanation(), planted_explanation(3) | {"host": "other-host", "cause": "gain"}
+    other["conclusions"] = [dict(own) for own in other["conclusions"]]
+    first, *rest = other["conclusions"]
+    first["answer"] = "cannot tell" if first["answer"] != "cannot tell" else "supported"
+    other["conclusions"] = [first, *rest[:-1]]  # and one question was not asked of it
+    whys = [read_explanation(written_explanation(tmp_path / str(at), found)) for at, found in enumerate((mine, other))]
+    item = gather("x", planted_trace())
+    page = render([replace(item, explained=(whys[0],)), replace(item, explained=(whys[1],))])
+    table = page[page.index('<table class="plain compared">') :]
+    table = table[: table.index("</table>")]
+    for words in (
+        f"{mine['host']}, index 17",
+        "other-host, index 3",
+        "<b>the final norm&#39;s gain</b>",
+        "<td>\u2013</td>",
+        "With SGD?",
+    ):
+        assert words in table
+    row = table[table.index("It &lt;leads&gt;") :]
+    answers = re.findall(r"</span> ([a-z ]+)</span>", row[: row.index("</tr>")])
+    assert answers == [mine["conclusions"][0]["answer"], first["answer"]]
+    assert "compared" not in re.findall(r'id="([^"]*)"', render([replace(item, explained=(whys[0],))]))
+
+
 def test_why_this_index(tmp_path: Path) -> None:
     """What the chapter draws is what explain.json has."""
     found = planted_explanation()

@@ -24,10 +24,35 @@ from realigner.explain.example_batches import ExampleBatches
 from realigner.explain.explanation import Ablation
 from realigner.explain.roles import find_stream
 from realigner.irm import IRM
+from realigner.training.preflight import free_memory
 from realigner.tuner import tuner_of
 
 How = Literal["zero", "mean", "keep"]
 HOWS: tuple[How, ...] = ("zero", "mean", "keep")
+
+
+@contextmanager
+def in_float32(host: PreTrainedModel) -> Iterator[torch.dtype]:
+    """Compute in float32 within a block: rounding in half precision hides changes as small as one index's.
+
+    The weights come back as they were, bit by bit. Nothing is changed where the host is quantised or partly on disk, or where
+    there is no room for weights of twice the size; the dtype that is computed in is given.
+    """
+    half = [own for own in (*host.parameters(), *host.buffers()) if own.dtype in (torch.bfloat16, torch.float16)]
+    free = free_memory(host.device)
+    grown = sum(own.numel() * 4 for own in half)  # while a tensor is converted both copies are there; the largest is small
+    whole = getattr(host, "hf_quantizer", None) is None and all(own.device.type != "meta" for own in host.parameters())
+    if not half or not whole or (free is not None and grown > free):
+        yield host.dtype
+        return
+    before = [own.dtype for own in half]
+    try:
+        for own in half:
+            own.data = own.data.float()
+        yield torch.float32
+    finally:
+        for own, dtype in zip(half, before, strict=True):
+            own.data = own.data.to(dtype)
 
 
 @contextmanager

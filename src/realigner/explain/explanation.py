@@ -158,7 +158,8 @@ class Explanation(_Part):
         irms: name -> folder.
         index, cause, words: the index, why it leads (a key of `verdict.CAUSES`), and that in one sentence.
         quick: whether the small budget was used.
-        dtype: of the host while it was measured and ablated.
+        dtype: of the host while it was measured.
+        ablated_in: the dtype of the ablations.
         conclusions: one for each question.
         facts: the measurements at the index.
         standings: its rank in each IRM.
@@ -180,6 +181,7 @@ class Explanation(_Part):
     words: str
     quick: bool
     dtype: str = ""
+    ablated_in: str = ""
     conclusions: list[Conclusion]
     facts: Annotated[list[IndexFact], Field(min_length=1)]
     standings: list[IndexRank] = []

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel
 
+from realigner.analysis.per_run import leading_score
 from realigner.console import say
 from realigner.errors import RealignerError
 from realigner.explain import verdict
-from realigner.explain.ablate import How, against_controls
+from realigner.explain.ablate import How, against_controls, in_float32
 from realigner.explain.explanation import EXPLANATION, RESULT_FILE, Explanation, IndexFact
 from realigner.explain.index_study import IndexStudy, read_runs
 from realigner.explain.predict import correlations, cross_validated_r2, gain_for_median_reach
@@ -133,8 +135,9 @@ def _found(
 
     # Ablate it in every IRM and in the host.
     leading = study.leading(index)
-    ablations = {name: study.ablate(name, leading, budget.random, budget.matched, budget.hows) for name in runs}
-    host_ablation = study.ablate_host(leading, budget.random)
+    with in_float32(host) as precision:
+        ablations = {name: study.ablate(name, leading, budget.random, budget.matched, budget.hows) for name in runs}
+        host_ablation = study.ablate_host(leading, budget.random)
 
     # Train again with one thing changed.
     folder, recipe = runs[min(ranks, key=lambda own: own.rank).irm]
@@ -174,6 +177,7 @@ def _found(
             host=against_controls(host_ablation, "zero"),
             masked=_masked(outcomes),
             predicted=predicted,
+            spread=_spread(outcomes, verdict.top_ranks(len(mean_score))),
             shorter=shorter,
             refused=refused,
         )
@@ -187,6 +191,7 @@ def _found(
         words=f"Index {index} of {name}: {verdict.CAUSES[cause]}.",
         quick=asked.quick,
         dtype=str(host.dtype).removeprefix("torch."),
+        ablated_in=str(precision).removeprefix("torch."),
         conclusions=conclusions,
         facts=facts,
         standings=ranks,
@@ -215,4 +220,9 @@ def _masked(outcomes: Sequence[Outcome]) -> dict[str, float]:
     if not masked:
         return {}
     pairs = [(outcome.losses, references[outcome.trial.seed].losses, outcome.counts) for outcome in masked]
-    return verdict.masked_loss(pairs, [(outcome.losses, outcome.counts) for outcome in references.values()])
+    return verdict.masked_loss(pairs, [(outcome.bare - outcome.losses, outcome.counts) for outcome in references.values()])
+
+
+def _spread(outcomes: Sequence[Outcome], top: int) -> verdict.Spread:
+    references = [leading_score(outcome.magnitude) for outcome in outcomes if outcome.trial.kind == "reference"]
+    return verdict.Spread.of(np.array(references), top)

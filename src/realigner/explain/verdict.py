@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm, t
 
 from realigner.analysis.resampling import change_per_target, prompt_weights
 from realigner.errors import UsageError
@@ -18,7 +19,8 @@ from realigner.traces.layout import UNTRAINED
 CHANNEL = 4.0  # an index with this many times the layer's median residual is an outlier channel
 UNUSUAL = 3.0  # a gain or a head's column is an outlier from so many times the median on, or from its inverse down
 _RARE = 0.05  # largest share of random indices that may have as large an effect
-_HALF = 0.5  # a dropped index keeps less of its excess over the median; a sufficient one makes more of the IRM's effect
+_HALF = 0.5  # a dropped index keeps less of the logarithm of its score; a sufficient one makes more of the IRM's effect
+_MOST_MORE = 30  # trainings that are still worth naming as what would settle a question
 _RESIDUALS = ("residual", "residual_first", "residual_delimiter")
 CAUSES = {
     "channel through the norm": "a channel of the host that its head hardly sees: it acts through the final norm's scale",
@@ -46,6 +48,42 @@ KINDS = {  # of trials
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How far an index's score differs between trainings that differ in their seed alone.
+
+    Attributes:
+        sd: the standard deviation of the score's logarithm, pooled over the leading indices.
+        df: its degrees of freedom; 0: there was one training, and `sd` is NaN.
+    """
+
+    sd: float = math.nan
+    df: int = 0
+
+    @classmethod
+    def of(cls, scores: np.ndarray, top: int) -> Spread:
+        """Of the scores ``[training, neuron]`` of the `top` indices that lead by their mean."""
+        if len(scores) < 2:
+            return cls()
+        logs = np.log(np.maximum(scores, 1e-12))
+        leading = np.argsort(-logs.mean(axis=0), kind="stable")[:top]
+        return cls(float(np.sqrt(logs[:, leading].var(axis=0, ddof=1).mean())), len(leading) * (len(scores) - 1))
+
+    def margin(self, weight: float) -> float:
+        """Half the width of a 95% interval around a mean whose variance is `weight` times that of one training."""
+        return float(t.ppf(0.975, self.df)) * self.sd * math.sqrt(weight) if self.df else math.inf
+
+    def more(self, difference: float, weight: Callable[[int], float], trainings: int) -> str:
+        """How many more trainings would tell a difference from 0, in words; `weight` is by the number of trainings."""
+        if not self.df:
+            return " One training gives no interval; make two or more."
+        for count in range(trainings + 1, trainings + _MOST_MORE + 1):
+            if self.margin(weight(count)) < abs(difference):
+                more = count - trainings
+                return f" If this is the true size, {more} more training{'s' * (more > 1)} would settle it."
+        return f" {_MOST_MORE} more trainings would not settle it."
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Everything that a verdict is based on.
 
@@ -58,6 +96,7 @@ class Evidence:
         host: the same of the bare host with its residual held at 0 there; None: not run.
         masked: from `masked_loss`; empty without such trials.
         predicted: ``IRMs`` and ``untrained`` -> from `predict.cross_validated_r2`.
+        spread: of the references' scores.
         shorter: trials' steps as a share of the run's, if they took fewer; else 1.
         refused: kind of trial -> why there is none.
     """
@@ -71,6 +110,7 @@ class Evidence:
     host: Mapping[str, float] | None
     masked: Mapping[str, float]
     predicted: Mapping[str, Regression]
+    spread: Spread = Spread()
     shorter: float = 1.0
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -183,15 +223,28 @@ def _of_kind(evidence: Evidence, kind: str) -> list[TrialResult]:
     return [trial for trial in evidence.trials or () if trial.kind == kind]
 
 
+def _log_ratios(trials: Sequence[TrialResult] | Sequence[IndexRank]) -> np.ndarray:
+    return np.asarray(np.log([max(own.ratio, 1e-12) for own in trials]))
+
+
 def _recurs(evidence: Evidence) -> Conclusion:
-    question = "It leads again when the training is repeated with other seeds"
-    trials = _of_kind(evidence, "reference")
+    """Whether the mean of the references' log scores is above half of that in the IRMs given."""
+    question = "It stands out again when the training is repeated with other seeds"
+    trials, spread = _of_kind(evidence, "reference"), evidence.spread
     if not trials:
         return _conclusion("recurs", question, "cannot tell", "No training was repeated.", 0, "trials")
-    again = sum(trial.rank <= evidence.top for trial in trials)
-    answer: Answer = "supported" if again == len(trials) else "not supported" if not again else "cannot tell"
-    ranks = "; ".join(f"rank {trial.rank} of {evidence.width}, {trial.ratio:.2f} times the median" for trial in trials)
-    words = f"In {again} of {len(trials)} trainings: {ranks}."
+    mean, half = float(_log_ratios(trials).mean()), _HALF * float(_log_ratios(evidence.ranks).mean())
+    margin = spread.margin(1 / len(trials))
+    answer: Answer = "supported" if mean - margin > half else "not supported" if mean + margin < half else "cannot tell"
+    places = ", ".join(f"{trial.ratio:.2f} (rank {trial.rank})" for trial in trials)
+    words = f"Times the median in {_trainings(len(trials))}: {places}; on average {math.exp(mean):.2f}"
+    words += f" (95% {math.exp(mean - margin):.2f} to {math.exp(mean + margin):.2f})" if spread.df else ""
+    words += f". Half of what it stands out by in the IRMs given would be {math.exp(half):.2f}."
+    if answer == "cannot tell":
+        words += spread.more(mean - half, lambda count: 1 / count, len(trials))
+    elif half > 0:
+        missed = norm.cdf((margin - half) / (spread.sd / math.sqrt(len(trials))))
+        words += f" So many trainings leave it open with a chance of {missed:.2g} for an index as strong as in the IRMs given."
     given = sum(own.rank <= evidence.top for own in evidence.ranks)
     if answer == "not supported" and evidence.shorter < 1:
         answer, words = "cannot tell", f"{words} They took {100 * evidence.shorter:.0f}% of the run's steps."
@@ -200,33 +253,54 @@ def _recurs(evidence: Evidence) -> Conclusion:
     return _conclusion("recurs", question, answer, words, len(trials), "trials")
 
 
-def _against(evidence: Evidence, kind: str) -> tuple[list[str], str, int]:
-    """The outcome of each trial of a kind (``dropped``, ``stayed`` or ``between``), the ranks in words, and how many they are.
+def _trainings(count: int) -> str:
+    return f"{count} training{'s' * (count != 1)}"
 
-    Dropped: the index does not lead, and its excess over the median is less than half of that in the reference of the same
-    seed. Stayed: it leads. Trials whose reference does not lead are left out: there is nothing to drop from.
+
+def _dropped(evidence: Evidence, kind: str) -> tuple[Answer, str, int]:
+    """Whether the index has dropped in the trials of a kind, the finding in words, and how many trials there are.
+
+    Supported: the mean of their log scores is below half of the references', by the interval of the difference, and the index
+    leads in fewer than half of them. Not supported: it is above half.
     """
-    references = _of_kind(evidence, "reference")
-    led = {trial.seed: trial.ratio for trial in references if trial.rank <= evidence.top}
-    trials = [trial for trial in _of_kind(evidence, kind) if trial.seed in led]
-    outcomes = []
-    for trial in trials:
-        before = led[trial.seed] - 1
-        fell = trial.rank > evidence.top and before > 0 and (trial.ratio - 1) / before < _HALF
-        outcomes.append("dropped" if fell else "stayed" if trial.rank <= evidence.top else "between")
-    ranks = [f"rank {t.rank}, {t.ratio:.2f} times the median (reference {led[t.seed]:.2f})" for t in trials]
-    why = evidence.refused.get(kind, "")
-    none = "no training to compare: the references of these seeds do not lead" if references else "no trial was made"
-    return outcomes, "; ".join(ranks) or (f"no trial: {why}" if why else none), len(trials)
+    references, trials, spread = _of_kind(evidence, "reference"), _of_kind(evidence, kind), evidence.spread
+    if not trials:
+        why = evidence.refused.get(kind, "")
+        return "cannot tell", f"no trial: {why}" if why else "no trial was made", 0
+    places = ", ".join(f"{trial.ratio:.2f} (rank {trial.rank})" for trial in trials)
+    before = float(_log_ratios(references).mean()) if references else 0.0
+    words = f"{places} times the median, {math.exp(before):.2f} in the references"
+    if not references or before - spread.margin(1 / len(references)) <= 0:
+        return "cannot tell", f"{words}; it does not stand out in these, so it cannot drop", len(trials)
+    left = float(_log_ratios(trials).mean()) - _HALF * before
+
+    def weight(count: int) -> float:
+        return 1 / count + _HALF**2 / max(count, len(references))
+
+    margin = spread.margin(weight(len(trials)))
+    share = 100 * (left / before + _HALF)
+    around = 100 * margin / before
+    words += (
+        f"; of what it stood out by (in logarithms) {share:.0f}% is left (95% {share - around:.0f}% to {share + around:.0f}%)"
+    )
+    still = 2 * sum(trial.rank <= evidence.top for trial in trials) >= len(trials)
+    if left + margin < 0 and not still:
+        return "supported", words, len(trials)
+    if left - margin > 0:
+        return "not supported", words, len(trials)
+    if left + margin < 0:
+        return "cannot tell", f"{words}, and yet it leads", len(trials)
+    return "cannot tell", f"{words}.{spread.more(left, weight, len(trials))}".removesuffix("."), len(trials)
 
 
 def _moves(evidence: Evidence) -> Conclusion:
     question = (
         "The host decides which index it is: in a host with its indices in another order, the index leads in its new place"
     )
-    outcomes, ranks, n = _against(evidence, "permuted")
-    words = f"In its new place: {ranks}." if n else f"{ranks[:1].upper()}{ranks[1:]}."
-    return _conclusion("moves", question, _all(outcomes, "stayed", "dropped"), words, n, "trials")
+    dropped, found, n = _dropped(evidence, "permuted")
+    opposite: dict[Answer, Answer] = {"supported": "not supported", "not supported": "supported", "cannot tell": "cannot tell"}
+    words = f"In its new place: {found}." if n else f"{found[:1].upper()}{found[1:]}."
+    return _conclusion("moves", question, opposite[dropped], words, n, "trials")
 
 
 def _channel(evidence: Evidence) -> Conclusion:
@@ -252,22 +326,17 @@ def _cause_tests(evidence: Evidence) -> list[Conclusion]:
     found = []
     for kind, question, words, asked in tests:
         if asked:
-            outcomes, ranks, n = _against(evidence, kind)
-            found.append(_conclusion(kind, question, _all(outcomes), f"{words}: {ranks}.", n, "trials"))
+            answer, ranks, n = _dropped(evidence, kind)
+            found.append(_conclusion(kind, question, answer, f"{words}: {ranks}.", n, "trials"))
         elif kind != "ordinary":
             found.append(_conclusion(kind, question, "not supported", words, evidence.width, "indices"))
     return found
 
 
-def _all(outcomes: Sequence[str], yes: str = "dropped", no: str = "stayed") -> Answer:
-    """Whether all trials had one outcome, or all the other."""
-    return "supported" if set(outcomes) == {yes} else "not supported" if set(outcomes) == {no} else "cannot tell"
-
-
 def _optimiser(evidence: Evidence) -> Conclusion:
     question = "It leads because of Adam: with SGD it does not"
-    outcomes, ranks, n = _against(evidence, "sgd")
-    answer, words = _all(outcomes), f"{ranks[:1].upper()}{ranks[1:]}."
+    answer, ranks, n = _dropped(evidence, "sgd")
+    words = f"{ranks[:1].upper()}{ranks[1:]}."
     if n:
         learned, of_adam = ([trial.learned for trial in _of_kind(evidence, kind)] for kind in ("sgd", "reference"))
         share = float(np.mean(learned) / np.mean(of_adam))
@@ -284,9 +353,9 @@ def _other_trials(evidence: Evidence) -> list[Conclusion]:
     }
     found = []
     for kind, question in questions.items():
-        outcomes, ranks, n = _against(evidence, kind)
+        answer, ranks, n = _dropped(evidence, kind)
         if n:
-            found.append(_conclusion(kind, question, _all(outcomes), f"{ranks}.", n, "trials"))
+            found.append(_conclusion(kind, question, answer, f"{ranks}.", n, "trials"))
     return found
 
 
@@ -297,7 +366,8 @@ def _needed(evidence: Evidence) -> Conclusion:
         return _conclusion("needed", question, "cannot tell", "No such trial was made.", 0, "rows")
     words = (
         f"Loss with the index masked less the reference's: {masked['change']:+.4f} nats per target "
-        f"(95% over rows {masked['low']:+.4f} to {masked['high']:+.4f}; references differ by {masked['spread']:.4f})."
+        f"(95% over rows {masked['low']:+.4f} to {masked['high']:+.4f}; what the references learned differs by "
+        f"{masked['spread']:.4f})."
     )
     first = _of_kind(evidence, "masked")[0]
     words += f" Index {first.leader} leads in its place, {first.leader_ratio:.2f} times the median."
@@ -381,11 +451,11 @@ def masked_loss(
 
     Args:
         masked: of each such trial, its rows' summed losses, those of the reference of its seed, and their targets.
-        references: of all of them, the rows' summed losses and targets.
+        references: of all of them, how far each row's summed loss is below the bare host's, and targets.
 
     Returns:
-        ``change, low, high`` (95%, bootstrap over rows), ``n`` rows, ``spread`` (the references' standard deviation; each has
-        rows of its own, so that it is rather too large).
+        ``change, low, high`` (95%, bootstrap over rows), ``n`` rows, ``spread`` (the standard deviation of what the references
+        learned. Each seed holds out rows of its own; against the bare host on the same rows, hard rows are no difference).
     """
     difference = np.concatenate([own - reference for own, reference, _ in masked])
     counts = np.concatenate([targets for _, _, targets in masked])

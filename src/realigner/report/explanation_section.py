@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from realigner.explain.explanation import Ablation, Explanation, TrialResult
-from realigner.explain.verdict import KINDS, outlier_sign, top_ranks
+from realigner.explain.explanation import Ablation, Conclusion, Explanation, TrialResult
+from realigner.explain.verdict import CAUSES, KINDS, outlier_sign, top_ranks
 from realigner.report import charts, page_tables as tables
 from realigner.report.charts import ChartAxis, Dot, Line, fmt
 from realigner.report.page import page_filter
@@ -19,6 +19,7 @@ from realigner.traces.layout import UNTRAINED
 
 MARKS = {"supported": "yes", "not supported": "no", "cannot tell": "unknown"}
 page_filter(outlier_sign)
+_OF_AN_IRM = ("matters", "enough")
 _INDEX, _HOST = 2, 3  # colours: of the index in question, and of what is measured of the host's gradient
 _HOWS = {
     "zero": ("Without a delta", "the loss without an index's delta"),
@@ -47,6 +48,32 @@ def explanation_section(item: Explanation, number: int, runs: RunStyles) -> dict
         "profiles": _profiles(item, runs),
         "correlations": _correlations(item),
     }
+
+
+def comparison(explained: Sequence[Explanation]) -> dict[str, Any] | None:
+    """Several explanations side by side: their verdicts, and each question's answer in each; None of fewer than two."""
+    if len(explained) < 2:
+        return None
+
+    def question(own: Conclusion) -> str:
+        return own.question.rpartition(" (")[0] if own.key in _OF_AN_IRM else own.question  # less the IRM's name
+
+    rows = []
+    for asked in dict.fromkeys(question(own) for item in explained for own in item.conclusions):
+        found = [[own for own in item.conclusions if question(own) == asked] for item in explained]
+        rows.append({"question": asked, "cells": [_answered(own) for own in found]})
+    heads = [{"host": item.host, "index": item.index, "cause": CAUSES.get(item.cause, item.cause)} for item in explained]
+    return {"heads": heads, "rows": rows}
+
+
+def _answered(conclusions: Sequence[Conclusion]) -> dict[str, str] | None:
+    """One cell: the answer, or of several IRMs in how many it is supported."""
+    if not conclusions:
+        return None
+    answers = [own.answer for own in conclusions]
+    if len(set(answers)) == 1:
+        return {"mark": MARKS[answers[0]], "text": answers[0]}
+    return {"mark": "unknown", "text": f"supported in {answers.count('supported')} of {len(answers)} IRMs"}
 
 
 def _trials(item: Explanation) -> dict[str, Any] | None:

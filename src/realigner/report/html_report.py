@@ -12,6 +12,7 @@ from realigner.evaluation.evaluation_file import EvaluationFile, is_evaluation, 
 from realigner.files import Artifact, taken
 from realigner.report.context import BUDGET, page_context
 from realigner.report.evaluation_section import evaluation_section
+from realigner.report.explanation_section import comparison
 from realigner.report.page import check_signed, render_page, signature
 from realigner.report.report_input import ReportInput, read_inputs, untraced
 from realigner.traces.store import damage_named, is_trace
@@ -62,5 +63,6 @@ def render(inputs: Sequence[ReportInput], budget_bytes: int = BUDGET, evaluation
         evaluations: each gets a part of the page, before the traces'.
     """
     items = [page_context(item, number, budget_bytes // max(1, len(inputs))) for number, item in enumerate(inputs)]
+    compared = comparison([found for item in inputs for found in item.explained])
     works = [evaluation_section(item, number) for number, item in enumerate(evaluations, 1)]
-    return render_page("report.html.j2", items=items, evaluations=works, signature=signature(_GENERATOR))
+    return render_page("report.html.j2", items=items, evaluations=works, compared=compared, signature=signature(_GENERATOR))
