@@ -1,9 +1,10 @@
 """Does the verdict name what was planted? `realigner explain --quick` on tiny hosts whose truth is known, counted.
 
-    python -m benchmarks.verdicts [--seeds 12] [--jobs 2]
+    python -m benchmarks.verdicts [--seeds 12] [--first 0 100] [--jobs 2]
 
-From the repository's root. The hosts, and which verdicts count as right, are those of tests/planted_hosts.py. The table is
-printed, written to results/verdicts.json and put into docs/explain.md, between its marks.
+From the repository's root. The hosts, and which verdicts count as right, are those of tests/planted_hosts.py. The rules were
+made while looking at seeds from 0 on; those from 100 on are fresh. The tables are printed, and put into docs/explain.md
+between its marks; every verdict is in docs/results/verdicts.json, to which each call adds its seeds.
 """
 
 from __future__ import annotations
@@ -21,29 +22,43 @@ from typing import Any
 from realigner.files import write_text
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "verdicts.json"
+RESULTS = HERE.parent / "docs" / "results" / "verdicts.json"
 DOCS = HERE.parent / "docs" / "explain.md"
+FIRST = {0: "looked at while the rules were made", 100: "fresh"}
 BEGIN, END = "<!-- planted hosts: written by make validation -->", "<!-- end of planted hosts -->"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=12)
+    parser.add_argument("--first", type=int, nargs="+", choices=tuple(FIRST), default=tuple(FIRST))
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     from tests.planted_hosts import CELLS
 
-    wanted = [(cell, seed) for seed in range(options.seeds) for cell in CELLS]
-    found: dict[str, list[dict[str, Any]]] = {}
+    wanted = [(cell, first + seed) for first in options.first for seed in range(options.seeds) for cell in CELLS]
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    if RESULTS.is_file():
+        found = {planted: {own["seed"]: own for own in entries} for planted, entries in json.loads(RESULTS.read_text()).items()}
     with get_context("spawn").Pool(options.jobs, _prepare, maxtasksperchild=20) as pool:
         for cell, seed, verdict in pool.imap_unordered(_verdict, wanted):
-            found.setdefault(name(*cell), []).append({"seed": seed, **verdict, "right": verdict["cause"] in CELLS[cell]})
+            found.setdefault(name(*cell), {})[seed] = {"seed": seed, **verdict, "right": verdict["cause"] in CELLS[cell]}
             print(f"{name(*cell)}, seed {seed}: {verdict['cause']}", flush=True)
-    results = {name(*cell): sorted(found[name(*cell)], key=lambda entry: entry["seed"]) for cell in CELLS}
-    write_text(RESULTS, json.dumps(results, indent=2) + "\n")
-    print(table(results))
+    known = [name(*cell) for cell in CELLS if name(*cell) in found]
+    results = {planted: [found[planted][seed] for seed in sorted(found[planted])] for planted in known}
+    write_text(RESULTS, json.dumps(results, indent=1) + "\n")
+    parts = []
+    for first, what in FIRST.items():
+        own = {
+            planted: [entry for entry in entries if first <= entry["seed"] < first + 100]
+            for planted, entries in results.items()
+        }
+        own = {planted: entries for planted, entries in own.items() if entries}
+        if own:
+            parts.append(f"Seeds from {first} on, {what}:\n\n{table(own)}")
+    print("\n\n".join(parts))
     before, rest = DOCS.read_text().split(BEGIN)
-    write_text(DOCS, f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{rest.split(END)[1]}")
+    write_text(DOCS, "\n\n".join([before + BEGIN, *parts, END + rest.split(END)[1]]))
 
 
 def name(channel: str, gain: str, size: float, head: str) -> str:

@@ -32,6 +32,8 @@ CELLS: dict[Cell, tuple[str, ...]] = {
         for size in (5, 40)
     },
     ("random sign", "zero", 40, "tied"): ("channel through the norm",),
+    # The head's column is the same for every token: it moves no probability.
+    **{("constant", "", size, "tied"): ("channel through the norm",) for size in (5, 40)},
     **{
         (channel, gain, size, ""): ("channel", "idle channel")
         for channel in ("constant", "random sign")

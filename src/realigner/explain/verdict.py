@@ -196,9 +196,11 @@ def _cause(evidence: Evidence, found: Mapping[str, Answer]) -> str:
         return "idle channel" if is_channel(evidence.facts) else unled
     dropped = {key for key in ("no channel", "gain", "ordinary") if found.get(key) == "supported"}
     unseen = outlier_sign(times_median(evidence.facts, "head_reach")) < 0
+    blind = times_median(evidence.facts, "head_norm") == 0  # no gain lets the head see a column that is the same in every token
     by_residual = "no channel" in dropped or ("ordinary" in dropped and "gain" not in dropped)  # or by each of two causes
     if is_channel(evidence.facts) and (by_residual or (unseen and "gain" in dropped)):
-        return "channel through the norm" if unseen and ("gain" in dropped or dropped == {"ordinary"}) else "channel"
+        through_norm = unseen and ("gain" in dropped or dropped == {"ordinary"} or blind)
+        return "channel through the norm" if through_norm else "channel"
     if "gain" in dropped:
         return "gain" if outlier_sign(times_median(evidence.facts, "final_gain")) else "head"
     if found.get("sgd") == "supported":
