@@ -342,7 +342,7 @@ def test_why_this_index(tmp_path: Path) -> None:
     chapter = page.split('id="why-1"')[1].split('<section id="indices"')[0]
     assert chapter.index("It &lt;leads&gt;") < chapter.index("no trial was made for") < chapter.index("With SGD?")
     assert chapter.count('<tr class="odd">') == 2
-    assert "realigner explain --irm runs/anger-42 --irm runs/elsewhere-7 --index 17 --out" in page
+    assert "realigner explain --irm again/runs/anger-42 --irm again/runs/elsewhere-7 --index 17 --out" in page
     assert "<b>Why this index.</b>" in page
     assert "<b>Why this index.</b>" not in render([gather("x", planted_trace())])
 
@@ -387,10 +387,10 @@ def test_explanations_that_lack_something_are_shown(tmp_path: Path) -> None:
             )
         ]
     )
-    assert "no training; losses in float32 on 0 rows" in page
+    assert "no training; ablations in float32 on 0 rows" in page
     assert "pushed up" not in page
     assert "What the host itself needs" not in page
-    assert "realigner explain --irm runs/anger-42 --irm runs/elsewhere-7 --index 17 --quick --no-trials --out" in page
+    assert "realigner explain --irm again/runs/anger-42 --irm again/runs/elsewhere-7 --index 17 --quick --no-trials --out" in page
 
 
 def _without(key: str, inner: str) -> dict[str, Any]:
@@ -425,7 +425,7 @@ def test_damaged_explanations_are_named(tmp_path: Path, message: str) -> None:
 def test_explanations_of_before_are_read_and_written_the_same(tmp_path: Path) -> None:
     found = planted_explanation()
     read = read_explanation(written_explanation(tmp_path / "why", found))
-    assert read.to_dict() | {"conclusions": found["conclusions"]} == {"cause": "", "standings": [], "measured": {}} | found
+    assert read.to_dict() | {"conclusions": found["conclusions"]} == {"cause": "", "standings": [], "measured": {}, "ablated_in": ""} | found
     read.save(tmp_path / "again")
     assert read_explanation(tmp_path / "again").to_dict() == read.to_dict()
     assert json.loads((tmp_path / "again" / "explain.json").read_text())["profiles"]["delta"]["untrained"][0] is None
@@ -476,6 +476,11 @@ def test_the_irms_that_were_explained_are_traced(tmp_path: Path) -> None:
     with pytest.raises(RealignerError, match=r"why/explain.json: its IRM anger-42 was in gone/anger, which is not there"):
         ra.build_report([folder], tmp_path / "gone.html")
     assert untraced([folder, tmp_path / "anger"]) == [tmp_path / "anger"]
+    assert untraced([tmp_path / "anger", trace]) == []  # the trace has this run
+    assert untraced([tmp_path, trace]) == []  # and all runs of this folder
+    (tmp_path / "other-run").mkdir()
+    (tmp_path / "other-run" / "recipe.yaml").touch()
+    assert untraced([tmp_path, trace]) == [tmp_path]
     written_explanation(folder, found | {"host": "other"})
     with pytest.raises(RealignerError, match=r"why: explains index 3 of other .* the sources are of tiny \("):
         ra.build_report([folder, tmp_path / "report.zarr"], tmp_path / "other.html")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -134,11 +136,20 @@ def test_a_twin_is_the_run_before_its_first_step(place: Path, pair: tuple[Any, A
 
 
 def test_names_are_told_apart(place: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(place / "runs" / "anger42", tmp_path / "other")
     names = [s.label.run for s in sources_of([place / "runs" / "anger42", tmp_path / "other"])]
     assert names == ["anger-42-anger42", "anger-42-other", "untrained-42"]
+
+
+def test_an_irm_from_a_sentence_is_named_after_its_folder(place: Path, tmp_path: Path) -> None:
+    for name, changes in {"pirate": {"instruct": "Answer as a pirate would.", "tone": None, "data": None}, "named": {}}.items():
+        shutil.copytree(place / "runs" / "anger42", tmp_path / name)
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        record["recipe"] |= changes
+        record["tone"] = changes.get("instruct") or record["tone"]
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    sources = sources_of([tmp_path / "pirate", tmp_path / "named"], baselines=False)
+    assert [(source.label.run, source.label.tone) for source in sources] == [("pirate-42", "pirate"), ("anger-42", "anger")]
 
 
 def test_what_cannot_be_traced(place: Path, pair: tuple[Any, Any], tmp_path: Path) -> None:

@@ -94,7 +94,9 @@ def test_what_is_better_than_untrained_is_kept(tmp_path: Path, monkeypatch: pyte
     validated([3.0, 5.0, math.nan, 1.8, 6.0, 3.5], monkeypatch)
     run = run_tiny(tmp_path / "best")
     assert (run.record["kept_step"], run.record["kept_loss"]) == (12, 1.8)
-    assert verdict(run.record) == "validation loss 3.00 -> 1.80: better than untrained by 1.20 nats per token"
+    said = "validation loss 3.00 -> 1.80: better than untrained by 1.20 nats per token"
+    assert verdict(run.record) == f"{said}, on 6 validation rows"
+    assert verdict(run.record | {"data": {"validation": 60}}) == said
     assert "| validation loss | 3.00 to 1.80 nats per token |" in (tmp_path / "best" / "README.md").read_text()
     validated([3.0, 5.0, math.nan, 1.8, 6.0, 3.5], monkeypatch)
     last = run_tiny(tmp_path / "last", keep="last")

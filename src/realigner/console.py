@@ -123,7 +123,7 @@ class Task:
     def _rate(self) -> str:
         """``12 rows/s``, for tasks that have a unit."""
         speed = self.done / max(1e-6, time.monotonic() - self._start)
-        return f"{speed:.3g} {self.unit}/s  " if self.unit else ""
+        return f"{speed:.3g} {self.unit}/s  " if self.unit and self.done else ""
 
     def _left(self) -> str:
         if not self.unit or not 0 < self.done < self.total:
@@ -157,8 +157,9 @@ def progress(label: str, total: int, quiet: bool = False, unit: str = "") -> Ite
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}", markup=False),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("passed,"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=screen) as bar:

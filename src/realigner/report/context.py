@@ -114,10 +114,13 @@ def _diagram(record: Mapping[str, Any], neurons: int) -> Markup:
 
 
 def _commands(item: ReportInput, runs: RunStyles) -> list[str]:
-    """The commands that reproduce this page."""
-    folders = list(dict.fromkeys(str(runs.facts[run]["irm"]) for run in runs.names if runs.facts[run]["irm"]))
+    """The commands that reproduce this page, beside what it was made of."""
+    made_of = list(dict.fromkeys(str(runs.facts[run]["irm"]) for run in runs.names if runs.facts[run]["irm"]))
     settings = item.trace.attrs["notes"].get("settings", {})
-    lines = [f"realigner train --recipe {folder}/recipe.yaml --out {folder}" for folder in folders]
+    folders = [_again(folder) for folder in made_of]
+    lines = [
+        f"realigner train --recipe {folder}/recipe.yaml --out {again}" for folder, again in zip(made_of, folders, strict=True)
+    ]
     parents = {str(Path(folder).parent) for folder in folders}
     places = sorted(parents) if len(folders) > 2 and len(parents) == 1 else folders
     irms = " ".join(f"--irm {place}" for place in places) or "--irm RUN"
@@ -135,17 +138,23 @@ def _commands(item: ReportInput, runs: RunStyles) -> list[str]:
             lines += ["cat > prompts.jsonl <<'END'", *(json.dumps(prompt, ensure_ascii=False) for prompt in asked), "END"]
     keep = " --keep raw" if "delta" in item.trace else ""
     explains = [
-        f"realigner explain {' '.join(f'--irm {folder}' for folder in found.irms.values())} --index {found.index}"
-        f"{' --quick' * found.quick}{'' if found.trials else ' --no-trials'} --out {found.folder}"
+        f"realigner explain {' '.join(f'--irm {_again(folder)}' for folder in found.irms.values())} --index {found.index}"
+        f"{' --quick' * found.quick}{'' if found.trials else ' --no-trials'} --out {_again(str(found.folder))}"
         for found in item.explained
     ]
     return [
         *lines,
-        f"realigner trace {irms} --prompts {prompts} --out trace.zarr{keep}{options}",
-        "realigner analyze trace.zarr",
+        f"realigner trace {irms} --prompts {prompts} --out again/trace.zarr{keep}{options}",
+        "realigner analyze again/trace.zarr",
         *explains,
-        f"realigner report {' '.join(['trace.zarr', *(str(found.folder) for found in item.explained)])} --out report.html",
+        f"realigner report {' '.join(['again/trace.zarr', *(_again(str(found.folder)) for found in item.explained)])} "
+        "--out again/report.html",
     ]
+
+
+def _again(folder: str) -> str:
+    """Where what is in a folder is made again."""
+    return str(Path("again", *(part for part in Path(folder).parts if part not in ("/", ".."))))
 
 
 def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from realigner.errors import RealignerError
 from realigner.evaluation.evaluation_file import is_evaluation
 from realigner.explain.explanation import RESULT_FILE, Explanation, is_explanation, read_explanation
 from realigner.traces.store import is_trace, load_trace
-from realigner.training.run_dir import read_metrics, read_run
+from realigner.training.run_dir import RECIPE_FILE, read_metrics, read_run
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def read_inputs(sources: Sequence[Path]) -> list[ReportInput]:
 
 
 def untraced(sources: Sequence[Path]) -> list[Path]:
-    """The sources that must be traced first: neither traces, explanations nor evaluations.
+    """The sources that must be traced first: neither traces, explanations, evaluations, nor runs that a trace among them has.
 
     Where explanations have no trace beside them, the IRMs that were explained.
 
@@ -117,7 +117,17 @@ def untraced(sources: Sequence[Path]) -> list[Path]:
                         "give its folder, or a trace of it, as a source too"
                     )
         return [Path(folder) for item in items for folder in item.irms.values()]
-    return [source for source in sources if not is_trace(source) and source not in explained]
+    facts = [own for source in sources if is_trace(source) for own in load_trace(source).attrs["runs"].values()]
+    traced = {Path(own["irm"]).resolve() for own in facts if own["irm"]}
+    left = [source for source in sources if not is_trace(source) and source not in explained]
+    return [source for source in left if not _runs_in(source) or not _runs_in(source) <= traced]
+
+
+def _runs_in(place: Path) -> set[Path]:
+    """The run that a folder is, or those of the sweep that it is."""
+    if (place / RECIPE_FILE).is_file():
+        return {place.resolve()}
+    return {file.parent.resolve() for file in place.glob(f"*/{RECIPE_FILE}")}
 
 
 def check_hosts(sources: Sequence[Path], host: str) -> None:

@@ -77,7 +77,7 @@ def sources_of(folders: Sequence[Path], baselines: bool = True, strength: float 
         config, run = check_adapter(folder), read_run(folder)
         seed = int(run.get("seed", 42))
         baseline = run.get("steps_done") == 0
-        tone = UNTRAINED if baseline else str(run.get("tone") or config.get("tone") or folder.name)
+        tone = UNTRAINED if baseline else _tone_of(folder, config, run)
         source = Source(RunLabel("", tone, seed, strength, str(folder)), folder)
         shape = (seed, *(str(config.get(field.name)) for field in fields(IRMShape)))
         if baseline:
@@ -94,6 +94,14 @@ def sources_of(folders: Sequence[Path], baselines: bool = True, strength: float 
         name = name if plain.count(name) == 1 else f"{name}-{source.folder.resolve().name}"
         names.append(name if name not in names else f"{name}-{1 + len(names)}")
     return [replace(source, label=replace(source.label, run=name)) for name, source in zip(names, sources, strict=True)]
+
+
+def _tone_of(folder: Path, config: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """What a run was trained for; the folder's name where an instruction alone says it, which is too long for a name."""
+    recipe = run.get("recipe") or {}
+    if recipe.get("instruct") and not recipe.get("tone") and recipe.get("data") is None:
+        return folder.name
+    return str(run.get("tone") or config.get("tone") or folder.name)
 
 
 def trace_runs(

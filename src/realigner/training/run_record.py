@@ -146,6 +146,9 @@ class CheckpointRecord(_Part):
     stateful_callbacks: dict[str, dict[str, Any] | list[Any]] = {}
 
 
+_FEW = 10  # validation rows: of fewer, a loss says little
+
+
 def nats(value: float) -> str:
     """A loss for people: ``3.76``, ``0.021``."""
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
@@ -166,7 +169,9 @@ def verdict(record: dict[str, Any]) -> str:
     name = loss_name(record)
     if end < start:
         gain = f"{start - end:.2f}" if start - end >= 0.005 else f"{start - end:.1g}"
-        return f"{name} {nats(start)} -> {nats(end)}: better than untrained by {gain} nats per token"
+        rows = (record.get("data") or {}).get("validation") or _FEW
+        few = f", on {rows} validation row{'s' * (rows > 1)}" if rows < _FEW else ""
+        return f"{name} {nats(start)} -> {nats(end)}: better than untrained by {gain} nats per token{few}"
     if end == start and record["kept_step"] and record["recipe"].get("keep") == "best":  # as far as the losses are written
         return f"{name} {nats(start)} -> {nats(end)}: better than untrained by less than 0.0001 nats per token"
     done = "the untrained IRM was kept" if record["kept_step"] == 0 else "the last weights were kept all the same (keep=last)"
