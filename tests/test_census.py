@@ -13,7 +13,7 @@ import transformers
 import realigner.oracle as oracle
 from realigner.census import EXACT, NOT_BUILT, PROVEN, REFUSED, UNPROVEN, WRONG, CensusEntry, census, page, prove, totals
 from realigner.locate import find_layers
-from realigner.tiny import MODEL_TYPES, tiny_host
+from realigner.tiny import MODEL_TYPES, move_scales, tiny_host
 from tests.reference import FAMILIES, reference_host
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -135,6 +135,15 @@ def test_a_wrong_site_is_found_out(mistake: str, monkeypatch: pytest.MonkeyPatch
 
         monkeypatch.setattr(_SiteHooks, "__init__", wrong)
     assert prove(tiny_host("llama")).verdict == WRONG
+
+
+@pytest.mark.parametrize("model_type", ["doge", "gpt_neox_japanese", "zaya"])
+def test_a_scale_that_is_one_at_first_hides_nothing(model_type: str) -> None:
+    """These multiply the stream, or add a bias beside the branch; new ones multiply by 1 and add 0, trained ones do not."""
+    assert prove(tiny_host(model_type)).verdict == PROVEN
+    trained = prove(move_scales(tiny_host(model_type)))
+    assert trained.verdict == REFUSED
+    assert "no post-attention residual the probe can prove" in trained.reason
 
 
 def test_an_oracle_without_an_account_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
