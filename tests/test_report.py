@@ -390,7 +390,9 @@ def test_explanations_that_lack_something_are_shown(tmp_path: Path) -> None:
     assert "no training; ablations in float32 on 0 rows" in page
     assert "pushed up" not in page
     assert "What the host itself needs" not in page
-    assert "realigner explain --irm again/runs/anger-42 --irm again/runs/elsewhere-7 --index 17 --quick --no-trials --out" in page
+    assert (
+        "realigner explain --irm again/runs/anger-42 --irm again/runs/elsewhere-7 --index 17 --quick --no-trials --out" in page
+    )
 
 
 def _without(key: str, inner: str) -> dict[str, Any]:
@@ -425,7 +427,10 @@ def test_damaged_explanations_are_named(tmp_path: Path, message: str) -> None:
 def test_explanations_of_before_are_read_and_written_the_same(tmp_path: Path) -> None:
     found = planted_explanation()
     read = read_explanation(written_explanation(tmp_path / "why", found))
-    assert read.to_dict() | {"conclusions": found["conclusions"]} == {"cause": "", "standings": [], "measured": {}, "ablated_in": ""} | found
+    assert (
+        read.to_dict() | {"conclusions": found["conclusions"]}
+        == {"cause": "", "standings": [], "measured": {}, "ablated_in": ""} | found
+    )
     read.save(tmp_path / "again")
     assert read_explanation(tmp_path / "again").to_dict() == read.to_dict()
     assert json.loads((tmp_path / "again" / "explain.json").read_text())["profiles"]["delta"]["untrained"][0] is None

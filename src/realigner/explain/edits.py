@@ -113,6 +113,38 @@ def with_gain(host: PreTrainedModel, index: int, value: float | str = "median") 
     return edited
 
 
+def with_column(host: PreTrainedModel, index: int, like: int, seed: int = 0) -> PreTrainedModel:
+    """A host whose head reads one index by a copy of another's column, its tokens in another order.
+
+    For a column that is the same for every token, which no gain lets the head see. A tied head is untied first, so that the
+    embedding is as it was.
+
+    Args:
+        host: a transformers causal language model.
+        index, like: of the residual stream: whose column is replaced, and by whose.
+        seed: of the order.
+
+    Raises:
+        RealignerError: as `roles_of`; or when the head is not one matrix ``[vocabulary, neuron]``.
+        UsageError: for an index that the stream lacks.
+
+    Example:
+        >>> from realigner.tiny import tiny_host
+        >>> head = with_column(tiny_host("llama"), 3, 5).lm_head.weight
+        >>> torch.equal(head[:, 3].sort().values, head[:, 5].sort().values)
+        True
+    """
+    width = _stream_of(host, index).sites.width
+    edited = _copied(host)
+    _untied(edited)
+    head = getattr(edited.get_output_embeddings(), "weight", None)
+    if head is None or head.ndim != 2 or head.shape[1] != width:
+        raise RealignerError(f"{type(host).__name__}: its head is not one matrix over the stream; there is no column to change")
+    order = torch.randperm(len(head), generator=torch.Generator().manual_seed(seed)).to(head.device)
+    head[:, index] = head[order, like]
+    return edited
+
+
 def without_channel(host: PreTrainedModel, index: int) -> PreTrainedModel:
     """A host whose residual stream is 0 at one index in every layer.
 
@@ -131,10 +163,7 @@ def without_channel(host: PreTrainedModel, index: int) -> PreTrainedModel:
     """
     stream = _stream_of(host, index)
     edited = _copied(host)
-    if (head := _tied_head(edited)) is not None:
-        head.weight = _own_copy(head.weight)
-        for config in (edited.config, edited.config.get_text_config(decoder=True)):
-            config.tie_word_embeddings = False
+    _untied(edited)
     for part, silent in _writing(edited, stream, index):
         part.fill_(silent)
     # Proof: exactly 0 before and after every layer.
@@ -192,6 +221,14 @@ def _tied_head(host: PreTrainedModel) -> Any:
     head, embedding = host.get_output_embeddings(), host.get_input_embeddings()
     tied = head is not None and embedding is not None and getattr(head, "weight", 0) is getattr(embedding, "weight", 1)
     return head if tied else None
+
+
+def _untied(edited: PreTrainedModel) -> None:
+    """Give a head that is tied to the token embedding a weight of its own."""
+    if (head := _tied_head(edited)) is not None:
+        head.weight = _own_copy(head.weight)
+        for config in (edited.config, edited.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
 
 
 def _own_copy(weight: torch.Tensor) -> nn.Parameter:

@@ -91,10 +91,18 @@ def _geometric(values: np.ndarray) -> np.ndarray:
 
 
 def gain_for_median_reach(measured: pd.DataFrame, index: int) -> float | str:
-    """The size of the final norm's gain that gives an index the median reach; ``"median"`` if its head column is 0."""
+    """The size of the final norm's gain that gives an index the median reach; ``"median"`` if no gain does."""
     if "head_reach" not in measured or not measured["head_norm"].iloc[index] > 0:
         return "median"
     return float(measured["head_reach"].median() / measured["head_norm"].iloc[index])
+
+
+def index_of_median_reach(measured: pd.DataFrame, index: int) -> int | None:
+    """The index whose reach is the median's, where the head's column at `index` is the same for every token; else None."""
+    if "head_reach" not in measured or measured["head_norm"].iloc[index] > 0:
+        return None
+    reach = measured["head_reach"]
+    return int((reach - reach.median()).abs().to_numpy().argmin())
 
 
 def correlations(measured: pd.DataFrame, scores: Mapping[str, np.ndarray]) -> list[Correlation]:

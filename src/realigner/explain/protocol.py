@@ -17,7 +17,7 @@ from realigner.explain import verdict
 from realigner.explain.ablate import How, against_controls, in_float32
 from realigner.explain.explanation import EXPLANATION, RESULT_FILE, Explanation, IndexFact
 from realigner.explain.index_study import IndexStudy, read_runs
-from realigner.explain.predict import correlations, cross_validated_r2, gain_for_median_reach
+from realigner.explain.predict import correlations, cross_validated_r2, gain_for_median_reach, index_of_median_reach
 from realigner.explain.trials import FULL, QUICK, Outcome, TrialRunner, say_budget, trial_results
 from realigner.files import taken
 from realigner.hosts import host_name
@@ -152,7 +152,8 @@ def _found(
         shorter = min(1.0, recipe.steps / done) if recipe.steps is not None and done else 1.0
         seeds = frozenset(own.seed for _, own in runs.values())
         gain = gain_for_median_reach(study.measured, index)
-        runner = TrialRunner(out, host, tokenizer, recipe, index, gain, seeds, asked.on, asked.workers, quiet)
+        like = index_of_median_reach(study.measured, index)
+        runner = TrialRunner(out, host, tokenizer, recipe, index, gain, like, seeds, asked.on, asked.workers, quiet)
         planned = runner.trials(_informative(budget, facts))
         if not quiet:
             say_budget(planned, run["seconds"] / done if done else None)

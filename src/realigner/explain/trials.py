@@ -85,6 +85,7 @@ class TrialRunner:
         recipe: of the run to repeat, with the number of steps of a trial.
         index: the index in question.
         gain: the final norm's gain at the index in trials of kind ``gain``.
+        like: the index whose column of the head it gets in them instead, where no gain would do.
         taken: seeds of the IRMs given, which trials do not repeat.
         on, workers: as in `run_sweep`.
         quiet: show no table.
@@ -97,6 +98,7 @@ class TrialRunner:
     recipe: Recipe
     index: int
     gain: float | str = "median"
+    like: int | None = None
     taken: frozenset[int] = frozenset()
     on: str = "here"
     workers: int = 1
@@ -131,10 +133,10 @@ class TrialRunner:
             return {"optimizer": "sgd", "learning_rate": min(999.0, SGD_RATE * self.recipe.peak_rate)}
         made: dict[str, Callable[[], PreTrainedModel]] = {
             "permuted": lambda: edits.permuted(self.host, self.order().tolist()),
-            "gain": lambda: edits.with_gain(self.host, self.index, self.gain),
+            "gain": lambda: self._seen(self.host),
             "random host": lambda: edits.randomised(self.host, seed=0),
             "no channel": lambda: edits.without_channel(self.host, self.index),
-            "ordinary": lambda: edits.with_gain(edits.without_channel(self.host, self.index), self.index, self.gain),
+            "ordinary": lambda: self._seen(edits.without_channel(self.host, self.index)),
         }
         if kind not in made:
             return {}
@@ -144,6 +146,12 @@ class TrialRunner:
             edits.save_edited(made[kind](), self.tokenizer, folder)
         moved = {"masked": sorted(int(self.order()[index]) for index in masked)} if kind == "permuted" and masked else {}
         return {"host": str(folder.resolve()), **moved}
+
+    def _seen(self, host: PreTrainedModel) -> PreTrainedModel:
+        """The host with the index as visible to its head as the median."""
+        if self.like is not None:
+            return edits.with_column(host, self.index, self.like)
+        return edits.with_gain(host, self.index, self.gain)
 
     @cached_property
     def hashed(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,7 +37,7 @@ CAUSES = {
 KINDS = {  # of trials
     "reference": "as it was",
     "permuted": "the host's indices in another order, the same function",
-    "gain": "the final norm's gain set so that the head sees the index as it sees the median",
+    "gain": "the final norm's gain, or the head's column, such that the head sees the index as it sees the median",
     "masked": "no delta at the index",
     "sgd": "SGD in place of Adam",
     "one layer": "deltas in the middle layer alone",
@@ -68,19 +68,10 @@ class Spread:
         leading = np.argsort(-logs.mean(axis=0), kind="stable")[:top]
         return cls(float(np.sqrt(logs[:, leading].var(axis=0, ddof=1).mean())), len(leading) * (len(scores) - 1))
 
-    def margin(self, weight: float) -> float:
-        """Half the width of a 95% interval around a mean whose variance is `weight` times that of one training."""
-        return float(t.ppf(0.975, self.df)) * self.sd * math.sqrt(weight) if self.df else math.inf
-
-    def more(self, difference: float, weight: Callable[[int], float], trainings: int) -> str:
-        """How many more trainings would tell a difference from 0, in words; `weight` is by the number of trainings."""
-        if not self.df:
-            return " One training gives no interval; make two or more."
-        for count in range(trainings + 1, trainings + _MOST_MORE + 1):
-            if self.margin(weight(count)) < abs(difference):
-                more = count - trainings
-                return f" If this is the true size, {more} more training{'s' * (more > 1)} would settle it."
-        return f" {_MOST_MORE} more trainings would not settle it."
+    def margin(self, *trainings: int) -> float:
+        """Half the width of a 95% interval: of a mean of so many trainings, or of the difference of two such means."""
+        weight = math.sqrt(sum(1 / count for count in trainings))
+        return float(t.ppf(0.975, self.df)) * self.sd * weight if self.df else math.inf
 
 
 @dataclass(frozen=True)
@@ -196,16 +187,15 @@ def _cause(evidence: Evidence, found: Mapping[str, Answer]) -> str:
         return "idle channel" if is_channel(evidence.facts) else unled
     dropped = {key for key in ("no channel", "gain", "ordinary") if found.get(key) == "supported"}
     unseen = outlier_sign(times_median(evidence.facts, "head_reach")) < 0
-    blind = times_median(evidence.facts, "head_norm") == 0  # no gain lets the head see a column that is the same in every token
     by_residual = "no channel" in dropped or ("ordinary" in dropped and "gain" not in dropped)  # or by each of two causes
     if is_channel(evidence.facts) and (by_residual or (unseen and "gain" in dropped)):
-        through_norm = unseen and ("gain" in dropped or dropped == {"ordinary"} or blind)
-        return "channel through the norm" if through_norm else "channel"
+        return "channel through the norm" if unseen and ("gain" in dropped or dropped == {"ordinary"}) else "channel"
     if "gain" in dropped:
         return "gain" if outlier_sign(times_median(evidence.facts, "final_gain")) else "head"
     if found.get("sgd") == "supported":
         return "optimiser"
-    return "cannot tell" if "cannot tell" in (found["recurs"], found["moves"]) else "none"
+    is_open = [found["recurs"], found["moves"], *(found.get(key) for key in ("no channel", "gain", "ordinary"))]
+    return "cannot tell" if "cannot tell" in is_open else "none"
 
 
 def _conclusion(key: str, question: str, answer: Answer, words: str, n: int, unit: str) -> Conclusion:
@@ -230,23 +220,21 @@ def _log_ratios(trials: Sequence[TrialResult] | Sequence[IndexRank]) -> np.ndarr
 
 
 def _recurs(evidence: Evidence) -> Conclusion:
-    """Whether the mean of the references' log scores is above half of that in the IRMs given."""
+    """Whether the index stands in the references, beside the IRMs given."""
     question = "It stands out again when the training is repeated with other seeds"
     trials, spread = _of_kind(evidence, "reference"), evidence.spread
     if not trials:
         return _conclusion("recurs", question, "cannot tell", "No training was repeated.", 0, "trials")
-    mean, half = float(_log_ratios(trials).mean()), _HALF * float(_log_ratios(evidence.ranks).mean())
-    margin = spread.margin(1 / len(trials))
-    answer: Answer = "supported" if mean - margin > half else "not supported" if mean + margin < half else "cannot tell"
-    places = ", ".join(f"{trial.ratio:.2f} (rank {trial.rank})" for trial in trials)
-    words = f"Times the median in {_trainings(len(trials))}: {places}; on average {math.exp(mean):.2f}"
-    words += f" (95% {math.exp(mean - margin):.2f} to {math.exp(mean + margin):.2f})" if spread.df else ""
-    words += f". Half of what it stands out by in the IRMs given would be {math.exp(half):.2f}."
-    if answer == "cannot tell":
-        words += spread.more(mean - half, lambda count: 1 / count, len(trials))
-    elif half > 0:
-        missed = norm.cdf((margin - half) / (spread.sd / math.sqrt(len(trials))))
-        words += f" So many trainings leave it open with a chance of {missed:.2g} for an index as strong as in the IRMs given."
+    stands, words = _stands(trials, evidence.ranks, "the IRMs given", spread, others_grow=False)
+    words = words[:1].upper() + words[1:]
+    answer: Answer = "cannot tell" if stands is None else "supported" if stands else "not supported"
+    before = float(_log_ratios(evidence.ranks).mean())
+    if stands is not None and before > 0:
+        least, error = max(_HALF * before, spread.margin(len(trials))), spread.sd / math.sqrt(len(trials))
+        missed = norm.cdf((least - before) / error) if error else 0.0
+        words += (
+            f" Of an index as strong as in the IRMs given, so many trainings say something else with a chance of {missed:.2g}."
+        )
     given = sum(own.rank <= evidence.top for own in evidence.ranks)
     if answer == "not supported" and evidence.shorter < 1:
         answer, words = "cannot tell", f"{words} They took {100 * evidence.shorter:.0f}% of the run's steps."
@@ -255,44 +243,51 @@ def _recurs(evidence: Evidence) -> Conclusion:
     return _conclusion("recurs", question, answer, words, len(trials), "trials")
 
 
-def _trainings(count: int) -> str:
-    return f"{count} training{'s' * (count != 1)}"
+def _stands(
+    trials: Sequence[TrialResult],
+    others: Sequence[TrialResult] | Sequence[IndexRank],
+    where: str,
+    spread: Spread,
+    others_grow: bool = True,
+) -> tuple[bool | None, str]:
+    """Whether an index stands out in trainings as it does in others (True), has fallen (False), or either may be (None).
+
+    By the means of the logarithms of its scores. It stands where more than half is left of what it stands out by in the others,
+    and the interval excludes that nothing is; it has fallen where less than half is left, and the interval excludes that all is.
+    Also the finding, in words; with `others_grow`, more trainings would be more of the others too.
+    """
+    count, before, mean = len(trials), float(_log_ratios(others).mean()), float(_log_ratios(trials).mean())
+    places = ", ".join(f"{trial.ratio:.2f} (rank {trial.rank})" for trial in trials)
+    words = f"times the median in {count} training{'s' * (count != 1)}: {places}; in {where} {math.exp(before):.2f}"
+    if not before > 0:
+        return None, f"{words}: it does not stand out there."
+    alone, apart = spread.margin(count), spread.margin(count, len(others))
+    words += f". Of what it stands out by there (in logarithms) {100 * mean / before:.0f}% is left"
+    words += f" (95% {100 * (mean - alone) / before:.0f}% to {100 * (mean + alone) / before:.0f}%)." if spread.df else "."
+    stands = mean > _HALF * before
+    if not spread.df:
+        return None, f"{words} One training gives no interval; make two or more."
+    if mean > alone if stands else before - mean > apart:
+        return stands, words
+    for more in range(1, _MOST_MORE + 1):
+        alone, apart = spread.margin(count + more), spread.margin(count + more, len(others) + more * others_grow)
+        if mean > alone if stands else before - mean > apart:
+            return None, f"{words} If this is the true size, {more} more training{'s' * (more > 1)} would settle it."
+    return None, f"{words} {_MOST_MORE} more trainings would not settle it."
 
 
 def _dropped(evidence: Evidence, kind: str) -> tuple[Answer, str, int]:
-    """Whether the index has dropped in the trials of a kind, the finding in words, and how many trials there are.
-
-    Supported: the mean of their log scores is below half of the references', by the interval of the difference, and the index
-    leads in fewer than half of them. Not supported: it is above half.
-    """
-    references, trials, spread = _of_kind(evidence, "reference"), _of_kind(evidence, kind), evidence.spread
+    """Whether the index has fallen in the trials of a kind, beside the references; the finding; how many trials there are."""
+    references, trials = _of_kind(evidence, "reference"), _of_kind(evidence, kind)
     if not trials:
         why = evidence.refused.get(kind, "")
         return "cannot tell", f"no trial: {why}" if why else "no trial was made", 0
-    places = ", ".join(f"{trial.ratio:.2f} (rank {trial.rank})" for trial in trials)
-    before = float(_log_ratios(references).mean()) if references else 0.0
-    words = f"{places} times the median, {math.exp(before):.2f} in the references"
-    if not references or before - spread.margin(1 / len(references)) <= 0:
-        return "cannot tell", f"{words}; it does not stand out in these, so it cannot drop", len(trials)
-    left = float(_log_ratios(trials).mean()) - _HALF * before
-
-    def weight(count: int) -> float:
-        return 1 / count + _HALF**2 / max(count, len(references))
-
-    margin = spread.margin(weight(len(trials)))
-    share = 100 * (left / before + _HALF)
-    around = 100 * margin / before
-    words += (
-        f"; of what it stood out by (in logarithms) {share:.0f}% is left (95% {share - around:.0f}% to {share + around:.0f}%)"
-    )
-    still = 2 * sum(trial.rank <= evidence.top for trial in trials) >= len(trials)
-    if left + margin < 0 and not still:
-        return "supported", words, len(trials)
-    if left - margin > 0:
-        return "not supported", words, len(trials)
-    if left + margin < 0:
-        return "cannot tell", f"{words}, and yet it leads", len(trials)
-    return "cannot tell", f"{words}.{spread.more(left, weight, len(trials))}".removesuffix("."), len(trials)
+    if not references:
+        return "cannot tell", "no training to compare", len(trials)
+    stands, words = _stands(trials, references, "the references", evidence.spread)
+    if stands is False and 2 * sum(trial.rank <= evidence.top for trial in trials) >= len(trials):
+        stands, words = None, f"{words} And yet it leads."
+    return "cannot tell" if stands is None else "not supported" if stands else "supported", words.removesuffix("."), len(trials)
 
 
 def _moves(evidence: Evidence) -> Conclusion:
