@@ -252,9 +252,9 @@ def _stands(
 ) -> tuple[bool | None, str]:
     """Whether an index stands out in trainings as it does in others (True), has fallen (False), or either may be (None).
 
-    By the means of the logarithms of its scores. It stands where more than half is left of what it stands out by in the others,
-    and the interval excludes that nothing is; it has fallen where less than half is left, and the interval excludes that all is.
-    Also the finding, in words; with `others_grow`, more trainings would be more of the others too.
+    By the means of the logarithms of its scores. It stands where more than half is left of what it stands out by in the
+    others, and the interval excludes that nothing is; it has fallen where less than half is left, and the interval excludes
+    that all is. Also the finding, in words; with `others_grow`, more trainings would be more of the others too.
     """
     count, before, mean = len(trials), float(_log_ratios(others).mean()), float(_log_ratios(trials).mean())
     places = ", ".join(f"{trial.ratio:.2f} (rank {trial.rank})" for trial in trials)
