@@ -15,7 +15,7 @@ import realigner as ra
 import realigner.explain.edits as edits
 from realigner import probe
 from realigner.errors import RealignerError, UsageError
-from realigner.explain.edits import permuted, randomised, save_edited, with_gain, without_channel
+from realigner.explain.edits import permuted, randomised, save_edited, with_column, with_gain, without_channel
 from realigner.explain.roles import find_stream, roles_of
 from realigner.locate import find_sites
 from realigner.tiny import MODEL_TYPES, UNBUILDABLE, tiny_host
@@ -265,6 +265,21 @@ def test_the_median_gain(family: str, offset: float) -> None:
 
 def changed(host: Any, other: Any) -> set[str]:
     return {name for name, p in other.named_parameters() if not torch.equal(p, host.get_parameter(name))}
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("gemma", True), ("gpt2", True)])
+def test_a_column_of_the_head_is_replaced_and_the_embedding_kept(family: str, tied: bool) -> None:
+    host = tiny_host(family)
+    host.get_output_embeddings().weight[:, 3] = 7.0  # what no gain lets the head see
+    other = with_column(host, 3, 5)
+    head, before = other.get_output_embeddings().weight, host.get_output_embeddings().weight
+    assert (host.get_input_embeddings().weight is before) == tied
+    assert torch.equal(other.get_input_embeddings().weight, host.get_input_embeddings().weight)
+    assert torch.equal(head[:, 3].sort().values, before[:, 5].sort().values)
+    assert not torch.equal(head[:, 3], before[:, 5])
+    rest = [index for index in range(32) if index != 3]
+    assert torch.equal(head[:, rest], before[:, rest])
+    assert not torch.equal(logits(other), logits(host))
 
 
 @pytest.mark.parametrize("family", ["olmo", "nanochat"])

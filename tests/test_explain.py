@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -20,7 +21,7 @@ import realigner as ra
 from realigner.data.tokens import encode_rows
 from realigner.errors import UsageError
 from realigner.explain import explain, weights_report
-from realigner.explain.ablate import against_controls, delta_ablations, edited_output, host_ablations
+from realigner.explain.ablate import against_controls, delta_ablations, edited_output, host_ablations, in_float32
 from realigner.explain.edits import without_channel
 from realigner.explain.example_batches import ExampleBatches
 from realigner.explain.measure import measure_host
@@ -29,6 +30,7 @@ from realigner.explain.roles import final_norm, roles_of
 from realigner.explain.site_gradients import SiteGradients
 from realigner.explain.trials import FULL
 from realigner.explain.weights import head_tokens
+from realigner.fingerprints import weights_hash
 from realigner.irm import IRM
 from realigner.locate import find_sites
 from realigner.residuals import Residuals
@@ -157,6 +159,27 @@ def test_ablations() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in irm.state_dict().items())
     with pytest.raises(UsageError, match="needs the mean"), edited_output(irm, 5, "mean"):
         pass
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_ablations_are_in_float32_and_the_weights_come_back(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, tokenizer = tiny_pair(family)
+    host.bfloat16()
+    norm = next(own for name, own in host.named_parameters() if "norm" in name or "ln" in name)
+    norm.data = norm.data.float()  # some hosts keep their norms in float32
+    before, types = weights_hash(host), {name: own.dtype for name, own in host.state_dict().items()}
+    rows = ExampleBatches(encode_rows(tokenizer, some_rows(count=6)), 0)
+    wanted = rows.losses(copy.deepcopy(host).float())[0]
+    with in_float32(host) as precision:
+        assert precision == torch.float32
+        assert {own.dtype for own in host.parameters()} == {torch.float32}
+        np.testing.assert_array_equal(rows.losses(host)[0], wanted)
+    assert {name: own.dtype for name, own in host.state_dict().items()} == types
+    assert weights_hash(host) == before
+    monkeypatch.setattr("realigner.explain.ablate.free_memory", lambda _: 10.0)
+    with in_float32(host) as precision:  # there is no room
+        assert precision == torch.bfloat16
+        assert {name: own.dtype for name, own in host.state_dict().items()} == types
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
