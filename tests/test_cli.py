@@ -164,7 +164,9 @@ def test_weights_alone_are_kept_where_a_folder_is_given(
     told = document(capsys, *asked, "--out", tmp_path / "kept")
     assert told == json.loads((tmp_path / "kept" / "weights.json").read_text())
     assert len(told["indices"]) == 5
-    assert "exists already" in run(capsys, *asked, "--out", tmp_path / "kept")[2]
+    assert (
+        "exists already; choose another place, or overwrite it (--force)" in run(capsys, *asked, "--out", tmp_path / "kept")[2]
+    )
     code, out, _ = run(capsys, *asked, "--index", 5, "--out", tmp_path / "kept", "--force")
     assert code == 0
     assert f"{tmp_path / 'kept' / 'weights.json'} has these numbers" in out

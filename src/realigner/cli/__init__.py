@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -31,6 +32,7 @@ from realigner.console import say, show, sigterm_interrupts
 from realigner.errors import RealignerError, UsageError
 
 _LONGEST = 2000  # characters of an error's line; of a longer one the middle is left out
+_ARGUMENT = re.compile(r"\((force|resume)\)")  # in messages of the library; here it is a flag
 _NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory")  # how torch says it, of CPUs and GPUs
 
 app = typer.Typer(
@@ -132,7 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RealignerError as error:
         if debug:
             raise
-        say(f"realigner: {_one_line(str(error))}")
+        message = _ARGUMENT.sub(r"(--\1)", str(error))
+        say(f"realigner: {_one_line(message)}")
         return 2 if isinstance(error, UsageError) else 1
     except (KeyboardInterrupt, typer.Abort):
         say("realigner: interrupted")
