@@ -44,9 +44,9 @@ def main() -> None:
         for cell, seed, verdict in pool.imap_unordered(_verdict, wanted):
             found.setdefault(name(*cell), {})[seed] = {"seed": seed, **verdict, "right": verdict["cause"] in CELLS[cell]}
             print(f"{name(*cell)}, seed {seed}: {verdict['cause']}", flush=True)
-    known = [name(*cell) for cell in CELLS if name(*cell) in found]
-    results = {planted: [found[planted][seed] for seed in sorted(found[planted])] for planted in known}
-    write_text(RESULTS, json.dumps(results, indent=1) + "\n")
+            known = [name(*cell) for cell in CELLS if name(*cell) in found]
+            results = {planted: [found[planted][seed] for seed in sorted(found[planted])] for planted in known}
+            write_text(RESULTS, json.dumps(results, indent=1) + "\n")  # what was found outlives an interruption
     parts = []
     for first, what in FIRST.items():
         own = {
