@@ -4,7 +4,8 @@
 
 From the repository's root. The hosts, and which verdicts count as right, are those of tests/planted_hosts.py. The rules were
 made while looking at seeds from 0 on; those from 100 on are fresh. The tables are printed, and put into docs/explain.md
-between its marks; every verdict is in docs/results/verdicts.json, to which each call adds its seeds.
+between its marks; every verdict is in docs/results/verdicts.json, to which each call adds its seeds
+(--seeds 0: the tables alone).
 """
 
 from __future__ import annotations
@@ -44,9 +45,8 @@ def main() -> None:
         for cell, seed, verdict in pool.imap_unordered(_verdict, wanted):
             found.setdefault(name(*cell), {})[seed] = {"seed": seed, **verdict, "right": verdict["cause"] in CELLS[cell]}
             print(f"{name(*cell)}, seed {seed}: {verdict['cause']}", flush=True)
-            known = [name(*cell) for cell in CELLS if name(*cell) in found]
-            results = {planted: [found[planted][seed] for seed in sorted(found[planted])] for planted in known}
-            write_text(RESULTS, json.dumps(results, indent=1) + "\n")  # what was found outlives an interruption
+            write_text(RESULTS, json.dumps(ordered(found), indent=1) + "\n")  # what was found outlives an interruption
+    results = ordered(found)
     parts = []
     for first, what in FIRST.items():
         own = {
@@ -59,6 +59,14 @@ def main() -> None:
     print("\n\n".join(parts))
     before, rest = DOCS.read_text().split(BEGIN)
     write_text(DOCS, "\n\n".join([before + BEGIN, *parts, END + rest.split(END)[1]]))
+
+
+def ordered(found: dict[str, dict[int, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The verdicts by what was planted, in the order of `CELLS`, by seed."""
+    from tests.planted_hosts import CELLS
+
+    known = [name(*cell) for cell in CELLS if name(*cell) in found]
+    return {planted: [found[planted][seed] for seed in sorted(found[planted])] for planted in known}
 
 
 def name(channel: str, gain: str, size: float, head: str) -> str:
