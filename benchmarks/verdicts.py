@@ -1,11 +1,11 @@
 """Does the verdict name what was planted? `realigner explain --quick` on tiny hosts whose truth is known, counted.
 
-    python -m benchmarks.verdicts [--seeds 12] [--first 0 100] [--jobs 2]
+    python -m benchmarks.verdicts [--seeds 12] [--first 0 100] [--jobs 2] [--again]
 
 From the repository's root. The hosts, and which verdicts count as right, are those of tests/planted_hosts.py. The rules were
 made while looking at seeds from 0 on; those from 100 on are fresh. The tables are printed, and put into docs/explain.md
-between its marks; every verdict is in docs/results/verdicts.json, to which each call adds its seeds
-(--seeds 0: the tables alone).
+between its marks; every verdict is in docs/results/verdicts.json, to which each call adds what is not
+there yet (--again: everything, by today's rules; --seeds 0: nothing, the tables alone).
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--first", type=int, nargs="+", choices=tuple(FIRST), default=tuple(FIRST))
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--again", action="store_true")
     options = parser.parse_args()
     from tests.planted_hosts import CELLS
 
-    wanted = [(cell, first + seed) for first in options.first for seed in range(options.seeds) for cell in CELLS]
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    if RESULTS.is_file():
+    if RESULTS.is_file() and not options.again:
         found = {planted: {own["seed"]: own for own in entries} for planted, entries in json.loads(RESULTS.read_text()).items()}
+    wanted = [(cell, first + seed) for first in options.first for seed in range(options.seeds) for cell in CELLS]
+    wanted = [(cell, seed) for cell, seed in wanted if seed not in found.get(name(*cell), {})]
     with get_context("spawn").Pool(options.jobs, _prepare, maxtasksperchild=20) as pool:
         for cell, seed, verdict in pool.imap_unordered(_verdict, wanted):
             found.setdefault(name(*cell), {})[seed] = {"seed": seed, **verdict, "right": verdict["cause"] in CELLS[cell]}
