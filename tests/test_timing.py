@@ -71,6 +71,14 @@ def test_what_is_on_the_last_token_of_the_prompt_is_found_there() -> None:
     assert found["p"]["centre_of_mass"] == 0.01  # it is early in these texts; in shorter ones it would not be
 
 
+def test_a_place_that_gets_less_is_found_too() -> None:
+    energy = np.random.default_rng(0).gamma(20, size=(1, 6, 60, 1))
+    energy[:, :, 3:11] *= 0.3  # the message
+    found = values(token_trace({"energy": energy}, ONE, 12))
+    assert found["value"]["question_share"] < 0.6
+    assert found["p"]["question_share"] <= 0.02
+
+
 def test_tokens_without_messages_have_no_place() -> None:
     trace = of_energy([1.0, 2, 3, 4, 5, 6], 3)
     for other in (trace.drop_vars(["turn", "role"]), trace.assign_coords(turn=("token", np.full(trace.sizes["token"], -1)))):

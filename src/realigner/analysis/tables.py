@@ -121,7 +121,8 @@ def tabulate(entries: list[RunStatistic], flips: int, rng: np.random.Generator) 
 def _p(entry: RunStatistic, difference: RunStatistic | None, flips: int, rng: np.random.Generator) -> tuple[float, str]:
     """p of an entry, and what it is held against."""
     if entry.nulls is not None:
-        return p_value(entry.value, entry.nulls, rng, entry.side), entry.test
+        middle = entry.null if entry.side == "both" else 0.0  # on both sides of what is expected
+        return p_value(entry.value - middle, entry.nulls - middle, rng, entry.side), entry.test
     test = entry.test or _FLIPPED[entry.flip]
     if entry.flip == "null" and entry.per_prompt is not None and entry.null_per_prompt is not None:
         return sign_flip_p(entry.per_prompt - entry.null_per_prompt, flips, rng, entry.side), test
