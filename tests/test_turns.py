@@ -479,7 +479,7 @@ def test_a_dialogue_is_analysed_and_reported(model: Any, tmp_path: Path) -> None
     begin, end = commands.index("cat > prompts.jsonl <<'END'"), commands.index("END")
     (tmp_path / "prompts.jsonl").write_text("\n".join(commands[begin + 1 : end]))
     assert read_prompts(tmp_path / "prompts.jsonl")[0] == DIALOGUE
-    assert commands[end + 1].startswith("realigner trace --irm RUN --prompts prompts.jsonl --out trace.zarr --keep raw")
+    assert commands[end + 1].startswith("realigner trace --irm RUN --prompts prompts.jsonl --out again/trace.zarr --keep raw")
     texts = json.loads(str(context["facts"]))["texts"]
     (text,) = (text for text in texts if text["run"] == "anger-1" and text["prompt"] == 0)
     assert [role for _, _, role in text["turns"]] == ["user", "assistant"] * 3
