@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from realigner.files import write_text
+from tests.planted_hosts import CELLS, name_of
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "docs" / "results" / "verdicts.json"
@@ -36,17 +37,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--again", action="store_true")
     options = parser.parse_args()
-    from tests.planted_hosts import CELLS
 
     found: dict[str, dict[int, dict[str, Any]]] = {}
     if RESULTS.is_file() and not options.again:
         found = {planted: {own["seed"]: own for own in entries} for planted, entries in json.loads(RESULTS.read_text()).items()}
     wanted = [(cell, first + seed) for first in options.first for seed in range(options.seeds) for cell in CELLS]
-    wanted = [(cell, seed) for cell, seed in wanted if seed not in found.get(name(*cell), {})]
+    wanted = [(cell, seed) for cell, seed in wanted if seed not in found.get(name_of(cell), {})]
     with get_context("spawn").Pool(options.jobs, _prepare, maxtasksperchild=20) as pool:
         for cell, seed, verdict in pool.imap_unordered(_verdict, wanted):
-            found.setdefault(name(*cell), {})[seed] = {"seed": seed, **verdict, "right": verdict["cause"] in CELLS[cell]}
-            print(f"{name(*cell)}, seed {seed}: {verdict['cause']}", flush=True)
+            found.setdefault(name_of(cell), {})[seed] = {"seed": seed, **verdict, "right": verdict["cause"] in CELLS[cell]}
+            print(f"{name_of(cell)}, seed {seed}: {verdict['cause']}", flush=True)
             write_text(RESULTS, json.dumps(ordered(found), indent=1) + "\n")  # what was found outlives an interruption
     results = ordered(found)
     parts = []
@@ -65,17 +65,8 @@ def main() -> None:
 
 def ordered(found: dict[str, dict[int, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
     """The verdicts by what was planted, in the order of `CELLS`, by seed."""
-    from tests.planted_hosts import CELLS
-
-    known = [name(*cell) for cell in CELLS if name(*cell) in found]
+    known = [name_of(cell) for cell in CELLS if name_of(cell) in found]
     return {planted: [found[planted][seed] for seed in sorted(found[planted])] for planted in known}
-
-
-def name(channel: str, gain: str, size: float, head: str) -> str:
-    planted = [f"{channel}, size {size:g}"] if channel else []
-    planted += [f"gain {gain}"] if gain else []
-    planted += [f"{head} head"] if head else []
-    return "plain" if not planted else ", ".join(planted) + ("" if channel else " alone")
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:

@@ -43,6 +43,15 @@ CELLS: dict[Cell, tuple[str, ...]] = {
 }
 
 
+def name_of(cell: Cell) -> str:
+    """What is planted, in words."""
+    channel, gain, size, head = cell
+    planted = [f"{channel}, size {size:g}"] if channel else []
+    planted += [f"gain {gain}"] if gain else []
+    planted += [f"{head} head"] if head else []
+    return "plain" if not planted else ", ".join(planted) + ("" if channel else " alone")
+
+
 def planted_host(seed: int, channel: Channel = "", gain: Gain = "", size: float = 1.0, head: Head = "") -> Any:
     """A Llama of 4 layers x 64 neurons with gains of its own, median 1.
 
