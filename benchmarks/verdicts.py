@@ -3,9 +3,9 @@
     python -m benchmarks.verdicts [--seeds 12] [--first 0 100] [--jobs 2] [--again]
 
 From the repository's root. The hosts, and which verdicts count as right, are those of tests/planted_hosts.py. The rules were
-made while looking at seeds from 0 on; those from 100 on are fresh. The tables are printed, and put into docs/explain.md
-between its marks; every verdict is in docs/results/verdicts.json, to which each call adds what is not
-there yet (--again: everything, by today's rules; --seeds 0: nothing, the tables alone).
+made while looking at seeds from 0 on; those from 100 on are fresh. The tables are printed, and put into docs/explain.md between
+its marks; every verdict is in docs/results/verdicts.json, to which each call adds what is not there yet (--again: everything,
+by today's rules; --seeds 0: nothing, the tables alone).
 """
 
 from __future__ import annotations

@@ -270,9 +270,9 @@ def _rows(
     for statistic in STATISTICS:
         under_null = np.array([draw[statistic] for draw in nulls])
         drawn = np.array([draw[statistic] for draw in draws])
-        low, high = interval(value[statistic], drawn, weights.shape[1], (0.0, 1.0))
-        if statistic in _COUNTED:
-            low = high = float("nan")
+        low = high = float("nan")
+        if statistic not in _COUNTED:
+            low, high = interval(value[statistic], drawn, weights.shape[1], (0.0, 1.0))
         same = statistic == "rank_biased_overlap"  # the others depend on the number of runs: nothing to compare
         difference = value[statistic] - bare if same else float("nan")
         differences = drawn - np.array(bare_draws) if same else np.empty(0)

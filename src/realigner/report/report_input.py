@@ -120,11 +120,11 @@ def untraced(sources: Sequence[Path]) -> list[Path]:
     facts = [own for source in sources if is_trace(source) for own in load_trace(source).attrs["runs"].values()]
     traced = {Path(own["irm"]).resolve() for own in facts if own["irm"]}
     left = [source for source in sources if not is_trace(source) and source not in explained]
-    return [source for source in left if not _runs_in(source) or not _runs_in(source) <= traced]
+    return [source for source in left if not (runs := _runs_in(source)) or not runs <= traced]
 
 
 def _runs_in(place: Path) -> set[Path]:
-    """The run that a folder is, or those of the sweep that it is."""
+    """The run that a folder is, or those of the sweep that it is; `find_runs` needs torch, and a report does not."""
     if (place / RECIPE_FILE).is_file():
         return {place.resolve()}
     return {file.parent.resolve() for file in place.glob(f"*/{RECIPE_FILE}")}
