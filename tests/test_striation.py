@@ -12,8 +12,19 @@ import xarray as xr
 from hypothesis import assume, given, settings, strategies as st
 from hypothesis.extra import numpy as arrays
 
-from realigner.analysis import eta_squared, icc, kendall_w, omega_squared, striation, svd_share, text_maps
-from realigner.analysis.per_run import each_run, leading_score
+from realigner.analysis import (
+    consensus,
+    eta_squared,
+    icc,
+    kendall_w,
+    omega_squared,
+    sparsity,
+    striation,
+    svd_share,
+    text_maps,
+    timing,
+)
+from realigner.analysis.per_run import each_run, leading_score, twins
 from realigner.errors import UsageError
 from realigner.traces import join_traces
 from tests.planted import planted_trace
@@ -113,6 +124,25 @@ def test_the_tables_values_are_the_functions(neurons: int) -> None:
             assert table["value"]["a", name, without] == pytest.approx(value, abs=1e-10), (name, without)
     assert table["value"]["a", "kendall_w", 0] == pytest.approx(kendall_w(m), abs=1e-12)
     assert table["value"]["a", "kendall_w", 10] == pytest.approx(kendall_w(np.delete(m, order[:10], axis=1)), abs=0.05)
+
+
+def test_a_run_is_held_against_the_untrained_one_of_its_own_layers() -> None:
+    every = planted_trace({"whole": ("anger", 42), "untrained-whole": ("untrained", 42)}, layers=6)
+    first = planted_trace(
+        {"first": ("anger", 42), "untrained-first": ("untrained", 42), "lone": ("anger", 7)}, layers=3, seed=1
+    )
+    trace = join_traces([every, first])
+    for source in (trace, text_maps(trace)):
+        assert twins(source) == {"whole": "untrained-whole", "first": "untrained-first"}
+    table = striation(trace, permutations=20, resamples=20).query("statistic == 'icc' and without == 0").set_index("run")
+    assert table["untrained"]["first"] == pytest.approx(table["value"]["untrained-first"])
+    assert table["untrained"]["whole"] == pytest.approx(table["value"]["untrained-whole"])
+    assert np.isnan(table["untrained"]["lone"])
+    for found in (sparsity(trace, 20, 20).query("layer == 'all' and statistic == 'hoyer'"), timing(trace, 20, 20)):
+        own = found[found["run"] == "first"].iloc[0]
+        theirs = found[(found["run"] == "untrained-first") & (found["statistic"] == own["statistic"])].iloc[0]
+        assert own["untrained"] == pytest.approx(theirs["value"])
+    assert consensus(trace, permutations=20, resamples=20).table["untrained"].notna().any()
 
 
 def test_a_planted_stripe_and_its_untrained_twin() -> None:

@@ -9,7 +9,7 @@ those of the untrained run (and measurements of the host, if given) regressed ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -19,7 +19,7 @@ import xarray as xr
 from scipy.special import betainc, betaincinv, comb
 from scipy.stats import false_discovery_control
 
-from realigner.analysis.per_run import baselines, each_run, layer_scale, leading_score, prompts_of
+from realigner.analysis.per_run import each_run, layer_scale, leading_score, prompts_of, twins
 from realigner.analysis.resampling import Relabelling, check_draws, interval, p_value, prompt_weights, ranks
 from realigner.analysis.tables import ALL
 from realigner.errors import UsageError
@@ -44,7 +44,7 @@ class Consensus:
 
     Attributes:
         table: statistics over the trained runs, a row per statistic and ``model``: what was taken out of the scores before
-            they were ranked: ``uniform`` nothing, ``untrained`` the untrained run of the same seed, ``host_residual`` the
+            they were ranked: ``uniform`` nothing, ``untrained`` their untrained twins, ``host_residual`` the
             host's measurements. Columns as in `tabulate`; ``n`` counts tones, ``untrained`` is the statistic over the
             untrained runs. Statistics: ``top1_agreement`` (the share of runs in which the commonest leading index leads),
             ``in_top`` (the largest share of runs that have one index among their 10 leading), ``mean_reciprocal_rank`` (of the
@@ -126,10 +126,12 @@ def consensus(
         measured = (measured - measured.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
     runs = list(_runs(source, prompts))
     trained, untrained = ([run for run in runs if (run.tone == UNTRAINED) == bare] for bare in (False, True))
+    by_name = {run.run: run for run in untrained}
+    twin_of = {run: by_name[twin] for run, twin in twins(source).items() if twin in by_name}
     weights = prompt_weights(len(prompts), min(resamples, RESAMPLES), rng)
     rows, aggregated = [], {}
     for model in MODELS:
-        own, control = _Model(model, trained, untrained, measured), _Model(model, untrained, [], measured)
+        own, control = _Model(model, trained, twin_of, measured), _Model(model, untrained, {}, measured)
         rows += _rows(own, control, weights, permutations, rng)
         aggregated[model] = _aggregated(own, len(neurons))
     return Consensus(pd.DataFrame(rows, columns=_COLUMNS), _indices(neurons, trained, untrained, aggregated), _pairs(runs))
@@ -204,18 +206,16 @@ class _Model:
     Args:
         name: one of `MODELS`.
         runs: those to rank; what lacks its control is left out.
-        untrained: among which each run's twin is.
+        twin_of: a run's untrained twin, by the run's name.
         measured: of the host ``[neuron, measurement]``.
     """
 
-    def __init__(self, name: str, runs: list[_Run], untrained: list[_Run], measured: np.ndarray | None) -> None:
+    def __init__(self, name: str, runs: list[_Run], twin_of: Mapping[str, _Run], measured: np.ndarray | None) -> None:
         self.name, self.measured = name, measured
-        facts = pd.DataFrame([(r.run, r.tone, r.seed) for r in runs + untrained], columns=["run", "tone", "seed"])
-        by_name, pairs = {run.run: run for run in untrained}, baselines(facts)
-        twins = [by_name.get(pairs.get(run.run, "")) for run in runs]
-        there = [name == "uniform" or (measured if name == "host_residual" else twin) is not None for twin in twins]
+        own = [twin_of.get(run.run) for run in runs]
+        there = [name == "uniform" or (measured if name == "host_residual" else twin) is not None for twin in own]
         self.runs = [run for run, kept in zip(runs, there, strict=True) if kept]
-        self.twins = [twin for twin, kept in zip(twins, there, strict=True) if kept]
+        self.twins = [twin for twin, kept in zip(own, there, strict=True) if kept]
         self.tones = np.array([run.tone if run.tone != UNTRAINED else run.run for run in self.runs], dtype=object)
 
     def scores(self, weights: np.ndarray | None = None) -> np.ndarray:

@@ -106,19 +106,27 @@ def split_by_run(texts: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataF
         yield {"run": str(run), "tone": str(own["tone"].iloc[0]), "seed": int(own["seed"].iloc[0])}, own
 
 
+def _table_of(source: xr.Dataset | xr.DataArray) -> pd.DataFrame:
+    """The `text_table` of a trace, or that of `text_maps`, which has no places.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    if not isinstance(source, xr.DataArray):
+        return text_table(source)
+    missing = [name for name in ("run", "tone", "seed", "prompt", "count") if name not in source.coords]
+    if missing or "text" not in source.dims:
+        raise UsageError("analysis: these maps have no texts; give a trace, or what text_maps(trace) returned")
+    return pd.DataFrame({key: source[key].values for key in ("run", "tone", "seed", "prompt")})
+
+
 def each_run(source: xr.Dataset | xr.DataArray) -> Iterator[RunTexts]:
     """The runs of a trace, or of `text_maps` of kind ``absolute``, one by one, each in the layers that it has.
 
     Raises:
         UsageError: for anything else.
     """
-    if isinstance(source, xr.DataArray):
-        missing = [name for name in ("run", "tone", "seed", "prompt", "count") if name not in source.coords]
-        if missing or "text" not in source.dims:
-            raise UsageError("analysis: these maps have no texts; give a trace, or what text_maps(trace) returned")
-        texts = pd.DataFrame({key: source[key].values for key in ("run", "tone", "seed", "prompt")})
-    else:
-        texts = text_table(source)
+    texts = _table_of(source)
     for label, own in split_by_run(texts):
         numbers = own.index.to_numpy()
         if isinstance(source, xr.DataArray):
@@ -137,15 +145,26 @@ def each_run(source: xr.Dataset | xr.DataArray) -> Iterator[RunTexts]:
         )
 
 
-def baselines(runs: pd.DataFrame) -> dict[str, str]:
-    """Trained run -> the (first) untrained run of the same seed, of those that have one.
+def twins(source: xr.Dataset | xr.DataArray) -> dict[str, str]:
+    """Trained run -> its untrained twin, if it has one: the first untrained run of the same seed and layers.
 
     Args:
-        runs: columns ``run, tone, seed``.
+        source: a trace, or `text_maps`.
+
+    Raises:
+        UsageError: for anything else.
     """
-    untrained = runs[runs["tone"] == UNTRAINED].drop_duplicates("seed").set_index("seed")["run"]
-    trained = runs[(runs["tone"] != UNTRAINED) & runs["seed"].isin(untrained.index)]
-    return {str(run): str(untrained[seed]) for run, seed in zip(trained["run"], trained["seed"], strict=True)}
+    shapes: dict[str, tuple[int, bytes]] = {}
+    tones: dict[str, str] = {}
+    for label, own in split_by_run(_table_of(source)):
+        if isinstance(source, xr.DataArray):
+            first = source.transpose("text", "layer", "neuron")[int(own.index[0])].values[:, 0]
+        else:  # a token's sums are NaN in the layers that its run does not add to
+            first = source["energy"][int(own["start"].iloc[0])].values
+        shapes[label["run"]] = label["seed"], np.isnan(first).tobytes()
+        tones[label["run"]] = label["tone"]
+    untrained = {shapes[run]: run for run in reversed(shapes) if tones[run] == UNTRAINED}
+    return {run: untrained[shape] for run, shape in shapes.items() if tones[run] != UNTRAINED and shape in untrained}
 
 
 def layer_scale(magnitude: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from realigner.analysis.per_run import prompts_of, split_by_run, text_table
+from realigner.analysis.per_run import prompts_of, split_by_run, text_table, twins
 from realigner.analysis.resampling import check_draws, prompt_weights, weighted_mean
 from realigner.analysis.tables import ALL, RunStatistic, tabulate
 
@@ -43,9 +43,9 @@ def sparsity(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000,
         - ``kurtosis``: its inverse, n sum v^4 / (sum v^2)^2, about zero and not about the mean; 3 for Gaussian noise.
         - ``small_share``: the share of ``|v|`` < 1e-4, the paper's; it depends on the scale, and has no null.
 
-        p: the signs of the differences from the untrained run of the same seed, prompt by prompt, flipped (two-sided); over all
-        runs, what the runs of a seed gave, trained and untrained, dealt out anew prompt by prompt. NaN without an untrained
-        run, and with fewer than 5 prompts. Tokens without energy do not count; with one neuron Hoyer is NaN.
+        p: the signs of the differences from the untrained twin, prompt by prompt, flipped (two-sided); over all runs, what a
+        twin and the runs trained from it gave, dealt out anew prompt by prompt. NaN without a twin,
+        and with fewer than 5 prompts. Tokens without energy do not count; with one neuron Hoyer is NaN.
 
     Example:
         >>> sparsity(trace).query("layer == 'all'")  # doctest: +SKIP
@@ -80,7 +80,7 @@ def sparsity(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000,
                             side="both",
                         )
                     )
-    return tabulate(entries, permutations, rng)
+    return tabulate(entries, twins(trace), permutations, rng)
 
 
 def _per_prompt(trace: xr.Dataset, own: pd.DataFrame, prompts: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from realigner.analysis.per_run import RunTexts, each_run, layer_scale, leading_score, prompts_of
+from realigner.analysis.per_run import RunTexts, each_run, layer_scale, leading_score, prompts_of, twins
 from realigner.analysis.resampling import Relabelling, check_draws, prompt_weights, ranks
 from realigner.analysis.tables import RunStatistic, tabulate
 from realigner.errors import UsageError
@@ -147,7 +147,7 @@ def striation(
                     test=TEST,
                 )
             )
-    return tabulate(entries, permutations, rng)
+    return tabulate(entries, twins(source), permutations, rng)
 
 
 @dataclass

@@ -10,12 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from realigner.analysis.per_run import baselines
 from realigner.analysis.resampling import Side, exchange_p, interval, mean_over_first, p_value, sign_flip_p
 from realigner.traces.layout import UNTRAINED
 
 ALL = "all"  # the name of the row over all trained runs
-_DEALT = "runs of a seed, trained and untrained, dealt out anew by prompt"
+_DEALT = "a twin and the runs trained from it, dealt out anew by prompt"
 _FLIPPED = {
     "": "",
     "untrained": "signs of the difference from the untrained run, by prompt",
@@ -85,22 +84,25 @@ class RunStatistic:
         return interval(self.value, self.draws, self.resampled or self.n, self.bounds)
 
 
-def tabulate(entries: list[RunStatistic], flips: int, rng: np.random.Generator) -> pd.DataFrame:
-    """Entries of every run as a tidy table; `flips`: how many draws of signs.
+def tabulate(entries: list[RunStatistic], twins: Mapping[str, str], flips: int, rng: np.random.Generator) -> pd.DataFrame:
+    """Entries of every run as a tidy table.
+
+    Args:
+        entries: of all runs.
+        twins: each trained run's untrained one (`per_run.twins`).
+        flips: how many draws of signs.
 
     Returns:
         ``run, tone, seed``, the entries' keys, ``value, null, low, high, p, n, unit, test`` (what p is held against), then
-        ``untrained`` (the value of the untrained run of the same seed), ``difference`` (value - untrained) and its interval
+        ``untrained`` (the value of the untrained twin), ``difference`` (value - untrained) and its interval
         ``difference_low, difference_high``. Intervals are over prompts, which both runs share. The rows ``run="all"`` are over
         the trained runs: each tone counts the same, n is the number of tones, and intervals are over prompts, then tones.
     """
-    runs = pd.DataFrame([(entry.run, entry.tone, entry.seed) for entry in entries], columns=["run", "tone", "seed"])
-    base_of = baselines(runs.drop_duplicates())
     there = {(entry.run, *entry.keys.items()): entry for entry in entries}
     rows: list[dict[str, Any]] = []
     trained: dict[tuple[Any, ...], list[tuple[RunStatistic, RunStatistic | None]]] = {}
     for entry in entries:
-        base = there.get((base_of.get(entry.run, ""), *entry.keys.items()))
+        base = there.get((twins.get(entry.run, ""), *entry.keys.items()))
         difference = entry.minus(base) if base is not None else None
         rows.append(_row(entry, difference, entry.value, *_p(entry, difference, flips, rng)))
         if entry.tone != UNTRAINED:
@@ -111,7 +113,7 @@ def tabulate(entries: list[RunStatistic], flips: int, rng: np.random.Generator) 
         difference = _over_runs([difference for _, difference in pairs], rng) if pairs else None
         of_pairs = _over_runs([entry for entry, _ in pairs], rng).value if pairs else float("nan")
         if whole.flip == "untrained":
-            p, test = _dealt_p([difference for _, difference in pairs], flips, rng), _DEALT
+            p, test = _dealt_p([difference for _, difference in pairs], twins, flips, rng), _DEALT
         else:
             p, test = _p(whole, difference, flips, rng)
         rows.append(_row(whole, difference, of_pairs, p, test))
@@ -131,14 +133,15 @@ def _p(entry: RunStatistic, difference: RunStatistic | None, flips: int, rng: np
     return float("nan"), test
 
 
-def _dealt_p(differences: list[RunStatistic], draws: int, rng: np.random.Generator) -> float:
-    """p of all runs' differences from their untrained runs, which are one for each seed."""
-    by_seed = [[entry for entry in differences if entry.seed == seed] for seed in sorted({entry.seed for entry in differences})]
+def _dealt_p(differences: list[RunStatistic], twins: Mapping[str, str], draws: int, rng: np.random.Generator) -> float:
+    """p of all runs' differences from their untrained twins, several of which may share one."""
+    their_twins = dict.fromkeys(twins[entry.run] for entry in differences)
+    by_twin = [[entry for entry in differences if twins[entry.run] == twin] for twin in their_twins]
     if not differences or any(entry.per_prompt is None for entry in differences):
         return float("nan")
     tones = [entry.tone for entry in differences]
-    weights = np.array([1 / (len(set(tones)) * tones.count(entry.tone)) for runs in by_seed for entry in runs])
-    return exchange_p([np.array([entry.per_prompt for entry in runs]) for runs in by_seed], weights, draws, rng)
+    weights = np.array([1 / (len(set(tones)) * tones.count(entry.tone)) for runs in by_twin for entry in runs])
+    return exchange_p([np.array([entry.per_prompt for entry in runs]) for runs in by_twin], weights, draws, rng)
 
 
 def _row(entry: RunStatistic, difference: RunStatistic | None, paired: float, p: float, test: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from realigner.analysis.per_run import prompts_of, split_by_run, text_table
+from realigner.analysis.per_run import prompts_of, split_by_run, text_table, twins
 from realigner.analysis.resampling import Side, check_draws, prompt_weights
 from realigner.analysis.sparsity import gini
 from realigner.analysis.tables import RunStatistic, tabulate
@@ -54,8 +54,8 @@ def timing(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, s
 
         How unevenly energy is spread over tokens: ``entropy`` (over log of the number of tokens; 1 is even), ``gini``,
         ``largest_share``. They do not depend on the order of tokens; ``null`` is an even spread, and p comes from flipping the
-        signs of the differences from the untrained run of the same seed, prompt by prompt (two-sided; over all runs by
-        dealing out anew what the runs of a seed gave; NaN without that run, and with fewer than 5 prompts).
+        signs of the differences from the untrained twin, prompt by prompt (two-sided; over all runs by dealing out anew what a
+        twin and the runs trained from it gave; NaN without a twin, and with fewer than 5 prompts).
 
         Where it falls, p one-sided for "early": ``prompt_share`` (the prompt's share of the energy over its share of the
         tokens; null 1), ``first_share`` (the first token's share; null 1/T), ``centre_of_mass`` (0 the first token, 1 the last;
@@ -89,7 +89,7 @@ def timing(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, s
             for name in found[0]:
                 keys = {"statistic": name, "without": without}
                 entries.append(_of_run(label, keys, [text[name] for text in found], of_prompts, weights))
-    return tabulate(entries, permutations, rng)
+    return tabulate(entries, twins(trace), permutations, rng)
 
 
 def top_histogram(trace: xr.Dataset, k: int = 1000, bins: int | None = None) -> pd.DataFrame:

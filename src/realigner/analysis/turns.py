@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from realigner.analysis.per_run import split_by_run, text_table
+from realigner.analysis.per_run import split_by_run, text_table, twins
 from realigner.analysis.resampling import check_draws, mean_over_first, prompt_weights, weighted_mean
 from realigner.analysis.tables import ALL, RunStatistic, tabulate
 from realigner.traces.layout import UNTRAINED
@@ -104,7 +104,7 @@ def turns(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, se
                     side="less",
                 )
             )
-    table = tabulate(entries, permutations, rng)
+    table = tabulate(entries, twins(trace), permutations, rng)
     trained = set(table["run"][~table["tone"].isin([UNTRAINED, ALL])])
     return table.assign(
         tokens=[
