@@ -1,0 +1,437 @@
+"""The paper's experiment, whole: 24 runs and untrained twins; again with the reference code's two mistakes; again compact.
+
+    python benchmarks/study.py [--host HOST] [--squad FILE] [--jobs 2] [--quick] [--out study] [--results docs/results]
+
+1. rows      SQuAD's facts, rewritten in each tone (`realigner data build`, templates).
+2. arms      Of each of `ARMS`: the runs (a sweep), their answers to the paper's seven prompts (a trace), its analysis. Beside
+             the grid of three tones, two seeds and four layer sets stand trainings of one tone with more seeds.
+3. explain   Why the index that leads most often leads, in float32.
+4. page      docs/results/paper-on-HOST.md, by `study_page.py`.
+
+Interrupt it as you like and start it again: rows, runs, traces and trials that are there are not made again, nor is an arm
+whose record is in --results. Runs and traces are kept in --out/HOST (12 GB for the embedded host); records, figures and page in
+--results. --quick: no layer sets, a tenth of the training, a short explanation; all of it in --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations, pairwise
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib import pyplot as plt
+from study_page import differences, write_page
+
+import realigner as ra
+from realigner.analysis import (
+    Analysis,
+    analyze,
+    icc,
+    leading_indices,
+    omega_squared,
+    rank_biased_overlap,
+    run_maps,
+    top_histogram,
+)
+from realigner.analysis.per_run import RunTexts, each_run, leading_score, prompts_of
+from realigner.analysis.resampling import prompt_weights, ranks
+from realigner.analysis.tables import records
+from realigner.data import TONES, load_tone
+from realigner.data.build_dataset import build
+from realigner.data.rewriters.template_rewriter import TemplateRewriter
+from realigner.data.squad import file_sha256, read_squad
+from realigner.errors import RealignerError
+from realigner.explain import explain, verdict
+from realigner.explain.explanation import IndexRank, TrialResult
+from realigner.files import read_object, write_text
+from realigner.hosts import EMBEDDED, load_config
+from realigner.report.figures import figure2, figure3, figure4
+from realigner.report.plot_style import save_figure
+from realigner.sweep import RunSpec, Sweep, plan, run_sweep
+from realigner.traces import RunLabel, load_trace
+from realigner.traces.collect import Source, trace_runs
+from realigner.traces.layout import UNTRAINED
+from realigner.training.run_dir import read_run
+
+SQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "squad" / "dev-v2.0-half.json"
+DTYPE = "bfloat16"  # of the host, on every machine
+SEEDS = (42, 420)  # the paper's
+MORE_SEEDS = (43, 44, 45)  # of the first tone, in every layer
+TOKENS = 100  # of a reply
+DRAWS, PAIRED_DRAWS = 1000, 200  # of prompts: for statistics of a run, and of pairs of runs
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train.
+
+    Attributes:
+        about: in words.
+        recipe: ``paper`` or ``default``.
+        changed: keys of it.
+        more_seeds: whether `MORE_SEEDS` are trained too.
+    """
+
+    about: str
+    recipe: str
+    changed: Mapping[str, Any]
+    more_seeds: bool = True
+
+
+ARMS = {
+    "paper": Arm("the paper's network and recipe", "paper", {}),
+    "defects": Arm(
+        "the same with the reference code's two mistakes: labels shifted twice, padding in the loss",
+        "paper",
+        {"label_shift": 2, "loss_on_padding": True},
+        more_seeds=False,
+    ),
+    "compact": Arm("the compact network and the default recipe", "default", {}),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done.
+
+    Attributes:
+        rows: of each tone.
+        lessons: recipe -> keys that say how long it trains.
+        layer_sets: whether each third of the layers is trained alone too.
+        quick: of `explain`.
+    """
+
+    rows: int
+    lessons: Mapping[str, Mapping[str, Any]]
+    layer_sets: bool
+    quick: bool
+
+
+FULL = Size(600, {"paper": {"epochs": 2}, "default": {"steps": 220}}, layer_sets=True, quick=False)
+QUICK = Size(120, {"paper": {"steps": 20, "epochs": None}, "default": {"steps": 20}}, layer_sets=False, quick=True)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study: of which host, how much, and where things are.
+
+    Attributes:
+        host: as `load_host` takes it.
+        squad: the file of facts.
+        size: how much.
+        jobs: processes at a time.
+        work: the folder of rows, runs, traces and trials.
+        results: the folder of records and figures.
+    """
+
+    host: str
+    squad: Path
+    size: Size
+    jobs: int
+    work: Path
+    results: Path
+
+    def rows(self) -> dict[str, str]:
+        """Each tone's file of rows, made if it is not there."""
+        facts = [*read_squad(self.squad)]
+        chosen = sorted(random.Random(SEEDS[0]).sample(range(len(facts)), min(self.size.rows, len(facts))))
+        files = {}
+        for name in TONES:
+            file, tone = self.work / "rows" / f"{name}.jsonl", load_tone(name)
+            if not file.is_file():
+                about = {"squad": self.squad.name, "squad_sha256": file_sha256(self.squad)}
+                build([facts[at] for at in chosen], tone, TemplateRewriter(tone, SEEDS[0]), file, about=about, quiet=True)
+            files[name] = str(file.resolve())
+        return files
+
+    def runs(self, arm: str, more_seeds: bool = False) -> list[RunSpec]:
+        """The runs of an arm's grid, or those of the first tone with every seed; untrained ones last."""
+        own = ARMS[arm]
+        keys = {"host": self.host, "dtype": DTYPE, "samples": 0, "report_to": []}
+        keys |= {**own.changed, **self.size.lessons[own.recipe]}
+        grid: dict[str, list[Any]] = {"tone": [*TONES], "seed": [*SEEDS], "layers": ["all"]}
+        if self.size.layer_sets:
+            grid["layers"] = layer_sets(int(load_config(self.host).get_text_config(decoder=True).num_hidden_layers))
+        if more_seeds:
+            grid = {"tone": [TONES[0]], "seed": [*SEEDS, *MORE_SEEDS], "layers": ["all"]}
+        return plan(Sweep(recipe=own.recipe, set=keys, grid=grid, data=self.rows(), baselines=True), self.work)
+
+    def train(self, arm: str, runs: Sequence[RunSpec]) -> None:
+        """Train what is not there yet.
+
+        Raises:
+            RealignerError: if a run failed, or was interrupted.
+        """
+        result = run_sweep(runs, self.work / arm, workers=self.jobs)
+        if not result.finished:
+            why = next(iter(result.errors.values()), "interrupted; the same command goes on")
+            raise RealignerError(f"{arm}: {why}")
+
+    def trace(self, arm: str, name: str, runs: Sequence[RunSpec]) -> xr.Dataset:
+        """What these runs add while they answer the paper's prompts."""
+        place = self.work / f"{name}.zarr"
+        if not place.is_dir():
+            host, tokenizer = ra.load_host(self.host, dtype=DTYPE)
+            sources = [Source(_label(run), self.work / arm / run.name) for run in runs]
+            trace_runs(sources, place, host, tokenizer, max_new_tokens=TOKENS, force=True)
+        return load_trace(place)
+
+    def record(self, arm: str) -> dict[str, Any]:
+        """An arm's record: from its file, or made now."""
+        file = self.results / f"{arm}.json"
+        if file.is_file():
+            return read_object(file)
+        own, runs = ARMS[arm], self.runs(arm)
+        seeds = self.runs(arm, more_seeds=True) if own.more_seeds else []
+        self.train(arm, [*{run.name: run for run in [*runs, *seeds]}.values()])
+        trace = self.trace(arm, arm, runs)
+        found = analyze(trace)
+        self.figures(arm, trace)
+        changed = {**own.changed, **self.size.lessons[own.recipe]}
+        made = {
+            "arm": arm,
+            "about": own.about,
+            "host": Path(self.host).name,
+            "dtype": DTYPE,
+            "recipe": own.recipe,
+            "changed": changed,
+            "squad": {"file": self.squad.name, "sha256": file_sha256(self.squad)},
+            "runs": [self._run(arm, run) for run in runs],
+            **_found(found),
+            "compared": compared(trace),
+            "replies": _replies(trace),
+        }
+        if seeds:
+            made["seeds"] = recurrence(self.trace(arm, f"{arm}-seeds", seeds))
+        self.results.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(made, indent=1) + "\n")
+        return made
+
+    def _run(self, arm: str, run: RunSpec) -> dict[str, Any]:
+        label, kept = _label(run), read_run(self.work / arm / run.name)
+        facts = {"run": label.run, "tone": label.tone, "seed": label.seed, "layers": run.recipe.layers}
+        losses = {"first_loss": kept["validation_loss"][0], "kept_loss": kept["kept_loss"]} if kept["steps_done"] else {}
+        return {**facts, "steps": kept["steps_done"], "parameters": kept["irm"]["parameters"], **losses}
+
+    def figures(self, arm: str, trace: xr.Dataset) -> None:
+        """The paper's Figures 2, 3 and 4 of an arm."""
+        signed, size = run_maps(trace, "signed"), run_maps(trace, "absolute")
+        whole = {tone: f"{tone}-{SEEDS[0]}" for tone in (*TONES, UNTRAINED)}
+        pair = [whole[TONES[0]], f"{TONES[1]}-{SEEDS[1]}"]
+        marks = {run: leading_indices(size.sel(run=run), 3)["neuron"].tolist() for run in [*whole.values(), *pair]}
+        histogram = top_histogram(trace, 1000, bins=20)
+        figures = {
+            "figure2": figure2({run: signed.sel(run=run) for run in pair}, marks=marks),
+            "figure3": figure3(histogram[histogram["run"].isin(list(whole.values())[:-1])]),
+            "figure4": figure4({run: size.sel(run=run) for run in whole.values()}, marks),
+        }
+        self.results.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            save_figure(figure, self.results / f"{arm}-{name}.png", dpi=110)
+            plt.close(figure)
+
+    def explain(self, index: int) -> None:
+        """Find out why an index leads in the paper's runs over all layers, one of each tone; into explain.json."""
+        file = self.results / "explain.json"
+        if file.is_file():
+            return
+        runs = [run for run in self.runs("paper") if _label(run).run in {f"{tone}-{SEEDS[0]}" for tone in TONES}]
+        self.train("paper", runs)
+        host, tokenizer = ra.load_host(self.host, dtype="float32")
+        folders = [self.work / "paper" / run.name for run in runs]
+        options: dict[str, Any] = {"on": "local", "workers": self.jobs, "force": True}
+        explain(folders, self.work / "explain", host, tokenizer, index, self.size.quick, **options)
+        write_text(file, (self.work / "explain" / "explain.json").read_text())
+
+
+def layer_sets(depth: int) -> list[str]:
+    """All layers; the first, middle and last third of them."""
+    ends = [0, *(-(-depth * third // 3) for third in (1, 2, 3))]
+    return ["all", *(f"{first}-{last - 1}" for first, last in pairwise(ends))]
+
+
+def _label(run: RunSpec) -> RunLabel:
+    """A run as its texts are labelled: ``anger-42``, or ``anger-42, layers 0-9``."""
+    tone = UNTRAINED if run.recipe.steps == 0 else str(run.recipe.tone)
+    some = "" if run.recipe.layers == "all" else f", layers {run.recipe.layers}"
+    return RunLabel(f"{tone}-{run.recipe.seed}{some}", tone, run.recipe.seed)
+
+
+def _found(found: Analysis) -> dict[str, Any]:
+    """What is kept of an analysis: the verdicts, the headline of each run, and who leads."""
+    headline = found.striation[found.striation["statistic"].isin(["icc", "omega_squared_difference"])]
+    return {
+        "verdicts": found.to_dict()["verdicts"],
+        "striation": records(headline[headline["without"].isin([0, 10])]),
+        "consensus": records(found.consensus.table),
+        "leading": records(found.leading[found.leading["rank"] <= 3]),
+    }
+
+
+def _replies(trace: xr.Dataset) -> list[dict[str, Any]]:
+    """What the runs over all layers, with the first seed, said to the paper's prompts; and the bare host."""
+    said = [
+        {"run": str(run), "question": str(question), "reply": str(reply)}
+        for run, question, reply in zip(
+            trace["text_run"].values, trace["text_question"].values, trace["text_reply"].values, strict=True
+        )
+        if str(run) in {f"{tone}-{SEEDS[0]}" for tone in TONES}
+    ]
+    bare = trace.attrs["notes"]["base"]
+    asked = list(dict.fromkeys(entry["question"] for entry in said))
+    return [{"run": "bare", "question": question, "reply": reply} for question, reply in zip(asked, bare, strict=True)] + said
+
+
+# Statistics of an arm with their draws, from which two arms are compared, draw by draw.
+
+
+def compared(trace: xr.Dataset, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Statistics over the trained runs, each with bootstrap draws in which every arm has the same prompts and tones.
+
+    Returns:
+        statistic -> ``value``, ``draws``, ``n`` and ``unit`` (what was resampled), and ``by_run``. ``icc``, ``icc without 10``
+        (leading indices) and ``neuron over layer`` (omega squared) are means over tones of means over runs; prompts and tones
+        are resampled. ``overlap`` (rank-biased, mean over pairs of runs of different tones) and ``leader share`` (of runs in
+        which the commonest leading index leads) rest on all runs; prompts are resampled, for the share not at all.
+    """
+    rng = np.random.default_rng(seed)
+    prompts = prompts_of(trace)
+    weights = np.vstack([np.ones(len(prompts)), prompt_weights(len(prompts), DRAWS, rng)])
+    runs = [run for run in each_run(trace) if run.tone != UNTRAINED]
+    tones = sorted({run.tone for run in runs})
+    picks = np.vstack([np.ones(len(tones)), rng.multinomial(len(tones), np.full(len(tones), 1 / len(tones)), size=DRAWS)])
+    values: dict[str, list[np.ndarray]] = {"icc": [], "icc without 10": [], "neuron over layer": []}
+    scores = []
+    for run in runs:
+        rest = np.argsort(-leading_score(run.mean()), kind="stable")[10:]
+        drawn = np.array([[icc(m), icc(m[:, rest]), _difference(m)] for m in _maps(run, prompts, weights)])
+        for name, column in zip(values, drawn.T, strict=True):
+            values[name].append(column)
+        scores.append([leading_score(m) for m in _maps(run, prompts, weights[: 1 + PAIRED_DRAWS])])
+    found: dict[str, dict[str, Any]] = {}
+    for name, drawn_of in values.items():
+        by_tone = [
+            np.mean([own for own, run in zip(drawn_of, runs, strict=True) if run.tone == tone], axis=0) for tone in tones
+        ]
+        over = (np.array(by_tone).T * picks).sum(axis=1) / picks.sum(axis=1)
+        by_run = {run.run: _short(own[0]) for run, own in zip(runs, drawn_of, strict=True)}
+        found[name] = _statistic(over, len(tones), "tones") | {"by_run": by_run}
+    ranked = ranks(-np.array(scores).transpose(1, 0, 2))  # [draw, run, neuron]
+    pairs = [(a, b) for a, b in combinations(range(len(runs)), 2) if runs[a].tone != runs[b].tone]
+    overlaps = np.array([np.mean([rank_biased_overlap(draw[a], draw[b]) for a, b in pairs]) for draw in ranked])
+    found["overlap"] = _statistic(overlaps, len(prompts), "prompts")
+    leaders = ranked[0].argmin(axis=1)
+    leader, share = int(np.bincount(leaders).argmax()), float(np.bincount(leaders).max() / len(runs))
+    by_run = {run.run: int(index) for run, index in zip(runs, leaders, strict=True)}
+    found["leader share"] = {"value": share, "draws": [], "n": len(runs), "unit": "runs", "index": leader, "by_run": by_run}
+    return found
+
+
+def _maps(run: RunTexts, prompts: np.ndarray, weights: np.ndarray) -> Iterator[np.ndarray]:
+    """M of a run ``[layer, neuron]`` with prompts counting as in each row of `weights`."""
+    own = weights[:, np.searchsorted(prompts, run.prompts)]
+    for row in own:
+        yield np.tensordot(row, run.sums, 1) / max(1.0, float(row @ run.counts))
+
+
+def _difference(m: np.ndarray) -> float:
+    shares = omega_squared(m)
+    return float(shares.neuron - shares.layer)
+
+
+def _statistic(values: np.ndarray, n: int, unit: str) -> dict[str, Any]:
+    return {"value": _short(values[0]), "draws": [_short(value) for value in values[1:]], "n": n, "unit": unit}
+
+
+def _short(value: float) -> float:
+    return round(float(value), 5)
+
+
+def recurrence(trace: xr.Dataset) -> dict[str, Any]:
+    """Whether the index that leads over trainings of one tone stands out in each, and how often `explain` would say so.
+
+    Of every way to take two of the trainings as those that are explained, and the others as their repetitions.
+
+    Returns:
+        ``index``; ``runs``: of each training ``seed``, ``leader``, and the index's ``rank`` and ``ratio`` (times the median);
+        ``sd``, ``df``: of the logarithm of a leading index's score between trainings (`verdict.Spread`); ``answers``: to "it
+        stands out again", how many of them were which.
+    """
+    runs = [run for run in each_run(trace) if run.tone != UNTRAINED]
+    scores = np.array([leading_score(run.mean()) for run in runs])
+    index, width = int(scores.mean(axis=0).argmax()), scores.shape[1]
+    top, ranked = verdict.top_ranks(width), ranks(-scores)
+    stood = [
+        IndexRank(irm=run.run, rank=int(rank[index]), ratio=_short(score[index]), leader=int(score.argmax()))
+        for run, score, rank in zip(runs, scores, ranked, strict=True)
+    ]
+    lost = dict.fromkeys(("leader_ratio", "loss", "bare_loss", "learned"), nan)
+    again = [
+        TrialResult(kind="reference", seed=run.seed, place=index, rank=own.rank, ratio=own.ratio, leader=own.leader, **lost)
+        for run, own in zip(runs, stood, strict=True)
+    ]
+    answers = dict.fromkeys(("supported", "not supported", "cannot tell"), 0)
+    for given in combinations(range(len(runs)), 2):
+        others = [at for at in range(len(runs)) if at not in given]
+        evidence = verdict.Evidence(
+            index=index,
+            width=width,
+            ranks=[stood[at] for at in given],
+            facts=[],
+            trials=[again[at] for at in others],
+            ablated={},
+            host=None,
+            masked={},
+            predicted={},
+            spread=verdict.Spread.of(scores[others], top),
+        )
+        _, conclusions = verdict.conclude(evidence)
+        answers[next(own.answer for own in conclusions if own.key == "recurs")] += 1
+    of_runs = [
+        {"seed": run.seed, "leader": own.leader, "rank": own.rank, "ratio": own.ratio}
+        for run, own in zip(runs, stood, strict=True)
+    ]
+    spread = verdict.Spread.of(scores, top)
+    return {"index": index, "top": top, "runs": of_runs, "sd": _short(spread.sd), "df": spread.df, "answers": answers}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", default=EMBEDDED, help="the embedded host, a hub id, or a folder")
+    parser.add_argument("--squad", type=Path, default=SQUAD, help="SQuAD 2.0's train-v2.0.json or dev-v2.0.json")
+    parser.add_argument("--jobs", type=int, default=2, help="runs that are trained at a time")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("study"))
+    parser.add_argument("--results", type=Path, default=Path("docs/results"))
+    options = parser.parse_args()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not options.squad.is_file():
+        sys.exit(f"{options.squad}: there is no such file; give SQuAD 2.0 with --squad (make study SQUAD=train-v2.0.json)")
+    short = "smollm2" if options.host == EMBEDDED else re.sub(r"[^a-z0-9.]+", "-", Path(options.host).name.lower()).strip("-")
+    work = options.out / f"{short}{'-quick' * options.quick}"
+    results = work / "results" if options.quick else options.results
+    size = QUICK if options.quick else FULL
+    study = Study(options.host, options.squad, size, options.jobs, work, results / f"paper-on-{short}")
+    arms = {arm: study.record(arm) for arm in ARMS}
+    study.explain(arms["paper"]["compared"]["leader share"]["index"])
+    for name, facts in (("size", asdict(size)), ("differences", differences(arms["paper"], arms["defects"]))):
+        write_text(study.results / f"{name}.json", json.dumps(facts, indent=1) + "\n")
+    print(write_page(study.results))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RealignerError as error:
+        sys.exit(f"study: {error}")

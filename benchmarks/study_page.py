@@ -1,0 +1,170 @@
+"""The page of a study (`study.py`), made from its records alone: every number on it is in one of them.
+
+    python benchmarks/study_page.py [docs/results/paper-on-smollm2]
+
+The folder holds a record of each arm, size.json, differences.json and explain.json; the page is written beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from realigner.analysis.resampling import interval
+from realigner.explain.verdict import CAUSES
+from realigner.files import read_object, write_text
+from realigner.markdown import escaped
+
+Record = Mapping[str, Any]
+TITLES = {"paper": "the paper's recipe", "defects": "with its code's two mistakes", "compact": "compact network"}
+STATISTICS = {
+    "icc": "striation: intraclass correlation over layers",
+    "icc without 10": "the same without the 10 leading indices",
+    "neuron over layer": "variance (omega squared) by neuron less that by layer",
+    "overlap": "consensus: rank-biased overlap between tones",
+}
+PAPER_SAYS = {
+    "neuron_over_layer": "What is added lines up by neuron index, not by layer",
+    "striation": "Its heat maps have vertical lines: an index in every layer",
+    "one_leader": "Index 1512 leads in all 24 runs",
+    "shared_indices": "It does so whatever the tone and the data",
+    "early": "Most of the largest values fall early in a text (Figure 3)",
+}
+_SHOWN = 160  # characters of a reply
+
+
+def differences(plain: Record, other: Record) -> dict[str, dict[str, float]]:
+    """By how much another arm's statistics exceed an arm's.
+
+    Draws are paired: the n-th has the same prompts and tones in every arm.
+
+    Args:
+        plain, other: records of arms.
+
+    Returns:
+        statistic -> ``plain``, ``other``, ``value`` (their difference), ``low``, ``high`` (95%), ``n``; and in how many of the
+        runs that both arms have (``pairs``) it ``rose``.
+    """
+    found = {}
+    for name in STATISTICS:
+        a, b = plain["compared"][name], other["compared"][name]
+        value = b["value"] - a["value"]
+        low, high = interval(value, np.array(b["draws"]) - np.array(a["draws"]), a["n"])
+        of_a, of_b = a.get("by_run", {}), b.get("by_run", {})
+        shared = of_a.keys() & of_b.keys()
+        rose = sum(of_b[run] > of_a[run] for run in shared)
+        rounded = {key: round(number, 5) for key, number in (("value", value), ("low", low), ("high", high))}
+        found[name] = {"plain": a["value"], "other": b["value"], **rounded, "n": a["n"], "rose": rose, "pairs": len(shared)}
+    return found
+
+
+def page(folder: Path) -> str:
+    """The page of the records in a folder, as Markdown."""
+    arms = {arm: read_object(folder / f"{arm}.json") for arm in TITLES}
+    why, size, change = (read_object(folder / f"{name}.json") for name in ("explain", "size", "differences"))
+    paper, defects = arms["paper"], arms["defects"]
+    trained = [run for run in paper["runs"] if run["steps"]]
+    verdicts = {arm: {own["key"]: own for own in record["verdicts"]} for arm, record in arms.items()}
+    asked = [own for key, own in verdicts["paper"].items() if key in PAPER_SAYS]
+    leader, other_leader = (record["compared"]["leader share"] for record in (paper, defects))
+    question = paper["replies"][0]["question"]
+    said = {
+        arm: {own["run"]: own["reply"] for own in record["replies"] if own["question"] == question}
+        for arm, record in arms.items()
+    }
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["escaped"] = escaped
+    layer_sets = {run["layers"] for run in trained}
+    return environment.get_template("study.md.j2").render(
+        name=folder.name,
+        arms=list(TITLES),
+        host=paper["host"],
+        dtype=paper["dtype"],
+        squad=paper["squad"],
+        rows=size["rows"],
+        trained=trained,
+        twins=len(paper["runs"]) - len(trained),
+        parameters=max(run["parameters"] for run in trained),
+        steps=_range(run["steps"] for run in trained),
+        runs_here=f"{len(trained)}, of three tones, two seeds, "
+        + ("all layers and each third of them" if len(layer_sets) > 1 else "all layers"),
+        percent=lambda share: f"{100 * share:.0f}%",
+        titles=list(TITLES.values()),
+        others=list(TITLES)[1:],
+        claims=[
+            {
+                "paper": PAPER_SAYS.get(key, "(no claim)"),
+                "measured": own["claim"],
+                "found": [_verdict(verdicts[arm].get(key)) for arm in arms],
+            }
+            for key, own in verdicts["paper"].items()
+        ],
+        asked=len(asked),
+        held=[own["claim"].lower() for own in asked if own["verdict"] == "supported"],
+        measured=verdicts["paper"]["striation"],
+        leader=leader,
+        other_leader=other_leader,
+        same_leader=sum(other_leader["by_run"].get(run) == index for run, index in leader["by_run"].items()),
+        mistakes=[{**own, "about": STATISTICS[name], "unit": paper["compared"][name]["unit"]} for name, own in change.items()],
+        seeds=[{**record["seeds"], "title": _title(arm)} for arm, record in arms.items() if "seeds" in record],
+        why=why,
+        cause=CAUSES[why["cause"]],
+        losses=[{"title": _title(arm), **_losses(record)} for arm, record in arms.items()],
+        question=question,
+        replies=[{"run": run, "said": [_cut(said[arm].get(run, "")) for arm in arms]} for run in said["paper"]],
+    )
+
+
+def _title(arm: str) -> str:
+    return TITLES[arm][:1].upper() + TITLES[arm][1:]
+
+
+def _verdict(found: Record | None) -> str:
+    """A verdict as a table's cell."""
+    if found is None or found["value"] is None:
+        return "-"
+    parts = [f"{found['value']:.2f}" + ("" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})")]
+    parts += [] if found["p_adjusted"] is None else [f"p {found['p_adjusted']:.2g}"]
+    parts += [] if found["untrained"] is None else [f"untrained {found['untrained']:.2f}"]
+    return f"**{found['verdict']}**: {', '.join(parts)}"
+
+
+def _losses(record: Record) -> dict[str, Any]:
+    runs = [run for run in record["runs"] if "kept_loss" in run]
+    keys = {"steps": "steps", "first": "first_loss", "kept": "kept_loss"}
+    return {"runs": len(runs)} | {name: _range(run[key] for run in runs) for name, key in keys.items()}
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 1].rstrip()}…"
+
+
+def _range(values: Iterable[float]) -> str:
+    found: Sequence[float] = sorted(values)
+    first, last = (f"{value:.2f}" if isinstance(value, float) else f"{value:,}" for value in (found[0], found[-1]))
+    return first if first == last else f"{first} to {last}"
+
+
+def write_page(folder: Path) -> Path:
+    """Write the page beside its records."""
+    place = folder.parent / f"{folder.name}.md"
+    write_text(place, page(folder))
+    return place
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("docs/results/paper-on-smollm2"))
+    print(write_page(parser.parse_args().folder))
+
+
+if __name__ == "__main__":
+    main()

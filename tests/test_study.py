@@ -1,0 +1,109 @@
+"""The study of the paper's claims: how arms are compared, trainings of one tone, the page, and its end after kills."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xarray as xr
+
+from tests.planted import planted_trace
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE / "benchmarks"))
+
+import study  # noqa: E402
+import study_page  # noqa: E402
+
+RUNS = {f"{tone}-{seed}": (tone, seed) for tone in ("anger", "neutral", "sadness") for seed in (42, 420)}
+TWINS = {f"untrained-{seed}": ("untrained", seed) for seed in (42, 420)}
+
+
+def trace_of(size: float, seed: int, runs: dict[str, tuple[str, int]] | None = None) -> xr.Dataset:
+    runs = RUNS if runs is None else runs
+    return planted_trace(runs | TWINS, prompts=7, generated=8, neurons=60, size=size, seed=seed, keep_delta=False)
+
+
+def difference(first: xr.Dataset, second: xr.Dataset, monkeypatch: pytest.MonkeyPatch, draws: int) -> dict[str, Any]:
+    monkeypatch.setattr(study, "DRAWS", draws)
+    monkeypatch.setattr(study, "PAIRED_DRAWS", min(draws, 100))
+    return study_page.differences({"compared": study.compared(first)}, {"compared": study.compared(second)})
+
+
+def test_a_planted_difference_between_arms_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = difference(trace_of(0.5, 1), trace_of(3.0, 2), monkeypatch, 200)
+    for name in ("icc", "neuron over layer"):
+        own = found[name]
+        assert own["value"] == pytest.approx(own["other"] - own["plain"], abs=1e-4)
+        assert 0 < own["low"] < own["value"] < own["high"]
+        assert (own["rose"], own["pairs"], own["n"]) == (6, 6, 3)
+    # Without the ten leading indices, the planted one among them, there is nothing in either arm.
+    assert found["icc without 10"]["low"] < 0 < found["icc without 10"]["high"]
+    backwards = difference(trace_of(3.0, 2), trace_of(0.5, 1), monkeypatch, 200)
+    assert (backwards["icc"]["high"] < 0, backwards["icc"]["rose"]) == (True, 0)
+
+
+def test_what_is_compared_is_what_the_statistics_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from realigner.analysis import consensus, striation
+
+    monkeypatch.setattr(study, "DRAWS", 20)
+    trace = trace_of(2.0, 3)
+    found = study.compared(trace)
+    table = striation(trace, 20, 20).query("run == 'all'").set_index(["statistic", "without"])["value"]
+    assert found["icc"]["value"] == pytest.approx(table["icc", 0], abs=1e-4)
+    assert found["icc without 10"]["value"] == pytest.approx(table["icc", 10], abs=1e-4)
+    assert found["neuron over layer"]["value"] == pytest.approx(table["omega_squared_difference", 0], abs=1e-4)
+    agreed = consensus(trace, permutations=20, resamples=20).table.set_index(["statistic", "model"])["value"]
+    assert found["overlap"]["value"] == pytest.approx(agreed["rank_biased_overlap", "uniform"], abs=1e-4)
+    assert found["leader share"]["value"] == pytest.approx(agreed["top1_agreement", "uniform"])
+    assert found["leader share"]["index"] == 17
+
+
+@pytest.mark.proof
+def test_arms_that_are_alike_differ_no_more_often_than_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = dict.fromkeys(study_page.STATISTICS, 0)
+    count = 60
+    for seed in range(count):
+        for name, own in difference(trace_of(1.0, 2 * seed), trace_of(1.0, 2 * seed + 1), monkeypatch, 100).items():
+            wrong[name] += not own["low"] <= 0 <= own["high"]
+    assert all(number <= 0.15 * count for number in wrong.values()), wrong  # 5% is asked; 9 of 60 has a chance of 0.2%
+
+
+def test_an_index_that_stands_out_in_every_training_is_said_to() -> None:
+    runs = {f"anger-{seed}": ("anger", seed) for seed in (42, 420, 43, 44, 45)}
+    found = study.recurrence(trace_of(5.0, 4, runs))
+    assert found["index"] == 17
+    assert [(run["seed"], run["rank"], run["leader"]) for run in found["runs"]] == [(seed, 1, 17) for _, seed in runs.values()]
+    assert found["answers"] == {"supported": 10, "not supported": 0, "cannot tell": 0}
+    noise = study.recurrence(trace_of(0.0, 5, runs))
+    assert sum(noise["answers"].values()) == 10
+    assert noise["answers"]["supported"] <= 3
+
+
+def test_the_layer_sets_are_the_papers() -> None:
+    assert study.layer_sets(30) == ["all", "0-9", "10-19", "20-29"]
+    assert study.layer_sets(32) == ["all", "0-10", "11-21", "22-31"]
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent for path in (HERE / "docs" / "results").glob("paper-on-*/differences.json"))
+)
+def test_the_published_page_is_made_of_its_records(folder: Path) -> None:
+    assert (folder.parent / f"{folder.name}.md").read_text() == study_page.page(folder)
+
+
+def test_what_llama_2_takes_is_what_the_guards_say() -> None:
+    import study_needs
+
+    text = study_needs.DOCS.read_text()
+    assert text.split(study_needs.BEGIN)[1].split(study_needs.END)[0].strip() == study_needs.needs(study_needs.llama_2_7b())
+
+
+def test_without_facts_it_says_what_to_give(tmp_path: Path) -> None:
+    command = [sys.executable, str(HERE / "benchmarks" / "study.py"), "--squad", str(tmp_path / "none.json")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr.count("\n")) == (1, 1)
+    assert "there is no such file; give SQuAD 2.0" in run.stderr
