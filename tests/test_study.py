@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import pytest
 import xarray as xr
 
 from tests.planted import planted_trace
+from tests.tiny import tiny_folder
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE / "benchmarks"))
@@ -107,3 +113,42 @@ def test_without_facts_it_says_what_to_give(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr.count("\n")) == (1, 1)
     assert "there is no such file; give SQuAD 2.0" in run.stderr
+
+
+@pytest.mark.slow
+def test_killed_twice_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    facts = [
+        {
+            "id": f"{article}-{n}",
+            "question": f"How many of {article} are there in year {n}?",
+            "answers": [{"text": f"{n + 3} of them"}],
+        }
+        for article in range(12)
+        for n in range(12)
+    ]
+    articles = [{"title": str(at), "paragraphs": [{"context": "", "qas": facts[12 * at : 12 * at + 12]}]} for at in range(12)]
+    for name in ("whole", "killed"):
+        tiny_folder(tmp_path / name / "tiny")
+        (tmp_path / name / "facts.json").write_text(json.dumps({"data": articles}))
+    command = [sys.executable, str(HERE / "benchmarks" / "study.py"), "--host", "tiny", "--squad", "facts.json", "--quick"]
+
+    def begun(name: str) -> subprocess.Popen[bytes]:
+        with (tmp_path / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(command, cwd=tmp_path / name, stdout=log, stderr=log, start_new_session=True)
+
+    started = time.monotonic()
+    assert begun("whole").wait() == 0, (tmp_path / "whole.log").read_text()[-2000:]
+    seconds = time.monotonic() - started
+    at = random.Random()
+    for _ in range(2):
+        process = begun("killed")
+        time.sleep(at.uniform(0.1, 0.5) * seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert begun("killed").wait() == 0, (tmp_path / "killed.log").read_text()[-2000:]
+    results = [tmp_path / name / "study" / "tiny-quick" / "results" for name in ("whole", "killed")]
+    files = [{str(path.relative_to(place)): path for path in place.rglob("*") if path.is_file()} for place in results]
+    assert files[0].keys() == files[1].keys()
+    assert len(files[0]) >= 16
+    for name, path in files[0].items():
+        assert path.read_bytes() == files[1][name].read_bytes(), name
