@@ -10,7 +10,7 @@
 
 Interrupt it as you like and start it again: rows, runs, traces and trials that are there are not made again, nor is an arm
 whose record is in --results. Runs and traces are kept in --out/HOST (12 GB for the embedded host); records, figures and page in
---results. --quick: no layer sets, a tenth of the training, a short explanation; all of it in --out.
+--results. --quick: no layer sets, a tenth of the steps, a short explanation; all of it in --out.
 """
 
 from __future__ import annotations
@@ -118,8 +118,9 @@ class Size:
     quick: bool
 
 
-FULL = Size(600, {"paper": {"epochs": 2}, "default": {"steps": 220}}, layer_sets=True, quick=False)
-QUICK = Size(120, {"paper": {"steps": 20, "epochs": None}, "default": {"steps": 20}}, layer_sets=False, quick=True)
+FULL = Size(480, {"paper": {"epochs": 2}, "default": {"steps": 220}}, layer_sets=True, quick=False)
+_SHORT = {"steps": 12, "epochs": None, "evaluations_per_epoch": None, "evaluations": 1}
+QUICK = Size(120, {"paper": _SHORT, "default": {"steps": 12, "evaluations": 1}}, layer_sets=False, quick=True)
 
 
 @dataclass(frozen=True)

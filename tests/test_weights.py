@@ -12,6 +12,7 @@ import torch
 import xarray as xr
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import Emu3Config
 
 import realigner.explain.checkpoint as checkpoint
 from realigner import RealignerError
@@ -39,6 +40,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
     "norms that follow": ("openai-gpt", {}),
     "a switch that is None": ("deepseek_v3", {"q_lora_rank": None}),
+    "layers of three kinds": ("nemotron_h", {}),
+    "norms before in some layers, after in others": ("olmo_hybrid", {}),
+    "matrices by number": ("ctrl", {}),
+    "a head with a norm of its own": ("bert", {}),
+    "an encoder's cousin": ("electra", {}),
 }
 
 
@@ -172,6 +178,15 @@ def test_files_give_what_the_host_gives(kind: str, tmp_path: Path) -> None:
     wanted = weights_of(host)
     xr.testing.assert_allclose(found, wanted, rtol=1e-6, atol=0)
     assert found.attrs == {**wanted.attrs, "host": str(tmp_path)}
+
+
+def test_the_files_of_a_host_with_vision(tmp_path: Path) -> None:
+    """Their config is the whole one, of another type than its text's."""
+    host = lively("emu3")
+    whole = Emu3Config(text_config=host.config.to_dict(), architectures=["Emu3ForCausalLM"])
+    host.save_pretrained(tmp_path)
+    whole.save_pretrained(tmp_path)
+    xr.testing.assert_allclose(weights_of(tmp_path), weights_of(host), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "axk1"])

@@ -109,12 +109,12 @@ class Checkpoint:
 
     Attributes:
         folder: where it lies.
-        config: its config.
+        config: its config, as it was written: of a host with vision the whole one.
         host, origin: as of `HostTensors`.
     """
 
-    def __init__(self, folder: Path, host: Any, stored: list[_Stored]) -> None:
-        self.folder, self.config, self.origin = folder, host.config, str(folder)
+    def __init__(self, folder: Path, config: Any, host: Any, stored: list[_Stored]) -> None:
+        self.folder, self.config, self.origin = folder, config, str(folder)
         unread: dict[str, torch.Tensor] = {}
         for tensor in stored:
             shaped = torch.empty(tensor.shape, device="meta").as_subclass(_Unread)
@@ -227,7 +227,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             host = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever its config makes it raise
         raise RealignerError(f"{folder / 'config.json'}: no host can be built of it: {_first_line(error)}") from error
-    return Checkpoint(folder, host, stored)
+    return Checkpoint(folder, config, host, stored)
 
 
 def example_host(config: Any) -> nn.Module:

@@ -165,27 +165,40 @@ def roles_for(source: Tensors) -> dict[str, Role]:
     """
     if source.example is source.host:
         return roles_of(source.host)
-    # The example's roles by pattern: a name with its numbers as ``*``; None for a parameter that does not touch the stream.
-    roles, path = roles_of(source.example), find_layers(source.example)[2]
-    known: dict[str, Role | None] = {}
-    last: dict[str, Role] = {}  # where norms follow the branches, the last layer's last one is the final norm
-    for name, _ in source.example.named_parameters(remove_duplicate=False):
-        pattern = _pattern(name, path)[1]
-        role = replace(roles[name], layer=None) if name in roles else None
-        if role is not None and role.place == "final" and pattern in known:
-            last[pattern] = role
-        elif known.setdefault(pattern, role) != role:
-            raise RealignerError(f"{source.origin}: {name} has another part in other layers; load the host to measure it")
-    # Carried over to the host's names.
-    _, layers, path = find_layers(source.host)
-    found = {}
-    for name, _ in source.host.named_parameters(remove_duplicate=False):
-        layer, pattern = _pattern(name, path)
-        if pattern not in known:
+    # The example's layers by kind: by the names in them, and whether it is the last (its last norm may be the host's).
+    roles = roles_of(source.example)
+    examples, rest = _by_layer(source.example)
+    known: dict[tuple[frozenset[str], bool], dict[str, Role | None]] = {}
+    for layer, names in enumerate(examples):
+        own = {inner: replace(roles[name], layer=None) if name in roles else None for inner, name in names.items()}
+        kind = frozenset(map(_starred, names)), layer == len(examples) - 1
+        for inner, role in known.setdefault(kind, own).items():
+            if own.get(inner, role) != role:
+                why = "has another part in other layers; load the host to measure it"
+                raise RealignerError(f"{source.origin}: {names[inner]} {why}")
+    ends_within = any(roles[name].place == "final" for name in examples[-1].values() if name in roles)
+
+    # Carried over to the host's names: of a layer from the smallest kind that has them all, numbers within it (experts) aside.
+    found: dict[str, Role] = {}
+    layers, others = _by_layer(source.host)
+    for layer, names in enumerate(layers):
+        last, wanted = layer == len(layers) - 1, frozenset(map(_starred, names))
+        like = [kind for kind in known if wanted <= kind[0] and (kind[1] == last or not ends_within)]
+        if not like:
+            why = f"no tiny host of its type has a layer like that of {next(iter(names.values()))}; load the host to measure it"
+            raise RealignerError(f"{source.origin}: {why}")
+        own = known[min(like, key=lambda kind: (len(kind[0]), kind[1] != last))]
+        patterns = {_starred(inner): role for inner, role in own.items()}
+        for inner, name in names.items():
+            role = own[inner] if inner in own else patterns[_starred(inner)]
+            if role is not None:
+                found[name] = replace(role, layer=layer)
+    patterns = {_starred(name): roles.get(name) for name in rest}
+    for name in others:
+        if _starred(name) not in patterns:
             raise RealignerError(f"{source.origin}: no tiny host of its type has a {name}; load the host to measure it")
-        role = last.get(pattern, known[pattern]) if layer == len(layers) - 1 else known[pattern]
-        if role is not None:
-            found[name] = replace(role, layer=layer)
+        if (role := patterns[_starred(name)]) is not None:
+            found[name] = role
     width = _width(source, found)
     for name, role in found.items():
         shape = source.host.get_parameter(name).shape
@@ -194,10 +207,22 @@ def roles_for(source: Tensors) -> dict[str, Role]:
     return found
 
 
-def _pattern(name: str, path: str) -> tuple[int | None, str]:
-    """A name's layer (None outside the layers), and the name with ``*`` for each number in it."""
-    match = re.match(rf"{re.escape(path)}\.(\d+)\.", name)
-    return int(match[1]) if match else None, re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+def _by_layer(host: nn.Module) -> tuple[list[dict[str, str]], list[str]]:
+    """The parameters of each layer, by their names within it; and those outside the layers."""
+    _, modules, path = find_layers(host)
+    layers: list[dict[str, str]] = [{} for _ in modules]
+    rest = []
+    for name, _ in host.named_parameters(remove_duplicate=False):
+        if match := re.match(rf"{re.escape(path)}\.(\d+)\.(.+)", name):
+            layers[int(match[1])][match[2]] = name
+        else:
+            rest.append(name)
+    return layers, rest
+
+
+def _starred(name: str) -> str:
+    """A name with ``*`` for each number in it."""
+    return re.sub(r"(?:(?<=\.)|^)\d+(?=\.|$)", "*", name)
 
 
 def head_norm_kind(host: nn.Module) -> str:
