@@ -174,7 +174,7 @@ class Study:
         Raises:
             RealignerError: if a run failed, or was interrupted.
         """
-        result = run_sweep(runs, self.work / arm, workers=self.jobs)
+        result = run_sweep(runs, self.work / arm, workers=self.jobs, checkpoints=False)
         if not result.finished:
             why = next(iter(result.errors.values()), "interrupted; the same command goes on")
             raise RealignerError(f"{arm}: {why}")

@@ -178,9 +178,7 @@ def test_fsdp2_by_accelerate(state: str, tmp_path: Path) -> None:
     }  # fmt: skip
     done = two(command, **sharding)
     assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
-    alone = subprocess.run(
-        [*command, "--out", str(tmp_path / "one")], capture_output=True, text=True, cwd=ROOT
-    )
+    alone = subprocess.run([*command, "--out", str(tmp_path / "one")], capture_output=True, text=True, cwd=ROOT)
     assert alone.returncode == 0, alone.stderr
     one, sharded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "run"))
     assert max(float((one[key] - sharded[key]).abs().max()) for key in one) < 1e-6

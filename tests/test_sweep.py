@@ -163,6 +163,20 @@ def test_an_enlarged_grid_keeps_the_index(place: Path, tmp_path: Path) -> None:
         assert len(json.loads((tmp_path / "sweep.json").read_text())["runs"]) == 2
 
 
+def test_finished_runs_without_their_checkpoints(place: Path, tmp_path: Path) -> None:
+    runs = sweep_of(place, grid={"tone": ["anger"], "seed": [1]}, data={"anger": "anger.jsonl"})
+    run = tmp_path / "sweep" / runs[0].name
+    assert run_sweep(runs, tmp_path / "sweep", "here", quiet=True).finished
+    before = adapters(tmp_path / "sweep", runs)
+    assert len(run_dir.checkpoints(run)) == 1
+    assert run_sweep(runs, tmp_path / "sweep", "here", quiet=True, checkpoints=False).finished  # of those that are there too
+    assert not list(run.glob("*checkpoint*"))
+    assert adapters(tmp_path / "sweep", runs) == before
+    assert run_sweep(runs, tmp_path / "other", "here", quiet=True, checkpoints=False).finished
+    assert not list((tmp_path / "other").glob("*/*checkpoint*"))
+    assert adapters(tmp_path / "other", runs) == before
+
+
 def test_a_file_of_the_command_line_is_where_the_command_is(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ def sweep(
         Optional[str], Option(help="Of a Ray cluster ('auto' on its machines); if omitted, a local cluster is started.")
     ] = None,
     retries: Annotated[int, Option(help="How often a run whose worker died is retried.", min=0)] = 2,
+    checkpoints: Annotated[bool, Option(help="Keep the last checkpoint of finished runs.")] = True,
     settings: Annotated[
         Optional[list[str]], Option("--set", metavar="KEY=VALUE", help="A key of the recipe, for every run.")
     ] = None,
@@ -45,7 +46,7 @@ def sweep(
             show(f"{len(runs)} runs. Try next:  {program()} sweep {file} --out {out}")
         return
     gpus = chosen.gpus if gpus is None else gpus
-    result = run_sweep(runs, out, on, workers or chosen.workers, gpus, address, retries, quiet=as_json)
+    result = run_sweep(runs, out, on, workers or chosen.workers, gpus, address, retries, as_json, checkpoints)
     from realigner.sweep.sweep_plot import save_pictures
 
     pictures = save_pictures(runs, result.out, result.errors)

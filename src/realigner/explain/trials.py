@@ -181,7 +181,7 @@ class TrialRunner:
         """
         planned = [replace(_planned(trial.recipe), varies={"trial": trial.kind, "seed": trial.seed}) for trial in trials]
         folder = self.out / "runs" / _planned(self.recipe).name
-        result = run_sweep(planned, folder, self.on, self.workers, quiet=self.quiet)
+        result = run_sweep(planned, folder, self.on, self.workers, quiet=self.quiet, checkpoints=False)
         for trial, run in zip(trials, planned, strict=True):
             if run.name in result.errors:
                 self.refused[trial.kind] = f"seed {trial.seed}: {result.errors[run.name]}"
