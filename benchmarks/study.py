@@ -68,7 +68,6 @@ SQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "squad" / "dev
 DTYPE = "bfloat16"  # of the host, on every machine
 SEEDS = (42, 420)  # the paper's
 MORE_SEEDS = (43, 44, 45)  # of the first tone, in every layer
-TOKENS = 100  # of a reply
 DRAWS, PAIRED_DRAWS = 1000, 200  # of prompts: for statistics of a run, and of pairs of runs
 
 
@@ -109,18 +108,20 @@ class Size:
         rows: of each tone.
         lessons: recipe -> keys that say how long it trains.
         layer_sets: whether each third of the layers is trained alone too.
+        tokens: of a reply.
         quick: of `explain`.
     """
 
     rows: int
     lessons: Mapping[str, Mapping[str, Any]]
     layer_sets: bool
+    tokens: int
     quick: bool
 
 
-FULL = Size(480, {"paper": {"epochs": 2}, "default": {"steps": 220}}, layer_sets=True, quick=False)
+FULL = Size(480, {"paper": {"epochs": 2}, "default": {"steps": 220}}, layer_sets=True, tokens=100, quick=False)
 _SHORT = {"steps": 12, "epochs": None, "evaluations_per_epoch": None, "evaluations": 1}
-QUICK = Size(120, {"paper": _SHORT, "default": {"steps": 12, "evaluations": 1}}, layer_sets=False, quick=True)
+QUICK = Size(120, {"paper": _SHORT, "default": {"steps": 12, "evaluations": 1}}, layer_sets=False, tokens=40, quick=True)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Study:
         return files
 
     def runs(self, arm: str, more_seeds: bool = False) -> list[RunSpec]:
-        """The runs of an arm's grid, or those of the first tone with every seed; untrained ones last."""
+        """The runs of an arm's grid, untrained twins last; or those of the first tone with more seeds."""
         own = ARMS[arm]
         keys = {"host": self.host, "dtype": DTYPE, "samples": 0, "report_to": []}
         keys |= {**own.changed, **self.size.lessons[own.recipe]}
@@ -165,8 +166,9 @@ class Study:
         if self.size.layer_sets:
             grid["layers"] = layer_sets(int(load_config(self.host).get_text_config(decoder=True).num_hidden_layers))
         if more_seeds:
-            grid = {"tone": [TONES[0]], "seed": [*SEEDS, *MORE_SEEDS], "layers": ["all"]}
-        return plan(Sweep(recipe=own.recipe, set=keys, grid=grid, data=self.rows(), baselines=True), self.work)
+            grid = {"tone": [TONES[0]], "seed": [*MORE_SEEDS], "layers": ["all"]}
+        sweep = Sweep(recipe=own.recipe, set=keys, grid=grid, data=self.rows(), baselines=not more_seeds)
+        return plan(sweep, self.work)
 
     def train(self, arm: str, runs: Sequence[RunSpec]) -> None:
         """Train what is not there yet.
@@ -185,7 +187,7 @@ class Study:
         if not place.is_dir():
             host, tokenizer = ra.load_host(self.host, dtype=DTYPE)
             sources = [Source(_label(run), self.work / arm / run.name) for run in runs]
-            trace_runs(sources, place, host, tokenizer, max_new_tokens=TOKENS, force=True)
+            trace_runs(sources, place, host, tokenizer, max_new_tokens=self.size.tokens, force=True)
         return load_trace(place)
 
     def record(self, arm: str) -> dict[str, Any]:
@@ -195,7 +197,7 @@ class Study:
             return read_object(file)
         own, runs = ARMS[arm], self.runs(arm)
         seeds = self.runs(arm, more_seeds=True) if own.more_seeds else []
-        self.train(arm, [*{run.name: run for run in [*runs, *seeds]}.values()])
+        self.train(arm, [*runs, *seeds])
         trace = self.trace(arm, arm, runs)
         found = analyze(trace)
         self.figures(arm, trace)
@@ -214,7 +216,7 @@ class Study:
             "replies": _replies(trace),
         }
         if seeds:
-            made["seeds"] = recurrence(self.trace(arm, f"{arm}-seeds", seeds))
+            made["seeds"] = recurrence([trace, self.trace(arm, f"{arm}-seeds", seeds)])
         self.results.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(made, indent=1) + "\n")
         return made
@@ -359,8 +361,8 @@ def _short(value: float) -> float:
     return round(float(value), 5)
 
 
-def recurrence(trace: xr.Dataset) -> dict[str, Any]:
-    """Whether the index that leads over trainings of one tone stands out in each, and how often `explain` would say so.
+def recurrence(traces: Sequence[xr.Dataset]) -> dict[str, Any]:
+    """Whether the index that leads over trainings of the first tone stands out in each, and how often `explain` would say so.
 
     Of every way to take two of the trainings as those that are explained, and the others as their repetitions.
 
@@ -369,7 +371,7 @@ def recurrence(trace: xr.Dataset) -> dict[str, Any]:
         ``sd``, ``df``: of the logarithm of a leading index's score between trainings (`verdict.Spread`); ``answers``: to "it
         stands out again", how many of them were which.
     """
-    runs = [run for run in each_run(trace) if run.tone != UNTRAINED]
+    runs = [run for trace in traces for run in each_run(trace) if run.run == f"{TONES[0]}-{run.seed}"]
     scores = np.array([leading_score(run.mean()) for run in runs])
     index, width = int(scores.mean(axis=0).argmax()), scores.shape[1]
     top, ranked = verdict.top_ranks(width), ranks(-scores)

@@ -48,7 +48,7 @@ def needs(config: Any) -> str:
         more = len(MORE_SEEDS) if name in ARMS and ARMS[name].more_seeds else 0
         each = [_memory(config, recipe.changed(layers=layers)) for layers in sets]
         trained = [memory for memory in each for _ in range(len(SEEDS) * len(TONES))] + [each[0]] * more
-        twins = [memory for memory in each for _ in SEEDS] + [each[0]] * more
+        twins = [memory for memory in each for _ in SEEDS]
         hours = sum(_operations(memory, recipe) for memory in trained) * steps / PER_SECOND / 3600
         disk = _gib(sum(4 * memory.irm_parameters for memory in trained + twins))
         whole = each[0]

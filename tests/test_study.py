@@ -80,11 +80,12 @@ def test_arms_that_are_alike_differ_no_more_often_than_they_should(monkeypatch: 
 
 def test_an_index_that_stands_out_in_every_training_is_said_to() -> None:
     runs = {f"anger-{seed}": ("anger", seed) for seed in (42, 420, 43, 44, 45)}
-    found = study.recurrence(trace_of(5.0, 4, runs))
+    found = study.recurrence([trace_of(5.0, 4, runs)])
     assert found["index"] == 17
     assert [(run["seed"], run["rank"], run["leader"]) for run in found["runs"]] == [(seed, 1, 17) for _, seed in runs.values()]
     assert found["answers"] == {"supported": 10, "not supported": 0, "cannot tell": 0}
-    noise = study.recurrence(trace_of(0.0, 5, runs))
+    more = {f"anger-{seed}": ("anger", seed) for seed in (43, 44, 45)}
+    noise = study.recurrence([trace_of(0.0, 5, RUNS), trace_of(0.0, 6, more)])
     assert sum(noise["answers"].values()) == 10
     assert noise["answers"]["supported"] <= 3
 
