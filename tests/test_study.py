@@ -117,6 +117,7 @@ def test_without_facts_it_says_what_to_give(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_twice_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
     facts = [
         {
