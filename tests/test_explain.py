@@ -282,6 +282,19 @@ def test_killed_it_goes_on_and_repeats_no_finished_trial(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_trials_are_the_same_wherever_they_are_trained(tmp_path: Path) -> None:
+    recipe = planted_folder(tmp_path, 3, "constant", "zero", 5.0).changed(steps=15)
+    host, tokenizer = ra.load_host(str(recipe.host), "float32")
+    train(host, tokenizer, markov_rows(3), tmp_path / "run", recipe, quiet=True).model.unload()
+    found = []
+    for on in ("here", "local", "ray"):
+        asked: dict[str, Any] = {"quick": True, "on": on, "workers": 1 if on == "here" else 2, "quiet": True}
+        found.append(explain([tmp_path / "run"], tmp_path / on, host, tokenizer, PLANTED, **asked).to_dict())
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.slow
 def test_the_full_effort_makes_every_trial_and_ablation(tmp_path: Path) -> None:
     recipe = planted_folder(tmp_path, 1, "constant", "zero", 5.0)
     host, tokenizer = ra.load_host(str(recipe.host), "float32")
