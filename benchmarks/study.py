@@ -236,7 +236,7 @@ class Study:
         histogram = top_histogram(trace, 1000, bins=20)
         figures = {
             "figure2": figure2({run: signed.sel(run=run) for run in pair}, marks=marks),
-            "figure3": figure3(histogram[histogram["run"].isin(list(whole.values())[:-1])]),
+            "figure3": figure3(histogram[histogram["run"].isin(list(whole.values()))]),
             "figure4": figure4({run: size.sel(run=run) for run in whole.values()}, marks),
         }
         self.results.mkdir(parents=True, exist_ok=True)
