@@ -26,6 +26,7 @@ from realigner.analysis import (
 )
 from realigner.analysis.per_run import each_run, leading_score, twins
 from realigner.errors import UsageError
+from realigner.report.run_styles import RunStyles
 from realigner.traces import join_traces
 from tests.planted import planted_trace
 from tests.validation import maps, with_twins
@@ -143,6 +144,7 @@ def test_a_run_is_held_against_the_untrained_one_of_its_own_layers() -> None:
         theirs = found[(found["run"] == "untrained-first") & (found["statistic"] == own["statistic"])].iloc[0]
         assert own["untrained"] == pytest.approx(theirs["value"])
     assert consensus(trace, permutations=20, resamples=20).table["untrained"].notna().any()
+    assert [RunStyles.of(trace).twin(run) for run in ("whole", "first")] == ["untrained-whole", "untrained-first"]
 
 
 def test_a_planted_stripe_and_its_untrained_twin() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 import xarray as xr
 
+from realigner.analysis.per_run import twins
 from realigner.report.charts import Line
 from realigner.traces.layout import UNTRAINED
 
@@ -22,14 +23,16 @@ class RunStyles:
     Attributes:
         names: of the runs, in this order.
         facts: run -> ``tone, seed, strength, irm, sha256, untrained``.
+        twins: trained run -> the untrained one of its seed and layers.
     """
 
     names: list[str]
     facts: Mapping[str, Mapping[str, Any]]
+    twins: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, trace: xr.Dataset) -> RunStyles:
-        return cls._ordered(trace["text_run"].values.tolist(), trace.attrs["runs"])
+        return replace(cls._ordered(trace["text_run"].values.tolist(), trace.attrs["runs"]), twins=twins(trace))
 
     @classmethod
     def of_table(cls, table: pd.DataFrame) -> RunStyles:
@@ -64,7 +67,9 @@ class RunStyles:
         return seeds.index(self.facts[run]["seed"]) % 4
 
     def twin(self, run: str) -> str | None:
-        """The untrained run of the same seed, else any untrained run, else None."""
+        """The untrained run of the same seed and layers, else of the same seed, else any, else None."""
+        if run in self.twins:
+            return self.twins[run]
         bare = [name for name in self.names if self.facts[name]["untrained"]]
         same = [name for name in bare if self.facts[name]["seed"] == self.facts[run]["seed"]]
         return next(iter([*same, *bare]), None)
