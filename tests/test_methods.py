@@ -24,6 +24,7 @@ from realigner.evaluation.peft_methods import Prefix
 from realigner.evaluation.prompting import system_prompts
 from realigner.evaluation.replies import conversation_of
 from realigner.evaluation.row_training import prepared_rows, train_on_rows
+from realigner.evaluation.side_effects import NeutralText, bare_speaker, passages
 from realigner.evaluation.task import Task
 from realigner.fingerprints import weights_hash
 from realigner.generation import answer
@@ -142,6 +143,21 @@ def test_kept_put_on_and_taken_off(name: str, fitted: Fits) -> None:
     with method.attach(tiny_pair()[0], tokenizer, fitted[name]) as again:  # from the files alone
         assert torch.equal(logits(again.model), acting)
         assert again.generate(QUESTIONS, max_new_tokens=6) == replies
+
+
+@pytest.mark.parametrize("name", [*QUICK, "shadow"])
+def test_what_it_does_to_neutral_text_is_measured(name: str, fitted: Fits) -> None:
+    host, tokenizer = tiny_pair()
+    neutral = NeutralText(bare_speaker(host), tokenizer, [replace(passages()[0], passage="A river runs through it.")])
+    method = find_method(name)
+    with method.attach(host, tokenizer, fitted[name]) as model:
+        (effect,) = neutral.effects(model)
+    assert len(effect["shift"]) == len(find_sites(host).sites)
+    if name == "bare":
+        assert (effect["kl"], max(effect["shift"])) == (0.0, 0.0)
+    else:
+        assert effect["kl"] > 0
+        assert max(effect["shift"]) > 0
 
 
 @pytest.mark.parametrize("name", TRAINED_BY_KIND)

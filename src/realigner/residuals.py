@@ -47,7 +47,8 @@ class Residuals:
         """Record the forwards of a block; only the last is kept."""
         with ExitStack() as stack:
             for site, layer in zip(self.sites.sites, self.sites.layers, strict=True):
-                self._watch(stack, site, layer)
+                # PEFT may have put a layer of its own around it (ShadowPEFT), which is given more than a tensor.
+                self._watch(stack, site, layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer)
             yield self
 
     def _watch(self, stack: ExitStack, site: Site, layer: nn.Module) -> None:
