@@ -145,7 +145,7 @@ def test_kept_put_on_and_taken_off(name: str, fitted: Fits) -> None:
         assert again.generate(QUESTIONS, max_new_tokens=6) == replies
 
 
-@pytest.mark.parametrize("name", [*QUICK, "shadow"])
+@pytest.mark.parametrize("name", [method.name for method in METHODS])
 def test_what_it_does_to_neutral_text_is_measured(name: str, fitted: Fits) -> None:
     host, tokenizer = tiny_pair()
     neutral = NeutralText(bare_speaker(host), tokenizer, [replace(passages()[0], passage="A river runs through it.")])
@@ -153,11 +153,11 @@ def test_what_it_does_to_neutral_text_is_measured(name: str, fitted: Fits) -> No
     with method.attach(host, tokenizer, fitted[name]) as model:
         (effect,) = neutral.effects(model)
     assert len(effect["shift"]) == len(find_sites(host).sites)
-    if name == "bare":
-        assert (effect["kl"], max(effect["shift"])) == (0.0, 0.0)
+    assert (max(effect["shift"]) > 0) == (name != "bare")
+    if name in ("bare", "untrained"):  # whose deltas are too small to move a prediction
+        assert abs(effect["kl"]) < 1e-5
     else:
-        assert effect["kl"] > 0
-        assert max(effect["shift"]) > 0
+        assert effect["kl"] > 1e-5
 
 
 @pytest.mark.parametrize("name", TRAINED_BY_KIND)
