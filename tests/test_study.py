@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import xarray as xr
 
-from tests.planted import planted_trace
+from tests.planted import planted_explanation, planted_trace
 from tests.tiny import tiny_folder
 
 HERE = Path(__file__).resolve().parent.parent
@@ -95,11 +96,49 @@ def test_the_layer_sets_are_the_papers() -> None:
     assert study.layer_sets(32) == ["all", "0-10", "11-21", "22-31"]
 
 
-@pytest.mark.parametrize(
-    "folder", sorted(path.parent for path in (HERE / "docs" / "results").glob("paper-on-*/differences.json"))
-)
-def test_the_published_page_is_made_of_its_records(folder: Path) -> None:
-    assert (folder.parent / f"{folder.name}.md").read_text() == study_page.page(folder)
+def test_the_page_is_made_of_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from realigner.analysis import analyze
+
+    monkeypatch.setattr(study, "DRAWS", 20)
+    arms = {}
+    for number, (arm, own) in enumerate(study.ARMS.items()):
+        trace = trace_of(1.0 + number, number)
+        runs = [
+            {"run": run, "steps": 12, "parameters": 1234, "layers": "all", "first_loss": 4.5, "kept_loss": 3.25} for run in RUNS
+        ]
+        made = {
+            "arm": arm,
+            "host": "planted",
+            "dtype": "bfloat16",
+            "runs": runs,
+            "squad": {"file": "facts.json", "sha256": "0" * 64},
+        }
+        made |= study._found(analyze(trace, permutations=50, resamples=20)) | {"compared": study.compared(trace)}
+        made["replies"] = [{"run": "bare", "question": "Why | so?", "reply": "Because " * 40}]
+        arms[arm] = made | ({"seeds": study.recurrence([trace])} if own.more_seeds else {})
+    folder = tmp_path / "paper-on-planted-1.5"
+    others = {"size": asdict(study.QUICK), "differences": study_page.differences(arms["paper"], arms["defects"])}
+    folder.mkdir()
+    for name, facts in (
+        arms | others | {"explain": planted_explanation() | {"cause": "channel", "ablated_in": "float32"}}
+    ).items():
+        (folder / f"{name}.json").write_text(json.dumps(facts))
+    text = study_page.write_page(folder).read_text()
+    assert (tmp_path / "paper-on-planted-1.5.md").is_file()
+    change = others["differences"]["icc"]
+    interval = f"({change['low']:+.3f} to {change['high']:+.3f})"
+    for part in (
+        "# The paper's experiment on planted\n",
+        "index that leads most often, 17, leads in 100% of the 6 runs",
+        f"| {change['plain']:.3f} | {change['other']:.3f} | {change['value']:+.3f} {interval} |",
+        'Asked "Why \\| so?"',
+        "| The paper's recipe | 6 | 12 | 4.50 | 3.25 |",
+        "Because…",
+    ):
+        assert part in text, part
+    for published in (HERE / "docs" / "results").glob("paper-on-*/differences.json"):
+        place = published.parent
+        assert (place.parent / f"{place.name}.md").read_text() == study_page.page(place)
 
 
 def test_what_llama_2_takes_is_what_the_guards_say() -> None:
