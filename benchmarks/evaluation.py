@@ -329,6 +329,10 @@ Written by `python -m benchmarks.evaluation --only results` from what is in docs
 Host: {host}. What the columns mean is in [Evaluation](../evaluation.md). Intervals are of 95%, over questions, seeds averaged;
 bold: the difference is clear (p below 0.05 after Holm's adjustment over the methods).
 
+The records were made on more than one machine. In bfloat16 another CPU rounds otherwise, and greedy replies part: at strength
+0 the compact IRM is the bare host to the bit on one machine (its KL is 0), and its row differs from the bare host's by what a
+machine changes.
+
 ![Summary by method](evaluation-summary.svg)
 
 ![Concept against KL on neutral text](evaluation-concept-kl.svg)
