@@ -118,6 +118,10 @@ class Size:
     tokens: int
     quick: bool
 
+    def keys(self, arm: Arm) -> dict[str, Any]:
+        """The keys of an arm's recipe that are not as they come."""
+        return {**arm.changed, **self.lessons[arm.recipe]}
+
 
 FULL = Size(480, {"paper": {"epochs": 2}, "default": {"steps": 220}}, layer_sets=True, tokens=100, quick=False)
 _SHORT = {"steps": 12, "epochs": None, "evaluations_per_epoch": None, "evaluations": 1}
@@ -146,22 +150,21 @@ class Study:
 
     def rows(self) -> dict[str, str]:
         """Each tone's file of rows, made if it is not there."""
-        facts = [*read_squad(self.squad)]
-        chosen = sorted(random.Random(SEEDS[0]).sample(range(len(facts)), min(self.size.rows, len(facts))))
-        files = {}
-        for name in TONES:
-            file, tone = self.work / "rows" / f"{name}.jsonl", load_tone(name)
-            if not file.is_file():
-                about = {"squad": self.squad.name, "squad_sha256": file_sha256(self.squad)}
-                build([facts[at] for at in chosen], tone, TemplateRewriter(tone, SEEDS[0]), file, about=about, quiet=True)
-            files[name] = str(file.resolve())
-        return files
+        files = {name: self.work / "rows" / f"{name}.jsonl" for name in TONES}
+        if missing := [name for name, file in files.items() if not file.is_file()]:
+            facts = [*read_squad(self.squad)]
+            chosen = sorted(random.Random(SEEDS[0]).sample(range(len(facts)), min(self.size.rows, len(facts))))
+            about = {"squad": self.squad.name, "squad_sha256": file_sha256(self.squad)}
+            for tone in map(load_tone, missing):
+                own = [facts[at] for at in chosen]
+                build(own, tone, TemplateRewriter(tone, SEEDS[0]), files[tone.name], about=about, quiet=True)
+        return {name: str(file.resolve()) for name, file in files.items()}
 
     def runs(self, arm: str, more_seeds: bool = False) -> list[RunSpec]:
         """The runs of an arm's grid, untrained twins last; or those of the first tone with more seeds."""
         own = ARMS[arm]
         keys = {"host": self.host, "dtype": DTYPE, "samples": 0, "report_to": []}
-        keys |= {**own.changed, **self.size.lessons[own.recipe]}
+        keys |= self.size.keys(own)
         grid: dict[str, list[Any]] = {"tone": [*TONES], "seed": [*SEEDS], "layers": ["all"]}
         if self.size.layer_sets:
             grid["layers"] = layer_sets(int(load_config(self.host).get_text_config(decoder=True).num_hidden_layers))
@@ -201,14 +204,13 @@ class Study:
         trace = self.trace(arm, arm, runs)
         found = analyze(trace)
         self.figures(arm, trace)
-        changed = {**own.changed, **self.size.lessons[own.recipe]}
         made = {
             "arm": arm,
             "about": own.about,
             "host": Path(self.host).name,
             "dtype": DTYPE,
             "recipe": own.recipe,
-            "changed": changed,
+            "changed": self.size.keys(own),
             "squad": {"file": self.squad.name, "sha256": file_sha256(self.squad)},
             "runs": [self._run(arm, run) for run in runs],
             **_found(found),

@@ -40,7 +40,7 @@ def needs(config: Any) -> str:
     sets = layer_sets(int(config.get_text_config(decoder=True).num_hidden_layers))
     sizes = ["| arm | parameters of an IRM | memory | host; IRM, Adam; activations | operations a step |", _RULE]
     totals = ["| arm | trained runs | steps of each | GPU hours | all IRMs on disk |", _RULE]
-    lessons = {name: (arm.recipe, {**arm.changed, **FULL.lessons[arm.recipe]}, FULL.rows) for name, arm in ARMS.items()}
+    lessons = {name: (arm.recipe, FULL.keys(arm), FULL.rows) for name, arm in ARMS.items()}
     for name, (source, keys, rows) in (lessons | {"paper, its own size": ("paper", {}, PAPER_ROWS)}).items():
         recipe = make_recipe(source, dtype="bfloat16", device="cpu", **keys)
         per_epoch = math.ceil((1 - recipe.validation - recipe.test) * rows / recipe.batch_size)
