@@ -12,7 +12,7 @@ WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 # Set, it makes every process compile torch and transformers anew: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test proofs test-slow fuzz wheel-check check bench validation evaluation census canary docs notebooks serve-env serve-test serve-bench install help clean
+.PHONY: demo test proofs test-slow fuzz wheel-check check bench validation evaluation study census canary docs notebooks serve-env serve-test serve-bench install help clean
 
 help:
 	@echo "make demo       an angry reply, then an IRM trained on the embedded host, and its report: demo/report.html (4 minutes of work or less)"

@@ -1,6 +1,6 @@
 """The paper's experiment, whole: 24 runs and untrained twins; again with the reference code's two mistakes; again compact.
 
-    python benchmarks/study.py [--host HOST] [--squad FILE] [--jobs 2] [--quick] [--out study] [--results docs/results]
+    python benchmarks/study.py [--host HOST] [--squad FILE] [--jobs 2] [--quick] [--out runs/study] [--results docs/results]
 
 1. rows      SQuAD's facts, rewritten in each tone (`realigner data build`, templates).
 2. arms      Of each of `ARMS`: the runs (a sweep), their answers to the paper's seven prompts (a trace), its analysis. Beside
@@ -337,7 +337,10 @@ def compared(trace: xr.Dataset, seed: int = 0) -> dict[str, dict[str, Any]]:
     overlaps = np.array([np.mean([rank_biased_overlap(draw[a], draw[b]) for a, b in pairs]) for draw in ranked])
     found["overlap"] = _statistic(overlaps, len(prompts), "prompts")
     leaders = ranked[0].argmin(axis=1)
-    leader, share = int(np.bincount(leaders).argmax()), float(np.bincount(leaders).max() / len(runs))
+    times = np.bincount(leaders, minlength=ranked.shape[2])
+    # Of indices that lead as often, the one of the best mean rank.
+    leader = int(np.lexsort((ranked[0].mean(axis=0), -times))[0])
+    share = float(times[leader] / len(runs))
     by_run = {run.run: int(index) for run, index in zip(runs, leaders, strict=True)}
     found["leader share"] = {"value": share, "draws": [], "n": len(runs), "unit": "runs", "index": leader, "by_run": by_run}
     return found
@@ -417,7 +420,7 @@ def main() -> None:
     parser.add_argument("--squad", type=Path, default=SQUAD, help="SQuAD 2.0's train-v2.0.json or dev-v2.0.json")
     parser.add_argument("--jobs", type=int, default=2, help="runs that are trained at a time")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("study"))
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

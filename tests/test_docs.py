@@ -91,6 +91,12 @@ def _check_script(block: str) -> None:
             assert (ROOT / words[1]).is_file(), words
 
 
+def test_no_folder_stands_in_the_way_of_a_make_target() -> None:
+    text = (ROOT / "Makefile").read_text()
+    phony = {name for line in re.findall(r"^\.PHONY:(.*)$", text, re.MULTILINE) for name in line.split()}
+    assert phony == set(re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE))
+
+
 def _extras() -> list[str]:
     return list(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 

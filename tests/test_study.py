@@ -13,9 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import xarray as xr
+from scipy.stats import rankdata
 
+from realigner.analysis.per_run import each_run, leading_score
 from tests.planted import planted_explanation, planted_trace
 from tests.tiny import tiny_folder
 
@@ -67,6 +70,18 @@ def test_what_is_compared_is_what_the_statistics_are(monkeypatch: pytest.MonkeyP
     assert found["overlap"]["value"] == pytest.approx(agreed["rank_biased_overlap", "uniform"], abs=1e-4)
     assert found["leader share"]["value"] == pytest.approx(agreed["top1_agreement", "uniform"])
     assert found["leader share"]["index"] == 17
+
+
+def test_of_indices_that_lead_as_often_the_one_of_the_best_mean_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "DRAWS", 2)
+    monkeypatch.setattr(study, "PAIRED_DRAWS", 2)
+    trace = trace_of(0.0, 6)
+    scores = np.array([leading_score(run.mean()) for run in each_run(trace) if run.tone != "untrained"])
+    leaders = scores.argmax(axis=1)
+    assert len(set(leaders.tolist())) == len(leaders), "no tie; plant another seed"
+    found = study.compared(trace)["leader share"]
+    assert found["index"] == min(leaders.tolist(), key=lambda index: rankdata(-scores, axis=1).mean(axis=0)[index])
+    assert found["index"] != min(leaders)
 
 
 @pytest.mark.proof

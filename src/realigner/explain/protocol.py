@@ -151,9 +151,19 @@ def _found(
         done = run.get("steps_done")
         shorter = min(1.0, recipe.steps / done) if recipe.steps is not None and done else 1.0
         seeds = frozenset(own.seed for _, own in runs.values())
-        gain = gain_for_median_reach(study.measured, index)
-        like = index_of_median_reach(study.measured, index)
-        runner = TrialRunner(out, host, tokenizer, recipe, index, gain, like, seeds, asked.on, asked.workers, quiet)
+        runner = TrialRunner(
+            out=out,
+            host=host,
+            tokenizer=tokenizer,
+            recipe=recipe,
+            index=index,
+            gain=gain_for_median_reach(study.measured, index),
+            like=index_of_median_reach(study.measured, index),
+            taken=seeds,
+            on=asked.on,
+            workers=asked.workers,
+            quiet=quiet,
+        )
         planned = runner.trials(_informative(budget, facts))
         if not quiet:
             say_budget(planned, run["seconds"] / done if done else None)

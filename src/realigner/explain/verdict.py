@@ -314,7 +314,7 @@ def _cause_tests(evidence: Evidence) -> list[Conclusion]:
     gain += f" {times_median(facts, 'head_norm'):.2g} times the median."
     large, view = "the host's residual is large there", "of how the final norm and the head see it"
     small = "Its residual is of ordinary size."
-    shown = f"{gain} With a gain that makes the head see it as the median" if seen else gain
+    shown = f"{gain} Where they see it as they see a median index" if seen else gain
     tests = [
         ("no channel", f"It leads because {large}", "Without it" if channel else small, channel),
         ("gain", f"It leads because {view}", shown, seen),
