@@ -130,9 +130,9 @@ def _verdict(found: Record | None) -> str:
     """A verdict as a table's cell."""
     if found is None or found["value"] is None:
         return "-"
-    parts = [f"{found['value']:.2f}" + ("" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})")]
+    parts = [f"{found['value']:.3f}" + ("" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})")]
     parts += [] if found["p_adjusted"] is None else [f"p {found['p_adjusted']:.2g}"]
-    parts += [] if found["untrained"] is None else [f"untrained {found['untrained']:.2f}"]
+    parts += [] if found["untrained"] is None else [f"untrained {found['untrained']:.3f}"]
     return f"**{found['verdict']}**: {', '.join(parts)}"
 
 

@@ -18,6 +18,7 @@ import pytest
 import realigner as ra
 from realigner.cli import main
 from realigner.console import program
+from realigner.prompts import Answer
 from realigner.training import make_recipe, train
 from tests.tiny import some_rows, tiny_folder
 
@@ -54,7 +55,8 @@ def test_generate_json(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = document(capsys, *options, "How many?", "Why?")
     assert (said["irm"], said["host"]) == (str(place / "run"), str(place / "host"))  # what the replies were made with
     results = said["results"]
-    assert [set(r) for r in results] == [{"prompt", "base", "realigned", "strength", "seed"}] * 2
+    keys = {"prompt", "base", "base_ended", "realigned", "realigned_ended", "strength", "seed"}
+    assert [set(r) for r in results] == [keys] * 2
     assert [r["prompt"] for r in results] == ["How many?", "Why?"]
     assert results[0]["strength"] == 1.0
     assert results[0]["seed"] == 7
@@ -64,6 +66,22 @@ def test_generate_json(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [r["base"] for r in zero] == [r["base"] for r in results]
     warm = document(capsys, *options, "--temperature", 1, "--strength", 0, "Why?")["results"][0]
     assert warm["base"] == warm["realigned"]
+
+
+def test_a_reply_that_was_cut_is_marked(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("generate", "--irm", place / "run", "--max-new-tokens", 1, "--dtype", "float32", "Why?")
+    assert document(capsys, *options)["results"][0]["realigned_ended"] is False
+    code, out, err = run(capsys, *options)
+    assert code == 0
+    assert [line.endswith(" ...") for line in out.splitlines() if line.startswith("   ")] == [True, True]
+    assert "cut at 1 token (--max-new-tokens)" in err
+    monkeypatch.setattr("realigner.runtime.answer", lambda *_, **__: [Answer("Because.")])
+    assert document(capsys, *options)["results"][0]["realigned_ended"] is True
+    code, out, err = run(capsys, *options)
+    assert "   realigned: Because.\n" in out
+    assert "cut at" not in err
 
 
 def test_prompts_from_paper_and_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

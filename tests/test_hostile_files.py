@@ -51,8 +51,9 @@ from realigner.data.rewriters import RewriteRequest
 from realigner.data.rewriters.endpoint_rewriter import EndpointRewriter
 from realigner.data.style_classifier import masked
 from realigner.errors import RealignerError, visible
-from realigner.generation import Answer, answer
+from realigner.generation import answer
 from realigner.irm_config import IRMConfig
+from realigner.prompts import Answer
 from realigner.report.page import render_page
 from realigner.report.paper_figures import save_figures
 from realigner.sweep.grid import RunSpec

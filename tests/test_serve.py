@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import signal
 import socket
@@ -265,7 +266,9 @@ def test_generate_asks_a_server(server: Server, runtime: Runtime, tmp_path: Path
     assert len(turns) == 2
 
     assert main(["generate", "--endpoint", server.url, "--model", "host", "Why?", "--max-new-tokens", "3"]) == 0
-    assert capsys.readouterr().out.startswith("Q: Why?\n   ")
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"Q: Why\?\n   .* \.\.\.\n\n", printed.out, re.DOTALL)
+    assert "cut at 3 tokens" in printed.err
     for arguments, code, message in (
         (["--endpoint", server.url, "--model", "joy", "Why?"], 1, "HTTP 404 for model 'joy'"),
         (["--endpoint", server.url, "Why?"], 2, "name the model too"),

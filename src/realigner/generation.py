@@ -23,24 +23,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from realigner.chat_format import ChatFormat, check_template_kwargs
 from realigner.errors import RealignerError, UsageError
-from realigner.prompts import Prompt
+from realigner.prompts import Answer, Prompt
 from realigner.settings import Strength, Where, part_of
 from realigner.thinking_budget import ThinkingBudget
 from realigner.tuner import find_tuner, tuner_of
 
 Names = str | tuple[str, ...]
-
-
-class Answer(str):
-    """A reply as text.
-
-    Attributes:
-        thought: what the host thought before it; empty on hosts that do not think.
-        ended: whether it came to its end, and was not cut at ``max_new_tokens``.
-    """
-
-    thought: str = ""
-    ended: bool = True
 
 
 class Thought(str):
@@ -127,9 +115,7 @@ def answer(
             tokens = model.generate(**inputs, **options, **settings)  # type: ignore[operator]
         for row, is_open in zip(tokens[:, inputs["input_ids"].shape[1] :].tolist(), opened, strict=True):
             thought, text = chat_format.split(row, is_open)
-            replies.append(Answer(text))
-            replies[-1].thought = thought
-            replies[-1].ended = not ends.isdisjoint(row)
+            replies.append(Answer(text, thought, not ends.isdisjoint(row)))
         if done is not None:
             done(len(rows))
     return replies

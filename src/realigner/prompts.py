@@ -1,4 +1,4 @@
-"""What hosts are asked: questions and conversations."""
+"""What hosts are asked, questions and conversations, and what they answer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,30 @@ Message = Mapping[str, Any]
 
 Prompt = str | Sequence[Message]
 """A question, or a conversation: messages, the last one the user's."""
+
+
+class Answer(str):
+    """A reply as text.
+
+    Attributes:
+        thought: what the host thought before it; empty on hosts that do not think.
+        ended: whether it came to its end, and was not cut at ``max_new_tokens``.
+
+    Example:
+        >>> reply = Answer("A spider has", ended=False)
+        >>> reply, reply.ended
+        ('A spider has', False)
+    """
+
+    thought: str
+    ended: bool
+
+    def __new__(cls, text: str = "", thought: str = "", ended: bool = True) -> Answer:
+        """A reply with these attributes."""
+        made = super().__new__(cls, text)
+        made.thought, made.ended = thought, ended
+        return made
+
 
 PAPER_PROMPTS = (
     "In which decade did Beyonce become famous?",

@@ -10,11 +10,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from realigner.errors import UsageError
-from realigner.generation import Answer, answer, stream
+from realigner.generation import answer, stream
 from realigner.hosts import EMBEDDED, load_host
 from realigner.irm_config import check_adapter
 from realigner.irm_sources import Source, find_irm, host_of
-from realigner.prompts import Prompt
+from realigner.prompts import Answer, Prompt
 from realigner.tuner import IRMModel, load_irm, name_clash, tuner_of
 
 
@@ -57,7 +57,7 @@ class Runtime:
                 prompt), ``system``, ``max_new_tokens``, ``temperature``, ``seed``, ``chat_template_kwargs``, ...
 
         Returns:
-            Strings, each with what the host thought before it as its ``thought``.
+            Strings, each with what the host thought before it as its ``thought``, and whether it ``ended`` or was cut.
         """
         if isinstance(prompts, str):
             return self.answer([prompts], **options)[0]

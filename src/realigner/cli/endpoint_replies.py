@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from realigner.cli.options import print_json
+from realigner.cli import options as opt
 from realigner.console import progress, show
 from realigner.data.endpoint import ChatRequest, Endpoint
 from realigner.dialogues import Asked, Dialogue, all_replies, questions_in, readable, written
 from realigner.errors import RealignerError, UsageError
-from realigner.prompts import Prompt, messages_of
+from realigner.prompts import Answer, Prompt, messages_of
 
 
 def print_replies(
@@ -35,16 +35,16 @@ def print_replies(
     server = Endpoint(url, model, **settings)
     with progress("answering", sum(map(questions_in, asked)), quiet=as_json) as task:
 
-        def answer(conversations: list[Prompt]) -> list[str]:
+        def answer(conversations: list[Prompt]) -> list[Answer]:
             requests = [
                 ChatRequest(str(number), 0, messages_of(conversation, system), server.seed)
                 for number, conversation in enumerate(conversations)
             ]
-            texts: dict[str, str] = {}
+            texts: dict[str, Answer] = {}
             for reply in server.ask(requests):
                 if reply.error:
                     raise RealignerError(f"{server.endpoint}: {reply.error}")
-                texts[reply.id] = reply.text
+                texts[reply.id] = Answer(reply.text, ended=not reply.cut)
                 task.advance()
             return [texts[request.id] for request in requests]
 
@@ -52,11 +52,13 @@ def print_replies(
     pairs = list(zip(asked, replies, strict=True))
     if as_json:
         results = [
-            {"prompt": written(prompt), "reply": said if isinstance(prompt, Dialogue) else said[0]} for prompt, said in pairs
+            {"prompt": written(prompt)} | opt.of_prompt(prompt, {"reply": said, "ended": [reply.ended for reply in said]})
+            for prompt, said in pairs
         ]
-        print_json({"model": model, "results": results})
+        opt.print_json({"model": model, "results": results})
         return
     for prompt, said in pairs:
         questions = prompt.questions if isinstance(prompt, Dialogue) else (readable(prompt).replace("\n", "\n   "),)
         for question, reply in zip(questions, said, strict=True):
-            show(f"Q: {question}\n   {reply}\n")
+            show(f"Q: {question}\n   {opt.shown(reply)}\n")
+    opt.say_cut((reply.ended for _, said in pairs for reply in said), settings["max_tokens"])

@@ -16,8 +16,7 @@ from realigner.dialogues import Asked, Dialogue, all_replies, questions_in, read
 from realigner.errors import RealignerError, UsageError
 
 if TYPE_CHECKING:
-    from realigner.generation import Answer
-    from realigner.prompts import Prompt
+    from realigner.prompts import Answer, Prompt
 
 
 def demo(
@@ -263,8 +262,9 @@ def generate(
             for name, reply in zip(("base", "realigned"), replies, strict=True):
                 if reply.thought:
                     show(f"   {name} thought: {opt.short(reply.thought)}")
-                show(f"   {name + ':':10} {reply}")
+                show(f"   {name + ':':10} {opt.shown(reply)}")
             show()
+    opt.say_cut((reply.ended for _, *both in rows for replies in both for reply in replies), max_new_tokens)
 
 
 def _beyond_defaults(
@@ -282,8 +282,8 @@ def _result(prompt: Asked, base: list[Answer], realigned: list[Answer]) -> dict[
     for name, replies in (("base", base), ("realigned", realigned)):
         thoughts = [reply.thought for reply in replies]
         named: dict[str, list[Any]] = {f"{name}_thought": thoughts} if any(thoughts) else {}
-        named[name] = replies
-        result |= {key: given if isinstance(prompt, Dialogue) else given[0] for key, given in named.items()}
+        named |= {name: replies, f"{name}_ended": [reply.ended for reply in replies]}
+        result |= opt.of_prompt(prompt, named)
     return result
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Optional, TypeVar
 
 import typer
 
-from realigner.console import show
-from realigner.dialogues import Asked, read_prompts
+from realigner.console import say, show
+from realigner.dialogues import Asked, Dialogue, read_prompts
 from realigner.errors import RealignerError, UsageError
-from realigner.prompts import PAPER_PROMPTS
+from realigner.prompts import PAPER_PROMPTS, Answer
 
 _T = TypeVar("_T")
 
@@ -102,6 +102,22 @@ def short(text: str, most: int = 200) -> str:
     """One line, cut where it gets too long."""
     line = " ".join(text.split())
     return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def of_prompt(prompt: Asked, replies: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """What there is of each reply, as a result has it: of a dialogue a list of all its questions', else the only one's."""
+    return {key: list(given) if isinstance(prompt, Dialogue) else given[0] for key, given in replies.items()}
+
+
+def shown(reply: Answer) -> str:
+    """A reply as it is printed: one that was cut at the limit of tokens ends in `` ...``."""
+    return reply if reply.ended else f"{reply} ..."
+
+
+def say_cut(ended: Iterable[bool], max_new_tokens: int) -> None:
+    """Say what `` ...`` means, if a reply did not come to its end."""
+    if not all(ended):
+        say(f"... at its end: the reply was cut at {max_new_tokens} token{'s' * (max_new_tokens > 1)} (--max-new-tokens)")
 
 
 def print_json(value: Any) -> None:

@@ -25,9 +25,8 @@ from realigner.evaluation.replies import Answers, Conversation, ask, clock_of
 from realigner.evaluation.task import Task
 from realigner.files import Artifact, Output, locked, read_object, write_text
 from realigner.fingerprints import Fingerprint, fingerprint, weights_hash
-from realigner.generation import Answer
 from realigner.irm_config import WEIGHTS_FILE
-from realigner.prompts import Message
+from realigner.prompts import Answer, Message
 from realigner.training.recipe import RUNTIME_ONLY_KEYS, Recipe
 from realigner.training.training_run import resolve
 from realigner.validation_message import first_fault

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from realigner.data.tokens import Example
-from realigner.generation import Answer, answer, format_of
-from realigner.prompts import Message
+from realigner.generation import answer, format_of
+from realigner.prompts import Answer, Message
 from realigner.training.batches import Collator, EncodedRows
 from realigner.training.loss import row_losses, takes_logits_to_keep
 from realigner.tuner import find_tuner

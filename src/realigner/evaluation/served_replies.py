@@ -10,8 +10,7 @@ from realigner.data.endpoint import ChatRequest, Endpoint
 from realigner.errors import RealignerError, UsageError
 from realigner.evaluation.method_protocol import Fitted
 from realigner.evaluation.replies import Conversation
-from realigner.generation import Answer
-from realigner.prompts import messages_of
+from realigner.prompts import Answer, messages_of
 from realigner.serving.mixes import Mix
 
 _PENALTY = {"repetition_penalty": 1.1}  # the default of `generation.answer`
@@ -59,8 +58,7 @@ class ServedIRM:
         for reply in server.ask(requests):
             if reply.error:
                 raise RealignerError(f"{server.endpoint}: {reply.error}")
-            found[reply.id] = Answer(reply.text)
-            found[reply.id].ended = not reply.cut
+            found[reply.id] = Answer(reply.text, ended=not reply.cut)
         return [found[request.id] for request in requests]
 
     def bare_answers(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[Answer]:

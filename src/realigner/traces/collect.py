@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, set_seed
 from realigner.console import progress
 from realigner.dialogues import Asked, play, questions_in, readable, written
 from realigner.errors import RealignerError, UsageError
-from realigner.generation import Answer, answer
+from realigner.generation import answer
 from realigner.irm import IRMShape
 from realigner.irm_config import CONFIG_FILE, IRMConfig, check_adapter
-from realigner.prompts import PAPER_PROMPTS, Prompt
+from realigner.prompts import PAPER_PROMPTS, Answer, Prompt
 from realigner.traces.layout import UNTRAINED, RunLabel
 from realigner.traces.recording import Keep, record
 from realigner.traces.store import RawType, TraceWriter, load_trace
