@@ -28,7 +28,7 @@ def verdicts(found: Analysis) -> dict[str, dict[str, Any]]:
 
 
 def test_one_planted_stripe() -> None:
-    found = analyze(planted_trace(RUNS, prompts=6, neurons=80, size=3.0), permutations=300, resamples=50)
+    found = analyze(planted_trace(RUNS, prompts=6, neurons=400, size=3.0, seed=1), permutations=300, resamples=50)
     said = verdicts(found)
     assert {key: said[key]["verdict"] for key in KEYS[:5]} == {
         "striation": "supported",
@@ -105,3 +105,17 @@ def test_not_a_trace() -> None:
         analyze(xr.Dataset({"delta": (("layer", "neuron"), np.ones((2, 3)))}, {"layer": [0, 1], "neuron": [0, 1, 2]}))
     with pytest.raises(UsageError, match="no texts"):
         analyze(planted_trace().isel(text=slice(0, 0), token=slice(0, 0)))
+
+
+def test_what_runs_of_one_seed_share_is_not_the_tones() -> None:
+    """Three tones with one leading index in each seed, as when the initialisation decides: no verdict blames the tones."""
+    stripes = [
+        planted_trace({run: facts for run, facts in RUNS.items() if facts[1] == seed}, 6, neurons=400, stripe=stripe, seed=seed)
+        for seed, stripe in ((1, 17), (2, 170))
+    ]
+    said = verdicts(analyze(join_traces(stripes), permutations=300, resamples=50))
+    assert (said["one_leader"]["verdict"], said["shared_indices"]["verdict"]) == ("not supported", "not supported")
+    assert said["shared_indices"]["value"] < 0.1
+    alone = verdicts(analyze(stripes[0], permutations=300, resamples=50))
+    assert (alone["one_leader"]["verdict"], alone["shared_indices"]["verdict"]) == ("cannot tell", "cannot tell")
+    assert "two tones and two seeds" in alone["one_leader"]["words"]

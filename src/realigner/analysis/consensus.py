@@ -1,7 +1,8 @@
 """Consensus: do the same indices lead in every run?
 
-Each run ranks the indices by `leading_score`, 1 for the largest. Runs of one tone share their data, so they are one cluster:
-under the null a cluster's runs keep their agreement with each other and are relabelled together, and n counts clusters.
+Each run ranks the indices by `leading_score`, 1 for the largest. Runs of one tone share their data, and runs of one seed their
+initialisation, so only runs that differ in both are independent. Under the null the runs of a tone are relabelled together, and
+keep their agreement with each other; then those of a seed; p is the larger one. n counts tones.
 
 Agreement is expected of runs that share a host and prompts. So residual scores are tested too: logarithms of the scores, with
 those of the untrained run (and measurements of the host, if given) regressed out.
@@ -28,7 +29,7 @@ from realigner.traces.layout import UNTRAINED
 TOP = 10  # indices that count as leading
 PERSISTENCE = 0.9  # of rank-biased overlap: the first 10 ranks make up 86% of it
 RESAMPLES = 200  # at most: each ranks every run anew
-TEST = "neuron labels permuted within each tone"
+TEST = "neuron labels permuted within each tone, and within each seed; the larger p"
 _COLUMNS = ["run", "tone", "seed", "statistic", "model", "value", "null", "low", "high", "p", "n", "unit", "test"]
 _COLUMNS += ["untrained", "difference", "difference_low", "difference_high"]
 _KNOTS = (0.5, 0.9, 0.99)
@@ -48,12 +49,13 @@ class Consensus:
             host's measurements. Columns as in `tabulate`; ``n`` counts tones, ``untrained`` is the statistic over the
             untrained runs. Statistics: ``top1_agreement`` (the share of runs in which the commonest leading index leads),
             ``in_top`` (the largest share of runs that have one index among their 10 leading), ``mean_reciprocal_rank`` (of the
-            index where it is largest) and ``rank_biased_overlap`` (mean over pairs of runs of different tones).
+            index where it is largest) and ``rank_biased_overlap`` (mean over pairs of runs that differ in tone and seed).
         indices: a row per index, by p: ``neuron``, ``score`` (mean over runs), ``runs_in_top``, ``runs``,
-            ``mean_reciprocal_rank``, ``best_rank``, ``median_rank``; robust rank aggregation over tones ``p``, ``p_holm``,
-            ``p_bh``, and the same of what is left: ``p_untrained``, ``p_untrained_holm``, ``p_untrained_bh``, ``p_host``, ...
-            (NaN where there is nothing to take out); ``untrained_rank``: the median rank in the untrained runs.
-        pairs: rank-biased overlap of every two runs: ``run_a, run_b, tone_a, tone_b, value, null``.
+            ``mean_reciprocal_rank``, ``best_rank``, ``median_rank``; robust rank aggregation ``p`` (over tones or over seeds, the
+            larger), ``p_holm``, ``p_bh``, and the same of what is left: ``p_untrained``, ``p_untrained_holm``,
+            ``p_untrained_bh``, ``p_host``, ... (NaN where there is nothing to take out); ``untrained_rank``: the median rank
+            in the untrained runs.
+        pairs: rank-biased overlap of every two runs: ``run_a, run_b, tone_a, tone_b, seed_a, seed_b, value, null``.
     """
 
     table: pd.DataFrame
@@ -104,8 +106,8 @@ def consensus(
         UsageError: for a source that is neither, measurements of other indices, or fewer than one draw.
 
     Returns:
-        See `Consensus`. Of one run the table is empty. With fewer than two tones p-values and overlap are NaN: runs of one
-        tone are not independent samples. A run with a constant map is left out.
+        See `Consensus`. Of one run the table is empty. With fewer than two tones or two seeds p-values and overlap are NaN:
+        such runs are not independent samples. A run with a constant map is left out.
 
     Example:
         >>> consensus(trace).indices.head(3)  # doctest: +SKIP
@@ -208,6 +210,10 @@ class _Model:
         runs: those to rank; what lacks its control is left out.
         twin_of: a run's untrained twin, by the run's name.
         measured: of the host ``[neuron, measurement]``.
+
+    Attributes:
+        runs, twins: the runs, and their untrained twins.
+        clusters: each run's tone, and its seed, by number ``[run]``; every untrained run is a tone of its own.
     """
 
     def __init__(self, name: str, runs: list[_Run], twin_of: Mapping[str, _Run], measured: np.ndarray | None) -> None:
@@ -216,7 +222,8 @@ class _Model:
         there = [name == "uniform" or (measured if name == "host_residual" else twin) is not None for twin in own]
         self.runs = [run for run, kept in zip(runs, there, strict=True) if kept]
         self.twins = [twin for twin, kept in zip(own, there, strict=True) if kept]
-        self.tones = np.array([run.tone if run.tone != UNTRAINED else run.run for run in self.runs], dtype=object)
+        tones = [run.tone if run.tone != UNTRAINED else run.run for run in self.runs]
+        self.clusters = tuple(np.unique(np.array(own), return_inverse=True)[1] for own in (tones, [run.seed for run in self.runs]))
 
     def scores(self, weights: np.ndarray | None = None) -> np.ndarray:
         """The scores that are ranked ``[run, neuron]``; of one resample of prompts if its weights are given."""
@@ -255,20 +262,20 @@ def _rows(
     if len(own.runs) < 2:
         return []
     ranked = ranks(-own.scores())
-    value, bare = _agreement(ranked, own.tones), _overlap_of(control)
+    value, bare = _agreement(ranked, own.clusters), _overlap_of(control)
     draws: list[dict[str, float]] = []
     bare_draws: list[float] = []
     if np.isfinite(weights).all():
-        draws = [_agreement(ranks(-own.scores(chosen)), own.tones) for chosen in weights]
+        draws = [_agreement(ranks(-own.scores(chosen)), own.clusters) for chosen in weights]
         bare_draws = [_overlap_of(control, chosen) for chosen in weights]
-    clusters = np.unique(own.tones, return_inverse=True)[1]
-    nulls: list[dict[str, float]] = []
-    if clusters.max() > 0:
-        relabelling = Relabelling(int(clusters.max()) + 1, ranked.shape[1], permutations, rng)
-        nulls = [_agreement(drawn, own.tones) for drawn in relabelling.each(ranked, clusters)]
+    nulls: list[list[dict[str, float]]] = []
+    if all(cluster.max() > 0 for cluster in own.clusters):
+        for cluster in own.clusters:
+            relabelling = Relabelling(int(cluster.max()) + 1, ranked.shape[1], permutations, rng)
+            nulls.append([_agreement(drawn, own.clusters) for drawn in relabelling.each(ranked, cluster)])
     rows: list[dict[str, object]] = []
     for statistic in STATISTICS:
-        under_null = np.array([draw[statistic] for draw in nulls])
+        under_null = [np.array([draw[statistic] for draw in null]) for null in nulls]
         drawn = np.array([draw[statistic] for draw in draws])
         low = high = float("nan")
         if statistic not in _COUNTED:
@@ -279,8 +286,9 @@ def _rows(
         lower, higher = interval(difference, differences, weights.shape[1])
         rows.append(
             {"run": ALL, "tone": ALL, "seed": -1, "statistic": statistic, "model": own.name, "value": value[statistic]}
-            | {"null": float(under_null.mean()) if len(nulls) else float("nan"), "low": low, "high": high}
-            | {"p": p_value(value[statistic], under_null, rng), "n": int(clusters.max()) + 1, "unit": "tones"}
+            | {"null": max((float(null.mean()) for null in under_null), default=float("nan")), "low": low, "high": high}
+            | {"p": max((p_value(value[statistic], null, rng) for null in under_null), default=float("nan"))}
+            | {"n": int(own.clusters[0].max()) + 1, "unit": "tones"}
             | {"test": TEST if len(nulls) else "", "untrained": bare if same else float("nan"), "difference": difference}
             | {"difference_low": lower, "difference_high": higher}
         )
@@ -288,16 +296,22 @@ def _rows(
 
 
 def _overlap_of(model: _Model, weights: np.ndarray | None = None) -> float:
-    return _agreement(ranks(-model.scores(weights)), model.tones)["rank_biased_overlap"] if model.runs else float("nan")
+    return _agreement(ranks(-model.scores(weights)), model.clusters)["rank_biased_overlap"] if model.runs else float("nan")
 
 
-def _agreement(ranked: np.ndarray, tones: np.ndarray) -> dict[str, float]:
-    """The table's statistics of ranks ``[run, neuron]``."""
+def _agreement(ranked: np.ndarray, clusters: tuple[np.ndarray, ...]) -> dict[str, float]:
+    """The table's statistics of ranks ``[run, neuron]``, of runs with these tones and seeds."""
     runs, neurons = ranked.shape
     weight = _overlap_weight(neurons)[_depth(ranked)]
-    of_tone = [(tones == tone) for tone in np.unique(tones)]
-    pairs = runs * (runs - 1) // 2 - sum(int(own.sum()) * (int(own.sum()) - 1) // 2 for own in of_tone)
-    overlap = _shared(weight) - sum(_shared(weight[own]) for own in of_tone if own.sum() > 1)
+    overlap, pairs = _shared(weight), runs * (runs - 1) // 2
+    tones, seeds = clusters
+    # Less the pairs that share a tone or a seed; those that share both are taken away twice.
+    for labels, sign in ((tones, -1), (seeds, -1), (tones * runs + seeds, 1)):
+        for own in (labels == label for label in np.unique(labels)):
+            count = int(own.sum())
+            if count > 1:
+                overlap += sign * _shared(weight[own])
+                pairs += sign * count * (count - 1) // 2
     return {
         "top1_agreement": float((ranked == 1).sum(axis=0).max() / runs),
         "in_top": float((ranked <= TOP).sum(axis=0).max() / runs),
@@ -326,12 +340,15 @@ def _depth(ranked: np.ndarray) -> np.ndarray:
 
 
 def _aggregated(model: _Model, neurons: int) -> np.ndarray:
-    """Robust rank aggregation over tones ``[neuron]``."""
+    """Robust rank aggregation over tones, and over seeds ``[neuron]``; the larger p."""
     if not model.runs:
         return np.full(neurons, np.nan)
     scores = model.scores()
-    lists = np.array([scores[model.tones == tone].mean(axis=0) for tone in np.unique(model.tones)])
-    return robust_rank_aggregation(ranks(-lists) / neurons)
+    found = []
+    for cluster in model.clusters:
+        lists = np.array([scores[cluster == label].mean(axis=0) for label in np.unique(cluster)])
+        found.append(robust_rank_aggregation(ranks(-lists) / neurons))
+    return np.maximum(*found)
 
 
 def _chance(rho: np.ndarray, lists: int) -> np.ndarray:
@@ -386,5 +403,6 @@ def _pairs(runs: list[_Run]) -> pd.DataFrame:
         # Of two unrelated rankings the larger of two ranks is m in 2m - 1 of D^2 cases.
         weight = _overlap_weight(len(a.score))[1:-1]
         null = float(((2 * np.arange(1, len(weight) + 1) - 1) * weight).sum() / len(a.score))
-        rows.append((a.run, b.run, a.tone, b.tone, rank_biased_overlap(ranked[a.run], ranked[b.run]), null))
-    return pd.DataFrame(rows, columns=["run_a", "run_b", "tone_a", "tone_b", "value", "null"])
+        labels = (a.run, b.run, a.tone, b.tone, a.seed, b.seed)
+        rows.append((*labels, rank_biased_overlap(ranked[a.run], ranked[b.run]), null))
+    return pd.DataFrame(rows, columns=["run_a", "run_b", "tone_a", "tone_b", "seed_a", "seed_b", "value", "null"])

@@ -163,7 +163,7 @@ def _claims(
             "shared_indices",
             "Runs trained for different tones share their leading indices",
             _both(agreed, "rank_biased_overlap"),
-            "rank-biased overlap between tones",
+            "rank-biased overlap of runs that differ in tone and seed",
         ),
     ]
     within = _find(timed, statistic="reply_centre_of_mass", without=0)
@@ -259,7 +259,7 @@ def _verdict(claim: _Claim, p: float, measured: Mapping[str, int]) -> dict[str, 
 def _decided(claim: _Claim, p: float) -> tuple[Verdict, str]:
     """The verdict and its reason."""
     row = claim.row
-    if not np.isfinite(row["value"]):
+    if not np.isfinite(row["value"]) and claim.key != "shared_indices":
         return "cannot tell", "The trace has no data to measure it."
     if claim.key == "neuron_over_layer":
         return _by_interval(row["low"], row["high"], "The index explains more", "The layer explains more", "prompts and tones")
@@ -268,8 +268,9 @@ def _decided(claim: _Claim, p: float) -> tuple[Verdict, str]:
     if not np.isfinite(p):
         if claim.key not in ("one_leader", "shared_indices"):
             return "cannot tell", "It takes 5 prompts or more, and an untrained IRM of the same seed."
-        if row["n"] < 2:
-            return "cannot tell", "It takes runs of two tones or more: runs on the same data are not independent samples."
+        if not np.isfinite(row["null"]):
+            why = "It takes two tones and two seeds or more: runs share their data or their initialisation, and are not independent."
+            return "cannot tell", why
         return "cannot tell", "There is no untrained IRM of the same seed to compare with."
     if p >= LEVEL:
         return "not supported", "Chance explains as much."
