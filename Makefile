@@ -103,7 +103,7 @@ evaluation: $(READY)
 
 study: $(READY)
 	@$(BIN)/python benchmarks/study.py $(if $(findstring command,$(origin HOST)),--host $(HOST)) $(if $(SQUAD),--squad $(SQUAD)) $(if $(JOBS),--jobs $(JOBS)) \
-		$(if $(QUICK),--quick)
+		$(if $(INDEX),--index $(INDEX)) $(if $(QUICK),--quick)
 
 census: $(READY)
 	@HF_HUB_OFFLINE=1 $(BIN)/realigner hosts --out docs/hosts.md --force

@@ -1,11 +1,12 @@
 """The paper's experiment, whole: 24 runs and untrained twins; again with the reference code's two mistakes; again compact.
 
-    python benchmarks/study.py [--host HOST] [--squad FILE] [--jobs 2] [--quick] [--out runs/study] [--results docs/results]
+    python benchmarks/study.py [--host HOST] [--squad FILE] [--jobs 2] [--index 1512] [--quick]
+                               [--out runs/study] [--results docs/results]
 
 1. rows      SQuAD's facts, rewritten in each tone (`realigner data build`, templates).
 2. arms      Of each of `ARMS`: the runs (a sweep), their answers to the paper's seven prompts (a trace), its analysis. Beside
              the grid of three tones, two seeds and four layer sets stand trainings of one tone with more seeds.
-3. explain   Why the index that leads most often leads, in float32.
+3. explain   Why the index that leads most often leads, or the one of --index, in float32.
 4. page      docs/results/paper-on-HOST.md, by `study_page.py`.
 
 Interrupt it as you like and start it again: rows, runs, traces and trials that are there are not made again, nor is an arm
@@ -31,7 +32,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from matplotlib import pyplot as plt
-from study_page import differences, write_page
+from study_page import differences, rank_of, write_page
 
 import realigner as ra
 from realigner.analysis import (
@@ -68,6 +69,7 @@ SQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "squad" / "dev
 DTYPE = "bfloat16"  # of the host, on every machine
 SEEDS = (42, 420)  # the paper's
 MORE_SEEDS = (43, 44, 45)  # of the first tone, in every layer
+EXPLAINED = 3  # runs
 DRAWS, PAIRED_DRAWS = 1000, 200  # of prompts: for statistics of a run, and of pairs of runs
 
 
@@ -209,11 +211,15 @@ class Study:
             "about": own.about,
             "host": Path(self.host).name,
             "dtype": DTYPE,
+            "layers": trace.sizes["layer"],
+            "neurons": trace.sizes["neuron"],
+            "realigner": ra.__version__,
             "recipe": own.recipe,
             "changed": self.size.keys(own),
             "squad": {"file": self.squad.name, "sha256": file_sha256(self.squad)},
             "runs": [self._run(arm, run) for run in runs],
             **_found(found),
+            "scores": {run.run: _ratios(leading_score(run.mean())).tolist() for run in each_run(trace)},
             "compared": compared(trace),
             "replies": _replies(trace),
         }
@@ -246,12 +252,19 @@ class Study:
             save_figure(figure, self.results / f"{arm}-{name}.png", dpi=110)
             plt.close(figure)
 
-    def explain(self, index: int) -> None:
-        """Find out why an index leads in the paper's runs over all layers, one of each tone; into explain.json."""
+    def explain(self, index: int, scores: Mapping[str, Sequence[float]]) -> None:
+        """Find out why an index leads in the paper's runs, into explain.json: in three in which it ranks best.
+
+        Args:
+            index: of the stream.
+            scores: of the arm's runs ``[neuron]``. Of runs in which it ranks the same, those over more layers come first.
+        """
         file = self.results / "explain.json"
         if file.is_file():
             return
-        runs = [run for run in self.runs("paper") if _label(run).run in {f"{tone}-{SEEDS[0]}" for tone in TONES}]
+        trained = [run for run in self.runs("paper") if run.recipe.steps != 0]
+        trained.sort(key=lambda run: (rank_of(scores[_label(run).run], index), run.recipe.layers != "all"))
+        runs = trained[:EXPLAINED]
         self.train("paper", runs)
         host, tokenizer = ra.load_host(self.host, dtype="float32")
         folders = [self.work / "paper" / run.name for run in runs]
@@ -264,6 +277,11 @@ def layer_sets(depth: int) -> list[str]:
     """All layers; the first, middle and last third of them."""
     ends = [0, *(-(-depth * third // 3) for third in (1, 2, 3))]
     return ["all", *(f"{first}-{last - 1}" for first, last in pairwise(ends))]
+
+
+def _ratios(scores: np.ndarray) -> np.ndarray:
+    """Scores ``[neuron]`` in times their median, to five digits."""
+    return np.array([float(f"{score:.5g}") for score in scores / np.median(scores)])
 
 
 def _label(run: RunSpec) -> RunLabel:
@@ -307,8 +325,9 @@ def compared(trace: xr.Dataset, seed: int = 0) -> dict[str, dict[str, Any]]:
     Returns:
         statistic -> ``value``, ``draws``, ``n`` and ``unit`` (what was resampled), and ``by_run``. ``icc``, ``icc without 10``
         (leading indices) and ``neuron over layer`` (omega squared) are means over tones of means over runs; prompts and tones
-        are resampled. ``overlap`` (rank-biased, mean over pairs of runs of different tones) and ``leader share`` (of runs in
-        which the commonest leading index leads) rest on all runs; prompts are resampled, for the share not at all.
+        are resampled. ``overlap`` (rank-biased, mean over pairs of runs that differ in tone and seed), ``overlap, same seed``
+        (over pairs that differ in tone alone) and ``leader share`` (of runs in which the commonest leading index leads) rest
+        on all runs; prompts are resampled, for the share not at all.
     """
     rng = np.random.default_rng(seed)
     prompts = prompts_of(trace)
@@ -334,8 +353,11 @@ def compared(trace: xr.Dataset, seed: int = 0) -> dict[str, dict[str, Any]]:
         found[name] = _statistic(over, len(tones), "tones") | {"by_run": by_run}
     ranked = ranks(-np.array(scores).transpose(1, 0, 2))  # [draw, run, neuron]
     pairs = [(a, b) for a, b in combinations(range(len(runs)), 2) if runs[a].tone != runs[b].tone]
-    overlaps = np.array([np.mean([rank_biased_overlap(draw[a], draw[b]) for a, b in pairs]) for draw in ranked])
-    found["overlap"] = _statistic(overlaps, len(prompts), "prompts")
+    apart = [(a, b) for a, b in pairs if runs[a].seed != runs[b].seed]
+    beside = [(a, b) for a, b in pairs if runs[a].seed == runs[b].seed and np.array_equal(runs[a].layers, runs[b].layers)]
+    for name, some in (("overlap", apart), ("overlap, same seed", beside)):
+        overlaps = np.array([np.mean([rank_biased_overlap(draw[a], draw[b]) for a, b in some]) for draw in ranked])
+        found[name] = _statistic(overlaps, len(prompts), "prompts") | {"pairs": len(some)}
     leaders = ranked[0].argmin(axis=1)
     times = np.bincount(leaders, minlength=ranked.shape[2])
     # Of indices that lead as often, the one of the best mean rank.
@@ -367,37 +389,43 @@ def _short(value: float) -> float:
 
 
 def recurrence(traces: Sequence[xr.Dataset]) -> dict[str, Any]:
-    """Whether the index that leads over trainings of the first tone stands out in each, and how often `explain` would say so.
+    """Whether an index that leads in some trainings of the first tone stands out in others, and how often `explain` says so.
 
-    Of every way to take two of the trainings as those that are explained, and the others as their repetitions.
+    No training is asked about an index that it helped to choose. `explain` is asked of every two of the trainings about the
+    index that leads in them by its mean, with the others as repetitions.
 
     Returns:
-        ``index``; ``runs``: of each training ``seed``, ``leader``, and the index's ``rank`` and ``ratio`` (times the median);
-        ``sd``, ``df``: of the logarithm of a leading index's score between trainings (`verdict.Spread`); ``answers``: to "it
-        stands out again", how many of them were which.
+        ``runs``: of each training ``seed``, ``leader``, ``index`` (which leads in the others, by its mean), and the ``rank``
+        and ``ratio`` (times the median) of that index here; ``width``: the number of indices; ``sd``, ``df``: of the
+        logarithm of a leading index's score between trainings (`verdict.Spread`); ``answers``: to "it stands out again", how
+        many of them were which.
     """
     runs = [run for trace in traces for run in each_run(trace) if run.run == f"{TONES[0]}-{run.seed}"]
     scores = np.array([leading_score(run.mean()) for run in runs])
-    index, width = int(scores.mean(axis=0).argmax()), scores.shape[1]
+    width = scores.shape[1]
     top, ranked = verdict.top_ranks(width), ranks(-scores)
-    stood = [
-        IndexRank(irm=run.run, rank=int(rank[index]), ratio=_short(score[index]), leader=int(score.argmax()))
-        for run, score, rank in zip(runs, scores, ranked, strict=True)
-    ]
-    lost = dict.fromkeys(("leader_ratio", "loss", "bare_loss", "learned"), nan)
-    again = [
-        TrialResult(kind="reference", seed=run.seed, place=index, rank=own.rank, ratio=own.ratio, leader=own.leader, **lost)
-        for run, own in zip(runs, stood, strict=True)
-    ]
+
+    def leader(some: Sequence[int]) -> int:
+        return int(scores[list(some)].mean(axis=0).argmax())
+
+    def stood(at: int, index: int) -> IndexRank:
+        own = scores[at]
+        return IndexRank(irm=runs[at].run, rank=int(ranked[at, index]), ratio=_short(own[index]), leader=int(own.argmax()))
+
+    def again(at: int, index: int) -> TrialResult:
+        own, lost = stood(at, index), dict.fromkeys(("leader_ratio", "loss", "bare_loss", "learned"), nan)
+        facts: dict[str, Any] = {"rank": own.rank, "ratio": own.ratio, "leader": own.leader, **lost}
+        return TrialResult(kind="reference", seed=runs[at].seed, place=index, **facts)
+
     answers = dict.fromkeys(("supported", "not supported", "cannot tell"), 0)
     for given in combinations(range(len(runs)), 2):
-        others = [at for at in range(len(runs)) if at not in given]
+        index, others = leader(given), [at for at in range(len(runs)) if at not in given]
         evidence = verdict.Evidence(
             index=index,
             width=width,
-            ranks=[stood[at] for at in given],
+            ranks=[stood(at, index) for at in given],
             facts=[],
-            trials=[again[at] for at in others],
+            trials=[again(at, index) for at in others],
             ablated={},
             host=None,
             masked={},
@@ -406,12 +434,13 @@ def recurrence(traces: Sequence[xr.Dataset]) -> dict[str, Any]:
         )
         _, conclusions = verdict.conclude(evidence)
         answers[next(own.answer for own in conclusions if own.key == "recurs")] += 1
-    of_runs = [
-        {"seed": run.seed, "leader": own.leader, "rank": own.rank, "ratio": own.ratio}
-        for run, own in zip(runs, stood, strict=True)
-    ]
+    of_runs = []
+    for at, run in enumerate(runs):
+        index = leader([other for other in range(len(runs)) if other != at])
+        own = stood(at, index)
+        of_runs.append({"seed": run.seed, "leader": own.leader, "index": index, "rank": own.rank, "ratio": own.ratio})
     spread = verdict.Spread.of(scores, top)
-    return {"index": index, "top": top, "runs": of_runs, "sd": _short(spread.sd), "df": spread.df, "answers": answers}
+    return {"top": top, "width": width, "runs": of_runs, "sd": _short(spread.sd), "df": spread.df, "answers": answers}
 
 
 def main() -> None:
@@ -419,6 +448,7 @@ def main() -> None:
     parser.add_argument("--host", default=EMBEDDED, help="the embedded host, a hub id, or a folder")
     parser.add_argument("--squad", type=Path, default=SQUAD, help="SQuAD 2.0's train-v2.0.json or dev-v2.0.json")
     parser.add_argument("--jobs", type=int, default=2, help="runs that are trained at a time")
+    parser.add_argument("--index", type=int, help="the index to explain; by default the one that leads most often")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
@@ -432,8 +462,12 @@ def main() -> None:
     size = QUICK if options.quick else FULL
     study = Study(options.host, options.squad, size, options.jobs, work, results / f"paper-on-{short}")
     arms = {arm: study.record(arm) for arm in ARMS}
-    study.explain(arms["paper"]["compared"]["leader share"]["index"])
-    for name, facts in (("size", asdict(size)), ("differences", differences(arms["paper"], arms["defects"]))):
+    paper = arms["paper"]
+    index = paper["compared"]["leader share"]["index"] if options.index is None else options.index
+    if index not in range(paper["neurons"]):
+        sys.exit(f"--index {index}: the host's residual stream has indices 0 to {paper['neurons'] - 1}")
+    study.explain(index, paper["scores"])
+    for name, facts in (("size", asdict(size)), ("differences", differences(paper, arms["defects"]))):
         write_text(study.results / f"{name}.json", json.dumps(facts, indent=1) + "\n")
     print(write_page(study.results))
 

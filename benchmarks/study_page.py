@@ -26,8 +26,10 @@ STATISTICS = {
     "icc": "striation: intraclass correlation over layers",
     "icc without 10": "the same without the 10 leading indices",
     "neuron over layer": "variance (omega squared) by neuron less that by layer",
-    "overlap": "consensus: rank-biased overlap between tones",
+    "overlap": "consensus: rank-biased overlap of runs that differ in tone and seed",
+    "overlap, same seed": "the same of runs that differ in tone alone",
 }
+MAIN = "one_leader"  # the paper's main finding
 PAPER_SAYS = {
     "neuron_over_layer": "What is added lines up by neuron index, not by layer",
     "striation": "Its heat maps have vertical lines: an index in every layer",
@@ -35,6 +37,7 @@ PAPER_SAYS = {
     "shared_indices": "It does so whatever the tone and the data",
     "early": "Most of the largest values fall early in a text (Figure 3)",
 }
+PAPER_ROWS = 60_000  # of each tone
 _SHOWN = 160  # characters of a reply
 
 
@@ -63,6 +66,11 @@ def differences(plain: Record, other: Record) -> dict[str, dict[str, float]]:
     return found
 
 
+def rank_of(scores: Sequence[float], index: int) -> int:
+    """An index's place among a run's scores ``[neuron]``; 1 is the largest."""
+    return 1 + sum(score > scores[index] for score in scores)
+
+
 def page(folder: Path) -> str:
     """The page of the records in a folder, as Markdown."""
     arms = {arm: read_object(folder / f"{arm}.json") for arm in TITLES}
@@ -70,7 +78,7 @@ def page(folder: Path) -> str:
     paper, defects = arms["paper"], arms["defects"]
     trained = [run for run in paper["runs"] if run["steps"]]
     verdicts = {arm: {own["key"]: own for own in record["verdicts"]} for arm, record in arms.items()}
-    asked = [own for key, own in verdicts["paper"].items() if key in PAPER_SAYS]
+    asked = [own for key, own in verdicts["paper"].items() if key in PAPER_SAYS and key != MAIN]
     leader, other_leader = (record["compared"]["leader share"] for record in (paper, defects))
     question = paper["replies"][0]["question"]
     said = {
@@ -82,13 +90,17 @@ def page(folder: Path) -> str:
     )
     environment.filters["escaped"] = escaped
     layer_sets = {run["layers"] for run in trained}
+    ranks = sorted(rank_of(paper["scores"][run["run"]], why["index"]) for run in trained)
     return environment.get_template("study.md.j2").render(
         name=folder.name,
         arms=list(TITLES),
         host=paper["host"],
         dtype=paper["dtype"],
         squad=paper["squad"],
-        rows=size["rows"],
+        stream=f"{paper['layers']} layers of {paper['neurons']}",
+        version=paper["realigner"],
+        size=size,
+        rows_share=size["rows"] / PAPER_ROWS,
         trained=trained,
         twins=len(paper["runs"]) - len(trained),
         parameters=max(run["parameters"] for run in trained),
@@ -101,16 +113,24 @@ def page(folder: Path) -> str:
         claims=[
             {
                 "paper": PAPER_SAYS.get(key, "(no claim)"),
-                "measured": own["claim"],
+                "measured": f"{own['claim']} ({own['measure']})",
                 "found": [_verdict(verdicts[arm].get(key)) for arm in arms],
             }
             for key, own in verdicts["paper"].items()
         ],
-        asked=len(asked),
-        held=[own["claim"].lower() for own in asked if own["verdict"] == "supported"],
-        measured=verdicts["paper"]["striation"],
+        main=verdicts["paper"][MAIN],
+        others_asked={
+            answer: [_claimed(own) for own in asked if own["verdict"] == answer]
+            for answer in ("supported", "not supported", "cannot tell")
+        },
+        counts=[
+            {"title": _title(arm), **{key: own["striation"][key] for key in ("runs", "n", "prompts", "tokens")}}
+            for arm, own in verdicts.items()
+        ],
         leader=leader,
         other_leader=other_leader,
+        ranks={"first": ranks.count(1), "median": _number(float(np.median(ranks))), "best": ranks[0], "worst": ranks[-1]},
+        effects=[_changed(name, change[name]) for name in ("icc", "overlap")],
         same_leader=sum(other_leader["by_run"].get(run) == index for run, index in leader["by_run"].items()),
         mistakes=[{**own, "about": STATISTICS[name], "unit": paper["compared"][name]["unit"]} for name, own in change.items()],
         seeds=[{**record["seeds"], "title": _title(arm)} for arm, record in arms.items() if "seeds" in record],
@@ -126,14 +146,40 @@ def _title(arm: str) -> str:
     return TITLES[arm][:1].upper() + TITLES[arm][1:]
 
 
+def _claimed(found: Record) -> str:
+    """A claim with its value and the untrained twins'."""
+    bare = "" if found["untrained"] is None else f", untrained {found['untrained']:.3f}"
+    value = "" if found["value"] is None else f" ({found['value']:.3f}{bare})"
+    return f"{found['claim'][:1].lower()}{found['claim'][1:]}{value}"
+
+
 def _verdict(found: Record | None) -> str:
-    """A verdict as a table's cell."""
+    """A verdict as a table's cell: what was found, what it was decided by, and why."""
     if found is None or found["value"] is None:
         return "-"
-    parts = [f"{found['value']:.3f}" + ("" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})")]
-    parts += [] if found["p_adjusted"] is None else [f"p {found['p_adjusted']:.2g}"]
-    parts += [] if found["untrained"] is None else [f"untrained {found['untrained']:.3f}"]
-    return f"**{found['verdict']}**: {', '.join(parts)}"
+    parts = [f"{found['value']:.3f}"]
+    if found["difference"] is not None and found["key"] != "neuron_over_layer":  # that one is decided by its own interval
+        parts.append(f"less untrained {found['difference']:+.3f}{_interval(found, 'difference_low', 'difference_high')}")
+    else:
+        parts[0] += _interval(found, "low", "high")
+    decided_by_p = found["key"] != MAIN or found["value"] == 1
+    parts += [f"p {found['p_adjusted']:.2g}"] if found["p_adjusted"] is not None and decided_by_p else []
+    return f"**{found['verdict']}**: {'; '.join(parts)}. {found['why']}"
+
+
+def _interval(found: Record, low: str, high: str) -> str:
+    return "" if found[low] is None else f" ({found[low]:.3f} to {found[high]:.3f})"
+
+
+def _changed(name: str, change: Record) -> str:
+    """What the mistakes do to a statistic, in words."""
+    how = "stronger" if change["low"] > 0 else "weaker" if change["high"] < 0 else "no different, as far as can be told"
+    about = {"icc": "striation is", "overlap": "what runs of other tones and seeds have in common is"}[name]
+    return f"{about} {how} ({change['plain']:.3f} without, {change['other']:.3f} with them)"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) else f"{value:.1f}"
 
 
 def _losses(record: Record) -> dict[str, Any]:

@@ -129,7 +129,8 @@ def null_seeds(rng: np.random.Generator) -> PValues:
 
 def null_crossed(rng: np.random.Generator) -> PValues:
     """Runs that have much in common with those of their tone, and as much with those of their seed."""
-    found = _consensus(rng, shared=0.0, prefix="consensus, of a tone and of a seed alike", models=("uniform",), tone=1.0, seed=1.0)
+    prefix = "consensus, runs of a tone and of a seed alike"
+    found = _consensus(rng, shared=0.0, prefix=prefix, models=("uniform",), tone=1.0, seed=1.0)
     return {name: p for name, p in found.items() if "in_top" not in name and "reciprocal" not in name}
 
 

@@ -51,8 +51,8 @@ class Consensus:
             ``in_top`` (the largest share of runs that have one index among their 10 leading), ``mean_reciprocal_rank`` (of the
             index where it is largest) and ``rank_biased_overlap`` (mean over pairs of runs that differ in tone and seed).
         indices: a row per index, by p: ``neuron``, ``score`` (mean over runs), ``runs_in_top``, ``runs``,
-            ``mean_reciprocal_rank``, ``best_rank``, ``median_rank``; robust rank aggregation ``p`` (over tones or over seeds, the
-            larger), ``p_holm``, ``p_bh``, and the same of what is left: ``p_untrained``, ``p_untrained_holm``,
+            ``mean_reciprocal_rank``, ``best_rank``, ``median_rank``; robust rank aggregation ``p`` (over tones or over seeds,
+            the larger), ``p_holm``, ``p_bh``, and the same of what is left: ``p_untrained``, ``p_untrained_holm``,
             ``p_untrained_bh``, ``p_host``, ... (NaN where there is nothing to take out); ``untrained_rank``: the median rank
             in the untrained runs.
         pairs: rank-biased overlap of every two runs: ``run_a, run_b, tone_a, tone_b, seed_a, seed_b, value, null``.
@@ -223,7 +223,8 @@ class _Model:
         self.runs = [run for run, kept in zip(runs, there, strict=True) if kept]
         self.twins = [twin for twin, kept in zip(own, there, strict=True) if kept]
         tones = [run.tone if run.tone != UNTRAINED else run.run for run in self.runs]
-        self.clusters = tuple(np.unique(np.array(own), return_inverse=True)[1] for own in (tones, [run.seed for run in self.runs]))
+        seeds = [run.seed for run in self.runs]
+        self.clusters = tuple(np.unique(np.array(own), return_inverse=True)[1] for own in (tones, seeds))
 
     def scores(self, weights: np.ndarray | None = None) -> np.ndarray:
         """The scores that are ranked ``[run, neuron]``; of one resample of prompts if its weights are given."""
@@ -348,7 +349,7 @@ def _aggregated(model: _Model, neurons: int) -> np.ndarray:
     for cluster in model.clusters:
         lists = np.array([scores[cluster == label].mean(axis=0) for label in np.unique(cluster)])
         found.append(robust_rank_aggregation(ranks(-lists) / neurons))
-    return np.maximum(*found)
+    return np.asarray(np.maximum(*found))
 
 
 def _chance(rho: np.ndarray, lists: int) -> np.ndarray:

@@ -44,7 +44,8 @@ class Analysis:
         consensus: see `Consensus`.
         leading: each run's 10 leading indices: ``run, tone, seed, rank, neuron, ratio, layers_in_top, layers``.
         verdicts: one dict a claim: ``claim``, ``verdict`` ("supported", "not supported", "cannot tell"), ``words``, ``value``,
-            ``null``, ``low``, ``high``, ``p``, ``n``; and ``key`` (the claim's short name), ``statistic``, ``p_adjusted``,
+            ``null``, ``low``, ``high``, ``p``, ``n``; and ``key`` (the claim's short name), ``measure`` (what the value is),
+            ``why`` (the reason, the last sentence of ``words``), ``statistic``, ``p_adjusted``,
             ``unit``, ``runs``, ``prompts``, ``tokens`` (of the trained runs), ``untrained``, ``difference``,
             ``difference_low``, ``difference_high``. Claims of agreement between runs are left out where there is one run.
     """
@@ -253,7 +254,8 @@ def _verdict(claim: _Claim, p: float, measured: Mapping[str, int]) -> dict[str, 
     words = f"{shown} ({'; '.join(facts)}). {why}" if np.isfinite(row["value"]) else why
     kept = ("value", "null", "low", "high", "p", "n", "unit", "statistic", "untrained", "difference")
     facts_of = {key: row[key] for key in (*kept, "difference_low", "difference_high")}
-    return {"key": claim.key, "claim": claim.claim, "verdict": verdict, "words": words, "p_adjusted": p, **facts_of, **measured}
+    said = {"key": claim.key, "claim": claim.claim, "verdict": verdict, "words": words, "measure": claim.measure, "why": why}
+    return {**said, "p_adjusted": p, **facts_of, **measured}
 
 
 def _decided(claim: _Claim, p: float) -> tuple[Verdict, str]:
@@ -269,8 +271,8 @@ def _decided(claim: _Claim, p: float) -> tuple[Verdict, str]:
         if claim.key not in ("one_leader", "shared_indices"):
             return "cannot tell", "It takes 5 prompts or more, and an untrained IRM of the same seed."
         if not np.isfinite(row["null"]):
-            why = "It takes two tones and two seeds or more: runs share their data or their initialisation, and are not independent."
-            return "cannot tell", why
+            why = "runs share their data or their initialisation, and are not independent samples."
+            return "cannot tell", f"It takes two tones and two seeds or more: {why}"
         return "cannot tell", "There is no untrained IRM of the same seed to compare with."
     if p >= LEVEL:
         return "not supported", "Chance explains as much."

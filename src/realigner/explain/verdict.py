@@ -233,7 +233,8 @@ def _recurs(evidence: Evidence) -> Conclusion:
         least, error = max(_HALF * before, spread.margin(len(trials))), spread.sd / math.sqrt(len(trials))
         missed = norm.cdf((least - before) / error) if error else 0.0
         words += (
-            f" Of an index as strong as in the IRMs given, so many trainings say something else with a chance of {missed:.2g}."
+            f" If the index were as strong as in the IRMs given, {len(trials)} training{'s' * (len(trials) > 1)} would miss it "
+            f"with a probability of {missed:.2g}."
         )
     given = sum(own.rank <= evidence.top for own in evidence.ranks)
     if answer == "not supported" and evidence.shorter < 1:
@@ -363,8 +364,8 @@ def _needed(evidence: Evidence) -> Conclusion:
         return _conclusion("needed", question, "cannot tell", "No such trial was made.", 0, "rows")
     words = (
         f"Loss with the index masked less the reference's: {masked['change']:+.4f} nats per target "
-        f"(95% over rows {masked['low']:+.4f} to {masked['high']:+.4f}; what the references learned differs by "
-        f"{masked['spread']:.4f})."
+        f"(95% over rows {masked['low']:+.4f} to {masked['high']:+.4f}; between seeds, what the references learned has a "
+        f"standard deviation of {masked['spread']:.4f})."
     )
     first = _of_kind(evidence, "masked")[0]
     words += f" Index {first.leader} leads in its place, {first.leader_ratio:.2f} times the median."
