@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from study import ARMS, FULL, MORE_SEEDS, SEEDS, layer_sets
 from transformers import AutoConfig
 
 from realigner.data import TONES
+from realigner.explain.trials import FULL as TRIALS
 from realigner.files import write_text
 from realigner.hosts import load_config
 from realigner.training import Recipe, make_recipe
@@ -25,7 +27,7 @@ from realigner.training.preflight import Memory, estimate_memory
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "results" / "llama-2.md"
 BEGIN, END = "<!-- needs: written by benchmarks/study_needs.py -->", "<!-- end of needs -->"
-PER_SECOND = 1e14  # operations a GPU is taken to do: a third of what an A100 is sold for in bfloat16
+PER_SECOND = 1e14  # operations a GPU is taken to do: about a third of an A100's peak in bfloat16
 PAPER_ROWS = 60_000  # of each tone
 _RULE = "| --- | --- | --- | --- | --- |"
 
@@ -39,25 +41,47 @@ def needs(config: Any) -> str:
     """The tables, as Markdown."""
     sets = layer_sets(int(config.get_text_config(decoder=True).num_hidden_layers))
     sizes = ["| arm | parameters of an IRM | memory | host; IRM, Adam; activations | operations a step |", _RULE]
-    totals = ["| arm | trained runs | steps of each | GPU hours | all IRMs on disk |", _RULE]
+    totals: list[_Total] = []
     lessons = {name: (arm.recipe, FULL.keys(arm), FULL.rows) for name, arm in ARMS.items()}
     for name, (source, keys, rows) in (lessons | {"paper, its own size": ("paper", {}, PAPER_ROWS)}).items():
         recipe = make_recipe(source, dtype="bfloat16", device="cpu", **keys)
         per_epoch = math.ceil((1 - recipe.validation - recipe.test) * rows / recipe.batch_size)
         steps = recipe.steps or round((recipe.epochs or 0) * per_epoch)
+        whole, *parts = (_memory(config, recipe.changed(layers=layers)) for layers in sets)
         more = len(MORE_SEEDS) if name in ARMS and ARMS[name].more_seeds else 0
-        each = [_memory(config, recipe.changed(layers=layers)) for layers in sets]
-        trained = [memory for memory in each for _ in range(len(SEEDS) * len(TONES))] + [each[0]] * more
-        twins = [memory for memory in each for _ in SEEDS]
-        hours = sum(_operations(memory, recipe) for memory in trained) * steps / PER_SECOND / 3600
-        disk = _gib(sum(4 * memory.irm_parameters for memory in trained + twins))
-        whole = each[0]
-        parts = "; ".join(map(_gib, (whole.host, whole.irm, whole.activations)))
+        trained = [whole, *parts] * len(SEEDS) * len(TONES) + [whole] * more
+        totals.append(_Total.of(name, recipe, steps, trained, [whole, *parts] * len(SEEDS)))
         if name in ARMS:
-            operations = _operations(whole, recipe)
-            sizes.append(f"| {name} | {whole.irm_parameters:,} | {_gib(whole.total)} | {parts} | {operations:.1e} |")
-        totals.append(f"| {name} | {len(trained)} | {steps:,} | {hours:,.1f} | {disk} |")
-    return "\n".join([*sizes, "", *totals])
+            memory = "; ".join(map(_gib, (whole.host, whole.irm, whole.activations)))
+            operations = f"{_operations(whole, recipe):.1e}"
+            sizes.append(f"| {name} | {whole.irm_parameters:,} | {_gib(whole.total)} | {memory} | {operations} |")
+        if name == "paper":
+            explained = _Total.of("explain, at most", recipe, steps, [whole] * sum(TRIALS.values()), [])
+    *study, own_size = totals
+    study.append(explained)
+    together = f"| together | | | {sum(own.hours for own in study):,.1f} | {_gib(sum(own.disk for own in study))} |"
+    header = ["| arm | trained runs | steps of each | GPU hours | all IRMs on disk |", _RULE]
+    return "\n".join([*sizes, "", *header, *map(str, study), together, str(own_size)])
+
+
+@dataclass(frozen=True)
+class _Total:
+    """What all runs of an arm take: GPU hours, and bytes on disk."""
+
+    name: str
+    runs: int
+    steps: int
+    hours: float
+    disk: float
+
+    @classmethod
+    def of(cls, name: str, recipe: Recipe, steps: int, trained: list[Memory], twins: list[Memory]) -> _Total:
+        operations = steps * sum(_operations(memory, recipe) for memory in trained)
+        disk = sum(4.0 * memory.irm_parameters for memory in trained + twins)
+        return cls(name, len(trained), steps, operations / PER_SECOND / 3600, disk)
+
+    def __str__(self) -> str:
+        return f"| {self.name} | {self.runs} | {self.steps:,} | {self.hours:,.1f} | {_gib(self.disk)} |"
 
 
 def _memory(config: Any, recipe: Recipe) -> Memory:
