@@ -214,6 +214,8 @@ class _Model:
     Attributes:
         runs, twins: the runs, and their untrained twins.
         clusters: each run's tone, and its seed, by number ``[run]``; every untrained run is a tone of its own.
+        alike: groups of runs, with signs: all pairs of runs, and those of these groups by their signs, are the pairs that
+            differ in tone and seed.
     """
 
     def __init__(self, name: str, runs: list[_Run], twin_of: Mapping[str, _Run], measured: np.ndarray | None) -> None:
@@ -225,6 +227,11 @@ class _Model:
         tones = [run.tone if run.tone != UNTRAINED else run.run for run in self.runs]
         seeds = [run.seed for run in self.runs]
         self.clusters = tuple(np.unique(np.array(own), return_inverse=True)[1] for own in (tones, seeds))
+        by_tone, by_seed = self.clusters
+        # Pairs that share both are taken away twice, and put back.
+        kinds = ((by_tone, -1), (by_seed, -1), (by_tone * len(runs) + by_seed, 1))
+        groups = [(np.flatnonzero(labels == label), sign) for labels, sign in kinds for label in np.unique(labels)]
+        self.alike = [(group, sign) for group, sign in groups if len(group) > 1]
 
     def scores(self, weights: np.ndarray | None = None) -> np.ndarray:
         """The scores that are ranked ``[run, neuron]``; of one resample of prompts if its weights are given."""
@@ -263,17 +270,17 @@ def _rows(
     if len(own.runs) < 2:
         return []
     ranked = ranks(-own.scores())
-    value, bare = _agreement(ranked, own.clusters), _overlap_of(control)
+    value, bare = _agreement(ranked, own.alike), _overlap_of(control)
     draws: list[dict[str, float]] = []
     bare_draws: list[float] = []
     if np.isfinite(weights).all():
-        draws = [_agreement(ranks(-own.scores(chosen)), own.clusters) for chosen in weights]
+        draws = [_agreement(ranks(-own.scores(chosen)), own.alike) for chosen in weights]
         bare_draws = [_overlap_of(control, chosen) for chosen in weights]
     nulls: list[list[dict[str, float]]] = []
     if all(cluster.max() > 0 for cluster in own.clusters):
         for cluster in own.clusters:
             relabelling = Relabelling(int(cluster.max()) + 1, ranked.shape[1], permutations, rng)
-            nulls.append([_agreement(drawn, own.clusters) for drawn in relabelling.each(ranked, cluster)])
+            nulls.append([_agreement(drawn, own.alike) for drawn in relabelling.each(ranked, cluster)])
     rows: list[dict[str, object]] = []
     for statistic in STATISTICS:
         under_null = [np.array([draw[statistic] for draw in null]) for null in nulls]
@@ -297,22 +304,15 @@ def _rows(
 
 
 def _overlap_of(model: _Model, weights: np.ndarray | None = None) -> float:
-    return _agreement(ranks(-model.scores(weights)), model.clusters)["rank_biased_overlap"] if model.runs else float("nan")
+    return _agreement(ranks(-model.scores(weights)), model.alike)["rank_biased_overlap"] if model.runs else float("nan")
 
 
-def _agreement(ranked: np.ndarray, clusters: tuple[np.ndarray, ...]) -> dict[str, float]:
-    """The table's statistics of ranks ``[run, neuron]``, of runs with these tones and seeds."""
+def _agreement(ranked: np.ndarray, alike: list[tuple[np.ndarray, int]]) -> dict[str, float]:
+    """The table's statistics of ranks ``[run, neuron]``; `alike` as in `_Model`."""
     runs, neurons = ranked.shape
     weight = _overlap_weight(neurons)[_depth(ranked)]
-    overlap, pairs = _shared(weight), runs * (runs - 1) // 2
-    tones, seeds = clusters
-    # Less the pairs that share a tone or a seed; those that share both are taken away twice.
-    for labels, sign in ((tones, -1), (seeds, -1), (tones * runs + seeds, 1)):
-        for own in (labels == label for label in np.unique(labels)):
-            count = int(own.sum())
-            if count > 1:
-                overlap += sign * _shared(weight[own])
-                pairs += sign * count * (count - 1) // 2
+    overlap = _shared(weight) + sum(sign * _shared(weight[group]) for group, sign in alike)
+    pairs = comb(runs, 2) + sum(sign * comb(len(group), 2) for group, sign in alike)
     return {
         "top1_agreement": float((ranked == 1).sum(axis=0).max() / runs),
         "in_top": float((ranked <= TOP).sum(axis=0).max() / runs),
