@@ -70,7 +70,7 @@ print(ra.analysis.leading_indices(maps.sel(run=trained), count=5).to_string())
 
 # %% [markdown]
 # The paper's claims, each with its statistic, null and interval. With one run several of them cannot be told: consensus over
-# tones needs runs of several tones. "Not supported" says what this trace does not show, and is no proof of the opposite.
+# tones needs several tones and seeds. "Not supported" says what this trace does not show, and is no proof of the opposite.
 
 # %%
 found = ra.analysis.analyze(recorded, permutations=200, resamples=200)
