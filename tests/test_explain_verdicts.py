@@ -124,7 +124,7 @@ def test_the_stated_chance_of_another_answer(sd: float) -> None:
         found = asked({"reference": [(1, float(ratio)) for ratio in ratios]}, spread=spread)[1]["recurs"]
         answers.append(found.answer)
         stated = found.words if found.answer == "supported" else stated
-    chance = float(stated.split("with a chance of ")[1].rstrip("."))
+    chance = float(stated.split("with a probability of ")[1].rstrip("."))
     assert np.mean([answer != "supported" for answer in answers]) == pytest.approx(chance, abs=0.06)
 
 

@@ -143,7 +143,9 @@ def test_a_run_is_held_against_the_untrained_one_of_its_own_layers() -> None:
         own = found[found["run"] == "first"].iloc[0]
         theirs = found[(found["run"] == "untrained-first") & (found["statistic"] == own["statistic"])].iloc[0]
         assert own["untrained"] == pytest.approx(theirs["value"])
-    assert consensus(trace, permutations=20, resamples=20).table["untrained"].notna().any()
+    other = planted_trace({"b": ("sadness", 7), "untrained-b": ("untrained", 7)}, layers=6, seed=2)
+    agreed = consensus(join_traces([trace, other]), permutations=20, resamples=20).table
+    assert agreed["untrained"].notna().any()
     assert [RunStyles.of(trace).twin(run) for run in ("whole", "first")] == ["untrained-whole", "untrained-first"]
 
 
