@@ -260,7 +260,7 @@ class Study:
             scores: of the arm's runs ``[neuron]``. Of runs in which it ranks the same, those over more layers come first.
         """
         file = self.results / "explain.json"
-        if file.is_file():
+        if file.is_file() and read_object(file)["index"] == index:
             return
         trained = [run for run in self.runs("paper") if run.recipe.steps != 0]
         trained.sort(key=lambda run: (rank_of(scores[_label(run).run], index), run.recipe.layers != "all"))

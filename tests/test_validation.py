@@ -25,7 +25,7 @@ FOUND = {
 def test_p_values_on_null_data(name: str) -> None:
     """So wide that 140 right p-values pass whatever the seed: five standard errors, and 8 of 16 where 1 is expected."""
     for key, p in simulate(NULLS[name], 16, seed=1).items():
-        assert 0.14 < p.mean() < 0.9, key
+        assert 0.14 < p.mean() < 0.86, key
         assert (p <= 0.05).sum() < 8, key
 
 
@@ -46,7 +46,7 @@ def test_p_values_are_uniform_on_a_thousand_traces(name: str) -> None:
         found = judged(p)
         of_two = key.startswith("consensus")  # the larger p of two: it may be too large
         assert found["small_p" if of_two else "ks_p"] > 0.0005, (key, found)
-        assert 0.025 * (not of_two) <= found["rate"] <= 0.075, (key, found)
+        assert 0.025 <= found["rate"] <= 0.075, (key, found)
 
 
 @pytest.mark.slow

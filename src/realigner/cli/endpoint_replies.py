@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from realigner.cli import options as opt
 from realigner.console import progress, show
-from realigner.data.endpoint import ChatRequest, Endpoint
+from realigner.data.endpoint import Endpoint
 from realigner.dialogues import Asked, Dialogue, all_replies, questions_in, readable, written
-from realigner.errors import RealignerError, UsageError
-from realigner.prompts import Answer, Prompt, messages_of
+from realigner.errors import UsageError
 
 
 def print_replies(
@@ -34,21 +34,7 @@ def print_replies(
         raise UsageError("--endpoint: name the model too (--model); a server lists its models at URL/models")
     server = Endpoint(url, model, **settings)
     with progress("answering", sum(map(questions_in, asked)), quiet=as_json) as task:
-
-        def answer(conversations: list[Prompt]) -> list[Answer]:
-            requests = [
-                ChatRequest(str(number), 0, messages_of(conversation, system), server.seed)
-                for number, conversation in enumerate(conversations)
-            ]
-            texts: dict[str, Answer] = {}
-            for reply in server.ask(requests):
-                if reply.error:
-                    raise RealignerError(f"{server.endpoint}: {reply.error}")
-                texts[reply.id] = Answer(reply.text, ended=not reply.cut)
-                task.advance()
-            return [texts[request.id] for request in requests]
-
-        replies = all_replies(asked, answer)
+        replies = all_replies(asked, partial(server.answers, system=system, done=task.advance))
     pairs = list(zip(asked, replies, strict=True))
     if as_json:
         results = [

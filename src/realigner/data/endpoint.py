@@ -28,6 +28,7 @@ from pydantic import SecretStr
 
 from realigner.data.rewriters import NoAnswerError, Reply
 from realigner.errors import RealignerError, UsageError
+from realigner.prompts import Answer, Prompt, messages_of
 
 if TYPE_CHECKING:
     import openai
@@ -150,6 +151,31 @@ class Endpoint:
             run.end()
         if run.failure is not None:
             raise run.failure
+
+    def answers(
+        self, conversations: Iterable[Prompt], system: str | None = None, done: Callable[[], None] | None = None
+    ) -> list[Answer]:
+        """The replies to conversations, in their order.
+
+        Args:
+            conversations: questions or messages.
+            system: a system prompt.
+            done: called after each reply.
+
+        Raises:
+            RealignerError: as `ask` does, and when the endpoint refuses one of them.
+        """
+        requests = [
+            ChatRequest(str(number), 0, messages_of(asked, system), self.seed) for number, asked in enumerate(conversations)
+        ]
+        found: dict[str, Answer] = {}
+        for reply in self.ask(requests):
+            if reply.error:
+                raise RealignerError(f"{self.endpoint}: {reply.error}")
+            found[reply.id] = Answer(reply.text, ended=not reply.cut)
+            if done is not None:
+                done()
+        return [found[request.id] for request in requests]
 
     def stream(self, messages: Sequence[Mapping[str, str]], stop: threading.Event | None = None) -> Generator[str, None, None]:
         """The reply to one conversation, piece by piece as it comes.

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
-from realigner.data.endpoint import ChatRequest, Endpoint
-from realigner.errors import RealignerError, UsageError
+from realigner.data.endpoint import Endpoint
+from realigner.errors import UsageError
 from realigner.evaluation.method_protocol import Fitted
 from realigner.evaluation.replies import Conversation
-from realigner.prompts import Answer, messages_of
+from realigner.prompts import Answer
 from realigner.serving.mixes import Mix
 
 _PENALTY = {"repetition_penalty": 1.1}  # the default of `generation.answer`
@@ -53,13 +53,7 @@ class ServedIRM:
         """
         name = self.named(strength)
         server = Endpoint(self.url, name, temperature=0.0, top_p=1.0, max_tokens=max_new_tokens, extra=_PENALTY)
-        requests = [ChatRequest(str(number), 0, messages_of(asked), 42) for number, asked in enumerate(conversations)]
-        found: dict[str, Answer] = {}
-        for reply in server.ask(requests):
-            if reply.error:
-                raise RealignerError(f"{server.endpoint}: {reply.error}")
-            found[reply.id] = Answer(reply.text, ended=not reply.cut)
-        return [found[request.id] for request in requests]
+        return server.answers(conversations)
 
     def bare_answers(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[Answer]:
         """The bare host's replies."""
