@@ -31,7 +31,7 @@ help:
 	@echo "make canary     the same against the newest transformers and PEFT; reports only"
 	@echo "make bench      measure speed against named peers, each in its own environment in .bench (9 GB; 50 minutes)"
 	@echo "make evaluation does an IRM work, and against what? 18 methods, 3 tones; writes docs/results (about 8 hours; goes on where it was)"
-	@echo "make study      the paper's experiment on the embedded host, or on HOST=...: 78 runs and twins, traces, the cause; writes"
+	@echo "make study      the paper's experiment on the embedded host, or on HOST=...: 60 runs, their twins, traces, the cause; writes"
 	@echo "                docs/results/paper-on-*.md (about 6 hours; goes on where it was; QUICK=1: half an hour; SQUAD=FILE, INDEX=N)"
 	@echo "make validation are the statistics and verdicts right? null data, planted truth; writes docs/statistics.md and docs/explain.md (1 hour)"
 

@@ -5,7 +5,8 @@
 
 1. rows      SQuAD's facts, rewritten in each tone (`realigner data build`, templates).
 2. arms      Of each of `ARMS`: the runs (a sweep), their answers to the paper's seven prompts (a trace), its analysis. Beside
-             the grid of three tones, two seeds and four layer sets stand trainings of one tone with more seeds.
+             the grid of three tones, two seeds and four layer sets stand trainings of one tone with more seeds. The arm with
+             the mistakes has the runs over all layers, and is held against the same runs without them.
 3. explain   Why the index that leads most often leads, or the one of --index, in float32.
 4. page      docs/results/paper-on-HOST.md, by `study_page.py`.
 
@@ -80,14 +81,12 @@ class Arm:
     Attributes:
         about: in words.
         recipe: ``paper`` or ``default``.
-        changed: keys of it.
-        more_seeds: whether `MORE_SEEDS` are trained too.
+        changed: keys of it. An arm with changes has the runs over all layers alone, and is held against those of `paper`.
     """
 
     about: str
     recipe: str
     changed: Mapping[str, Any]
-    more_seeds: bool = True
 
 
 ARMS = {
@@ -96,7 +95,6 @@ ARMS = {
         "the same with the reference code's two mistakes: labels shifted twice, padding in the loss",
         "paper",
         {"label_shift": 2, "loss_on_padding": True},
-        more_seeds=False,
     ),
     "compact": Arm("the compact network and the default recipe", "default", {}),
 }
@@ -168,7 +166,7 @@ class Study:
         keys = {"host": self.host, "dtype": DTYPE, "samples": 0, "report_to": []}
         keys |= self.size.keys(own)
         grid: dict[str, list[Any]] = {"tone": [*TONES], "seed": [*SEEDS], "layers": ["all"]}
-        if self.size.layer_sets:
+        if self.size.layer_sets and not own.changed:
             grid["layers"] = layer_sets(int(load_config(self.host).get_text_config(decoder=True).num_hidden_layers))
         if more_seeds:
             grid = {"tone": [TONES[0]], "seed": [*MORE_SEEDS], "layers": ["all"]}
@@ -201,7 +199,7 @@ class Study:
         if file.is_file():
             return read_object(file)
         own, runs = ARMS[arm], self.runs(arm)
-        seeds = self.runs(arm, more_seeds=True) if own.more_seeds else []
+        seeds = [] if own.changed else self.runs(arm, more_seeds=True)
         self.train(arm, [*runs, *seeds])
         trace = self.trace(arm, arm, runs)
         found = analyze(trace)
@@ -225,6 +223,10 @@ class Study:
         }
         if seeds:
             made["seeds"] = recurrence([trace, self.trace(arm, f"{arm}-seeds", seeds)])
+        if own.changed:
+            same = [run for run in self.runs("paper") if run.recipe.layers == "all"]
+            self.train("paper", same)
+            made["unchanged"] = compared(self.trace("paper", f"{arm}-unchanged", same))
         self.results.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(made, indent=1) + "\n")
         return made
@@ -467,7 +469,7 @@ def main() -> None:
     if index not in range(paper["neurons"]):
         sys.exit(f"--index {index}: the host's residual stream has indices 0 to {paper['neurons'] - 1}")
     study.explain(index, paper["scores"])
-    for name, facts in (("size", asdict(size)), ("differences", differences(paper, arms["defects"]))):
+    for name, facts in (("size", asdict(size)), ("differences", differences(arms["defects"]))):
         write_text(study.results / f"{name}.json", json.dumps(facts, indent=1) + "\n")
     print(write_page(study.results))
 

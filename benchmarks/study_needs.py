@@ -48,9 +48,12 @@ def needs(config: Any) -> str:
         per_epoch = math.ceil((1 - recipe.validation - recipe.test) * rows / recipe.batch_size)
         steps = recipe.steps or round((recipe.epochs or 0) * per_epoch)
         whole, *parts = (_memory(config, recipe.changed(layers=layers)) for layers in sets)
-        more = len(MORE_SEEDS) if name in ARMS and ARMS[name].more_seeds else 0
-        trained = [whole, *parts] * len(SEEDS) * len(TONES) + [whole] * more
-        totals.append(_Total.of(name, recipe, steps, trained, [whole, *parts] * len(SEEDS)))
+        if name in ARMS and ARMS[name].changed:
+            cells, more = [whole], 0
+        else:
+            cells, more = [whole, *parts], len(MORE_SEEDS) * (name in ARMS)
+        trained = cells * len(SEEDS) * len(TONES) + [whole] * more
+        totals.append(_Total.of(name, recipe, steps, trained, cells * len(SEEDS)))
         if name in ARMS:
             memory = "; ".join(map(_gib, (whole.host, whole.irm, whole.activations)))
             operations = f"{_operations(whole, recipe):.1e}"

@@ -41,28 +41,27 @@ PAPER_ROWS = 60_000  # of each tone
 _SHOWN = 160  # characters of a reply
 
 
-def differences(plain: Record, other: Record) -> dict[str, dict[str, float]]:
-    """By how much another arm's statistics exceed an arm's.
+def differences(arm: Record) -> dict[str, dict[str, float]]:
+    """By how much the statistics of an arm with changes exceed those of the same runs without.
 
-    Draws are paired: the n-th has the same prompts and tones in every arm.
+    Draws are paired: the n-th has the same prompts and tones in both.
 
     Args:
-        plain, other: records of arms.
+        arm: its record.
 
     Returns:
         statistic -> ``plain``, ``other``, ``value`` (their difference), ``low``, ``high`` (95%), ``n``; and in how many of the
-        runs that both arms have (``pairs``) it ``rose``.
+        runs (``pairs``) it ``rose``.
     """
     found = {}
     for name in STATISTICS:
-        a, b = plain["compared"][name], other["compared"][name]
+        a, b = arm["unchanged"][name], arm["compared"][name]
         value = b["value"] - a["value"]
         low, high = interval(value, np.array(b["draws"]) - np.array(a["draws"]), a["n"])
         of_a, of_b = a.get("by_run", {}), b.get("by_run", {})
-        shared = of_a.keys() & of_b.keys()
-        rose = sum(of_b[run] > of_a[run] for run in shared)
+        rose = sum(of_b[run] > of_a[run] for run in of_a)
         rounded = {key: round(number, 5) for key, number in (("value", value), ("low", low), ("high", high))}
-        found[name] = {"plain": a["value"], "other": b["value"], **rounded, "n": a["n"], "rose": rose, "pairs": len(shared)}
+        found[name] = {"plain": a["value"], "other": b["value"], **rounded, "n": a["n"], "rose": rose, "pairs": len(of_a)}
     return found
 
 
@@ -79,7 +78,7 @@ def page(folder: Path) -> str:
     trained = [run for run in paper["runs"] if run["steps"]]
     verdicts = {arm: {own["key"]: own for own in record["verdicts"]} for arm, record in arms.items()}
     asked = [own for key, own in verdicts["paper"].items() if key in PAPER_SAYS and key != MAIN]
-    leader, other_leader = (record["compared"]["leader share"] for record in (paper, defects))
+    leader, without, mistaken = (own["leader share"] for own in (paper["compared"], defects["unchanged"], defects["compared"]))
     question = paper["replies"][0]["question"]
     said = {
         arm: {own["run"]: own["reply"] for own in record["replies"] if own["question"] == question}
@@ -128,11 +127,16 @@ def page(folder: Path) -> str:
             for arm, own in verdicts.items()
         ],
         leader=leader,
-        other_leader=other_leader,
+        without=without,
+        mistaken=mistaken,
         ranks={"first": ranks.count(1), "median": _number(float(np.median(ranks))), "best": ranks[0], "worst": ranks[-1]},
         effects=[_changed(name, change[name]) for name in ("icc", "overlap")],
-        same_leader=sum(other_leader["by_run"].get(run) == index for run, index in leader["by_run"].items()),
-        mistakes=[{**own, "about": STATISTICS[name], "unit": paper["compared"][name]["unit"]} for name, own in change.items()],
+        same_leader=_in_common(without["by_run"], mistaken["by_run"]),
+        trained_again=_in_common(*(own["icc"]["by_run"] for own in (defects["unchanged"], paper["compared"]))) < without["n"],
+        same_leader_again=_in_common(without["by_run"], leader["by_run"]),
+        mistakes=[
+            {**own, "about": STATISTICS[name], "unit": defects["compared"][name]["unit"]} for name, own in change.items()
+        ],
         seeds=[{**record["seeds"], "title": _title(arm)} for arm, record in arms.items() if "seeds" in record],
         why=why,
         cause=CAUSES[why["cause"]],
@@ -140,6 +144,11 @@ def page(folder: Path) -> str:
         question=question,
         replies=[{"run": run, "said": [_cut(said[arm].get(run, "")) for arm in arms]} for run in said["paper"]],
     )
+
+
+def _in_common(own: Record, other: Record) -> int:
+    """In how many of its runs another record has the same value."""
+    return sum(other[run] == value for run, value in own.items())
 
 
 def _title(arm: str) -> str:

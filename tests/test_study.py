@@ -40,7 +40,7 @@ def trace_of(size: float, seed: int, runs: dict[str, tuple[str, int]] | None = N
 def difference(first: xr.Dataset, second: xr.Dataset, monkeypatch: pytest.MonkeyPatch, draws: int) -> dict[str, Any]:
     monkeypatch.setattr(study, "DRAWS", draws)
     monkeypatch.setattr(study, "PAIRED_DRAWS", min(draws, 100))
-    return study_page.differences({"compared": study.compared(first)}, {"compared": study.compared(second)})
+    return study_page.differences({"unchanged": study.compared(first), "compared": study.compared(second)})
 
 
 def test_a_planted_difference_between_arms_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +111,27 @@ def test_an_index_that_stands_out_in_every_training_is_said_to() -> None:
     assert max(run["rank"] for run in noise["runs"]) > 5  # of a training that had no part in choosing the index
 
 
-def test_the_layer_sets_are_the_papers() -> None:
+def test_the_runs_of_the_arms_are_the_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert study.layer_sets(30) == ["all", "0-9", "10-19", "20-29"]
     assert study.layer_sets(32) == ["all", "0-10", "11-21", "22-31"]
+    rows = {tone: str(tmp_path / tone) for tone in study.TONES}
+    for file in rows.values():
+        Path(file).write_text("")
+    monkeypatch.setattr(study.Study, "rows", lambda self: rows)
+    own = study.Study(str(tiny_folder(tmp_path / "tiny")), study.SQUAD, study.FULL, 1, tmp_path, tmp_path)
+    runs = {arm: own.runs(arm) for arm in study.ARMS}
+    assert {arm: len(some) for arm, some in runs.items()} == {"paper": 24 + 8, "defects": 6 + 2, "compact": 24 + 8}
+    assert len({run.name for some in runs.values() for run in some}) == 72
+    assert [run.recipe.seed for run in own.runs("compact", more_seeds=True)] == [43, 44, 45]
+    # Each run with the mistakes is one without, but for them.
+    plain = {
+        (run.recipe.tone, run.recipe.seed, run.recipe.steps): run.recipe for run in runs["paper"] if run.recipe.layers == "all"
+    }
+    assert len(plain) == 8
+    for run in runs["defects"]:
+        assert (run.recipe.label_shift, run.recipe.loss_on_padding) == (2, True)
+        same = plain[run.recipe.tone, run.recipe.seed, run.recipe.steps]
+        assert run.recipe == same.changed(label_shift=2, loss_on_padding=True)
 
 
 def test_the_page_is_made_of_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,9 +158,9 @@ def test_the_page_is_made_of_its_records(tmp_path: Path, monkeypatch: pytest.Mon
         }
         made |= study._found(analyze(trace, permutations=50, resamples=20)) | {"compared": study.compared(trace)}
         made["replies"] = [{"run": "bare", "question": "Why | so?", "reply": "Because " * 40}]
-        arms[arm] = made | ({"seeds": study.recurrence([trace])} if own.more_seeds else {})
+        arms[arm] = made | ({"unchanged": arms["paper"]["compared"]} if own.changed else {"seeds": study.recurrence([trace])})
     folder = tmp_path / "paper-on-planted-1.5"
-    others = {"size": asdict(study.QUICK), "differences": study_page.differences(arms["paper"], arms["defects"])}
+    others = {"size": asdict(study.QUICK), "differences": study_page.differences(arms["defects"])}
     folder.mkdir()
     for name, facts in (
         arms | others | {"explain": planted_explanation() | {"cause": "channel", "ablated_in": "float32"}}
@@ -164,6 +182,10 @@ def test_the_page_is_made_of_its_records(tmp_path: Path, monkeypatch: pytest.Mon
         "Because…",
     ):
         assert part in text, part
+    assert "trained once more" not in text
+    arms["defects"]["unchanged"] = study.compared(trace_of(1.5, 9))
+    (folder / "defects.json").write_text(json.dumps(arms["defects"]))
+    assert "not those above: 6 of 6 have the same leader as there." in study_page.page(folder)
     for published in (HERE / "docs" / "results").glob("paper-on-*/differences.json"):
         place = published.parent
         assert (place.parent / f"{place.name}.md").read_text() == study_page.page(place)
@@ -215,7 +237,7 @@ def test_killed_twice_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert begun("killed").wait() == 0, (tmp_path / "killed.log").read_text()[-2000:]
-    results = [tmp_path / name / "study" / "tiny-quick" / "results" for name in ("whole", "killed")]
+    results = [tmp_path / name / "runs" / "study" / "tiny-quick" / "results" for name in ("whole", "killed")]
     files = [{str(path.relative_to(place)): path for path in place.rglob("*") if path.is_file()} for place in results]
     assert files[0].keys() == files[1].keys()
     assert len(files[0]) >= 16
