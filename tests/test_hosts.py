@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from realigner import gguf_cache, hosts
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import Fingerprint, fingerprint, weights_hash
-from realigner.hosts import EMBEDDED, embedded_gguf, load_host
+from realigner.hosts import EMBEDDED, embedded_gguf, load_host, resolve_dtype
 from realigner.irm_config import IRMConfig
 from realigner.tiny import tiny_host
 from realigner.tuner import load_irm
@@ -194,6 +194,26 @@ def test_a_gguf_is_converted_once(
     assert weights_hash(load_host(str(moved), "float32")[0]) != first
     assert kept in cache.iterdir()
     assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("cpu", "dtype"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),  # Intel with AMX
+        (
+            {"avx512_bf16": True, "amx_bf16": False, "sse4a": False},
+            torch.float32,
+        ),  # the same in a virtual machine that hides AMX
+        ({"avx512_bf16": True, "amx_bf16": False, "sse4a": True}, torch.bfloat16),  # AMD
+        ({"avx512_bf16": False, "sse4a": True}, torch.float32),
+        ({"neon": True, "bf16": True}, torch.float32),
+    ],
+)
+def test_auto_takes_the_dtype_that_is_faster_on_this_cpu(
+    cpu: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert resolve_dtype("auto", torch.device("cpu")) is dtype
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
