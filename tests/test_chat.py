@@ -89,7 +89,7 @@ def test_a_reply_that_is_stopped_is_kept_as_far_as_it_came(runtime: Runtime) -> 
     assert whole.startswith(heard)
     assert heard != whole
     assert chat.messages == [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": heard}]
-    assert chat.turns[0].stopped
+    assert (chat.turns[0].stopped, chat.turns[0].ended) == (True, False)
     said(chat, "And?")
     assert not chat.turns[1].stopped
     assert (
@@ -199,9 +199,33 @@ def test_commands_change_what_acts_and_the_prompt_shows_it(
     ]
     assert "anger (its own strength is 2)\nsadness: acts, x0.7\n" in out
     assert "/strength 0.7     scale the IRM" in out
-    assert runtime.answer("Who?", strength=0.7, **SHORT) + "\n" in ra_visible(out)
+    assert runtime.answer("Who?", strength=0.7, **SHORT) + " ...\n" in ra_visible(out)
     assert [turn.prompt for turn in chat.turns] == ["Why?"]
     assert chat.turns[0].reply == runtime.answer("Why?", irms="__base__", system="Be brief.", **SHORT)
+
+
+def test_a_reply_that_was_cut_is_marked_and_the_mark_explained_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from realigner.cli.terminal_chat import run_chat
+
+    host, tokenizer = thinker(HYBRID, special=True)
+    scripted = Scripted(host, tokenizer)
+    chat = Chat(Runtime(host, tokenizer, {}), max_new_tokens=4)
+    scripted.texts = ["The sky is blue, since"]
+    typed(monkeypatch, "Why?", "Why?")
+    run_chat(chat)
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[1:3] == [f"{chat.turns[0].reply} ..."] * 2
+    assert printed.err == "... at its end: the reply was cut at 4 tokens (--max-new-tokens)\n"
+    assert [turn.ended for turn in chat.turns] == [False, False]
+    assert chat.messages[1]["content"] in scripted.texts[0]
+    scripted.texts = ["Blue."]
+    chat = Chat(Runtime(host, tokenizer, {}), max_new_tokens=40)
+    typed(monkeypatch, "Which?")
+    run_chat(chat)
+    assert "..." not in "".join(capsys.readouterr())
+    assert chat.turns[0].ended
 
 
 def ra_visible(text: str) -> str:
@@ -218,7 +242,7 @@ def test_what_is_wrong_is_a_line_and_the_chat_goes_on(
     wrong = ["/strength very", "/strength nan", "/irm joy", "/nothing", "/strength", "word " * 200]
     typed(monkeypatch, *wrong, "", "Who?", "word " * 200)
     run_chat(chat)
-    err = capsys.readouterr().err.splitlines()
+    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("... at its end")]
     assert len(err) == len(wrong) + 1
     for line, words in zip(
         err,
@@ -282,6 +306,8 @@ def test_replies_do_nothing_to_the_terminal(capsys: pytest.CaptureFixture[str], 
 
 # From a script.
 
+CUT = "... at its end: the reply was cut at 12 tokens (--max-new-tokens)\n"
+
 
 def piped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str | bytes, *arguments: object
@@ -314,8 +340,8 @@ def test_a_script_gets_replies_line_by_line_and_fails_where_one_fails(
     irms: dict[str, Path], runtime: Runtime, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, out, err = piped(monkeypatch, capsys, "Who?\n", "--irm", irms["anger"])
-    assert (code, err) == (0, "")
-    assert ra_visible(out) == runtime.answer("Who?", **SHORT) + "\n"
+    assert (code, err) == (0, CUT)
+    assert ra_visible(out) == runtime.answer("Who?", **SHORT) + " ...\n"
     for text, words, status in (
         ("Who?\n/strength x\n", "/strength: 'x' is not a number", 2),
         ("word " * 200, "positions; shorten it", 1),
@@ -324,7 +350,7 @@ def test_a_script_gets_replies_line_by_line_and_fails_where_one_fails(
         code, _, err = piped(monkeypatch, capsys, text, "--irm", irms["anger"])
         assert code == status
         assert words in err
-        assert err.count("\n") == 1
+        assert err.replace(CUT, "").count("\n") == 1
 
 
 def test_several_irms_are_for_the_chat(irms: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ class Turn:
         irms: the IRMs that acted; none: the bare host answered.
         strength: at which they acted, a number or one for each IRM by name; None where none acted.
         stopped: whether the reply was stopped before its end.
+        ended: whether it came to its end: it was not stopped, nor cut at ``max_new_tokens``.
     """
 
     prompt: str
@@ -33,6 +34,7 @@ class Turn:
     irms: tuple[str, ...]
     strength: float | dict[str, float] | None
     stopped: bool
+    ended: bool
 
 
 class Chat:
@@ -122,28 +124,29 @@ class Chat:
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         pieces: list[str] = []
-        stopped = True
+        stopped, ended = True, False
         reading = self.runtime.stream(asked, system=self.system, thoughts=True, **self._settings(), **self.options)
         try:
             with closing(reading):
-                for piece in reading:
-                    pieces.append(piece)
-                    yield piece
-            stopped = False
+                while True:
+                    pieces.append(next(reading))
+                    yield pieces[-1]
+        except StopIteration as end:
+            stopped, ended = False, bool(end.value)
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException:
             pieces.clear()
             raise
         finally:
-            self._keep(asked, pieces, stopped)
+            self._keep(asked, pieces, stopped, ended)
 
     def _settings(self) -> dict[str, Any]:
         if not self.runtime.irms:
             return {}
         return {"irms": self.irms or "__base__", "strength": self.acting or None}
 
-    def _keep(self, asked: list[dict[str, str]], pieces: list[str], stopped: bool) -> None:
+    def _keep(self, asked: list[dict[str, str]], pieces: list[str], stopped: bool, ended: bool) -> None:
         reply = "".join(piece for piece in pieces if not isinstance(piece, Thought))
         if not reply.strip():
             return
@@ -151,4 +154,4 @@ class Chat:
         same = set(self.acting.values())
         strength = next(iter(same)) if len(same) == 1 else self.acting or None
         self.messages = [*asked, {"role": "assistant", "content": reply}]
-        self.turns.append(Turn(asked[-1]["content"], reply, thought, self.irms, strength, stopped))
+        self.turns.append(Turn(asked[-1]["content"], reply, thought, self.irms, strength, stopped, ended))

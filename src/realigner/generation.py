@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -138,10 +138,13 @@ def stream(
     thoughts: bool = False,
     top_p: float = 1.0,
     stop: threading.Event | None = None,
-) -> Generator[str]:
+) -> Generator[str, None, bool]:
     """The reply to one prompt, piece by piece as it is made; the pieces together are what `answer` gives.
 
     It is made in a thread that begins now, with the settings of now. Closing the iterator stops it.
+
+    Returns:
+        A generator of pieces, whose return value is the answer's ``ended``.
 
     Args:
         thoughts: give the pieces of the thought, too, on hosts that think; they are `Thought`.
@@ -162,7 +165,7 @@ def stream(
     given = _settings(model, strength=strength, rows=None if irms is None else [irms], where=where)
     opened = [chat_format.opens_thought(rows[0])]
     options = sampling.options(model, chat_format, opened, 0)
-    pieces = Pieces(chat_format, opened[0], thoughts)
+    pieces = Pieces(chat_format, opened[0], thoughts, ends_of(model, chat_format))
     options["stopping_criteria"].append(_Stopped(lambda: pieces.stopped or (stop is not None and stop.is_set())))
 
     def generate() -> None:
@@ -213,7 +216,7 @@ def format_of(
     return ChatFormat(tokenizer, template, {**variables, **(chat_template_kwargs or {})})
 
 
-def _read(pieces: Pieces, thread: threading.Thread) -> Generator[str]:
+def _read(pieces: Pieces, thread: threading.Thread) -> Generator[str, None, bool]:
     def stop() -> None:
         pieces.stopped = True
         thread.join()
@@ -227,6 +230,7 @@ def _read(pieces: Pieces, thread: threading.Thread) -> Generator[str]:
             if isinstance(piece, BaseException):
                 raise piece
             yield piece
+        return pieces.ended
     finally:
         stop()
         unregister(stop)
@@ -235,10 +239,10 @@ def _read(pieces: Pieces, thread: threading.Thread) -> Generator[str]:
 class Pieces(BaseStreamer):  # type: ignore[misc]
     """A reply's text in pieces that never have to be taken back: no half characters, no space that may be the last."""
 
-    def __init__(self, chat_format: ChatFormat, opened: bool, thoughts: bool) -> None:
+    def __init__(self, chat_format: ChatFormat, opened: bool, thoughts: bool, ends: Collection[int] = ()) -> None:
         self.queue: queue.Queue[str | BaseException | None] = queue.Queue()
         self.stopped = False
-        self._format, self._opened, self._thoughts = chat_format, opened, thoughts
+        self._format, self._opened, self._thoughts, self._ends = chat_format, opened, thoughts, frozenset(ends)
         self._tokens: list[int] = []
         self._sent = {Thought: 0, str: 0}
         self._prompt = True  # the prompt comes first
@@ -259,6 +263,11 @@ class Pieces(BaseStreamer):  # type: ignore[misc]
         if not (reply or thought).endswith("\ufffd"):
             self._send(Thought, thought)
             self._send(str, reply[: len(reply) - self._held])
+
+    @property
+    def ended(self) -> bool:
+        """Whether a token has come that ends a reply."""
+        return not self._ends.isdisjoint(self._tokens)
 
     def end(self) -> None:
         thought, reply = self._format.split(self._tokens, self._opened)

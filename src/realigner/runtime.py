@@ -63,7 +63,7 @@ class Runtime:
             return self.answer([prompts], **options)[0]
         return answer(self.model, self.tokenizer, prompts, **self._with_strength(options))
 
-    def stream(self, prompt: Prompt, **options: Any) -> Generator[str]:
+    def stream(self, prompt: Prompt, **options: Any) -> Generator[str, None, bool]:
         """The reply to a question or a conversation, piece by piece; see `generation.stream`."""
         return stream(self.model, self.tokenizer, prompt, **self._with_strength(options))
 

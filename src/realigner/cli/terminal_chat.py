@@ -47,6 +47,7 @@ def run_chat(chat: Chat, first: Sequence[str] = (), as_json: bool = False) -> No
         with suppress(ImportError):
             import readline  # noqa: F401 - gives input() its editing and its history
         show("Say something; /help lists the commands.")
+    told = False  # what " ..." at a reply's end means
     with signals_to(_interrupt):
         for line in _lines(chat, first, at_terminal):
             try:
@@ -54,7 +55,11 @@ def run_chat(chat: Chat, first: Sequence[str] = (), as_json: bool = False) -> No
                     if _obeyed(chat, line, show if at_terminal else say):
                         break
                 elif line.strip():
-                    _reply(chat, line.removeprefix("/") if line.startswith("//") else line, at_terminal, quiet=as_json)
+                    said = line.removeprefix("/") if line.startswith("//") else line
+                    cut = _reply(chat, said, at_terminal, quiet=as_json)
+                    if cut and not (told or as_json):
+                        opt.say_cut([False], chat.options["max_new_tokens"])
+                    told = told or cut
             except RealignerError as error:
                 if not at_terminal:
                     raise
@@ -92,8 +97,9 @@ def _prompt(chat: Chat) -> str:
     return visible(f"[{acting or 'host'}] you: ")
 
 
-def _reply(chat: Chat, text: str, at_terminal: bool, quiet: bool) -> None:
-    thinking = False
+def _reply(chat: Chat, text: str, at_terminal: bool, quiet: bool) -> bool:
+    """Print the reply as it comes; whether it was cut at the limit of tokens."""
+    thinking, before = False, len(chat.turns)
     try:
         with closing(chat.say(text)) as pieces:
             for piece in pieces:
@@ -111,8 +117,10 @@ def _reply(chat: Chat, text: str, at_terminal: bool, quiet: bool) -> None:
         if not at_terminal:
             raise
         show(" ...", end="")
+    cut = any(not (turn.ended or turn.stopped) for turn in chat.turns[before:])
     if not quiet:
-        show()
+        show(" ..." if cut else "")
+    return cut
 
 
 def _obeyed(chat: Chat, line: str, tell: Callable[[str], None]) -> bool:
