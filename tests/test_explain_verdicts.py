@@ -74,6 +74,24 @@ def test_what_drops_is_the_cause(cause: str, trials: Any, facts: Any) -> None:
     assert asked({**BASE, **trials}, **facts)[0] == cause
 
 
+def test_an_index_that_leads_in_the_repetitions_is_not_said_not_to() -> None:
+    """Seed 111 of the planted hosts: rank 10 in the one IRM given, 1 in both trainings that repeat it."""
+    trials = {**BASE, "no channel": [STAYED], "gain": [FELL]}
+    cause, found = asked(trials, **UNSEEN, ranks=(10,), given=2.6)
+    assert (cause, found["leads"].answer) == ("channel through the norm", "cannot tell")
+    assert found["leads"].words.endswith(
+        "in 0 of 1 IRMs. a-0: rank 10 (2.60 times the median). But in 2 of the 2 trainings that repeat them."
+    )
+    # In half of all trainings, or fewer, it does not lead; nor where the repetitions are as few as the IRMs.
+    trials["reference"] = [STOOD, (9, 2.0)]
+    assert asked(trials, **UNSEEN, ranks=(10,), given=2.6)[0] == "idle channel"
+    trials["reference"] = [STOOD, STOOD]
+    assert asked(trials, **UNSEEN, ranks=(10, 12), given=2.6)[0] == "idle channel"
+    # Where no trial tells a cause, whether it leads is open.
+    cause, found = asked({"reference": [STOOD, STOOD], "permuted": [STAYED]}, ranks=(10,), given=2.6)
+    assert (cause, found["leads"].answer) == ("cannot tell", "cannot tell")
+
+
 def test_an_effect_of_one_size_is_one_answer_whatever_its_rank() -> None:
     """Index 467 of the embedded host had 1.91 times the median twice, at a rank that leads and at one that does not."""
     trials = {"reference": [(3, 1.91), (5, 1.91)], "permuted": [(4, 1.9)]}

@@ -194,7 +194,7 @@ def _cause(evidence: Evidence, found: Mapping[str, Answer]) -> str:
         return "gain" if outlier_sign(times_median(evidence.facts, "final_gain")) else "head"
     if found.get("sgd") == "supported":
         return "optimiser"
-    is_open = [found["recurs"], found["moves"], *(found.get(key) for key in ("no channel", "gain", "ordinary"))]
+    is_open = [found["leads"], found["recurs"], found["moves"], *(found.get(key) for key in ("no channel", "gain", "ordinary"))]
     return "cannot tell" if "cannot tell" in is_open else "none"
 
 
@@ -203,11 +203,13 @@ def _conclusion(key: str, question: str, answer: Answer, words: str, n: int, uni
 
 
 def _leads(evidence: Evidence) -> Conclusion:
-    ranks = evidence.ranks
-    leading = sum(own.rank <= evidence.top for own in ranks)
+    ranks, again = evidence.ranks, _of_kind(evidence, "reference")
+    leading, repeated = (sum(own.rank <= evidence.top for own in some) for some in (ranks, again))
     answer: Answer = "supported" if 2 * leading >= len(ranks) else "not supported"
     places = ", ".join(f"{own.irm}: rank {own.rank} ({own.ratio:.2f} times the median)" for own in ranks)
     words = f"Among the first {evidence.top} of {evidence.width} in {leading} of {len(ranks)} IRMs. {places}."
+    if answer == "not supported" and 2 * (leading + repeated) > len(ranks) + len(again):
+        answer, words = "cannot tell", f"{words} But in {repeated} of the {len(again)} trainings that repeat them."
     return _conclusion("leads", "The index leads in the IRMs given", answer, words, len(ranks), "IRMs")
 
 
