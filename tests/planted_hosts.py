@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 import realigner as ra
 from realigner.explain import explain
+from realigner.explain.explanation import IndexFact, IndexRank, TrialResult
+from realigner.explain.verdict import Evidence, Spread, conclude
 from realigner.tiny import tiny_host
 from realigner.training import Recipe, train
 
@@ -21,6 +25,7 @@ Gain = Literal["", "zero", "one", "median"]
 Head = Literal["", "small", "tied"]
 Cell = tuple[Channel, Gain, float, Head]
 WIDTH, WORDS, PLANTED = 64, 100, 17
+_DECISIVE = ("residual", "residual_first", "residual_delimiter", "final_gain", "head_norm", "head_reach")
 # what is planted -> the verdicts that name it. A channel that the head sees is not led by: its gradient's two parts cancel
 CELLS: dict[Cell, tuple[str, ...]] = {
     ("", "", 1, ""): ("none", "chance", "cannot tell", "not leading"),
@@ -146,11 +151,46 @@ def planted_folder(
 
 
 def verdict_on(cell: Cell, seed: int, place: Path) -> dict[str, Any]:
-    """Train an IRM on a planted host and ask why `PLANTED` leads (a plain host: why the index does that leads)."""
+    """Train an IRM on a planted host and ask why `PLANTED` leads (a plain host: why the index does that leads).
+
+    Returns:
+        ``cause``; ``leader``, ``rank`` and ``ratio`` of the index in the IRM, and what else the cause rests on, from which
+        `cause_of` finds it again: ``facts`` (measurement -> times the median), ``trials`` (kind, seed, rank, ratio, learned),
+        ``spread`` (sd, df).
+    """
     recipe = planted_folder(place, seed, *cell)
     host, tokenizer = ra.load_host(str(recipe.host), "float32")
     train(host, tokenizer, markov_rows(seed), place / "run", recipe, quiet=True).model.unload()
     asked = PLANTED if any((cell[0], cell[1], cell[3])) else None
     found = explain([place / "run"], place / "why", host, tokenizer, asked, quick=True, quiet=True, steps=recipe.steps)
     own = found.standings[0]
-    return {"cause": found.cause, "leader": own.leader, "rank": own.rank, "ratio": own.ratio}
+    return {
+        "cause": found.cause,
+        "leader": own.leader,
+        "rank": own.rank,
+        "ratio": _short(own.ratio),
+        "facts": {fact.measurement: _short(fact.times_median) for fact in found.facts if fact.measurement in _DECISIVE},
+        "trials": [[own.kind, own.seed, own.rank, _short(own.ratio), _short(own.learned)] for own in found.trials or ()],
+        "spread": [_short(found.spread_sd), found.spread_df],
+    }
+
+
+def _short(number: float) -> float | None:
+    return float(f"{number:.4g}") if math.isfinite(number) else None
+
+
+def cause_of(found: Mapping[str, Any]) -> str:
+    """The cause, by the rules as they are now, of what `verdict_on` gives."""
+    nowhere = {"place": PLANTED, "leader": found["leader"], "loss": math.nan}
+    facts = [
+        IndexFact(measurement=name, about="", value=math.nan, times_median=times, rank=0, n=WIDTH)
+        for name, times in found["facts"].items()
+    ]
+    trials = [
+        TrialResult(kind=kind, seed=seed, rank=rank, ratio=ratio, learned=learned, **nowhere)
+        for kind, seed, rank, ratio, learned in found["trials"]
+    ]
+    given = IndexRank(irm="run", rank=found["rank"], ratio=found["ratio"], leader=found["leader"])
+    sd, df = found["spread"]
+    spread = Spread(math.nan if sd is None else sd, df)
+    return conclude(Evidence(PLANTED, WIDTH, [given], facts, trials, {}, None, {}, {}, spread))[0]

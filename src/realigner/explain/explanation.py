@@ -165,6 +165,7 @@ class Explanation(_Part):
         standings: its rank in each IRM.
         correlations: of each measurement with the scores.
         trials: None: none were run.
+        spread_sd, spread_df: how far a score differs between trainings, see `verdict.Spread`; 0 degrees of freedom: unknown.
         ablations: IRM -> from `ablate.delta_ablations`.
         host_ablation: from `ablate.host_ablations`; empty: not run.
         explained: ``IRMs`` and ``untrained`` -> the regression of their scores on all measurements.
@@ -187,6 +188,8 @@ class Explanation(_Part):
     standings: list[IndexRank] = []
     correlations: list[Correlation]
     trials: list[TrialResult] | None
+    spread_sd: Number = math.nan
+    spread_df: int = 0
     ablations: dict[str, list[Ablation]]
     host_ablation: list[Ablation] = []
     explained: dict[str, Regression]

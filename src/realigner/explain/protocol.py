@@ -177,6 +177,7 @@ def _found(
         name: {how: against_controls(own, how) | {"size": study.size_ratio(name, index, own)} for how in budget.hows}
         for name, own in ablations.items()
     }
+    spread = _spread(outcomes, verdict.top_ranks(len(mean_score)))
     cause, conclusions = verdict.conclude(
         verdict.Evidence(
             index=index,
@@ -188,7 +189,7 @@ def _found(
             host=against_controls(host_ablation, "zero"),
             masked=_masked(outcomes),
             predicted=predicted,
-            spread=_spread(outcomes, verdict.top_ranks(len(mean_score))),
+            spread=spread,
             shorter=shorter,
             refused=refused,
         )
@@ -208,6 +209,8 @@ def _found(
         standings=ranks,
         correlations=correlations(study.measured, scores),
         trials=results,
+        spread_sd=spread.sd,
+        spread_df=spread.df,
         ablations=ablations,
         host_ablation=host_ablation,
         explained=predicted,

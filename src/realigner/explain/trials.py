@@ -34,7 +34,7 @@ from realigner.training.recipe import Recipe
 from realigner.tuner import load_irm, tuner_of
 
 SGD_RATE = 100.0  # times Adam's learning rate: with gradients scaled down to a norm of 1, SGD's steps are as long as that
-QUICK = {"reference": 2, "permuted": 1, "gain": 2, "masked": 1, "no channel": 2, "ordinary": 2}
+QUICK = {"reference": 3, "permuted": 1, "gain": 2, "masked": 1, "no channel": 2, "ordinary": 2}
 FULL = {**dict.fromkeys(KINDS, 2), "reference": 3, "permuted": 3, "gain": 3, "masked": 3}
 
 
