@@ -432,7 +432,7 @@ def recurrence(traces: Sequence[xr.Dataset]) -> dict[str, Any]:
             host=None,
             masked={},
             predicted={},
-            spread=verdict.Spread.of(scores[others], top),
+            spread=verdict.Spread.of(scores[others], top, index),
         )
         _, conclusions = verdict.conclude(evidence)
         answers[next(own.answer for own in conclusions if own.key == "recurs")] += 1

@@ -123,6 +123,21 @@ def test_what_has_dropped_and_leads_all_the_same_is_left_open() -> None:
     assert "And yet it leads" in found["gain"].words
 
 
+def test_what_is_less_and_no_longer_leads_has_dropped() -> None:
+    """Seed 201 of the planted hosts: without the channel 54% is left, at ranks 14 and 10 where it was at 2 and 3."""
+    trials = {"reference": [(3, 4.7), (2, 4.1), (3, 4.1)], "permuted": [(3, 5.3)], "no channel": [(14, 2.2), (10, 2.3)]}
+    cause, found = asked(trials, channel=38.0, given=4.1, spread=Spread(0.1, 6))
+    assert (cause, found["no channel"].answer) == ("channel", "supported")
+    assert found["no channel"].words.endswith("It no longer leads.")
+    for stays in ([(14, 3.9), (10, 3.9)], [(3, 2.2), (10, 2.3)]):  # nearly as large; leads in one of two
+        assert asked(trials | {"no channel": stays}, channel=38.0, given=4.1, spread=Spread(0.1, 6))[0] == "none"
+    cause, found = asked(trials, channel=38.0, given=4.1, spread=Spread(0.6, 6))  # it may be as large as before
+    assert (cause, found["no channel"].answer) == ("cannot tell", "cannot tell")
+    # What did not lead in the references either has not stopped leading.
+    trials["reference"] = [(5, 4.7), (6, 4.1), (3, 4.1)]
+    assert asked(trials, channel=38.0, given=4.1, spread=Spread(0.1, 6))[1]["no channel"].answer == "not supported"
+
+
 def test_the_spread_of_trainings_is_that_planted() -> None:
     rng = np.random.default_rng(0)
     level = np.exp(rng.normal(size=(1, 3000)))
@@ -131,6 +146,12 @@ def test_the_spread_of_trainings_is_that_planted() -> None:
     assert found.df == 1200
     assert found.sd == pytest.approx(0.25, rel=0.06)
     assert Spread.of(level, 400).df == 0
+    # An index that comes and goes is as uncertain as it is, though those that lead are not.
+    scores = np.ones((3, 10)) * [9.0, 8.0, 7.0, *[1.0] * 7]
+    scores[:, 9] = [1.0, 12.0, 1.0]
+    assert Spread.of(scores, 3).sd == 0
+    assert Spread.of(scores, 3, 9).sd == pytest.approx(np.log(scores[:, 9]).std(ddof=1) / 2)
+    assert (Spread.of(scores, 3, 9).df, Spread.of(scores, 3, 0).df) == (8, 6)
 
 
 @pytest.mark.parametrize("sd", [0.2, 0.6, 1.2])

@@ -177,7 +177,7 @@ def _found(
         name: {how: against_controls(own, how) | {"size": study.size_ratio(name, index, own)} for how in budget.hows}
         for name, own in ablations.items()
     }
-    spread = _spread(outcomes, verdict.top_ranks(len(mean_score)))
+    spread = _spread(outcomes, index)
     cause, conclusions = verdict.conclude(
         verdict.Evidence(
             index=index,
@@ -237,6 +237,6 @@ def _masked(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return verdict.masked_loss(pairs, [(outcome.bare - outcome.losses, outcome.counts) for outcome in references.values()])
 
 
-def _spread(outcomes: Sequence[Outcome], top: int) -> verdict.Spread:
-    references = [leading_score(outcome.magnitude) for outcome in outcomes if outcome.trial.kind == "reference"]
-    return verdict.Spread.of(np.array(references), top)
+def _spread(outcomes: Sequence[Outcome], index: int) -> verdict.Spread:
+    scores = np.array([leading_score(outcome.magnitude) for outcome in outcomes if outcome.trial.kind == "reference"])
+    return verdict.Spread.of(scores, verdict.top_ranks(scores.shape[-1]), index)

@@ -19,6 +19,7 @@ from realigner.traces.layout import UNTRAINED
 CHANNEL = 4.0  # an index with this many times the layer's median residual is an outlier channel
 UNUSUAL = 3.0  # a gain or a head's column is an outlier from so many times the median on, or from its inverse down
 _RARE = 0.05  # largest share of random indices that may have as large an effect
+_MOST_LEFT = 0.75  # an index that no longer leads has dropped if it keeps no more of the logarithm of its score
 _HALF = 0.5  # a dropped index keeps less of the logarithm of its score; a sufficient one makes more of the IRM's effect
 _MOST_MORE = 30  # trainings that are still worth naming as what would settle a question
 _RESIDUALS = ("residual", "residual_first", "residual_delimiter")
@@ -52,7 +53,7 @@ class Spread:
     """How far an index's score differs between trainings that differ in their seed alone.
 
     Attributes:
-        sd: the standard deviation of the score's logarithm, pooled over the leading indices.
+        sd: the standard deviation of the score's logarithm, pooled over the leading indices and the one in question.
         df: its degrees of freedom; 0: there was one training, and `sd` is NaN.
     """
 
@@ -60,13 +61,13 @@ class Spread:
     df: int = 0
 
     @classmethod
-    def of(cls, scores: np.ndarray, top: int) -> Spread:
-        """Of the scores ``[training, neuron]`` of the `top` indices that lead by their mean."""
+    def of(cls, scores: np.ndarray, top: int, index: int | None = None) -> Spread:
+        """Of the scores ``[training, neuron]`` of the `top` indices that lead by their mean, and of `index`."""
         if len(scores) < 2:
             return cls()
         logs = np.log(np.maximum(scores, 1e-12))
-        leading = np.argsort(-logs.mean(axis=0), kind="stable")[:top]
-        return cls(float(np.sqrt(logs[:, leading].var(axis=0, ddof=1).mean())), len(leading) * (len(scores) - 1))
+        leading = {*np.argsort(-logs.mean(axis=0), kind="stable")[:top].tolist(), *([] if index is None else [index])}
+        return cls(float(np.sqrt(logs[:, sorted(leading)].var(axis=0, ddof=1).mean())), len(leading) * (len(scores) - 1))
 
     def margin(self, *trainings: int) -> float:
         """Half the width of a 95% interval: of a mean of so many trainings, or of the difference of two such means."""
@@ -280,7 +281,11 @@ def _stands(
 
 
 def _dropped(evidence: Evidence, kind: str) -> tuple[Answer, str, int]:
-    """Whether the index has fallen in the trials of a kind, beside the references; the finding; how many trials there are."""
+    """Whether the index has dropped in the trials of a kind, beside the references; the finding; how many trials there are.
+
+    It has where it has fallen (`_stands`); and where less is left than in the references, three quarters at most, and it leads
+    in fewer than half of the trials, as it did not in the references. Where it leads in half of the trials, it has not.
+    """
     references, trials = _of_kind(evidence, "reference"), _of_kind(evidence, kind)
     if not trials:
         why = evidence.refused.get(kind, "")
@@ -288,8 +293,13 @@ def _dropped(evidence: Evidence, kind: str) -> tuple[Answer, str, int]:
     if not references:
         return "cannot tell", "no training to compare", len(trials)
     stands, words = _stands(trials, references, "the references", evidence.spread)
-    if stands is False and 2 * sum(trial.rank <= evidence.top for trial in trials) >= len(trials):
+    led, leads = (2 * sum(trial.rank <= evidence.top for trial in some) >= len(some) for some in (references, trials))
+    before, after = (float(_log_ratios(some).mean()) for some in (references, trials))
+    is_less = before - after > evidence.spread.margin(len(trials), len(references)) and after <= _MOST_LEFT * before
+    if stands is False and leads:
         stands, words = None, f"{words} And yet it leads."
+    elif stands and is_less and led and not leads:
+        stands, words = False, f"{words} It no longer leads."
     return "cannot tell" if stands is None else "not supported" if stands else "supported", words.removesuffix("."), len(trials)
 
 
