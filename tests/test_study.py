@@ -19,6 +19,7 @@ import xarray as xr
 from scipy.stats import rankdata
 
 from realigner.analysis.per_run import each_run, leading_score
+from realigner.data import TONES
 from tests.planted import planted_explanation, planted_trace
 from tests.tiny import tiny_folder
 
@@ -114,7 +115,7 @@ def test_an_index_that_stands_out_in_every_training_is_said_to() -> None:
 def test_the_runs_of_the_arms_are_the_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert study.layer_sets(30) == ["all", "0-9", "10-19", "20-29"]
     assert study.layer_sets(32) == ["all", "0-10", "11-21", "22-31"]
-    rows = {tone: str(tmp_path / tone) for tone in study.TONES}
+    rows = {tone: str(tmp_path / tone) for tone in TONES}
     for file in rows.values():
         Path(file).write_text("")
     monkeypatch.setattr(study.Study, "rows", lambda self: rows)
@@ -138,7 +139,7 @@ def test_the_page_is_made_of_its_records(tmp_path: Path, monkeypatch: pytest.Mon
     from realigner.analysis import analyze
 
     monkeypatch.setattr(study, "DRAWS", 20)
-    arms = {}
+    arms: dict[str, Any] = {}
     for number, (arm, own) in enumerate(study.ARMS.items()):
         trace = trace_of(1.0 + number, number)
         scores = {run.run: (leading_score(run.mean()) / 2).tolist() for run in each_run(trace)}
