@@ -143,12 +143,12 @@ def stream(
 
     It is made in a thread that begins now, with the settings of now. Closing the iterator stops it.
 
-    Returns:
-        A generator of pieces, whose return value is the answer's ``ended``.
-
     Args:
         thoughts: give the pieces of the thought, too, on hosts that think; they are `Thought`.
         stop: once it is set, which any thread may do, the reply ends with the next token.
+
+    Returns:
+        A generator of pieces, whose return value is the answer's ``ended``.
 
     Raises:
         UsageError: as `answer` does; what goes wrong later is raised where the pieces are read.
