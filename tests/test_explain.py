@@ -239,7 +239,7 @@ def test_a_planted_gain_is_named_and_no_trial_is_trained_twice(tmp_path: Path) -
     assert set(told["pages"]["17"]) == {"facts", "up", "down"}
     assert {entry["index"] for entry in told["ablations"]["anger-1"]} >= {int(index) for index in told["pages"]}
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "why" / "runs").glob("*/*/run.json")}
-    assert len(stamps) == 10
+    assert len(stamps) == 11
     again = explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, quick=True, quiet=True, force=True)
     assert again.to_dict() == found.to_dict()
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
