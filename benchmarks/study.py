@@ -226,7 +226,8 @@ class Study:
         if own.changed:
             same = [run for run in self.runs("paper") if run.recipe.layers == "all"]
             self.train("paper", same)
-            made["unchanged"] = compared(self.trace("paper", f"{arm}-unchanged", same))
+            traced = "paper" if (self.work / "paper.zarr").is_dir() else f"{arm}-unchanged"
+            made["unchanged"] = compared(self.trace("paper", traced, same), [_label(run).run for run in same])
         self.results.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(made, indent=1) + "\n")
         return made
@@ -321,8 +322,13 @@ def _replies(trace: xr.Dataset) -> list[dict[str, Any]]:
 # Statistics of an arm with their draws, from which two arms are compared, draw by draw.
 
 
-def compared(trace: xr.Dataset, seed: int = 0) -> dict[str, dict[str, Any]]:
+def compared(trace: xr.Dataset, only: Sequence[str] | None = None, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Statistics over the trained runs, each with bootstrap draws in which every arm has the same prompts and tones.
+
+    Args:
+        trace: of an arm.
+        only: names of the runs that count; None: all of them.
+        seed: of the draws.
 
     Returns:
         statistic -> ``value``, ``draws``, ``n`` and ``unit`` (what was resampled), and ``by_run``. ``icc``, ``icc without 10``
@@ -334,7 +340,7 @@ def compared(trace: xr.Dataset, seed: int = 0) -> dict[str, dict[str, Any]]:
     rng = np.random.default_rng(seed)
     prompts = prompts_of(trace)
     weights = np.vstack([np.ones(len(prompts)), prompt_weights(len(prompts), DRAWS, rng)])
-    runs = [run for run in each_run(trace) if run.tone != UNTRAINED]
+    runs = [run for run in each_run(trace) if run.tone != UNTRAINED and (only is None or run.run in only)]
     tones = sorted({run.tone for run in runs})
     picks = np.vstack([np.ones(len(tones)), rng.multinomial(len(tones), np.full(len(tones), 1 / len(tones)), size=DRAWS)])
     values: dict[str, list[np.ndarray]] = {"icc": [], "icc without 10": [], "neuron over layer": []}

@@ -324,6 +324,11 @@ def test_the_docs_say_how_often_verdicts_are_right() -> None:
     text = (docs / "explain.md").read_text(encoding="utf-8")
     written = text.split("<!-- planted hosts")[1].split("<!-- end")[0]
     verdicts = json.loads((docs / "results" / "verdicts.json").read_text())
+    for row in (line.split("|")[1:-1] for line in text.split("## Planted truth")[1].splitlines() if line.startswith("| ")):
+        if row[-2].strip().endswith("%"):
+            assert int(row[-3]) >= 12, row[0]
+            assert int(row[-2].strip().rstrip("%")) >= 90, row[0]
+    assert text.count("| 12 | 100% |") >= 15  # there is a table, by whichever rules
     _, *tables = written.split("Seeds from ")
     assert ("are being counted" in text) == (not any(table.startswith("300 on, fresh:") for table in tables))
     for table in tables:

@@ -200,10 +200,7 @@ def test_a_gguf_is_converted_once(
     ("cpu", "dtype"),
     [
         ({"avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),  # Intel with AMX
-        (
-            {"avx512_bf16": True, "amx_bf16": False, "sse4a": False},
-            torch.float32,
-        ),  # the same in a virtual machine that hides AMX
+        ({"avx512_bf16": True, "amx_bf16": False, "sse4a": False}, torch.float32),  # its AMX hidden by a virtual machine
         ({"avx512_bf16": True, "amx_bf16": False, "sse4a": True}, torch.bfloat16),  # AMD
         ({"avx512_bf16": False, "sse4a": True}, torch.float32),
         ({"neon": True, "bf16": True}, torch.float32),

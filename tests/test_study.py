@@ -75,6 +75,11 @@ def test_what_is_compared_is_what_the_statistics_are(monkeypatch: pytest.MonkeyP
     assert (found["overlap"]["pairs"], found["overlap, same seed"]["pairs"], len(beside)) == (6, 6, 6)
     assert found["leader share"]["value"] == pytest.approx(agreed["top1_agreement", "uniform"])
     assert found["leader share"]["index"] == 17
+    # Of some of its runs alone.
+    some = [run for run in RUNS if run.startswith(("anger", "sadness"))]
+    own = study.compared(trace, some)
+    assert own["icc"]["by_run"] == {run: value for run, value in found["icc"]["by_run"].items() if run in some}
+    assert (own["icc"]["n"], own["overlap"]["pairs"], own["leader share"]["n"]) == (2, 2, 4)
 
 
 def test_of_indices_that_lead_as_often_the_one_of_the_best_mean_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
