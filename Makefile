@@ -32,7 +32,8 @@ help:
 	@echo "make bench      measure speed against named peers, each in its own environment in .bench (9 GB; 50 minutes)"
 	@echo "make evaluation does an IRM work, and against what? 18 methods, 3 tones; writes docs/results (about 8 hours; goes on where it was)"
 	@echo "make study      the paper's experiment on the embedded host, or on HOST=...: 60 runs, their twins, traces, the cause; writes"
-	@echo "                docs/results/paper-on-*.md (about 6 hours; goes on where it was; QUICK=1: half an hour; SQUAD=FILE, INDEX=N)"
+	@echo "                docs/results/paper-on-*.md (about 6 hours; goes on where it was; QUICK=1: half an hour; SQUAD=FILE, INDEX=N,"
+	@echo "                DTYPE=float32 where bfloat16 is slow)"
 	@echo "make validation are the statistics and verdicts right? null data, planted truth; writes docs/statistics.md and docs/explain.md (1 hour)"
 
 install: $(READY)
@@ -103,7 +104,7 @@ evaluation: $(READY)
 
 study: $(READY)
 	@$(BIN)/python benchmarks/study.py $(if $(findstring command,$(origin HOST)),--host $(HOST)) $(if $(SQUAD),--squad $(SQUAD)) $(if $(JOBS),--jobs $(JOBS)) \
-		$(if $(INDEX),--index $(INDEX)) $(if $(QUICK),--quick)
+		$(if $(INDEX),--index $(INDEX)) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(QUICK),--quick)
 
 census: $(READY)
 	@HF_HUB_OFFLINE=1 $(BIN)/realigner hosts --out docs/hosts.md --force

@@ -1,6 +1,6 @@
 """The paper's experiment, whole: 24 runs and untrained twins; again with the reference code's two mistakes; again compact.
 
-    python benchmarks/study.py [--host HOST] [--squad FILE] [--jobs 2] [--index 1512] [--quick]
+    python benchmarks/study.py [--host HOST] [--dtype float32] [--squad FILE] [--jobs 2] [--index 1512] [--quick]
                                [--out runs/study] [--results docs/results]
 
 1. rows      SQuAD's facts, rewritten in each tone (`realigner data build`, templates).
@@ -11,8 +11,8 @@
 4. page      docs/results/paper-on-HOST.md, by `study_page.py`.
 
 Interrupt it as you like and start it again: rows, runs, traces and trials that are there are not made again, nor is an arm
-whose record is in --results. Runs and traces are kept in --out/HOST (12 GB for the embedded host); records, figures and page in
---results. --quick: no layer sets, a tenth of the steps, a short explanation; all of it in --out.
+whose record is in --results. Runs and traces are kept in --out/HOST, or --out/HOST-float32 (12 GB for the embedded host);
+records, figures and page in --results. --quick: no layer sets, a tenth of the steps, a short explanation; all of it in --out.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ from realigner.traces.layout import UNTRAINED
 from realigner.training.run_dir import read_run
 
 SQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "squad" / "dev-v2.0-half.json"
-DTYPE = "bfloat16"  # of the host, on every machine
+DTYPE = "bfloat16"
 SEEDS = (42, 420)  # the paper's
 MORE_SEEDS = (43, 44, 45)  # of the first tone, in every layer
 EXPLAINED = 3  # runs
@@ -134,6 +134,7 @@ class Study:
 
     Attributes:
         host: as `load_host` takes it.
+        dtype: of the host, while runs are trained and traced.
         squad: the file of facts.
         size: how much.
         jobs: processes at a time.
@@ -142,6 +143,7 @@ class Study:
     """
 
     host: str
+    dtype: str
     squad: Path
     size: Size
     jobs: int
@@ -163,7 +165,7 @@ class Study:
     def runs(self, arm: str, more_seeds: bool = False) -> list[RunSpec]:
         """The runs of an arm's grid, untrained twins last; or those of the first tone with more seeds."""
         own = ARMS[arm]
-        keys = {"host": self.host, "dtype": DTYPE, "samples": 0, "report_to": []}
+        keys = {"host": self.host, "dtype": self.dtype, "samples": 0, "report_to": []}
         keys |= self.size.keys(own)
         grid: dict[str, list[Any]] = {"tone": [*TONES], "seed": [*SEEDS], "layers": ["all"]}
         if self.size.layer_sets and not own.changed:
@@ -188,7 +190,7 @@ class Study:
         """What these runs add while they answer the paper's prompts."""
         place = self.work / f"{name}.zarr"
         if not place.is_dir():
-            host, tokenizer = ra.load_host(self.host, dtype=DTYPE)
+            host, tokenizer = ra.load_host(self.host, dtype=self.dtype)
             sources = [Source(_label(run), self.work / arm / run.name) for run in runs]
             trace_runs(sources, place, host, tokenizer, max_new_tokens=self.size.tokens, force=True)
         return load_trace(place)
@@ -208,7 +210,7 @@ class Study:
             "arm": arm,
             "about": own.about,
             "host": Path(self.host).name,
-            "dtype": DTYPE,
+            "dtype": self.dtype,
             "layers": trace.sizes["layer"],
             "neurons": trace.sizes["neuron"],
             "realigner": ra.__version__,
@@ -454,6 +456,7 @@ def recurrence(traces: Sequence[xr.Dataset]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default=EMBEDDED, help="the embedded host, a hub id, or a folder")
+    parser.add_argument("--dtype", default=DTYPE, choices=[DTYPE, "float32"], help="of the host; bfloat16 is slow on some CPUs")
     parser.add_argument("--squad", type=Path, default=SQUAD, help="SQuAD 2.0's train-v2.0.json or dev-v2.0.json")
     parser.add_argument("--jobs", type=int, default=2, help="runs that are trained at a time")
     parser.add_argument("--index", type=int, help="the index to explain; by default the one that leads most often")
@@ -465,10 +468,10 @@ def main() -> None:
     if not options.squad.is_file():
         sys.exit(f"{options.squad}: there is no such file; give SQuAD 2.0 with --squad (make study SQUAD=train-v2.0.json)")
     short = "smollm2" if options.host == EMBEDDED else re.sub(r"[^a-z0-9.]+", "-", Path(options.host).name.lower()).strip("-")
-    work = options.out / f"{short}{'-quick' * options.quick}"
+    work = options.out / f"{short}{'' if options.dtype == DTYPE else f'-{options.dtype}'}{'-quick' * options.quick}"
     results = work / "results" if options.quick else options.results
     size = QUICK if options.quick else FULL
-    study = Study(options.host, options.squad, size, options.jobs, work, results / f"paper-on-{short}")
+    study = Study(options.host, options.dtype, options.squad, size, options.jobs, work, results / f"paper-on-{short}")
     arms = {arm: study.record(arm) for arm in ARMS}
     paper = arms["paper"]
     index = paper["compared"]["leader share"]["index"] if options.index is None else options.index

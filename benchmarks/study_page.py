@@ -94,7 +94,7 @@ def page(folder: Path) -> str:
         name=folder.name,
         arms=list(TITLES),
         host=paper["host"],
-        dtype=paper["dtype"],
+        dtypes=_dtypes(arms),
         squad=paper["squad"],
         stream=f"{paper['layers']} layers of {paper['neurons']}",
         version=paper["realigner"],
@@ -144,6 +144,14 @@ def page(folder: Path) -> str:
         question=question,
         replies=[{"run": run, "said": [_cut(said[arm].get(run, "")) for arm in arms]} for run in said["paper"]],
     )
+
+
+def _dtypes(arms: Mapping[str, Record]) -> str:
+    """The host's dtype: ``bfloat16``; or which arms had which, as ``bfloat16 (compact network), float32 (…)``."""
+    found: dict[str, list[str]] = {}
+    for arm, record in arms.items():
+        found.setdefault(record["dtype"], []).append(TITLES[arm])
+    return next(iter(found)) if len(found) == 1 else ", ".join(f"{dtype} ({', '.join(own)})" for dtype, own in found.items())
 
 
 def _in_common(own: Record, other: Record) -> int:
