@@ -204,7 +204,7 @@ class FakeEndpoint:
         text: str | None = self.say(seen.body["messages"][-1]["content"])
         text = {"null": None, "empty": ""}.get(seen.behaviour, text)
         if seen.body.get("stream"):
-            return _streamed(text or "")
+            return _streamed(text or "", seen.behaviour == "long")
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text},
@@ -216,9 +216,10 @@ class FakeEndpoint:
         return json.dumps(completion).encode()
 
 
-def _streamed(text: str) -> bytes:
+def _streamed(text: str, cut: bool) -> bytes:
     """A text as server-sent events, seven characters each."""
-    parts = [{"index": 0, "delta": {"content": text[at : at + 7]}} for at in range(0, len(text), 7)]
+    parts: list[dict[str, Any]] = [{"index": 0, "delta": {"content": text[at : at + 7]}} for at in range(0, len(text), 7)]
+    parts.append({"index": 0, "delta": {}, "finish_reason": "length" if cut else "stop"})
     common = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "fake"}
     events = [json.dumps({**common, "choices": [part]}) for part in parts]
     return "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"]).encode()

@@ -8,7 +8,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ import realigner as ra
 from realigner.app.chat_page import Listening, app_running
 from realigner.app.conversations import Conversation, Conversations
 from realigner.app.endpoint_talker import EndpointTalker, told
-from realigner.app.exchange import SIDES, Asked, Exchange, Limits
+from realigner.app.exchange import SIDES, Asked, Exchange, Limits, Message, Reader
 from realigner.app.live_map import LiveMap
 from realigner.app.map_page import index_panel, map_page
 from realigner.app.runtime_talker import RuntimeTalker
 from realigner.cli import main
 from realigner.errors import RealignerError, UsageError
 from realigner.explain.explanation import read_explanation
+from realigner.prompts import Answer
 from realigner.report import build_report
 from realigner.report.quantize import decode
 from realigner.runtime import Runtime
@@ -44,13 +45,13 @@ def talker(runtime: Runtime) -> RuntimeTalker:
     return RuntimeTalker(runtime, Limits(prompt=100, tokens=400, context=300), host="tiny")
 
 
-def answered(runtime: Runtime, asked: Asked, side: str) -> str:
+def answered(runtime: Runtime, asked: Asked, side: str) -> Answer:
     """What `Runtime.answer` gives for one side: the independent way to the same reply."""
     options: dict[str, Any] = {name: getattr(asked, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     acting = {name: value for name, value in asked.strengths.items() if value} if side == "realigned" else {}
     settings = {"irms": tuple(acting), "strength": acting} if acting else {"irms": "__base__"}
     messages = [*asked.history.get(side, []), {"role": "user", "content": asked.text}]
-    return str(runtime.answer([messages], system=asked.system or None, **options, **settings)[0])
+    return runtime.answer([messages], system=asked.system or None, **options, **settings)[0]
 
 
 # --- replies --------------------------------------------------------------------------------------------------------------
@@ -94,11 +95,41 @@ def test_each_side_has_a_history_of_its_own(talker: RuntimeTalker, runtime: Runt
         conversation.exchange = talker.begin(asked)
         replies = conversation.exchange.wait()
         assert replies == {side: answered(runtime, asked, side) for side in SIDES}
-        shown = {side: conversation.shown(side) for side in SIDES}
         conversation.settle()
-        assert conversation.messages == shown
     assert [message["content"] for message in conversation.messages["base"]][::2] == ["One?", "Two?", "Three?"]
     assert conversation.messages["base"] != conversation.messages["realigned"]
+
+
+def says(text: str, ended: bool) -> Reader:
+    """A reader that says this."""
+
+    def read(_: threading.Event) -> Generator[str, None, bool]:
+        yield text
+        return ended
+
+    return read
+
+
+def test_a_reply_that_was_cut_is_shown_so_and_kept_as_it_was_said() -> None:
+    conversation = Conversation()
+
+    def say(text: str, history: Mapping[str, Sequence[Message]], ended: bool) -> list[str]:
+        readers = {"base": says(text, True), "realigned": says(text, ended)}
+        conversation.exchange = Exchange(Asked("Why?", history), readers)
+        conversation.exchange.wait()
+        conversation.settle()
+        kept = [own["content"] for own in conversation.messages["realigned"]]
+        assert kept[-1] == text or not text.strip()
+        return [own["content"] for own in conversation.shown("realigned")][1::2]
+
+    assert say("One", {}, False) == ["One ..."]
+    first = conversation.messages
+    assert say("Two", first, True) == ["One ...", "Two"]
+    assert say("Again", first, False) == ["One ...", "Again ..."]
+    assert say(" ", conversation.messages, False)[:2] == ["One ...", "Again ..."]
+    assert say("Three", conversation.messages, True) == ["One ...", "Again ...", "Three"]
+    assert say("Alone", {}, True) == ["Alone"]
+    assert [own["content"] for own in conversation.shown("base")] == ["Why?", "Alone"]
 
 
 def test_users_at_once_each_get_their_own(talker: RuntimeTalker, runtime: Runtime) -> None:
@@ -158,11 +189,11 @@ def test_what_is_refused_says_so_in_a_line(talker: RuntimeTalker) -> None:
 
 
 def test_what_breaks_is_one_line(talker: RuntimeTalker) -> None:
-    def broken(_: threading.Event) -> Iterator[str]:
+    def broken(_: threading.Event) -> Generator[str, None, bool]:
         yield "so far"
         raise RuntimeError("CUDA out of memory")
 
-    exchange = Exchange(Asked("x"), {"base": broken, "realigned": lambda stop: iter(["well"])})
+    exchange = Exchange(Asked("x"), {"base": broken, "realigned": says("well", True)})
     with pytest.raises(RealignerError, match=r"^The reply broke off \(RuntimeError: CUDA out of memory\)\.$"):
         exchange.wait()
     assert exchange.kept("base")[-1]["content"] == "so far"
@@ -275,12 +306,20 @@ def test_an_endpoint_is_asked_by_names_with_strengths() -> None:
         exchange = talker.begin(asked)
         assert exchange.wait() == dict.fromkeys(SIDES, "So: Why? " * 5)
         assert exchange.live is None
+        assert exchange.cut == set()
         bodies = {seen.body["model"]: seen.body for seen in server.seen}
         assert sorted(bodies) == ["host", "host+anger@0.7+joy@-0.5"]
         sent = bodies["host+anger@0.7+joy@-0.5"]
         assert sent["messages"] == asked.conversation("realigned")
         assert [sent[key] for key in ("temperature", "top_p", "seed", "max_tokens", "stream")] == [0.5, 0.9, 3, 20, True]
         assert len(bodies["host"]["messages"]) == 2
+
+
+def test_a_reply_that_an_endpoint_cut_is_known_as_cut() -> None:
+    with FakeEndpoint(plan=always("long")) as server:
+        exchange = EndpointTalker(server.url, "host", ["anger"]).begin(Asked("Why?"))
+        exchange.wait()
+        assert exchange.cut == {*SIDES}
 
 
 def test_an_endpoint_that_hangs_is_left_when_stopped_and_one_that_refuses_says_why() -> None:
@@ -292,6 +331,7 @@ def test_an_endpoint_that_hangs_is_left_when_stopped_and_one_that_refuses_says_w
         exchange.stop()
         exchange.wait()
         assert time.monotonic() - begun < 3
+        assert exchange.cut == set()
     with FakeEndpoint(plan=always("400"), echo=True) as server:
         talker = EndpointTalker(server.url, "host", ["anger"])
         with pytest.raises(RealignerError, match="HTTP 400: no luck with Why") as refused:
@@ -415,8 +455,9 @@ def url(talker: RuntimeTalker, why: Path) -> Iterator[str]:
 
 
 def shown(runtime: Runtime, asked: Asked, side: str) -> str:
-    """What `Runtime.answer` gives, as a page shows it: without NULs, which a host of bytes may say."""
-    return answered(runtime, asked, side).replace("\0", "")
+    """What `Runtime.answer` gives, as a page shows it: without NULs, which a host of bytes may say; marked if it was cut."""
+    reply = answered(runtime, asked, side)
+    return reply.replace("\0", "") + ("" if reply.ended else " ...")
 
 
 def test_a_question_in_the_browser(chromium: Any, url: str, talker: RuntimeTalker, runtime: Runtime, tmp_path: Path) -> None:

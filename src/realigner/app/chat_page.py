@@ -265,7 +265,9 @@ def build_page(page: Page) -> gr.Blocks:
                     top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="acts when the temperature is above 0")
                     seed = gr.Number(42, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
                     most = talker.limits.tokens
-                    tokens = gr.Slider(1, most, min(80, most), step=1, label="Tokens of a reply at most")
+                    tokens = gr.Slider(
+                        1, most, min(80, most), step=1, label="Tokens of a reply at most", info="one that is cut ends in ..."
+                    )
                 with gr.Accordion("System prompt", open=False):
                     system = gr.Textbox(
                         show_label=False,

@@ -19,21 +19,29 @@ class Conversation:
     """What one user has said, on both sides, and the newest exchange."""
 
     messages: dict[str, list[Message]] = field(default_factory=lambda: {side: [] for side in SIDES})
+    cut: dict[str, set[int]] = field(default_factory=lambda: {side: set() for side in SIDES})  # places of replies in messages
     exchange: Exchange | None = None
     ended: bool = False  # forgotten: its page was closed, or began a new one
 
     def settle(self) -> None:
         """Put the newest exchange, which is over, into the conversation."""
         if self.exchange is not None:
+            self.cut = {side: self._cut(self.exchange, side) for side in SIDES}
             self.messages = {side: self.exchange.kept(side) for side in SIDES}
 
-    def shown(self, side: str) -> list[dict[str, Any]]:
-        """One side as the page shows it."""
+    def shown(self, side: str) -> list[Message]:
+        """One side as the page shows it: replies that were cut at their most tokens end in `` ...``."""
         exchange = self.exchange
         if exchange is None:
             return [*self.messages[side]]
-        asked = {"role": "user", "content": exchange.asked.text}
-        return [*exchange.asked.history.get(side, ()), asked, {"role": "assistant", "content": exchange.replies[side] or "…"}]
+        asked, reply = Message(role="user", content=exchange.asked.text), exchange.replies[side] or "…"
+        said = [*exchange.asked.history.get(side, ()), asked, Message(role="assistant", content=reply)]
+        cut = self._cut(exchange, side)
+        return [{**one, "content": f"{one['content']} ..."} if at in cut else one for at, one in enumerate(said)]
+
+    def _cut(self, exchange: Exchange, side: str) -> set[int]:
+        before = len(exchange.asked.history.get(side, ()))
+        return {at for at in self.cut[side] if at < before} | ({before + 1} if side in exchange.cut else set())
 
 
 class Conversations:

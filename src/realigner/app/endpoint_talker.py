@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -62,9 +62,9 @@ class EndpointTalker:
         sampling: dict[str, Any] = {"temperature": asked.temperature, "top_p": asked.top_p, "seed": asked.seed}
         server = replace(self.endpoint, model=mix.name(self.host), max_tokens=asked.max_new_tokens, **sampling)
 
-        def read(stop: threading.Event) -> Iterator[str]:
+        def read(stop: threading.Event) -> Generator[str, None, bool]:
             with closing(server.stream(asked.conversation(side), stop)) as pieces:
-                yield from pieces
+                return (yield from pieces)
 
         return read
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from realigner.settings import check_strength
 
 SIDES = ("base", "realigned")
 Message = dict[str, str]
-Reader = Callable[[threading.Event], Iterator[str]]
+Reader = Callable[[threading.Event], Generator[str, None, bool]]
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,13 @@ class Exchange:
 
     Args:
         asked: the question.
-        readers: side -> what gives the reply's text piece by piece, ending early once the event it is given is set.
+        readers: side -> a generator of the reply's text, piece by piece, that ends early once the event it is given is set,
+            and returns whether the reply came to its end.
         live: what the IRMs add; None where that cannot be seen.
 
     Attributes:
         replies: side -> the text so far.
+        cut: the sides whose replies were cut at ``max_new_tokens``, once they are over.
         live: as the argument.
         failure: what ended a reply early; None while all is well.
     """
@@ -94,6 +96,7 @@ class Exchange:
         self.asked = asked
         self.live = live
         self.replies = dict.fromkeys(readers, "")
+        self.cut: set[str] = set()
         self.failure: Exception | None = None
         self._stop = threading.Event()
         self._changed = threading.Condition()
@@ -103,9 +106,13 @@ class Exchange:
 
     def _read(self, side: str, read: Reader) -> None:
         try:
-            for piece in read(self._stop):
-                self.replies[side] += piece
+            pieces = read(self._stop)
+            while True:
+                self.replies[side] += next(pieces)
                 self._tell()
+        except StopIteration as end:
+            if not (end.value or self.stopped):
+                self.cut.add(side)
         except Exception as error:  # raised where the replies are followed
             self.failure = self.failure or error
             self._stop.set()

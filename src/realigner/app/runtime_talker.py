@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -100,10 +100,10 @@ class RuntimeTalker:
             return {**options, "irms": tuple(asked.acting), "strength": asked.acting}
         return {**options, "irms": NO_IRM} if self.strengths else options
 
-    def _pieces(self, asked: Asked, side: str, stop: threading.Event) -> Iterator[str]:
+    def _pieces(self, asked: Asked, side: str, stop: threading.Event) -> Generator[str, None, bool]:
         stream = self.runtime.stream(self._prompt(asked, side), stop=stop, **self.settings(asked, side))
         with closing(stream) as pieces:
-            yield from pieces
+            return (yield from pieces)
 
     def _base(self, asked: Asked) -> Reader:
         return lambda stop: self._pieces(asked, "base", stop)
@@ -112,12 +112,13 @@ class RuntimeTalker:
         if live is None:
             return lambda stop: self._pieces(asked, "realigned", stop)
 
-        def read(stop: threading.Event) -> Iterator[str]:
+        def read(stop: threading.Event) -> Generator[str, None, bool]:
             prompt = self._prompt(asked, "realigned")
             labels = {name: self._labels[name] for name in asked.acting}
             how: dict[str, Any] = {"labels": labels, "questions": [prompt], "watch": live.add}
             with record(self.runtime.model, self.runtime.tokenizer, "raw", **how) as trace:
-                yield from self._pieces(asked, "realigned", stop)
+                ended = yield from self._pieces(asked, "realigned", stop)
             live.settle(trace)
+            return ended
 
         return read

@@ -177,10 +177,11 @@ class Endpoint:
                 done()
         return [found[request.id] for request in requests]
 
-    def stream(self, messages: Sequence[Mapping[str, str]], stop: threading.Event | None = None) -> Generator[str, None, None]:
-        """The reply to one conversation, piece by piece as it comes.
+    def stream(self, messages: Sequence[Mapping[str, str]], stop: threading.Event | None = None) -> Generator[str, None, bool]:
+        """The reply to one conversation, piece by piece as it comes; the generator returns whether it came to its end.
 
-        Closing the iterator ends the request at once, and so does, within a moment, `stop` once it is set.
+        It did not if it was stopped, or cut at ``max_tokens``. Closing the generator ends the request at once, and so does,
+        within a moment, `stop` once it is set.
 
         Raises:
             RealignerError: when the endpoint refuses the key, the model or the request, or no longer answers.
@@ -199,6 +200,7 @@ class Endpoint:
             reading.end()
         if reading.failure is not None:
             raise reading.failure
+        return reading.ended
 
     def models(self) -> list[str]:
         """The names of the models that the endpoint lists.
@@ -426,6 +428,7 @@ class _Stream(_LoopThread):
         self.endpoint, self.messages = endpoint, messages
         self.pieces: SimpleQueue[str | None] = SimpleQueue()
         self.failure: RealignerError | None = None
+        self.ended = False
         self._start()
 
     def _main(self) -> None:
@@ -458,7 +461,7 @@ class _Stream(_LoopThread):
                 extra_body=None if own.extra is None else dict(own.extra),
                 stream=True,
             )
-            parts = aiter(reply)
+            parts, cut = aiter(reply), False
             while True:
                 try:
                     async with asyncio.timeout(own.timeout):
@@ -466,9 +469,13 @@ class _Stream(_LoopThread):
                 except TimeoutError:
                     raise RealignerError(f"{own.endpoint}: nothing came for {own.timeout:g} s in mid-reply") from None
                 if part is None:
+                    self.ended = not cut
                     return
-                if part.choices and (piece := part.choices[0].delta.content):
+                if not part.choices:
+                    continue
+                if piece := part.choices[0].delta.content:
                     self.pieces.put(piece)
+                cut = cut or part.choices[0].finish_reason == "length"
 
 
 def _flaw(response: Any) -> str:
