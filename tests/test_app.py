@@ -361,7 +361,7 @@ def test_the_host_and_its_irms_are_told_from_the_models() -> None:
         (("--irm", "nowhere"), "nowhere: there is no such adapter folder"),
         (("--irm", "x", "--address", "0.0.0.0"), "address: 0.0.0.0 can be reached from elsewhere; ask for a login"),
         (("--irm", "x", "--auth", "secretword"), "--auth: give a user and a password"),
-        (("--model", "host"), "--model: is the endpoint's"),
+        (("--model", "host"), "--model: names a model at an endpoint"),
         (("--endpoint", "http://127.0.0.1:9/v1", "--host", "x"), "--host: is for a host loaded here"),
         (("--endpoint", "nonsense"), "endpoint: must be an http or https URL"),
     ],

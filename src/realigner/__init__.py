@@ -76,9 +76,9 @@ def __dir__() -> list[str]:
 
 
 class AfterImport(MetaPathFinder):
-    """Does something as soon as another package's module has run, without importing it ourselves.
+    """Import hook that calls ``then(module)`` once another package's module has executed, without importing it ourselves.
 
-    It stays in place until the module has really run: others only ask whether it could be found (transformers does).
+    The hook stays installed until the module has actually executed: some callers (transformers) only check that it exists.
     """
 
     def __init__(self, name: str, then: Callable[[ModuleType], Any]) -> None:
@@ -111,7 +111,7 @@ class AfterImport(MetaPathFinder):
 
 
 def _guard_vllm(module: ModuleType) -> None:
-    """TRL would start the engine, and find out at its first step that an IRM cannot be merged."""
+    """Make TRL refuse a model with an IRM before it starts vLLM; it would fail at its first step, merging weights."""
     start = module.VLLMGeneration.__init__
 
     def check_and_start(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:

@@ -20,7 +20,7 @@ class AdapterRegistry(nn.Module, BaseTunerLayer):
     """The IRMs of one host by adapter name; in PEFT's words, the tuner's one layer.
 
     Args:
-        default: the settings of a call that is given none; the registry keeps a strength of 1 for each of its IRMs there.
+        default: the settings of a call that sets none; in them the registry keeps a strength of 1 for each of its IRMs.
     """
 
     adapter_layer_names = ("networks",)

@@ -16,7 +16,7 @@ STRONGEST = 1000.0  # as of the command line's --strength
 
 @dataclass(frozen=True)
 class Turn:
-    """What was said in one turn, and how.
+    """One turn of a conversation, and the settings of its reply.
 
     Attributes:
         prompt: what the user said.
@@ -38,9 +38,9 @@ class Turn:
 
 
 class Chat:
-    """A conversation that is kept, turn by turn.
+    """A multi-turn conversation.
 
-    Each reply is made from the whole conversation with the settings of that moment: it is what `Runtime.answer` gives for those
+    Each reply is generated from the whole conversation so far with the current settings, as `Runtime.answer` would for those
     messages. Thoughts are not part of the conversation.
 
     Args:
@@ -88,7 +88,7 @@ class Chat:
         return {name: self.runtime.strengths[name] if self.strength is None else self.strength for name in self.irms}
 
     def use(self, *irms: str) -> None:
-        """Let these IRMs act from now on, several as their sum; without a name, none: the bare host.
+        """Choose the IRMs that act from now on (several are summed); without names, the bare host answers.
 
         Raises:
             UsageError: for a name that no IRM has.
@@ -102,7 +102,7 @@ class Chat:
         """Scale the IRMs from now on; 0 is the bare host, 1 an IRM as trained.
 
         Raises:
-            UsageError: for what is no number between -1000 and 1000.
+            UsageError: unless it is a number from -1000 to 1000.
         """
         if not -STRONGEST <= strength <= STRONGEST:
             raise UsageError(f"strength: {strength} is out of range (-{STRONGEST:g} to {STRONGEST:g})")
@@ -120,7 +120,7 @@ class Chat:
 
         Raises:
             UsageError: when the text is empty.
-            RealignerError: as `generation.answer` does, for a conversation that has become too long, say.
+            RealignerError: as `generation.answer` does, for example when the conversation has become too long.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         pieces: list[str] = []

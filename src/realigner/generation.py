@@ -1,4 +1,4 @@
-"""Answer prompts with a host or a realigned model, whole or as the text comes; the same way everywhere."""
+"""Generate replies with a bare or realigned host, complete (`answer`) or streamed (`stream`); the same way everywhere."""
 
 from __future__ import annotations
 
@@ -62,29 +62,30 @@ def answer(
         tokenizer: the host's.
         prompts: questions or conversations; each is put through the template that the IRM was trained with, else the host's
             chat template (`format_of`).
-        max_new_tokens: of each reply.
-        temperature: 0 for greedy replies, else that of sampling.
-        repetition_penalty: above 1, tokens already in the text are made less likely (small hosts run in circles); 1 is off.
-        seed: of the sampling. A reply depends on it and on the prompt's number, not on the batch or on other threads.
-        batch_size: prompts at a time, padded on the left. In half precision, what a prompt shares its batch with can change
-            a rounding and so a word.
-        done: called with the number of prompts answered after each batch.
+        max_new_tokens: maximum length of each reply.
+        temperature: 0 for greedy decoding, else the sampling temperature.
+        repetition_penalty: above 1, tokens already in the text are made less likely (small hosts tend to loop); 1 is off.
+        seed: sampling seed. A reply depends on the seed and the prompt's number, not on the batch or on other threads.
+        batch_size: prompts at a time, padded on the left. In half precision, the other prompts of a batch can change the
+            rounding, and with it a word of the reply.
+        done: called after each batch with the number of prompts in it.
         system: a system prompt.
-        strength: a number, a list with one for each prompt, or a mapping from IRM to either; see `tuner.strength`. What the
-            calling thread's block says when None.
+        strength: a number, a list with one for each prompt, or a mapping from IRM to either; see `tuner.strength`. None: as
+            set by the calling thread's `tuner.strength` block, if any.
         irms: the IRMs that act: a name, a tuple of names that are summed, ``"__base__"`` for none, or a list with one of these
             for each prompt; the active ones when None.
         where: the tokens that they act on; see `tuner.strength`.
         chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``, over those of the IRM.
-        thinking_budget: tokens of a thought, on hosts that think; then the thought is closed. They do not count as the reply's.
-        first: number of the first prompt, for whoever asks some of a list of prompts and samples as all of it would be.
+        thinking_budget: maximum length of a thought, on hosts that think; the thought is then closed. Its tokens do not count
+            towards `max_new_tokens`.
+        first: number of the first prompt. Set it when answering part of a longer list, to sample as if for the whole list.
         penalize_prompt: whether `repetition_penalty` counts the prompt's tokens too, as transformers and vLLM do, or the
             reply's alone.
-        top_p: of sampling: only the likeliest tokens that together have this probability are sampled from; 1 for all.
+        top_p: nucleus sampling: sample only from the likeliest tokens that together have this probability; 1 for all.
 
     Raises:
-        UsageError: for an empty prompt, a bad number, or settings of another number than there are prompts.
-        RealignerError: for a prompt of more tokens than the host has positions, or that its chat template refuses.
+        UsageError: for an empty prompt, a bad number, or a list of settings that is not as long as `prompts`.
+        RealignerError: for a prompt that is longer than the host's context, or that its chat template rejects.
 
     Example:
         >>> answer(host, tokenizer, ["How many legs has a spider?"])  # doctest: +SKIP
@@ -139,13 +140,13 @@ def stream(
     top_p: float = 1.0,
     stop: threading.Event | None = None,
 ) -> Generator[str, None, bool]:
-    """The reply to one prompt, piece by piece as it is made; the pieces together are what `answer` gives.
+    """Stream the reply to one prompt; the pieces together are what `answer` returns.
 
-    It is made in a thread that begins now, with the settings of now. Closing the iterator stops it.
+    Generation starts at once in a thread of its own, with the settings in effect now. Closing the iterator stops it.
 
     Args:
-        thoughts: give the pieces of the thought, too, on hosts that think; they are `Thought`.
-        stop: once it is set, which any thread may do, the reply ends with the next token.
+        thoughts: on hosts that think, also yield the pieces of the thought, as `Thought`.
+        stop: an event that any thread may set; the reply then ends with the next token.
 
     Returns:
         A generator of pieces, whose return value is the answer's ``ended``.
@@ -237,7 +238,7 @@ def _read(pieces: Pieces, thread: threading.Thread) -> Generator[str, None, bool
 
 
 class Pieces(BaseStreamer):  # type: ignore[misc]
-    """A reply's text in pieces that never have to be taken back: no half characters, no space that may be the last."""
+    """Splits a reply into pieces that never need retracting: no partial characters, no space that may be trailing."""
 
     def __init__(self, chat_format: ChatFormat, opened: bool, thoughts: bool, ends: Collection[int] = ()) -> None:
         self.queue: queue.Queue[str | BaseException | None] = queue.Queue()
@@ -292,13 +293,13 @@ class _Stopped(StoppingCriteria):  # type: ignore[misc]
 
 
 class SeededSampling(LogitsProcessor):  # type: ignore[misc]
-    """Turns scores ``[row, token]`` into ones whose largest is a sample: Gumbel noise from seed, row and step alone.
+    """Gumbel-max sampling: adds noise to scores ``[row, token]`` so that their argmax is a sample.
 
-    torch's own sampling draws from one state for the whole process, which threads would share.
+    The noise depends on seed, row and step alone; torch's own sampling draws from one process-wide state that threads share.
 
     Args:
         temperature: above 0.
-        seed: of all rows.
+        seed: one for all rows.
         first_row: number of the batch's first row.
     """
 
@@ -315,7 +316,7 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
 
 
 def gumbel(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Gumbel noise ``[count]`` on the CPU: the largest of log-probabilities plus it is a sample of them."""
+    """Gumbel noise ``[count]`` on the CPU: the argmax of log-probabilities plus this noise is a sample from them."""
     uniform = torch.rand(count, generator=generator, dtype=torch.float64)
     return -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12))).float()
 
@@ -349,7 +350,7 @@ def _check_positions(model: nn.Module, inputs: Mapping[str, torch.Tensor], first
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a reply is made, checked."""
+    """Validated generation settings."""
 
     max_new_tokens: int
     thinking_budget: int

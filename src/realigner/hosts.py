@@ -52,10 +52,10 @@ _MOVED = "if it was moved, pass host=... (any folder, file or hub id with the sa
 
 @dataclass(frozen=True)
 class HostInfo:
-    """What `load_host` knew, kept on the host as `host.realigner`.
+    """How a host was loaded; `load_host` stores it on the host as `host.realigner`.
 
     Attributes:
-        name: what to give to `load_host` to load it again, from any working directory.
+        name: the name with which `load_host` loads the same host again, from any working directory.
         tokenizer: the host's tokenizer, prepared for batches.
     """
 
@@ -84,7 +84,7 @@ def load_host(
         tokenizer: the host's, if it is loaded already.
 
     Raises:
-        RealignerError: when there is no such host, saying which command gets it.
+        RealignerError: when there is no such host; the message names the command that downloads it.
         UsageError: for an unknown dtype or device.
 
     Example:
@@ -171,7 +171,7 @@ def _source(name: str, trust_remote_code: bool, revision: str | None) -> tuple[s
             raise RealignerError(f"host {name}: the folder has no config.json; give a folder save_pretrained wrote")
         for file in path.iterdir():  # what transformers reads whole
             if file.suffix in (".json", ".jinja", ".txt") and file.is_file() and file.stat().st_size > _LARGEST:
-                raise RealignerError(f"host {name}: {file.name} is larger than {_LARGEST >> 20} MiB; get it again")
+                raise RealignerError(f"host {name}: {file.name} is larger than {_LARGEST >> 20} MiB; download it again")
         return _own_name(str(path)), str(path), options
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise RealignerError(f"host {name}: there is no such folder; {_MOVED}")
@@ -179,7 +179,7 @@ def _source(name: str, trust_remote_code: bool, revision: str | None) -> tuple[s
 
 
 def folder_of(name: str) -> str:
-    """Where transformers itself finds a host: the embedded one is a folder in the cache (made now if need be).
+    """The path or hub id by which transformers finds a host; for the embedded host, its cache folder (created if necessary).
 
     Example:
         >>> folder_of("org/model")
@@ -223,7 +223,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def host_name(host: nn.Module) -> str:
-    """What to give to `load_host` to load this host again: a path is absolute; empty for one built from a config."""
+    """The name with which `load_host` loads this host again; paths are absolute. Empty for a host built from a config."""
     info = getattr(host, "realigner", None)
     if isinstance(info, HostInfo):
         return info.name
@@ -236,7 +236,7 @@ def _own_name(path: str) -> str:
 
 
 def text_config(host: nn.Module) -> Any:
-    """The config of the host's text decoder (hosts that also see or hear keep it inside their own)."""
+    """The config of the host's text decoder (multimodal hosts nest it inside their own)."""
     config = getattr(host, "config", None)
     if config is None:
         raise RealignerError(f"{type(host).__name__} is not a transformers model: it has no config")
@@ -262,7 +262,7 @@ def _check_loaded(name: str, host: PreTrainedModel, found: dict[str, Any]) -> No
     """Raise where transformers made up weights, or could not generate by the config that it has read."""
     if (missing := sorted(found["missing_keys"])) and getattr(host, "hf_quantizer", None) is None:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise RealignerError(f"host {name}: its weights lack {missing[0]}{more}; get it again")
+        raise RealignerError(f"host {name}: its weights lack {missing[0]}{more}; download it again")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(host.generation_config, key, None)
         for number in value if isinstance(value, list) else () if value is None else (value,):

@@ -3,13 +3,13 @@
 The contract:
 
 1. Nothing of the host is replaced or changed: hooks are registered, and `Injector.detach` removes them all.
-2. ``residual = x + branch`` becomes ``x + (branch + delta)`` (form A of docs/architecture.md): nothing is mutated, it
-   holds for parallel layers, and a delta of zero is bit-exact.
-3. The deltas of a forward live in a `ForwardContext` made for that forward, with the settings it began with. It is kept with
-   the thread (`settings.ThreadState`) for the length of the forward, and no longer: not after an error either. A checkpointed
-   layer is recomputed under the context of its own forward (`_Checkpointing`), whatever ran since.
-4. All deltas are computed once per forward, at layer 0; the other layers add.
-5. A forward that ends with fewer layers touched than chosen is an error: something kept the hooks from running.
+2. ``residual = x + branch`` becomes ``x + (branch + delta)`` (form A of docs/architecture.md): no tensor is modified in
+   place, the same form works for parallel layers, and with a delta of zero the output is bit-identical.
+3. Each forward has a `ForwardContext` of its own, which holds its deltas and the settings that it began with. The thread keeps
+   the context (`settings.ThreadState`) until the forward ends, normally or by an error. A checkpointed layer is recomputed
+   under the context of its own forward (`_Checkpointing`), whatever has run since.
+4. All deltas are computed once per forward, at layer 0; the other layers only add theirs.
+5. It is an error if fewer layers than chosen were given their delta by the end of a forward: something kept hooks from running.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class ForwardContext:
     Attributes:
         active: the IRMs that take part, in order.
         settings: those of the call when the forward began.
-        start: the place in its text of the first token.
-        x0: layer 0's input ``[batch, position, neuron]``, kept to form h0.
-        terms: outputs of layer 0's modules, that its residual is the sum of.
+        start: position in its text of this forward's first token.
+        x0: layer 0's input ``[batch, position, neuron]``, kept to compute h0.
+        terms: module name -> output, for the modules of layer 0 whose outputs are summed into its residual.
         deltas: layer -> summed, scaled delta ``[batch, position, neuron]``; None until layer 0's site ran.
         touched: how many layers were given their delta so far.
         grad_enabled: whether gradients were recorded when the forward began.
@@ -71,16 +71,16 @@ class Injector:
     """Hooks on a host that add the deltas of the active IRMs to its residual stream.
 
     Args:
-        sites: what `locate.find_sites` proved of the host.
-        active: called with the settings at the start of every forward; returns the IRMs that take part. None active: the bare
-            host runs.
-        default: the settings of a call that is given none.
+        sites: the host's injection sites, found and proven by `locate.find_sites`.
+        active: called with the settings at the start of every forward; returns the IRMs that take part. If it returns none,
+            the bare host runs.
+        default: the settings of a call that does not set its own.
 
     Attributes:
         threads: the settings of each thread.
         observers: called as ``observer(active, h0, delta)`` with what each IRM reads ``[batch, position, neuron]``
             and what it adds, strength included: delta ``[batch, position, layer, neuron]`` over the layers of
-            ``active.irm``. Those of a call alone are in its settings.
+            ``active.irm``. Observers for a single call are part of its settings instead.
     """
 
     def __init__(
@@ -111,9 +111,9 @@ class Injector:
                 setattr(module, key, function.function)
 
     def follow_checkpointing(self) -> None:
-        """Have layers that are checkpointed recomputed under their own forward's context.
+        """Make checkpointed layers recompute under the context of their own forward.
 
-        Called by itself before every forward with gradients, but for compiled ones: there before the first.
+        Runs automatically before every forward with gradients. A compiled forward does not run it: call it before the first.
         """
         for module, key, function in _checkpointing_functions(self.sites.decoder):
             if not isinstance(function, _Checkpointing):

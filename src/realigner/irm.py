@@ -1,7 +1,8 @@
 """The injectable realignment model itself: a network from h0 to the deltas of every chosen layer.
 
-It knows no host: it maps a residual vector ``h0 [..., neuron]`` to perturbations ``delta [..., layer, neuron]``, position
-by position. Everything about where h0 is read and where deltas are added lives in `sites` and `injection`.
+The network is independent of any host: it maps a residual vector ``h0 [..., neuron]`` to perturbations
+``delta [..., layer, neuron]``, position by position. Where h0 is read and where deltas are added is defined in `sites` and
+`injection`.
 
 Source: Smith et al. 2024, "The Mysterious Case of Neuron 1512", arXiv 2407.03621, section 3 and its public code.
 """
@@ -112,16 +113,16 @@ class IRMShape:
             paper's preset keeps PyTorch's default initialisation.
         input_norm: scale each h0 to a root mean square of 1 before the first layer (no parameters). Hosts differ a
             thousandfold in the size of h0 (0.14 in SmolLM2), and one learning rate should do for all.
-        input_scale: what h0 is divided by before anything else. None: with the compact preset h0's root mean square on the
-            host (a median over tokens), measured when the IRM is made; with the paper's 1.
-        delta_scale: what deltas are multiplied by: a number, or one for each chosen layer. None: with the compact preset
+        input_scale: divisor applied to h0 before anything else. None: with the compact preset, h0's root mean square on the
+            host (the median over tokens), measured when the IRM is created; with the paper's preset, 1.
+        delta_scale: factor applied to deltas: one number, or one for each chosen layer. None: with the compact preset,
             measured on the host (see `residuals.delta_scales`), so that one learning rate fits hosts and layers whose residuals
-            differ in size; with the paper's 1.
+            differ in size; with the paper's preset, 1.
         masked: neuron indices whose delta is forced to zero in every layer, during training and inference.
-        dropout: share of the trunk's outputs that are zeroed while training; recipes have their own default.
-        edition: of the compact preset. 2: one hidden layer with SiLU, deltas scaled layer by layer. 1, as it was until
-            November 2026: two hidden layers with ReLU, three times the parameters, one scale for all layers. None:
-            the newest; in an adapter's file, 1.
+        dropout: dropout probability on the trunk's outputs during training; recipes have their own default.
+        edition: version of the compact preset. 2: one hidden layer with SiLU, deltas scaled layer by layer. 1 (the preset
+            until November 2026): two hidden layers with ReLU, three times the parameters, one scale for all layers. None:
+            the newest; in an adapter file, 1.
 
     Raises:
         UsageError: naming the field, for a value no network can be built from.
@@ -231,7 +232,7 @@ class IRMShape:
         )
 
     def parameter_count(self, hidden_size: int, num_layers: int) -> int:
-        """How many parameters `build` would make, without making them."""
+        """Number of parameters of the network that `build` creates, without creating it."""
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in self.build(hidden_size, num_layers).parameters())
 
@@ -244,8 +245,9 @@ def _check_int(field: str, value: object, at_least: int) -> None:
 class IRM(nn.Module):
     """The trainable network: ``h0 [..., neuron] -> delta [..., layer, neuron]``, each position on its own.
 
-    Only the chosen layers are computed and stored. The layer axis is the slower one, so that one layer's delta is a
-    contiguous block (the paper's code has it fastest: a permutation of the last layer's rows, equal in distribution).
+    Only the chosen layers are computed and stored. The layer axis is the outer one, so that one layer's delta is a contiguous
+    block. (In the paper's code it is the innermost: this permutes the last layer's rows, so initial weights have the same
+    distribution.)
 
     Args:
         hidden_size: width of the host's residual stream.
@@ -257,12 +259,12 @@ class IRM(nn.Module):
         input_scale: what h0 is divided by first.
         delta_scale: what the output is multiplied by: a number, or one for each of the layers.
         masked: neuron indices at which every delta is 0.
-        activation: makes the one after each hidden layer.
-        dropout: share of the trunk's outputs that are zeroed while training.
+        activation: called to create the activation module after each hidden layer.
+        dropout: dropout probability on the trunk's outputs during training.
 
     Attributes:
-        training_dtype: what the matrix products of training are computed in; None: in the weights' own dtype, as everything
-            else always is. Not saved.
+        training_dtype: dtype of the matrix products during training; None: the weights' own dtype, in which everything else
+            is always computed. Not saved.
 
     Example:
         >>> irm = IRM(hidden_size=8, layers=(0, 3), widths=(16,), rank=4, output_std=1e-3)

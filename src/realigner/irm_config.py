@@ -1,7 +1,7 @@
 """An IRM's config as PEFT keeps it, and the two files of a saved adapter.
 
-On load nothing is forgiven: a missing or pickled weights file, a truncated one, an unknown key, a value of another type,
-tensors that are no floating-point numbers are each refused with one line, before anything is attached or allocated.
+Loading is strict: a missing, pickled or truncated weights file, an unknown key, a value of another type, and tensors that are
+not floating-point are each refused with a one-line error, before anything is attached or allocated.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ class IRMConfig(PeftConfig, IRMShape):
     Attributes:
         layers_path: where the host's decoder layers are, for a host on which the probe cannot tell.
         tone: the tone it was trained for, if any.
-        template: how prompts are put to it: ``"chat"``, the host's own way, or ``"plain"``, the paper's.
+        template: the prompt format: ``"chat"``, the host's chat template, or ``"plain"``, the paper's format.
         chat_template_kwargs: variables of the chat template that it was trained with, such as ``{"enable_thinking": False}``.
-        strength: at which it is best used (1: as trained); `runtime.load` goes by it, an IRM attached by PEFT acts at 1.
-        strength_range: ``[low, high]``, between which it was found to do as well (`realigner evaluate --tune strength`).
+        strength: the recommended strength (1: as trained); `runtime.load` applies it, while an IRM attached by PEFT acts at 1.
+        strength_range: ``[low, high]``, where it was found to do about as well (`realigner evaluate --tune strength`).
         host: the fingerprint of the host it belongs to (`fingerprints.Fingerprint`).
         site: what the probe found on that host (`sites.HostSites.summary`).
-        modules_to_save: PEFT's: modules of the host (a head, say) of which a copy is trained and saved beside the IRM.
+        modules_to_save: as in PEFT, names of host modules (such as a head) of which a copy is trained and saved with the IRM.
 
     Raises:
         UsageError: naming the field, for a bad value.
@@ -132,7 +132,7 @@ class IRMConfig(PeftConfig, IRMShape):
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config, and into PEFT's model card what it does not know: that realigner must be imported."""
+        """Write the config, and add to PEFT's model card how to load the IRM: realigner must be imported first."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory, "README.md")
         if card.is_file() and "import realigner" not in (text := card.read_text(encoding="utf-8")):

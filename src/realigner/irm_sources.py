@@ -43,8 +43,8 @@ def find_irm(source: Source) -> Path:
 
 
 def ready_made() -> dict[str, Path]:
-    """The IRMs that go by a name alone, with their folders: those that come with the package, for the embedded host, and
-    those in ``irms`` in the cache folder (`hosts.cache_root`), which come first where both have a name.
+    """The ready-made IRMs, name -> folder: those that come with the package, for the embedded host, and those in ``irms`` in
+    the cache folder (`hosts.cache_root`), which take precedence where both have the same name.
 
     Example:
         >>> "anger" in ready_made()

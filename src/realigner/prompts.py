@@ -1,4 +1,4 @@
-"""What hosts are asked, questions and conversations, and what they answer."""
+"""Prompts (questions and conversations), and the answers to them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Answer(str):
 
     Attributes:
         thought: what the host thought before it; empty on hosts that do not think.
-        ended: whether it came to its end, and was not cut at ``max_new_tokens``.
+        ended: whether the host ended it; False: it was cut at ``max_new_tokens``.
 
     Example:
         >>> reply = Answer("A spider has", ended=False)
@@ -58,8 +58,8 @@ def messages_of(prompt: Prompt, system: str | None = None) -> list[dict[str, str
     """A prompt as messages, with a system prompt before them if one is given.
 
     Raises:
-        UsageError: when it is empty, holds what is not a message, ends with the assistant's, or has a system prompt of its own
-            where one is given.
+        UsageError: when it is empty, contains something that is not a message, ends with an assistant message, or has a system
+            prompt of its own although `system` is given.
     """
     if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
         raise UsageError(
@@ -79,7 +79,7 @@ def messages_of(prompt: Prompt, system: str | None = None) -> list[dict[str, str
 
 
 def check_message(message: Any) -> None:
-    """Raise unless `message` is one: a role and a content, and nothing but characters in them.
+    """Raise unless `message` is a valid message: a mapping with role and content, both strings of valid Unicode.
 
     Raises:
         UsageError: when it is not.

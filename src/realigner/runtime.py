@@ -1,4 +1,4 @@
-"""From the name of an IRM to a model that answers: the host it was made for, its tokenizer, template and default strength."""
+"""Load an IRM by name, ready to answer: with the host it was made for, its tokenizer, template and default strength."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ def load(
 
     Args:
         irm: a run's or an adapter's folder, an id on the Hugging Face hub, or the name of a ready-made IRM
-            (`irm_sources.ready_made`); a list of these, each named after its folder, or a mapping from the
-            name that each is to have. The first one is active. None: the host alone.
-        host: the host; by default the one that the first IRM was made for. Any copy of it will do; it is checked.
+            (`irm_sources.ready_made`); a list of these, each named after its folder, or a mapping from names
+            of your choice to these. The first one is active. None: the host alone.
+        host: the host; by default the one that the first IRM was made for. Any copy with the same weights will do (checked).
         dtype, device, trust_remote_code: see `hosts.load_host`.
         revision: of the host on the hub.
 
     Raises:
-        RealignerError: when an IRM or its host is not found, is damaged, or does not belong together.
+        RealignerError: when an IRM or its host is not found or damaged, or they do not belong together.
 
     Example:
         >>> runtime = load({"anger": "runs/anger-42", "sad": "runs/sadness-42"})  # doctest: +SKIP

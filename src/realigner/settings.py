@@ -1,7 +1,7 @@
 """How IRMs act in one call: which, at what strength, in which rows, at which tokens.
 
-Settings belong to the thread that makes the call: a block of `Threads.using` is seen by the calls of its own thread and of
-threads begun inside it, and by no others. A forward takes its settings when it begins, a generation too.
+Settings are per thread: a `Threads.using` block applies to calls in its own thread and in threads started inside it, and to no
+others. A forward or a generation uses the settings in effect when it starts.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Settings:
         where: ``"all"``, ``"prompt"``, ``"reply"``, or N for the first N tokens of the reply.
         irms: the IRMs that take part; None: those that are active when a forward begins.
         generation: the generation that the call is a part of.
-        packed: strengths are of this forward's tokens, which belong to several requests (continuous batching).
+        packed: whether strengths are given per token of this forward, whose tokens belong to several requests (continuous
+            batching).
         observers: called with what each IRM adds, as `injection.Injector.observers` are.
     """
 
@@ -107,7 +108,7 @@ class Settings:
 
 
 def acts(where: Where, after: Any) -> Any:
-    """Whether IRMs act on a token, given how far it is behind the reply's first (a number or a tensor of them)."""
+    """Whether IRMs act on a token; `after` is its offset from the reply's first token (a number or a tensor)."""
     if where == "all":
         return after == after
     if where == "prompt":
@@ -130,7 +131,7 @@ def check_strength(value: Any, device: torch.device | str = "cpu") -> torch.Tens
     """A strength as a tensor of shape [], [row] or [row, position].
 
     Raises:
-        UsageError: when it is no such thing, or a number is beyond 1000 either way.
+        UsageError: for any other type or shape, or a number outside -1000 to 1000.
     """
     try:
         if _has_truth_values(value):
@@ -154,10 +155,10 @@ def _has_truth_values(value: Any) -> bool:
 
 
 def part_of(value: Any, at: int | slice, count: int, name: str, unit: str) -> Any:
-    """The part that one (or some) of `count` prompts or requests have of a list with one for each, or what all have.
+    """The entries at `at` of a setting given as a list with one per prompt (or request); a single value is returned as it is.
 
     Raises:
-        UsageError: for a list of another length; `name` and `unit` say of what.
+        UsageError: for a list whose length is not `count`; the message uses `name` and `unit`.
     """
     if isinstance(value, Mapping):
         return {key: part_of(item, at, count, name, unit) for key, item in value.items()}

@@ -29,9 +29,9 @@ class Site:
         kind: ``"sequential"``: a later module (the reader) reads the residual, and so does all that follows. ``"parallel"``:
             the layer's output is ``residual + scale * other``, where the other branch does not read the residual (GPT-NeoX,
             Phi). ``"single"``: the layer has one branch (Mamba) and the residual is its output.
-        base: the terms that are there before the branch is computed: (`INPUT` or a module's name in the layer, weight).
+        base: the terms of the residual other than the branch, as pairs (`INPUT` or the name of a module of the layer, weight).
         branch: the module whose output completes the residual; the delta is added to that output.
-        scale: the branch's weight in the residual (1 except for Granite and its kind); a delta is divided by it.
+        scale: the branch's weight in the residual (1, except in Granite and similar models); a delta is divided by it.
         reader: the module that reads the residual; empty unless sequential.
         which: which of the reader's tensor inputs it is.
         other: the second branch of a parallel layer.
@@ -73,16 +73,16 @@ class Site:
 
 @dataclass(frozen=True)
 class HostSites:
-    """Where a host's deltas go.
+    """The injection sites of a host.
 
     Attributes:
         decoder: the module that runs the layers.
-        layers: its layers.
-        path: of the layers, in the host.
-        width: of the residual stream.
-        sites: one for each layer.
-        random_in_training: whether the decoder or a layer drops activations by itself (OPT, BART) in training mode, in which
-            layers that are checkpointed must be.
+        layers: the decoder's layers.
+        path: name of the layers' module list within the host.
+        width: width of the residual stream.
+        sites: one site per layer.
+        random_in_training: whether the decoder or a layer applies dropout of its own in training mode (OPT, BART). Gradient
+            checkpointing requires that mode.
     """
 
     decoder: nn.Module
@@ -104,7 +104,7 @@ class HostSites:
 
 
 def read_sites(summary: Mapping[str, Any], num_layers: int) -> tuple[Site, ...]:
-    """The sites that `HostSites.summary` describes: what an engine without our probe goes by.
+    """The sites that `HostSites.summary` describes, for engines that do not run our probe.
 
     Raises:
         RealignerError: when the summary lacks a key, or has another number of layers.

@@ -1,11 +1,11 @@
-"""The IRM as a PEFT method, so that everything people know from PEFT works on it.
+"""The IRM as a PEFT method, with the API that users know from PEFT.
 
 `get_peft_model`, `save_pretrained`, `PeftModel.from_pretrained`, `disable_adapter`, `set_adapter`, `delete_adapter`,
-`unload`, Trainer and TRL take an `IRMConfig` as they take a `LoraConfig`. What differs, and says so when asked for:
-an IRM depends on its input, so it cannot be merged into weights.
+`unload`, Trainer and TRL work with an `IRMConfig` as with a `LoraConfig`. The one difference: an IRM depends on its input, so
+it cannot be merged into weights, and merging raises an error that says so.
 
-On load nothing is forgiven: another host, a host whose site the probe now finds elsewhere, a missing, extra or misshapen
-tensor, a truncated or pickled file are each refused with one line.
+Loading is strict: a different host, a host whose site the probe now finds elsewhere, a missing, extra or misshapen tensor, and
+a truncated or pickled file are each refused with a one-line error.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from realigner.settings import Generation, Settings, Strength, Where, part_of
 class IRMModel(BaseTuner):
     """The PEFT tuner: holds the IRMs and the injector that hooks the host. The host itself is not changed.
 
-    Three arguments more than the host's own, in calls and in ``generate``; they hold for that call alone:
+    Calls and ``generate`` take three arguments in addition to the host's own; they apply to that call only:
 
     - ``strength=``: anything that `strength` takes.
-    - ``where=``: the tokens that the IRMs act on, as `strength` has it (in ``generate``).
-    - ``adapter_names=``: PEFT's, the IRM of each row of the batch: a name, ``"__base__"`` for none, or a tuple of names that
-      are summed. With beams or several replies a prompt, give one for each prompt.
+    - ``where=``: the tokens that the IRMs act on (see `strength`); only in ``generate``.
+    - ``adapter_names=``: PEFT's argument, the IRM for each row of the batch: a name, ``"__base__"`` for none, or a tuple of
+      names whose deltas are summed. With beam search or several replies per prompt, give one entry per prompt.
 
-    Calls may run in several threads at once: each has its own settings, and a generation keeps those it began with.
+    Calls may run in several threads at once: each has its own settings, and a generation keeps the settings it began with.
     ``set_adapter`` and ``disable_adapter`` change the model for all calls that begin afterwards.
     """
 
@@ -68,13 +68,13 @@ class IRMModel(BaseTuner):
                 model.peft_config = others
 
     def forward(self, *args: Any, strength: Strength | None = None, where: Where | None = None, **kwargs: Any) -> Any:
-        """The host's forward, with settings of its own if any are given."""
+        """Run the host's forward, with this call's strength and tokens if they are given."""
         if strength is None and where is None:
             return self._run(self.model, None, args, kwargs)
         return self._run(self.model, self.registry.settings(self.settings, strength, where), args, kwargs)
 
     def generate(self, *args: Any, strength: Strength | None = None, where: Where | None = None, **kwargs: Any) -> Any:
-        """The host's ``generate``, with settings of its own if any are given."""
+        """Run the host's ``generate``, with this call's strength and tokens if they are given."""
         given = kwargs.get("generation_config"), *args[1:2]  # transformers takes it as the second argument too
         config = next((value for value in given if value is not None), self.model.generation_config)
         repeats = [kwargs.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences")]
@@ -94,7 +94,7 @@ class IRMModel(BaseTuner):
         where: Where | None = None,
         rows: Sequence[str | tuple[str, ...]] | None = None,
     ) -> Settings:
-        """This thread's settings with some changed, and with the IRMs that are active now, whatever is set active later."""
+        """This thread's settings with the given changes and the active IRMs pinned: a later `set_adapter` has no effect."""
         settings = self.registry.settings(self.settings, strength, where, rows)
         return settings if settings.irms is not None else replace(settings, irms=self.registry.enabled())
 
@@ -112,12 +112,12 @@ class IRMModel(BaseTuner):
 
         Args:
             inputs: the prompts as tokens.
-            generation_config, continuous_batching_config: transformers'.
+            generation_config, continuous_batching_config: as in transformers.
             strength: a number, or a list with one for each request; or a mapping from IRM to either.
             adapter_names: the IRMs of each request, as in `generate`.
-            where: of all requests, or a list with one for each.
-            options: of transformers' ``add_request``: ``max_new_tokens``, ``eos_token_id``, ...; its ``warmup``,
-                ``progress_bar`` and ``persistent_manager`` are of no effect.
+            where: the tokens that the IRMs act on: one value for all requests, or a list with one for each.
+            options: keyword arguments of transformers' ``add_request``: ``max_new_tokens``, ``eos_token_id``, ...; ``warmup``,
+                ``progress_bar`` and ``persistent_manager`` are accepted but ignored.
 
         Returns:
             Request id -> transformers' ``GenerationOutput``, in the order of `inputs`.
@@ -150,7 +150,7 @@ class IRMModel(BaseTuner):
 
     @property
     def settings(self) -> Settings:
-        """What this thread's next call goes by."""
+        """The settings that this thread's next call will use."""
         return self.injector.threads.state.settings
 
     def _run(self, call: Any, settings: Settings | None, args: Any, kwargs: Any) -> Any:
@@ -184,7 +184,8 @@ class IRMModel(BaseTuner):
     ) -> None:
         """Add an IRM under a name: prove the host's sites, check that the config is for this host, build the network.
 
-        One whose weights are in a file is attached once they are loaded, so that a load that fails leaves the host bare.
+        The hooks of an IRM that is loaded from a file are registered only once its weights are loaded, so that a failed load
+        leaves the host bare.
         """
         config = self.peft_config[adapter_name]
         if clash := name_clash(adapter_name):
@@ -259,8 +260,8 @@ class IRMModel(BaseTuner):
     def train(self, mode: bool = True) -> IRMModel:
         """Set the mode of the IRMs. The frozen host stays in evaluation mode: its dropout would act on the deltas too.
 
-        Of the host, only what is trained there follows (`modules_to_save`, LoRA), and the layers' own mode, without which they
-        are not checkpointed, where that has no other effect.
+        In the host, only trained modules follow the mode (`modules_to_save`, LoRA), and the ``training`` flags of the decoder
+        and its layers (gradient checkpointing needs them), unless these would switch on dropout (`random_in_training`).
         """
         super().train(mode)
         self.model.eval()
@@ -277,7 +278,7 @@ class IRMModel(BaseTuner):
         return self
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's; one that cannot generate (a classifier) has none, and PEFT asks for it all the same."""
+        """The host's method, looked up when called: PEFT wants the attribute even if the host (a classifier) has none."""
         return self.model.prepare_inputs_for_generation(*args, **kwargs)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
@@ -299,7 +300,7 @@ class IRMModel(BaseTuner):
             wrapper.enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget one IRM."""
+        """Remove one IRM from the host."""
         if adapter_name not in self.peft_config:
             raise UsageError(f"adapter {adapter_name!r} is not loaded")
         if len(self.registry.networks) == 1:
@@ -393,26 +394,26 @@ register_peft_method(name=PEFT_NAME, config_cls=IRMConfig, model_cls=IRMModel)
 
 @contextmanager
 def strength(model: nn.Module, value: Strength = 1.0, adapter: str | None = None, where: Where | None = None) -> Iterator[None]:
-    """Scale the deltas of IRMs in the calls of a block: 0 is the bare host, 1 the IRM as trained.
+    """Context manager that scales IRM deltas in the calls made inside it: 0 is the bare host, 1 the IRM as trained.
 
-    The block holds for the thread it is in and for threads begun inside it (a streamer's), not for others; a generation keeps
-    the settings it began with. In coroutines, which share a thread, and in pools give ``strength=`` to the call instead.
+    It applies to its own thread and to threads started inside it (such as a streamer's), not to others; a generation keeps the
+    settings it began with. In coroutines, which share a thread, and in thread pools, pass ``strength=`` to the call instead.
 
-    A token's keys and values stay in a cache as they were made. So a text whose cache goes on under other settings is
-    the text of one forward with a strength for each token: those of the time when each was read.
+    Cached keys and values keep the strength under which they were computed. Continuing from a cache under other settings is
+    therefore equivalent to one forward with per-token strengths: for each token, the strength in effect when it was read.
 
     Args:
         model: a model with an IRM, wrapped (DataParallel, DDP, compiled) or not.
-        value: a number of at most 1000 either way (negative values push the other way), one for each row of the batch
+        value: a number from -1000 to 1000 (negative values push the other way), one for each row of the batch
             ``[row]``, one for each token ``[row, position]`` (in ``generate`` counted from the prompt's first token; the last
-            column holds for the rest), or a mapping from an IRM's name to any of these.
-        adapter: the IRM to scale, active or not (setting one does not make it active); every loaded one when None.
-        where: the tokens that IRMs act on when generating: ``"all"``, ``"prompt"``, ``"reply"``, or a number of tokens from the
-            reply's beginning. A delta at a token changes what is predicted after it: the reply's first token is predicted at
-            the prompt's last.
+            column applies to all later tokens), or a mapping from an IRM's name to any of these.
+        adapter: the IRM to scale, active or not (scaling does not make it active); None: all loaded IRMs.
+        where: the tokens that IRMs act on when generating: ``"all"``, ``"prompt"``, ``"reply"``, or N for the first N tokens of
+            the reply. A delta at a token changes what is predicted after it: the reply's first token is predicted at the
+            prompt's last.
 
     Raises:
-        UsageError: for a value out of range, or an adapter that is not loaded; in the forward, for a batch of another size.
+        UsageError: for a value out of range or an adapter that is not loaded; from the forward, if the batch size differs.
 
     Example:
         >>> with strength(model, 0.5):  # doctest: +SKIP
@@ -465,9 +466,9 @@ def refuse_vllm(model: nn.Module) -> None:
 
 
 def load_irm(host: nn.Module, folder: str | Path, adapter_name: str = "default", trainable: bool = False) -> PeftModel:
-    """`PeftModel.from_pretrained` for a local folder, with every refusal a `RealignerError` of one line.
+    """`PeftModel.from_pretrained` for a local folder, with every failure raised as a one-line `RealignerError`.
 
-    When it does not end well, be it by Ctrl-C, the host is as it was.
+    If loading fails or is interrupted (Ctrl-C), the host is left as it was.
     """
     check_adapter(folder)
     refuse_attached(host)
@@ -484,7 +485,7 @@ def load_irm(host: nn.Module, folder: str | Path, adapter_name: str = "default",
 
 
 def unload(host: nn.Module) -> None:
-    """Take all IRMs off a host, also where the model that they came with is lost; the host is as it was before.
+    """Remove all IRMs from a host, even if the PEFT model around it is gone; the host is then as it was before.
 
     Args:
         host: what the IRMs were attached to; one without IRMs stays as it is.
@@ -560,7 +561,7 @@ def _same_site(saved: Any, found: Any) -> bool:
 
 
 def name_clash(name: str) -> str | None:
-    """Why an IRM cannot have a name, or None."""
+    """Why `name` cannot be an IRM's name; None if it can."""
     if not name or hasattr(nn.ModuleDict, name):
         return "it clashes with the names of PyTorch modules"
     # PEFT tells adapters apart by finding ".name." in tensor names, so a name must not be part of one.

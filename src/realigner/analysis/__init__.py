@@ -1,6 +1,6 @@
-"""What a trace shows, as pure functions on labelled arrays (no torch).
+"""Statistics of traces, as pure functions on labelled arrays (no torch).
 
-`analyze` asks everything; docs/statistics.md defines and validates every statistic.
+`analyze` computes all of them; docs/statistics.md defines and validates every statistic.
 """
 
 from realigner.analysis.consensus import Consensus, consensus, rank_biased_overlap, robust_rank_aggregation

@@ -97,7 +97,7 @@ def consensus(
 
     Args:
         source: a trace, or what `text_maps` made of it.
-        host: measurements of the host ``[neuron, measurement]``, a row an index of the trace; give logarithms of sizes.
+        host: measurements of the host ``[neuron, measurement]``, one row per index of the trace; pass sizes as logarithms.
         permutations: relabellings that p-values of the table are taken from.
         resamples: bootstrap resamples of prompts for the table's intervals (none for the two shares of runs); at most 200.
         seed: of all draws.
@@ -106,8 +106,8 @@ def consensus(
         UsageError: for a source that is neither, measurements of other indices, or fewer than one draw.
 
     Returns:
-        See `Consensus`. Of one run the table is empty. With fewer than two tones or two seeds p-values and overlap are NaN:
-        such runs are not independent samples. A run with a constant map is left out.
+        See `Consensus`. With a single run the table is empty. With fewer than two tones or two seeds, p-values and overlap are
+        NaN: such runs are not independent samples. A run with a constant map is left out.
 
     Example:
         >>> consensus(trace).indices.head(3)  # doctest: +SKIP

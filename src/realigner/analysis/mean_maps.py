@@ -96,7 +96,7 @@ def leading_indices(magnitude: xr.DataArray, count: int = 10) -> pd.DataFrame:
         UsageError: for a map of several runs.
 
     Returns:
-        One row an index, largest first: ``neuron``; ``ratio`` (mean over layers of M over the layer's median);
+        One row per index, largest first: ``neuron``; ``ratio`` (mean over layers of M over the layer's median);
         ``layers_in_top`` (in how many layers it is among that layer's `count` largest); ``layers`` (of how many). No rows
         where no layer has numbers.
     """

@@ -33,8 +33,8 @@ def check_draws(permutations: int, resamples: int) -> None:
 def p_value(value: float, draws: np.ndarray, rng: np.random.Generator, side: Side = "greater") -> float:
     """The permutation p-value of `value` among `draws` under the null; NaN when the value is.
 
-    Ties get a random place among themselves: with few distinct values a p that counts ties as extreme would be too large,
-    one that does not too small.
+    Ties are broken at random: with few distinct values, p would be too large if ties counted as extreme, and too small if
+    they did not.
     """
     draws = draws[np.isfinite(draws)]
     if not np.isfinite(value) or not len(draws):
@@ -51,10 +51,9 @@ def p_value(value: float, draws: np.ndarray, rng: np.random.Generator, side: Sid
 def interval(value: float, draws: np.ndarray, n: int, bounds: tuple[float, float] = (-np.inf, np.inf)) -> tuple[float, float]:
     """A 95% interval from bootstrap draws; NaN where there is nothing to resample.
 
-    Percentiles about the draws' mean, put about the value and made wider by sqrt(n/(n-1)) t(n-1) / z (Hesterberg 2015): a
-    resample repeats what it draws, so its map is noisier than the value's and the draws sit beside it, and with few prompts
-    they spread too little. docs/statistics.md has how often the interval holds the truth, and how much less plain
-    percentiles do.
+    Percentiles of the draws, recentred from the draws' mean to the value and widened by sqrt(n/(n-1)) t(n-1) / z (Hesterberg
+    2015): a resample contains repeats, so its map is noisier than the original and the draws are biased; and with few prompts
+    they spread too little. docs/statistics.md reports the coverage of this interval and the lower one of plain percentiles.
 
     Args:
         draws: ``[resample]``.
@@ -74,8 +73,8 @@ def change_per_target(difference: np.ndarray, counts: np.ndarray, weights: np.nd
     """A difference of losses per target, paired by row, and its 95% interval over rows.
 
     Args:
-        difference: each row's summed loss less that of the other ``[row]``.
-        counts: each row's targets.
+        difference: summed loss of each row minus that of its counterpart ``[row]``.
+        counts: number of targets of each row.
         weights: from `prompt_weights`, of rows.
     """
     change = float(difference.sum() / counts.sum())
@@ -113,7 +112,7 @@ def mean_over_first(values: np.ndarray) -> np.ndarray:
 
 
 def sign_flips(prompts: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Signs ``[draw, prompt]``: every combination but the one that changes nothing where these are few, else random ones."""
+    """Signs ``[draw, prompt]``: if there are few, all combinations except the one without a flip; else random ones."""
     if 2**prompts <= draws:
         numbers = np.arange(1, 2**prompts)[:, None]
         return np.asarray(np.where(numbers >> np.arange(prompts) & 1, -1.0, 1.0))
@@ -123,7 +122,7 @@ def sign_flips(prompts: int, draws: int, rng: np.random.Generator) -> np.ndarray
 def sign_flip_p(values: np.ndarray, draws: int, rng: np.random.Generator, side: Side = "both") -> float:
     """Whether per-prompt values ``[prompt]`` lie to one side of 0. Null: each is as likely as its negative.
 
-    NaN values do not count. NaN with fewer than 5 prompts, which cannot show it, and where all are exactly 0.
+    NaN values do not count. The result is NaN with fewer than 5 prompts (too few to show a difference), and if all are 0.
     """
     values = values[np.isfinite(values)]
     if len(values) < MIN_PROMPTS or not values.any():
@@ -134,9 +133,8 @@ def sign_flip_p(values: np.ndarray, draws: int, rng: np.random.Generator, side: 
 def exchange_p(differences: list[np.ndarray], weights: np.ndarray, draws: int, rng: np.random.Generator) -> float:
     """Whether runs differ from the controls that some of them share, by prompt (two-sided).
 
-    Null: a control and its runs are alike, so in every prompt their values may as well have been dealt out anew. Flipping signs
-    would not do: the mean of several runs less one control is not symmetric where values are skewed. With one run it is the
-    same.
+    Null: a control and its runs are exchangeable within every prompt. Flipping signs would not be valid: the mean of several
+    runs minus one control is not symmetric if values are skewed. With a single run the two tests are the same.
 
     Args:
         differences: of every control, its runs' differences from it ``[run, prompt]``; a prompt that any lacks does not count.
@@ -188,8 +186,9 @@ class Relabelling:
     fewer neurons each draw is a random permutation of each row.
 
     Args:
-        rows: of the widest matrix; a matrix of fewer says which rows it has, and rows of the same number move together.
-        neurons: columns.
+        rows: number of rows of the largest matrix. For a smaller one, say which rows it has; equal row numbers get the same
+            relabelling.
+        neurons: number of columns.
     """
 
     def __init__(self, rows: int, neurons: int, draws: int, rng: np.random.Generator) -> None:

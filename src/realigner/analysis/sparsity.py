@@ -43,9 +43,9 @@ def sparsity(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000,
         - ``kurtosis``: its inverse, n sum v^4 / (sum v^2)^2, about zero and not about the mean; 3 for Gaussian noise.
         - ``small_share``: the share of ``|v|`` < 1e-4, the paper's; it depends on the scale, and has no null.
 
-        p: the signs of the differences from the untrained twin, prompt by prompt, flipped (two-sided); over all runs, what a
-        twin and the runs trained from it gave, dealt out anew prompt by prompt. NaN without a twin,
-        and with fewer than 5 prompts. Tokens without energy do not count; with one neuron Hoyer is NaN.
+        p (two-sided) is from flipping the signs of the differences from the untrained twin, prompt by prompt; over all runs,
+        from exchanging values between a twin and the runs trained from it, prompt by prompt. NaN without a twin, and with fewer
+        than 5 prompts. Tokens without energy do not count; with one neuron Hoyer is NaN.
 
     Example:
         >>> sparsity(trace).query("layer == 'all'")  # doctest: +SKIP

@@ -93,7 +93,7 @@ def tabulate(entries: list[RunStatistic], twins: Mapping[str, str], flips: int, 
         flips: how many draws of signs.
 
     Returns:
-        ``run, tone, seed``, the entries' keys, ``value, null, low, high, p, n, unit, test`` (what p is held against), then
+        ``run, tone, seed``, the entries' keys, ``value, null, low, high, p, n, unit, test`` (the null that p tests), then
         ``untrained`` (the value of the untrained twin), ``difference`` (value - untrained) and its interval
         ``difference_low, difference_high``. Intervals are over prompts, which both runs share. The rows ``run="all"`` are over
         the trained runs: each tone counts the same, n is the number of tones, and intervals are over prompts, then tones.

@@ -54,8 +54,8 @@ def timing(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, s
 
         How unevenly energy is spread over tokens: ``entropy`` (over log of the number of tokens; 1 is even), ``gini``,
         ``largest_share``. They do not depend on the order of tokens; ``null`` is an even spread, and p comes from flipping the
-        signs of the differences from the untrained twin, prompt by prompt (two-sided; over all runs by dealing out anew what a
-        twin and the runs trained from it gave; NaN without a twin, and with fewer than 5 prompts).
+        signs of the differences from the untrained twin, prompt by prompt (two-sided; over all runs, from exchanging values
+        between a twin and the runs trained from it; NaN without a twin, and with fewer than 5 prompts).
 
         Where it falls, p one-sided for "early": ``prompt_share`` (the prompt's share of the energy over its share of the
         tokens; null 1), ``first_share`` (the first token's share; null 1/T), ``centre_of_mass`` (0 the first token, 1 the last;
@@ -64,15 +64,15 @@ def timing(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, s
         ``run="all"``: runs answer the same prompts, so signs of the differences from the null are flipped by prompt; only where
         these are symmetric, for ``centre_of_mass``, ``reply_centre_of_mass`` and ``late_share_K``.
 
-        All these depend on how long replies are; the next do not. Of the prompt and the first 10 generated tokens, each
-        place's share of the energy over its share of the tokens (null 1, p two-sided): ``template_share`` (what the chat
-        template adds), ``question_share`` (the messages' content), ``last_share`` (the prompt's last token, whatever it is of)
-        and ``opening_share`` (the 10 generated ones). And ``reply_centre_of_mass``, of the first 32 generated tokens alone (p
-        one-sided for "early").
+        All of these depend on the length of the reply; the following do not. Over the prompt and the first 10 generated tokens,
+        each place's share of the energy divided by its share of the tokens (null 1, p two-sided): ``template_share`` (what the
+        chat template adds), ``question_share`` (the messages' content), ``last_share`` (the prompt's last token, whichever
+        place it belongs to) and ``opening_share`` (the 10 generated ones). And ``reply_centre_of_mass``, over the first 32
+        generated tokens alone (p one-sided for "early").
 
-        NaN: texts without energy; ``prompt_share`` of texts without prompt or without reply; places that a text has no token
-        of, or none other, and all four where the trace has no roles of tokens; all but ``largest_share`` and ``first_share``
-        of texts of one token.
+        NaN: texts without energy; ``prompt_share`` of texts without prompt or without reply; the share of a place that none or
+        all of a text's tokens are in, and all four such shares if the trace has no roles of tokens; for texts of a single
+        token, everything but ``largest_share`` and ``first_share``.
 
     Example:
         >>> timing(trace).query("statistic == 'centre_of_mass'")  # doctest: +SKIP
@@ -98,14 +98,14 @@ def top_histogram(trace: xr.Dataset, k: int = 1000, bins: int | None = None) -> 
     Args:
         trace: a trace.
         k: how many, over all texts of a run together.
-        bins: None: a row per token position; else so many equal bins of the place in the text from 0 (first token) to 1 (last).
+        bins: number of equal bins of the relative position, from 0 (first token) to 1 (last); None: one row per token position.
 
     Raises:
-        UsageError: when the trace keeps fewer values of a text.
+        UsageError: when the trace keeps too few values per text for this `k`.
 
     Returns:
         ``run, tone, seed, position, count``, and ``tokens``: how many tokens of the run's texts lie there. ``position`` is the
-        token's, or the middle of the bin. Zeros are in.
+        token's, or the middle of the bin. Rows with a count of 0 are included.
     """
     rows = []
     for largest in _largest(trace, k):
@@ -128,7 +128,7 @@ def layer_counts(trace: xr.Dataset, k: int = 1000) -> pd.DataFrame:
     Args and raises: as `top_histogram`.
 
     Returns:
-        ``run, tone, seed, layer, count``; layers that no run of the trace has are not in, zeros are.
+        ``run, tone, seed, layer, count``. Layers that no run of the trace has are left out; counts of 0 are included.
     """
     layers, rows = trace["layer"].values, []
     for largest in _largest(trace, k):

@@ -1,7 +1,7 @@
-"""Turns: does what is added last over the replies of a conversation?
+"""Turns: do deltas keep their size from reply to reply in a conversation?
 
-Each of the assistant's messages is a reply; its value is a mean over the tokens of its content. The null takes the order of a
-conversation's replies away: which of them is the first and which the last is drawn anew.
+Each of the assistant's messages is a reply; its value is a mean over the tokens of its content. The null discards the order of
+a conversation's replies: which of them counts as first and which as last is drawn at random.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Analysis:
             replies.
         consensus: see `Consensus`.
         leading: each run's 10 leading indices: ``run, tone, seed, rank, neuron, ratio, layers_in_top, layers``.
-        verdicts: one dict a claim: ``claim``, ``verdict`` ("supported", "not supported", "cannot tell"), ``words``, ``value``,
+        verdicts: a dict per claim: ``claim``, ``verdict`` ("supported", "not supported", "cannot tell"), ``words``, ``value``,
             ``null``, ``low``, ``high``, ``p``, ``n``; and ``key`` (the claim's short name), ``measure`` (what the value is),
             ``why`` (the reason, the last sentence of ``words``), ``statistic``, ``p_adjusted``,
             ``unit``, ``runs``, ``prompts``, ``tokens`` (of the trained runs), ``untrained``, ``difference``,

@@ -24,14 +24,14 @@ def app(
         Option(
             "--irm",
             metavar="NAME=DIR",
-            help="An IRM (a folder or a ready-made one's name), and its name; may be given often.",
+            help="An IRM (a folder or a ready-made one's name), and its name; may be repeated.",
             show_default="all ready-made ones",
         ),
     ] = None,
     host: opt.HostOfIrm = None,
     explanation: Annotated[
         Optional[list[Path]],
-        Option(metavar="DIR", help="What realigner explain wrote of the host; may be given often.", show_default=False),
+        Option(metavar="DIR", help="Folder that realigner explain wrote for this host; may be repeated.", show_default=False),
     ] = None,
     endpoint: Annotated[
         Optional[str],
@@ -40,17 +40,17 @@ def app(
     model: Annotated[
         Optional[str], Option(help="The host's name at the endpoint.", show_default="the one that it lists")
     ] = None,
-    address: Annotated[str, Option(help="Where to listen; other than this machine's own needs --auth.")] = "127.0.0.1",
+    address: Annotated[str, Option(help="Address to listen on; any but this machine's own needs --auth.")] = "127.0.0.1",
     port: Annotated[int, Option(help="0 for a free one.", min=0, max=65535)] = 7860,
     auth: Annotated[
         Optional[str],
-        Option(metavar="USER:PASSWORD", help=f"Ask for a login; or set {_AUTH_ENV}.", show_default=False),
+        Option(metavar="USER:PASSWORD", help=f"Require a login; or set {_AUTH_ENV}.", show_default=False),
     ] = None,
     max_prompt: Annotated[int, Option(help="Characters of a message at most.", min=1)] = 2000,
     max_tokens: Annotated[int, Option(help="Tokens of a reply at most.", min=1)] = 256,
     max_context: Annotated[int, Option(help="Tokens of a conversation at most.", min=1)] = 2048,
-    max_users: Annotated[int, Option(help="Replies that are made at the same time.", min=1)] = 2,
-    max_waiting: Annotated[int, Option(help="Users who may wait for a reply; others must come back.", min=1)] = 16,
+    max_users: Annotated[int, Option(help="Replies generated at the same time.", min=1)] = 2,
+    max_waiting: Annotated[int, Option(help="Users who may wait for a reply; others are told to try later.", min=1)] = 16,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     trust_remote_code: opt.Trust = False,
@@ -59,7 +59,7 @@ def app(
     login = _login(auth or os.environ.get(_AUTH_ENV))
     given: dict[str, Any] = {"host": host, "explanation": explanation, "trust_remote_code": trust_remote_code}
     if endpoint is None and model is not None:
-        raise UsageError("--model: is the endpoint's; give --endpoint too, or leave it out")
+        raise UsageError("--model: names a model at an endpoint; give --endpoint too, or leave out --model")
     if endpoint is not None and (flag := next((name for name, value in given.items() if value), None)):
         raise UsageError(f"--{flag.replace('_', '-')}: is for a host loaded here; with --endpoint, name the host by --model")
     from realigner.app.chat_page import Listening, app_running

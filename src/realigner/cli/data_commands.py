@@ -38,11 +38,11 @@ def build(
     rewriter: Annotated[str, Option(help="template (offline), host, or openai (an endpoint).")] = "template",
     out: Annotated[Optional[Path], Option(help="The JSONL file; TONE.jsonl by default.")] = None,
     sample: Annotated[Optional[int], Option(help="Only so many questions, drawn by the seed.", min=1)] = None,
-    attempts: Annotated[int, Option(help="Replies asked for a question at most.", min=1, max=100)] = 3,
+    attempts: Annotated[int, Option(help="Maximum replies requested per question.", min=1, max=100)] = 3,
     give_up: Annotated[bool, Option("--give-up", help="Finish without questions that get no reply.")] = False,
     scorer: Annotated[Optional[Path], Option(help="A scorer (data scorer) that judges the tone.")] = None,
-    temperature: Annotated[float, Option(help="Of the sampling; host and openai.", min=0, max=10)] = 0.9,
-    top_p: Annotated[float, Option(help="Of the sampling; host and openai.", min=0, max=1)] = 0.7,
+    temperature: Annotated[float, Option(help="Sampling temperature; host and openai.", min=0, max=10)] = 0.9,
+    top_p: Annotated[float, Option(help="Nucleus sampling; host and openai.", min=0, max=1)] = 0.7,
     max_new_tokens: Annotated[int, Option(help="Tokens of a reply; host and openai.", min=1)] = 120,
     host: Annotated[str, on_host(help="The embedded default, a hub id, a folder, or a .gguf file.")] = "smollm2-135m-instruct",
     batch_size: Annotated[int, on_host(help="Replies at a time.", min=1)] = 32,
@@ -52,9 +52,9 @@ def build(
     endpoint: Annotated[Optional[str], on_endpoint(help="Base URL, e.g. http://127.0.0.1:8000/v1.")] = None,
     model: Annotated[Optional[str], on_endpoint(help="The endpoint's model.")] = None,
     concurrency: Annotated[int, on_endpoint(help="Requests at a time.", min=1)] = 8,
-    requests_per_minute: Annotated[Optional[int], on_endpoint(help="No more than that.", min=1)] = None,
+    requests_per_minute: Annotated[Optional[int], on_endpoint(help="Limit on requests per minute.", min=1)] = None,
     timeout: Annotated[float, on_endpoint(help="Seconds to wait for a reply.")] = 60.0,
-    retries: Annotated[int, on_endpoint(help="Of a failed request.", min=0)] = 5,
+    retries: Annotated[int, on_endpoint(help="Retries of a failed request.", min=0)] = 5,
     price_in: Annotated[Optional[float], on_endpoint(help="Dollars per million tokens read.")] = None,
     price_out: Annotated[Optional[float], on_endpoint(help="Dollars per million tokens written.")] = None,
     key_env: Annotated[str, on_endpoint(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
@@ -62,7 +62,7 @@ def build(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Rewrite SQuAD's answers in a tone. Killed, it resumes when the same command is run again."""
+    """Rewrite SQuAD's answers in a tone. If it is interrupted, run the same command again to resume."""
     if rewriter not in REWRITERS:
         raise UsageError(f"--rewriter: there is no {rewriter!r}; choose from {', '.join(REWRITERS)}")
     from realigner.data import load_tone
@@ -121,15 +121,15 @@ def import_(
     context: Context,
     source: Annotated[str, Argument(help="CSV, JSONL, JSON or Parquet file, a dataset's folder, or its hub id.")],
     out: Annotated[Optional[Path], Option(help="The JSONL file to write.")] = None,
-    tone: Annotated[Optional[str], Option(help="Of all rows, whatever the data says; may be a tone's TOML file.")] = None,
+    tone: Annotated[Optional[str], Option(help="Tone of all rows, whatever the data says; may be a tone's TOML file.")] = None,
     columns: Annotated[
         Optional[list[str]], Option("--map", help="FIELD=COLUMN, e.g. question=prompt or messages=chat; may be repeated.")
     ] = None,
     form: Annotated[
         Optional[str],
-        Option(help="question-text, messages, sharegpt, prompt-completion or alpaca; told by the columns without it."),
+        Option(help="question-text, messages, sharegpt, prompt-completion or alpaca; by default detected from the columns."),
     ] = None,
-    split: Annotated[Optional[str], Option(help="Of a Hugging Face dataset; all by default.")] = None,
+    split: Annotated[Optional[str], Option(help="Split of a Hugging Face dataset; all by default.")] = None,
     squad: Annotated[Optional[Path], Option(help="The SQuAD file the questions come from.")] = None,
     check_replies: Annotated[bool, Option("--gate/--no-gate", help="Reject bad replies, with a reason.")] = True,
     to_hf: Annotated[
@@ -326,7 +326,7 @@ def scorer(
         counts = {tone: len(hits) for tone, hits in right.items()}
         print_json({"scorer": str(out), "tones": made.tones, "rows": counts, "right": shares})
         return
-    show(f"{out}: named rightly, of groups it has not seen:")
+    show(f"{out}: named correctly, on groups it has not seen:")
     for tone, share in shares.items():
         show(f"  {tone:<16} {100 * share:5.1f}% of {len(right[tone]):,} rows")
 

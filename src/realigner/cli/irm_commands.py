@@ -27,7 +27,7 @@ def demo(
     force: opt.Force = False,
     as_json: opt.Json = False,
 ) -> None:
-    """The whole job on the embedded host: an angry reply; an IRM trained, traced, reported on (4 minutes on 2 cores)."""
+    """The whole pipeline on the embedded host: an angry reply; train, trace and report on an IRM (4 minutes on 2 cores)."""
     from realigner.demo import run_demo
 
     result = run_demo(out, tone=tone, seed=seed, steps=steps, force=force)
@@ -49,7 +49,7 @@ def train(
         Optional[str], Option(help="default, paper, a YAML file, or the folder of a run to repeat.", show_default="default")
     ] = None,
     settings: Annotated[
-        Optional[list[str]], Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be given often.")
+        Optional[list[str]], Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be repeated.")
     ] = None,
     data: Annotated[
         Optional[str],
@@ -84,9 +84,9 @@ def train(
     ] = None,
     chat_template_kwargs: opt.TemplateKwargs = None,
     seed: Annotated[Optional[int], Option(help="Seed of everything random.", show_default="42")] = None,
-    dtype: Annotated[Optional[str], Option(help="Of the host: float32, bfloat16, float16, or auto.")] = None,
+    dtype: Annotated[Optional[str], Option(help="Dtype of the host: float32, bfloat16, float16, or auto.")] = None,
     device: Annotated[Optional[str], Option(help="cpu, cuda, mps, ..., auto, or balanced (layers on all devices).")] = None,
-    resume: Annotated[bool, Option("--resume", help="Go on with the unfinished run of OUT, if there is one.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Resume the unfinished run of OUT, if there is one.")] = False,
     trust_remote_code: opt.Trust = False,
     force: opt.Force = False,
     as_json: opt.Json = False,
@@ -168,7 +168,7 @@ def generate(
     questions: opt.Questions = None,
     irm: Annotated[
         Optional[list[Path]],
-        Option(help="A run's folder, or a ready-made IRM's name (anger); with --chat, may be given often.", show_default=False),
+        Option(help="A run's folder, or a ready-made IRM's name (anger); with --chat, may be repeated.", show_default=False),
     ] = None,
     endpoint: Annotated[
         Optional[str],
@@ -214,7 +214,7 @@ def generate(
         print_replies(opt.prompts_from(questions, prompts), endpoint, model, system, as_json, **sampling)
         return
     if model is not None:
-        raise UsageError("--model: is the endpoint's; give --endpoint too, or leave it out")
+        raise UsageError("--model: names a model at an endpoint; give --endpoint too, or leave out --model")
     if not irm:
         raise UsageError("generate: give an IRM (--irm DIR), or a server (--endpoint URL --model NAME)")
     asked = [] if chat and not questions and prompts is None else opt.prompts_from(questions, prompts)

@@ -26,25 +26,25 @@ def serve(
         Option(
             "--irm",
             metavar="[NAME=]IRM",
-            help="An IRM: a folder, a ready-made one (anger, sadness, neutral), an id on the hub; may be given often.",
+            help="An IRM: a folder, a ready-made one (anger, sadness, neutral), an id on the hub; may be repeated.",
             show_default=False,
         ),
     ] = None,
     host_name: Annotated[
         Optional[str], Option(help="The model's name in requests.", show_default="the host's, or its folder's")
     ] = None,
-    address: Annotated[str, Option(help="Where to listen; other than this machine's own needs a key.")] = "127.0.0.1",
+    address: Annotated[str, Option(help="Address to listen on; any but this machine's own needs a key.")] = "127.0.0.1",
     port: Annotated[int, Option(help="0 for a free one.", min=0, max=65535)] = 8000,
     api_key: Annotated[
         Optional[list[str]],
-        Option(metavar="KEY", help=f"Ask for one of these keys; or set {_KEY_ENV}.", show_default=False),
+        Option(metavar="KEY", help=f"Require one of these keys; or set {_KEY_ENV}.", show_default=False),
     ] = None,
-    no_key: Annotated[bool, Option("--no-key", help="Listen for others without a key.")] = False,
+    no_key: Annotated[bool, Option("--no-key", help="Let other machines connect without a key.")] = False,
     admin_key: Annotated[
         Optional[str],
-        Option(metavar="KEY", help=f"Let who has it load and unload IRMs; or set {_ADMIN_ENV}.", show_default=False),
+        Option(metavar="KEY", help=f"Key that allows loading and unloading IRMs; or set {_ADMIN_ENV}.", show_default=False),
     ] = None,
-    max_requests: Annotated[int, Option(help="Requests that are answered or wait; others must come back.", min=1)] = _REQUESTS,
+    max_requests: Annotated[int, Option(help="Requests running or waiting at once; others get a 429.", min=1)] = _REQUESTS,
     max_tokens: Annotated[int, Option(help="Tokens of a reply at most.", min=1)] = _TOKENS,
     max_context: Annotated[
         Optional[int], Option(help="Tokens of prompt and reply at most.", min=2, show_default="the host's, up to 8192")
@@ -57,7 +57,7 @@ def serve(
         Optional[list[str]], Option(metavar="ARG", help="With --engine vllm: an argument for vllm serve.", show_default=False)
     ] = None,
 ) -> None:
-    """Serve a host and its IRMs by OpenAI's API: each request has IRMs and strengths of its own."""
+    """Serve a host and its IRMs through OpenAI's API; each request chooses its IRMs and strengths."""
     opt.one_of("--engine", engine, ENGINES)
     irms = named(irm or [])
     if host is None and not irms:

@@ -28,14 +28,14 @@ def evaluate(
         ),
     ] = None,
     questions: Annotated[
-        Optional[int], typer.Option(help="Held-out questions to ask at most; all when left out.", min=8, show_default=False)
+        Optional[int], typer.Option(help="Ask at most this many held-out questions; default: all.", min=8, show_default=False)
     ] = None,
     max_new_tokens: opt.MaxNewTokens = 60,
     most_kl: Annotated[
-        float, typer.Option(help="Reject strengths with a larger KL on neutral text (nats per token).", min=0)
+        float, typer.Option(help="Reject strengths with a KL above this on neutral text (nats per token).", min=0)
     ] = 1.0,
     most_shift: Annotated[
-        float, typer.Option(help="Reject strengths that move the residual stream further (in units of its size).", min=0)
+        float, typer.Option(help="Reject strengths that move the residual stream by more (in units of its size).", min=0)
     ] = 1.0,
     judge: Annotated[
         Optional[str],
@@ -59,7 +59,7 @@ def evaluate(
     trust_remote_code: opt.Trust = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Does an IRM work, against what, and at which strength? On questions that its run held out."""
+    """Evaluate an IRM on questions that its run held out: does it work, compared with what, and at which strength?"""
     if tune is not None:
         opt.one_of("--tune", tune, ("strength",))
     opt.refuse_missing([irm])
@@ -86,7 +86,7 @@ def evaluate(
         from realigner.evaluation.served_replies import ServedIRM
 
         if endpoint is None:
-            raise UsageError("--model: is the endpoint's; give --endpoint too, or leave it out")
+            raise UsageError("--model: names a model at an endpoint; give --endpoint too, or leave out --model")
         server = ServedIRM(endpoint, model)
     if endpoint is not None and judge is None and model is None:
         raise UsageError("--endpoint: say what to ask there: --judge MODEL, or --model HOST+IRM")
@@ -118,7 +118,7 @@ def trace(
     keep: Annotated[
         str, typer.Option(help="summary, raw (every delta) or replay (h0, from which deltas are computed again).")
     ] = "summary",
-    raw_dtype: Annotated[str, typer.Option(help="Of raw deltas: float16, float32, or auto.")] = "auto",
+    raw_dtype: Annotated[str, typer.Option(help="Dtype of raw deltas: float16, float32, or auto.")] = "auto",
     baselines: Annotated[bool, typer.Option(help="Trace the untrained twin of each seed too.")] = True,
     strength: opt.Strength = 1.0,
     host: opt.HostOfIrm = None,
@@ -166,7 +166,7 @@ def analyze(
     traces: Annotated[list[Path], typer.Argument(help="Zarr traces of one host; several are joined.")],
     permutations: Annotated[int, typer.Option(help="Draws that p-values are taken from.", min=1)] = 1000,
     resamples: Annotated[int, typer.Option(help="Draws that intervals are taken from.", min=1)] = 1000,
-    seed: Annotated[int, typer.Option(help="Of all draws.", min=0, max=2**32 - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random draws.", min=0, max=2**32 - 1)] = 0,
     as_json: opt.Json = False,
 ) -> None:
     """Striation, consensus, timing, sparsity and turns of traces, each with its null, interval and n, and verdicts in words."""
@@ -212,15 +212,15 @@ def explain(
     out: Annotated[
         Optional[Path],
         typer.Option(
-            help="The folder of trials and explain.json, by default explain; the same one goes on. With --weights-only: of "
-            "weights.json, by default not written."
+            help="Folder for trials and explain.json (default: explain); an existing one is resumed. With --weights-only: "
+            "folder for weights.json (default: not written)."
         ),
     ] = None,
-    index: Annotated[Optional[int], typer.Option(help="Of the residual stream; by default the leading one.")] = None,
+    index: Annotated[Optional[int], typer.Option(help="Index of the residual stream; by default the leading one.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rows, controls and trials, of 50 steps: minutes.")] = False,
     trials: Annotated[bool, typer.Option(help="Train again with one thing changed.")] = True,
     steps: Annotated[
-        Optional[int], typer.Option(help="Of each trial at most; by default as many as the run took, 50 with --quick.", min=1)
+        Optional[int], typer.Option(help="Maximum steps per trial; by default as many as the run took, 50 with --quick.", min=1)
     ] = None,
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Measure --host's weights alone: a folder of safetensors, never loaded.")

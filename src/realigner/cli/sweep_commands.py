@@ -14,7 +14,7 @@ from realigner.errors import RealignerError
 
 def sweep(
     file: Annotated[str, Argument(help="A YAML file, a recipe and a grid over its keys; 'paper': the paper's 24 runs.")],
-    out: Annotated[Path, Option(help="The sweep's folder: one for each run in it.")],
+    out: Annotated[Path, Option(help="The sweep's folder, with a folder for each run in it.")],
     on: Annotated[str, Option(help="local (processes here), ray, or here (in this process).")] = "local",
     workers: Annotated[Optional[int], Option(help="Runs at a time.", min=1, show_default="the file's, else 1")] = None,
     gpus: Annotated[Optional[float], Option(help="GPUs a run takes; on Ray also a part of one.", min=0)] = None,
@@ -29,7 +29,7 @@ def sweep(
     dry_run: Annotated[bool, Option("--dry-run", help="Only list the runs and their states.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a grid of IRMs; the same command resumes after whatever stopped it."""
+    """Train a grid of IRMs; after any interruption, the same command resumes."""
     from realigner.sweep.grid import plan, read_sweep
     from realigner.sweep.sweep_run import run_sweep, states_of
     from realigner.training.recipe import parse_setting

@@ -1,1 +1,1 @@
-"""Does a realignment work, against what, and at which strength?"""
+"""Evaluation: does a realignment work, compared with what, and at which strength?"""

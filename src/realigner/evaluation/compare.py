@@ -54,8 +54,8 @@ def estimate(
     """The mean of a method's values, ``[prompt]`` or ``[seed, prompt]``, and its interval over prompts.
 
     Seeds are averaged prompt by prompt first: the interval says what other prompts would give, not what other seeds would.
-    Values that are NaN do not count. The interval stays within `bounds`, which the mean cannot exceed. Where `bounds` are 0 and
-    1 and so are all values, a bootstrap says nothing; the interval is Wilson's.
+    Values that are NaN do not count. The interval stays within `bounds`, which the mean cannot exceed. If `bounds` are (0, 1)
+    and all values are 0, or all are 1, a bootstrap says nothing; the interval is then Wilson's.
     """
     check_draws(1, resamples)
     each = _by_prompt(values)

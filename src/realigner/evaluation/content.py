@@ -21,8 +21,8 @@ class Content:
     0 where it would fit them as well, 2 for what the reference replies reach on average. What repeats the prompt does not
     count (`own_part`): with nothing else, content is 0.
 
-    So one reply for all has 0 on average before clipping, however near it is to every question. With the plain mean over
-    replies to other questions as 0, one that lies near many of them would get away with more.
+    So the same reply to every question scores 0 on average before clipping, however close it is to all of them. If the zero
+    were the plain mean over replies to other questions, a reply close to many of them would score higher.
 
     Args:
         questions: two or more.

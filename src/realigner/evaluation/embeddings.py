@@ -35,7 +35,7 @@ def minilm_folder() -> Path | None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A block in which torch and BLAS add up on one thread, so a score has the same last bits however many there are."""
+    """Context manager that runs torch and BLAS on one thread, so that scores are bit-identical on any number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

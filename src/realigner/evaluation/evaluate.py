@@ -47,13 +47,13 @@ def task_of(folder: Path, tune: bool) -> tuple[Task, Recipe]:
 
     Args:
         folder: of a finished run, trained on rows.
-        tune: something is to be chosen on tuning rows, so there must be some.
+        tune: whether something is to be chosen on tuning rows, which must then exist.
 
     Returns:
-        The task, and the run's recipe. Of a run with test rows, those are asked about, and its validation rows, on which its
-        checkpoint was chosen, are for tuning. Of one without, a third of the validation topics, where there are two or more,
-        are for tuning, and the rest is asked about. The scorer rows are those of the topics that were trained on, in every
-        tone that the data has.
+        The task, and the run's recipe. If the run has test rows, their questions are asked, and its validation rows, on which
+        its checkpoint was chosen, are for tuning. Otherwise a third of the validation topics, if there are two or more, is for
+        tuning, and the questions of the others are asked. The scorer rows are those of the topics that were trained on, in
+        every tone that the data has.
 
     Raises:
         UsageError: for a run of several tones, or from a sentence alone.
@@ -102,7 +102,7 @@ class Result:
 
     @property
     def results(self) -> dict[str, Any]:
-        """In the run's tone."""
+        """The results in the run's tone."""
         found: dict[str, Any] = self.values["tones"][self.tone]
         return found
 
@@ -123,7 +123,7 @@ def evaluate(
 ) -> Result:
     """Evaluate a run against the bare host and other methods.
 
-    What is measured is kept in `out`, method by method, and not measured again: after an interruption the same call goes on.
+    Measurements are kept in `out`, method by method, and not repeated: after an interruption, the same call resumes.
 
     Args:
         irm: the run's folder.
@@ -137,7 +137,8 @@ def evaluate(
         questions: of the held-out ones at most; all when None.
         most_kl, most_shift: limits of the chosen strength.
         judge: a language model that rates the replies too (`judge.rate`); what it says is kept in `out`.
-        server: where the IRM and the bare host answer; losses and divergences are still those of `host`. No baselines then.
+        server: the server on which the IRM and the bare host answer; losses and divergences are still computed with `host`, and
+            baselines are not possible.
 
     Raises:
         UsageError: for an unknown baseline, or a run that cannot be evaluated.

@@ -57,15 +57,15 @@ def rate(
     said: MutableMapping[str, str] | None = None,
     quiet: bool = False,
 ) -> Ratings:
-    """Have a model rate replies; what is not of the form asked for is asked again, with another seed, twice at most.
+    """Have a model rate replies; a malformed rating is requested again with another seed, at most twice.
 
-    A reply without text is rated 0 in everything, and not sent. How many ratings are missing is said.
+    An empty reply is rated 0 in every respect without asking the judge. The number of missing ratings is reported.
 
     Args:
-        endpoint: where the judge is; a `temperature` of 0 serves best.
+        endpoint: where the judge is; a `temperature` of 0 works best.
         tone: the tone's name, or a description of it.
-        said: what the judge has said before, by request; what is there is not asked again. It is added to as replies come, so
-            keep it, also when an error is raised: the same ratings can then be had again without an endpoint.
+        said: cache of what the judge has said, by request; cached requests are not sent again. Replies are added as they come,
+            so keep it even if an error is raised: the same ratings can then be computed without an endpoint.
         quiet: show no progress.
 
     Raises:

@@ -54,7 +54,7 @@ class Edit(nn.Module, ABC):
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Become what was saved; not to be trained any more."""
+        """Load saved parameters and freeze them."""
         for name, value in self.tensors().items():
             value.copy_(tensors[name])
 
@@ -87,7 +87,8 @@ class PSREdit(Edit):
 class LoReFTEdit(Edit):
     """``R^T (W h + b - R h)``, the rows of R orthonormal (Wu et al. 2024, arXiv 2404.03592, equation 2).
 
-    It begins at no effect (W = R, b = 0) where pyreft draws W at random: with an edit in every layer that is far from the host.
+    It starts with no effect (W = R, b = 0), whereas pyreft draws W at random, which with an edit in every layer starts far from
+    the host.
 
     Args:
         rank: of R and W.

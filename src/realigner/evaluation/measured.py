@@ -33,7 +33,7 @@ class Effort(BaseModel):
 
     Attributes:
         reply_tokens: tokens of a reply at most.
-        dialogues: conversations of three questions each, of the first test questions.
+        dialogues: number of conversations of three questions each, made of the first test questions.
         dropped: how many of the test questions are asked again with a request to drop the tone.
         passages: passages of neutral text that are read.
         answers: questions about a passage.
@@ -74,7 +74,7 @@ class Loss(BaseModel):
 
 
 class Effect(Loss):
-    """On a passage of neutral text; see `side_effects.NeutralText.effects`."""
+    """A method's effect on a passage of neutral text; see `side_effects.NeutralText.effects`."""
 
     bare_nats: float
     kl: float
@@ -161,7 +161,7 @@ def measure(
 
     Args:
         attached: a block in which the method acts on the host; outside of it the host is bare.
-        bare: the host as it is, under which replies are judged usual or not.
+        bare: the unmodified host, under which the likelihood of replies is measured.
         tokenizer: the host's.
         rows: test rows; their questions are asked, and their replies are the target.
         neutral: the bare host's predictions of neutral text; None: it is left out.
@@ -169,7 +169,7 @@ def measure(
         named: ``method``, ``tone``, ``seed`` and ``facts``.
         strength: at which the method acts in that block, to be noted; None: at its own.
         shuffle: measure the losses of shuffled replies too.
-        done: called with how many more questions are answered.
+        done: called after each batch with the number of questions answered in it.
     """
     questions = [row.question for row in rows]
     drop = DROP_CALM if named["tone"] == "neutral" else DROP_THE_TONE

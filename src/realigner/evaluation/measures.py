@@ -30,13 +30,13 @@ def words(text: str) -> list[str]:
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    """All runs of `n` words, in order, repeated ones repeatedly."""
+    """All n-grams of words, in order, with repetitions."""
     found = words(text)
     return list(zip(*(found[start:] for start in range(n)), strict=False))
 
 
 def distinct(text: str, n: int) -> float:
-    """distinct-n: different n-grams over n-grams; NaN for fewer than n words.
+    """distinct-n: the number of distinct n-grams over that of all n-grams; NaN for fewer than n words.
 
     Example:
         >>> distinct("no no no yes", 1)
@@ -125,7 +125,7 @@ class FluencyScale:
             )
 
     def scores(self, nats: Sequence[float] | np.ndarray, texts: Sequence[str]) -> np.ndarray:
-        """Fluency of each reply ``[reply]``: linear in its nats per token ``[reply]``, times what it does not repeat.
+        """Fluency of each reply ``[reply]``: linear in its nats per token ``[reply]``, times the share that is not repetition.
 
         NaN nats (an empty reply) give 0.
         """
@@ -149,7 +149,7 @@ def harmonic_mean(*scores: np.ndarray) -> np.ndarray:
 def proxy(probability: np.ndarray, content: np.ndarray, fluency: np.ndarray) -> np.ndarray:
     """The proxy summary of each reply ``[reply]``, 0 to 2: the harmonic mean of concept, content and fluency.
 
-    It stands in for a judge's score, and agrees with none by construction; its mean over the replies is a method's.
+    It stands in for a judge's score, with no guarantee of agreement; a method's summary is the mean over its replies.
 
     Args:
         probability: P(tone) of each reply; concept is twice that.

@@ -1,7 +1,7 @@
 """What a method is that an evaluation compares: it learns from a task, is kept in a folder, and is put on a host and taken off.
 
 A method's folder counts once it has its record, ``method.json``, which is written last. What it learned is beside it:
-safetensors and JSON, no pickles. A fit that was killed is begun anew, or, where it is a run, gone on with.
+safetensors and JSON, no pickles. A fit that was killed starts over or, if it is a training run, is resumed.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ Score = Callable[[Sequence[Row], Sequence[str], str], float]  # of replies to ro
 
 @dataclass(frozen=True)
 class Given:
-    """What some methods go by besides rows; `Method.needs` names what one cannot do without.
+    """Further inputs that some methods use besides rows; `Method.needs` names those that a method requires.
 
     Attributes:
-        score: by which system prompts and strengths are chosen, on ``task.tune``.
+        score: the score by which system prompts and strengths are chosen, on ``task.tune``.
         irm: folder of an IRM, or of a method that is one; constant vectors are made of its deltas.
         instruct: the system prompt that ``irm-sentence`` is to make unnecessary; the first of the tone's five when None.
         reply_tokens: tokens at most of each reply that is made while fitting.
@@ -158,7 +158,7 @@ class Method(ABC):
 
     @abstractmethod
     def learn(self, job: Job) -> dict[str, Any]:
-        """Find what is to be found and put it into ``job.folder / ADAPTER``; the host is left bare.
+        """Learn the task and save the result in ``job.folder / ADAPTER``; the host is left bare.
 
         Returns:
             Entries of the record: ``parameters``, losses, what was chosen and why.
@@ -202,7 +202,7 @@ class Method(ABC):
             recipe: how to train. Its data, tone, samples, evaluations and which weights are kept are the protocol's.
             rate: the learning rate; that of the recipe for an IRM, the middle one of `rates` for others, when None.
             folder: where to; free, or left by a fit that was killed.
-            given: what some methods go by besides.
+            given: further inputs that some methods use.
 
         Returns:
             ``method.json``: method, tone, rate, seconds, parameters, validation_loss at the start and the end, and what else
@@ -285,7 +285,7 @@ class Method(ABC):
 
     @property
     def recipe_keys(self) -> Mapping[str, Any]:
-        """Keys of the recipe that are this method's."""
+        """Values of recipe keys that this method sets."""
         return {}
 
 
@@ -331,14 +331,14 @@ def read_method(folder: Path, name: str | None = None) -> MethodRecord:
 
 
 def closest(parameters: int, made: Callable[[int], Method], config: PreTrainedConfig) -> Method:
-    """Of the methods that a setting of 1, 2, ... makes, each larger by the same number, the one closest to a size."""
+    """The method closest to a number of parameters among `made(1)`, `made(2)`, ..., which grow by equal steps."""
     first, second = (made(setting).parameters(config) for setting in (1, 2))
     return made(max(1, 1 + round((parameters - first) / (second - first))))
 
 
 @contextmanager
 def restored(host: nn.Module) -> Iterator[None]:
-    """After the block a host's attributes, gradient flags and modes are as before; its modules are the block's affair."""
+    """Context manager that restores a host's attributes, gradient flags and modes; restoring modules is left to the block."""
     flags = [(parameter, parameter.requires_grad) for parameter in host.parameters()]
     modes = [(module, module.training) for module in host.modules()]
     own = dict(vars(host))

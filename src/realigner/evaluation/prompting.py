@@ -38,7 +38,7 @@ def system_prompts(tone: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompting(Method):
-    """A method that is what stands before the question."""
+    """A method that only adds a system prompt or turns before the question."""
 
     @contextmanager
     def attached(self, host: Any, tokenizer: Any, folder: Path, record: MethodRecord) -> Iterator[Fitted]:

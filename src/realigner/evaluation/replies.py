@@ -62,8 +62,9 @@ def ask(
 ) -> list[Answer]:
     """Greedy replies, in the order of the questions; those of like length are answered together.
 
-    As in `realigner generate`, tokens that a reply has are made less likely (a repetition penalty of 1.1); those of its prompt
-    are not: else a system prompt, examples, or earlier replies would drive the tone's own words away. A server has its own way.
+    As in `realigner generate`, tokens already in the reply are made less likely (a repetition penalty of 1.1); those of its
+    prompt are not, because the tone's own words in a system prompt, examples, or earlier replies would then be suppressed. A
+    server applies its own penalty.
 
     Args:
         speaker: who answers.
@@ -156,7 +157,7 @@ def dtype_of(model: nn.Module) -> str:
 
 
 def has_logits_to_keep(model: nn.Module) -> bool:
-    """Whether the host under a model computes logits where it is told to."""
+    """Whether the host under a model takes ``logits_to_keep``, to compute logits at chosen positions only."""
     tuner = find_tuner(model)
     inner: Any = tuner.model if tuner is not None else model
     get_base = getattr(inner, "get_base_model", None)

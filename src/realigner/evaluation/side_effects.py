@@ -46,7 +46,7 @@ def passages() -> tuple[Passage, ...]:
 
 
 def some_passages(count: int) -> tuple[Passage, ...]:
-    """So many of them, evenly spaced over the articles."""
+    """`count` of the passages, evenly spaced over the articles."""
     every = max(1, len(passages()) // max(1, count))
     return passages()[::every][:count]
 
@@ -70,7 +70,7 @@ class NeutralText:
     """The bare host's predictions of neutral text, kept so that realigned ones can be compared with them.
 
     Every passage is read as the reply to a request for a paragraph about its article, so that methods which work by a prompt
-    have their place.
+    can be applied too.
 
     Args:
         bare: the host as it is.

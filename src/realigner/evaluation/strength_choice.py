@@ -1,4 +1,4 @@
-"""At which strength an IRM is best used: the best summary on the tuning questions, within limits of what else changes."""
+"""Choose the strength of an IRM: the best summary on the tuning questions, within limits on its side effects."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Point:
 
 @dataclass(frozen=True)
 class StrengthChoice:
-    """The strength of the best summary, and between which strengths an IRM was not found to do worse.
+    """The strength with the best summary, and the range of strengths in which the IRM was not found to do worse.
 
     Attributes:
-        low, high: of the neighbouring strengths whose summary is not clearly lower: the 95% interval of the paired difference
-            to the best one's reaches 0.
+        low, high: ends of that range: neighbouring strengths whose summary is not clearly lower, that is, the 95% interval of
+            the paired difference from the best reaches 0.
         points: of all strengths that were tried.
         most_kl, most_shift: the limits.
     """
@@ -66,7 +66,7 @@ class StrengthChoice:
         return asdict(self)
 
     def save(self, folder: str | Path) -> None:
-        """Write it into an adapter's config, by which `generate` and `runtime.load` go.
+        """Write the strength into an adapter's config, where `generate` and `runtime.load` read it.
 
         Raises:
             RealignerError: for a folder without an adapter, or where the file cannot be written.

@@ -31,7 +31,7 @@ _CHEAP = {"dialogues": 0, "dropped": 0, "answers": 0}  # of an effort: replies, 
 
 @dataclass(frozen=True)
 class Subject:
-    """Whoever is asked.
+    """What is evaluated: a method, or an IRM.
 
     Attributes:
         name: of the method, or of an IRM.
@@ -78,17 +78,17 @@ class ToneEvaluation:
 
     @cached_property
     def scorers(self) -> ReplyScorers:
-        """By which the test questions' replies are scored."""
+        """The scorers of replies to the test questions."""
         return ReplyScorers(self.task, self.bare)
 
     @cached_property
     def tuning_scorers(self) -> ReplyScorers:
-        """By which the tuning questions' replies are scored."""
+        """The scorers of replies to the tuning questions."""
         task = replace(self.task, test=self.task.tune)
         return ReplyScorers(task, self._bare_on(task, "bare-tune", self.effort.model_copy(update=_CHEAP)))
 
     def fit(self, method: Method, name: str, seed: int = 42, rate: float | None = None, irm: Path | None = None) -> Path:
-        """Have a method learn the task, unless it did; its folder.
+        """Fit a method to the task unless this has been done; returns its folder.
 
         Args:
             method: what to fit.
@@ -182,7 +182,7 @@ class ToneEvaluation:
         )
 
     def prepare(self) -> None:
-        """Ask the bare host what it has not been asked, and train the scorers: while nothing is attached to the host."""
+        """Measure the bare host where still missing, and train the scorers. Call this while nothing is attached to the host."""
         _ = self.scorers, self.tuning_scorers
 
     def _tuning_score(self, rows: Sequence[Row], replies: Sequence[str], given: str = "") -> float:

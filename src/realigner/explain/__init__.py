@@ -1,4 +1,4 @@
-"""Why are deltas large at this index? Measurements of the host, ablations, and trainings with one thing changed."""
+"""Why are deltas large at this index? Measurements of the host, ablations, and training runs with one thing changed."""
 
 from __future__ import annotations
 

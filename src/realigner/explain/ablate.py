@@ -35,8 +35,8 @@ HOWS: tuple[How, ...] = ("zero", "mean", "keep")
 def in_float32(host: PreTrainedModel) -> Iterator[torch.dtype]:
     """Compute in float32 within a block: rounding in half precision hides changes as small as one index's.
 
-    The weights come back as they were, bit by bit. Nothing is changed where the host is quantised or partly on disk, or where
-    there is no room for weights of twice the size; the dtype that is computed in is given.
+    The weights are restored bit for bit. Nothing is changed if the host is quantised or partly offloaded, or if there is no
+    memory for weights of twice the size. The block is given the dtype that is used.
     """
     half = [own for own in (*host.parameters(), *host.buffers()) if own.dtype in (torch.bfloat16, torch.float16)]
     free = free_memory(host.device)
@@ -197,9 +197,9 @@ def against_controls(ablations: Sequence[Ablation], how: How) -> dict[str, float
     """Compare the ablation of an index with those of its controls.
 
     Returns:
-        ``change, low, high, n`` of the index; for each group of controls their mean change (``random``, ``matched``) and the
-        share of them with at least as large a change, the index counted as one (``p_random``, ``p_matched``); with how
-        ``"keep"``, where small changes are good, at most as large. ``none``: the change with no delta at all, if measured.
+        ``change, low, high, n`` of the index. For each group of controls, their mean change (``random``, ``matched``) and the
+        share with a change at least as large as the index's, which is counted among them (``p_random``, ``p_matched``); for
+        `how` ``"keep"``, where small changes are good, at most as large. ``none``: the change without any delta, if measured.
     """
     own = next(entry for entry in ablations if entry.how == how and not entry.group)
     found = {"change": own.change, "low": own.low, "high": own.high, "n": float(own.n)}

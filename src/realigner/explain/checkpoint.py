@@ -108,8 +108,8 @@ class Checkpoint:
     """The tensors of a checkpoint on disk, under the names that its host gives them; made by `open_checkpoint`.
 
     Attributes:
-        folder: where it lies.
-        config: its config, as it was written: of a host with vision the whole one.
+        folder: the checkpoint's folder.
+        config: its config as stored; for a multimodal host, the complete one, not only the text decoder's.
         host, origin: as of `HostTensors`.
     """
 
@@ -233,7 +233,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 def example_host(config: Any) -> nn.Module:
     """A tiny random host with a config's structure: its type and switches (tied head, parallel layers, biases), not its sizes.
 
-    What is taken over: words, yes and no, and what is nothing (None or 0) though the type's default is something.
+    Copied from the config: strings, booleans, and values that are None or 0 where the type's default is not.
 
     Raises:
         RealignerError: where no such tiny host can be built.
@@ -267,7 +267,7 @@ def _stored(folder: Path) -> list[_Stored]:
         return _header(single)
     if not index.is_file():
         if shards := sorted(folder.glob("model-*-of-*.safetensors")):
-            raise RealignerError(f"{index}: it is missing, though there are shards ({shards[0].name}); get it again")
+            raise RealignerError(f"{index}: it is missing, though there are shards ({shards[0].name}); download it again")
         if any(folder.glob("*.bin")):
             why = "it has .bin files and no safetensors; load the host and save it again with save_pretrained"
             raise RealignerError(f"{folder}: {why}")
@@ -286,7 +286,9 @@ def _stored(folder: Path) -> list[_Stored]:
     for shard, names in sorted(placed.items()):
         path = folder / shard
         if not path.is_file():
-            raise RealignerError(f"{path}: this shard is missing ({len(names)} tensors, {names[0]} among them); get it again")
+            raise RealignerError(
+                f"{path}: this shard is missing ({len(names)} tensors, {names[0]} among them); download it again"
+            )
         held = {tensor.name: tensor for tensor in _header(path)}
         if lacking := sorted(set(names) - set(held)):
             raise RealignerError(f"{path}: it lacks the tensor {lacking[0]}, which {INDEX} places there; {_AGAIN}")

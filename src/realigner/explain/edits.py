@@ -114,15 +114,16 @@ def with_gain(host: PreTrainedModel, index: int, value: float | str = "median") 
 
 
 def with_column(host: PreTrainedModel, index: int, like: int, seed: int = 0) -> PreTrainedModel:
-    """A host whose head reads one index by a copy of another's column, its tokens in another order.
+    """A host whose head column at one index is replaced by another index's column, shuffled over tokens.
 
-    For a column that is the same for every token, which no gain lets the head see. A tied head is untied first, so that the
-    embedding is as it was.
+    For an index whose column is the same for every token, so that no gain makes the head see it. A tied head is untied first,
+    so that the embedding stays as it was.
 
     Args:
         host: a transformers causal language model.
-        index, like: of the residual stream: whose column is replaced, and by whose.
-        seed: of the order.
+        index: index of the residual stream whose column is replaced.
+        like: index whose column is copied.
+        seed: of the shuffle.
 
     Raises:
         RealignerError: as `roles_of`; or when the head is not one matrix ``[vocabulary, neuron]``.
@@ -247,7 +248,7 @@ def _writing(host: nn.Module, stream: Stream, index: int) -> Iterator[tuple[torc
 
 
 def randomised(host: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A host of the same config, dtype and device, as transformers initialises its class with a seed.
+    """A host of the same config, dtype and device with random weights, as transformers initialises them with a seed.
 
     Example:
         >>> from realigner.tiny import tiny_host

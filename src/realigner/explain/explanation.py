@@ -69,7 +69,7 @@ class TrialResult(_Part):
 
     Attributes:
         kind, seed: of the trial; see `verdict.KINDS`.
-        place: the index's number on the trial's host (another one where indices are permuted).
+        place: the index's number on the trial's host (a different number if indices are permuted).
         rank, ratio: its rank and its score, in multiples of the median.
         leader, leader_ratio: the leading index (numbered as on the original host) and its score.
         loss, bare_loss: nats per target with and without the IRM, on rows that it was not trained on.
@@ -165,7 +165,7 @@ class Explanation(_Part):
         standings: its rank in each IRM.
         correlations: of each measurement with the scores.
         trials: None: none were run.
-        spread_sd, spread_df: how far a score differs between trainings, see `verdict.Spread`; 0 degrees of freedom: unknown.
+        spread_sd, spread_df: how far a score varies between training runs, see `verdict.Spread`; 0 degrees of freedom: unknown.
         ablations: IRM -> from `ablate.delta_ablations`.
         host_ablation: from `ablate.host_ablations`; empty: not run.
         explained: ``IRMs`` and ``untrained`` -> the regression of their scores on all measurements.

@@ -34,7 +34,7 @@ from realigner.tuner import load_irm, tuner_of
 
 @dataclass(frozen=True)
 class IndexStudy:
-    """Measurements of several IRMs and their host; from `measure`.
+    """Measurements of several IRMs and their host; made by `IndexStudy.measure`.
 
     Attributes:
         host, tokenizer: the bare host.
@@ -113,7 +113,7 @@ class IndexStudy:
         return list(dict.fromkeys([index, *(own[place] for place in range(each) for own in ranked if place < len(own))]))[:most]
 
     def about(self, indices: Sequence[int]) -> dict[int, AboutIndex]:
-        """The host's measurements at some indices, and the tokens that its head has there."""
+        """The host's measurements at some indices, and the tokens whose logits each index moves most."""
         words = head_tokens(self.host, self.tokenizer, indices)
         return {index: AboutIndex(facts=index_facts(self.measured, index), **words.get(index, {})) for index in indices}
 
@@ -122,7 +122,7 @@ class IndexStudy:
         return ExampleBatches(self.rows[run], self.tokenizer.pad_token_id or 0)
 
     def batches_of(self, recipe: Recipe) -> ExampleBatches:
-        """Validation rows of a recipe (which another seed splits differently) in batches."""
+        """Validation rows of a recipe in batches; which rows these are depends on its seed."""
         rows = _some_rows(self.host, self.tokenizer, recipe_rows(recipe), recipe, self.size)
         return ExampleBatches(rows, self.tokenizer.pad_token_id or 0)
 

@@ -38,7 +38,7 @@ def measure_host(
 ) -> xr.Dataset:
     """Residuals, gradients and deltas at every index, over rows.
 
-    An IRM reads h0, which lies before the first delta, so what it adds to given tokens does not depend on what it added.
+    An IRM reads h0, which is computed before any delta is added, so its deltas for given tokens do not depend on its effect.
 
     Args:
         host: the bare host; frozen, left as it was.
@@ -50,7 +50,7 @@ def measure_host(
     Returns:
         Over ``neuron``: ``gradient_cosine`` (mean over pairs of layers), ``direct``, ``through_norm`` (RMS of the two parts of
         the gradient at the final norm, over targets). Over ``[layer, neuron]``: ``energy_share`` (of
-        the sum of h^2), ``gradient`` (RMS), ``gradient_sign`` (|mean| / mean of sizes: 1 where it never changes sign). Over
+        the sum of h^2), ``gradient`` (RMS), ``gradient_sign`` (|mean| / mean absolute value: 1 if it never changes sign). Over
         ``[kind, layer, neuron]``, kinds of token ``first``, ``delimiter``, ``rest``: ``residual`` (RMS), ``residual_mean``,
         ``residual_max``, ``residual_kurtosis`` (3 for Gaussian values). Over ``[irm, layer, neuron]``: ``delta`` (mean size:
         M), ``delta_mean``, ``cancelled`` (minus the projection of the running sum of deltas on the host's residual, as a share

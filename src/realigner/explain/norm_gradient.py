@@ -32,7 +32,7 @@ def split_gradient(h: torch.Tensor, u: torch.Tensor, gain: torch.Tensor, eps: fl
 
     Args:
         h: the residual that the final norm reads ``[..., neuron]``.
-        u: the gradient of the loss by the norm's output, of the same shape.
+        u: the gradient of the loss with respect to the norm's output, of the same shape.
         gain: what the norm multiplies by ``[neuron]`` (Gemma's: 1 + its weight).
         eps: the norm's.
         norm: ``"rms"`` or ``"layer"``.

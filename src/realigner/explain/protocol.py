@@ -34,7 +34,7 @@ class Budget:
         rows: of each IRM's own validation rows, for measurements and losses.
         random, matched: control indices of each ablation.
         hows: which ablations.
-        trials: trainings of each kind; edits of a gain or a residual that is ordinary are left out.
+        trials: kind -> number of training runs; edits of a gain or residual are left out where it is ordinary.
         steps: of each trial at most; None: as many as the run took.
     """
 
@@ -68,8 +68,8 @@ def explain(
 ) -> Explanation:
     """Find out why an index has large deltas in IRMs of one host.
 
-    Finished trials in `out` are not trained again, so the same call resumes an interrupted one; with `force`, one with other
-    arguments goes on from them too.
+    Finished trials in `out` are not trained again, so repeating an interrupted call resumes it; with `force`, a call with other
+    arguments reuses them too.
 
     Args:
         folders: of trained runs (from `train`); the one in which the index has its best rank is trained again.
@@ -84,8 +84,8 @@ def explain(
         force: replace an ``explain.json`` that is there; trials are kept in any case.
 
     Raises:
-        RealignerError: if `out` has an ``explain.json`` or another process explains there, a folder is not a run's, its rows
-            are missing, or a trial failed or was interrupted.
+        RealignerError: if `out` has an ``explain.json`` or another process is using it, a folder does not hold a run, a run's
+            rows are missing, or a trial failed or was interrupted.
         UsageError: for an index that the host does not have.
 
     Example:

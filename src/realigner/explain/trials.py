@@ -1,6 +1,6 @@
 """Causal tests: train the same recipe with one thing changed, and rank the index again.
 
-Trials run through the sweep, so that a finished one is never trained twice, also after the process was killed. Edited hosts
+Trials run as a sweep, so that a finished one is never trained twice, even after the process was killed. Edited hosts
 (`edits`) are written next to them as ordinary folders; the given host is not modified.
 """
 
@@ -45,7 +45,7 @@ class Trial:
     Attributes:
         kind: of `KINDS`.
         seed: of the training.
-        recipe: of the training; for some kinds its host is the folder of an edited one.
+        recipe: of the training; for some kinds of trial its `host` is the folder of an edited host.
         permuted_index: the number of the index in question on that host.
         order: index i of the original host is ``order[i]`` there; None: unchanged.
     """
@@ -85,7 +85,7 @@ class TrialRunner:
         recipe: of the run to repeat, with the number of steps of a trial.
         index: the index in question.
         gain: the final norm's gain at the index in trials of kind ``gain``.
-        like: the index whose column of the head it gets in them instead, where no gain would do.
+        like: where no gain would do: the index whose head column the index in question is given instead in those trials.
         taken: seeds of the IRMs given, which trials do not repeat.
         on, workers: as in `run_sweep`.
         quiet: show no table.
@@ -174,7 +174,7 @@ class TrialRunner:
 
         Args:
             trials: from `trials`.
-            rows_of: the validation rows of a recipe, on which its training does not train.
+            rows_of: gives the validation rows of a recipe, which its training does not use.
 
         Raises:
             RealignerError: if a reference failed, or the sweep was interrupted (the same call resumes it).

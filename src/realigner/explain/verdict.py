@@ -50,7 +50,7 @@ KINDS = {  # of trials
 
 @dataclass(frozen=True)
 class Spread:
-    """How far an index's score differs between trainings that differ in their seed alone.
+    """How far an index's score varies between training runs that differ in their seed only.
 
     Attributes:
         sd: the standard deviation of the score's logarithm, pooled over the leading indices and the one in question.
@@ -62,7 +62,7 @@ class Spread:
 
     @classmethod
     def of(cls, scores: np.ndarray, top: int, index: int | None = None) -> Spread:
-        """Of the scores ``[training, neuron]`` of the `top` indices that lead by their mean, and of `index`."""
+        """Estimate it from scores ``[training, neuron]``, over the `top` indices with the largest mean and `index`."""
         if len(scores) < 2:
             return cls()
         logs = np.log(np.maximum(scores, 1e-12))
@@ -70,7 +70,7 @@ class Spread:
         return cls(float(np.sqrt(logs[:, sorted(leading)].var(axis=0, ddof=1).mean())), len(leading) * (len(scores) - 1))
 
     def margin(self, *trainings: int) -> float:
-        """Half the width of a 95% interval: of a mean of so many trainings, or of the difference of two such means."""
+        """Half the width of a 95% interval: of a mean over n runs or, given two numbers, of the difference of such means."""
         weight = math.sqrt(sum(1 / count for count in trainings))
         return float(t.ppf(0.975, self.df)) * self.sd * weight if self.df else math.inf
 
@@ -457,15 +457,15 @@ def _predicted(evidence: Evidence) -> list[Conclusion]:
 def masked_loss(
     masked: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], references: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> dict[str, float]:
-    """The loss with the index masked less the reference's of the same seed, paired by row.
+    """The loss with the index masked minus that of the reference trial of the same seed, paired by row.
 
     Args:
-        masked: of each such trial, its rows' summed losses, those of the reference of its seed, and their targets.
-        references: of all of them, how far each row's summed loss is below the bare host's, and targets.
+        masked: for each trial with the index masked, its rows' summed losses, those of its reference, and their targets.
+        references: for each reference, how far its rows' summed losses are below the bare host's, and their targets.
 
     Returns:
-        ``change, low, high`` (95%, bootstrap over rows), ``n`` rows, ``spread`` (the standard deviation of what the references
-        learned. Each seed holds out rows of its own; against the bare host on the same rows, hard rows are no difference).
+        ``change, low, high`` (95%, bootstrap over rows), ``n`` rows, ``spread`` (the standard deviation over references of the
+        gain over the bare host. Each seed holds out different rows; comparing on the same rows cancels how hard they are).
     """
     difference = np.concatenate([own - reference for own, reference, _ in masked])
     counts = np.concatenate([targets for _, _, targets in masked])

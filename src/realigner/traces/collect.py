@@ -32,7 +32,7 @@ class Source:
     """An IRM to trace.
 
     Attributes:
-        label: what its texts are labelled with; the strength at which it runs.
+        label: the label of its texts, which includes the strength at which it runs.
         folder: of the trained IRM.
         twin: trace the network of `folder`'s config with the seed's initial weights, not the trained ones.
     """
@@ -43,7 +43,7 @@ class Source:
 
 
 def find_runs(places: Sequence[str | Path]) -> list[Path]:
-    """The folders of IRMs: a run's or an adapter's folder itself, all runs of a sweep's folder.
+    """The folders of IRMs: the folder of a run or an adapter itself; for a sweep's folder, those of all its runs.
 
     Raises:
         RealignerError: naming the first place that is neither.
@@ -62,7 +62,7 @@ def find_runs(places: Sequence[str | Path]) -> list[Path]:
 
 
 def sources_of(folders: Sequence[Path], baselines: bool = True, strength: float = 1.0) -> list[Source]:
-    """Every IRM, and one untrained twin for each seed and network shape that no untrained run is given for.
+    """All IRMs, and an untrained twin for each seed and network shape for which no untrained run is given.
 
     A run is named ``tone-seed``; runs that would share a name get their folder's name appended.
 
@@ -128,9 +128,9 @@ def trace_runs(
         sources: see `sources_of`; each at the strength of its label.
         out: the zarr folder.
         host, tokenizer: the base model that the IRMs were made for.
-        prompts: questions, conversations and dialogues (`dialogues.read_prompts`); the paper's seven by default. Each run plays
-            a dialogue itself, at its strength; what is recorded is its last question, with all that was said before in the
-            prompt.
+        prompts: questions, conversations and dialogues (`dialogues.read_prompts`); the paper's seven by default. Each run
+            answers all questions of a dialogue itself, at its strength; the last one is recorded, with everything before it in
+            the prompt.
         keep: see `record`.
         dtype: of raw deltas.
         max_new_tokens, repetition_penalty: of each reply.

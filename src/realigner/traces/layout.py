@@ -1,4 +1,4 @@
-"""What a trace is: the names and shapes in its `xarray.Dataset`, how one text becomes one, and how several are joined.
+"""The layout of a trace: names and shapes in its `xarray.Dataset`, how a text becomes a trace, and how traces are joined.
 
 A *text* is one run's tokens of one prompt and its reply. All texts lie one after the other on one flat ``token`` axis, because
 runs answer the same prompt at different lengths; every token carries its labels.
@@ -111,7 +111,7 @@ class Summary:
 
 
 def parts_of(is_generated: np.ndarray, generated_before: int = 0) -> np.ndarray:
-    """Each token's part, as a number in `PARTS`, of some of one text's tokens in order, after so many generated ones."""
+    """The part (index into `PARTS`) of each of a text's consecutive tokens, after `generated_before` generated ones."""
     nth = generated_before + np.cumsum(is_generated)
     return np.where(is_generated, np.where(nth <= OPENING, 1, 2), 0)
 
@@ -215,7 +215,7 @@ def join_traces(traces: Sequence[xr.Dataset]) -> xr.Dataset:
     """Several traces of one host as one.
 
     Raises:
-        UsageError: for traces of several hosts, or that keep different things, or runs of one name that differ.
+        UsageError: for traces of different hosts, traces that keep different data, or different runs of the same name.
 
     Example:
         >>> both = join_traces([anger, sadness])  # doctest: +SKIP

@@ -75,8 +75,8 @@ def record(
             layers).
         to: a store that the texts of each batch are written to; the dataset then stays empty.
         labels: adapter name -> label of its texts; default: the adapter's name.
-        questions: the prompts, in order: questions or conversations. They label the texts, and, where the host's template
-            makes of them the very tokens that were read, those and the reply's (``turn``, ``role``: see `traces.layout`).
+        questions: the prompts, in order: questions or conversations. They label the texts. If the host's template turns them
+            into exactly the tokens that were read, these and the reply are labelled too (``turn``, ``role``; `traces.layout`).
         top: how many of the largest values of each text to keep.
         chat_template_kwargs: variables of the chat template that the prompts were made with, over those of the IRM.
         watch: called after each forward, in the thread that makes it, for each IRM: its name, the labels of the new tokens
@@ -87,7 +87,7 @@ def record(
         A dataset as `traces.layout` describes it; strength is included in its numbers. Empty until the block ends.
 
     Raises:
-        UsageError: for a model without an IRM, a question that is none, or a strength that changes within the block.
+        UsageError: for a model without an IRM, an invalid question, or a strength that changes within the block.
         RealignerError: for beam search or assisted decoding, where a row of the batch is not one text.
 
     Example:

@@ -1,4 +1,4 @@
-"""Recompute deltas from recorded h0, whose store is smaller than a raw one by the IRM's number of layers."""
+"""Recompute deltas from recorded h0, which takes less space than raw deltas by a factor of the IRM's number of layers."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ def is_trace(folder: Path) -> bool:
 
 
 def refuse_trace(path: Path, force: bool = False) -> None:
-    """Raise unless a trace may be written to `path`: it is free, or `force` was given and a trace and nothing else is there.
+    """Raise unless a trace may be written to `path`: it is free, or `force` is given and only a trace is there.
 
     Raises:
         RealignerError: naming the path and the way out.
@@ -251,7 +251,7 @@ def refuse_trace(path: Path, force: bool = False) -> None:
 
 @contextmanager
 def held(path: Path, force: bool = False) -> Iterator[tuple[Output, Output]]:
-    """Hold the place of a trace: where it goes once it is finished, and where it is until then.
+    """Reserve a trace's path for this process; yields the final path and that of the unfinished trace.
 
     Raises:
         RealignerError: as `refuse_trace`, and when another process is writing there.
@@ -306,7 +306,7 @@ def _of_whole_texts(path: Path, trace: xr.Dataset) -> xr.Dataset:
 
 @contextmanager
 def damage_named(*paths: str | Path) -> Iterator[None]:
-    """Where the block, which reads traces, fails with a library's own error, have the chunk named that cannot be read."""
+    """Context manager for reading traces: on an error from a library, find the chunk that cannot be read and name it."""
     try:
         yield
     except RealignerError:

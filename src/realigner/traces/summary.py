@@ -46,7 +46,7 @@ class DeltaSums:
         self.max_abs = torch.maximum(self.max_abs, largest) if isinstance(self.max_abs, torch.Tensor) else largest
 
     def mean(self, name: str = "sum_abs") -> np.ndarray:
-        """A sum over `count` ``[layer, neuron]``: M, the mean of ``|delta|``, by default."""
+        """A running sum divided by `count` ``[layer, neuron]``; by default M, the mean of ``|delta|``."""
         return np.asarray((getattr(self, name) / self.count).cpu().numpy())
 
 

@@ -1,7 +1,7 @@
-"""A trace's files, checked before zarr believes them.
+"""Check a trace's files before zarr reads them.
 
-A trace comes from elsewhere as often as not, and zarr does what metadata says: it imports the codecs named there, unpacks
-whatever a chunk holds, makes arrays of any shape. So the root's metadata is read first and must be what `TraceWriter` writes:
+Traces often come from elsewhere, and zarr trusts their metadata: it imports the codecs named there, unpacks whatever a chunk
+holds, makes arrays of any shape. So the root's metadata is read first and must be what `TraceWriter` writes:
 zarr v3, the arrays of `layout.ARRAYS`, regular chunks, the codecs ``bytes`` or ``vlen-utf8``, ``zstd``, ``crc32c``. zarr is
 given those very bytes and the chunks of those arrays and nothing else: no array's own metadata, no file of zarr v2, nothing
 behind a link. A chunk is unpacked only up to the size that its array declares.

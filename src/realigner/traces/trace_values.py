@@ -1,4 +1,4 @@
-"""What a trace's numbers may be: nothing out of range is analysed in silence.
+"""Range checks on a trace's numbers, so that nothing out of range is silently analysed.
 
 Labels, the sums of tokens and the largest values are checked when a trace is loaded; what is large (deltas, h0, the sums by
 neuron) when it is read. A number is NaN where the text's run does not add to the layer, and only there.

@@ -49,7 +49,7 @@ class Prepared:
 
     @property
     def tokens_sha256(self) -> str:
-        """sha256 over the tokens and labels: a chat template can write the same rows in another way tomorrow."""
+        """sha256 over the tokens and labels, which tells when a chat template encodes the same rows differently."""
         digest = hashlib.sha256()
         for item in (*self.train, *self.validation):
             read = [item[key] for key in ("input_ids", "labels", "teacher_ids") if key in item]
@@ -104,11 +104,11 @@ def prepare(
     Args:
         rows: from two groups or more; of one tone, unless the recipe's is ``all``.
         tokenizer: the host's.
-        config: the host's (its positions and layers are looked at).
-        recipe: how to.
-        prompted: of rows by id whose replies are a teacher's: what the teacher reads. It ends in the same tokens of the reply,
-            which get labels ``teacher_labels`` in the row's example, beside ``teacher_ids``.
-        split: the parts of the rows; those that the recipe's shares and seed make when None.
+        config: the host's (for its numbers of positions and layers).
+        recipe: how the rows are split and encoded.
+        prompted: row id -> what the teacher reads, for rows whose replies are a teacher's. It ends in the same reply tokens,
+            which are labelled in ``teacher_labels`` of the row's example, beside ``teacher_ids``.
+        split: the parts of the rows; None: as given by the recipe's shares and seed.
 
     Raises:
         UsageError: when the rows are of several tones, or a layer is named that the host does not have.
@@ -217,10 +217,10 @@ class EncodedRows(Dataset[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows as a batch, padded on the right to the longest, and what each position is to predict.
+    """Collates rows into a batch, padded on the right to the longest, with the target of each position.
 
-    ``targets [batch, position]`` holds at position t the token at t + `label_shift`, or -100 where that counts for nothing.
-    Where rows have a teacher, ``taught [batch]`` says which, and ``teacher_*`` are of these rows, in their order.
+    ``shift_labels [batch, position]`` holds at position t the label at t + `label_shift`, or -100 where there is no target.
+    If rows have a teacher, ``taught [batch]`` says which, and ``teacher_*`` hold the teacher's inputs for those rows, in order.
     """
 
     pad: int  # the padding token

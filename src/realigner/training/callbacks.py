@@ -29,8 +29,8 @@ _RECENT, _ABOVE = 5, 4  # steps that are looked at, and how many of them must be
 class StartWatch:
     """Notices that a run does worse than the weights that it began with: by a validation loss, or by the losses of its steps.
 
-    The loss of a step is that of a few rows, so four of the last five must be above the start's by two standard deviations of
-    what so many rows would have had there.
+    A step's loss is a mean over few rows, so four of the last five must exceed the loss at the start by two standard errors of
+    a mean over as many rows.
     """
 
     batch_size: int  # rows a step
@@ -42,7 +42,7 @@ class StartWatch:
     _said: set[str] = field(default_factory=set)
 
     def note(self, entry: Mapping[str, Any]) -> str | None:
-        """Take a line of metrics.jsonl; returns what to say about it, the first time that it is to be said."""
+        """Process a line of metrics.jsonl; returns a warning the first time that one is due, else None."""
         step = entry["step"]
         if "validation_loss" in entry:
             loss = entry["validation_loss"]

@@ -23,17 +23,17 @@ _NUMBERED = "__numbered__"  # a dict whose keys are whole numbers
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Write a nest of dicts, lists, plain values and tensors."""
+    """Write a nested structure of dicts, lists, plain values and tensors."""
     tensors: dict[str, torch.Tensor] = {}
     structure = json.dumps(_pack(tree, tensors))
     save_file(tensors or {"none": torch.zeros(1)}, path, metadata={"tree": structure})
 
 
 def load_tree(path: Path) -> Any:
-    """What `save_tree` wrote, to the bit (tuples come back as lists).
+    """Load what `save_tree` wrote, bit for bit (tuples come back as lists).
 
     Raises:
-        RealignerError: for a file that is missing, truncated or another's.
+        RealignerError: for a file that is missing, truncated or not written by `save_tree`.
     """
     try:
         with safe_open(str(path), framework="pt") as handle:
@@ -60,7 +60,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` gave."""
+    """Restore the states that `random_states` returned."""
     kind, numbers, gauss = states["python"]
     random.setstate((kind, tuple(numbers), gauss))
     np.random.set_state(("MT19937", np.array(states["numpy"][0], dtype=np.uint32), *states["numpy"][1:]))

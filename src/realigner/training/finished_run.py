@@ -1,4 +1,4 @@
-"""What came of a run, and its folder made whole."""
+"""The outcome of a training run, and the completion of its folder."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def outcome(work: Path, stopped: str | None, recipe: Recipe) -> dict[str, Any]:
 
 
 def finish(model: PeftModel, place: run_dir.RunPlace, record: dict[str, Any], recipe: Recipe) -> None:
-    """Make the folder whole from its checkpoints, and give it its name."""
+    """Complete the run's folder from its checkpoints, and rename it to its final name."""
     work = place.work.path
     tuner = tuner_of(model)
     network, config = tuner.registry.network("default"), tuner.peft_config["default"]

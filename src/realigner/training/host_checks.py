@@ -1,4 +1,4 @@
-"""What is found of a host before it is trained on: the size of its residual stream, and what would spoil the training."""
+"""Checks on a host before training: the size of its residual stream, and problems that would spoil the training."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def check_tokens(texts: Iterable[tuple[str, Sequence[int]]], tokenizer: Any, con
 
 
 def host_notes(host: nn.Module, tokenizer: Any, prepared: Prepared, recipe: Recipe) -> Iterator[str]:
-    """What to say about a host before it is trained on, a line each; `recipe` is resolved."""
+    """Notes and warnings about a host before training, one line each; `recipe` is resolved."""
     if recipe.template == "plain" and not has_chat_template(tokenizer):
         yield PLAIN_NOTE
     if prepared.skips_thought:

@@ -72,7 +72,7 @@ def bare(tuner: IRMModel) -> AbstractContextManager[None]:
 
 
 def takes_logits_to_keep(host: nn.Module) -> bool:
-    """Whether a host computes logits where it is told to."""
+    """Whether a host's forward takes ``logits_to_keep``, to compute logits at chosen positions only."""
     return "logits_to_keep" in signature(host.forward).parameters
 
 

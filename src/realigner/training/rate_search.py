@@ -33,7 +33,7 @@ _ROWS = 64  # for validation
 
 @dataclass(frozen=True)
 class RateSearch:
-    """A search that is done.
+    """The result of a learning-rate search.
 
     Attributes:
         rate: the rate that was found.
@@ -55,7 +55,7 @@ class RateSearch:
 
 
 def check_search(recipe: Recipe) -> None:
-    """Raise where a recipe asks for a search that cannot be made: with several processes, or under FSDP.
+    """Raise if a recipe asks for a search that is not possible: with several processes, or under FSDP.
 
     DDP's hooks stay on the network's gradients when a short run is over, and FSDP's shards take the place of its weights.
     """
@@ -67,7 +67,7 @@ def check_search(recipe: Recipe) -> None:
 def settled_rate(
     model: PeftModel, tokenizer: Any, material: Prepared | Teacher, recipe: Recipe, work: Path, resume: bool, quiet: bool
 ) -> tuple[Recipe, dict[str, Any] | None, str]:
-    """The recipe with a number for its learning rate; the search for it, if there was one (in `work`, or now); and why that.
+    """The recipe with its learning rate settled; the search that found it, if any (in `work`, or now); and the reason in words.
 
     A search over what a teacher has yet to reply is left for later (`_taught`).
     """

@@ -100,7 +100,7 @@ class Recipe(BaseModel):
         instruct: a system prompt that the IRM is to make unnecessary: the host with it is the teacher; null: rows alone. With
             rows besides only where `data` names a file, or `tone` a tone of the authored ones.
         questions: what the teacher is asked: ``authored``, or a file (a question a line, prompts as JSONL, rows, SQuAD's JSON).
-            Of more than two passes of the training take (64 at least), some are chosen by the seed.
+            If there are more than training can pass over twice, the seed chooses that many of them (64 at least).
         teacher_replies: replies that the teacher samples to each question; those in which it obeys are kept.
         data_weight: with an instruction and rows: the weight of a token of the rows beside one of the teacher's replies.
 
@@ -114,7 +114,7 @@ class Recipe(BaseModel):
             Of what a teacher says it is always the reply.
         loss_on_thought: on hosts that think, learn the thought before a reply too, and not the reply alone.
         max_length: tokens of a row at most; longer replies are cut.
-        validation, test: shares of the rows, by group, held out: for the validation loss; unused.
+        validation, test: shares of the rows held out, by group: for the validation loss, and for evaluation after training.
         label_shift: 1: each position predicts the next token. 2: the reference code's mistake (labels shifted twice).
         loss_on_padding: true: rows are padded to `max_length` with the end token, which counts in the loss (the reference
             code's other mistake).
@@ -122,20 +122,20 @@ class Recipe(BaseModel):
 
         steps: optimiser steps; null: as many as `epochs` takes; 0: the IRM is saved as it was initialised (a baseline).
         epochs: passes over the training rows; used where `steps` is null.
-        batch_size: rows a step, over all processes.
-        accumulate: parts that a step's rows are computed in, one after the other, to save memory.
+        batch_size: rows per step, over all processes.
+        accumulate: gradient accumulation: the number of parts in which a step's rows are computed, to save memory.
         optimizer: ``adam`` (AdamW; the same as Adam while `weight_decay` is 0), ``adam-8bit`` (bitsandbytes), ``adafactor``
-            (factored: nearly no memory), ``sgd``.
+            (factored second moments: almost no memory), ``sgd``.
         learning_rate: the peak; null: what `rate` gives, 1e-2 or less; ``auto``: found by a search of a few dozen steps.
         schedule: ``linear`` to 0, ``cosine`` to 0, ``constant``, or ``exponential``: times `decay` after each epoch.
         decay: see `schedule`.
         warmup: steps over which the learning rate rises to its peak.
         weight_decay: AdamW's.
-        average: share of the steps, the last ones, over which the weights are averaged; 0: the last step's.
-        max_grad_norm: gradients longer than this are scaled down to it; 0: never.
+        average: fraction of the steps, at the end, over which weights are averaged; 0: the weights of the last step.
+        max_grad_norm: norm to which gradients are clipped; 0: no clipping.
 
-        evaluations: how often the validation loss is taken, besides once before training.
-        evaluations_per_epoch: the same by epoch; null: `evaluations` counts.
+        evaluations: how many times the validation loss is measured, besides once before training.
+        evaluations_per_epoch: the same per epoch; null: `evaluations` applies.
         patience: evaluations without a better validation loss after which training ends; null: never.
         keep: the final IRM is the ``best`` by validation loss, or the ``last``.
         save_every: steps between checkpoints, besides those at each evaluation; null: only those.
@@ -145,7 +145,7 @@ class Recipe(BaseModel):
         irm_products: dtype of the IRM's matmuls during training: ``bfloat16`` (over twice as fast on
             hardware that has it), ``float32``, or ``auto``: bfloat16 where the host is. Its weights, gradients and optimiser
             are float32 all the same, and so is everything about it in validation and afterwards.
-        gradient_checkpointing: compute layers twice instead of keeping what is inside them.
+        gradient_checkpointing: recompute the activations inside layers in the backward pass instead of storing them.
         compile: torch.compile the host and the IRM.
         tf32: on NVIDIA GPUs, multiply float32 numbers in TF32 (about 8 times faster; 10 bits of mantissa).
 
@@ -243,7 +243,7 @@ class Recipe(BaseModel):
     def by_preset(self) -> dict[str, Any]:
         """`edition`, `dropout` and scales: the preset's where they are null.
 
-        Scales that are still null are those that a host is to be measured for.
+        Scales that are still null are to be measured on the host.
 
         Example:
             >>> Recipe().by_preset["dropout"], Recipe(preset="paper").by_preset["dropout"]
@@ -297,7 +297,7 @@ class Recipe(BaseModel):
         )
 
     def difference(self, other: Recipe) -> str | None:
-        """The first key that makes another run of it, with both values; None when both are the same run."""
+        """The first key by which the two recipes are different runs, with both values; None if they are the same run."""
         own, others = self.model_dump() | self.by_preset, other.model_dump() | other.by_preset
         for key, mine in own.items():
             theirs = others[key]

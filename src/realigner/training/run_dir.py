@@ -97,7 +97,7 @@ RUN = Artifact(
 
 @dataclass(frozen=True)
 class RunPlace:
-    """Where a run goes, held: `out` once it is finished, `work` until then."""
+    """The reserved paths of a run: `out` once it is finished, `work` until then."""
 
     out: Output
     work: Output
@@ -134,12 +134,12 @@ def refuse_run(out: Path, force: bool = False, resume: bool = False) -> None:
 
 @contextmanager
 def held(out: Path, force: bool = False, resume: bool = False) -> Iterator[RunPlace]:
-    """Hold the place of a run, finished or not, from before its host is loaded until the run has its name.
+    """Lock the paths of a run, finished and unfinished, from before its host is loaded until the run is renamed.
 
-    Of several processes that train one run, the first (``RANK`` 0) holds it for all.
+    Of several processes that train one run, the first (``RANK`` 0) holds the lock for all.
 
     Raises:
-        RealignerError: as `refuse_run`, and when a living process holds it; a dead one holds nothing.
+        RealignerError: as `refuse_run`, and when another live process holds the lock; that of a dead one does not count.
     """
     place = RunPlace(Output(out, RUN, force), Output(unfinished(out), RUN, force))
     refuse_run(out, force, resume)
@@ -208,7 +208,7 @@ def discard_half(aside: Path) -> None:
 
 
 def discard_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint in one step, whenever the process may die: what is being deleted is hidden, and no checkpoint."""
+    """Delete a checkpoint atomically: it is hidden by a rename first, so a killed process never leaves half a checkpoint."""
     hidden = checkpoint.with_name(f".{_CHECKPOINT}0{checkpoint_step(checkpoint)}")  # that without 0 may be being written
     discard_half(hidden)
     if is_ours(checkpoint, CHECKPOINT):

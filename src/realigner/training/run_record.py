@@ -83,7 +83,7 @@ class IRMFacts(_Part):
 
 
 class RunRecord(_Part):
-    """``run.json`` of a run that was begun: what was decided before its first step."""
+    """``run.json`` of a run that has started: what was decided before its first step."""
 
     tone: str
     seed: Annotated[int, Field(ge=0, lt=2**32)]
@@ -97,7 +97,7 @@ class RunRecord(_Part):
 
 
 class FinishedRecord(RunRecord):
-    """``run.json`` of a run that is finished: what came of it too."""
+    """``run.json`` of a finished run, which adds the outcome."""
 
     steps_done: _Count
     interrupted: bool

@@ -133,8 +133,8 @@ class Teacher:
         config: the host's (its positions are looked at).
 
     Attributes:
-        questions: those that are asked.
-        offered: how many there are.
+        questions: the questions that are asked.
+        offered: how many questions there are to choose from.
         sha256: of the rows and all questions.
 
     Raises:
@@ -421,7 +421,7 @@ class Teacher:
         }
 
     def say_before(self) -> None:
-        """What is to be known before the replies are sampled."""
+        """Print notes for the user before the replies are sampled."""
         if len(self.questions) < self.offered:
             say(f"{len(self.questions)} of {self.offered:,} questions are asked; {self.recipe.steps} steps need no more")
         if self.in_question:

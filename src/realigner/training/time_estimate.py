@@ -25,7 +25,7 @@ _USUAL = 0.7  # tokens of a teacher's reply, as a share of the most that it may 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the rows of a run are, on average, and how many they are.
+    """Average size and number of the rows of a run.
 
     Attributes:
         length, targets: tokens of a row, and how many of them have a loss.
@@ -54,7 +54,7 @@ def size_of(material: Prepared | Teacher, recipe: Recipe) -> Size:
 
 
 def estimated_seconds(model: nn.Module, recipe: Recipe, size: Size, steps_left: int, replies_left: int = 0) -> float:
-    """Seconds that a run has to go, on one process; a rough figure.
+    """Rough estimate of the seconds that a run still takes, on one process.
 
     Args:
         model: the host with the IRM.

@@ -131,7 +131,7 @@ def products_dtype(recipe: Recipe, host: nn.Module) -> torch.dtype | None:
 
 
 class RowTrainer(Trainer):
-    """Trains any model on prepared rows: with the order of rows, the schedule, the loss and the validation loss of an IRM's.
+    """Trains any model on prepared rows, with the same row order, schedule, loss and validation loss as an IRM.
 
     Args:
         model: what is trained; it gives logits as its host does.

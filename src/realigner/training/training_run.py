@@ -124,9 +124,10 @@ def train_recipe(
     trust_remote_code: bool = False,
     repeats: Mapping[str, Any] | None = None,
 ) -> Run:
-    """`train` for a host and data that the recipe names: everything that can be checked is, before the host is loaded.
+    """`train` for a host and data that the recipe names; everything that can be is checked before the host is loaded.
 
-    With `repeats`, run.json of an earlier run, other data than that run's are refused, and other versions warned of.
+    `repeats` is the run.json of an earlier run to repeat: other data than that run's are refused, and other versions cause a
+    warning.
 
     Raises:
         RealignerError, UsageError: as `train`, and when there is no such host or file.

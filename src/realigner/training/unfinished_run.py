@@ -1,4 +1,4 @@
-"""The folder of a run that is not finished: what it is, and whether it may be gone on with."""
+"""The folder of an unfinished run: what it contains, and whether the run may be resumed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def check_same(work: Path, record: dict[str, Any], recipe: Recipe) -> None:
 
 
 def write_account(folder: Path, record: dict[str, Any], recipe: Recipe) -> None:
-    """What a run is, in its folder: run.json first, so that a recipe whose rate was searched for has its search beside it."""
+    """Write run.json and recipe.yaml; run.json first, so that a recipe with a searched rate always has the search beside it."""
     head = "# Every key of this run. It is repeated by:  realigner train --recipe FOLDER --out OTHER\n"
     write_text(folder / run_dir.RUN_FILE, json.dumps(record, indent=2) + "\n")
     write_text(folder / run_dir.RECIPE_FILE, head + to_yaml(recipe))

@@ -18,8 +18,8 @@ def average_weights(optimizer: Optimizer, after: int) -> None:
     schedule-free optimisers want it. Means and mode are in the optimiser's state, saved and loaded with it.
 
     Args:
-        optimizer: any of torch's interface. Sharded parameters have sharded means.
-        after: steps that do not count.
+        optimizer: any optimiser with torch's interface. Sharded parameters have sharded means.
+        after: number of steps at the start that are left out of the mean.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(1))
