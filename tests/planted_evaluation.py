@@ -44,7 +44,7 @@ def planted_evaluation(
             for at, (name, means) in enumerate(methods.items())
         }
         tuned = [_at(methods[against], value / 4) for value in range(2, 7)]
-        choice = {"strength": 1.0, "low": 0.75, "high": 1.25, "points": tuned, "most_kl": 1.0, "most_shift": 1.0}
+        choice = {"strength": 1.0, "low": 0.75, "high": 1.25, "points": tuned, "max_kl": 1.0, "max_shift": 1.0}
         curve = {f"{value:g}": _curve(methods[against], value) for value in (-1, -0.5, 0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)}
         fewer = patch.multiple(results, compare=partial(compare, draws=500), estimate=partial(estimate, resamples=500))
         with fewer:
@@ -73,7 +73,7 @@ def _entry(
     }  # fmt: skip
     whole = {
         "kl": kl, "same": 1 - kl / 4, "text_loss": kl / 2, "about": 0.75 - kl / 10, "shift_median": shift[5],
-        "ms_per_token": 21.0, "shift_most": shift[-1], "dropped": concept / 2, "before_dropped": concept,
+        "ms_per_token": 21.0, "shift_max": shift[-1], "dropped": concept / 2, "before_dropped": concept,
         "turn_1": concept, "turn_2": concept * 0.9, "turn_3": concept * 0.8,
     }  # fmt: skip
     said = [

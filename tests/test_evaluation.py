@@ -102,7 +102,7 @@ def test_what_was_measured_gives_the_same_results_again_without_a_host(folder: P
     assert found["questions"] == 11
     irm, bare = found["methods"]["irm-compact"], found["methods"]["bare"]
     assert irm["whole"]["kl"] > 0 == bare["whole"]["kl"]
-    assert irm["whole"]["shift_most"] > 0 == bare["whole"]["shift_most"]
+    assert irm["whole"]["shift_max"] > 0 == bare["whole"]["shift_max"]
     assert irm["estimates"]["target"]["mean"] != bare["estimates"]["target"]["mean"]
     assert found["methods"]["prompt"]["given"]
     assert [one["method"] for one in found["compared"]["summary"]] == ["bare", "constant", "mean-delta", "prompt"]
@@ -186,11 +186,11 @@ def test_the_best_strength_within_the_limits_is_chosen_and_its_range_is_of_those
     choice = choose_strength(tried)
     assert (choice.strength, choice.low, choice.high) == (1.0, 0.75, 1.0)
     assert [point.allowed for point in choice.points] == [True, True, True, False]
-    assert choose_strength(tried, most_kl=5.0).strength == 1.5
+    assert choose_strength(tried, max_kl=5.0).strength == 1.5
     with pytest.raises(RealignerError, match=r"at 0\.5: KL 0\.10, at most 0\.01"):
-        choose_strength(tried, most_kl=0.01)
+        choose_strength(tried, max_kl=0.01)
     with pytest.raises(RealignerError, match=r"moves by 0\.10 of its size, at most 0\.05"):
-        choose_strength(tried, most_shift=0.05)
+        choose_strength(tried, max_shift=0.05)
 
 
 @pytest.mark.usefixtures("minilm")
@@ -232,7 +232,7 @@ def test_a_run_is_evaluated_on_what_it_held_out_and_its_strength_is_saved(run: P
     learned = {row.id for row in task.train}
     assert not learned & {row.id for row in (*task.test, *task.tune)}
     assert not {row.group for row in task.scorer} & {row.group for row in task.test}
-    options: dict[str, Any] = {"effort": SMALL, "tune": True, "questions": 10, "most_kl": 100.0, "most_shift": 100.0}
+    options: dict[str, Any] = {"effort": SMALL, "tune": True, "questions": 10, "max_kl": 100.0, "max_shift": 100.0}
     with FakeEndpoint(say=lambda text: "Rating: 2" if "well is a reply written" in text else "Rating: 1") as server:
         judge = Endpoint(server.url, "judge", temperature=0.0)
         found = evaluate(run, tmp_path / "out", host, tokenizer, ["constant"], judge=judge, **options)

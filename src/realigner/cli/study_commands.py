@@ -31,10 +31,10 @@ def evaluate(
         Optional[int], typer.Option(help="Ask at most this many held-out questions; default: all.", min=8, show_default=False)
     ] = None,
     max_new_tokens: opt.MaxNewTokens = 60,
-    most_kl: Annotated[
+    max_kl: Annotated[
         float, typer.Option(help="Reject strengths with a KL above this on neutral text (nats per token).", min=0)
     ] = 1.0,
-    most_shift: Annotated[
+    max_shift: Annotated[
         float, typer.Option(help="Reject strengths that move the residual stream by more (in units of its size).", min=0)
     ] = 1.0,
     judge: Annotated[
@@ -95,7 +95,7 @@ def evaluate(
     opt.claim(context, locked(out))
     loaded, tokenizer = load_host_of(irm, host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     effort = Effort(reply_tokens=max_new_tokens)
-    options: dict[str, Any] = {"most_kl": most_kl, "most_shift": most_shift, "judge": rated_by, "server": server}
+    options: dict[str, Any] = {"max_kl": max_kl, "max_shift": max_shift, "judge": rated_by, "server": server}
     found = measure(irm, out, loaded, tokenizer, names, tune is not None, effort, questions, **options)
     if as_json:
         opt.print_json(found.values)

@@ -25,7 +25,7 @@ from realigner.evaluation.replies import Speaker, ask, dtype_of
 from realigner.evaluation.results import plain, tone_results
 from realigner.evaluation.served_replies import ServedIRM
 from realigner.evaluation.side_effects import bare_speaker
-from realigner.evaluation.strength_choice import MOST_KL, MOST_SHIFT, STRENGTHS, StrengthChoice, choose_strength
+from realigner.evaluation.strength_choice import MAX_KL, MAX_SHIFT, STRENGTHS, StrengthChoice, choose_strength
 from realigner.evaluation.task import Task
 from realigner.evaluation.tone_evaluation import Subject, ToneEvaluation
 from realigner.files import made_folder, read_object, write_text
@@ -116,8 +116,8 @@ def evaluate(
     tune: bool = False,
     effort: Effort | None = None,
     questions: int | None = None,
-    most_kl: float = MOST_KL,
-    most_shift: float = MOST_SHIFT,
+    max_kl: float = MAX_KL,
+    max_shift: float = MAX_SHIFT,
     judge: Endpoint | None = None,
     server: ServedIRM | None = None,
 ) -> Result:
@@ -135,7 +135,7 @@ def evaluate(
             strength that its adapter names.
         effort: how much is asked.
         questions: of the held-out ones at most; all when None.
-        most_kl, most_shift: limits of the chosen strength.
+        max_kl, max_shift: limits of the chosen strength.
         judge: a language model that rates the replies too (`judge.rate`); what it says is kept in `out`.
         server: the server on which the IRM and the bare host answer; losses and divergences are still computed with `host`, and
             baselines are not possible.
@@ -173,7 +173,7 @@ def evaluate(
         if tune:
             tried = {value: evaluation.measured(own, value, tuning=True, cheap=True) for value in STRENGTHS}
             scores = {value: evaluation.tuning_scorers.scores(found) for value, found in tried.items()}
-            choice = choose_strength(scores, most_kl, most_shift)
+            choice = choose_strength(scores, max_kl, max_shift)
         used = _strength_of(irm) if choice is None else choice.strength
         measured = evaluation.measured(own, used)
         entries["irm"] = [(measured, evaluation.scores(measured))]

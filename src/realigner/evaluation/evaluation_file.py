@@ -72,7 +72,7 @@ class Whole(_Part):
     same: Value = math.nan
     text_loss: Value = math.nan
     shift_median: Value = math.nan
-    shift_most: Value = math.nan
+    shift_max: Value = math.nan
     turn_1: Value = math.nan
     turn_2: Value = math.nan
     turn_3: Value = math.nan
@@ -174,8 +174,8 @@ class Tuned(_Part):
     low: Strength
     high: Strength
     points: Annotated[list[TunedPoint], Field(max_length=200)]
-    most_kl: Value
-    most_shift: Value
+    max_kl: Value
+    max_shift: Value
 
 
 class Ratings(_Part):

@@ -34,7 +34,7 @@ class Scores:
             those of `measures.text_measures`. NaN where there is none.
         whole: name -> a number: ``kl`` (nats per token of neutral text), ``same`` (share of its tokens with the same likeliest
             token), ``text_loss`` (nats per token of that text above the bare host's), ``about`` (share of right answers about
-            a passage), ``shift_median`` and ``shift_most`` (over the sites, of `shift`), ``dropped`` (share named in the tone
+            a passage), ``shift_median`` and ``shift_max`` (over the sites, of `shift`), ``dropped`` (share named in the tone
             when asked to drop it), ``before_dropped`` (the same questions, not asked to), ``turn_1`` to ``turn_3`` (share
             named, by turn), ``ms_per_token``.
         shift: by site, the mean over tokens of the change of the residual stream's norm over the stream's.
@@ -142,7 +142,7 @@ class ReplyScorers:
                 "same": sum(effect.same for effect in text) / tokens,
                 "text_loss": sum(effect.nats - effect.bare_nats for effect in text) / tokens,
                 "shift_median": float(np.median(shift)),
-                "shift_most": float(np.max(shift)),
+                "shift_max": float(np.max(shift)),
             }
         starts = np.cumsum([0, *(len(replies) for replies in measured.turns)])
         for turn in range(max(map(len, measured.turns), default=0)):

@@ -17,8 +17,8 @@ from realigner.files import read_object, write_text
 from realigner.irm_config import CONFIG_FILE, adapter_folder, check_adapter
 
 STRENGTHS = (0.25, 0.5, 0.625, 0.75, 0.875, 1.0, 1.125, 1.25, 1.5)
-MOST_KL = 1.0  # nats per token of neutral text
-MOST_SHIFT = 1.0  # of the residual stream at the median site, in units of its own size
+MAX_KL = 1.0  # nats per token of neutral text
+MAX_SHIFT = 1.0  # of the residual stream at the median site, in units of its own size
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class StrengthChoice:
         low, high: ends of that range: neighbouring strengths whose summary is not clearly lower, that is, the 95% interval of
             the paired difference from the best reaches 0.
         points: of all strengths that were tried.
-        most_kl, most_shift: the limits.
+        max_kl, max_shift: the limits.
     """
 
     strength: float
     low: float
     high: float
     points: list[Point]
-    most_kl: float
-    most_shift: float
+    max_kl: float
+    max_shift: float
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -77,12 +77,12 @@ class StrengthChoice:
         write_text(path, json.dumps(values, indent=2, sort_keys=True))
 
 
-def choose_strength(scores: Mapping[float, Scores], most_kl: float = MOST_KL, most_shift: float = MOST_SHIFT) -> StrengthChoice:
+def choose_strength(scores: Mapping[float, Scores], max_kl: float = MAX_KL, max_shift: float = MAX_SHIFT) -> StrengthChoice:
     """Choose among strengths that were tried.
 
     Args:
         scores: strength -> the scores of one IRM at it, on the same questions.
-        most_kl, most_shift: limits; a strength beyond one of them is not chosen.
+        max_kl, max_shift: limits; a strength beyond one of them is not chosen.
 
     Raises:
         RealignerError: when every strength is beyond a limit.
@@ -91,14 +91,14 @@ def choose_strength(scores: Mapping[float, Scores], most_kl: float = MOST_KL, mo
     for strength, found in sorted(scores.items()):
         kl, shift = found.whole["kl"], found.whole["shift_median"]
         named, nats = (float(np.nanmean(found.each[name])) for name in ("named", "nats"))
-        allowed = kl <= most_kl and shift <= most_shift
+        allowed = kl <= max_kl and shift <= max_shift
         points.append(Point(strength, estimate(found.each["summary"]), named, nats, kl, shift, allowed))
     within = [point for point in points if point.allowed]
     if not within:
         least = min(points, key=lambda point: point.kl)
         raise RealignerError(
-            f"strength: all that were tried are beyond a limit (at {least.strength:g}: KL {least.kl:.2f}, at most {most_kl:g}; "
-            f"the residual stream moves by {least.shift:.2f} of its size, at most {most_shift:g}); raise the limit, or train "
+            f"strength: all that were tried are beyond a limit (at {least.strength:g}: KL {least.kl:.2f}, at most {max_kl:g}; "
+            f"the residual stream moves by {least.shift:.2f} of its size, at most {max_shift:g}); raise the limit, or train "
             "with a lower learning rate"
         )
     best = max(within, key=lambda point: point.summary.mean)
@@ -111,4 +111,4 @@ def choose_strength(scores: Mapping[float, Scores], most_kl: float = MOST_KL, mo
         low -= 1
     while high + 1 < len(tried) and tried[high + 1] in as_good:
         high += 1
-    return StrengthChoice(best.strength, tried[low], tried[high], points, most_kl, most_shift)
+    return StrengthChoice(best.strength, tried[low], tried[high], points, max_kl, max_shift)

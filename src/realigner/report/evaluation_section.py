@@ -40,11 +40,11 @@ MEASURES = {
     "text_loss": "neutral text, nats more",
     "about": "passage accuracy",
     "shift_median": "shift, median layer",
-    "shift_most": "shift, largest",
+    "shift_max": "shift, largest",
     "ms_per_token": "ms per token",
 }
 _IN_TABLE = ("summary", "named", "fact", "content", "nats", "target")
-_WHOLE = ("kl", "same", "text_loss", "about", "shift_median", "shift_most", "ms_per_token")
+_WHOLE = ("kl", "same", "text_loss", "about", "shift_median", "shift_max", "ms_per_token")
 _RIVALS = {
     "prompt": "the best system prompt",
     "mean-delta": "the mean of its own deltas, which reads nothing",
