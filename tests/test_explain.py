@@ -330,7 +330,7 @@ def test_the_docs_say_how_often_verdicts_are_right() -> None:
             assert int(row[-2].strip().rstrip("%")) >= 90, row[0]
     assert text.count("| 12 | 100% |") >= 15  # there is a table, by whichever rules
     _, *tables = written.split("Seeds from ")
-    assert ("are being counted" in text) == (not any(table.startswith("300 on, fresh:") for table in tables))
+    assert ("are being counted" in text) == (not any("on, fresh:" in table for table in tables))
     for table in tables:
         first = int(table.split()[0])
         head, _, *rows = (

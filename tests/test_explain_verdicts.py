@@ -74,22 +74,34 @@ def test_what_drops_is_the_cause(cause: str, trials: Any, facts: Any) -> None:
     assert asked({**BASE, **trials}, **facts)[0] == cause
 
 
-def test_an_index_that_leads_in_the_repetitions_is_not_said_not_to() -> None:
-    """Seed 111 of the planted hosts: rank 10 in the one IRM given, 1 in both trainings that repeat it."""
-    trials = {**BASE, "no channel": [STAYED], "gain": [FELL]}
-    cause, found = asked(trials, **UNSEEN, ranks=(10,), given=2.6)
+def test_an_index_that_leads_in_half_of_all_trainings_is_not_said_not_to() -> None:
+    """Seed 309 of the planted hosts: rank 5 in the one IRM given; 1, 1 and 17 in the trainings that repeat it."""
+    trials = {**BASE, "no channel": [STAYED], "gain": [FELL], "reference": [STOOD, STOOD, (17, 2.0)]}
+    cause, found = asked(trials, **UNSEEN, ranks=(5,), given=3.7)
     assert (cause, found["leads"].answer) == ("channel through the norm", "cannot tell")
     assert found["leads"].words.endswith(
-        "in 0 of 1 IRMs. a-0: rank 10 (2.60 times the median). But in 2 of the 2 trainings that repeat them."
+        "in 0 of 1 IRMs. a-0: rank 5 (3.70 times the median). "
+        "But it leads in 0 of the 1 IRMs given and 2 of the 3 trainings that repeat them."
     )
-    # In half of all trainings, or fewer, it does not lead; nor where the repetitions are as few as the IRMs.
-    trials["reference"] = [STOOD, (9, 2.0)]
-    assert asked(trials, **UNSEEN, ranks=(10,), given=2.6)[0] == "idle channel"
+    # In fewer than half of all it does not lead, however many repetitions there are.
+    trials["reference"] = [STOOD, (9, 2.0), (9, 2.0)]
+    assert asked(trials, **UNSEEN, ranks=(5,), given=3.7)[0] == "idle channel"
     trials["reference"] = [STOOD, STOOD]
-    assert asked(trials, **UNSEEN, ranks=(10, 12), given=2.6)[0] == "idle channel"
+    assert asked(trials, **UNSEEN, ranks=(5, 12, 9), given=3.7)[0] == "idle channel"
     # Where no trial tells a cause, whether it leads is open.
     cause, found = asked({"reference": [STOOD, STOOD], "permuted": [STAYED]}, ranks=(10,), given=2.6)
     assert (cause, found["leads"].answer) == ("cannot tell", "cannot tell")
+
+
+def test_an_index_that_is_weaker_but_leads_in_half_of_all_trainings_is_not_said_to_lead_by_chance() -> None:
+    """Seed 308: 17.56 times the median in the IRM given; 6.09, 2.19, 2.61 in the others, where it is among the first twice."""
+    trials = {**BASE, "no channel": [STAYED], "gain": [(41, 0.78), (63, 0.2)], "reference": [(1, 6.1), (8, 2.2), (3, 2.6)]}
+    how: dict[str, Any] = {**UNSEEN, "given": 17.56, "spread": Spread(0.4, 8)}
+    cause, found = asked(trials, **how)
+    assert (cause, found["recurs"].answer) == ("channel through the norm", "cannot tell")
+    assert found["recurs"].words.endswith("But it leads in 1 of the 1 IRMs given and 2 of the 3 trainings that repeat them.")
+    trials["reference"] = [(6, 2.5), (8, 2.19), (7, 2.61)]
+    assert asked(trials, **how)[0] == "idle channel"
 
 
 def test_an_effect_of_one_size_is_one_answer_whatever_its_rank() -> None:
