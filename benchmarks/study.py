@@ -123,7 +123,7 @@ class Size:
         return {**arm.changed, **self.lessons[arm.recipe]}
 
 
-FULL = Size(480, {"paper": {"epochs": 2}, "default": {"steps": 220}}, layer_sets=True, tokens=100, quick=False)
+FULL = Size(480, {"paper": {"epochs": 2}, "default": {"steps": 110}}, layer_sets=True, tokens=100, quick=False)
 _SHORT = {"steps": 12, "epochs": None, "evaluations_per_epoch": None, "evaluations": 1}
 QUICK = Size(120, {"paper": _SHORT, "default": {"steps": 12, "evaluations": 1}}, layer_sets=False, tokens=40, quick=True)
 
