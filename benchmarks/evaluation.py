@@ -290,7 +290,7 @@ def page(found: dict[str, Any]) -> str:
     for tone, own in found["tones"].items():
         parts.append(f"## {tone.capitalize()}\n\n{own['questions']} questions.\n\n{table(own)}\n")
         lines = [
-            f"| {own['against']} less | summary | concept | fact kept | fluency (nats) |",
+            f"| {own['against']} minus | summary | concept | fact kept | fluency (nats) |",
             "| --- | --- | --- | --- | --- |",
         ]
         names = ("summary", "named", "fact", "nats")
@@ -325,13 +325,13 @@ def page(found: dict[str, Any]) -> str:
 
 _HEAD = """# The study of methods
 
-Written by `python -m benchmarks.evaluation --only results` from what is in docs/results/evaluation; no number is typed by hand.
-Host: {host}. What the columns mean is in [Evaluation](../evaluation.md). Intervals are of 95%, over questions, seeds averaged;
-bold: the difference is clear (p below 0.05 after Holm's adjustment over the methods).
+Written by `python -m benchmarks.evaluation --only results` from the records in docs/results/evaluation; no number is typed by
+hand. Host: {host}. [Evaluation](../evaluation.md) explains the columns. Intervals are 95% intervals over questions,
+after averaging over seeds. Bold marks differences with p below 0.05 after Holm's adjustment over the methods.
 
-The records were made on more than one machine. In bfloat16 another CPU rounds otherwise, and greedy replies part: at strength
-0 the compact IRM is the bare host to the bit on one machine (its KL is 0), and its row differs from the bare host's by what a
-machine changes.
+The records were made on more than one machine. In bfloat16 another CPU rounds differently, and greedy replies diverge. At
+strength 0 the compact IRM is the bare host to the bit on the same machine (its KL is 0); its row differs from the bare host's
+only by the effect of the machine.
 
 ![Summary by method](evaluation-summary.svg)
 

@@ -12,7 +12,7 @@
 
 Interrupt it as you like and start it again: rows, runs, traces and trials that are there are not made again, nor is an arm
 whose record is in --results. Runs and traces are kept in --out/HOST, or --out/HOST-float32 (12 GB for the embedded host);
-records, figures and page in --results. --quick: no layer sets, a tenth of the steps, a short explanation; all of it in --out.
+records, figures and page in --results. --quick: no layer sets, 12 steps, a short explanation; all of it in --out.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ TITLES = {"paper": "the paper's recipe", "defects": "with its code's two mistake
 STATISTICS = {
     "icc": "striation: intraclass correlation over layers",
     "icc without 10": "the same without the 10 leading indices",
-    "neuron over layer": "variance (omega squared) by neuron less that by layer",
+    "neuron over layer": "variance (omega squared) by neuron minus that by layer",
     "overlap": "consensus: rank-biased overlap of runs that differ in tone and seed",
     "overlap, same seed": "the same of runs that differ in tone alone",
 }
@@ -176,7 +176,7 @@ def _verdict(found: Record | None) -> str:
         return "-"
     parts = [f"{found['value']:.3f}"]
     if found["difference"] is not None and found["key"] != "neuron_over_layer":  # that one is decided by its own interval
-        parts.append(f"less untrained {found['difference']:+.3f}{_interval(found, 'difference_low', 'difference_high')}")
+        parts.append(f"minus untrained: {found['difference']:+.3f}{_interval(found, 'difference_low', 'difference_high')}")
     else:
         parts[0] += _interval(found, "low", "high")
     decided_by_p = found["key"] != MAIN or found["value"] == 1
@@ -191,7 +191,7 @@ def _interval(found: Record, low: str, high: str) -> str:
 def _changed(name: str, change: Record) -> str:
     """What the mistakes do to a statistic, in words."""
     how = "stronger" if change["low"] > 0 else "weaker" if change["high"] < 0 else "no different, as far as can be told"
-    about = {"icc": "striation is", "overlap": "what runs of other tones and seeds have in common is"}[name]
+    about = {"icc": "striation is", "overlap": "agreement between runs that differ in tone and seed is"}[name]
     return f"{about} {how} ({change['plain']:.3f} without, {change['other']:.3f} with them)"
 
 

@@ -3,7 +3,7 @@
 The contract:
 
 1. Nothing of the host is replaced or changed: hooks are registered, and `Injector.detach` removes them all.
-2. ``residual = x + branch`` becomes ``x + (branch + delta)`` (form A of docs/architecture.md): no tensor is modified in
+2. ``residual = x + branch`` becomes ``x + (branch + delta)`` (docs/design/site.md): no tensor is modified in
    place, the same form works for parallel layers, and with a delta of zero the output is bit-identical.
 3. Each forward has a `ForwardContext` of its own, which holds its deltas and the settings that it began with. The thread keeps
    the context (`settings.ThreadState`) until the forward ends, normally or by an error. A checkpointed layer is recomputed
