@@ -165,7 +165,7 @@ def make_adapters(place: Path, dtype: str) -> str:
 def table(result: dict[str, Any]) -> str:
     """The medians as Markdown."""
     loads = [tuple(load) for load in result["loads"]]
-    names = " | ".join(f"{requests} requests, prompts of {prompt}" for requests, prompt in loads)
+    names = " | ".join(f"{requests} requests, {prompt}-token prompts" for requests, prompt in loads)
     lines = [f"| setting | {names} |", "| --- |" + " ---: |" * len(loads)]
     for setting, rates in result["tokens_per_second"].items():
         cells = []
