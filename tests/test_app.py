@@ -95,7 +95,12 @@ def test_each_side_has_a_history_of_its_own(talker: RuntimeTalker, runtime: Runt
         conversation.exchange = talker.begin(asked)
         replies = conversation.exchange.wait()
         assert replies == {side: answered(runtime, asked, side) for side in SIDES}
+        shown = {side: conversation.shown(side) for side in SIDES}
         conversation.settle()
+        said = {
+            side: [{**own, "content": own["content"].removesuffix(" ...")} for own in shown[side]] for side in SIDES
+        }  # without the marks of replies that were cut
+        assert conversation.messages == said
     assert [message["content"] for message in conversation.messages["base"]][::2] == ["One?", "Two?", "Three?"]
     assert conversation.messages["base"] != conversation.messages["realigned"]
 

@@ -205,8 +205,7 @@ def _conclusion(key: str, question: str, answer: Answer, words: str, n: int, uni
 
 def _leads(evidence: Evidence) -> Conclusion:
     ranks = evidence.ranks
-    leading = sum(own.rank <= evidence.top for own in ranks)
-    often, where = _leads_often(evidence)
+    leading, often, where = _leading(evidence)
     answer: Answer = "supported" if 2 * leading >= len(ranks) else "not supported"
     places = ", ".join(f"{own.irm}: rank {own.rank} ({own.ratio:.2f} times the median)" for own in ranks)
     words = f"Among the first {evidence.top} of {evidence.width} in {leading} of {len(ranks)} IRMs. {places}."
@@ -215,12 +214,15 @@ def _leads(evidence: Evidence) -> Conclusion:
     return _conclusion("leads", "The index leads in the IRMs given", answer, words, len(ranks), "IRMs")
 
 
-def _leads_often(evidence: Evidence) -> tuple[bool, str]:
-    """Whether the index leads in half or more of the IRMs given and the trainings that repeat them; in how many, in words."""
+def _leading(evidence: Evidence) -> tuple[int, bool, str]:
+    """In how many of the IRMs given the index leads.
+
+    Also whether it leads in half or more of these and the trainings that repeat them together, and in how many, in words.
+    """
     both = (evidence.ranks, _of_kind(evidence, "reference"))
     given, repeated = (sum(own.rank <= evidence.top for own in some) for some in both)
     where = f"in {given} of the {len(both[0])} IRMs given and {repeated} of the {len(both[1])} trainings that repeat them"
-    return 2 * (given + repeated) >= sum(map(len, both)), where
+    return given, 2 * (given + repeated) >= sum(map(len, both)), where
 
 
 def _of_kind(evidence: Evidence, kind: str) -> list[TrialResult]:
@@ -248,10 +250,10 @@ def _recurs(evidence: Evidence) -> Conclusion:
             f" If the index were as strong as in the IRMs given, {len(trials)} training{'s' * (len(trials) > 1)} would miss it "
             f"with a probability of {missed:.2g}."
         )
-    often, where = _leads_often(evidence)
+    given, often, where = _leading(evidence)
     if answer == "not supported" and evidence.shorter < 1:
         answer, words = "cannot tell", f"{words} They took {100 * evidence.shorter:.0f}% of the run's steps."
-    if answer == "not supported" and (often or sum(own.rank <= evidence.top for own in evidence.ranks) > 1):
+    if answer == "not supported" and (often or given > 1):
         answer, words = "cannot tell", f"{words} But it leads {where}."
     return _conclusion("recurs", question, answer, words, len(trials), "trials")
 
