@@ -75,7 +75,7 @@ def test_two_processes_of_four_rows_are_one_of_eight(ddp: tuple[Path, str], tmp_
     assert len(first) == len(second) == 9
     for a, b in zip(first, second, strict=True):
         assert a["step"] == b["step"]
-        for key in ("loss", "validation_loss", "grad_norm"):
+        for key in ("loss", "validation_loss", "grad_norm", "tokens"):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-6)
 
 

@@ -176,7 +176,7 @@ def test_ablations_are_in_float32_and_the_weights_come_back(family: str, monkeyp
         np.testing.assert_array_equal(rows.losses(host)[0], wanted)
     assert {name: own.dtype for name, own in host.state_dict().items()} == types
     assert weights_hash(host) == before
-    monkeypatch.setattr("realigner.explain.ablate.free_memory", lambda _: 10.0)
+    monkeypatch.setattr("realigner.explain.ablate.free_memory", lambda *_: 10.0)
     with in_float32(host) as precision:  # there is no room
         assert precision == torch.bfloat16
         assert {name: own.dtype for name, own in host.state_dict().items()} == types

@@ -44,7 +44,18 @@ def test_settings() -> None:
     assert read_recipe("default", ["layers=5"]).layers == "5"
     assert read_recipe("default", ["epochs=2"]).steps is None
     assert read_recipe("paper", ["steps=7"]).steps == 7
-    assert make_recipe("default", seed=None, steps=3) == Recipe(steps=3)
+    assert make_recipe("default", steps=3) == Recipe(steps=3)
+    assert make_recipe("paper", patience=None).patience is None
+
+
+def test_epochs_without_steps_count(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("tone: anger\nepochs: 3\n")
+    made = [Recipe(epochs=3), Recipe().changed(epochs=3), make_recipe(epochs=3), make_recipe(steps=7).changed(epochs=3)]
+    made += [read_recipe(file), read_recipe("default", ["epochs=3"])]
+    assert {(recipe.steps, recipe.epochs) for recipe in made} == {(None, 3)}
+    both = [Recipe(epochs=3, steps=7), Recipe().changed(epochs=3, steps=7), Recipe(epochs=3, steps=7).changed(seed=1)]
+    assert {(recipe.steps, recipe.epochs) for recipe in both} == {(7, 3)}
 
 
 @pytest.mark.parametrize(

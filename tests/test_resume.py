@@ -82,6 +82,17 @@ class _CrashAtError(Exception):
     pass
 
 
+def crash_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Log.on_log
+
+    def crash(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        original(self, args, state, *rest, **kwargs)
+        if state.global_step == step:
+            raise _CrashAtError
+
+    monkeypatch.setattr(Log, "on_log", crash)
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "adafactor"])
 @pytest.mark.parametrize("schedule", ["linear", "exponential"])
 def test_every_optimizer_and_schedule_resumes_exactly(
@@ -89,15 +100,8 @@ def test_every_optimizer_and_schedule_resumes_exactly(
 ) -> None:
     recipe = QUICK.changed(steps=14, optimizer=optimizer, schedule=schedule, l1=1e-4, accumulate=2, learning_rate=1e-3)
     run_tiny(tmp_path / "whole", recipe=recipe)
-    original = Log.on_log
-
-    def crash(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        original(self, args, state, *rest, **kwargs)
-        if state.global_step == 8:
-            raise _CrashAtError
-
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "on_log", crash)
+        crash_at(8, patch)
         with pytest.raises(_CrashAtError):
             run_tiny(tmp_path / "crashed", recipe=recipe)
     assert run_dir.checkpoints(run_dir.unfinished(tmp_path / "crashed"))[-1].name == "checkpoint-6"
@@ -148,6 +152,16 @@ def test_patience_ends_a_run_and_a_finished_one_is_not_trained_on(tmp_path: Path
     again = run_tiny(tmp_path / "late", recipe=recipe, resume=True)
     assert again.record["steps_done"] == run.record["steps_done"]
     assert adapter(tmp_path / "late") == adapter(tmp_path / "whole")
+
+    validated(losses, monkeypatch)
+    with monkeypatch.context() as patch:  # after the first evaluation of the two without a better loss
+        crash_at(25, patch)
+        with pytest.raises(_CrashAtError):
+            run_tiny(tmp_path / "half", recipe=recipe)
+    validated(losses[4:], monkeypatch)
+    again = run_tiny(tmp_path / "half", recipe=recipe, resume=True)
+    assert (again.record["early_stop"], again.record["steps_done"], again.record["kept_step"]) == (True, 32, 16)
+    assert adapter(tmp_path / "half") == adapter(tmp_path / "whole")
 
 
 @pytest.mark.proof

@@ -17,6 +17,7 @@ import realigner as ra
 from realigner.data import encode_rows, split_rows
 from realigner.errors import RealignerError, UsageError
 from realigner.fingerprints import weights_hash
+from realigner.hosts import resolve_dtype
 from realigner.irm_config import IRMConfig
 from realigner.training import make_recipe, read_metrics, read_recipe, read_run, train, train_recipe
 from realigner.tuner import load_irm, tuner_of
@@ -194,7 +195,7 @@ def test_a_run_is_repeated_from_its_folder(tmp_path: Path) -> None:
     first = train_recipe(FAST.changed(host=str(host), data=str(data)), tmp_path / "one", quiet=True)
     recipe = read_recipe(tmp_path / "one" / "recipe.yaml")
     assert recipe.threads == torch.get_num_threads()
-    assert recipe.dtype == "bfloat16" or recipe.dtype == "float32"
+    assert recipe.dtype == str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
     train_recipe(recipe, tmp_path / "two", quiet=True, repeats=first.record)
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two

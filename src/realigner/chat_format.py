@@ -10,6 +10,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -461,8 +462,14 @@ class ChatFormat:
         return next((ids[:at] for at in range(len(ids)) if ids[at : at + len(bare)] == bare), [])
 
     def _plain_ids(self, text: str) -> list[int]:
-        options = {"split_special_tokens": True} if self._renders_text and self._marks.search(text) else {}
-        return list(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+        if self._renders_text and self._marks.search(text):
+            return list(self._splitting(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @cached_property
+    def _splitting(self) -> Any:
+        """A copy of the tokenizer, for texts with typed marks: what is asked of one thread's call would hold for all."""
+        return deepcopy(self.tokenizer)
 
 
 def has_chat_template(tokenizer: Any) -> bool:

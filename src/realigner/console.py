@@ -104,10 +104,10 @@ def sigterm_interrupts() -> Iterator[None]:
 class Task:
     """Something that advances towards a total; `note` is shown at its right (a loss, a file)."""
 
-    def __init__(self, label: str, total: int, bar: Progress | None, unit: str) -> None:
-        self.label, self.total, self.done, self.note, self.unit = visible(label), total, 0, "", unit
-        self._bar = bar
-        self._id = bar.add_task(self.label, total=total, note="", rate="") if bar else None
+    def __init__(self, label: str, total: int, bar: Progress | None, unit: str, before: int = 0) -> None:
+        self.label, self.total, self.done, self.note, self.unit = visible(label), total, before, "", unit
+        self._bar, self._before = bar, before
+        self._id = bar.add_task(self.label, total=total, completed=before, note="", rate="") if bar else None
         self._start = self._last = time.monotonic()
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
@@ -122,18 +122,19 @@ class Task:
 
     def _rate(self) -> str:
         """``12 rows/s``, for tasks that have a unit."""
-        speed = self.done / max(1e-6, time.monotonic() - self._start)
-        return f"{speed:.3g} {self.unit}/s  " if self.unit and self.done else ""
+        made = self.done - self._before
+        speed = made / max(1e-6, time.monotonic() - self._start)
+        return f"{speed:.3g} {self.unit}/s  " if self.unit and made else ""
 
     def _left(self) -> str:
-        if not self.unit or not 0 < self.done < self.total:
+        if not self.unit or not self._before < self.done < self.total:
             return ""
-        seconds = round((time.monotonic() - self._start) * (self.total - self.done) / self.done)
+        seconds = round((time.monotonic() - self._start) * (self.total - self.done) / (self.done - self._before))
         return f"{timedelta(seconds=seconds)} left  "
 
 
 @contextmanager
-def progress(label: str, total: int, quiet: bool = False, unit: str = "") -> Iterator[Task]:
+def progress(label: str, total: int, quiet: bool = False, unit: str = "", before: int = 0) -> Iterator[Task]:
     """A `Task` with a bar while the block runs, if standard error is a terminal and rich is installed; else a line at times.
 
     Args:
@@ -141,9 +142,10 @@ def progress(label: str, total: int, quiet: bool = False, unit: str = "") -> Ite
         total: steps in all.
         quiet: show nothing.
         unit: what a step is, in the plural; with it, the speed is shown.
+        before: steps that an earlier process did; they do not count for the speed.
     """
     if quiet or find_spec("rich") is None or not (screen := console()).is_terminal:
-        task = Task(label, total, None, unit)
+        task = Task(label, total, None, unit, before)
         if quiet:
             task._last = float("inf")
             task.total = sys.maxsize
@@ -163,4 +165,4 @@ def progress(label: str, total: int, quiet: bool = False, unit: str = "") -> Ite
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=screen) as bar:
-        yield Task(label, total, bar, unit)
+        yield Task(label, total, bar, unit, before)

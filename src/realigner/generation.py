@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import queue
+import sys
 import threading
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack
@@ -85,7 +86,7 @@ def answer(
 
     Raises:
         UsageError: for an empty prompt, a bad number, or a list of settings that is not as long as `prompts`.
-        RealignerError: for a prompt that is longer than the host's context, or that its chat template rejects.
+        RealignerError: for a prompt that is longer than the host's context, with its reply, or that its chat template rejects.
 
     Example:
         >>> answer(host, tokenizer, ["How many legs has a spider?"])  # doctest: +SKIP
@@ -103,7 +104,6 @@ def answer(
         part = slice(start, start + batch_size)
         rows = chat_format.prompts(prompts[part], system)
         inputs = padded(rows, tokenizer, _device(model))
-        _check_positions(model, inputs, first + start)
         own = {
             "strength": part_of(strength, part, len(prompts), "strength", "prompts"),
             "adapter_names": part_of(names, part, len(prompts), "irms", "prompts"),
@@ -112,11 +112,14 @@ def answer(
         opened = [chat_format.opens_thought(row) for row in rows]
         uncounted = 0 if penalize_prompt else inputs["input_ids"].shape[1]
         options = sampling.options(model, chat_format, opened, first + start, uncounted)
+        options["max_new_tokens"] = min(options["max_new_tokens"], _room(model, inputs, max_new_tokens, first + start))
         with torch.no_grad():
             tokens = model.generate(**inputs, **options, **settings)  # type: ignore[operator]
-        for row, is_open in zip(tokens[:, inputs["input_ids"].shape[1] :].tolist(), opened, strict=True):
-            thought, text = chat_format.split(row, is_open)
-            replies.append(Answer(text, thought, not ends.isdisjoint(row)))
+        budget = next((own for own in options["logits_processor"] if isinstance(own, ThinkingBudget)), None)
+        for number, row in enumerate(tokens[:, inputs["input_ids"].shape[1] :].tolist()):
+            thought, text = chat_format.split(row, opened[number])
+            full = None if budget is None else budget.full[number]  # what comes after is padding, often with an end token
+            replies.append(Answer(text, thought, not ends.isdisjoint(row[:full])))
         if done is not None:
             done(len(rows))
     return replies
@@ -162,10 +165,10 @@ def stream(
     chat_format = format_of(model, tokenizer, chat_template_kwargs, irms)
     rows = chat_format.prompts([prompt], system)
     inputs = padded(rows, tokenizer, _device(model))
-    _check_positions(model, inputs, 0)
     given = _settings(model, strength=strength, rows=None if irms is None else [irms], where=where)
     opened = [chat_format.opens_thought(rows[0])]
     options = sampling.options(model, chat_format, opened, 0)
+    options["max_new_tokens"] = min(options["max_new_tokens"], _room(model, inputs, max_new_tokens, 0))
     pieces = Pieces(chat_format, opened[0], thoughts, ends_of(model, chat_format))
     options["stopping_criteria"].append(_Stopped(lambda: pieces.stopped or (stop is not None and stop.is_set())))
 
@@ -337,15 +340,25 @@ def padded(rows: Sequence[Sequence[int]], tokenizer: Any, device: torch.device) 
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _check_positions(model: nn.Module, inputs: Mapping[str, torch.Tensor], first: int) -> None:
-    """Raise for a prompt that is longer than the host can read; some hosts would fail on it, others take all memory."""
+def _room(model: nn.Module, inputs: Mapping[str, torch.Tensor], reply: int, first: int) -> int:
+    """How many tokens, of thoughts and replies, the host has positions for after the longest of these prompts.
+
+    Raises:
+        RealignerError: when they are fewer than those of a reply: some hosts would fail on it, others take all memory.
+    """
     config = getattr(model, "config", None)
     positions = None if config is None else getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:  # some configs give no limit, or -1
-        return
+        return sys.maxsize
     for number, tokens in enumerate(inputs["attention_mask"].sum(dim=1).tolist(), start=first + 1):
         if tokens > positions:
             raise RealignerError(f"prompt {number}: it has {tokens:,} tokens, and the host {positions:,} positions; shorten it")
+        if tokens + reply > positions:
+            raise RealignerError(
+                f"prompt {number}: its {tokens:,} tokens and a reply of {reply:,} need more than the host's {positions:,} "
+                "positions; shorten it, or ask for fewer (max_new_tokens)"
+            )
+    return positions - int(inputs["attention_mask"].sum(dim=1).max())
 
 
 @dataclass(frozen=True)
@@ -376,15 +389,13 @@ class Sampling:
             first_row: number of the prompt that is the first row.
             uncounted: positions at the start that the repetition penalty leaves out.
         """
-        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": float(self.repetition_penalty)}
         options |= {"do_sample": False, "logits_processor": [], "stopping_criteria": []}
         if uncounted:
-            penalty = RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty), prompt_ignore_length=uncounted)
+            penalty = RepetitionPenaltyLogitsProcessor(options["repetition_penalty"], prompt_ignore_length=uncounted)
             options |= {"repetition_penalty": 1.0, "logits_processor": [penalty]}
-        if (
-            chat_format.tokenizer.pad_token_id is not None
-        ):  # some hosts name a token of text, which would be read as the reply's
-            options["pad_token_id"] = chat_format.tokenizer.pad_token_id
+        if (pad := chat_format.tokenizer.pad_token_id) is not None:  # some hosts' own is a token of text
+            options["pad_token_id"] = pad
         if self.temperature > 0 and self.top_p < 1:
             nucleus = [TemperatureLogitsWarper(float(self.temperature)), TopPLogitsWarper(float(self.top_p))]
             options["logits_processor"] += [*nucleus, SeededSampling(1.0, self.seed, first_row)]

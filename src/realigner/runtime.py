@@ -136,12 +136,20 @@ def load_host_of(irm: Source, host: Source | None = None, **options: Any) -> tup
     return load_host(str(host or host_of(irm)), **options)
 
 
+def adapter_name(name: str) -> str:
+    """A name for an IRM, of its folder's: without dots, and with ``irm-`` before what PyTorch or PEFT cannot bear.
+
+    Example:
+        >>> adapter_name("anger-1.5"), adapter_name("42")
+        ('anger-1-5', 'irm-42')
+    """
+    name = name.replace(".", "-")
+    return f"irm-{name}" if name_clash(name) or name in IRMModel.prefix else name
+
+
 def _named(sources: Sequence[Source]) -> dict[str, Source]:
-    """IRMs by the names of their folders; one that PyTorch or PEFT cannot bear gets ``irm-`` before it, and no dots."""
-    named = {}
-    for source in sources:
-        name = Path(source).absolute().name.replace(".", "-")
-        named[f"irm-{name}" if name_clash(name) or name in IRMModel.prefix else name] = source
+    """IRMs by the names of their folders."""
+    named = {adapter_name(Path(source).absolute().name): source for source in sources}
     if len(named) < len(sources):
         raise UsageError("irm: two have the same name; rename a folder, or give a mapping from names to IRMs")
     return named

@@ -155,14 +155,18 @@ def _has_truth_values(value: Any) -> bool:
 
 
 def part_of(value: Any, at: int | slice, count: int, name: str, unit: str) -> Any:
-    """The entries at `at` of a setting given as a list with one per prompt (or request); a single value is returned as it is.
+    """The entries at `at` of a setting given as a list, tuple or array with one per prompt (or request).
+
+    A single value is returned as it is, and so is a tuple of names, which is one mix of IRMs.
 
     Raises:
         UsageError: for a list whose length is not `count`; the message uses `name` and `unit`.
     """
     if isinstance(value, Mapping):
         return {key: part_of(item, at, count, name, unit) for key, item in value.items()}
-    if not isinstance(value, (list, torch.Tensor)) or (isinstance(value, torch.Tensor) and value.dim() == 0):
+    if isinstance(value, tuple) and not any(isinstance(item, str) for item in value):
+        value = list(value)
+    if not isinstance(value, list) and not getattr(value, "ndim", 0):
         return value
     if len(value) != count:
         raise UsageError(f"{name}: {len(value)} given for {count} {unit}; give one for each")

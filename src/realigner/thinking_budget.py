@@ -38,6 +38,7 @@ class ThinkingBudget(LogitsProcessor):  # type: ignore[misc]
         self._in_tag = [False] * len(opened)  # whether a row's first tokens may yet become a tag
         self._closed: list[int | None] = [None] * len(opened)  # tokens of the closing tag that are there, once it is forced
         self._begins = [0] * len(opened)  # where the reply begins, once it has
+        self.full: list[int | None] = [None] * len(opened)  # tokens of a row whose reply has all that it may have
         self._prompt: int | None = None  # width of the prompts
         self._seen = 0
 
@@ -101,4 +102,7 @@ class _Enough(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         count = self._budget.look(input_ids)
-        return torch.tensor([self._budget.ended(row, count) for row in range(len(input_ids))], device=input_ids.device)
+        ended = [self._budget.ended(row, count) for row in range(len(input_ids))]
+        full = self._budget.full
+        full[:] = [count if before is None and now else before for before, now in zip(full, ended, strict=True)]
+        return torch.tensor(ended, device=input_ids.device)

@@ -44,10 +44,10 @@ class RunTexts:
     def mean(self) -> np.ndarray:
         """M ``[layer, neuron]``: the mean of |delta| over those tokens.
 
-        One layer of zeros without any layer or token, or with values that are not finite.
+        Zeros, and one layer at least, without any layer or token, or with values that are not finite.
         """
         if not len(self.layers) or not self.counts.sum() or not np.isfinite(self.sums).all():
-            return np.zeros((1, len(self.neurons)))
+            return np.zeros((max(1, len(self.layers)), len(self.neurons)))
         return mean_over_tokens(self.sums, self.counts)
 
 
@@ -146,7 +146,7 @@ def each_run(source: xr.Dataset | xr.DataArray) -> Iterator[RunTexts]:
 
 
 def twins(source: xr.Dataset | xr.DataArray) -> dict[str, str]:
-    """Trained run -> its untrained twin, if it has one: the first untrained run of the same seed and layers.
+    """Trained run -> its untrained twin, if it has one: the first untrained run of the same seed, layers and network.
 
     Args:
         source: a trace, or `text_maps`.
@@ -154,14 +154,16 @@ def twins(source: xr.Dataset | xr.DataArray) -> dict[str, str]:
     Raises:
         UsageError: for anything else.
     """
-    shapes: dict[str, tuple[int, bytes]] = {}
+    shapes: dict[str, tuple[int, str, bytes]] = {}
+    facts = source.attrs.get("runs", {})
     tones: dict[str, str] = {}
     for label, own in split_by_run(_table_of(source)):
         if isinstance(source, xr.DataArray):
             first = source.transpose("text", "layer", "neuron")[int(own.index[0])].values[:, 0]
         else:  # a token's sums are NaN in the layers that its run does not add to
             first = source["energy"][int(own["start"].iloc[0])].values
-        shapes[label["run"]] = label["seed"], np.isnan(first).tobytes()
+        network = str(facts.get(label["run"], {}).get("network", ""))
+        shapes[label["run"]] = label["seed"], network, np.isnan(first).tobytes()
         tones[label["run"]] = label["tone"]
     untrained = {shapes[run]: run for run in reversed(shapes) if tones[run] == UNTRAINED}
     return {run: untrained[shape] for run, shape in shapes.items() if tones[run] != UNTRAINED and shape in untrained}

@@ -109,7 +109,7 @@ def tabulate(entries: list[RunStatistic], twins: Mapping[str, str], flips: int, 
             trained.setdefault(tuple(entry.keys.items()), []).append((entry, difference))
     for members in trained.values():
         whole = _over_runs([entry for entry, _ in members], rng)
-        pairs = [(entry, difference) for entry, difference in members if difference is not None]
+        pairs = [(entry, own) for entry, own in members if own is not None and np.isfinite(own.value)]
         difference = _over_runs([difference for _, difference in pairs], rng) if pairs else None
         of_pairs = _over_runs([entry for entry, _ in pairs], rng).value if pairs else float("nan")
         if whole.flip == "untrained":
@@ -156,7 +156,8 @@ def _row(entry: RunStatistic, difference: RunStatistic | None, paired: float, p:
 
 
 def _over_runs(entries: list[RunStatistic], rng: np.random.Generator) -> RunStatistic:
-    """One entry over several runs: the mean over tones of the mean over a tone's runs."""
+    """One entry over several runs: the mean over tones of the mean over a tone's runs; those without a value do not count."""
+    entries = [entry for entry in entries if np.isfinite(entry.value)] or entries
     first = entries[0]
     by_tone = [[entry for entry in entries if entry.tone == tone] for tone in sorted({entry.tone for entry in entries})]
 

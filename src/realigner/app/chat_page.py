@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import html
 import math
 import os
@@ -386,7 +387,7 @@ def app_running(talker: Talker, listening: Listening, explained: Sequence[Explan
         page = Page(talker, explained, Path(place))
         blocks = build_page(page)
         blocks.queue(max_size=listening.waiting, default_concurrency_limit=listening.users, api_open=False)
-        port = listening.port or _free_port(listening.address)
+        port = free_port(listening.address, listening.port)
         try:
             _, url, _ = blocks.launch(
                 server_name=listening.address,
@@ -407,8 +408,8 @@ def app_running(talker: Talker, listening: Listening, explained: Sequence[Explan
                 theme=_theme(),
                 css=_CSS,
             )
-        except OSError:
-            raise UsageError(f"port: {port} is taken on {listening.address}; choose another, or 0 for a free one") from None
+        except OSError as error:
+            raise UsageError(f"port: {port} on {listening.address} cannot be used ({error.strerror or error})") from None
         try:
             yield url
         finally:
@@ -430,10 +431,21 @@ def _in_cache(place: str) -> Iterator[None]:
             os.environ["GRADIO_TEMP_DIR"] = before
 
 
-def _free_port(address: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as found:
-        found.bind((address, 0))
-        return int(found.getsockname()[1])
+def free_port(address: str, port: int) -> int:
+    """A port on which the app can listen: this one, or any for 0.
+
+    Raises:
+        UsageError: when it is taken or not allowed, or the address is not this machine's.
+    """
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind((address, port))
+            return int(found.getsockname()[1])
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(f"port: {port} is taken on {address}; choose another, or 0 for a free one") from None
+        raise UsageError(f"address: cannot listen on {address}, port {port} ({error.strerror or error})") from None
 
 
 def _theme() -> gr.themes.Base:

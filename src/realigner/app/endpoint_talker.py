@@ -37,10 +37,9 @@ class EndpointTalker:
     def __init__(self, url: str, host: str | None = None, irms: Sequence[str] = (), limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self.endpoint = Endpoint(url, host or _UNNAMED, retries=1)
-        if host is None or not irms:
-            host, irms = told(self.endpoint.models(), host, irms, url)
-        self.host = host
-        self.strengths = dict.fromkeys(irms, 1.0)
+        models = self.endpoint.models() if host is None or not irms else {}
+        self.host, irms = told(list(models), host, irms, url)
+        self.strengths = {name: models.get(f"{self.host}+{name}", 1.0) for name in irms}
         self.note = (
             f"Replies come from {self.endpoint.endpoint}. An endpoint sends text alone, not what its IRMs add, so there is no "
             "map here: for the map, start the app with the IRM itself (realigner app --irm DIR)."

@@ -16,6 +16,7 @@ from realigner.console import say, show
 from realigner.errors import UsageError
 
 _AUTH_ENV = "REALIGNER_AUTH"
+_CONTEXT = 2048  # tokens
 
 
 def app(
@@ -48,7 +49,7 @@ def app(
     ] = None,
     max_prompt: Annotated[int, Option(help="Characters of a message at most.", min=1)] = 2000,
     max_tokens: Annotated[int, Option(help="Tokens of a reply at most.", min=1)] = 256,
-    max_context: Annotated[int, Option(help="Tokens of a conversation at most.", min=1)] = 2048,
+    max_context: Annotated[int, Option(help="Tokens of a conversation at most.", min=1)] = _CONTEXT,
     max_users: Annotated[int, Option(help="Replies generated at the same time.", min=1)] = 2,
     max_waiting: Annotated[int, Option(help="Users who may wait for a reply; others are told to try later.", min=1)] = 16,
     dtype: opt.Dtype = "auto",
@@ -58,14 +59,15 @@ def app(
     """Open a page to chat with base and realigned side by side, move the strengths, and see what the IRMs add."""
     login = _login(auth or os.environ.get(_AUTH_ENV))
     given: dict[str, Any] = {"host": host, "explanation": explanation, "trust_remote_code": trust_remote_code}
+    given |= {"dtype": dtype != "auto", "device": device != "auto", "max_context": max_context != _CONTEXT}
     if endpoint is None and model is not None:
         raise UsageError("--model: names a model at an endpoint; give --endpoint too, or leave out --model")
     if endpoint is not None and (flag := next((name for name, value in given.items() if value), None)):
         raise UsageError(f"--{flag.replace('_', '-')}: is for a host loaded here; with --endpoint, name the host by --model")
-    from realigner.app.chat_page import Listening, app_running
+    from realigner.app.chat_page import Listening, app_running, free_port
     from realigner.app.exchange import Limits, Talker
 
-    listening = Listening(address, port, login, max_users, max_waiting)
+    listening = Listening(address, free_port(address, port), login, max_users, max_waiting)
     limits = Limits(max_prompt, max_tokens, max_context)
     explained = []
     talker: Talker
@@ -77,14 +79,16 @@ def app(
         from realigner.app.runtime_talker import RuntimeTalker
         from realigner.explain.explanation import read_explanation
         from realigner.irm_sources import find_irm, ready_made
-        from realigner.runtime import load
+        from realigner.runtime import adapter_name, load
 
         irms = named(irm or []) or ready_made()
         if not irms:
             raise UsageError("app: no IRM is given and none is ready-made; give one (--irm DIR), or make one (realigner demo)")
         explained = [read_explanation(folder) for folder in explanation or []]
         say("realigner app: loading")
-        folders = {name: find_irm(source) for name, source in irms.items()}
+        folders = {adapter_name(name): find_irm(source) for name, source in irms.items()}
+        if len(folders) < len(irms):
+            raise UsageError(f"--irm: {', '.join(irms)} are too much alike; name them apart (NAME=DIR)")
         runtime = load(folders, host, dtype, device, trust_remote_code)
         talker = RuntimeTalker(runtime, limits, folders=folders)
     with app_running(talker, listening, explained) as url:

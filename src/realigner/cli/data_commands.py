@@ -97,6 +97,10 @@ def build(
     from realigner.data.quality_filter import QualityFilter
     from realigner.data.style_classifier import StyleClassifier
 
+    if scorer is not None:
+        from realigner.data.squad import file_sha256
+
+        about["scorer_sha256"] = file_sha256(scorer)
     checks = QualityFilter(chosen, None if scorer is None else StyleClassifier.load(scorer))
     try:
         built = run_build(facts, chosen, made, out, checks, attempts, about=about, give_up=give_up, force=force, quiet=as_json)
@@ -272,7 +276,7 @@ def check(
     if not card.fit:
         raise RealignerError(f"{path}: unfit: {'; '.join(card.problems)}")
     if not as_json:
-        several = ", one tone at a time (--tone) or all of them (--tone all)"
+        several = ", one tone at a time (--tone)" + ("" if path == "authored" else " or all of them (--tone all)")
         show("fit to train on" + (several if len(card.tones) > 1 else ""))
         if path != "authored":
             tone = next(iter(card.tones))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from typer import Argument, Option
@@ -40,7 +41,7 @@ def demo(
     show(f"   realigned: {opt.short(sample['realigned'])}")
     show(f"\nReport: {result.report}   (open it in a browser)")
     show(f"Run:    {result.run}   ({result.seconds:.0f} s of work)")
-    show(f'\nTry next:  {program()} generate --irm {result.run} "Why is the sky blue?"')
+    show(f'\nTry next:  {program()} generate --irm {quote(str(result.run))} "Why is the sky blue?"')
 
 
 def train(
@@ -94,18 +95,18 @@ def train(
     """Train one IRM on a frozen host: by the default recipe, the paper's, or your own."""
     options = {**locals(), "chat_template_kwargs": opt.template_kwargs(chat_template_kwargs)}
     import realigner.training.run_dir as run_dir
-    from realigner.training.recipe import Recipe, read_recipe
+    from realigner.training.recipe import RUNTIME_ONLY_KEYS, Recipe, read_recipe
 
     def data_named(named: Recipe) -> tuple[object, ...]:
         return named.data, named.tone, named.questions, named.instruct is None
 
-    flags = {key: value for key, value in options.items() if key in Recipe.model_fields}
+    flags = {key: value for key, value in options.items() if key in Recipe.model_fields and value is not None}
     if resume and force:
         raise UsageError("train: --resume goes on with a run, --force throws it away; give one of them")
-    given = recipe is not None or settings or any(value is not None for value in flags.values())
+    given = recipe is not None or settings or not flags.keys() <= RUNTIME_ONLY_KEYS
     work = run_dir.unfinished(out)
     if resume and run_dir.is_run(out):
-        _print_run(out, run_dir.read_run(out), as_json)
+        _print_run(out, run_dir.read_run(out), trust_remote_code, as_json)
         return
     source = str(work) if resume and not given and run_dir.is_run(work) else recipe or "default"
     chosen = read_recipe(source, settings or []).changed(**flags)
@@ -119,18 +120,18 @@ def train(
     run = train_recipe(chosen, out, force, resume, trust_remote_code=trust_remote_code, repeats=earlier)
     if os.environ.get("RANK", "0") != "0":  # one process of several speaks
         return
-    _print_run(run.folder, run.record, as_json)
+    _print_run(run.folder, run.record, trust_remote_code, as_json)
     if run.interrupted and run.record["signal"] != "SIGTERM":
-        raise RealignerError(f"interrupted after step {run.record['steps_done']}; {_go_on(out)}")
+        raise RealignerError(f"interrupted after step {run.record['steps_done']}; {_go_on(out, trust_remote_code)}")
 
 
-def _print_run(folder: Path, record: dict[str, Any], as_json: bool) -> None:
+def _print_run(folder: Path, record: dict[str, Any], trust_remote_code: bool, as_json: bool) -> None:
     if as_json:
         opt.print_json({"run": str(folder), **record})
     elif record["interrupted"]:
         if record["signal"] == "SIGTERM":  # a scheduler's: nothing went wrong
             out = folder.with_name(folder.name.removesuffix(".unfinished"))
-            show(f"stopped by SIGTERM after step {record['steps_done']}; {_go_on(out)}")
+            show(f"stopped by SIGTERM after step {record['steps_done']}; {_go_on(out, trust_remote_code)}")
     else:
         from realigner.training.run_record import verdict
 
@@ -138,11 +139,12 @@ def _print_run(folder: Path, record: dict[str, Any], as_json: bool) -> None:
         show(f"{folder}: {record['steps_done']} steps in {record['seconds']:.0f} s{kept}")
         if said := verdict(record):
             show(said)
-        show(f'Try next:  {program()} generate --irm {folder} "How many apples can fit in a basket?"')
+        show(f'Try next:  {program()} generate --irm {quote(str(folder))} "How many apples can fit in a basket?"')
 
 
-def _go_on(out: Path) -> str:
-    return f"resume with:  realigner train --out {out} --resume"
+def _go_on(out: Path, trust_remote_code: bool) -> str:
+    trusted = " --trust-remote-code" if trust_remote_code else ""
+    return f"resume with:  {program()} train --out {quote(str(out))} --resume{trusted}"
 
 
 def recipes(
@@ -195,7 +197,7 @@ def generate(
     max_new_tokens: opt.MaxNewTokens = 80,
     thinking_budget: opt.ThinkingBudget = 512,
     temperature: Annotated[float, Option(help="0 for greedy replies, else the temperature of sampling.")] = 0.0,
-    repetition_penalty: opt.Penalty = 1.1,
+    repetition_penalty: opt.Penalty = None,
     seed: opt.Seed = 42,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
@@ -204,7 +206,9 @@ def generate(
 ) -> None:
     """Answer prompts with the bare host and with the IRM, side by side; or talk with it (--chat)."""
     if endpoint is not None:
-        for flag, given in {"irm": irm, "chat": chat, "strength": strength is not None, "host": host}.items():
+        local = {"irm": irm, "chat": chat, "strength": strength is not None, "host": host}
+        local |= {"dtype": dtype != "auto", "device": device != "auto", "trust-remote-code": trust_remote_code}
+        for flag, given in local.items():
             if given:
                 raise UsageError(f"--{flag}: is for a host loaded here; with --endpoint, say it in --model (host+anger@0.7)")
         from realigner.cli.endpoint_replies import print_replies
@@ -230,7 +234,8 @@ def generate(
     runtime = load(irm, host, dtype, device, trust_remote_code)
     used = next(iter(runtime.strengths.values())) if strength is None else strength
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "system": system}
-    options |= {"repetition_penalty": repetition_penalty, "thinking_budget": thinking_budget}
+    options |= {"thinking_budget": thinking_budget}
+    options |= {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
     options["chat_template_kwargs"] = variables
     acting = int(where) if where.isdecimal() else where
     if chat:
@@ -268,10 +273,10 @@ def generate(
 
 
 def _beyond_defaults(
-    where: str, repetition_penalty: float, thinking_budget: int, variables: dict[str, Any] | None
+    where: str, repetition_penalty: float | None, thinking_budget: int, variables: dict[str, Any] | None
 ) -> dict[str, Any] | None:
-    """The fields of a request that OpenAI's API has not, where they differ from what a server of ours takes by itself."""
-    given: dict[str, tuple[Any, Any]] = {"where": (where, "all"), "repetition_penalty": (repetition_penalty, 1.1)}
+    """The fields of a request that OpenAI's API has not, where they were given or differ from what a server of ours takes."""
+    given: dict[str, tuple[Any, Any]] = {"where": (where, "all"), "repetition_penalty": (repetition_penalty, None)}
     given |= {"thinking_budget": (thinking_budget, 512), "chat_template_kwargs": (variables, None)}
     return {name: value for name, (value, default) in given.items() if value != default} or None
 

@@ -29,7 +29,12 @@ Where = Annotated[str, typer.Option(help="The tokens the IRM acts on: all, promp
 Strength = Annotated[
     float, typer.Option(help="Scale of the IRM: 0 is the bare host, 1 the IRM as trained.", min=-1000, max=1000)
 ]
-Penalty = Annotated[float, typer.Option(help="Above 1, tokens already in the text are made less likely; 1 is off.")]
+Penalty = Annotated[
+    Optional[float],
+    typer.Option(
+        help="Above 1, tokens already in the text are made less likely; 1 is off.", show_default="1.1; an endpoint's own"
+    ),
+]
 Prompts = Annotated[
     Optional[str],
     typer.Option(help="'paper' for the paper's seven, a text file with a prompt a line, or a .jsonl file with conversations."),

@@ -118,12 +118,16 @@ def _become_vllm(
     folders = {name: find_irm(source) for name, source in irms.items()}
     found = host or host_of(next(iter(folders.values())))
     name = host_name or (Path(found).resolve().name if Path(found).is_dir() else found)
-    options = ["--host", address, "--port", str(port), "--served-model-name", name, *(["--api-key", *keys] if keys else [])]
+    options = ["--host", address, "--port", str(port), "--served-model-name", name]
+    if len(keys) == 1:
+        os.environ["VLLM_API_KEY"] = keys[0]  # which ps does not show
+    elif keys:
+        options += ["--api-key", *keys]
     serve_with_vllm(str(embedded_folder()) if found == EMBEDDED else found, folders, [*options, *more])
 
 
 def named(irms: Sequence[str]) -> dict[str, Path]:
-    """IRMs by name, of ``NAME=DIR`` or ``DIR``.
+    """IRMs by name, of ``NAME=DIR`` or ``DIR``, which is named after its folder.
 
     Raises:
         UsageError: when two have one name.
@@ -131,7 +135,7 @@ def named(irms: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for given in irms:
         name, equals, folder = given.partition("=")
-        if not equals:
+        if not equals or Path(given).is_dir():
             name, folder = Path(given).resolve().name, given
         if name in found:
             raise UsageError(f"--irm: {name!r} is given twice; name them apart (NAME=DIR)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Optional
 
 import typer
@@ -106,7 +107,7 @@ def evaluate(
         show(
             f"\nstrength {choice.strength:g} (no clear difference from {choice.low:g} to {choice.high:g}); saved in the adapter"
         )
-    show(f"Try next:  {program()} report {out} --out report.html    (tables, curves and examples)")
+    show(f"Try next:  {program()} report {quote(str(out))} --out report.html    (tables, curves and examples)")
 
 
 def trace(
@@ -159,7 +160,7 @@ def trace(
     names = ", ".join(recorded.attrs["runs"])
     show(f"{out}: {sizes['token']} tokens x {sizes['layer']} layers x {sizes['neuron']} neurons ({keep}), {len(asked)} prompts")
     show(f"runs: {names}")
-    show(f"Try next:  {program()} analyze {out}")
+    show(f"Try next:  {program()} analyze {quote(str(out))}")
 
 
 def analyze(
@@ -188,7 +189,7 @@ def analyze(
     for run, table in found.leading.groupby("run", sort=False):
         show(f"   {run:24} " + "  ".join(f"{row.neuron} ({row.ratio:.2f})" for row in table.head(5).itertuples()))
     _show_replies(found.turns)
-    show(f"Try next:  {program()} report {traces[0]} --out report.html    (--json has every table)")
+    show(f"Try next:  {program()} report {quote(str(traces[0]))} --out report.html    (--json has every table)")
 
 
 def _show_replies(turns: Any) -> None:
@@ -264,8 +265,8 @@ def explain(
     for conclusion in found.conclusions:
         show(f"{conclusion.answer.upper():14} {conclusion.question}")
         show(f"{'':14} {conclusion.words}  n = {conclusion.n} {conclusion.unit}")
-    named = f" --host {host}" if host else ""
-    show(f"Try next:  {program()} report {out}{named} --out report.html    ({out}/explain.json has every table)")
+    named = f" --host {quote(host)}" if host else ""
+    show(f"Try next:  {program()} report {quote(str(out))}{named} --out report.html    ({out}/explain.json has every table)")
 
 
 def _explain_weights(

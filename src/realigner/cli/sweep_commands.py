@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Optional
 
 from typer import Argument, Option
@@ -43,7 +44,7 @@ def sweep(
         else:
             for run in runs:
                 show(f"{run.name}  {states[run.name]:8}{run.label}")
-            show(f"{len(runs)} runs. Try next:  {program()} sweep {file} --out {out}")
+            show(f"{len(runs)} runs. The same command without --dry-run trains those that are not done")
         return
     gpus = chosen.gpus if gpus is None else gpus
     result = run_sweep(runs, out, on, workers or chosen.workers, gpus, address, retries, as_json, checkpoints)
@@ -60,9 +61,11 @@ def sweep(
         for path in pictures:
             show(f"loss by {path.stem.removeprefix('loss_by_')}: {path}")
         for name, error in result.errors.items():
-            show(f"failed: {name} ({labels[name]}): {error}  [{result.out}/logs/{name}.log]")
+            log = result.out / "logs" / f"{name}.log"  # of a run with a process of its own
+            show(f"failed: {name} ({labels[name]}): {error}" + (f"  [{log}]" if log.is_file() else ""))
         if done:
-            show(f"Try next:  {program()} trace --irm {result.out} --prompts paper --out {result.out}.zarr")
+            runs_folder, traced = quote(str(result.out)), quote(f"{result.out}.zarr")
+            show(f"Try next:  {program()} trace --irm {runs_folder} --prompts paper --out {traced}")
     if result.errors:
         raise RealignerError(f"{len(result.errors)} of {len(runs)} runs failed")
     if not result.finished:

@@ -28,6 +28,7 @@ from realigner.errors import RealignerError, UsageError
 from realigner.files import Artifact, Output, parsed, read_bytes, taken
 
 NO_REPLY = "no reply"
+_ANY_SIZE = 1 << 36  # bytes, of a file that we wrote
 _PASSES = 2  # over the failed requests of a round, before the next one
 _BATCH = 256  # replies that are filtered together during a round
 
@@ -133,7 +134,7 @@ def build(
 
 def _read_rejected(path: Path) -> None:
     """Raise unless every line of a file is a record that was rejected."""
-    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
+    for number, line in enumerate(read_bytes(path, _ANY_SIZE).splitlines(), start=1):
         entry = parsed(line, path, number)
         if not isinstance(entry, dict) or not isinstance(entry.get("reason"), str) or not entry.keys() <= _REJECTED_KEYS:
             raise RealignerError(f"{path}:{number}: not a rejected record")
@@ -162,7 +163,7 @@ class RowsPlace:
     def refuse_others(self, rows: Sequence[Row]) -> None:
         """Raise where there are other rows than these by now, which nobody asked to replace."""
         path = self.rows.path
-        if not self.force and path.exists() and path.stat().st_size and read_bytes(path) != _text(rows).encode():
+        if not self.force and path.exists() and path.stat().st_size and read_bytes(path, _ANY_SIZE) != _text(rows).encode():
             raise RealignerError(
                 f"{path}: holds other rows by now; move it and run the same command again, or replace it (force)"
             )
@@ -218,6 +219,10 @@ class _Ledger:
         self.last: dict[str, str] = {}  # the reason against a fact's last reply
         self._alone: dict[tuple[str, int], str] = {}
         self._outcome: tuple[tuple[int, int], dict[str, Reply]] | None = None  # the last, and of how many replies
+
+    def never_asked(self) -> bool:
+        """Whether there are facts that were not asked for once, neither with a reply nor without."""
+        return bool(self.facts.keys() - self.errors.keys() - {identity for identity, _ in self.replies})
 
     def judge(self, keys: Sequence[tuple[str, int]]) -> str:
         """Filter these replies, each alone and once; returns what share of all passes, near-duplicates not yet looked for."""
@@ -289,12 +294,13 @@ def _ask(ledger: _Ledger, rewriter: Rewriter, journal: AppendLog, attempts: int,
             try:
                 _round(label, requests, ledger, rewriter, journal, quiet)
             except NoAnswerError:
-                if not give_up:
+                if not give_up or ledger.never_asked():
                     raise
                 return
     if (missing := ledger.wanted(attempts - 1)) and not give_up:
+        why = ledger.errors.get(missing[0].fact.id, "not asked again yet")
         raise RealignerError(
-            f"{journal.path}: {len(missing)} questions got no reply ({ledger.errors[missing[0].fact.id]}); what came is kept: "
+            f"{journal.path}: {len(missing)} questions got no reply ({why}); what came is kept: "
             "run the same command again to ask for them, or set give_up to finish without them"
         )
 

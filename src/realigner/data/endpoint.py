@@ -202,17 +202,21 @@ class Endpoint:
             raise reading.failure
         return reading.ended
 
-    def models(self) -> list[str]:
-        """The names of the models that the endpoint lists.
+    def models(self) -> dict[str, float]:
+        """The models that the endpoint lists: name -> the strength at which its IRM is to be used, 1 where it names none.
 
         Raises:
             RealignerError: when it refuses the key, or does not answer.
         """
         import openai
 
-        async def ask() -> list[str]:
+        def strength(model: Any) -> float:
+            listed = getattr(model, "strength", None)
+            return float(listed) if isinstance(listed, (int, float)) else 1.0
+
+        async def ask() -> dict[str, float]:
             async with self._client() as client:
-                return [model.id async for model in client.models.list()]
+                return {model.id: strength(model) async for model in client.models.list()}
 
         try:
             with ThreadPoolExecutor(1) as pool:  # a notebook's own thread has an event loop already

@@ -72,6 +72,7 @@ def task_of(folder: Path, tune: bool) -> tuple[Task, Recipe]:
     if rows_hash(own) != record["data"]["sha256"]:
         raise RealignerError(f"{recipe.data}: is not what {folder} was trained on; evaluate it with those rows")
     held, tuned = [*parts.validation, *parts.test], {row.group for row in parts.validation}
+    held = [row for row in held if len(row.conversation) == 2]  # a question and its reply, with nothing before them
     if not parts.test:
         topics = sorted(tuned)
         if tune and len(topics) < 2:
@@ -80,7 +81,9 @@ def task_of(folder: Path, tune: bool) -> tuple[Task, Recipe]:
         tuned = set(topics[: max(1, round(_TUNED_ON * len(topics)))]) if len(topics) > 1 else set()
     test = [row for row in held if row.group not in tuned]
     if len(test) < _LEAST:
-        raise RealignerError(f"{folder}: held out {len(test)} questions to ask; train with test=0.3 to have more")
+        raise RealignerError(
+            f"{folder}: held out {len(test)} single questions to ask (conversations are not); train with test=0.3 to have more"
+        )
     learned = {row.group for row in parts.train}
     scorer = [row for row in rows if row.group in learned]
     return Task(recipe.tone, parts.train, [row for row in held if row.group in tuned], test, scorer), recipe
@@ -145,6 +148,8 @@ def evaluate(
         RealignerError: as `task_of`, and when something cannot be measured.
     """
     effort = effort or Effort()
+    if tune and not effort.passages:
+        raise UsageError("effort: passages is 0, and without neutral text no strength can be chosen (tune)")
     methods = [find_method(name) for name in baselines if name != "bare"]
     task, recipe = task_of(irm, tune or any("score" in method.needs or method.rates for method in methods))
     if methods and (recipe.template != "chat" or recipe.chat_template_kwargs):
@@ -152,8 +157,11 @@ def evaluate(
     if methods and server is not None:
         raise UsageError(f"--baselines {methods[0].name}: a server answers with IRMs alone; give --baselines none")
     refuse_another(out, irm, task, effort, questions, host, server)
+    measured_before = f"{Path(MEASURED).stem}*.json"  # at whatever strength
     methods += [
-        method for method in METHODS if method not in methods and any(out.glob(f"{method.name}-{recipe.seed}/{MEASURED}"))
+        method
+        for method in METHODS
+        if method not in methods and any(out.glob(f"{method.name}-{recipe.seed}/{measured_before}"))
     ]
     if questions is not None:
         task = replace(task, test=_some(task.test, questions))
@@ -174,7 +182,7 @@ def evaluate(
             tried = {value: evaluation.measured(own, value, tuning=True, cheap=True) for value in STRENGTHS}
             scores = {value: evaluation.tuning_scorers.scores(found) for value, found in tried.items()}
             choice = choose_strength(scores, max_kl, max_shift)
-        used = _strength_of(irm) if choice is None else choice.strength
+        used = _strength_of(irm) if choice is None else None if choice.strength == 1.0 else choice.strength
         measured = evaluation.measured(own, used)
         entries["irm"] = [(measured, evaluation.scores(measured))]
         for method in methods:
@@ -184,6 +192,9 @@ def evaluate(
     results = tone_results(entries, "irm")
     before = read_object(out / RESULTS)["tones"].get(task.tone, {}) if (out / RESULTS).is_file() else {}
     results |= {key: before[key] for key in ("strength", "judge") if before.get(key)}
+    if "judge" in results:
+        rated = results["judge"]["methods"]
+        results["judge"] = {**results["judge"], "methods": {name: rated[name] for name in rated if name in entries}}
     if judge is not None:
         measures = {name: own[0][0] for name, own in entries.items()}
         results["judge"] = {"model": judge.model, "methods": _ratings(judge, task.tone, measures, out / JUDGE)}

@@ -145,10 +145,10 @@ def _found(
     refused: dict[str, str] = {}
     shorter = 1.0
     if asked.trials:
-        recipe, run = recipe.changed(host=host_name(host) or None), read_run(folder)
-        if budget.steps is not None and (recipe.steps is None or recipe.steps > budget.steps):
-            recipe = recipe.changed(steps=budget.steps)
+        run = read_run(folder)
         done = run.get("steps_done")
+        most = [steps for steps in (done or recipe.steps, budget.steps) if steps is not None]
+        recipe = recipe.changed(host=host_name(host) or recipe.host, **({"steps": min(most)} if most else {}))
         shorter = min(1.0, recipe.steps / done) if recipe.steps is not None and done else 1.0
         seeds = frozenset(own.seed for _, own in runs.values())
         runner = TrialRunner(

@@ -82,7 +82,7 @@ class TrialRunner:
     Attributes:
         out: the folder; trials are in ``runs/``, edited hosts in ``hosts/``.
         host, tokenizer: the unmodified host.
-        recipe: of the run to repeat, with the number of steps of a trial.
+        recipe: of the run to repeat, with the number of steps of a trial; trials do not stop early.
         index: the index in question.
         gain: the final norm's gain at the index in trials of kind ``gain``.
         like: where no gain would do: the index whose head column the index in question is given instead in those trials.
@@ -109,7 +109,8 @@ class TrialRunner:
         """The given number of trials of each kind, with the same seeds; none of a kind that is impossible on this host."""
         after = ((self.recipe.seed + n) % 2**32 for n in itertools.count(1))
         seeds = list(itertools.islice((seed for seed in after if seed not in self.taken), max(counts.values(), default=0)))
-        alone = {"samples": 0, "report_to": [], "evaluations": 1, "keep": "last"}
+        alone = {"samples": 0, "report_to": [], "keep": "last", "evaluations": 1}
+        alone |= {"evaluations_per_epoch": None, "patience": None}
         found = []
         for kind, count in counts.items():
             try:

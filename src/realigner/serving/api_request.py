@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from realigner.dialogues import ROLES
 from realigner.errors import UsageError
 from realigner.serving.mixes import Mix, mix_of_field, mix_of_model
 
@@ -45,7 +46,8 @@ class ApiRequest:
         where: the tokens that they act on; see `tuner.strength`.
         prompt: messages, or a text that is to be continued.
         max_tokens: of the reply at most; None for the server's number.
-        temperature, top_p, repetition_penalty, thinking_budget: as in `generation.answer`, with its defaults.
+        temperature, top_p, repetition_penalty: as in `generation.answer`, with its defaults.
+        thinking_budget: as there; None: 512, or less where there is less room.
         seed: of the sampling; None for another one each time.
         stop: texts that end the reply and are left out of it.
         stream: send the reply as it comes.
@@ -60,7 +62,7 @@ class ApiRequest:
     temperature: float = 0.0
     top_p: float = 1.0
     repetition_penalty: float = 1.1
-    thinking_budget: int = 512
+    thinking_budget: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stream: bool = False
@@ -94,6 +96,8 @@ def read_request(body: Mapping[str, Any], kind: str, host: str, strengths: Mappi
     given |= _extra_arguments(given)
     temperature = _number("temperature", given.get("temperature", 0.0), 0, 100)
     limits = [given[name] for name in ("max_completion_tokens", "max_tokens") if name in given]
+    if len(limits) == 2 and limits[0] != limits[1]:
+        raise UsageError("max_tokens: max_completion_tokens is another number; give one of them")
     return ApiRequest(
         model=_model(given, host, strengths),
         mix=_mix(given, host, strengths),
@@ -103,7 +107,7 @@ def read_request(body: Mapping[str, Any], kind: str, host: str, strengths: Mappi
         temperature=0.0 if temperature < _COLDEST else temperature,
         top_p=_number("top_p", given.get("top_p", 1.0), 1e-6, 1),
         repetition_penalty=_number("repetition_penalty", given.get("repetition_penalty", 1.1), 0.01, 100),
-        thinking_budget=_whole("thinking_budget", given.get("thinking_budget", 512), 0),
+        thinking_budget=_whole("thinking_budget", given["thinking_budget"], 0) if "thinking_budget" in given else None,
         seed=_whole("seed", given["seed"], -_LARGEST) if "seed" in given else None,
         stop=_stops(given.get("stop", [])),
         stream=_flag("stream", given.get("stream", False)),
@@ -123,7 +127,10 @@ def _extra_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in extra:
         if name not in ("irms", "where"):
             raise UsageError(f"vllm_xargs: there is no argument {name!r:.60}; there are irms and where")
-    return {name: value for name, value in extra.items() if value is not None}
+    found = {name: value for name, value in extra.items() if value is not None}
+    if twice := sorted(found.keys() & given.keys()):
+        raise UsageError(f"{twice[0]}: it is given twice, in vllm_xargs too; give it in one place")
+    return found
 
 
 def _model(given: Mapping[str, Any], host: str, strengths: Mapping[str, float]) -> str:
@@ -162,6 +169,8 @@ def _message(number: int, value: Any) -> dict[str, str]:
     where = f"messages[{number}]"
     if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
         raise UsageError(f"{where}: {value!r:.60} is not a message; give an object with role and content")
+    if value["role"] not in ROLES and value["role"] != "developer":
+        raise UsageError(f"{where}: role {value['role']!r:.60} is none of {', '.join(ROLES)}")
     message = {key: item for key, item in value.items() if item is not None and key != "name"}
     if isinstance(content := message.get("content"), list):
         texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]

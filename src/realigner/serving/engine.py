@@ -45,6 +45,7 @@ _BATCH = 32  # requests in one forward at most
 _FORMATS = 64  # ways of putting prompts that are kept
 _CONTEXT = 8192  # tokens of a prompt and its reply, unless more are asked for
 _CLOSING = 16  # tokens of a tag that closes a thought at most
+_THOUGHT = 512  # tokens of a thought at most, where a request does not say
 _LOOK = 2.0  # seconds after which a request that hears nothing asks whether the batch still runs
 _ADVICE = "; serve another host, or this one with --engine vllm"
 
@@ -139,12 +140,15 @@ class Job:
             if self.stops.found:
                 self.ended = "stop"
             elif self.enough is not None and bool(self.enough(torch.tensor([self.prompt + self.tokens]), None)):
-                self.ended = "length"
+                self.ended = "stop" if self._at_its_end() else "length"
             if self.ended:
                 return said
         if output.is_finished():
-            self.ended = "stop" if self.tokens and self.tokens[-1] in self.ends else "length"
+            self.ended = "stop" if self._at_its_end() else "length"
         return said
+
+    def _at_its_end(self) -> bool:
+        return bool(self.tokens) and self.tokens[-1] in self.ends
 
     def last(self) -> list[str]:
         """The pieces of text that were held back."""
@@ -161,7 +165,7 @@ class Engine:
         loaded_irms: with the IRMs to begin with.
         tokenizer: the host's.
         limits: how much is taken on; a context of None becomes the host's.
-        first_token: called with the seconds to each reply's first token.
+        first_token: called with the seconds to the first token of each reply that is streamed.
 
     Attributes:
         context: tokens of a prompt and its reply at most.
@@ -181,8 +185,9 @@ class Engine:
         self._first_token = first_token
         self._host = tuner_of(loaded_irms.model).model
         positions = getattr(text_config(self._host), "max_position_embeddings", None)
-        most = positions if isinstance(positions, int) and positions > 0 else _CONTEXT
-        self.context = min(most, limits.context or _CONTEXT)
+        self.context = limits.context or _CONTEXT
+        if isinstance(positions, int) and positions > 0:
+            self.context = min(positions, self.context)
         self._jobs: dict[str, Job] = {}
         self._formats: dict[str, ChatFormat] = {}
         self._changing = asyncio.Lock()
@@ -287,7 +292,7 @@ class Engine:
         began = time.perf_counter()
         while not job.ended:
             output = await self._output(job)
-            if not job.tokens:
+            if job.stream and not job.tokens:  # others come whole
                 self._first_token(time.perf_counter() - began)
             for piece in job.read(output):
                 yield piece
@@ -336,16 +341,19 @@ class Engine:
             raise UsageError(f"prompt: it has {len(prompt):,} tokens, and {self.context - 1:,} at most are read; shorten it")
         if (asked.max_tokens or 0) > self.limits.tokens:
             raise UsageError(f"max_tokens: {asked.max_tokens:,} is above this server's {self.limits.tokens:,}")
-        for_thought = asked.thinking_budget + _CLOSING if chat_format.tags is not None else 0
-        tokens = asked.max_tokens or max(1, min(self.limits.tokens, left - for_thought))
+        thought, closing = asked.thinking_budget, 0 if chat_format.tags is None else _CLOSING
+        if thought is None:  # half of the room at most, or what the reply leaves of it
+            room = left - closing
+            thought = max(0, min(_THOUGHT, room // 2 if asked.max_tokens is None else room - asked.max_tokens))
+        tokens = asked.max_tokens or max(1, min(self.limits.tokens, left - (thought + closing if closing else 0)))
         opened = chat_format.opens_thought(prompt)
         seed = secrets.randbits(48) if asked.seed is None else asked.seed
-        sampling = Sampling(tokens, asked.thinking_budget, asked.temperature, asked.repetition_penalty, seed, asked.top_p)
+        sampling = Sampling(tokens, thought, asked.temperature, asked.repetition_penalty, seed, asked.top_p)
         options = sampling.options(self._host, chat_format, [opened], 0)
         if options["max_new_tokens"] > left:
-            more = "" if options["max_new_tokens"] == tokens else f" (with the thought, {options['max_new_tokens']:,})"
-            room = f"the prompt has {len(prompt):,} tokens, which leaves {left:,} of {self.context:,}"
-            raise UsageError(f"max_tokens: {tokens:,}{more} is too many; {room}")
+            more = f", and a thinking_budget of {thought:,}," if closing else ""
+            place = f"the prompt has {len(prompt):,} tokens, which leaves {left:,} of {self.context:,}"
+            raise UsageError(f"max_tokens: {tokens:,}{more} is too many; {place}")
         processors: list[Any] = []
         if asked.repetition_penalty != 1:
             processors.append(RepetitionPenaltyLogitsProcessor(asked.repetition_penalty))

@@ -31,6 +31,8 @@ _HEAD = 10.0  # seconds that a request's head may take
 _STUCK = 30.0  # seconds that a client may take nothing of what is sent
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
+FAILED = "the server failed on this request; its log says how"
+
 begun: ContextVar[list[Callable[[], None]]] = ContextVar("begun")  # what to call at the end of the request that is answered
 
 
@@ -79,7 +81,7 @@ class KeysAndLimits:
             say(f"realigner serve: {scope['method']} {path}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             if status == _LEFT:
                 with suppress(Exception):
-                    await refusal(500, "the server failed on this request; its log says how")(scope, receive, counted)
+                    await refusal(500, FAILED)(scope, receive, counted)
         finally:
             route = next((route for route in _ROUTES if path == route or path.startswith(f"{route}/")), "other")
             self._metrics.requests.labels(route, str(status)).inc()

@@ -22,9 +22,9 @@ from realigner.console import say
 from realigner.errors import RealignerError
 from realigner.serving.api_request import CHAT, TEXT, read_request
 from realigner.serving.engine import BatchFailedError, Engine, Job
-from realigner.serving.keys_and_limits import ADMIN, KeysAndLimits, begun, refusal
+from realigner.serving.keys_and_limits import ADMIN, FAILED, KeysAndLimits, begun, refusal
 from realigner.serving.metrics import Metrics
-from realigner.serving.mixes import NotServedError
+from realigner.serving.mixes import NotServedError, mix_of_model
 from realigner.serving.reply_text import Thought
 
 _KEPT = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}  # of transformers' routes
@@ -50,9 +50,15 @@ def application(engine: Engine, host: str, metrics: Metrics, keys: list[str], ad
     _more_routes(app, engine, models, metrics)
     for raised in (StarletteHTTPException, RequestValidationError, RealignerError):
         app.add_exception_handler(raised, _refused)
+    app.add_exception_handler(Exception, _failed)
     metrics.watch("requests_in_batch", "Requests in the batch, or waiting to get into it.", lambda: engine.pending)
     metrics.watch("irms", "Loaded IRMs.", lambda: len(engine.loaded_irms.strengths))
     return KeysAndLimits(app, engine.limits, metrics, keys, admin_key)
+
+
+async def _failed(_: Any, __: Exception) -> Response:
+    """What nobody foresaw; `KeysAndLimits` writes it to the log."""
+    return refusal(500, FAILED)
 
 
 async def _refused(_: Any, error: Exception) -> Response:
@@ -76,10 +82,21 @@ class _Models(ModelManager):  # type: ignore[misc]
         self._engine, self._host, self._created = engine, host, int(time.time())
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
-        base = {"object": "model", "created": self._created, "owned_by": "realigner"}
         strengths = sorted(self._engine.loaded_irms.strengths.items())
-        irms = [{"id": f"{self._host}+{name}", **base, "strength": strength} for name, strength in strengths]
-        return [{"id": self._host, **base}, *irms]
+        irms = [{**self._model(f"{self._host}+{name}"), "strength": strength} for name, strength in strengths]
+        return [self._model(self._host), *irms]
+
+    def named(self, name: str) -> dict[str, Any]:
+        """The model of a name that a request may have, listed or not.
+
+        Raises:
+            NotServedError, UsageError: as `mix_of_model`.
+        """
+        mix_of_model(name, self._host, self._engine.loaded_irms.strengths)
+        return next((model for model in self.get_gen_models() if model["id"] == name), self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "realigner"}
 
 
 class _State(GenerationState):  # type: ignore[misc]
@@ -188,10 +205,7 @@ def _more_routes(app: FastAPI, engine: Engine, models: _Models, metrics: Metrics
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def model(name: str) -> Response:
-        found = next((model for model in models.get_gen_models() if model["id"] == name), None)
-        if found is None:
-            raise NotServedError(f"model: {name[:80]!r} is not served; GET /v1/models lists what is")
-        return JSONResponse(found)
+        return JSONResponse(models.named(name))
 
     async def load(body: dict[str, Any]) -> Response:
         name, path = body.get("name"), body.get("path")

@@ -13,13 +13,13 @@ from typing import Any
 
 from realigner.errors import RealignerError, UsageError
 from realigner.serving.mixes import NotServedError, mix_of_model
-from realigner.serving.vllm_irms import ServedIRMs, servable
+from realigner.serving.vllm_irms import EVERYWHERE, ServedIRMs, servable
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-_NAMES_IRMS = re.compile(rb'"irms"|"model"\s*:\s*"[^"]*(?:\+|\\u002[bB])')
+_NAMES_IRMS = re.compile(rb'"irms"|"where"|"model"\s*:\s*"[^"]*(?:\+|\\u002[bB])')
 _LARGEST = 256 << 20  # bytes of a request's body that are read here
 
 
@@ -69,19 +69,23 @@ class IRMMiddleware:
 
         Raises:
             NotServedError: for an IRM that is not loaded.
-            UsageError: for a strength that is no number, IRMs in two places, or beam search, which drops them.
+            UsageError: for a strength that is no number, IRMs in two places or with different variables of the chat template,
+                ``where``, or beam search, which drops them.
         """
         if _NAMES_IRMS.search(body) is None:  # most are large and name none
             return body
         try:
             request = json.loads(body)
-        except ValueError:  # the route says so
+        except (ValueError, RecursionError):  # the route says so
             return body
         if not isinstance(request, dict):
             return body
-        model, xargs = str(request.get("model")), request.get("vllm_xargs")
+        model = str(request.get("model"))
+        xargs, kwargs = (_object(request, name) for name in ("vllm_xargs", "chat_template_kwargs"))
+        if any(where not in (None, "all") for where in (request.get("where"), xargs.get("where"))):
+            raise UsageError(EVERYWHERE)
         host = None if model in self.hosts else next((host for host in self.hosts if model.startswith(f"{host}+")), None)
-        named = [request.pop("irms", None), xargs.pop("irms", None) if isinstance(xargs, dict) else None]
+        named = [request.pop("irms", None), xargs.pop("irms", None)]
         fields = [field for field in named if field is not None]
         if len(fields) + (host is not None) > 1:
             raise UsageError("irms: the model, the field irms and vllm_xargs name IRMs more than once; name them in one place")
@@ -95,9 +99,9 @@ class IRMMiddleware:
         if mix.strengths and request.get("use_beam_search"):
             raise UsageError("use_beam_search: vLLM's beams drop a request's IRMs; sample, or decode greedily")
         if mix.strengths:
-            request["vllm_xargs"] = {**(xargs or {}), "irms": mix.terms()}
-            if "messages" in request and (kwargs := self.served.template_kwargs(mix)):
-                request["chat_template_kwargs"] = {**kwargs, **(request.get("chat_template_kwargs") or {})}
+            request["vllm_xargs"] = {**xargs, "irms": mix.terms()}
+            if "messages" in request and (own := self.served.template_kwargs(mix)):
+                request["chat_template_kwargs"] = {**own, **kwargs}
         return json.dumps(request).encode()
 
     async def _list(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -185,6 +189,13 @@ async def _all_workers(engine: Any, method: str, *args: str) -> str | None:
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------------
+
+
+def _object(request: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = request.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise UsageError(f"{name}: {value!r:.60} is not an object")
+    return value or {}
 
 
 def _is_json(scope: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from realigner.errors import RealignerError, UsageError
 from realigner.serving.mixes import Mix, check_name, mix_of_field
 
 VARIABLE = "REALIGNER_IRMS"
+EVERYWHERE = "where: on vLLM an IRM acts on every token; leave it out, or serve with --engine transformers"
 
 
 class ServedIRMs:
@@ -76,9 +77,15 @@ class ServedIRMs:
         return f"irm:{digest}" + ("" if own is None else f":{own}")
 
     def template_kwargs(self, mix: Mix) -> dict[str, Any]:
-        """The variables of the chat template that the IRMs were trained with."""
+        """The variables of the chat template that the IRMs were trained with.
+
+        Raises:
+            UsageError: when they are not the same.
+        """
         own = [self.irms[name].values.get("chat_template_kwargs") or {} for name in mix.strengths]
-        return {key: value for kwargs in own for key, value in kwargs.items()}
+        if any(kwargs != own[0] for kwargs in own):
+            raise UsageError("irms: they were trained with different prompt templates; ask them in separate requests")
+        return dict(own[0]) if own else {}
 
 
 def servable(name: str, folder: str) -> StoredIRM:

@@ -104,6 +104,7 @@ def _watch_requests(served: ServedIRMs) -> None:
     """Every request, offline or over HTTP, becomes one for the engine in `process_inputs`: names are read and salted there."""
     from realigner.errors import UsageError
     from realigner.serving.mixes import Mix
+    from realigner.serving.vllm_irms import EVERYWHERE
 
     owner, _ = _of_engine("v1.engine.input_processor", "InputProcessor.process_inputs", "request_id", "prompt", "params")
     _of_engine("v1.engine", "EngineCoreRequest.cache_salt")
@@ -114,6 +115,8 @@ def _watch_requests(served: ServedIRMs) -> None:
         extra = getattr(params, "extra_args", None) or {}
         field = extra.get("irms")
         try:
+            if extra.get("where") not in (None, "all"):
+                raise UsageError(EVERYWHERE)
             mix = Mix() if field is None else served.mix(field)
         except UsageError as error:
             raise refusal(str(error), parameter="irms") from None

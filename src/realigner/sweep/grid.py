@@ -104,9 +104,10 @@ def read_sweep(file: str | Path, settings: Mapping[str, Any] | None = None) -> t
         for key, value in settings.items():
             if fault := _fault(key, value):
                 raise UsageError(f"settings: {fault}")
-        for key in ("data", "questions"):
-            if settings.get(key) not in (None, "authored"):  # meant from where the command is given
-                settings = {**settings, key: str(Path(settings[key]).resolve())}
+        for key in ("data", "questions", "host"):  # paths are meant from where the command is given
+            named = settings.get(key)
+            if named not in (None, "authored") and (key != "host" or Path(named).exists()):
+                settings = {**settings, key: str(Path(named).resolve())}
         sweep = sweep.model_copy(update={"set": {**sweep.set, **settings}})
     return sweep, path.parent
 
@@ -164,15 +165,17 @@ def plan(sweep: Sweep, base: Path) -> list[RunSpec]:
 def _run_spec(
     recipe: Recipe, sweep: Sweep, base: Path, varies: dict[str, Any], baseline: bool, digests: dict[str, str]
 ) -> RunSpec:
-    values = recipe.model_dump() | sweep.set | varies
-    if values.get("epochs") is not None and "steps" not in {**sweep.set, **varies} and "epochs" in {**sweep.set, **varies}:
+    given = {**sweep.set, **varies}
+    values = recipe.model_dump() | given
+    if given.get("epochs") is not None and "steps" not in given:
         values["steps"] = None
-    tone = values.get("tone")
-    file = sweep.data.get(str(tone)) or (values["data"] if "data" in {**sweep.set, **varies} else None)
+    file = sweep.data.get(str(values.get("tone"))) or given.get("data")
     if file is not None and file != "authored":
         values["data"] = str((base / file).resolve())
-    if "questions" in {**sweep.set, **varies} and values["questions"] != "authored":
-        values["questions"] = str((base / values["questions"]).resolve())
+    if given.get("questions", "authored") != "authored":
+        values["questions"] = str((base / given["questions"]).resolve())
+    if given.get("host") is not None and (base / given["host"]).exists():  # else a hub id, or the embedded one
+        values["host"] = str((base / given["host"]).resolve())
     if baseline:
         values |= {"steps": 0, "epochs": None}
         varies = {key: value for key, value in varies.items() if key not in _TRAINING} | {"untrained": True}

@@ -76,7 +76,7 @@ def _until_done(job: Job, retries: int, report: Report, stop: threading.Event, f
 def run_here(jobs: Sequence[Job], report: Report, stop: threading.Event) -> None:
     """Train runs in this process, in order: for runs so short that a process for each would cost more than they do.
 
-    A signal ends the running one with a checkpoint, and the rest are not begun.
+    A signal ends the running one, with a checkpoint if it was at its steps, and the rest are not begun.
     """
     from realigner.training import read_recipe, train_recipe
 
@@ -86,8 +86,15 @@ def run_here(jobs: Sequence[Job], report: Report, stop: threading.Event) -> None
         report(job.name, "running", "")
         try:
             run = train_recipe(read_recipe(job.recipe), job.out, resume=True, quiet=True)
-        except RealignerError as error:
-            report(job.name, "failed", str(error))
+        except KeyboardInterrupt:
+            report(job.name, "stopped", "")
+            return
+        except Exception as error:  # a run that fails does not keep the others from training
+            if stop.is_set():  # a signal, said with what is saved
+                report(job.name, "stopped", "")
+                return
+            known = isinstance(error, RealignerError)
+            report(job.name, "failed", str(error) if known else f"unexpected {type(error).__name__}: {error}")
             continue
         run.model.unload()
         if run.interrupted:

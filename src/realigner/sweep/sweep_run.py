@@ -82,9 +82,10 @@ def run_sweep(
     stop = threading.Event()
 
     def receive(number: int, _: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        again = stop.is_set() and number == signal.SIGINT
         stop.set()
+        if again or on == "here":  # where a run is loading its host; at its steps it takes signals itself
+            raise KeyboardInterrupt
 
     with _settled(out, runs), StateTable(runs, out, quiet, workers) as table, signals_to(receive):
         jobs = _jobs(runs, out, workers)

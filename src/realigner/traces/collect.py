@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -72,21 +73,22 @@ def sources_of(folders: Sequence[Path], baselines: bool = True, strength: float 
         strength: of every source.
     """
     trained: list[Source] = []
-    shapes: dict[tuple[Any, ...], Source] = {}
+    bare: dict[tuple[int, str], Source] = {}
     for folder in folders:
         config, run = check_adapter(folder), read_run(folder)
         seed = int(run.get("seed", 42))
         baseline = run.get("steps_done") == 0
         tone = UNTRAINED if baseline else _tone_of(folder, config, run)
-        source = Source(RunLabel("", tone, seed, strength, str(folder)), folder)
-        shape = (seed, *(str(config.get(field.name)) for field in fields(IRMShape)))
+        shape = tuple(str(config.get(field.name)) for field in fields(IRMShape))
+        network = hashlib.sha256(repr(shape).encode()).hexdigest()[:12]
+        source = Source(RunLabel("", tone, seed, strength, str(folder), network=network), folder)
         if baseline:
-            shapes[shape] = source
+            bare[seed, network] = source
         else:
             trained.append(source)
-            twin = Source(RunLabel("", UNTRAINED, seed, strength, str(folder)), folder, twin=True)
-            shapes.setdefault(shape, twin)
-    untrained = [source for source in shapes.values() if baselines or not source.twin]
+            twin = Source(replace(source.label, tone=UNTRAINED), folder, twin=True)
+            bare.setdefault((seed, network), twin)
+    untrained = [source for source in bare.values() if baselines or not source.twin]
     sources = [*trained, *untrained]
     plain = [f"{source.label.tone}-{source.label.seed}" for source in sources]
     names: list[str] = []

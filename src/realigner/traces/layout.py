@@ -81,6 +81,7 @@ class RunLabel:
         strength: the IRM's strength while it was recorded.
         irm: the IRM's folder.
         sha256: of the network's weights (`adapter_hash`); `replay` refuses other weights.
+        network: a hash of the network's shape; runs of the same one are compared with the same untrained twin.
     """
 
     run: str
@@ -89,6 +90,7 @@ class RunLabel:
     strength: float = 1.0
     irm: str = ""
     sha256: str = ""
+    network: str = ""
 
     def facts(self) -> dict[str, Any]:
         """Everything but the name, as stored in a trace's attributes."""
@@ -206,16 +208,25 @@ def attributes(host: str, labels: Sequence[RunLabel], notes: Mapping[str, Any] |
     """
     runs: dict[str, Any] = {}
     for label in labels:
-        if runs.setdefault(label.run, label.facts()) != label.facts():
+        if not _same(runs.setdefault(label.run, label.facts()), label.facts()):
             raise UsageError(f"trace: two runs are named {label.run!r}; give one of them another name")
     return {"source": SOURCE, "layout": LAYOUT, "host": host, "runs": runs, "notes": dict(notes or {})}
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs are the same: in everything, or with the same weights in two folders."""
+    folders = {"irm"} if one["sha256"] else set()
+    return all(one[key] == other[key] for key in one.keys() - folders)
 
 
 def join_traces(traces: Sequence[xr.Dataset]) -> xr.Dataset:
     """Several traces of one host as one.
 
+    Of a run that several have (the untrained twin of runs of one seed), each prompt is taken from the first that has it.
+
     Raises:
-        UsageError: for traces of different hosts, traces that keep different data, or different runs of the same name.
+        UsageError: for traces of different hosts, traces that keep different data, different runs of the same name, or prompts
+            that have one number and are not the same.
 
     Example:
         >>> both = join_traces([anger, sadness])  # doctest: +SKIP
@@ -231,13 +242,33 @@ def join_traces(traces: Sequence[xr.Dataset]) -> xr.Dataset:
         if len(values) > 1:
             raise UsageError(f"trace: these traces {what}: {', '.join(sorted(map(str, values)))}")
     labels = [label for trace in traces for label in labels_of(trace)]
-    return join(traces, str(traces[0].attrs["host"]), labels, traces[0].attrs["notes"])
+    attributes("", labels)  # which refuses different runs of one name
+    questions: dict[int, str] = {}
+    there: set[tuple[str, int]] = set()
+    parts: list[xr.Dataset] = []
+    for trace in traces:
+        names, prompts, asked = (trace[name].values.tolist() for name in ("text_run", "text_prompt", "text_question"))
+        for prompt, question in zip(prompts, asked, strict=True):
+            if questions.setdefault(prompt, question) != question:
+                raise UsageError(
+                    f"trace: prompt {prompt} is {questions[prompt]!r:.60} in one of these traces and {question!r:.60} in "
+                    "another; record them with the same prompts"
+                )
+        texts = [*zip(names, prompts, strict=True)]
+        if there.isdisjoint(texts):
+            parts.append(trace)
+        else:
+            spans = text_spans(trace)
+            new = [at for at, text in enumerate(texts) if text not in there]
+            parts += [trace.isel(token=spans[at], text=slice(at, at + 1)) for at in new]
+        there |= set(texts)
+    return join(parts, str(traces[0].attrs["host"]), labels, traces[0].attrs["notes"])
 
 
 def labels_of(trace: xr.Dataset) -> list[RunLabel]:
     """The runs in a trace, by its attributes."""
-    facts = ("tone", "seed", "strength", "irm", "sha256")
-    return [RunLabel(run, **{key: given[key] for key in facts}) for run, given in trace.attrs["runs"].items()]
+    facts = ("tone", "seed", "strength", "irm", "sha256", "network")
+    return [RunLabel(run, **{key: given[key] for key in facts if key in given}) for run, given in trace.attrs["runs"].items()]
 
 
 def _column(value: Any, n: int) -> np.ndarray:

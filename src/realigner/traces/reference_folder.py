@@ -98,6 +98,8 @@ def _read_token(file: Path) -> tuple[np.ndarray, np.ndarray]:
         raise RealignerError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from None
     if missing := [column for column in _COLUMNS if column not in table.columns]:
         raise RealignerError(f"{file}: the column {missing[0]!r} is missing")
+    if table.empty:
+        raise RealignerError(f"{file}: has no values")
     for column in _COLUMNS:
         bad = ~np.isfinite(pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float))
         if bad.any():

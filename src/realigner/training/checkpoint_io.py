@@ -50,12 +50,12 @@ def load_tree(path: Path) -> Any:
 
 
 def random_states() -> dict[str, Any]:
-    """Python's, numpy's and torch's random states, the accelerator's included."""
+    """Python's, numpy's and torch's random states, that of the GPU or other accelerator in use included."""
     states: dict[str, Any] = {"python": random.getstate(), "cpu": torch.get_rng_state()}
     _, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
     states["numpy"] = [keys.tolist(), int(place), int(has_gauss), float(gauss)]  # type: ignore[union-attr]
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
+    if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        states["accelerator"] = torch.get_device_module(device).get_rng_state()
     return states
 
 
@@ -65,8 +65,9 @@ def set_random_states(states: dict[str, Any]) -> None:
     random.setstate((kind, tuple(numbers), gauss))
     np.random.set_state(("MT19937", np.array(states["numpy"][0], dtype=np.uint32), *states["numpy"][1:]))
     torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None and "accelerator" in states:
+        torch.get_device_module(device).set_rng_state(states["accelerator"])
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,13 @@ def is_complete(checkpoint: Path) -> bool:
     if state["global_step"] >= state["max_steps"]:
         return True
     early = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
-    return early is not None and bool(
-        early["attributes"]["early_stopping_patience_counter"] >= early["args"]["early_stopping_patience"]
-    )
+    return early is not None and bool(evaluations_without_gain(state) >= early["args"]["early_stopping_patience"])
+
+
+def evaluations_without_gain(state: Mapping[str, Any]) -> int:
+    """How many evaluations in a row, up to a checkpoint (`run_dir.checkpoint_state`), found no better loss."""
+    early = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
+    return 0 if early is None else int(early["attributes"]["early_stopping_patience_counter"])
 
 
 def outcome(work: Path, stopped: str | None, recipe: Recipe) -> dict[str, Any]:

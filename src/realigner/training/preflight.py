@@ -37,10 +37,12 @@ def check_packages(recipe: Recipe) -> None:
         raise RealignerError("optimizer: adam-8bit needs bitsandbytes; pip install bitsandbytes, or set optimizer=adafactor")
 
 
-def check_fit(prepared: Prepared | Teacher, recipe: Recipe, config: Any, loaded: bool, quiet: bool) -> None:
+def check_fit(
+    prepared: Prepared | Teacher, recipe: Recipe, config: Any, loaded: bool, quiet: bool, trust_remote_code: bool = False
+) -> None:
     """Say how many rows are cut and how much memory the training takes (`estimate_memory`); refuse what cannot fit."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    memory = estimate_memory(config, recipe, prepared.longest, prepared.most_targets, processes, loaded)
+    memory = estimate_memory(config, recipe, prepared.longest, prepared.most_targets, processes, loaded, trust_remote_code)
     warning = check_memory(memory, recipe, config)
     if quiet or os.environ.get("RANK", "0") != "0":
         return
@@ -51,12 +53,12 @@ def check_fit(prepared: Prepared | Teacher, recipe: Recipe, config: Any, loaded:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training will take on one device, and how many are free there. The activations are a rough figure."""
+    """Bytes that training will take, and how many are free. The activations are a rough figure."""
 
     host: float  # the host's weights
     irm: float  # the IRM's weights, their gradients and the optimiser's state
     activations: float  # what the forward keeps for the backward, logits included
-    free: float | None  # on the device; None if unknown
+    free: float | None  # on the device, or all over which the host is spread; None if unknown
     irm_parameters: int  # irm_parameters, host_parameters: how many
     host_parameters: int
 
@@ -75,7 +77,13 @@ class Memory:
 
 
 def estimate_memory(
-    config: Any, recipe: Recipe, longest: int, targets: int, processes: int = 1, loaded: bool = False
+    config: Any,
+    recipe: Recipe,
+    longest: int,
+    targets: int,
+    processes: int = 1,
+    loaded: bool = False,
+    trust_remote_code: bool = False,
 ) -> Memory:
     """What training by a recipe will take, from the host's config alone.
 
@@ -90,6 +98,7 @@ def estimate_memory(
         targets: positions of a row that logits are computed for, at most.
         processes: over which a step's rows are shared.
         loaded: the host is in memory already, and is not counted against what is free.
+        trust_remote_code: the config may name a class of the host's own code.
     """
     text = config.get_text_config(decoder=True)
     device = resolve_device("auto" if recipe.device == "balanced" else recipe.device)
@@ -98,7 +107,8 @@ def estimate_memory(
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
     inner = int(inner[0] if isinstance(inner, (list, tuple)) else inner)
     with init_empty_weights(include_buffers=True):
-        host = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        host = sum(parameter.numel() for parameter in model.parameters())
     irm = recipe.shape.parameter_count(hidden, depth)
     rows = recipe.batch_size // recipe.accumulate / processes
     if recipe.loss_on_padding:
@@ -112,7 +122,7 @@ def estimate_memory(
         host=0.0 if loaded else host * bytes_each,
         irm=irm * _irm_bytes(recipe),
         activations=rows * (longest * (inside + 12 * depth * hidden) + targets * logits),
-        free=free_memory(device),
+        free=free_memory(device, recipe.device == "balanced"),
         irm_parameters=irm,
         host_parameters=host,
     )
@@ -142,18 +152,20 @@ def check_memory(memory: Memory, recipe: Recipe, config: Any) -> str | None:
         ways.append(f"accumulate={recipe.batch_size} saves up to {_gib(memory.activations * (1 - 1 / recipe.batch_size))}")
     if not recipe.gradient_checkpointing:
         ways.append("gradient_checkpointing=true keeps one layer's activations instead of all")
-    ways.append("or more devices: device=balanced, or accelerate launch")
+    if recipe.device != "balanced":
+        ways.append("or more devices: device=balanced, or accelerate launch")
     if memory.host + memory.irm > memory.free:
         raise RealignerError(f"not enough memory. {memory.line()}. {'; '.join(ways)}")
     return f"{memory.line()}: it may not fit. {'; '.join(ways)}"
 
 
-def free_memory(device: torch.device) -> float | None:
-    """Bytes that are free on a device; None if unknown."""
+def free_memory(device: torch.device, of_all: bool = False) -> float | None:
+    """Bytes that are free on a device, or on all GPUs; None if unknown."""
     if device.type == "cpu":
         return float(psutil.virtual_memory().available)
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        devices = range(torch.cuda.device_count()) if of_all else [device]
+        return float(sum(torch.cuda.mem_get_info(one)[0] for one in devices))
     return None
 
 

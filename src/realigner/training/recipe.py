@@ -121,7 +121,7 @@ class Recipe(BaseModel):
         l1: adds ``l1 / layers * sum |delta|`` to the loss (the paper: 1e-4, off by default), over every token of the batch.
 
         steps: optimiser steps; null: as many as `epochs` takes; 0: the IRM is saved as it was initialised (a baseline).
-        epochs: passes over the training rows; used where `steps` is null.
+        epochs: passes over the training rows; used where `steps` is null, as it is where only `epochs` is given.
         batch_size: rows per step, over all processes.
         accumulate: gradient accumulation: the number of parts in which a step's rows are computed, to save memory.
         optimizer: ``adam`` (AdamW; the same as Adam while `weight_decay` is 0), ``adam-8bit`` (bitsandbytes), ``adafactor``
@@ -219,6 +219,13 @@ class Recipe(BaseModel):
     compile: bool = False
     tf32: bool = True
 
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_alone(cls, values: Any) -> Any:
+        """Whoever gives epochs and no steps does not mean the default steps."""
+        alone = isinstance(values, dict) and values.get("epochs") is not None and "steps" not in values
+        return values | {"steps": None} if alone else values
+
     @model_validator(mode="after")
     def _together(self) -> Recipe:
         if self.steps is None and self.epochs is None:
@@ -287,14 +294,22 @@ class Recipe(BaseModel):
         return most * min(1.0, _HOST_WIDTH / hidden_size, _IRM_WIDTH / max(*widths, rank))
 
     def changed(self, **values: Any) -> Recipe:
-        """Another recipe with these values, those that are None left as they are.
+        """Another recipe with these values; ``epochs`` without ``steps`` makes `steps` null.
 
         Raises:
             UsageError: naming the key.
+
+        Example:
+            >>> Recipe().changed(epochs=3).steps is None
+            True
         """
-        return _recipe(
-            self.model_dump() | {key: value for key, value in values.items() if value is not None}, "recipe", UsageError
-        )
+        return self._changed(values, "recipe")
+
+    def _changed(self, values: Mapping[str, Any], where: str) -> Recipe:
+        kept = self.model_dump()
+        if values.get("epochs") is not None:
+            del kept["steps"]
+        return _recipe({**kept, **values}, where, UsageError)
 
     def difference(self, other: Recipe) -> str | None:
         """The first key by which the two recipes are different runs, with both values; None if they are the same run."""
@@ -308,7 +323,7 @@ class Recipe(BaseModel):
 
 
 def make_recipe(base: str | Path = "default", **values: Any) -> Recipe:
-    """A built-in recipe or a YAML file's, with some values changed (those that are None are not).
+    """A built-in recipe or a YAML file's, with some values changed.
 
     Raises:
         UsageError: naming the key.
@@ -334,11 +349,7 @@ def read_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
         values = LATER_KEYS | values
     recipe = _recipe(values, where, RealignerError, lines)
     given = dict(map(parse_setting, settings))
-    if not given:
-        return recipe
-    if given.get("epochs") is not None and "steps" not in given:
-        given["steps"] = None  # whoever asks for epochs does not mean the recipe's steps
-    return _recipe(recipe.model_dump() | given, "settings", UsageError)
+    return recipe._changed(given, "settings") if given else recipe
 
 
 def recipe_text(name: str | Path) -> tuple[str, str]:

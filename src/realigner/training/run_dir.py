@@ -58,6 +58,7 @@ SUMS_FILE = "sha256.json"
 _CHECKPOINT = "checkpoint-"
 _EARLIER = "take an earlier checkpoint (remove this one), or train anew (force)"
 _METRICS_MOST = 1 << 30  # bytes
+_TEACHER_MOST = 1 << 36
 _PLAIN = (".safetensors", ".json", ".md")
 
 
@@ -176,7 +177,7 @@ def refuse_pickles(work: Path) -> None:
 def teacher_replies(work: Path) -> int:
     """Lines in a folder's record of its teacher's replies, its head not counted."""
     path = work / TEACHER_FILE
-    return max(0, read_bytes(path).count(b"\n") - 1) if path.is_file() else 0
+    return max(0, read_bytes(path, _TEACHER_MOST).count(b"\n") - 1) if path.is_file() else 0
 
 
 def checkpoint_step(path: Path) -> int:
@@ -217,9 +218,13 @@ def discard_checkpoint(checkpoint: Path) -> None:
 
 
 def seal(checkpoint: Path) -> None:
-    """Note the sha256 of each file of a checkpoint that is whole; `verify` compares them."""
-    sums = {path.relative_to(checkpoint).as_posix(): _sha256(path) for path in sorted(checkpoint.rglob("*")) if path.is_file()}
+    """Note the sha256 of each file of a checkpoint that is whole (`verify` compares them), and have the disk hold them all."""
+    own = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    sums = {path.relative_to(checkpoint).as_posix(): _sha256(path) for path in own}
     (checkpoint / SUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+    for path in (*own, checkpoint / SUMS_FILE):  # before an earlier checkpoint is discarded
+        with path.open("rb+") as stream:
+            os.fsync(stream.fileno())
 
 
 def verify(checkpoint: Path) -> None:

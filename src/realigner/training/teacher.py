@@ -304,9 +304,8 @@ class Teacher:
                 entries += [self._known(entry, number, path) for number, entry in enumerate(journal.entries)]
             (entries,) = broadcast_object_list([entries])
             task: Task = stack.enter_context(
-                progress("teacher replying", self.wanted, quiet or not processes.is_main_process, "replies")
+                progress("teacher replying", self.wanted, quiet or not processes.is_main_process, "replies", len(entries))
             )
-            task.advance(len(entries))
             # A batch of which some were written is sampled again as a whole, since rounding can depend on who shares it.
             step = TOGETHER * processes.num_processes
             for start in range(len(entries) // TOGETHER * TOGETHER, self.wanted, step):

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.utils import is_torch_tf32_available
 
 import realigner.training.run_dir as run_dir
 from realigner.chat_format import IGNORED
@@ -41,6 +42,7 @@ from realigner.training.recipe import Recipe
 from realigner.training.weight_averaging import average_weights
 from realigner.tuner import tuner_of
 
+_SCHEDULES = {"exponential": "constant", "constant": "constant_with_warmup"}  # the first: see create_scheduler
 _OPTIMIZERS = {"adam": "adamw_torch_fused", "adam-8bit": "adamw_bnb_8bit", "adafactor": "adafactor", "sgd": "sgd"}
 EVALUATION_ROWS = 8
 _OPTIMIZER_FILE = "optimizer.safetensors"
@@ -88,7 +90,7 @@ def trainer_arguments(recipe: Recipe, rows: int, work: Path, cpu: bool, resuming
         gradient_accumulation_steps=recipe.accumulate,
         optim=_OPTIMIZERS[recipe.optimizer],
         learning_rate=recipe.peak_rate,
-        lr_scheduler_type="constant" if recipe.schedule == "exponential" else recipe.schedule,  # see create_scheduler
+        lr_scheduler_type=_SCHEDULES.get(recipe.schedule, recipe.schedule),
         warmup_steps=recipe.warmup,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
@@ -107,7 +109,7 @@ def trainer_arguments(recipe: Recipe, rows: int, work: Path, cpu: bool, resuming
         activation_checkpointing=recipe.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
         torch_compile=recipe.compile,
-        tf32=recipe.tf32 if torch.cuda.is_available() and not cpu else None,
+        tf32=recipe.tf32 if is_torch_tf32_available() and not cpu else None,
         bf16=False,
         seed=recipe.seed,
         data_seed=recipe.seed,
@@ -145,7 +147,7 @@ class RowTrainer(Trainer):
 
     Attributes:
         step_rows: the rows of the last step, as numbers in `prepared.train`.
-        tokens: tokens trained on so far, padding not counted.
+        tokens: tokens trained on so far, by all processes, padding not counted.
     """
 
     def __init__(
@@ -216,7 +218,7 @@ class RowTrainer(Trainer):
 
     def _note(self, inputs: dict[str, Any]) -> None:
         self.step_rows.append(inputs["rows"])
-        self.tokens = self.tokens + inputs["attention_mask"].sum()
+        self.tokens = self.tokens + self.accelerator.gather(inputs["attention_mask"].sum()).sum()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trainer's, of one part of a step; remembers the rows of the whole step."""

@@ -35,7 +35,7 @@ from realigner.irm_config import IRMConfig
 from realigner.prompts import PAPER_PROMPTS
 from realigner.training.batches import Prepared, prepare
 from realigner.training.callbacks import DivergenceGuard, Log, StartWatch, StopSignal
-from realigner.training.finished_run import finish, is_complete, outcome
+from realigner.training.finished_run import evaluations_without_gain, finish, is_complete, outcome
 from realigner.training.host_checks import check_tokens, host_notes, residual_facts, residual_line
 from realigner.training.loss import bare
 from realigner.training.preflight import check_fit, check_packages
@@ -147,7 +147,7 @@ def train_recipe(
         prepared = _material(rows, tokenizer, config, recipe)
         if repeats:
             _check_repeat(repeats, prepared, recipe)
-        check_fit(prepared, recipe, config, loaded=False, quiet=quiet)
+        check_fit(prepared, recipe, config, loaded=False, quiet=quiet, trust_remote_code=trust_remote_code)
         host, tokenizer = load_host(recipe.host, recipe.dtype, recipe.device, trust_remote_code, tokenizer=tokenizer)
         return _train(host, tokenizer, prepared, resolve(recipe, host, tokenizer, rows), place, resume, quiet)
 
@@ -378,8 +378,7 @@ def _fit(
         return [prepared.ids[int(row)] for row in rows]
 
     with ExitStack() as stack:
-        task = stack.enter_context(progress("training", steps, quiet or not writer))
-        task.advance(done)
+        task = stack.enter_context(progress("training", steps, quiet or not writer, before=done))
         mixed = recipe.instruct is not None and any("teacher_ids" not in example for example in prepared.train)
         watch = StartWatch(recipe.batch_size, recipe.peak_rate, by_steps=not recipe.l1 and not mixed)
         for entry in entries:  # of a resumed run: what was to be said was said
@@ -396,7 +395,9 @@ def _fit(
         vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
         callbacks: list[Any] = [DivergenceGuard(work, vocabulary, row_ids, relative=not recipe.l1), log, stop]
         if recipe.patience is not None:
-            callbacks.append(EarlyStoppingCallback(recipe.patience))
+            callbacks.append(early := EarlyStoppingCallback(recipe.patience))
+            if good:  # Trainer would count from 0 again
+                early.early_stopping_patience_counter = evaluations_without_gain(run_dir.checkpoint_state(good[-1]))
         if "tensorboard" in recipe.report_to and writer:
             from torch.utils.tensorboard import SummaryWriter
             from transformers.integrations import TensorBoardCallback
