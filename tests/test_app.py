@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -385,6 +386,15 @@ def test_wrong_usage_is_one_line(
 def test_a_taken_port_and_an_explanation_of_another_host_are_refused(talker: RuntimeTalker, tmp_path: Path) -> None:
     other = read_explanation(written_explanation(tmp_path / "why", planted_explanation(3)))
     with pytest.raises(UsageError, match="explains index 3"), app_running(talker, Listening(port=0), [other]):
+        pass
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"port: {port} is taken on 127.0.0.1"), app_running(talker, Listening(port=port)):
+            pass
+    away = Listening("192.0.2.1", 0, ("me", "secretword"))
+    with pytest.raises(UsageError, match="address: cannot listen on 192.0.2.1"), app_running(talker, away):
         pass
 
 

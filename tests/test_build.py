@@ -22,7 +22,7 @@ from realigner.data import Fact, Tone, load_tone, read_rows
 from realigner.data.append_log import AppendLog
 from realigner.data.build_dataset import build
 from realigner.data.quality_filter import QualityFilter
-from realigner.data.rewriters import Reply, RewriteRequest
+from realigner.data.rewriters import NoAnswerError, Reply, RewriteRequest
 from realigner.data.rewriters.template_rewriter import TemplateRewriter
 from realigner.errors import RealignerError, UsageError
 
@@ -204,6 +204,22 @@ def test_requests_that_fail_are_asked_again_and_then_counted(tmp_path: Path, who
         ("20", "no reply: HTTP 500 after 6 tries")
     ]
     assert len(read_rows(tmp_path / "rows.jsonl")) + len(rejected) == 60
+
+
+def test_giving_up_does_not_leave_out_what_was_never_asked(tmp_path: Path) -> None:
+    """A service that goes away: with `give_up`, what failed is left out, and what was not asked is asked another day."""
+
+    class Gone(Scripted):
+        def rewrite(self, requests: Sequence[RewriteRequest], verified: bool = False) -> Generator[Reply, None, None]:
+            for number, reply in enumerate(super().rewrite(requests, verified)):
+                if number == 30:
+                    raise NoAnswerError("gone")
+                yield reply
+
+    with pytest.raises(NoAnswerError, match="gone"):
+        make(tmp_path, Gone(), give_up=True)
+    assert (tmp_path / "rows.journal").exists()
+    assert not (tmp_path / "rows.jsonl").exists()
 
 
 def test_refusals(tmp_path: Path) -> None:

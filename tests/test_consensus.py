@@ -61,6 +61,8 @@ def test_robust_rank_aggregation_is_exact() -> None:
     assert tiny[0] == pytest.approx(1e-20, rel=0.01)  # all five below: 1e-4 to the fifth
     assert robust_rank_aggregation(np.full((3, 1), 1.0))[0] == pytest.approx(1)
     assert np.isnan(robust_rank_aggregation(np.full((1, 4), 0.1))).all()
+    many = np.vstack([np.full(80, 1 / 5000), np.arange(80) / 5000 + 0.3]).T  # first in 80 lists: smaller than any number
+    assert 0 < robust_rank_aggregation(many)[0] < 1e-200
 
 
 def test_a_planted_index_is_found_and_what_untrained_runs_show_is_not() -> None:

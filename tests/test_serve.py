@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -33,12 +35,13 @@ from realigner.irm_config import IRMConfig
 from realigner.runtime import Runtime
 from realigner.serving.addresses import check_address
 from realigner.serving.api_request import CHAT, TEXT, read_request
-from realigner.serving.engine import BatchFailedError, Engine, Limits
+from realigner.serving.engine import BatchFailedError, Engine, Job, Limits
 from realigner.serving.keys_and_limits import KeysAndLimits, PatientProtocol
 from realigner.serving.loaded_irms import LoadedIRM, LoadedIRMs
 from realigner.serving.metrics import Metrics
 from realigner.serving.mixes import NotServedError
 from realigner.serving.reply_text import StopTexts, Thought
+from realigner.serving.routes import application
 from tests.served import Server, begin, eventually, serving
 from tests.test_thinking import HYBRID, OPENED, thinker
 from tests.tiny import tiny_folder, tiny_pair
@@ -150,6 +153,24 @@ def test_a_host_that_thinks(template: str) -> None:
     assert [thought for _, thought in replies] == [reply.thought for reply in alone]
     if template is OPENED:
         assert all(reply.thought for reply in alone)
+    # Without numbers of its own, a request takes what there is: half of the room for the thought.
+    short = {**common, "messages": [{"role": "user", "content": "0?"}], "max_tokens": None}
+    (made,) = run_all(loaded_irms, tokenizer, [short], Limits(tokens=8, context=96))
+    assert 0 < len(tokenizer("".join(made))["input_ids"]) < 96
+    with pytest.raises(UsageError, match="max_tokens: 8, and a thinking_budget of 90, is too many"):
+        run_all(loaded_irms, tokenizer, [short | {"max_tokens": 8, "thinking_budget": 90}], Limits(tokens=8, context=96))
+
+
+def test_a_reply_that_ends_with_its_last_token_has_ended() -> None:
+    nothing: Any = None
+    text: Any = SimpleNamespace(add=lambda tokens: [])
+    job = Job(nothing, "all", [7], 9, [1], nothing, text, StopTexts(()), lambda ids, _: torch.tensor([ids.shape[1] >= 4]))
+    for last, ended in ((1, "stop"), (8, "length")):
+        output: Any = SimpleNamespace(generated_tokens=[5, 6, last], is_finished=lambda: False)
+        job.tokens.clear()
+        job.ended = ""
+        job.read(output)
+        assert job.ended == ended
 
 
 def test_numbers_that_are_none_stay_with_their_request() -> None:
@@ -337,6 +358,9 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"chat_template_kwargs": [1]}, 400, "is not an object"),
     ({"strength": 1}, 400, "strength: there is no such field"),
     ({"vllm_xargs": {"what": 1}}, 400, "vllm_xargs: there is no argument 'what'"),
+    ({"irms": {"anger": 1}, "vllm_xargs": {"irms": "sadness"}}, 400, "irms: it is given twice"),
+    ({"max_completion_tokens": 5}, 400, "max_tokens: max_completion_tokens is another number"),
+    ({"messages": [{"role": "banana", "content": "x"}]}, 400, "messages[0]: role 'banana' is none of system, user"),
 ]
 
 
@@ -378,6 +402,7 @@ def test_what_is_no_request_at_all(server: Server) -> None:
         ("POST", "/v1/responses", 404),
         ("POST", "/v1/irms", 404),
         ("GET", "/v1/models/nobody", 404),
+        ("GET", "/v1/models/host+anger@much", 400),
     ):
         found, answer = server.request(method, where, b"{}" if method == "POST" else None)
         assert (found, list(answer)) == (status, ["error"]), where
@@ -585,25 +610,20 @@ def test_a_client_that_takes_nothing_and_one_that_says_nothing_are_let_go(monkey
 
 
 def test_an_application_that_fails_is_one_line_for_the_client(capfd: pytest.CaptureFixture[str]) -> None:
-    sent: list[Any] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
+    async def start(_: Any) -> None:
         raise KeyError("what")
 
-    asked = iter([{"type": "http.request", "body": b"{}"}])
+    async def ask() -> httpx.Response:
+        engine: Any = SimpleNamespace(limits=Limits(), failure="", start=start, loaded_irms=SimpleNamespace(strengths={}))
+        transport = httpx.ASGITransport(application(engine, "host", Metrics(), []))
+        async with httpx.AsyncClient(transport=transport, base_url="http://host") as client:
+            return await client.post("/v1/completions", json={"model": "host", "prompt": "Why?"})
 
-    async def receive() -> dict[str, Any]:
-        for message in asked:
-            return message
-        return await asyncio.sleep(60, {"type": "http.disconnect"})
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-    asyncio.run(KeysAndLimits(app, Limits(), Metrics())(scope, receive, send))
-    assert sent[0]["status"] == 500
-    assert capfd.readouterr().err.count("\n") == 1
+    answered = asyncio.run(ask())
+    assert (answered.status_code, answered.headers["content-type"]) == (500, "application/json")
+    assert answered.json()["error"]["message"] == "the server failed on this request; its log says how"
+    said = capfd.readouterr().err
+    assert (said.count("\n"), "KeyError" in said) == (1, True)
 
 
 def test_a_batch_that_fails_is_said_and_nothing_hangs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,39 @@ def test_finished_runs_without_their_checkpoints(place: Path, tmp_path: Path) ->
     assert adapters(tmp_path / "other", runs) == before
 
 
+def test_a_run_that_breaks_in_this_process_does_not_stop_the_others(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from realigner import training
+
+    runs = sweep_of(place, grid={"tone": ["anger"], "seed": [1, 2]}, data={"anger": "anger.jsonl"})
+    train_recipe, calls = training.train_recipe, []
+
+    def first_breaks(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            raise MemoryError("no room")
+        return train_recipe(*args, **options)
+
+    monkeypatch.setattr(training, "train_recipe", first_breaks)
+    result = run_sweep(runs, tmp_path / "sweep", "here", quiet=True)
+    assert result.errors == {runs[0].name: "unexpected MemoryError: no room"}
+    assert result.states[runs[1].name] == "done"
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(training, "train_recipe", interrupted)
+    assert run_sweep(runs, tmp_path / "other", "here", quiet=True).states == {runs[0].name: "stopped", runs[1].name: "waiting"}
+
+
+def test_a_host_in_a_sweep_file_is_where_the_file_is(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for host, found in (("host", str((place / "host").resolve())), ("org/nowhere", "org/nowhere")):
+        sweep = Sweep(set={"host": host, "tone": "anger", "data": "anger.jsonl"})
+        assert plan(sweep, place)[0].recipe.host == found
+
+
 def test_a_file_of_the_command_line_is_where_the_command_is(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

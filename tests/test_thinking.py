@@ -89,6 +89,16 @@ def test_a_prompt_that_opens_the_thought(special: bool) -> None:
     assert (replies[2], replies[2].thought) == ("None.", "")
 
 
+def test_a_reply_that_was_cut_while_others_think_has_not_ended(special: bool) -> None:
+    """On hosts whose end token pads too."""
+    host, tokenizer = thinker(HYBRID, special)
+    tokenizer.pad_token = tokenizer.eos_token
+    Scripted(host, tokenizer).texts = ["x" * 50, "<think>" + "y" * 40 + "</think>So."]
+    cut, whole = ra.answer(host, tokenizer, QUESTIONS[:2], max_new_tokens=5, thinking_budget=100)
+    assert (cut, cut.ended) == ("xxxxx", False)
+    assert (whole, whole.ended) == ("So.", True)
+
+
 CHANNELS = "<|channel|>analysis<|message|>Tall, blue.<|end|><|start|>assistant<|channel|>final<|message|>"
 
 

@@ -21,6 +21,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from peft import get_peft_model
 
 import realigner as ra
+from realigner.analysis.per_run import twins
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer, encode_prompts
 from realigner.irm_config import IRMConfig
@@ -29,6 +30,7 @@ from realigner.traces.layout import TEXT_SUMS, text_dataset
 from realigner.traces.recording import NO_TOKEN
 from realigner.traces.summary import BatchSummary, summarise
 from realigner.tuner import tuner_of
+from tests.planted import planted_trace
 from tests.reference import first
 from tests.tiny import tiny_pair
 
@@ -449,6 +451,31 @@ def test_traces_are_joined(model: Any) -> None:
         model(input_ids=ids)
     with pytest.raises(UsageError, match="keep different things"):
         ra.join_traces([parts[0], other])
+
+
+def test_a_run_that_two_traces_share_is_joined_once() -> None:
+    first, second = (planted_trace({run: (run[:-2], 7), "untrained-7": ("untrained", 7)}) for run in ("anger-7", "sadness-7"))
+    for trace in (first, second):
+        trace.attrs["runs"]["untrained-7"] |= {"sha256": "a" * 64, "irm": str(id(trace))}
+    both = ra.join_traces([first, second])
+    assert both["text_run"].values.tolist() == ["anger-7"] * 2 + ["untrained-7"] * 2 + ["sadness-7"] * 2
+    xr.testing.assert_identical(both.isel(text=slice(4), token=slice(96)).drop_attrs(), first.drop_attrs())
+    second.attrs["runs"]["untrained-7"]["sha256"] = "b" * 64
+    with pytest.raises(UsageError, match="two runs are named 'untrained-7'"):
+        ra.join_traces([first, second])
+    with pytest.raises(UsageError, match="prompt 0 is 'Why\\?' in one of these traces and 'Who\\?' in another"):
+        ra.join_traces([first, planted_trace({"joy-7": ("joy", 7)}, question="Who?")])
+
+
+def test_a_twin_has_the_network_of_its_run() -> None:
+    runs = {"compact-1": ("anger", 1), "paper-1": ("anger", 1), "untrained-1-compact": ("untrained", 1)}
+    trace = planted_trace(runs | {"untrained-1-paper": ("untrained", 1)})
+    for run, facts in trace.attrs["runs"].items():
+        facts["network"] = "compact" if "compact" in run else "paper"
+    assert twins(trace) == {"compact-1": "untrained-1-compact", "paper-1": "untrained-1-paper"}
+    for facts in trace.attrs["runs"].values():  # a trace from before networks were noted
+        del facts["network"]
+    assert twins(trace)["compact-1"] == "untrained-1-compact"
 
 
 # --- the reference's folders ------------------------------------------------------------------------------------------------

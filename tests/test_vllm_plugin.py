@@ -521,6 +521,8 @@ def test_requests_become_the_engines(served: ServedIRMs) -> None:
     assert rewritten(served, model="host", vllm_xargs={"irms": "anger"})["vllm_xargs"] == {"irms": "anger@1.25"}
     for untouched in ({"model": "host"}, {"model": "other"}, {"model": "hostess"}, {"model": "host", "irms": None}):
         assert rewritten(served, **untouched) == untouched
+    deep = b'{"irms": ' + b"[" * 100_000
+    assert middleware.rewritten(deep) == deep
     chat = rewritten(served, model="host+sadness", messages=[])
     assert chat["chat_template_kwargs"] == {"enable_thinking": False}
     own = rewritten(served, model="host+sadness", messages=[], chat_template_kwargs={"enable_thinking": True})
@@ -538,6 +540,11 @@ def test_requests_become_the_engines(served: ServedIRMs) -> None:
         ({"model": "host", "irms": 7}, UsageError, "neither terms"),
         ({"model": "host", "vllm_xargs": {"irms": "joy"}}, NotServedError, "'joy' is not loaded"),
         ({"model": "host+anger", "use_beam_search": True}, UsageError, "beam"),
+        ({"model": "host+anger", "where": "reply"}, UsageError, "acts on every token"),
+        ({"model": "host", "vllm_xargs": {"irms": "anger", "where": 5}}, UsageError, "acts on every token"),
+        ({"model": "host+anger", "vllm_xargs": [1]}, UsageError, "vllm_xargs: .* not an object"),
+        ({"model": "host+sadness", "messages": [], "chat_template_kwargs": "x"}, UsageError, "kwargs: 'x' is not an object"),
+        ({"model": "host+anger+sadness", "messages": []}, UsageError, "different prompt templates"),
     ],
 )
 def test_bad_requests_are_named(request_: dict[str, Any], kind: type[Exception], words: str, served: ServedIRMs) -> None:
