@@ -429,7 +429,8 @@ def test_explanations_of_before_are_read_and_written_the_same(tmp_path: Path) ->
     read = read_explanation(written_explanation(tmp_path / "why", found))
     assert (
         read.to_dict() | {"conclusions": found["conclusions"]}
-        == {"cause": "", "standings": [], "measured": {}, "ablated_in": "", "spread_sd": None, "spread_df": 0} | found
+        == {"cause": "", "standings": [], "measured": {}, "ablated_in": "", "spread_sd": None, "spread_df": 0, "steps": None}
+        | found
     )
     read.save(tmp_path / "again")
     assert read_explanation(tmp_path / "again").to_dict() == read.to_dict()

@@ -463,8 +463,11 @@ def test_a_run_that_two_traces_share_is_joined_once() -> None:
     second.attrs["runs"]["untrained-7"]["sha256"] = "b" * 64
     with pytest.raises(UsageError, match="two runs are named 'untrained-7'"):
         ra.join_traces([first, second])
-    with pytest.raises(UsageError, match="prompt 0 is 'Why\\?' in one of these traces and 'Who\\?' in another"):
-        ra.join_traces([first, planted_trace({"joy-7": ("joy", 7)}, question="Who?")])
+    other = planted_trace({"joy-7": ("joy", 7)})
+    for trace, prompts in ((first, ["Why?", "When?"]), (other, ["Why?", "Who?"])):
+        trace.attrs["notes"]["prompts"] = prompts
+    with pytest.raises(UsageError, match="prompt 1 is 'When\\?' in one of these traces and 'Who\\?' in another"):
+        ra.join_traces([first, other])
 
 
 def test_a_twin_has_the_network_of_its_run() -> None:

@@ -158,6 +158,7 @@ class Explanation(_Part):
         irms: name -> folder.
         index, cause, words: the index, why it leads (a key of `verdict.CAUSES`), and that in one sentence.
         quick: whether the small budget was used.
+        steps: of each trial at most, where that was asked for.
         dtype: of the host while it was measured.
         ablated_in: the dtype of the ablations.
         conclusions: one for each question.
@@ -181,6 +182,7 @@ class Explanation(_Part):
     cause: str = ""
     words: str
     quick: bool
+    steps: int | None = None
     dtype: str = ""
     ablated_in: str = ""
     conclusions: list[Conclusion]

@@ -100,7 +100,7 @@ def explain(
         if trials and any(recipe.host is None for _, recipe in runs.values()):
             raise RealignerError("explain: a run was trained on a host made in Python and cannot be repeated; see trials=False")
         verdict.check_index(index, int(host.config.get_text_config(decoder=True).hidden_size))
-        asked = Question(index, quick, budget, trials, on, workers, quiet)
+        asked = Question(index, quick, budget, steps, trials, on, workers, quiet)
         explanation = _found(runs, Path(out), host, tokenizer, asked)
         place.write(explanation.text())
     return explanation
@@ -113,6 +113,7 @@ class Question:
     index: int | None
     quick: bool
     budget: Budget
+    steps: int | None
     trials: bool
     on: str
     workers: int
@@ -202,6 +203,7 @@ def _found(
         cause=cause,
         words=f"Index {index} of {name}: {verdict.CAUSES[cause]}.",
         quick=asked.quick,
+        steps=asked.steps,
         dtype=str(host.dtype).removeprefix("torch."),
         ablated_in=str(precision).removeprefix("torch."),
         conclusions=conclusions,

@@ -137,11 +137,12 @@ def _commands(item: ReportInput, runs: RunStyles) -> list[str]:
         if 0 < len(asked) <= _PROMPTS_SHOWN:  # no line of JSON is END
             lines += ["cat > prompts.jsonl <<'END'", *(json.dumps(prompt, ensure_ascii=False) for prompt in asked), "END"]
     keep = " --keep raw" if "delta" in item.trace else ""
-    explains = [
-        f"realigner explain {' '.join(f'--irm {_again(folder)}' for folder in found.irms.values())} --index {found.index}"
-        f"{' --quick' * found.quick}{'' if found.trials else ' --no-trials'} --out {_again(str(found.folder))}"
-        for found in item.explained
-    ]
+    explains = []
+    for found in item.explained:
+        given = " ".join(f"--irm {_again(folder)}" for folder in found.irms.values())
+        how = " --quick" * found.quick + ("" if found.steps is None else f" --steps {found.steps}")
+        how += "" if found.trials else " --no-trials"
+        explains.append(f"realigner explain {given} --index {found.index}{how} --out {_again(str(found.folder))}")
     return [
         *lines,
         f"realigner trace {irms} --prompts {prompts} --out again/trace.zarr{keep}{options}",

@@ -287,13 +287,18 @@ def _falls(own: ToneResults) -> list[tuple[float, float]] | None:
     return [(low, high) for (low, before), (high, after) in pairwise(within) if after < before]
 
 
-def _nothing_at_0(own: ToneResults) -> bool | None:
-    """Whether the scores at strength 0 are the bare host's; None where either is not known."""
+def _nothing_at_0(own: ToneResults) -> str:
+    """Whether the scores at strength 0 are the bare host's, in words; empty where either is not known."""
     if 0.0 not in own.curve or "bare" not in own.methods:
-        return None
+        return ""
     bare, off = own.methods["bare"].estimates, own.curve[0.0]
     pairs = [(getattr(off, name), getattr(bare, name).mean) for name in ("summary", "named", "content", "fact", "nats")]
-    return off.kl == 0 and all(abs(a - b) < _KEPT_TO_0 for a, b in pairs if math.isfinite(a) and math.isfinite(b))
+    alike = all(abs(a - b) < _KEPT_TO_0 for a, b in pairs if math.isfinite(a) and math.isfinite(b))
+    if off.kl != 0:
+        return "At strength 0 the scores are not the bare host's."
+    if alike:
+        return "At strength 0 the scores are the bare host's."
+    return "At strength 0 the predictions are the bare host's (KL 0); the replies differ, as they do between machines."
 
 
 def _shift(own: ToneResults) -> dict[str, Any] | None:

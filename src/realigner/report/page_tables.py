@@ -121,7 +121,9 @@ def by_run(table: pd.DataFrame, statistics: Sequence[str], order: Sequence[str])
     for run in [name for name in ("all", *order) if name in runs]:
         own = table[table["run"] == run].drop_duplicates("statistic").set_index("statistic")
         cells = own.reindex(index=there, columns=CELL).to_dict("records")
-        rows.append({"run": run, "cells": cells, "n": (fmt(own["n"].iloc[0]), str(own.iloc[0].get("unit", "")))})
+        counts = own.reindex(index=there)["n"].dropna()
+        n = fmt(counts.min()) if counts.nunique() == 1 else f"{fmt(counts.min())} to {fmt(counts.max())}"
+        rows.append({"run": run, "cells": cells, "n": (n, str(own.iloc[0].get("unit", "")))})
     return {"head": [name_of(statistic) for statistic in there], "rows": rows}
 
 

@@ -222,7 +222,7 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def join_traces(traces: Sequence[xr.Dataset]) -> xr.Dataset:
     """Several traces of one host as one.
 
-    Of a run that several have (the untrained twin of runs of one seed), each prompt is taken from the first that has it.
+    What the same untrained twin, of runs of one seed, replied in several of them is taken once.
 
     Raises:
         UsageError: for traces of different hosts, traces that keep different data, different runs of the same name, or prompts
@@ -243,24 +243,21 @@ def join_traces(traces: Sequence[xr.Dataset]) -> xr.Dataset:
             raise UsageError(f"trace: these traces {what}: {', '.join(sorted(map(str, values)))}")
     labels = [label for trace in traces for label in labels_of(trace)]
     attributes("", labels)  # which refuses different runs of one name
-    questions: dict[int, str] = {}
-    there: set[tuple[str, int]] = set()
+    asked = [trace.attrs["notes"].get("prompts", []) for trace in traces]
+    for prompts in asked[1:]:
+        for number, (one, other) in enumerate(zip(asked[0], prompts, strict=False)):
+            if one != other:
+                raise UsageError(
+                    f"trace: prompt {number} is {one!r:.60} in one of these traces and {other!r:.60} in another; record them "
+                    "with the same prompts"
+                )
+    there: set[tuple[Any, ...]] = set()
     parts: list[xr.Dataset] = []
     for trace in traces:
-        names, prompts, asked = (trace[name].values.tolist() for name in ("text_run", "text_prompt", "text_question"))
-        for prompt, question in zip(prompts, asked, strict=True):
-            if questions.setdefault(prompt, question) != question:
-                raise UsageError(
-                    f"trace: prompt {prompt} is {questions[prompt]!r:.60} in one of these traces and {question!r:.60} in "
-                    "another; record them with the same prompts"
-                )
-        texts = [*zip(names, prompts, strict=True)]
-        if there.isdisjoint(texts):
-            parts.append(trace)
-        else:
-            spans = text_spans(trace)
-            new = [at for at, text in enumerate(texts) if text not in there]
-            parts += [trace.isel(token=spans[at], text=slice(at, at + 1)) for at in new]
+        texts = [*zip(*(trace[name].values.tolist() for name in TEXT_LABELS), strict=True)]
+        new = [at for at, text in enumerate(texts) if trace["text_tone"].values[at] != UNTRAINED or text not in there]
+        spans = text_spans(trace)
+        parts += [trace] if len(new) == len(texts) else [trace.isel(token=spans[at], text=slice(at, at + 1)) for at in new]
         there |= set(texts)
     return join(parts, str(traces[0].attrs["host"]), labels, traces[0].attrs["notes"])
 
