@@ -235,15 +235,15 @@ def test_a_run_is_evaluated_on_what_it_held_out_and_its_strength_is_saved(run: P
     options: dict[str, Any] = {"effort": SMALL, "tune": True, "questions": 10, "max_kl": 100.0, "max_shift": 100.0}
     with FakeEndpoint(say=lambda text: "Rating: 2" if "well is a reply written" in text else "Rating: 1") as server:
         judge = Endpoint(server.url, "judge", temperature=0.0)
-        found = evaluate(run, tmp_path / "out", host, tokenizer, ["constant"], judge=judge, **options)
+        found = evaluate(run, tmp_path / "out", host, tokenizer, ["constant", "mean-delta"], judge=judge, **options)
         asked = len(server.seen)
-        again = evaluate(run, tmp_path / "out", host, tokenizer, ["constant"], judge=judge, **options)
+        again = evaluate(run, tmp_path / "out", host, tokenizer, ["constant", "mean-delta"], judge=judge, **options)
         assert len(server.seen) == asked > 0  # what it said is kept
     rated = found.results["judge"]["methods"]["irm"]
     assert rated["missing"] == 0
     assert rated["score"]["mean"] == pytest.approx(3 / (1 / 1 + 1 / 1 + 1 / 2))
     assert found.choice is not None
-    assert list(found.results["methods"]) == ["bare", "irm", "constant"]
+    assert list(found.results["methods"]) == ["bare", "irm", "constant", "mean-delta"]
     assert found.results["questions"] == 10
     saved = check_adapter(run)
     assert saved["strength"] == found.choice.strength == found.results["methods"]["irm"]["strength"]
@@ -257,7 +257,9 @@ def test_a_run_is_evaluated_on_what_it_held_out_and_its_strength_is_saved(run: P
     assert read.tones["anger"].judge is not None
     assert "What a judge says" in render([], evaluations=[read])
     assert again.values == found.values
-    untuned = evaluate(run, tmp_path / "out", host, tokenizer, [], **{**options, "tune": False}).results["methods"]["irm"]
+    found = evaluate(run, tmp_path / "out", host, tokenizer, [], **{**options, "tune": False})
+    assert {*found.results["methods"]} == {*found.results["judge"]["methods"]} == {"bare", "irm", "constant", "mean-delta"}
+    untuned = found.results["methods"]["irm"]
     assert untuned["strength"] == saved["strength"]  # and the questions are the same ones
     assert untuned["estimates"] == own["estimates"]
     with pytest.raises(RealignerError, match=r"holds an evaluation with other settings \(--questions\)"):

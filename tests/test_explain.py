@@ -19,7 +19,7 @@ import torch
 
 import realigner as ra
 from realigner.data.tokens import encode_rows
-from realigner.errors import UsageError
+from realigner.errors import RealignerError, UsageError
 from realigner.explain import explain, weights_report
 from realigner.explain.ablate import against_controls, delta_ablations, edited_output, host_ablations, in_float32
 from realigner.explain.edits import without_channel
@@ -28,7 +28,7 @@ from realigner.explain.measure import measure_host
 from realigner.explain.norm_gradient import norm_eps, norm_kind, split_gradient
 from realigner.explain.roles import final_norm, roles_of
 from realigner.explain.site_gradients import SiteGradients
-from realigner.explain.trials import FULL
+from realigner.explain.trials import FULL, Trial, TrialRunner
 from realigner.explain.weights import head_tokens
 from realigner.fingerprints import weights_hash
 from realigner.irm import IRM
@@ -279,6 +279,29 @@ def test_killed_it_goes_on_and_repeats_no_finished_trial(tmp_path: Path) -> None
     assert len(stamps) >= 10
     assert ask("killed") == ask("whole")
     assert stamps.items() <= finished().items()
+
+
+def test_trials_take_the_steps_that_the_run_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a recipe that counts epochs and may stop early, as the paper's does."""
+    recipe = planted_folder(tmp_path, 3, "constant", "zero", 5.0).changed(epochs=2, patience=1, evaluations_per_epoch=4)
+    host, tokenizer = ra.load_host(str(recipe.host), "float32")
+    run = train(host, tokenizer, markov_rows(3), tmp_path / "run", recipe, quiet=True)
+    run.model.unload()
+    made: list[Trial] = []
+
+    def stop(_: Any, planned: list[Trial], __: Any) -> None:
+        made.extend(planned)
+        raise RealignerError("far enough")
+
+    monkeypatch.setattr(TrialRunner, "run", stop)
+    for steps, wanted in ((10_000, run.record["steps_done"]), (3, 3)):
+        made.clear()
+        with pytest.raises(RealignerError, match="far enough"):
+            explain([tmp_path / "run"], tmp_path / "why", host, tokenizer, PLANTED, quick=True, steps=steps, quiet=True)
+        recipes = [trial.recipe for trial in made]
+        assert {(own.steps, own.patience, own.evaluations_per_epoch, own.keep) for own in recipes} == {
+            (wanted, None, None, "last")
+        }
 
 
 @pytest.mark.slow
