@@ -18,6 +18,7 @@ records, figures and page in --results. --quick: no layer sets, 12 steps, a shor
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -188,19 +189,29 @@ class Study:
 
     def trace(self, arm: str, name: str, runs: Sequence[RunSpec]) -> xr.Dataset:
         """What these runs add while they answer the paper's prompts."""
-        place = self.work / f"{name}.zarr"
+        place = self.place(name, runs)
         if not place.is_dir():
             host, tokenizer = ra.load_host(self.host, dtype=self.dtype)
             sources = [Source(_label(run), self.work / arm / run.name) for run in runs]
             trace_runs(sources, place, host, tokenizer, max_new_tokens=self.size.tokens, force=True)
         return load_trace(place)
 
+    def place(self, name: str, runs: Sequence[RunSpec]) -> Path:
+        """Where the trace of these runs is: of others there is another."""
+        digest = hashlib.sha256(" ".join(run.name for run in runs).encode()).hexdigest()
+        return self.work / f"{name}-{digest[:8]}.zarr"
+
     def record(self, arm: str) -> dict[str, Any]:
-        """An arm's record: from its file, or made now."""
-        file = self.results / f"{arm}.json"
+        """An arm's record: from its file, or made now.
+
+        Raises:
+            RealignerError: when the file's runs were trained otherwise than they are now, or as `train`.
+        """
+        file, own, runs = self.results / f"{arm}.json", ARMS[arm], self.runs(arm)
         if file.is_file():
-            return read_object(file)
-        own, runs = ARMS[arm], self.runs(arm)
+            if (kept := read_object(file))["changed"] != self.size.keys(own):
+                raise RealignerError(f"{file}: of runs with {kept['changed']}, not {self.size.keys(own)}; move it away")
+            return kept
         seeds = [] if own.changed else self.runs(arm, more_seeds=True)
         self.train(arm, [*runs, *seeds])
         trace = self.trace(arm, arm, runs)
@@ -228,8 +239,9 @@ class Study:
         if own.changed:
             same = [run for run in self.runs("paper") if run.recipe.layers == "all"]
             self.train("paper", same)
-            traced = "paper" if (self.work / "paper.zarr").is_dir() else f"{arm}-unchanged"
-            made["unchanged"] = compared(self.trace("paper", traced, same), [_label(run).run for run in same])
+            whole = self.place("paper", self.runs("paper"))
+            unchanged = load_trace(whole) if whole.is_dir() else self.trace("paper", f"{arm}-unchanged", same)
+            made["unchanged"] = compared(unchanged, [_label(run).run for run in same])
         self.results.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(made, indent=1) + "\n")
         return made

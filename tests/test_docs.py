@@ -105,7 +105,8 @@ def _check_values(command: str, options: dict[str, Any]) -> None:
     """What a command checks itself before it begins, for the commands that decide much by one string."""
     settings = dict(parse_setting(setting) for setting in options.get("settings") or [])
     if command == "train" and (options["recipe"] or "default") in BUILT_IN:
-        make_recipe(options["recipe"] or "default", **settings, tone=options["tone"], layers=options["layers"])
+        given = {key: options[key] for key in ("tone", "layers") if options[key] is not None}
+        make_recipe(options["recipe"] or "default", **settings, **given)
     if command == "evaluate" and options["baselines"] not in ("all", "none"):
         for name in options["baselines"].split(","):
             find_method(name)

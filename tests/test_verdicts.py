@@ -46,6 +46,14 @@ def test_one_planted_stripe() -> None:
         assert verdict["p"] is None or not verdict["p"] > verdict["p_adjusted"]
 
 
+def test_too_few_permutations_decide_nothing() -> None:
+    """A p that cannot be smaller is no evidence for chance."""
+    trace = planted_trace(RUNS, prompts=6, neurons=400, size=3.0, seed=1)
+    said = verdicts(analyze(trace, permutations=20, resamples=50))["striation"]
+    assert (said["verdict"], said["p"]) == ("cannot tell", pytest.approx(1 / 21))
+    assert "there are too few: 20" in said["why"]
+
+
 def test_one_run_agrees_with_nobody() -> None:
     found = analyze(planted_trace({"a": ("anger", 1), "u": ("untrained", 1)}, prompts=6), permutations=99, resamples=50)
     assert found.consensus.table.empty

@@ -38,8 +38,10 @@ def find_irm(source: Source) -> Path:
         patterns = [CONFIG_FILE, WEIGHTS_FILE, "README.md"]
         return adapter_folder(Path(snapshot_download(name, allow_patterns=patterns)))
     except (OSError, ValueError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise RealignerError(f"{name}: not found here or on the hub [{why}]") from None
+        why = " ".join(str(error).split()).partition(". ")[0][:200]
+        left = Path(f"{name}.unfinished")
+        hint = f"; {left} is there, not finished" if left.is_dir() else ""
+        raise RealignerError(f"{name}: not found here or on the hub [{why}]{hint}") from None
 
 
 def ready_made() -> dict[str, Path]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from realigner.errors import UsageError
 from realigner.generation import answer, stream
-from realigner.hosts import EMBEDDED, load_host
+from realigner.hosts import EMBEDDED, host_name, load_host
 from realigner.irm_config import check_adapter
 from realigner.irm_sources import Source, find_irm, host_of
 from realigner.prompts import Answer, Prompt
@@ -66,6 +66,10 @@ class Runtime:
     def stream(self, prompt: Prompt, **options: Any) -> Generator[str, None, bool]:
         """The reply to a question or a conversation, piece by piece; see `generation.stream`."""
         return stream(self.model, self.tokenizer, prompt, **self._with_strength(options))
+
+    def __repr__(self) -> str:
+        host = host_name(self.model) or type(self.model).__name__
+        return f"Runtime(host={host!r}, irms={self.irms})"
 
     def _with_strength(self, options: dict[str, Any]) -> dict[str, Any]:
         if options.get("strength") is not None or not self.strengths:

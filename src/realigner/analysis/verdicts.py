@@ -102,7 +102,7 @@ def analyze(
     claims = _claims(tables["striation"], agreed, tables["timing"], tables["sparsity"], tables["turns"], leading)
     adjusted = holm(np.array([claim.row["p"] for claim in claims], dtype=float))
     measured = _measured(trace)
-    verdicts = [_verdict(claim, float(p), measured) for claim, p in zip(claims, adjusted, strict=True)]
+    verdicts = [_verdict(claim, float(p), measured, permutations) for claim, p in zip(claims, adjusted, strict=True)]
     return Analysis(consensus=agreed, leading=leading, verdicts=verdicts, **tables)
 
 
@@ -242,9 +242,9 @@ def _led(leading: pd.DataFrame) -> str:
     return f"Index {index} leads in {int(counts.max())} of {len(first)} runs. "
 
 
-def _verdict(claim: _Claim, p: float, measured: Mapping[str, int]) -> dict[str, Any]:
+def _verdict(claim: _Claim, p: float, measured: Mapping[str, int], permutations: int) -> dict[str, Any]:
     row = claim.row
-    verdict, why = _decided(claim, p)
+    verdict, why = _decided(claim, p, permutations)
     shown = f"{claim.extra}{claim.measure[:1].upper()}{claim.measure[1:]}: {row['value']:.3f}"
     facts = [f"expected without an effect {row['null']:.3f}"] if np.isfinite(row["null"]) else []
     facts += [f"95% interval {row['low']:.3f} to {row['high']:.3f}"] if np.isfinite(row["low"]) else []
@@ -258,7 +258,7 @@ def _verdict(claim: _Claim, p: float, measured: Mapping[str, int]) -> dict[str, 
     return {**said, "p_adjusted": p, **facts_of, **measured}
 
 
-def _decided(claim: _Claim, p: float) -> tuple[Verdict, str]:
+def _decided(claim: _Claim, p: float, permutations: int) -> tuple[Verdict, str]:
     """The verdict and its reason."""
     row = claim.row
     if not np.isfinite(row["value"]) and claim.key != "shared_indices":
@@ -269,11 +269,21 @@ def _decided(claim: _Claim, p: float) -> tuple[Verdict, str]:
         return "not supported", "It is not the same index in every run."
     if not np.isfinite(p):
         if claim.key not in ("one_leader", "shared_indices"):
-            return "cannot tell", "It takes 5 prompts or more, and an untrained IRM of the same seed."
+            lacking = (
+                "5 prompts or more"
+                if np.isfinite(row["untrained"])
+                else "an untrained IRM of the same seed, and 5 prompts or more"
+            )
+            return "cannot tell", f"It takes {lacking}."
         if not np.isfinite(row["null"]):
             why = "runs share their data or their initialisation, and are not independent samples."
             return "cannot tell", f"It takes two tones and two seeds or more: {why}"
         return "cannot tell", "There is no untrained IRM of the same seed to compare with."
+    if p >= LEVEL and (1 + permutations) * row["p"] < 1 + 1e-9:
+        return (
+            "cannot tell",
+            f"No permutation is as extreme, and there are too few: {permutations}; ask for more (permutations).",
+        )
     if p >= LEVEL:
         return "not supported", "Chance explains as much."
     if claim.key == "one_leader":

@@ -97,11 +97,11 @@ def build(
     from realigner.data.quality_filter import QualityFilter
     from realigner.data.style_classifier import StyleClassifier
 
+    checks = QualityFilter(chosen, None if scorer is None else StyleClassifier.load(scorer))
     if scorer is not None:
         from realigner.data.squad import file_sha256
 
         about["scorer_sha256"] = file_sha256(scorer)
-    checks = QualityFilter(chosen, None if scorer is None else StyleClassifier.load(scorer))
     try:
         built = run_build(facts, chosen, made, out, checks, attempts, about=about, give_up=give_up, force=force, quiet=as_json)
     except KeyboardInterrupt:

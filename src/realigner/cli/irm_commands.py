@@ -196,7 +196,7 @@ def generate(
     chat_template_kwargs: opt.TemplateKwargs = None,
     max_new_tokens: opt.MaxNewTokens = 80,
     thinking_budget: opt.ThinkingBudget = 512,
-    temperature: Annotated[float, Option(help="0 for greedy replies, else the temperature of sampling.")] = 0.0,
+    temperature: Annotated[float, Option(help="0 for greedy replies, else the temperature of sampling.", min=0)] = 0.0,
     repetition_penalty: opt.Penalty = None,
     seed: opt.Seed = 42,
     dtype: opt.Dtype = "auto",
@@ -226,6 +226,12 @@ def generate(
     if len(irm) > 1 and not chat:
         raise UsageError("generate: several --irm are for --chat; without it, give one")
     variables = opt.template_kwargs(chat_template_kwargs)
+    if not where.isdecimal():
+        opt.one_of("--where", where, ("all", "prompt", "reply"))
+    from realigner.irm_sources import find_irm
+
+    for source in irm:  # before the seconds that torch takes
+        find_irm(source)
     from realigner.chat_format import PLAIN_NOTE, has_chat_template
     from realigner.console import progress, say
     from realigner.hosts import host_name

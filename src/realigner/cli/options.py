@@ -100,7 +100,14 @@ def refuse_missing(paths: Sequence[Path]) -> None:
     """Raise for the first path that does not exist."""
     for path in paths:
         if not path.exists():
-            raise RealignerError(f"{path}: there is no such run or trace")
+            from realigner.irm_sources import ready_made
+
+            hint = (
+                "; a ready-made IRM has no run's record: generate, app, serve and trace take it"
+                if str(path) in ready_made()
+                else ""
+            )
+            raise RealignerError(f"{path}: there is no such run or trace{hint}")
 
 
 def short(text: str, most: int = 200) -> str:

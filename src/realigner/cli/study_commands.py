@@ -97,7 +97,10 @@ def evaluate(
     loaded, tokenizer = load_host_of(irm, host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     effort = Effort(reply_tokens=max_new_tokens)
     options: dict[str, Any] = {"max_kl": max_kl, "max_shift": max_shift, "judge": rated_by, "server": server}
-    found = measure(irm, out, loaded, tokenizer, names, tune is not None, effort, questions, **options)
+    try:
+        found = measure(irm, out, loaded, tokenizer, names, tune is not None, effort, questions, **options)
+    except KeyboardInterrupt:
+        raise RealignerError(f"interrupted; what was measured is in {out}, and the same command resumes") from None
     if as_json:
         opt.print_json(found.values)
         return
@@ -137,6 +140,9 @@ def trace(
     opt.one_of("--raw-dtype", raw_dtype, ("auto", "float16", "float32"))
     asked = opt.prompts_from(questions, prompts)
     variables = opt.template_kwargs(chat_template_kwargs)
+    from realigner.irm_sources import ready_made
+
+    irm = [ready_made().get(str(place), place) if not place.exists() else place for place in irm]
     opt.refuse_missing(irm)
     from realigner.traces.store import held
 
@@ -159,7 +165,7 @@ def trace(
         return
     names = ", ".join(recorded.attrs["runs"])
     show(f"{out}: {sizes['token']} tokens x {sizes['layer']} layers x {sizes['neuron']} neurons ({keep}), {len(asked)} prompts")
-    show(f"runs: {names}")
+    show(f"runs, at strength {strength:g}: {names}")
     show(f"Try next:  {program()} analyze {quote(str(out))}")
 
 
@@ -277,10 +283,11 @@ def _explain_weights(
         raise UsageError("explain: --weights-only needs --host, a folder with a model's config.json and safetensors")
     from realigner.explain.weights_only import WEIGHTS, WEIGHTS_FILE, save_weights_report, weights_report
     from realigner.files import taken
+    from realigner.gguf_cache import EMBEDDED, embedded_folder
 
     if out is not None:
         opt.claim(context, taken(out / WEIGHTS_FILE, WEIGHTS, force))
-    found = weights_report(host, index)
+    found = weights_report(embedded_folder() if host == EMBEDDED else host, index)
     if out is not None:
         save_weights_report(found, out, force)
     if as_json:

@@ -102,6 +102,10 @@ def train(
         >>> run = train(host, tokenizer, authored("anger"), "runs/anger-42")  # doctest: +SKIP
     """
     recipe = (recipe or Recipe()).changed(**changes)
+    if isinstance(rows, (str, Path)) or not all(isinstance(row, Row) for row in rows):
+        raise UsageError(
+            "rows: not a sequence of Row; read_rows reads a file of them, authored gives those that come with the package"
+        )
     if not rows and recipe.instruct is None:
         raise RealignerError("there are no rows to train on")
     if split is not None and recipe.instruct is not None:
