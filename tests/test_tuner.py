@@ -413,12 +413,6 @@ def round_trip(values: dict[str, Any]) -> None:
         model.unload()
 
 
-def test_deprecated_names() -> None:
-    tuner = tuner_of(realigned())
-    with pytest.warns(DeprecationWarning, match="registry"):
-        assert tuner.bank is tuner.registry
-
-
 def test_a_load_that_fails_leaves_nothing_behind(saved: Path, tmp_path: Path) -> None:
     """The host is as it was and takes the next IRM; a second IRM that fails leaves the first alone."""
     shutil.copytree(saved, tmp_path / "bad")

@@ -143,12 +143,6 @@ class IRMModel(BaseTuner):
         return {name: done[name] for names in order for name in names}
 
     @property
-    def bank(self) -> AdapterRegistry:
-        """Deprecated name of `registry`."""
-        warnings.warn("IRMModel.bank is now IRMModel.registry", DeprecationWarning, stacklevel=2)
-        return self.registry
-
-    @property
     def settings(self) -> Settings:
         """The settings that this thread's next call will use."""
         return self.injector.threads.state.settings

@@ -8,7 +8,6 @@ from realigner.lazy import lazily
 
 if TYPE_CHECKING:
     from realigner.sweep.grid import (
-        Planned as Planned,
         RunSpec as RunSpec,
         Sweep as Sweep,
         plan as plan,
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from realigner.sweep.sweep_run import Result as Result, run_sweep as run_sweep
 
 _HOMES = {
-    **dict.fromkeys(("Planned", "RunSpec", "Sweep", "plan", "read_sweep"), "grid"),
+    **dict.fromkeys(("RunSpec", "Sweep", "plan", "read_sweep"), "grid"),
     **dict.fromkeys(("Result", "run_sweep"), "sweep_run"),
 }
 

@@ -78,9 +78,6 @@ class RunSpec:
         return label_of(self.varies) or self.name
 
 
-Planned = RunSpec  # its name until 0.1; deprecated
-
-
 def read_sweep(file: str | Path, settings: Mapping[str, Any] | None = None) -> tuple[Sweep, Path]:
     """A sweep file, with more keys set for every run, and the folder that its paths are relative to.
 
