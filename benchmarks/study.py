@@ -8,7 +8,7 @@
              the grid of three tones, two seeds and four layer sets stand trainings of one tone with more seeds. The arm with
              the mistakes has the runs over all layers, and is held against the same runs without them.
 3. explain   Why the index that leads most often leads, or the one of --index, in float32.
-4. page      docs/results/paper-on-HOST.md, by `study_page.py`.
+4. page      docs/results/paper-on-HOST.md, by `study_page.py`; written before 3 too, which takes longest.
 
 Interrupt it as you like and start it again: rows, runs, traces and trials that are there are not made again, nor is an arm
 whose record is in --results. Runs and traces are kept in --out/HOST, or --out/HOST-float32 (12 GB for the embedded host);
@@ -489,9 +489,10 @@ def main() -> None:
     index = paper["compared"]["leader share"]["index"] if options.index is None else options.index
     if index not in range(paper["neurons"]):
         sys.exit(f"--index {index}: the host's residual stream has indices 0 to {paper['neurons'] - 1}")
-    study.explain(index, paper["scores"])
     for name, facts in (("size", asdict(size)), ("differences", differences(arms["defects"]))):
         write_text(study.results / f"{name}.json", json.dumps(facts, indent=1) + "\n")
+    write_page(study.results)
+    study.explain(index, paper["scores"])
     print(write_page(study.results))
 
 

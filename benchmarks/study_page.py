@@ -2,7 +2,8 @@
 
     python benchmarks/study_page.py [docs/results/paper-on-smollm2]
 
-The folder holds a record of each arm, size.json, differences.json and explain.json; the page is written beside it.
+The folder holds a record of each arm, size.json, differences.json and, once the cause was asked for, explain.json; the page is
+written beside it.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def rank_of(scores: Sequence[float], index: int) -> int:
 def page(folder: Path) -> str:
     """The page of the records in a folder, as Markdown."""
     arms = {arm: read_object(folder / f"{arm}.json") for arm in TITLES}
-    why, size, change = (read_object(folder / f"{name}.json") for name in ("explain", "size", "differences"))
+    size, change = (read_object(folder / f"{name}.json") for name in ("size", "differences"))
+    why = read_object(folder / "explain.json") if (folder / "explain.json").is_file() else None
     paper, defects = arms["paper"], arms["defects"]
     trained = [run for run in paper["runs"] if run["steps"]]
     verdicts = {arm: {own["key"]: own for own in record["verdicts"]} for arm, record in arms.items()}
@@ -89,7 +91,8 @@ def page(folder: Path) -> str:
     )
     environment.filters["escaped"] = escaped
     layer_sets = {run["layers"] for run in trained}
-    ranks = sorted(rank_of(paper["scores"][run["run"]], why["index"]) for run in trained)
+    index = why["index"] if why else leader["index"]
+    ranks = sorted(rank_of(paper["scores"][run["run"]], index) for run in trained)
     return environment.get_template("study.md.j2").render(
         name=folder.name,
         arms=list(TITLES),
@@ -129,6 +132,7 @@ def page(folder: Path) -> str:
         leader=leader,
         without=without,
         mistaken=mistaken,
+        index=index,
         ranks={"first": ranks.count(1), "median": _number(float(np.median(ranks))), "best": ranks[0], "worst": ranks[-1]},
         effects=[_changed(name, change[name]) for name in ("icc", "overlap")],
         same_leader=_in_common(without["by_run"], mistaken["by_run"]),
@@ -139,7 +143,7 @@ def page(folder: Path) -> str:
         ],
         seeds=[{**record["seeds"], "title": _title(arm)} for arm, record in arms.items() if "seeds" in record],
         why=why,
-        cause=CAUSES[why["cause"]],
+        cause=CAUSES[why["cause"]] if why else "",
         losses=[{"title": _title(arm), **_losses(record)} for arm, record in arms.items()],
         question=question,
         replies=[{"run": run, "said": [_cut(said[arm].get(run, "")) for arm in arms]} for run in said["paper"]],

@@ -173,6 +173,11 @@ def test_the_page_is_made_of_its_records(tmp_path: Path, monkeypatch: pytest.Mon
         arms | others | {"explain": planted_explanation() | {"cause": "channel", "ablated_in": "float32"}}
     ).items():
         (folder / f"{name}.json").write_text(json.dumps(facts))
+    (folder / "explain.json").rename(tmp_path / "explain.json")
+    before = study_page.page(folder)
+    assert "Why index 17 leads has not been asked yet." in before
+    assert "`make study` does that next.\n\n## Loss and replies\n" in before
+    (tmp_path / "explain.json").rename(folder / "explain.json")
     text = study_page.write_page(folder).read_text()
     assert (tmp_path / "paper-on-planted-1.5.md").is_file()
     change = others["differences"]["icc"]
