@@ -493,6 +493,7 @@ def test_replies_are_printed_so_that_a_terminal_obeys_nothing(
             return [Answer(f"one\ntwo\t{EVIL}\ud800") for _ in asked]
 
     monkeypatch.setattr("realigner.runtime.load", lambda *_: Runtime())
+    monkeypatch.setattr("realigner.irm_sources.find_irm", lambda source: source)
     assert main(["generate", "--irm", str(tmp_path), f"Why {EVIL}?"]) == 0
     shown = capsys.readouterr().out
     assert not OBEYED.search(shown)
