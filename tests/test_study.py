@@ -181,7 +181,7 @@ def test_the_page_is_made_of_its_records(tmp_path: Path, monkeypatch: pytest.Mon
     text = study_page.write_page(folder).read_text()
     assert (tmp_path / "paper-on-planted-1.5.md").is_file()
     change = others["differences"]["icc"]
-    interval = f"({change['low']:+.3f} to {change['high']:+.3f})"
+    interval = f"({change['low']:+.4f} to {change['high']:+.4f})"
     for part in (
         "# The paper's experiment on planted\n",
         "bfloat16 (the paper's recipe, compact network), float32 (with its code's two mistakes) |",
@@ -189,7 +189,7 @@ def test_the_page_is_made_of_its_records(tmp_path: Path, monkeypatch: pytest.Mon
         "the commonest leader, 17, leads in 6 of the 6 runs.",
         "Why index 17, by [`realigner explain`](../explain.md): a channel of the host.",
         "It leads in 6 of the 6 runs with the paper's recipe; its median rank is 1 (1 to 1).",
-        f"| {change['plain']:.3f} | {change['other']:.3f} | {change['value']:+.3f} {interval} |",
+        f"| {change['plain']:.3f} | {change['other']:.3f} | {change['value']:+.4f} {interval} |",
         'Asked "Why \\| so?"',
         "| The paper's recipe | 6 | 12 | 4.50 | 3.25 |",
         "Because…",
