@@ -163,9 +163,7 @@ def _run_spec(
     recipe: Recipe, sweep: Sweep, base: Path, varies: dict[str, Any], baseline: bool, digests: dict[str, str]
 ) -> RunSpec:
     given = {**sweep.set, **varies}
-    values = recipe.model_dump() | given
-    if given.get("epochs") is not None and "steps" not in given:
-        values["steps"] = None
+    values = recipe.values_with(given)
     file = sweep.data.get(str(values.get("tone"))) or given.get("data")
     if file is not None and file != "authored":
         values["data"] = str((base / file).resolve())

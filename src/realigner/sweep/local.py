@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from queue import SimpleQueue
 
 from realigner.errors import RealignerError, UsageError
-from realigner.sweep.worker import Job, Report, WorkerLostError, work
+from realigner.sweep.worker import Job, Report, WorkerLostError, reason, work
 
 
 def run_locally(jobs: Sequence[Job], workers: int, gpus: float, retries: int, report: Report, stop: threading.Event) -> None:
@@ -93,8 +93,7 @@ def run_here(jobs: Sequence[Job], report: Report, stop: threading.Event) -> None
             if stop.is_set():  # a signal, said with what is saved
                 report(job.name, "stopped", "")
                 return
-            known = isinstance(error, RealignerError)
-            report(job.name, "failed", str(error) if known else f"unexpected {type(error).__name__}: {error}")
+            report(job.name, "failed", reason(error))
             continue
         run.model.unload()
         if run.interrupted:

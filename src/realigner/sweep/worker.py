@@ -123,6 +123,11 @@ def die_with(parent: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def reason(error: Exception) -> str:
+    """Why a run failed, in words."""
+    return str(error) if isinstance(error, RealignerError) else f"unexpected {type(error).__name__}: {error}"
+
+
 def main() -> None:
     """The child's side: train the run, or resume it; an error is written to its file, with the traceback to the log."""
     parent, recipe, out, error_file = sys.argv[1:5]
@@ -141,8 +146,7 @@ def main() -> None:
         if isinstance(error.__context__, KeyboardInterrupt):  # the same, said with what is saved
             sys.exit(0)
         say(traceback.format_exc())
-        known = isinstance(error, RealignerError)
-        write_text(Path(error_file), str(error) if known else f"unexpected {type(error).__name__}: {error}")
+        write_text(Path(error_file), reason(error))
         sys.exit(1)
 
 

@@ -306,10 +306,14 @@ class Recipe(BaseModel):
         return self._changed(values, "recipe")
 
     def _changed(self, values: Mapping[str, Any], where: str) -> Recipe:
+        return _recipe(self.values_with(values), where, UsageError)
+
+    def values_with(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Its keys with those given laid over them, not validated yet; its steps are left out where epochs are given."""
         kept = self.model_dump()
-        if values.get("epochs") is not None:
+        if given.get("epochs") is not None:
             del kept["steps"]
-        return _recipe({**kept, **values}, where, UsageError)
+        return {**kept, **given}
 
     def difference(self, other: Recipe) -> str | None:
         """The first key by which the two recipes are different runs, with both values; None if they are the same run."""
