@@ -10,8 +10,7 @@ from typing import Any
 from realigner.errors import UsageError
 from realigner.generation import Thought, format_of
 from realigner.runtime import Runtime
-
-STRONGEST = 1000.0  # as of the command line's --strength
+from realigner.settings import check_strength
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,7 @@ class Chat:
         Raises:
             UsageError: unless it is a number from -1000 to 1000.
         """
-        if not -STRONGEST <= strength <= STRONGEST:
-            raise UsageError(f"strength: {strength} is out of range (-{STRONGEST:g} to {STRONGEST:g})")
+        check_strength(strength)
         self.strength = float(strength)
 
     def reset(self) -> None:

@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from realigner.chat_format import ChatFormat, check_template_kwargs
 from realigner.errors import RealignerError, UsageError
+from realigner.hosts import positions_of
 from realigner.prompts import Answer, Prompt
 from realigner.settings import Strength, Where, part_of
 from realigner.thinking_budget import ThinkingBudget
@@ -347,8 +348,8 @@ def _room(model: nn.Module, inputs: Mapping[str, torch.Tensor], reply: int, firs
         RealignerError: when they are fewer than those of a reply: some hosts would fail on it, others take all memory.
     """
     config = getattr(model, "config", None)
-    positions = None if config is None else getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions <= 0:  # some configs give no limit, or -1
+    positions = None if config is None else positions_of(config)
+    if positions is None:
         return sys.maxsize
     for number, tokens in enumerate(inputs["attention_mask"].sum(dim=1).tolist(), start=first + 1):
         if tokens > positions:

@@ -243,6 +243,12 @@ def text_config(host: nn.Module) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def positions_of(config: Any) -> int | None:
+    """The most positions that a host's config gives it, or None: some give no limit, or -1."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, host: PreTrainedModel) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

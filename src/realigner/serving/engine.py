@@ -31,7 +31,7 @@ from realigner.batching import BatchManager, HostBatchManager, prove_batches
 from realigner.chat_format import ChatFormat, check_template_kwargs
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import Sampling
-from realigner.hosts import text_config
+from realigner.hosts import positions_of
 from realigner.irm_config import check_adapter
 from realigner.irm_sources import find_irm
 from realigner.serving.api_request import ApiRequest
@@ -184,10 +184,8 @@ class Engine:
         self.loaded_irms, self.tokenizer, self.limits = loaded_irms, tokenizer, limits
         self._first_token = first_token
         self._host = tuner_of(loaded_irms.model).model
-        positions = getattr(text_config(self._host), "max_position_embeddings", None)
-        self.context = limits.context or _CONTEXT
-        if isinstance(positions, int) and positions > 0:
-            self.context = min(positions, self.context)
+        context = limits.context or _CONTEXT
+        self.context = min(positions_of(self._host.config) or context, context)
         self._jobs: dict[str, Job] = {}
         self._formats: dict[str, ChatFormat] = {}
         self._changing = asyncio.Lock()

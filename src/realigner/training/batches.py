@@ -19,6 +19,7 @@ from realigner.data.data_split import Split, split_rows
 from realigner.data.dataset_rows import EVERY_TONE, Row, rows_hash, tone_label
 from realigner.data.tokens import Example, clip, encoded
 from realigner.errors import RealignerError, UsageError
+from realigner.hosts import positions_of
 from realigner.training.recipe import Recipe
 
 _POOL = 50  # batches' worth of rows that are sorted by length together
@@ -120,8 +121,7 @@ def prepare(
         raise UsageError(
             f"rows are of {len(tones):,} tones ({some}); choose one (tone), or train on all of them (tone={EVERY_TONE})"
         )
-    text = config.get_text_config(decoder=True)
-    if (depth := getattr(text, "num_hidden_layers", None)) is not None:
+    if (depth := getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)) is not None:
         recipe.shape.resolved_layers(int(depth))
     if split is None:
         split = split_rows(rows, recipe.seed, recipe.validation, recipe.test, by_tone=len(tones) > 1)
@@ -146,8 +146,7 @@ def prepare(
         if row.id in prompted:
             item |= _for_teacher(item, prompted[row.id])
 
-    # Some configs give no limit of positions, or -1.
-    if isinstance(positions := getattr(text, "max_position_embeddings", None), int) and positions > 0:
+    if (positions := positions_of(config)) is not None:
         limit = f"the host has {positions} positions; set max_length={positions}"
         if recipe.loss_on_padding and recipe.max_length > positions:
             raise RealignerError(f"rows are padded to {recipe.max_length} tokens, {limit}")

@@ -12,7 +12,7 @@ from torch import nn
 from realigner.chat_format import PLAIN_NOTE, THOUGHT_NOTE, ChatFormat, has_chat_template
 from realigner.data.tokens import clip, encoded
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import text_config
+from realigner.hosts import positions_of
 from realigner.probe import as_in_evaluation
 from realigner.training.batches import Collator, Prepared
 from realigner.training.loss import row_losses, takes_logits_to_keep
@@ -110,8 +110,8 @@ def _reply_loss(host: nn.Module, tokenizer: Any, prepared: Prepared, recipe: Rec
     collator = Collator(getattr(tokenizer, "pad_token_id", None) or 0)
     cut = clip(examples, rows, recipe.max_length)
     check_tokens(((row.id, example["input_ids"]) for row, example in zip(rows, cut, strict=True)), tokenizer, host.config)
-    positions = getattr(text_config(host), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < max(len(example["input_ids"]) for example in cut):
+    positions = positions_of(host.config)
+    if positions is not None and positions < max(len(example["input_ids"]) for example in cut):
         raise RealignerError(f"the {form} form of the rows is longer than {positions} positions")
     batch = collator([{**example, "row": n} for n, example in enumerate(cut)])
     device = next(host.parameters()).device

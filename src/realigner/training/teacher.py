@@ -34,6 +34,7 @@ from realigner.dialogues import Dialogue, read_prompts, written
 from realigner.errors import RealignerError, UsageError
 from realigner.files import read_bytes, value_of
 from realigner.generation import answer
+from realigner.hosts import positions_of
 from realigner.prompts import Message, Prompt, messages_of
 from realigner.settings import NO_IRM
 from realigner.thoughts import reply_of
@@ -171,11 +172,11 @@ class Teacher:
             self._row(number, question, some)
         self.most_targets = REPLY_TOKENS + 1
         self.longest = max(map(max, self.lengths)) + self.most_targets
-        positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        positions = positions_of(config)
         for question, (own, _) in zip(self.questions, self.lengths, strict=True):
             if own >= recipe.max_length:
                 raise RealignerError(f"question {question.id!r}: {own} tokens; max_length is {recipe.max_length}; raise it")
-        if isinstance(positions, int) and 0 < positions < self.longest:
+        if positions is not None and positions < self.longest:
             raise RealignerError(
                 f"question and instruction have {self.longest - self.most_targets} tokens, a reply up to {self.most_targets}, "
                 f"and the host has {positions} positions; shorten the instruction, or leave long questions out"
