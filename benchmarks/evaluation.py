@@ -288,7 +288,10 @@ def page(found: dict[str, Any]) -> str:
     """The results as Markdown, docs/results/evaluation.md: tables, the IRM against the others, the curve over strength."""
     parts = [_HEAD.format(host=found["host"])]
     for tone, own in found["tones"].items():
-        parts.append(f"## {tone.capitalize()}\n\n{own['questions']} questions.\n\n{table(own)}\n")
+        several = {name: len(one["seeds"]) for name, one in own["methods"].items() if len(one["seeds"]) > 1}
+        seeds = "; ".join(f"{name} with {count} seeds" for name, count in several.items())
+        trained = f"{seeds}; the others with one" if seeds else "One seed of each method"
+        parts.append(f"## {tone.capitalize()}\n\n{own['questions']} questions. {trained}.\n\n{table(own)}\n")
         lines = [
             f"| {own['against']} minus | summary | concept | fact kept | fluency (nats) |",
             "| --- | --- | --- | --- | --- |",
@@ -326,8 +329,9 @@ def page(found: dict[str, Any]) -> str:
 _HEAD = """# The study of methods
 
 Written by `python -m benchmarks.evaluation --only results` from the records in docs/results/evaluation; no number is typed by
-hand. Host: {host}. [Evaluation](../evaluation.md) explains the columns. Intervals are 95% intervals over questions,
-after averaging over seeds. Bold marks differences with p below 0.05 after Holm's adjustment over the methods.
+hand. Host: {host}. [Evaluation](../evaluation.md) explains the columns. Intervals are 95% intervals over questions;
+where a method was trained with several seeds, its values are averaged over them first. Bold marks differences with p below 0.05
+after Holm's adjustment over the methods.
 
 The records were made on more than one machine. In bfloat16 another CPU rounds differently, and greedy replies diverge. At
 strength 0 the compact IRM is the bare host to the bit on the same machine (its KL is 0); its row differs from the bare host's
