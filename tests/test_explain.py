@@ -153,6 +153,7 @@ def test_ablations() -> None:
     assert change["zero", 5] != 0
     assert change["keep", 5] == 0
     assert change["mean", 5] == pytest.approx(0, abs=1e-6)
+    assert ("mean", 6) not in change
     assert change["zero", 6] == change["zero", 7] == 0
     assert change["keep", 6] == pytest.approx(change["none", -1])
     assert against_controls(table, "keep")["none"] == change["none", -1]

@@ -121,7 +121,8 @@ def delta_ablations(
 
     Returns:
         One entry for each ablation and group ("" is the index itself), with the change from the whole IRM; how ``"whole"``
-        and ``"none"`` (index -1) are the IRM as it is and the bare host.
+        and ``"none"`` (index -1) are the IRM as it is and the bare host. How ``"mean"``, which is read beside the same index's
+        ``"zero"``, has no controls.
     """
     tuner = tuner_of(model)
     irm = tuner.registry.network(tuner.registry.names[0])
@@ -184,12 +185,12 @@ def _ablations(
     for group, some in controls.items():
         for other in some:
             groups.setdefault(other, []).append(group)
-    with progress("ablating" if bare else "ablating the host", len(groups) * len(hows), quiet) as task:
-        for how in hows:
-            for number, own in groups.items():
-                with edit(how, number):
-                    add(how, number, own, rows.losses(model)[0])
-                task.advance()
+    edits = [(how, number) for how in hows for number in groups if how != "mean" or number == index]
+    with progress("ablating" if bare else "ablating the host", len(edits), quiet) as task:
+        for how, number in edits:
+            with edit(how, number):
+                add(how, number, groups[number], rows.losses(model)[0])
+            task.advance()
     return entries
 
 

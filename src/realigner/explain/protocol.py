@@ -48,7 +48,7 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget(24, 20, 10, ("zero",), QUICK, 50),
-    "full": Budget(64, 100, 20, ("zero", "mean", "keep"), FULL, None),
+    "full": Budget(64, 40, 20, ("zero", "mean", "keep"), FULL, None),
 }
 
 
