@@ -9,37 +9,46 @@ written beside it.
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from realigner.analysis.resampling import interval
+from realigner.analysis.consensus import rank_biased_overlap
+from realigner.analysis.resampling import interval, ranks
 from realigner.explain.verdict import CAUSES
 from realigner.files import read_object, write_text
 from realigner.markdown import escaped
 
 Record = Mapping[str, Any]
 TITLES = {"paper": "the paper's recipe", "defects": "with its code's two mistakes", "compact": "compact network"}
+ABOUT = {
+    "paper": "the paper's network and its recipe, without the mistakes of its code",
+    "defects": "the same with them (labels are shifted twice, so that each position learns the token after the next; padding "
+    "counts in the loss), over all layers alone",
+    "compact": "realigner's default network and recipe (prompts in the host's chat template, the loss on replies alone)",
+}
 STATISTICS = {
     "icc": "striation: intraclass correlation over layers",
     "icc without 10": "the same without the 10 leading indices",
     "neuron over layer": "variance (omega squared) by neuron minus that by layer",
     "overlap": "consensus: rank-biased overlap of runs that differ in tone and seed",
-    "overlap, same seed": "the same of runs that differ in tone alone",
+    "overlap, same seed": "the same for runs that differ in tone alone",
 }
 MAIN = "one_leader"  # the paper's main finding
 PAPER_SAYS = {
     "neuron_over_layer": "What is added lines up by neuron index, not by layer",
     "striation": "Its heat maps have vertical lines: an index in every layer",
-    "one_leader": "Index 1512 leads in all 24 runs",
+    "one_leader": "Index 1512 stands out in all runs",
     "shared_indices": "It does so whatever the tone and the data",
     "early": "Most of the largest values fall early in a text (Figure 3)",
 }
 PAPER_ROWS = 60_000  # of each tone
-_SHOWN = 160  # characters of a reply
+_SHOWN, _LEADERS = 160, 4  # characters of a reply; indices in a cell
 
 
 def differences(arm: Record) -> dict[str, dict[str, float]]:
@@ -64,6 +73,44 @@ def differences(arm: Record) -> dict[str, dict[str, float]]:
         rounded = {key: round(number, 5) for key, number in (("value", value), ("low", low), ("high", high))}
         found[name] = {"plain": a["value"], "other": b["value"], **rounded, "n": a["n"], "rose": rose, "pairs": len(of_a)}
     return found
+
+
+def by_layers(record: Record) -> list[dict[str, Any]]:
+    """An arm's trained runs by the layers they act on.
+
+    Returns:
+        For each set of ``layers``, in the order of the runs: ``runs``, their number; ``icc`` and ``difference`` (variance by
+        neuron minus that by layer), means over runs; ``overlap``, the mean rank-biased overlap of the ``pairs`` of runs that
+        differ in tone and seed, None without any; and ``leaders``: index -> in how many runs it leads, most often first.
+    """
+    trained = [run for run in record["runs"] if run["steps"]]
+    found = []
+    for layers in dict.fromkeys(run["layers"] for run in trained):
+        own = [run for run in trained if run["layers"] == layers]
+        ranked = ranks(-np.array([record["scores"][run["run"]] for run in own]))
+        pairs = [
+            (a, b)
+            for (a, one), (b, other) in combinations(enumerate(own), 2)
+            if one["tone"] != other["tone"] and one["seed"] != other["seed"]
+        ]
+        overlaps = [rank_biased_overlap(ranked[a], ranked[b]) for a, b in pairs]
+        entry: dict[str, Any] = {"layers": layers, "runs": len(own), "pairs": len(pairs)}
+        for key, name in (("icc", "icc"), ("difference", "neuron over layer")):
+            entry[key] = float(np.mean([record["compared"][name]["by_run"][run["run"]] for run in own]))
+        entry["overlap"] = float(np.mean(overlaps)) if overlaps else None
+        entry["leaders"] = _counted(record["compared"]["leader share"]["by_run"][run["run"]] for run in own)
+        found.append(entry)
+    return found
+
+
+def standing(record: Record, index: int, layers: str | None = None) -> dict[str, Any]:
+    """How an index ranks in an arm's trained runs, of one set of layers or of all: ``runs``, ``first`` (in how many it leads),
+    ``median``, ``best``, ``worst``.
+    """
+    own = [run["run"] for run in record["runs"] if run["steps"] and layers in (None, run["layers"])]
+    placed = sorted(rank_of(record["scores"][run], index) for run in own)
+    middle = _number(float(np.median(placed)))
+    return {"runs": len(own), "first": placed.count(1), "median": middle, "best": placed[0], "worst": placed[-1]}
 
 
 def rank_of(scores: Sequence[float], index: int) -> int:
@@ -92,10 +139,17 @@ def page(folder: Path) -> str:
     environment.filters["escaped"] = escaped
     layer_sets = {run["layers"] for run in trained}
     index = why["index"] if why else leader["index"]
-    ranks = sorted(rank_of(paper["scores"][run["run"]], index) for run in trained)
+    sets = [(arm, own) for arm, record in arms.items() for own in by_layers(record)]
     return environment.get_template("study.md.j2").render(
         name=folder.name,
-        arms=list(TITLES),
+        arms=[
+            {"name": arm, "title": _title(arm), "about": ABOUT[arm], "runs": sum(run["steps"] > 0 for run in record["runs"])}
+            for arm, record in arms.items()
+        ],
+        led=lambda leaders: ", ".join(f"{index} ({count})" for index, count in leaders[:_LEADERS]),
+        several_sets=len(layer_sets) > 1,
+        prompts=verdicts["paper"][MAIN]["prompts"],
+        overlap_pairs=defects["compared"]["overlap"]["pairs"],
         host=paper["host"],
         dtypes=_dtypes(arms),
         squad=paper["squad"],
@@ -133,7 +187,16 @@ def page(folder: Path) -> str:
         without=without,
         mistaken=mistaken,
         index=index,
-        ranks={"first": ranks.count(1), "median": _number(float(np.median(ranks))), "best": ranks[0], "worst": ranks[-1]},
+        standings=[
+            {"title": _title(arm), "layers": own["layers"], **standing(arms[arm], index, own["layers"])} for arm, own in sets
+        ],
+        sets=[{"arm": arm, "title": _title(arm), **own} for arm, own in sets],
+        ranks=standing(paper, index),
+        mistaken_ranks=standing(defects, index),
+        compact_ranks=standing(arms["compact"], index),
+        width=paper["neurons"],
+        leaders=_counted(leader["by_run"].values()),
+        compact_leaders=_counted(arms["compact"]["compared"]["leader share"]["by_run"].values()),
         effects=[_changed(name, change[name]) for name in ("icc", "overlap")],
         same_leader=_in_common(without["by_run"], mistaken["by_run"]),
         trained_again=_in_common(*(own["icc"]["by_run"] for own in (defects["unchanged"], paper["compared"]))) < without["n"],
@@ -168,9 +231,9 @@ def _title(arm: str) -> str:
 
 
 def _claimed(found: Record) -> str:
-    """A claim with its value and the untrained twins'."""
-    bare = "" if found["untrained"] is None else f", untrained {found['untrained']:.3f}"
-    value = "" if found["value"] is None else f" ({found['value']:.3f}{bare})"
+    """A claim with its measure, its value and the untrained twins'."""
+    bare = "" if found["untrained"] is None else f"; untrained {found['untrained']:.3f}"
+    value = "" if found["value"] is None else f" ({found['measure']}: {found['value']:.3f}{bare})"
     return f"{found['claim'][:1].lower()}{found['claim'][1:]}{value}"
 
 
@@ -179,12 +242,13 @@ def _verdict(found: Record | None) -> str:
     if found is None or found["value"] is None:
         return "-"
     parts = [f"{found['value']:.3f}"]
-    if found["difference"] is not None and found["key"] != "neuron_over_layer":  # that one is decided by its own interval
+    if found["key"] == MAIN:
+        parts += [] if found["null"] is None else [f"by chance {found['null']:.3f}"]
+    elif found["difference"] is not None and found["key"] != "neuron_over_layer":  # that one is decided by its own interval
         parts.append(f"minus untrained: {found['difference']:+.3f}{_interval(found, 'difference_low', 'difference_high')}")
     else:
         parts[0] += _interval(found, "low", "high")
-    decided_by_p = found["key"] != MAIN or found["value"] == 1
-    parts += [f"p {found['p_adjusted']:.2g}"] if found["p_adjusted"] is not None and decided_by_p else []
+    parts += [] if found["p_adjusted"] is None else [f"p {found['p_adjusted']:.2g}"]
     return f"**{found['verdict']}**: {'; '.join(parts)}. {found['why']}"
 
 
@@ -193,10 +257,15 @@ def _interval(found: Record, low: str, high: str) -> str:
 
 
 def _changed(name: str, change: Record) -> str:
-    """What the mistakes do to a statistic, in words."""
-    how = "stronger" if change["low"] > 0 else "weaker" if change["high"] < 0 else "no different, as far as can be told"
-    about = {"icc": "striation is", "overlap": "agreement between runs that differ in tone and seed is"}[name]
-    return f"{about} {how} ({change['plain']:.3f} without, {change['other']:.3f} with them)"
+    """A statistic without the mistakes and with them."""
+    about = {"icc": "striation", "overlap": "agreement between runs that differ in tone and seed"}[name]
+    interval = f"{change['value']:+.4f}, {change['low']:+.4f} to {change['high']:+.4f}"
+    return f"{about} is {change['plain']:.3f} without and {change['other']:.3f} with them (difference {interval})"
+
+
+def _counted(indices: Iterable[int]) -> list[tuple[int, int]]:
+    """Each index and how often it is there, most often first."""
+    return Counter(indices).most_common()
 
 
 def _number(value: float) -> str:

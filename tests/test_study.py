@@ -150,7 +150,9 @@ def test_the_page_is_made_of_its_records(tmp_path: Path, monkeypatch: pytest.Mon
         trace = trace_of(1.0 + number, number)
         scores = {run.run: (leading_score(run.mean()) / 2).tolist() for run in each_run(trace)}
         runs = [
-            {"run": run, "steps": 12, "parameters": 1234, "layers": "all", "first_loss": 4.5, "kept_loss": 3.25} for run in RUNS
+            {"run": run, "tone": tone, "seed": seed, "layers": "all", "steps": 12, "parameters": 1234}
+            | {"first_loss": 4.5, "kept_loss": 3.25}
+            for run, (tone, seed) in RUNS.items()
         ]
         made = {
             "arm": arm,
@@ -175,7 +177,7 @@ def test_the_page_is_made_of_its_records(tmp_path: Path, monkeypatch: pytest.Mon
         (folder / f"{name}.json").write_text(json.dumps(facts))
     (folder / "explain.json").rename(tmp_path / "explain.json")
     before = study_page.page(folder)
-    assert "Why index 17 leads has not been asked yet." in before
+    assert "Why index 17 leads has not been tested yet." in before
     assert "`make study` does that next.\n\n## Loss and replies\n" in before
     (tmp_path / "explain.json").rename(folder / "explain.json")
     text = study_page.write_page(folder).read_text()
@@ -186,9 +188,9 @@ def test_the_page_is_made_of_its_records(tmp_path: Path, monkeypatch: pytest.Mon
         "# The paper's experiment on planted\n",
         "bfloat16 (the paper's recipe, compact network), float32 (with its code's two mistakes) |",
         "**A rehearsal (`QUICK=1`), not to be cited**: 12 steps",
-        "the commonest leader, 17, leads in 6 of the 6 runs.",
-        "Why index 17, by [`realigner explain`](../explain.md): a channel of the host.",
-        "It leads in 6 of the 6 runs with the paper's recipe; its median rank is 1 (1 to 1).",
+        "The commonest leader, 17, leads in 6 of the 6 runs (100%; by chance ",
+        "Why index 17 leads, by [`realigner explain`](../explain.md): **a channel of the host**.",
+        "| The paper's recipe | all | 6 | 6 | 1 (1 to 1) |",
         f"| {change['plain']:.3f} | {change['other']:.3f} | {change['value']:+.4f} {interval} |",
         'Asked "Why \\| so?"',
         "| The paper's recipe | 6 | 12 | 4.50 | 3.25 |",
@@ -202,6 +204,31 @@ def test_the_page_is_made_of_its_records(tmp_path: Path, monkeypatch: pytest.Mon
     for published in (HERE / "docs" / "results").glob("paper-on-*/differences.json"):
         place = published.parent
         assert (place.parent / f"{place.name}.md").read_text() == study_page.page(place)
+
+
+def test_a_table_by_layer_set_is_what_the_runs_of_each_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "DRAWS", 2)
+    trace = trace_of(1.0, 7)
+    scores = {run.run: leading_score(run.mean()).tolist() for run in each_run(trace)}
+    runs = [{"run": run, "tone": tone, "seed": seed, "layers": "all", "steps": 12} for run, (tone, seed) in RUNS.items()]
+    runs.append({"run": "untrained-42", "tone": "untrained", "seed": 42, "layers": "all", "steps": 0})
+    compared = study.compared(trace)
+    record: dict[str, Any] = {"runs": runs, "scores": scores, "compared": compared}
+    (whole,) = study_page.by_layers(record)
+    assert (whole["layers"], whole["runs"], whole["pairs"]) == ("all", 6, compared["overlap"]["pairs"])
+    assert whole["overlap"] == pytest.approx(compared["overlap"]["value"], abs=1e-4)
+    assert whole["icc"] == pytest.approx(compared["icc"]["value"], abs=1e-4)
+    assert whole["difference"] == pytest.approx(compared["neuron over layer"]["value"], abs=1e-4)
+    assert sum(count for _, count in whole["leaders"]) == 6
+    # Half of the runs over other layers.
+    for run in runs:
+        run["layers"] = "all" if run["tone"] == "anger" else "0-2"
+    first, rest = study_page.by_layers(record)
+    assert (first["runs"], first["pairs"], first["overlap"], rest["runs"], rest["pairs"]) == (2, 0, None, 4, 2)
+    assert rest["icc"] == pytest.approx(np.mean([compared["icc"]["by_run"][run] for run in RUNS if "anger" not in run]))
+    leader = first["leaders"][0][0]
+    assert study_page.standing(record, leader, "all")["first"] == first["leaders"][0][1]
+    assert study_page.standing(record, leader)["runs"] == 6
 
 
 def test_what_llama_2_takes_is_what_the_guards_say() -> None:

@@ -171,7 +171,7 @@ def _claims(
     claims = [
         _Claim(
             "striation",
-            "The same neuron indices stand out in every layer",
+            "Indices that are large in one layer tend to be large in the others",
             _find(striped, statistic="icc", without=0),
             "intraclass correlation over layers",
         ),
@@ -183,9 +183,9 @@ def _claims(
         ),
         _Claim(
             "neuron_over_layer",
-            "What is added goes by neuron index more than by layer",
+            "What is added varies more with the neuron index than with the layer",
             _find(striped, statistic="omega_squared_difference", without=0),
-            "share of variance (omega squared) by neuron less that by layer",
+            "share of variance (omega squared) by neuron minus that by layer",
         ),
         *(agreement if len(agreed.table) else ()),
         _Claim("early", "The largest values fall early in a text", *_timed(timed), more=False),
@@ -264,7 +264,7 @@ def _decided(claim: _Claim, p: float, permutations: int) -> tuple[Verdict, str]:
     if not np.isfinite(row["value"]) and claim.key != "shared_indices":
         return "cannot tell", "The trace has no data to measure it."
     if claim.key == "neuron_over_layer":
-        return _by_interval(row["low"], row["high"], "The index explains more", "The layer explains more", "prompts and tones")
+        return _by_interval(row["low"], row["high"], "The index explains more", "The layer explains more")
     if claim.key == "one_leader" and row["n"] > 1 and row["value"] < 1:
         return "not supported", "It is not the same index in every run."
     if not np.isfinite(p):
@@ -293,14 +293,14 @@ def _decided(claim: _Claim, p: float, permutations: int) -> tuple[Verdict, str]:
         return "cannot tell", why
     low, high = row["difference_low"], row["difference_high"]
     low, high = (low, high) if claim.more else (-high, -low)
-    return _by_interval(low, high, "Untrained IRMs show less of it", "Untrained IRMs show more of it", "untrained IRMs")
+    return _by_interval(low, high, "Untrained IRMs show less of it", "Untrained IRMs show more of it", " of the difference from untrained IRMs")
 
 
-def _by_interval(low: float, high: float, above: str, below: str, what: str) -> tuple[Verdict, str]:
+def _by_interval(low: float, high: float, above: str, below: str, what: str = "") -> tuple[Verdict, str]:
     if low > 0:
         return "supported", f"{above}."
     if high < 0:
         return "not supported", f"{below}."
     if not np.isfinite(low):
         return "cannot tell", "One prompt gives no interval."
-    return "cannot tell", f"The interval includes 0: {what} leave both open."
+    return "cannot tell", f"The interval{what} includes 0."
