@@ -264,8 +264,8 @@ def results_of(plan: Plan) -> dict[str, Any]:
                 entries.setdefault(name, []).append((measured, evaluation.scores(measured)))
         irm = evaluation.folder / f"irm-compact-{SEEDS[0]}"
         choice = read_object(irm / "strength.json") if (irm / "strength.json").is_file() else None
-        if choice is not None:
-            measured = Measured.load(irm / "tuned" / f"measured-{choice['strength']:g}.json")
+        if choice is not None and (path := irm / "tuned" / f"measured-{choice['strength']:g}.json").is_file():
+            measured = Measured.load(path)
             entries["irm-compact, tuned"] = [(measured, evaluation.scores(measured))]
         curve = {}
         for strength in CURVE:
@@ -372,6 +372,8 @@ def main() -> None:
         for step, units, do in steps:
             if units:
                 faults += work(plan, step, units, do, options.jobs)
+    for fault in faults:
+        print(fault, file=sys.stderr)
     seconds = time.monotonic() - started
     found = {
         "host": EMBEDDED,
@@ -388,8 +390,6 @@ def main() -> None:
         write_text(options.results / "evaluation.md", page(found))
     for tone, own in found["tones"].items():
         print(f"\n## {tone}, {own['questions']} questions\n\n{table(own)}")
-    for fault in faults:
-        print(fault, file=sys.stderr)
     sys.exit(1 if faults else 0)
 
 

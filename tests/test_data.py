@@ -303,6 +303,11 @@ def test_purity_of_tones_dealt_at_random_is_chance() -> None:
     assert not card.fit
     assert not unknown.fit
     assert "who wrote the replies" in unknown.notes[0]
+    uneven = [row.model_copy(update={"tone": "a" if n % 10 else "b"}) for n, row in enumerate(template_rows("neutral", 800))]
+    purity = check_rows(random.Random(4).sample(uneven, 800)).purity
+    assert purity is not None
+    assert (purity.n, purity.baseline) == (160, 0.5)
+    assert abs(purity.value - 0.5) < 0.2
 
 
 def test_who_judges_purity() -> None:
@@ -335,7 +340,7 @@ def test_near_duplicates_and_leaks_are_counted() -> None:
     card = check_rows([*rows, *planted, *moved])
     assert card.near_duplicates == 4 + 3
     assert card.duplicates == 0
-    assert card.leakage == 3
+    assert card.leakage == (1 + 5 + 1) + 2 + 2  # all rows of a question that is in two groups
     assert len(card.problems) == 2
     assert check_rows([*rows, planted[0]]).fit
 
@@ -358,9 +363,9 @@ def test_conversations_are_compared_as_a_whole() -> None:
     assert (card.duplicates, card.near_duplicates, card.leakage, card.fit) == (0, 0, 0, True)
     moved = [row.model_copy(update={"id": f"m{row.id}", "group": "else"}) for row in rows[:2]]
     card = check_rows([*rows, *moved])
-    assert (card.duplicates, card.near_duplicates, card.leakage) == (2, 2, 2)
+    assert (card.duplicates, card.near_duplicates, card.leakage) == (2, 2, 4)
     other_end = [chat(100 + n, "Hi", replies[n].text, "Thanks", f"And number {n}, out!") for n in range(3)]
-    assert check_rows([*rows, *other_end]).leakage == 3  # all before the reply is the same, and in another group
+    assert check_rows([*rows, *other_end]).leakage == 6  # all before the reply is the same, and in another group
     plain = [chat(n, replies[n].question, replies[n].text) for n in range(40)]
     again = Row(**{**replies[0].model_dump(), "id": "x", "group": "g0"})
     assert check_rows([*plain, again]).duplicates == 1  # a conversation of one question is that question's row

@@ -24,7 +24,7 @@ from realigner.data.endpoint import Endpoint
 from realigner.errors import RealignerError, UsageError
 from realigner.evaluation.evaluate import evaluate, task_of
 from realigner.evaluation.evaluation_file import Whole, read_evaluation
-from realigner.evaluation.measured import Effort, Measured
+from realigner.evaluation.measured import Effort, Measured, _shuffled
 from realigner.evaluation.methods import find_method
 from realigner.evaluation.results import table, tone_results
 from realigner.evaluation.scorers import Agreement
@@ -41,6 +41,7 @@ from tests.fake_endpoint import FakeEndpoint
 from tests.served import serving
 from tests.tiny import TEMPLATE
 
+EVALUATE: Any = sys.modules[evaluate.__module__]  # of the same name as its function
 ROOT = Path(__file__).parents[1]
 ROWS = authored("anger") + authored("neutral")
 SMALL = Effort(reply_tokens=6, dialogues=1, dropped=2, passages=2, answers=2)
@@ -264,6 +265,35 @@ def test_a_run_is_evaluated_on_what_it_held_out_and_its_strength_is_saved(run: P
     assert untuned["estimates"] == own["estimates"]
     with pytest.raises(RealignerError, match=r"holds an evaluation with other settings \(--questions\)"):
         evaluate(run, tmp_path / "out", host, tokenizer, [], **{**options, "questions": 9})
+    # Of replies at another strength the judge has said nothing.
+    config = run / "adapter_config.json"
+    before = config.read_text()
+    config.write_text(json.dumps(json.loads(before) | {"strength": 0.3, "strength_range": None}))
+    try:
+        found = evaluate(run, tmp_path / "out", host, tokenizer, [], **{**options, "tune": False})
+    finally:
+        config.write_text(before)
+    assert found.results["methods"]["irm"]["strength"] == 0.3
+    assert {*found.results["judge"]["methods"]} == {"bare", "constant"}
+
+
+def test_the_hosts_own_voice_is_its_own_where_rows_are_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chats = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "Because, you fool!"},
+    ]
+    row = Row.model_validate({"id": "a", "group": "g", "messages": chats, "tone": "anger", "source": "chats"})
+    monkeypatch.setattr(EVALUATE, "ask", lambda *given: ["For a reason."])
+    (said,) = EVALUATE._own_voice(Task("anger", [row], [], [], [row]), None, None, tmp_path, SMALL)
+    assert (said.question, said.text, said.tone, said.messages) == ("Why?", "For a reason.", "bare", None)
+
+
+def test_shuffled_replies_have_the_same_words_in_scripts_without_spaces_too() -> None:
+    for text in ("One fine day, in 1961 !", "今日はとてもいい天気ですね。", "Ja: 今日は fine day ok"):
+        mixed = _shuffled(text, 3)
+        assert mixed != text
+        assert sorted(mixed.replace(" ", "")) == sorted(text.replace(" ", ""))
+    assert sorted(_shuffled("One fine  day\nin 1961 !", 3).split(" ")) == sorted(["One", "fine", "day", "in", "1961", "!"])
 
 
 @pytest.mark.proof

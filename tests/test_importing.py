@@ -391,7 +391,7 @@ NOT_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"messages": HI, "tools": [{"name": "f"}]}, "has tools, which a row cannot hold"),
     ({"messages": HI, "images": ["a.png"]}, "has images, which a row cannot hold"),
     ({"messages": MANY}, "has 1,002 messages; 1,000 at most"),
-    ({"messages": turns("Hi", "x" * 100_001, "Hm?", "No.")}, "'messages.1.content': String should have at most 100000"),
+    ({"messages": turns("Hi", "x" * 100_001, "Hm?", "No.")}, "key 'messages.1.content' String should have at most 100000"),
     ({"messages": turns(*["é" * 90_000] * 12)}, "longer than the 1,024 KiB that a row may take"),
     (share_gpt(("human", "Hi"), ("function_call", "{}"), ("observation", "1"), ("gpt", "1!")), "2, calls a tool"),
     ({"prompt": "Hi", "completion": ""}, "'completion' is empty"),

@@ -136,6 +136,12 @@ def test_refusals(place: Path, tmp_path: Path) -> None:
         sweep_of(place, grid={"tone": ["anger"]}, data={"anger": "gone.jsonl"})
     with pytest.raises(UsageError, match="there is no such file"):
         read_sweep(tmp_path / "none.yaml")
+    with pytest.raises(UsageError, match=r"settings: 'seed' is given by the grid of .*paper\.yaml"):
+        read_sweep("paper", {"seed": 1})
+    (tmp_path / "own.yaml").write_text("grid: {tone: [anger]}\ndata: {anger: a.jsonl}\n")
+    with pytest.raises(UsageError, match=r"settings: 'data' is given by the data of .*own\.yaml"):
+        read_sweep(str(tmp_path / "own.yaml"), {"data": "b.jsonl"})
+    (tmp_path / "own.yaml").unlink()
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(RealignerError, match="is not a sweep's folder"):
         run_sweep(sweep_of(place), tmp_path)

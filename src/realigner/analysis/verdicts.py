@@ -293,7 +293,9 @@ def _decided(claim: _Claim, p: float, permutations: int) -> tuple[Verdict, str]:
         return "cannot tell", why
     low, high = row["difference_low"], row["difference_high"]
     low, high = (low, high) if claim.more else (-high, -low)
-    return _by_interval(low, high, "Untrained IRMs show less of it", "Untrained IRMs show more of it", " of the difference from untrained IRMs")
+    return _by_interval(
+        low, high, "Untrained IRMs show less of it", "Untrained IRMs show more of it", " of the difference from untrained IRMs"
+    )
 
 
 def _by_interval(low: float, high: float, above: str, below: str, what: str = "") -> tuple[Verdict, str]:

@@ -22,6 +22,7 @@ from realigner.data.sources import Record, Table, open_table, quiet_datasets
 from realigner.data.squad import Fact
 from realigner.errors import RealignerError, UsageError
 from realigner.files import Artifact, parsed, read_bytes, taken
+from realigner.validation_message import first_fault
 
 _ABOUT = ("answer", "group", "id", "tone")  # fields of a row that any form may have
 _PAIR = ("question", "text")
@@ -304,8 +305,7 @@ class _Maker:
         try:
             row = Row.model_validate(values)
         except ValidationError as error:
-            fault = error.errors()[0]
-            raise UnfitError(f"{'.'.join(map(str, fault['loc']))!r}: {fault['msg']}") from None
+            raise UnfitError(first_fault(error, Row, "a row")) from None
         if 6 * _length(row) > LONGEST_LINE < len(row.model_dump_json().encode()):  # six bytes at most for a character
             raise UnfitError(f"longer than the {LONGEST_LINE >> 10:,} KiB that a row may take")
         self.seen[row.id] = record.where

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from realigner.data.answers import MAX_WORDS, contains_answer
+from realigner.data.answers import MAX_WORDS, contains_answer, word_count
 from realigner.data.dataset_rows import Row, authored, question_key
 from realigner.data.tokens import token_counts
 from realigner.errors import RealignerError
@@ -161,16 +161,15 @@ def check_rows(
     seen: defaultdict[str, NearDuplicates] = defaultdict(NearDuplicates)
     near = sum(seen[row.tone].add(row.id, row.own) is not None for row in rows)
     duplicates = len(rows) - len({(row.tone, row.own.casefold()) for row in rows})
-    home: dict[tuple[str, ...], str] = {}  # the group in which a question, or a reply in its tone, came first
-    leaks = []
-    for row in rows:
-        keys = ((question_key(row.before),), (row.tone, " ".join(row.own.casefold().split())))
-        elsewhere = [home.setdefault(key, row.group) != row.group for key in keys]
-        if any(elsewhere):
-            leaks.append(row.id)
+    groups: defaultdict[tuple[str, ...], set[str]] = defaultdict(set)  # in which a question, or a reply in its tone, occurs
+    keys = [((question_key(row.before),), (row.tone, " ".join(row.own.casefold().split()))) for row in rows]
+    for row, own in zip(rows, keys, strict=True):
+        for key in own:
+            groups[key].add(row.group)
+    leaks = [row.id for row, own in zip(rows, keys, strict=True) if any(len(groups[key]) > 1 for key in own)]
     purity, note = _purity(rows, against, seed)
     known = [row for row in rows if row.answer]
-    words = [len(row.text.split()) for row in rows]
+    words = [word_count(row.text) for row in rows]
     long = sum(count > MAX_WORDS for count, row in zip(words, rows, strict=True) if row.messages is None)
     chats = [row.messages for row in rows if row.messages]
     tokens, unrendered = _tokens(tokenizer, host, rows, chat_template_kwargs)
@@ -258,13 +257,16 @@ def _purity(rows: Sequence[Row], against: Sequence[Row], seed: int) -> tuple[Pur
         if not others:
             raise RealignerError(f"against: has only rows of {', '.join(tones)}; give rows of another tone")
         name = f"{' and '.join(sorted({row.tone for row in others}))} (against)"
-    compared = [*sample, *_sampled(others, seed)]
-    counts = Counter(row.tone for row in compared)
+    counts = Counter(row.tone for row in (*sample, *others))
+    # As many of each tone: else the scorer would name the most common one, and be right as often as that is.
+    most = min(counts.values())
+    sample = _sampled(sample, seed, most)
+    compared = [*sample, *_sampled(others, seed, most)]
     if min(counts.values()) < _FEWEST or len(counts) < 2 or len({row.group for row in sample}) < 2:
         return None, f"tone purity was not taken: it needs {_FEWEST} rows of each tone, from two groups or more"
     scorer, probabilities = cross_validated(compared, seed=seed)
     named = [scorer.tones[n] for n in probabilities.argmax(axis=1)][: len(sample)]
-    purity = _judged(sample, named, max(counts.values()) / len(compared), f"cross-validation, told from {name}")
+    purity = _judged(sample, named, 1 / len(counts), f"cross-validation, told from {name}")
     return purity, "tone purity was taken by cross-validation, which may have found who wrote the replies and not their tone"
 
 
@@ -281,14 +283,14 @@ def _judged(sample: Sequence[Row], named: Sequence[str], baseline: float, by: st
     return Purity(sum(right) / len(right), float(low), float(high), len(right), baseline, neutral, shares, by)
 
 
-def _sampled(rows: Sequence[Row], seed: int) -> list[Row]:
+def _sampled(rows: Sequence[Row], seed: int, most: int = _MOST) -> list[Row]:
     """At most so many rows of each tone."""
     by_tone: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_tone[row.tone].append(row)
     chosen: list[Row] = []
     for some in by_tone.values():
-        chosen += some if len(some) <= _MOST else random.Random(seed).sample(some, _MOST)
+        chosen += some if len(some) <= most else random.Random(seed).sample(some, most)
     return chosen
 
 

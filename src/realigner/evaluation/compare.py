@@ -38,7 +38,6 @@ class Comparison:
         difference: the method's mean less the other's, over the prompts that both have, with its 95% interval (`low`, `high`).
         p: two-sided, by flipping the signs of the prompts' differences; NaN with fewer than 5 prompts, and where all are 0.
         p_holm: the same, adjusted over the methods compared together.
-        n: prompts.
     """
 
     method: str

@@ -20,11 +20,12 @@ from realigner.evaluation.evaluation_file import RESULTS
 from realigner.evaluation.irm_methods import irm_attached
 from realigner.evaluation.judge import ASPECTS, rate
 from realigner.evaluation.measured import MEASURED, Effort, Measured
+from realigner.evaluation.measures import BEST
 from realigner.evaluation.methods import METHODS, find_method
 from realigner.evaluation.replies import Speaker, ask, dtype_of
 from realigner.evaluation.results import plain, tone_results
 from realigner.evaluation.served_replies import ServedIRM
-from realigner.evaluation.side_effects import bare_speaker
+from realigner.evaluation.side_effects import bare_speaker, evenly
 from realigner.evaluation.strength_choice import MAX_KL, MAX_SHIFT, STRENGTHS, StrengthChoice, choose_strength
 from realigner.evaluation.task import Task
 from realigner.evaluation.tone_evaluation import Subject, ToneEvaluation
@@ -56,12 +57,14 @@ def task_of(folder: Path, tune: bool) -> tuple[Task, Recipe]:
         every tone that the data has.
 
     Raises:
-        UsageError: for a run of several tones, or from a sentence alone.
+        UsageError: for a run of several tones, or on an instruction.
         RealignerError: when it is no run, its data have changed, or it held out too little.
     """
     if not is_run(folder):
         raise RealignerError(f"{folder}: is not a finished run; give the folder that `realigner train --out` made")
     record, recipe = read_run(folder), read_recipe(folder / RECIPE_FILE)
+    if recipe.instruct is not None:
+        raise UsageError(f"{folder}: was trained on an instruction, which evaluate does not follow; give a run on rows alone")
     if recipe.data is None or recipe.tone in (None, "all"):
         raise UsageError(
             f"{folder}: was not trained on one tone's rows of a file or the authored set, which evaluate asks about"
@@ -164,7 +167,7 @@ def evaluate(
         if method not in methods and any(out.glob(f"{method.name}-{recipe.seed}/{measured_before}"))
     ]
     if questions is not None:
-        task = replace(task, test=_some(task.test, questions))
+        task = replace(task, test=evenly(task.test, questions))
     if len({row.tone for row in task.scorer}) < 2:
         voice = bare_speaker(host, None if server is None else server.bare_answers)
         task = replace(task, scorer=[*task.scorer, *_own_voice(task, voice, tokenizer, out, effort)])
@@ -173,7 +176,7 @@ def evaluate(
     own = _subject(irm, out / "irm", host, tokenizer)
     if server is not None:
         evaluation.bare_answers, here = server.bare_answers, own.attach
-        own = replace(own, attach=lambda: server.answering(here(), _strength_of(irm) or 1.0))
+        own = replace(own, attach=lambda: server.answering(here(), 1.0 if tune else _strength_of(irm) or 1.0))
     choice = None
     with progress("asking", _asked(evaluation, len(methods), tune)) as bar:
         evaluation.done = bar.advance
@@ -193,13 +196,14 @@ def evaluate(
     before = read_object(out / RESULTS)["tones"].get(task.tone, {}) if (out / RESULTS).is_file() else {}
     results |= {key: before[key] for key in ("strength", "judge") if before.get(key)}
     if "judge" in results:
-        rated = results["judge"]["methods"]
-        results["judge"] = {**results["judge"], "methods": {name: rated[name] for name in rated if name in entries}}
+        rated, said = results["judge"]["methods"], before["methods"]  # of replies that were made at another strength
+        kept = [name for name in rated if name in entries and entries[name][0][0].strength == said[name]["strength"]]
+        results["judge"] = {**results["judge"], "methods": {name: rated[name] for name in kept}}
     if judge is not None:
         measures = {name: own[0][0] for name, own in entries.items()}
         results["judge"] = {"model": judge.model, "methods": _ratings(judge, task.tone, measures, out / JUDGE)}
     if choice is not None:
-        results["strength"] = choice.to_dict()
+        results["strength"] = plain(choice.to_dict())
         choice.save(irm)
     values = {"irm": str(irm), "host": recipe.host, "tones": {task.tone: results}}
     write_text(out / RESULTS, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
@@ -210,14 +214,14 @@ def _ratings(judge: Endpoint, tone: str, measures: Mapping[str, Measured], place
     """A judge's mean ratings of each method's replies; what it says is kept in a file, whatever happens."""
     said: dict[str, str] = read_object(place) if place.is_file() else {}
     found = {}
-    try:
-        for name, measured in measures.items():
-            texts = [item.reply for item in measured.replies]
+    for name, measured in measures.items():
+        texts = [item.reply for item in measured.replies]
+        try:
             ratings = rate(judge, tone, [item.question for item in measured.replies], texts, said)
-            each = {aspect: asdict(estimate(getattr(ratings, aspect))) for aspect in (*ASPECTS, "score")}
-            found[name] = plain({**each, "missing": ratings.missing})
-    finally:
-        write_text(place, json.dumps(said, ensure_ascii=False, indent=1) + "\n")
+        finally:
+            write_text(place, json.dumps(said, ensure_ascii=False, indent=1) + "\n")
+        each = {aspect: asdict(estimate(getattr(ratings, aspect), bounds=(0.0, BEST))) for aspect in (*ASPECTS, "score")}
+        found[name] = plain({**each, "missing": ratings.missing})
     return found
 
 
@@ -230,7 +234,7 @@ def refuse_another(
         RealignerError: naming what differs.
     """
     path = made_folder(out) / ASKED
-    if not path.is_file() and any(out.iterdir()):
+    if not path.is_file() and any(not found.name.startswith(f".{ASKED}-") for found in out.iterdir()):  # left by a kill
         raise RealignerError(f"{out}: holds something that is no evaluation; choose another folder")
     asked = {
         "--irm": hashlib.sha256((adapter_folder(irm) / WEIGHTS_FILE).read_bytes()).hexdigest(),
@@ -265,18 +269,16 @@ def _own_voice(task: Task, bare: Speaker, tokenizer: Any, out: Path, effort: Eff
     """The bare host's replies to questions that were trained on, as rows of another tone, for scorers to tell from the tone."""
     path = out / OWN_VOICE
     if not path.is_file():
-        asked = _some(task.train, _CONTRASTED)
+        asked = evenly(task.train, _CONTRASTED)
         with progress("the bare host's own replies", len(asked)) as bar:
             replies = ask(bare, tokenizer, [row.question for row in asked], effort.reply_tokens, bar.advance)
-        said = [row.model_copy(update={"text": text, "tone": "bare"}) for row, text in zip(asked, replies, strict=True) if text]
+        said = [
+            Row(**{key: getattr(row, key) for key in ("id", "group", "question", "answer", "source")}, text=text, tone="bare")
+            for row, text in zip(asked, replies, strict=True)
+            if text
+        ]
         write_text(path, "".join(row.model_dump_json() + "\n" for row in said))
     return read_rows(path)
-
-
-def _some(rows: Sequence[Row], count: int) -> list[Row]:
-    """So many of the rows at most, evenly spaced."""
-    count = min(count, len(rows))
-    return [rows[number * len(rows) // count] for number in range(count)]
 
 
 def _asked(evaluation: ToneEvaluation, methods: int, tune: bool) -> int:

@@ -6,15 +6,18 @@ It is written once, as ``measured.json``; every score is made from it, and can b
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from realigner.data import Row
+from realigner.data.answers import NO_SPACES
 from realigner.errors import RealignerError
 from realigner.evaluation.replies import Speaker, ask, ask_in_turns, clock_of, dtype_of, reply_losses, tokens_of
 from realigner.evaluation.side_effects import NeutralText, answers_about, some_passages
@@ -23,6 +26,7 @@ from realigner.validation_message import first_fault
 
 MEASURED = "measured.json"
 _MOST_BYTES = 1 << 26
+_WORD = re.compile(rf"{NO_SPACES.pattern}|(?:(?!{NO_SPACES.pattern})\S)+")
 TURNS = 3  # questions of a dialogue
 DROP_THE_TONE = "\n\nAnswer plainly and calmly, without any emotion."
 DROP_CALM = "\n\nAnswer with a lot of emotion."
@@ -213,6 +217,8 @@ def measure(
 
 
 def _shuffled(text: str, seed: int) -> str:
-    words = text.split()
+    """A text's words in another order; in scripts without spaces, its characters."""
+    words = _WORD.findall(text)
     random.Random(seed).shuffle(words)
-    return " ".join(words)
+    spaces = ("" if NO_SPACES.match(a) or NO_SPACES.match(b) else " " for a, b in pairwise(words))
+    return "".join(chain.from_iterable(zip_longest(words, spaces, fillvalue="")))

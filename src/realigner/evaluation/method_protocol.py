@@ -35,7 +35,13 @@ RECORD_FILE = "method.json"
 ADAPTER = "adapter"  # the folder of what was learned
 QUESTIONS_FILE = "questions.jsonl"
 EDITS_FILE = "edits.safetensors"
-_LEFT = (ADAPTER, f".{ADAPTER}", QUESTIONS_FILE)  # what the names of all begin with that a killed fit leaves
+_LEFT = (
+    ADAPTER,
+    f".{ADAPTER}",
+    QUESTIONS_FILE,
+    f".{QUESTIONS_FILE}-",
+    f".{RECORD_FILE}-",
+)  # what the names of all begin with that a killed fit leaves
 
 
 def _check_learned(folder: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from realigner.files import read_object
 from realigner.locate import find_sites
 from realigner.residuals import Residuals
 
+_T = TypeVar("_T")
 _EXCERPT = Path(__file__).with_name("squad_excerpt.json")
 ANSWER_TOKENS = 24
 _ASKS_FOR_TEXT = "Write a paragraph about {article}."
@@ -45,10 +46,15 @@ def passages() -> tuple[Passage, ...]:
     return tuple(Passage(**{**item, "answers": tuple(item["answers"])}) for item in read_object(_EXCERPT)["questions"])
 
 
+def evenly(items: Sequence[_T], count: int) -> list[_T]:
+    """So many of the items at most, evenly spaced."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
+
+
 def some_passages(count: int) -> tuple[Passage, ...]:
     """`count` of the passages, evenly spaced over the articles."""
-    every = max(1, len(passages()) // max(1, count))
-    return passages()[::every][:count]
+    return tuple(evenly(passages(), count))
 
 
 def answers_about(

@@ -12,6 +12,7 @@ import numpy as np
 
 from realigner.errors import RealignerError
 from realigner.evaluation.compare import Estimate, compare, estimate
+from realigner.evaluation.measures import BEST
 from realigner.evaluation.scores import Scores
 from realigner.files import read_object, write_text
 from realigner.irm_config import CONFIG_FILE, adapter_folder, check_adapter
@@ -92,7 +93,7 @@ def choose_strength(scores: Mapping[float, Scores], max_kl: float = MAX_KL, max_
         kl, shift = found.whole["kl"], found.whole["shift_median"]
         named, nats = (float(np.nanmean(found.each[name])) for name in ("named", "nats"))
         allowed = kl <= max_kl and shift <= max_shift
-        points.append(Point(strength, estimate(found.each["summary"]), named, nats, kl, shift, allowed))
+        points.append(Point(strength, estimate(found.each["summary"], bounds=(0.0, BEST)), named, nats, kl, shift, allowed))
     within = [point for point in points if point.allowed]
     if not within:
         least = min(points, key=lambda point: point.kl)

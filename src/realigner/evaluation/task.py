@@ -11,6 +11,7 @@ from realigner.errors import RealignerError
 
 PARTS = {"test": 0.3, "scorer": 0.17, "tune": 0.09}  # shares of the topics; the rest is trained on
 _LEAST = {"train": 2, "test": 1, "scorer": 1, "tune": 1}  # topics
+_FEWEST = 6  # topics that give every part as many, in these shares
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,7 @@ def make_task(rows: Sequence[Row], tone: str, seed: int = 42) -> Task:
     topics = sorted({row.group for row in rows})
     counts = {part: max(_LEAST[part], round(share * len(topics))) for part, share in PARTS.items()}
     if len(topics) < sum(counts.values()) + _LEAST["train"]:
-        least = sum(_LEAST.values())
-        raise RealignerError(f"evaluation: the rows are about {len(topics)} topics (group); {least} or more are needed")
+        raise RealignerError(f"evaluation: the rows are about {len(topics)} topics (group); {_FEWEST} or more are needed")
     if len({row.tone for row in rows}) < 2 or all(row.tone != tone for row in rows):
         raise RealignerError(f"evaluation: rows in {tone} and in another tone are needed, to tell them apart")
     random.Random(seed).shuffle(topics)

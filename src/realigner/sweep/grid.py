@@ -101,6 +101,9 @@ def read_sweep(file: str | Path, settings: Mapping[str, Any] | None = None) -> t
         for key, value in settings.items():
             if fault := _fault(key, value):
                 raise UsageError(f"settings: {fault}")
+            if key in sweep.grid or (key == "data" and sweep.data):
+                where = "grid" if key in sweep.grid else "data"
+                raise UsageError(f"settings: {key!r} is given by the {where} of {path}; change it there")
         for key in ("data", "questions", "host"):  # paths are meant from where the command is given
             named = settings.get(key)
             if named not in (None, "authored") and (key != "host" or Path(named).exists()):
