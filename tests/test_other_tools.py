@@ -134,6 +134,30 @@ def test_modules_to_save(tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path))
     again = PeftModel.from_pretrained(tiny_host("llama"), str(tmp_path)).eval()
     assert torch.equal(again(input_ids=prompts()).logits, want)
+    # A second one with a copy of its own, and one without.
+    again.add_adapter("b", IRMConfig(modules_to_save=["lm_head"]))
+    again.add_adapter("c", IRMConfig())
+    head = again.base_model.model.lm_head
+    with torch.no_grad():
+        head.modules_to_save["b"].weight.mul_(3)
+    logits = {}
+    for name in ("default", "b", "c"):
+        again.set_adapter(name)
+        logits[name] = again(input_ids=prompts()).logits
+    assert torch.equal(logits["default"], want)
+    with again.disable_adapter():
+        assert torch.equal(again(input_ids=prompts()).logits, bare)
+    again.base_model.set_adapter(["b", "c"])
+    assert head.active_adapters == ["b"]
+    with pytest.raises(UsageError, match="default and b each have a trained copy of lm_head"):
+        again.base_model.set_adapter(["default", "b"])
+    with pytest.raises(UsageError, match="act in every row"), torch.no_grad():
+        again(input_ids=prompts(), adapter_names=["b"] * len(prompts()))
+    again.set_adapter("default")
+    again.delete_adapter("default")
+    assert "default" not in head.modules_to_save
+    again.set_adapter("b")
+    assert torch.equal(again(input_ids=prompts()).logits, logits["b"])
     host = again.unload()
     assert torch.equal(host(input_ids=prompts()).logits, bare)
     assert {name for name, _ in host.named_modules()} == {name for name, _ in tiny_host("llama").named_modules()}

@@ -113,7 +113,8 @@ class AdapterRegistry(nn.Module, BaseTunerLayer):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Nothing to do: PEFT asks after loading, and the weights were loaded onto the device already."""
+        """Move an IRM to where its strength is: PEFT asks after loading, which leaves buffers and its own choice of device."""
+        self.networks[adapter_name].to(self.default.strengths[adapter_name].device)
 
 
 def _times(strength: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

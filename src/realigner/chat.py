@@ -123,6 +123,7 @@ class Chat:
         asked = [*self.messages, {"role": "user", "content": text}]
         pieces: list[str] = []
         stopped, ended = True, False
+        before, irms, acting = self.messages, self.irms, self.acting
         reading = self.runtime.stream(asked, system=self.system, thoughts=True, **self._settings(), **self.options)
         try:
             with closing(reading):
@@ -137,19 +138,28 @@ class Chat:
             pieces.clear()
             raise
         finally:
-            self._keep(asked, pieces, stopped, ended)
+            if self.messages is before:  # not forgotten meanwhile
+                self._keep(asked, pieces, irms, acting, stopped, ended)
 
     def _settings(self) -> dict[str, Any]:
         if not self.runtime.irms:
             return {}
         return {"irms": self.irms or "__base__", "strength": self.acting or None}
 
-    def _keep(self, asked: list[dict[str, str]], pieces: list[str], stopped: bool, ended: bool) -> None:
+    def _keep(
+        self,
+        asked: list[dict[str, str]],
+        pieces: list[str],
+        irms: tuple[str, ...],
+        acting: dict[str, float],
+        stopped: bool,
+        ended: bool,
+    ) -> None:
         reply = "".join(piece for piece in pieces if not isinstance(piece, Thought))
         if not reply.strip():
             return
         thought = "".join(piece for piece in pieces if isinstance(piece, Thought)).strip()
-        same = set(self.acting.values())
-        strength = next(iter(same)) if len(same) == 1 else self.acting or None
+        same = set(acting.values())
+        strength = next(iter(same)) if len(same) == 1 else acting or None
         self.messages = [*asked, {"role": "assistant", "content": reply}]
-        self.turns.append(Turn(asked[-1]["content"], reply, thought, self.irms, strength, stopped, ended))
+        self.turns.append(Turn(asked[-1]["content"], reply, thought, irms, strength, stopped, ended))

@@ -6,7 +6,6 @@ are: each sampled weight is found by its name and shape and read where it lies, 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from realigner.errors import RealignerError
+from realigner.files import read_object
 from realigner.fingerprints import Fingerprint, decode_samples, off, off_in_sign, places_of, sample_key
 
 _LAYER = re.compile(r"(?P<layers>(?:.*\.)?)(?P<index>\d+)\.(?P<rest>.+)")
@@ -115,7 +115,10 @@ def _layers_of(stack: ExitStack, folder: Path, num_layers: int) -> Iterator[_Sto
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():  # a folder may hold the same weights in another form (consolidated.safetensors)
-        named = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        shards = read_object(index).get("weight_map")
+        named = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+        if lacking := sorted(named - {file.name for file in files}):
+            raise RealignerError(f"{folder / lacking[0]}: is not there, and {index.name} names it; get it")
         files = [file for file in files if file.name in named]
     elif (single := folder / "model.safetensors").is_file():
         files = [single]

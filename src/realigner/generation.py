@@ -413,10 +413,10 @@ class Sampling:
 
 
 def ends_of(model: nn.Module, chat_format: ChatFormat) -> set[int]:
-    """The tokens that end a reply: the host's, and those by which its template ends one."""
+    """The tokens that end a reply: the host's, and those by which the form ends one (rows that IRMs learn from end so)."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     own = {ends} if isinstance(ends, int) else set(ends or [])
-    return own if chat_format.is_plain else own | set(chat_format.ends)
+    return own | set(chat_format.ends)
 
 
 def _check_number(name: str, value: float, fits: bool) -> None:

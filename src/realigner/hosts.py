@@ -192,12 +192,19 @@ def folder_of(name: str) -> str:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The torch device for a name; ``"auto"`` takes the accelerator if there is one."""
+    """The torch device for a name; ``"auto"`` takes the accelerator if there is one.
+
+    Raises:
+        UsageError: for a device that is not here, and for Apple's MPS, whose lack of float64 the proof of sites cannot do with.
+    """
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        accelerator = None if accelerator is None or accelerator.type == "mps" else accelerator
         if accelerator is not None and "LOCAL_RANK" in os.environ:
             return torch.device(accelerator.type, int(os.environ["LOCAL_RANK"]))
         return accelerator or torch.device("cpu")
+    if device.partition(":")[0] == "mps":
+        raise UsageError("device: mps has no float64, which the proof of a host's sites needs; use cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError):

@@ -67,7 +67,10 @@ def _layer_count(host: nn.Module) -> int:
     config = text_config(host)
     # Decoders of encoder-decoder families count the encoder's layers in num_hidden_layers.
     names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
-    return int(next(count for name in names if (count := getattr(config, name, None)) is not None))
+    count = next((count for name in names if (count := getattr(config, name, None)) is not None), None)
+    if count is None:
+        raise RealignerError(f"{type(host).__name__}: its config has none of {', '.join(names)}, so its layers cannot be told")
+    return int(count)
 
 
 def find_sites(host: nn.Module, path: str | None = None) -> HostSites:

@@ -53,8 +53,8 @@ class Runtime:
 
         Args:
             prompts: one question, or a list; a conversation is a list of turns, so put a single one into a list.
-            options: of `generation.answer`: ``strength``, ``irms``, ``where`` (one for all or a list with one for each
-                prompt), ``system``, ``max_new_tokens``, ``temperature``, ``seed``, ``chat_template_kwargs``, ...
+            options: of `generation.answer`: ``strength`` and ``irms`` (one for all or a list with one for each prompt),
+                ``where``, ``system``, ``max_new_tokens``, ``temperature``, ``seed``, ``chat_template_kwargs``, ...
 
         Returns:
             Strings, each with what the host thought before it as its ``thought``, and whether it ``ended`` or was cut.

@@ -77,7 +77,11 @@ class IRMModel(BaseTuner):
         """Run the host's ``generate``, with this call's strength and tokens if they are given."""
         given = kwargs.get("generation_config"), *args[1:2]  # transformers takes it as the second argument too
         config = next((value for value in given if value is not None), self.model.generation_config)
-        repeats = [kwargs.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences")]
+        configs = config, self.model.generation_config  # which fills in what the first leaves open
+        repeats = [
+            kwargs.get(key) or next((value for own in configs if (value := getattr(own, key, None))), 1)
+            for key in ("num_beams", "num_return_sequences")
+        ]
         own, mask = [kwargs.get(key) for key in ("inputs_embeds", "input_ids", "inputs")], kwargs.get("attention_mask")
         inputs = (*own, *args)
         if self.model.config.is_encoder_decoder:  # what it is given is the encoder's
@@ -95,6 +99,8 @@ class IRMModel(BaseTuner):
         rows: Sequence[str | tuple[str, ...]] | None = None,
     ) -> Settings:
         """This thread's settings with the given changes and the active IRMs pinned: a later `set_adapter` has no effect."""
+        if rows is not None:
+            self._check_rows()
         settings = self.registry.settings(self.settings, strength, where, rows)
         return settings if settings.irms is not None else replace(settings, irms=self.registry.enabled())
 
@@ -285,6 +291,13 @@ class IRMModel(BaseTuner):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             self.registry.check_loaded("adapter", name)
+        wrappers = _wrappers(self.model)
+        for path, wrapper in wrappers:
+            if len(own := [name for name in names if name in wrapper._adapters]) > 1:
+                raise UsageError(f"adapter: {' and '.join(own)} each have a trained copy of {path}, and one can act at a time")
+        for _, wrapper in wrappers:
+            own = [name for name in names if name in wrapper._adapters]
+            wrapper.set_adapter(own[0] if own else [], inference_mode=inference_mode)
         BaseTunerLayer.set_adapter(self.registry, names, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
@@ -303,6 +316,9 @@ class IRMModel(BaseTuner):
         del self.injector.threads.default.strengths[adapter_name]
         BaseTunerLayer.delete_adapter(self.registry, adapter_name)
         self.active_adapter = self.registry.names
+        for _, wrapper in _wrappers(self.model):
+            active = [name for name in self.registry.names if name in wrapper._adapters]
+            wrapper.delete_adapter(adapter_name, new_active_adapters=active[:1])
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make the named IRMs trainable or not."""
@@ -333,8 +349,15 @@ class IRMModel(BaseTuner):
         if adapter_names is None:
             yield
             return
+        self._check_rows()
         with self.injector.threads.using(self.registry.settings(self.settings, rows=adapter_names)):
             yield
+
+    def _check_rows(self) -> None:
+        """Raise UsageError where rows cannot differ in their IRMs."""
+        if _wrappers(self.model):
+            found = "trained copies of the host's modules (modules_to_save) act in every row"
+            raise UsageError(f"adapter_names: {found}; use set_adapter or disable_adapter")
 
     # Files: tensors go by irm.<network's own name>; loading is strict.
 

@@ -24,6 +24,7 @@ from realigner.app.conversations import Conversation, Conversations
 from realigner.app.exchange import SIDES, Asked, Exchange, Message, Talker
 from realigner.app.map_page import index_panel, map_page
 from realigner.console import say
+from realigner.dialogues import readable
 from realigner.errors import RealignerError, UsageError
 from realigner.explain.explanation import Explanation
 from realigner.prompts import PAPER_PROMPTS
@@ -205,7 +206,13 @@ class Page:
         folder = self.place / exchange.live.id / "trace.zarr"
         if not folder.is_dir():
             trace = exchange.live.trace
-            trace.attrs["notes"] = {"base": [exchange.replies["base"]], "settings": _sampling(exchange.asked)}
+            asked = exchange.asked
+            heard = asked.conversation("base")
+            trace.attrs["notes"] = {
+                "base": [exchange.replies["base"]],
+                "base_questions": [readable(heard) if self.talker.has_turns and len(heard) > 1 else asked.text],
+                "settings": _sampling(asked),
+            }
             save_trace(trace, folder)
         return folder
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from typing import Any
 
 from realigner.app.exchange import Asked, Exchange, Limits, Reader
@@ -36,6 +35,7 @@ class EndpointTalker:
 
     def __init__(self, url: str, host: str | None = None, irms: Sequence[str] = (), limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
+        self._url = url  # with a login and a query, which an endpoint's own address leaves out
         self.endpoint = Endpoint(url, host or _UNNAMED, retries=1)
         models = self.endpoint.models() if host is None or not irms else {}
         self.host, irms = told(list(models), host, irms, url)
@@ -59,7 +59,7 @@ class EndpointTalker:
     def _reader(self, asked: Asked, side: str) -> Reader:
         mix = Mix.of(asked.acting if side == "realigned" else {})
         sampling: dict[str, Any] = {"temperature": asked.temperature, "top_p": asked.top_p, "seed": asked.seed}
-        server = replace(self.endpoint, model=mix.name(self.host), max_tokens=asked.max_new_tokens, **sampling)
+        server = Endpoint(self._url, mix.name(self.host), retries=1, max_tokens=asked.max_new_tokens, **sampling)
 
         def read(stop: threading.Event) -> Generator[str, None, bool]:
             with closing(server.stream(asked.conversation(side), stop)) as pieces:

@@ -57,7 +57,7 @@ def app(
     trust_remote_code: opt.Trust = False,
 ) -> None:
     """Open a page to chat with base and realigned side by side, move the strengths, and see what the IRMs add."""
-    login = _login(auth or os.environ.get(_AUTH_ENV))
+    login = _login(auth or os.environ.get(_AUTH_ENV) or None)
     given: dict[str, Any] = {"host": host, "explanation": explanation, "trust_remote_code": trust_remote_code}
     given |= {"dtype": dtype != "auto", "device": device != "auto", "max_context": max_context != _CONTEXT}
     if endpoint is None and model is not None:

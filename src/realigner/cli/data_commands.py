@@ -47,7 +47,7 @@ def build(
     host: Annotated[str, on_host(help="The embedded default, a hub id, a folder, or a .gguf file.")] = "smollm2-135m-instruct",
     batch_size: Annotated[int, on_host(help="Replies at a time.", min=1)] = 32,
     dtype: Annotated[str, on_host(help="float32, bfloat16, float16, or auto.")] = "auto",
-    device: Annotated[str, on_host(help="cpu, cuda, mps, ..., or auto.")] = "auto",
+    device: Annotated[str, on_host(help="cpu, cuda, cuda:1, ..., or auto.")] = "auto",
     trust_remote_code: Trust = False,
     endpoint: Annotated[Optional[str], on_endpoint(help="Base URL, e.g. http://127.0.0.1:8000/v1.")] = None,
     model: Annotated[Optional[str], on_endpoint(help="The endpoint's model.")] = None,

@@ -86,7 +86,7 @@ def train(
     chat_template_kwargs: opt.TemplateKwargs = None,
     seed: Annotated[Optional[int], Option(help="Seed of everything random.", show_default="42")] = None,
     dtype: Annotated[Optional[str], Option(help="Dtype of the host: float32, bfloat16, float16, or auto.")] = None,
-    device: Annotated[Optional[str], Option(help="cpu, cuda, mps, ..., auto, or balanced (layers on all devices).")] = None,
+    device: Annotated[Optional[str], Option(help="cpu, cuda, ..., auto, or balanced (layers on all devices).")] = None,
     resume: Annotated[bool, Option("--resume", help="Resume the unfinished run of OUT, if there is one.")] = False,
     trust_remote_code: opt.Trust = False,
     force: opt.Force = False,
@@ -210,7 +210,9 @@ def generate(
         local |= {"dtype": dtype != "auto", "device": device != "auto", "trust-remote-code": trust_remote_code}
         for flag, given in local.items():
             if given:
-                raise UsageError(f"--{flag}: is for a host loaded here; with --endpoint, say it in --model (host+anger@0.7)")
+                named = flag in ("irm", "strength", "host")
+                remedy = "say it in --model (host+anger@0.7)" if named else "leave it out"
+                raise UsageError(f"--{flag}: is for a host loaded here; with --endpoint, {remedy}")
         from realigner.cli.endpoint_replies import print_replies
 
         fields = _beyond_defaults(where, repetition_penalty, thinking_budget, opt.template_kwargs(chat_template_kwargs))

@@ -17,14 +17,13 @@ from realigner.prompts import PAPER_PROMPTS, Answer
 
 _T = TypeVar("_T")
 
-Host = Annotated[str, typer.Option(help="The embedded default, a hub id, a folder, or a .gguf file.")]
 HostOfIrm = Annotated[Optional[str], typer.Option("--host", help="The host; by default the one the IRM was made for.")]
 Irms = Annotated[list[Path], typer.Option("--irm", help="A run's folder, or a sweep's for all its runs; may be repeated.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ..., or auto.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto.")]
 Where = Annotated[str, typer.Option(help="The tokens the IRM acts on: all, prompt, reply, or N for the reply's first N.")]
 Strength = Annotated[
     float, typer.Option(help="Scale of the IRM: 0 is the bare host, 1 the IRM as trained.", min=-1000, max=1000)

@@ -337,7 +337,7 @@ def report(
             folders = find_runs(places)
             loaded, tokenizer = load_host_of(folders[0], host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
             check_hosts(given, host_name(loaded))
-            made = Path(aside) / (places[0].name if places[0] in given else folders[0].name)
+            made = Path(aside) / (places[0] if places[0] in given else folders[0]).resolve().name
             trace_for_report(folders, made, loaded, tokenizer, strength, quiet=as_json)
             given = [made, *(source for source in given if source not in places)]
         path, shown = build_report(given, out, force)

@@ -79,8 +79,9 @@ def edited_output(irm: IRM, index: int, how: How, mean: np.ndarray | None = None
     try:
         chosen = others if how == "keep" else ~others
         rows[:, chosen], biases[:, chosen] = 0.0, 0.0
-        if how == "mean" and mean is not None:
-            biases[:, index] = torch.as_tensor(mean[:, index]).to(bias)
+        if how == "mean" and mean is not None:  # before the deltas are scaled
+            scale = irm.delta_scale if irm.layer_scales is None else irm.layer_scales[:, 0].cpu().numpy()
+            biases[:, index] = torch.as_tensor(mean[:, index] / (1.0 if scale is None else scale)).to(bias)
         yield
     finally:
         weight.copy_(before[0])

@@ -72,6 +72,11 @@ class IndexStudy:
                 raise RealignerError(f"{folder}: was trained on an instruction; explain needs a run on a file of rows alone")
             if recipe.data is None:
                 raise RealignerError(f"{folder}: was trained on rows made in Python; explain needs a run on a file of rows")
+            if recipe.label_shift != 1 or recipe.loss_on_padding:
+                raise RealignerError(
+                    f"{folder}: was trained with label_shift or loss_on_padding, on another loss than explain measures; "
+                    "give another run"
+                )
             own = recipe_rows(recipe)
             if (read_run(folder).get("data") or {}).get("sha256") not in (None, rows_hash(own)):
                 raise RealignerError(f"{recipe.data}: not the rows that {folder} was trained on; put those there to explain it")

@@ -129,7 +129,10 @@ class TrialRunner:
         if kind == "masked":
             return {"masked": sorted({*masked, self.index})}
         if kind == "one layer":
-            return {"layers": [depth // 2]}
+            layers, scale = self.recipe.shape.resolved_layers(depth), self.recipe.delta_scale
+            middle = len(layers) // 2
+            own = {"delta_scale": [scale[middle]]} if isinstance(scale, list) else {}
+            return {"layers": [layers[middle]], **own}
         if kind == "sgd":
             return {"optimizer": "sgd", "learning_rate": min(999.0, SGD_RATE * self.recipe.peak_rate)}
         made: dict[str, Callable[[], PreTrainedModel]] = {

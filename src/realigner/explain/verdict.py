@@ -375,8 +375,8 @@ def _other_trials(evidence: Evidence) -> list[Conclusion]:
     found = []
     for kind, question in questions.items():
         answer, ranks, n = _dropped(evidence, kind)
-        if n:
-            found.append(_conclusion(kind, question, answer, f"{ranks}.", n, "trials"))
+        if n or kind in evidence.refused:
+            found.append(_conclusion(kind, question, answer, f"{ranks[:1].upper()}{ranks[1:]}.", n, "trials"))
     return found
 
 

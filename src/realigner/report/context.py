@@ -26,6 +26,8 @@ from realigner.report.plot_style import as_svg
 from realigner.report.report_input import ReportInput
 from realigner.report.run_styles import RunStyles
 from realigner.report.token_maps import ARROW, explorer, questions
+from realigner.training.run_dir import RECIPE_FILE
+from realigner.training.run_record import loss_name
 
 _BINS = 20  # of the histograms over a text
 BUDGET = 14_500_000  # bytes of a page; what everything else leaves is spent on maps token by token
@@ -117,13 +119,16 @@ def _commands(item: ReportInput, runs: RunStyles) -> list[str]:
     """The commands that reproduce this page, beside what it was made of."""
     made_of = list(dict.fromkeys(str(runs.facts[run]["irm"]) for run in runs.names if runs.facts[run]["irm"]))
     settings = item.trace.attrs["notes"].get("settings", {})
-    folders = [_again(folder) for folder in made_of]
+    # What has no recipe (a ready-made IRM, an adapter alone) is not trained again.
+    known = [folder for folder in made_of if (Path(folder) / RECIPE_FILE).is_file() or not Path(folder).is_dir()]
     lines = [
-        f"realigner train --recipe {folder}/recipe.yaml --out {again}" for folder, again in zip(made_of, folders, strict=True)
+        f"realigner train --recipe {shlex.quote(f'{folder}/{RECIPE_FILE}')} --out {shlex.quote(_again(folder))}"
+        for folder in known
     ]
+    folders = [_again(folder) if folder in known else folder for folder in made_of]
     parents = {str(Path(folder).parent) for folder in folders}
     places = sorted(parents) if len(folders) > 2 and len(parents) == 1 else folders
-    irms = " ".join(f"--irm {place}" for place in places) or "--irm RUN"
+    irms = " ".join(f"--irm {shlex.quote(place)}" for place in places) or "--irm RUN"
     strengths = {runs.facts[run]["strength"] for run in runs.names}
     options = "".join(f" --strength {strength}" for strength in strengths if len(strengths) == 1 and strength != 1)
     options += f" --max-new-tokens {settings['max_new_tokens']}" if "max_new_tokens" in settings else ""
@@ -139,17 +144,17 @@ def _commands(item: ReportInput, runs: RunStyles) -> list[str]:
     keep = " --keep raw" if "delta" in item.trace else ""
     explains = []
     for found in item.explained:
-        given = " ".join(f"--irm {_again(folder)}" for folder in found.irms.values())
+        given = " ".join(f"--irm {shlex.quote(_again(folder))}" for folder in found.irms.values())
         how = " --quick" * found.quick + ("" if found.steps is None else f" --steps {found.steps}")
         how += "" if found.trials else " --no-trials"
-        explains.append(f"realigner explain {given} --index {found.index}{how} --out {_again(str(found.folder))}")
+        explains.append(f"realigner explain {given} --index {found.index}{how} --out {shlex.quote(_again(str(found.folder)))}")
+    sources = ["again/trace.zarr", *(shlex.quote(_again(str(found.folder))) for found in item.explained)]
     return [
         *lines,
         f"realigner trace {irms} --prompts {prompts} --out again/trace.zarr{keep}{options}",
         "realigner analyze again/trace.zarr",
         *explains,
-        f"realigner report {' '.join(['again/trace.zarr', *(_again(str(found.folder)) for found in item.explained)])} "
-        "--out again/report.html",
+        f"realigner report {' '.join(sources)} --out again/report.html",
     ]
 
 
@@ -320,7 +325,10 @@ def _training(item: ReportInput, runs: RunStyles) -> dict[str, Any] | None:
     if not lines and not bare:
         return None
     name = "loss, nats per token"
+    names = {loss_name(record) for record in item.records.values()}
+    title = " or ".join(f"{one[:1].upper()}{one[1:]}" for one in sorted(names, reverse=True))
     return {
-        "validation": tables.charted(lines, "step", name, "Validation loss by step"),
+        "validation": tables.charted(lines, "step", name, f"{title} by step"),
+        "title": title,
         "batches": tables.charted(bare, "step", name, "Training loss by step, one batch each"),
     }

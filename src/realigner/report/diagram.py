@@ -38,7 +38,11 @@ def figure1(record: Mapping[str, Any], neurons: int, width: float = COLUMN) -> F
 
 def _host(axes: Axes, name: str, layers: Sequence[int], depth: int) -> list[tuple[int | None, float]]:
     """The host's layers from bottom to top; where each box is: (layer, y), None for those not drawn."""
-    shown: list[int | None] = [*range(depth)] if depth <= 4 else [0, 1, None, depth - 1]
+    shown: list[int | None] = [*range(depth)]
+    if depth > 4:  # the first two, and the last: of the IRM's layers where it leaves out the host's
+        first = 0 if layers[0] <= 1 else min(layers[0], depth - 2)
+        last = layers[-1] if layers[-1] > first + 1 else depth - 1
+        shown = [first, first + 1, *([None] if last > first + 2 else []), *([last] if last > first + 1 else [])]
     axes.text(0, 10.0, f"{name}, frozen", ha="left", va="top", color=INK, fontsize=8, weight="bold")
     bottom, top = 1.3, 8.6
     height = (top - bottom) / len(shown)

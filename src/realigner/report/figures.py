@@ -221,7 +221,7 @@ def length_histogram(lengths: Sequence[int], label: str) -> Figure:
         figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
         low, high = min(lengths), max(lengths)
         width = max(1, -(-(high - low + 1) // 60))
-        axes.hist(lengths, bins=list(range(low, high + width + 1, width)), color="#5b7a99", align="left")
+        axes.hist(lengths, bins=[edge - 0.5 for edge in range(low, high + width + 1, width)], color="#5b7a99")
         middle = sorted(lengths)[len(lengths) // 2]
         axes.axvline(middle, color="#b03a2e", linewidth=1.2, label=f"median {middle}")
         axes.set_xlabel(label)

@@ -70,7 +70,7 @@ def index_pages(
 
 
 def _profile(runs: RunStyles, maps: xr.DataArray, index: int, kind: str) -> dict[str, Any]:
-    """An index through the layers; each run over its own largest layer's, so that runs of different size compare."""
+    """An index through the layers; each run over the root mean square of its map, so that runs of different size compare."""
     layers = maps["layer"].values.tolist()
     lines = []
     for run in runs.names:

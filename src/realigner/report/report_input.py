@@ -15,7 +15,7 @@ from realigner.errors import RealignerError
 from realigner.evaluation.evaluation_file import is_evaluation
 from realigner.explain.explanation import RESULT_FILE, Explanation, is_explanation, read_explanation
 from realigner.traces.store import is_trace, load_trace
-from realigner.training.run_dir import RECIPE_FILE, read_metrics, read_run
+from realigner.training.run_dir import ADAPTER_FILES, read_metrics, read_run
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,11 @@ def untraced(sources: Sequence[Path]) -> list[Path]:
 
 
 def _runs_in(place: Path) -> set[Path]:
-    """The run that a folder is, or those of the sweep that it is; `find_runs` needs torch, and a report does not."""
-    if (place / RECIPE_FILE).is_file():
+    """The IRM that a folder is, or those of the sweep that it is; as `find_runs`, which needs torch, and a report does not."""
+    config, _ = ADAPTER_FILES
+    if (place / config).is_file():
         return {place.resolve()}
-    return {file.parent.resolve() for file in place.glob(f"*/{RECIPE_FILE}")}
+    return {file.parent.resolve() for file in place.glob(f"*/{config}") if not file.parent.name.endswith(".unfinished")}
 
 
 def check_hosts(sources: Sequence[Path], host: str) -> None:

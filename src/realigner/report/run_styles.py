@@ -22,7 +22,7 @@ class RunStyles:
 
     Attributes:
         names: of the runs, in this order.
-        facts: run -> ``tone, seed, strength, irm, sha256, untrained``.
+        facts: run -> ``tone, seed, strength, irm, sha256, network, untrained``.
         twins: trained run -> the untrained one of its seed and layers.
     """
 

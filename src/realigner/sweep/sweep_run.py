@@ -17,6 +17,7 @@ import realigner.training.run_dir as run_dir
 from realigner.console import signals_to
 from realigner.errors import RealignerError, UsageError
 from realigner.files import locked, made_folder, read_object, write_text
+from realigner.hosts import EMBEDDED
 from realigner.sweep.grid import RunSpec
 from realigner.sweep.sweep_table import StateTable
 from realigner.sweep.worker import Job
@@ -178,7 +179,7 @@ def _jobs(runs: Sequence[RunSpec], out: Path, workers: int) -> list[Job]:
     jobs = []
     for run in runs:
         host, data, threads = run.recipe.host, run.recipe.data, run.recipe.threads or share
-        host = str(Path(host).resolve()) if host and Path(host).exists() else host
+        host = str(Path(host).resolve()) if host and host != EMBEDDED and Path(host).exists() else host
         data = str(Path(data).resolve()) if data and data != "authored" else data
         asked = run.recipe.questions
         asked = asked if asked == "authored" else str(Path(asked).resolve())

@@ -14,7 +14,8 @@ on ``text``   coordinates ``text_run``, ``text_tone``, ``text_seed``, ``text_pro
               ``sum``, ``sum_abs``, ``sum_sq``, ``max_abs`` of delta ``[text, part, layer, neuron]``; the text's largest values
               ``top_value``, ``top_position``, ``top_layer``, ``top_neuron [text, rank]``
 others        ``part``: the prompt, the first 10 generated tokens (the paper's choice), the rest; ``layer``; ``neuron``
-attributes    ``source``, ``layout``, ``host``, ``runs`` (run -> tone, seed, strength, irm, sha256, untrained), and whatever the
+attributes    ``source``, ``layout``, ``host``, ``runs`` (run -> tone, seed, strength, irm, sha256, network,
+              untrained), and whatever the
               maker noted under ``notes`` (the bare host's replies, how replies were made)
 ============  ===============================================================================================================
 
@@ -243,10 +244,10 @@ def join_traces(traces: Sequence[xr.Dataset]) -> xr.Dataset:
             raise UsageError(f"trace: these traces {what}: {', '.join(sorted(map(str, values)))}")
     labels = [label for trace in traces for label in labels_of(trace)]
     attributes("", labels)  # which refuses different runs of one name
-    asked = [trace.attrs["notes"].get("prompts", []) for trace in traces]
-    for prompts in asked[1:]:
-        for number, (one, other) in enumerate(zip(asked[0], prompts, strict=False)):
-            if one != other:
+    asked: dict[int, Any] = {}
+    for trace in traces:
+        for number, other in enumerate(trace.attrs["notes"].get("prompts", [])):
+            if (one := asked.setdefault(number, other)) != other:
                 raise UsageError(
                     f"trace: prompt {number} is {one!r:.60} in one of these traces and {other!r:.60} in another; record them "
                     "with the same prompts"

@@ -287,7 +287,8 @@ class _Recorder:
             raise RealignerError("record: the decoder was called directly; call the model or its generate")
         if self.keep == "replay" and self.tuner.settings.where != "all":
             raise UsageError("record: deltas of a part of the text (where=) cannot be computed again; record with keep='raw'")
-        strengths = set(active.strength.flatten().tolist())
+        # The shortest decimal that is the same float32: 0.7, not 0.699999988079071.
+        strengths = {float(str(np.float32(value))) for value in active.strength.flatten().tolist()}
         if len(strengths) > 1:
             raise UsageError(f"record: the strength of {name!r} differs from row to row; record each setting separately")
         (strength,) = strengths

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from realigner.errors import UsageError
 from realigner.traces.layout import PARTS, SMALL, TEXT_SUMS, TOKEN_SUMS, Summary, parts_of
 
 _GATHERED = 1 << 20  # values gathered before they are reduced: 4 MiB in float32, which fits a CPU cache
@@ -74,6 +75,8 @@ class BatchSummary:
     """
 
     def __init__(self, rows: int, top: int) -> None:
+        if top < 1:
+            raise UsageError(f"top: {top} values are kept of each text; give 1 or more")
         self.top = top
         self.rows = [_Row() for _ in range(rows)]
         self._waiting: list[tuple[torch.Tensor, np.ndarray, np.ndarray]] = []

@@ -31,7 +31,6 @@ _METADATA_MOST = 1 << 24  # bytes
 _CHUNK_MOST = 1 << 25  # bytes of a chunk, unpacked
 _REQUIRED = {"zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "fill_value"}
 _OPTIONAL = {"attributes", "dimension_names", "storage_transformers"}
-_SETTINGS: dict[str, Collection[Any]] = {"endian": ("little",), "level": range(-7, 23), "checksum": (False, True)}  # of codecs
 _NAN = "AAAAAAAA+H8="  # how xarray writes that NaN is a missing value
 
 

@@ -125,6 +125,8 @@ def prepare(
         recipe.shape.resolved_layers(int(depth))
     if split is None:
         split = split_rows(rows, recipe.seed, recipe.validation, recipe.test, by_tone=len(tones) > 1)
+    elif not split.train or not split.validation:
+        raise UsageError("split: its parts train and validation need a row or more each")
     chat_format = ChatFormat(tokenizer, recipe.template, recipe.chat_template_kwargs)
     prompted = prompted or {}
 

@@ -38,7 +38,12 @@ def check_packages(recipe: Recipe) -> None:
 
 
 def check_fit(
-    prepared: Prepared | Teacher, recipe: Recipe, config: Any, loaded: bool, quiet: bool, trust_remote_code: bool = False
+    prepared: Prepared | Teacher,
+    recipe: Recipe,
+    config: Any,
+    loaded: torch.device | None,
+    quiet: bool,
+    trust_remote_code: bool = False,
 ) -> None:
     """Say how many rows are cut and how much memory the training takes (`estimate_memory`); refuse what cannot fit."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -82,7 +87,7 @@ def estimate_memory(
     longest: int,
     targets: int,
     processes: int = 1,
-    loaded: bool = False,
+    loaded: torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> Memory:
     """What training by a recipe will take, from the host's config alone.
@@ -97,11 +102,13 @@ def estimate_memory(
         longest: tokens of the longest row.
         targets: positions of a row that logits are computed for, at most.
         processes: over which a step's rows are shared.
-        loaded: the host is in memory already, and is not counted against what is free.
+        loaded: where the host is, if it is in memory already: then it is not counted against what is free there.
         trust_remote_code: the config may name a class of the host's own code.
     """
     text = config.get_text_config(decoder=True)
     device = resolve_device("auto" if recipe.device == "balanced" else recipe.device)
+    if loaded is not None and loaded.type != "meta":  # as parts of an offloaded host are
+        device = loaded
     bytes_each = torch.finfo(resolve_dtype(recipe.dtype, device)).bits // 8
     hidden, depth = int(text.hidden_size), int(text.num_hidden_layers)
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
@@ -119,7 +126,7 @@ def estimate_memory(
         logits += int(text.vocab_size) * (12 + bytes_each)
     inside = layer + 2 * depth * hidden * bytes_each if recipe.gradient_checkpointing else depth * layer
     return Memory(
-        host=0.0 if loaded else host * bytes_each,
+        host=0.0 if loaded is not None else host * bytes_each,
         irm=irm * _irm_bytes(recipe),
         activations=rows * (longest * (inside + 12 * depth * hidden) + targets * logits),
         free=free_memory(device, recipe.device == "balanced"),

@@ -28,6 +28,7 @@ from realigner.data import TONES, Row, Split, authored, read_rows
 from realigner.data.dataset_rows import EVERY_TONE
 from realigner.errors import RealignerError, UsageError
 from realigner.extras import versions
+from realigner.files import discard
 from realigner.fingerprints import fingerprint, weights_hash
 from realigner.generation import answer
 from realigner.hosts import host_name, load_config, load_host, load_tokenizer, text_config
@@ -110,12 +111,15 @@ def train(
         raise RealignerError("there are no rows to train on")
     if split is not None and recipe.instruct is not None:
         raise UsageError("split: of a teacher's replies, which come later; leave it out (instruct)")
+    device, alone = next(host.parameters()).device, "LOCAL_RANK" not in os.environ and not hasattr(host, "hf_device_map")
+    if device.type == "cuda" and device.index and alone:  # Trainer would move the host
+        raise UsageError(f"device: training takes the first GPU that it sees; choose with CUDA_VISIBLE_DEVICES={device.index}")
     with run_dir.held(Path(out), force, resume) as place:
         recipe = resolve(recipe, host, tokenizer, rows)
         check_packages(recipe)
         check_search(recipe)
         prepared = _material(rows, tokenizer, host.config, recipe, split)
-        check_fit(prepared, recipe, host.config, loaded=True, quiet=quiet)
+        check_fit(prepared, recipe, host.config, loaded=next(host.parameters()).device, quiet=quiet)
         return _train(host, tokenizer, prepared, recipe, place, resume, quiet)
 
 
@@ -151,7 +155,7 @@ def train_recipe(
         prepared = _material(rows, tokenizer, config, recipe)
         if repeats:
             _check_repeat(repeats, prepared, recipe)
-        check_fit(prepared, recipe, config, loaded=False, quiet=quiet, trust_remote_code=trust_remote_code)
+        check_fit(prepared, recipe, config, loaded=None, quiet=quiet, trust_remote_code=trust_remote_code)
         host, tokenizer = load_host(recipe.host, recipe.dtype, recipe.device, trust_remote_code, tokenizer=tokenizer)
         return _train(host, tokenizer, prepared, resolve(recipe, host, tokenizer, rows), place, resume, quiet)
 
@@ -205,8 +209,6 @@ def recipe_rows(recipe: Recipe) -> list[Row]:
 def resolve(recipe: Recipe, host: nn.Module, tokenizer: Any, rows: Sequence[Row]) -> Recipe:
     """The recipe with what this machine and these rows decided filled in, so that it repeats the run."""
     name: str | None = host_name(host) or None
-    if name and Path(name).exists():
-        name = str(Path(name).resolve())
     data, tone = recipe.data if rows else None, recipe.tone
     if tone != EVERY_TONE and rows:
         tone = rows[0].tone
@@ -295,6 +297,7 @@ def _train(
         # A stopped run stays unfinished; a whole one gets its name, and the model the weights that were kept.
         if not stopped and writer:
             if weights_hash(host) != hashed and not _sharded(host):
+                discard(work, run_dir.RUN)  # or the next call would resume it
                 raise RealignerError("the host's weights changed during training; nothing was saved")
             finish(model, place, record, recipe)
         processes.wait_for_everyone()
@@ -374,7 +377,8 @@ def _fit(
     stop = StopSignal()
 
     def sample() -> list[dict[str, str]]:
-        replies = answer(model, tokenizer, PAPER_PROMPTS, max_new_tokens=recipe.samples)
+        thoughts = 512 if recipe.loss_on_thought else 0  # what is not learned is not thought either
+        replies = answer(model, tokenizer, PAPER_PROMPTS, max_new_tokens=recipe.samples, thinking_budget=thoughts)
         return [{"prompt": prompt, "reply": reply} for prompt, reply in zip(PAPER_PROMPTS, replies, strict=True)]
 
     def row_ids() -> list[str]:

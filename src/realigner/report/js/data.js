@@ -1,4 +1,4 @@
-// Numbers of the page: base64 -> gzip -> codes -> floats, each only when it is asked for. Written by report/pack.py.
+// Numbers of the page: base64 -> gzip -> codes -> floats, each only when it is asked for. Written by report/quantize.py.
 
 async function unpacked(text) {
   const raw = Uint8Array.fromBase64 ? Uint8Array.fromBase64(text) : Uint8Array.from(atob(text), (c) => c.charCodeAt(0));

@@ -371,7 +371,7 @@ class Explorer {
   open() {
     const page = document.getElementById(`${this.root.dataset.prefix}index-${this.book.label(this.cursor.column)}`);
     if (page) location.hash = page.id;
-    else this.say(`Index ${this.book.label(this.cursor.column)} has no page of its own: it leads in no run.`);
+    else this.say(`Index ${this.book.label(this.cursor.column)} has no page of its own.`);
   }
 
   // --- what is read out
