@@ -484,8 +484,10 @@ def test_the_irms_that_were_explained_are_traced(tmp_path: Path) -> None:
     assert untraced([folder, tmp_path / "anger"]) == [tmp_path / "anger"]
     assert untraced([tmp_path / "anger", trace]) == []  # the trace has this run
     assert untraced([tmp_path, trace]) == []  # and all runs of this folder
-    (tmp_path / "other-run").mkdir()
-    (tmp_path / "other-run" / "recipe.yaml").touch()
+    for name in ("other-run.unfinished", "other-run"):  # what is being trained is no run yet
+        assert untraced([tmp_path, trace]) == []
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").touch()
     assert untraced([tmp_path, trace]) == [tmp_path]
     written_explanation(folder, found | {"host": "other"})
     with pytest.raises(RealignerError, match=r"why: explains index 3 of other .* the sources are of tiny \("):
