@@ -248,7 +248,7 @@ def _recurs(evidence: Evidence) -> Conclusion:
         missed = norm.cdf((least - before) / error) if error else 0.0
         words += (
             f" If the index were as strong as in the IRMs given, {len(trials)} training{'s' * (len(trials) > 1)} would miss it "
-            f"with a probability of {missed:.2g}."
+            f"with a probability of {'less than 0.001' if missed < 0.001 else f'{missed:.2g}'}."
         )
     given, often, where = _leading(evidence)
     if answer == "not supported" and evidence.shorter < 1:
@@ -273,12 +273,16 @@ def _stands(
     """
     count, before, mean = len(trials), float(_log_ratios(others).mean()), float(_log_ratios(trials).mean())
     places = ", ".join(f"{trial.ratio:.2f} (rank {trial.rank})" for trial in trials)
-    words = f"times the median in {count} training{'s' * (count != 1)}: {places}; in {where} {math.exp(before):.2f}"
+    words = (
+        f"its score in {count} training{'s' * (count != 1)} is {places} times the median; in {where}, {math.exp(before):.2f}"
+    )
     if not before > 0:
         return None, f"{words}: it does not stand out there."
     alone, apart = spread.margin(count), spread.margin(count, len(others))
     words += f". Of what it stands out by there (in logarithms) {100 * mean / before:.0f}% is left"
-    words += f" (95% {100 * (mean - alone) / before:.0f}% to {100 * (mean + alone) / before:.0f}%)." if spread.df else "."
+    words += (
+        f" (95% interval {100 * (mean - alone) / before:.0f}% to {100 * (mean + alone) / before:.0f}%)." if spread.df else "."
+    )
     stands = mean > _HALF * before
     if not spread.df:
         return None, f"{words} One training gives no interval; make two or more."
@@ -338,7 +342,7 @@ def _cause_tests(evidence: Evidence) -> list[Conclusion]:
     gain += f" {times_median(facts, 'head_norm'):.2g} times the median."
     large, view = "the host's residual is large there", "of how the final norm and the head see it"
     small = "Its residual is of ordinary size."
-    shown = f"{gain} Where they see it as they see a median index" if seen else gain
+    shown = f"{gain} With gain and column as at a median index" if seen else gain
     tests = [
         ("no channel", f"It leads because {large}", "Without it" if channel else small, channel),
         ("gain", f"It leads because {view}", shown, seen),
@@ -387,8 +391,8 @@ def _needed(evidence: Evidence) -> Conclusion:
         return _conclusion("needed", question, "cannot tell", "No such trial was made.", 0, "rows")
     words = (
         f"Loss with the index masked less the reference's: {masked['change']:+.4f} nats per target "
-        f"(95% over rows {masked['low']:+.4f} to {masked['high']:+.4f}; between seeds, what the references learned has a "
-        f"standard deviation of {masked['spread']:.4f})."
+        f"(95% interval over rows {masked['low']:+.4f} to {masked['high']:+.4f}; between seeds, what the references learned "
+        f"has a standard deviation of {masked['spread']:.4f})."
     )
     first = _of_kind(evidence, "masked")[0]
     words += f" Index {first.leader} leads in its place, {first.leader_ratio:.2f} times the median."
@@ -401,10 +405,9 @@ def _matters(evidence: Evidence) -> list[Conclusion]:
     for irm, hows in evidence.ablated.items():
         zero = hows["zero"]
         words = (
-            f"Without its delta the loss changes by {zero['change']:+.4f} nats per target (95% {zero['low']:+.4f} to "
-            f"{zero['high']:+.4f}); without another index's by {zero['random']:+.4f}, without one of about its size by "
-            f"{zero['matched']:+.4f} (p {zero['p_random']:.2g}, {zero['p_matched']:.2g}; "
-            f"these are {zero['size']:.2f} times as large)."
+            f"Without its delta the loss changes by {zero['change']:+.4f} nats per target (95% interval {zero['low']:+.4f} to "
+            f"{zero['high']:+.4f}); without another index's by {zero['random']:+.4f} (p {zero['p_random']:.2g}), without one "
+            f"of its size by {zero['matched']:+.4f} (p {zero['p_matched']:.2g}; these are {zero['size']:.2f} times as large)."
         )
         more = zero["low"] > 0 and zero["p_matched"] <= 0.1 and zero["p_random"] <= _RARE
         answer = _known(zero, more)
@@ -425,7 +428,7 @@ def _enough(irm: str, keep: Mapping[str, float]) -> Conclusion:
     share, low, high, other = (1 - keep[key] / whole for key in ("change", "high", "low", "random"))
     words = (
         f"Of the {whole:+.4f} nats per target between the bare host and the IRM, its delta alone makes {100 * share:.0f}% (95% "
-        f"{100 * low:.0f}% to {100 * high:.0f}%), another index's alone {100 * other:.0f}% (p {keep['p_random']:.2g})."
+        f"interval {100 * low:.0f}% to {100 * high:.0f}%), another index's alone {100 * other:.0f}% (p {keep['p_random']:.2g})."
     )
     answer = _known(keep, low >= _HALF and keep["p_random"] <= _RARE)
     return _conclusion("enough", question, answer, words, int(keep["n"]), "rows")
@@ -443,7 +446,8 @@ def _host_needs(evidence: Evidence) -> list[Conclusion]:
     zero = evidence.host
     words = (
         f"With its residual held at 0 there, the bare host's loss changes by {zero['change']:+.4f} nats per target (95% "
-        f"{zero['low']:+.4f} to {zero['high']:+.4f}); at another index by {zero['random']:+.4f} (p {zero['p_random']:.2g})."
+        f"interval {zero['low']:+.4f} to {zero['high']:+.4f}); at another index by {zero['random']:+.4f} "
+        f"(p {zero['p_random']:.2g})."
     )
     answer = _known(zero, zero["low"] > 0 and zero["p_random"] <= _RARE)
     question = "The host itself needs the index more than others"
@@ -456,8 +460,8 @@ def _predicted(evidence: Evidence) -> list[Conclusion]:
         trained = scores != UNTRAINED
         answer: Answer = "supported" if own.p <= 0.05 and own.low > 0 else "not supported"
         words = (
-            f"Cross-validated R^2 of a regression of the ranks: {own.r2:.3f} (95% {own.low:.3f} to {own.high:.3f}; permuted "
-            f"{own.null:.3f}; p {own.p:.2g})."
+            f"Cross-validated R^2 of a regression of the ranks: {own.r2:.3f} (95% interval {own.low:.3f} to {own.high:.3f}; "
+            f"permuted {own.null:.3f}; p {own.p:.2g})."
         )
         key = "predicted" if trained else "predicted untrained"
         question = f"The host's measurements predict the indices that lead in {'' if trained else 'untrained '}IRMs"
