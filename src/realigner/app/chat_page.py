@@ -123,9 +123,9 @@ class Page:
         said = conversation.messages if history is None else history
         exchange = self.talker.begin(self._asked(text, said if self.talker.has_turns else {}, *given))
         conversation.exchange = exchange
-        yield [*map(conversation.shown, SIDES), "" if history is None else gr.skip(), self._picture(exchange)]
         drawn = 0.0
         try:
+            yield [*map(conversation.shown, SIDES), "" if history is None else gr.skip(), self._picture(exchange)]
             for _ in exchange.follow():
                 if conversation.ended:
                     return
@@ -203,6 +203,8 @@ class Page:
             raise UsageError("The reply is still being made.")
         if exchange.live is None or exchange.live.trace is None:
             raise UsageError("Nothing was recorded: no IRM acted in the last reply.")
+        for old in {path.name for path in self.place.iterdir()} - self.conversations.lives():  # of replies that are gone
+            shutil.rmtree(self.place / old, ignore_errors=True)
         folder = self.place / exchange.live.id / "trace.zarr"
         if not folder.is_dir():
             trace = exchange.live.trace

@@ -79,6 +79,12 @@ class Conversations:
             for name in list(self._found):
                 self._ended(name)
 
+    def lives(self) -> set[str]:
+        """The ids of all maps that `live` can give."""
+        with self._lock:
+            exchanges = [conversation.exchange for conversation in self._found.values()]
+            return {own.live.id for own in exchanges if own is not None and own.live is not None}
+
     def live(self, name: Any) -> LiveMap:
         """The maps of a reply by their id.
 

@@ -15,8 +15,10 @@ from realigner.generation import format_of
 from realigner.prompts import Prompt
 from realigner.runtime import Runtime
 from realigner.settings import NO_IRM
+from realigner.traces.collect import seed_of
 from realigner.traces.layout import RunLabel
 from realigner.traces.recording import record
+from realigner.training.run_dir import read_run
 from realigner.tuner import find_tuner
 
 
@@ -54,7 +56,9 @@ class RuntimeTalker:
             for name in runtime.irms:
                 config = tuner.peft_config[name]
                 self._layers_of[name] = tuple(config.resolved_layers(depth))
-                self._labels[name] = RunLabel(name, config.tone or name, irm=str((folders or {}).get(name, "")))
+                folder = (folders or {}).get(name)
+                seed = 0 if folder is None else seed_of(read_run(folder))
+                self._labels[name] = RunLabel(name, config.tone or name, seed, irm="" if folder is None else str(folder))
             self.layers = tuple(sorted({layer for own in self._layers_of.values() for layer in own}))
             self.neurons = int(runtime.model.config.get_text_config(decoder=True).hidden_size)
 

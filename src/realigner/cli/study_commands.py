@@ -328,8 +328,12 @@ def report(
 
     opt.claim(context, taken(out, REPORT, force))
     given = [Path(source) for source in sources]
+    places = untraced(given)
+    how = {"strength": strength != 1.0, "host": host, "dtype": dtype != "auto", "device": device != "auto"}
+    if not places and (flag := next((name for name, value in how.items() if value), None)):
+        raise UsageError(f"--{flag}: is for runs that are traced now, and these sources have their traces; leave it out")
     with tempfile.TemporaryDirectory() as aside:
-        if places := untraced(given):
+        if places:
             from realigner.hosts import host_name
             from realigner.runtime import load_host_of
             from realigner.traces.collect import find_runs, trace_for_report

@@ -76,7 +76,7 @@ def sources_of(folders: Sequence[Path], baselines: bool = True, strength: float 
     bare: dict[tuple[int, str], Source] = {}
     for folder in folders:
         config, run = check_adapter(folder), read_run(folder)
-        seed = int(run.get("seed", 42))
+        seed = seed_of(run)
         baseline = run.get("steps_done") == 0
         tone = UNTRAINED if baseline else _tone_of(folder, config, run)
         shape = tuple(str(config.get(field.name)) for field in fields(IRMShape))
@@ -96,6 +96,11 @@ def sources_of(folders: Sequence[Path], baselines: bool = True, strength: float 
         name = name if plain.count(name) == 1 else f"{name}-{source.folder.resolve().name}"
         names.append(name if name not in names else f"{name}-{1 + len(names)}")
     return [replace(source, label=replace(source.label, run=name)) for name, source in zip(names, sources, strict=True)]
+
+
+def seed_of(run: Mapping[str, Any]) -> int:
+    """The seed that a run's record names; the recipes' default where there is none (a ready-made IRM, an adapter alone)."""
+    return int(run.get("seed", 42))
 
 
 def _tone_of(folder: Path, config: Mapping[str, Any], run: Mapping[str, Any]) -> str:
