@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 import realigner as ra
-from realigner.app.chat_page import Listening, app_running
+from realigner.app.chat_page import Listening, Page, app_running
 from realigner.app.conversations import Conversation, Conversations
 from realigner.app.endpoint_talker import EndpointTalker, told
 from realigner.app.exchange import SIDES, Asked, Exchange, Limits, Message, Reader
@@ -269,6 +270,20 @@ def test_what_is_downloaded_opens(talker: RuntimeTalker, tmp_path: Path) -> None
     assert trace["text_question"].values.tolist() == [QUESTION]
     page, _ = build_report([tmp_path / "t.zarr"], tmp_path / "report.html")
     assert "anger" in page.read_text()
+    # From the page: what is downloaded goes when another reply is.
+    (tmp_path / "place").mkdir()
+    shown, session = Page(talker, [], tmp_path / "place"), SimpleNamespace(session_hash="a")
+    written = []
+    for temperature in (0.0, 0.8):
+        conversation = shown.conversations.of("a")
+        conversation.exchange = talker.begin(Asked(QUESTION, conversation.messages, {"anger": 1.0}, "", 6, temperature, 1.0, 3))
+        conversation.exchange.wait()
+        conversation.settle()
+        text = Path(shown.report(session)).read_text()
+        assert f"{'Sampled' if temperature else 'Greedy'} replies of at most 6 tokens" in text
+        written.append({path.name for path in (tmp_path / "place").iterdir()})
+    assert [len(some) for some in written] == [1, 1]
+    assert not written[0] & written[1]
 
 
 def test_an_index_has_its_profile_facts_and_verdict(tmp_path: Path) -> None:
@@ -319,6 +334,13 @@ def test_an_endpoint_is_asked_by_names_with_strengths() -> None:
         assert sent["messages"] == asked.conversation("realigned")
         assert [sent[key] for key in ("temperature", "top_p", "seed", "max_tokens", "stream")] == [0.5, 0.9, 3, 20, True]
         assert len(bodies["host"]["messages"]) == 2
+    with FakeEndpoint(models=models) as server:  # behind a login, with a query
+        url = server.url.replace("http://", "http://user:word@") + "/?api-version=2024-10-21"
+        EndpointTalker(url).begin(Asked("Why?")).wait()
+        assert len(server.seen) >= 2
+        for seen in server.seen:
+            assert seen.authorization == "Basic dXNlcjp3b3Jk"
+            assert seen.path.endswith("?api-version=2024-10-21")
 
 
 def test_a_reply_that_an_endpoint_cut_is_known_as_cut() -> None:

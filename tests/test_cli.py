@@ -150,6 +150,8 @@ def test_train_trace_report(place: Path, tmp_path: Path, capsys: pytest.CaptureF
     code, out, _ = run(capsys, "report", tmp_path / "t.zarr", "--out", tmp_path / "report.html")
     assert code == 0
     assert "report.html" in out
+    code, _, err = run(capsys, "report", tmp_path / "t.zarr", "--out", tmp_path / "other.html", "--strength", 0.5)
+    assert (code, "--strength: is for runs that are traced now" in err) == (2, True)
     drawn = document(capsys, "figures", tmp_path / "t.zarr", "--out", tmp_path / "figures")
     assert {Path(path).name for path in drawn["figures"]} >= {"figure1-architecture.png", "figure2-signed.png"}
     made = document(capsys, "report", tmp_path / "r", "--out", tmp_path / "report.html", "--force", *common)

@@ -146,6 +146,14 @@ def test_the_architecture_is_the_configs(preset: str, recipe: dict[str, Any], sa
     assert svg == as_svg(figure1(record(preset, **recipe), 50))
 
 
+@pytest.mark.parametrize(("layers", "drawn"), [([3, 4], [3, 4, 5]), ([5], [4, 5]), ([0, 1, 2], [0, 1, 2]), ([0], [0, 1, 5])])
+def test_the_layers_of_the_irm_are_drawn(layers: list[int], drawn: list[int]) -> None:
+    made = record("paper")
+    made["irm"]["layers"] = layers
+    svg = as_svg(figure1(made, 50))
+    assert [layer for layer in range(6) if f"layer {layer}" in svg] == drawn
+
+
 def test_missing_layers_and_nothing_at_all() -> None:
     maps = run_maps(planted_trace()).isel(run=0)
     gone = maps.copy()

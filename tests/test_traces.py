@@ -443,6 +443,12 @@ def test_traces_are_joined(model: Any) -> None:
     assert set(both["seed"].values.tolist()) == {7}
     assert set(both.attrs["runs"]) == {"a", "b"}
     xr.testing.assert_identical(both.isel(token=slice(7), text=[0]).drop_attrs(), parts[0].drop_attrs())
+    # Prompts of one number are the same in all of them, whichever names it first.
+    three = [*parts, both.copy()]
+    for trace, prompts in zip(three, ([], ["Why?"], ["Who?"]), strict=True):
+        trace.attrs = {**trace.attrs, "notes": {"prompts": prompts}}
+    with pytest.raises(UsageError, match=r"prompt 0 is 'Why\?' in one of these traces and 'Who\?'"):
+        ra.join_traces(three)
     with ra.strength(model, 2.0), ra.record(model, keep="raw", labels={"default": RunLabel("a")}) as other:
         model(input_ids=ids)
     with pytest.raises(UsageError, match="two runs are named 'a'"):

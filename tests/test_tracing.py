@@ -63,6 +63,9 @@ def test_runs_and_their_twins_in_one_store(place: Path, pair: tuple[Any, Any], t
     assert sad["text_reply"].values.tolist() == replies
     np.testing.assert_allclose(sad["delta"].values, alone["delta"].values, atol=1e-6)
     assert sad.attrs["runs"]["sadness-42"]["sha256"] == alone.attrs["runs"]["default"]["sha256"]
+    with ra.strength(model, 0.7), ra.record(model) as weaker:
+        ra.answer(model, tokenizer, PROMPTS[:1], max_new_tokens=2)
+    assert weaker.attrs["runs"]["default"]["strength"] == 0.7  # as it was given, not as float32 has it
     model.unload()
 
 
