@@ -36,6 +36,7 @@ from realigner.locate import find_sites
 from realigner.residuals import Residuals
 from realigner.tiny import tiny_host
 from realigner.training import train
+from realigner.training.recipe import Recipe
 from realigner.tuner import tuner_of
 from tests.planted_hosts import CELLS, PLANTED, Cell, cause_of, markov_rows, name_of, planted_folder, verdict_on
 from tests.processes import in_a_child
@@ -303,6 +304,19 @@ def test_trials_take_the_steps_that_the_run_took(tmp_path: Path, monkeypatch: py
         assert {(own.steps, own.patience, own.evaluations_per_epoch, own.keep) for own in recipes} == {
             (wanted, None, None, "last")
         }
+
+
+def test_a_trial_with_one_layer_has_that_layers_scale(tmp_path: Path) -> None:
+    host, tokenizer = tiny_pair()  # of three layers
+    for layers, scale, wanted in (
+        ("all", [0.5, 1.0, 2.0], (1, [1.0])),
+        ([0, 2], [0.5, 2.0], (2, [2.0])),
+        ("all", 3.0, (1, 3.0)),
+    ):
+        recipe = Recipe().changed(layers=layers, delta_scale=scale, steps=1)
+        (trial,) = TrialRunner(tmp_path, host, tokenizer, recipe, 5).trials({"one layer": 1})
+        assert (trial.recipe.layers, trial.recipe.delta_scale) == ([wanted[0]], wanted[1])
+        trial.recipe.shape.build(host.config.hidden_size, 3)
 
 
 @pytest.mark.slow
