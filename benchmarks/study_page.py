@@ -48,6 +48,7 @@ PAPER_SAYS = {
     "early": "Most of the largest values fall early in a text (Figure 3)",
 }
 PAPER_ROWS = 60_000  # of each tone
+_TELLING = ("recurs", "moves", "no channel", "gain", "ordinary", "random host")  # conclusions that are told in short
 _SHOWN, _LEADERS = 160, 4  # characters of a reply; indices in a cell
 
 
@@ -207,6 +208,11 @@ def page(folder: Path) -> str:
         seeds=[{**record["seeds"], "title": _title(arm)} for arm, record in arms.items() if "seeds" in record],
         why=why,
         cause=CAUSES[why["cause"]] if why else "",
+        found_out=[
+            f"{own['question'][:1].lower()}{own['question'][1:]}"
+            for own in (why["conclusions"] if why else ())
+            if own["key"] in _TELLING and own["answer"] == "supported"
+        ],
         losses=[{"title": _title(arm), **_losses(record)} for arm, record in arms.items()],
         question=question,
         replies=[{"run": run, "said": [_cut(said[arm].get(run, "")) for arm in arms]} for run in said["paper"]],
