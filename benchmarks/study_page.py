@@ -211,7 +211,7 @@ def page(folder: Path) -> str:
         found_out=[
             f"{own['question'][:1].lower()}{own['question'][1:]}"
             for own in (why["conclusions"] if why else ())
-            if own["key"] in _TELLING and own["answer"] == "supported"
+            if own.get("key") in _TELLING and own["answer"] == "supported"
         ],
         losses=[{"title": _title(arm), **_losses(record)} for arm, record in arms.items()],
         question=question,
