@@ -192,7 +192,6 @@ def page(folder: Path) -> str:
             {"title": _title(arm), "layers": own["layers"], **standing(arms[arm], index, own["layers"])} for arm, own in sets
         ],
         sets=[{"arm": arm, "title": _title(arm), **own} for arm, own in sets],
-        ranks=standing(paper, index),
         mistaken_ranks=standing(defects, index),
         compact_ranks=standing(arms["compact"], index),
         width=paper["neurons"],

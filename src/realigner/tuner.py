@@ -293,10 +293,10 @@ class IRMModel(BaseTuner):
             self.registry.check_loaded("adapter", name)
         wrappers = _wrappers(self.model)
         for path, wrapper in wrappers:
-            if len(own := [name for name in names if name in wrapper._adapters]) > 1:
+            if len(own := _with_copies(wrapper, names)) > 1:
                 raise UsageError(f"adapter: {' and '.join(own)} each have a trained copy of {path}, and one can act at a time")
         for _, wrapper in wrappers:
-            own = [name for name in names if name in wrapper._adapters]
+            own = _with_copies(wrapper, names)
             wrapper.set_adapter(own[0] if own else [], inference_mode=inference_mode)
         BaseTunerLayer.set_adapter(self.registry, names, inference_mode=inference_mode)
         self.active_adapter = adapter_name
@@ -317,8 +317,7 @@ class IRMModel(BaseTuner):
         BaseTunerLayer.delete_adapter(self.registry, adapter_name)
         self.active_adapter = self.registry.names
         for _, wrapper in _wrappers(self.model):
-            active = [name for name in self.registry.names if name in wrapper._adapters]
-            wrapper.delete_adapter(adapter_name, new_active_adapters=active[:1])
+            wrapper.delete_adapter(adapter_name, new_active_adapters=_with_copies(wrapper, self.registry.names)[:1])
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make the named IRMs trainable or not."""
@@ -526,6 +525,11 @@ def unload(host: nn.Module) -> None:
 def _wrappers(host: nn.Module) -> list[tuple[str, Any]]:
     """A host's modules that stand in a wrapper with their trained copies (`modules_to_save`), by name."""
     return [(name, module) for name, module in host.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+
+
+def _with_copies(wrapper: Any, names: Iterable[str]) -> list[str]:
+    """Those of some IRMs that have a trained copy in a wrapper."""
+    return [name for name in names if name in wrapper._adapters]
 
 
 def _file_of(adapter_name: str) -> str:

@@ -308,6 +308,11 @@ class Recipe(BaseModel):
     def _changed(self, values: Mapping[str, Any], where: str) -> Recipe:
         return _recipe(self.values_with(values), where, UsageError)
 
+    @property
+    def thinking_budget(self) -> int:
+        """Tokens of a thought at most, where a host that thinks replies: what is not learned is not thought either."""
+        return 512 if self.loss_on_thought else 0
+
     def values_with(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Its keys with those given laid over them, not validated yet; its steps are left out where epochs are given."""
         kept = self.model_dump()

@@ -347,7 +347,7 @@ class Teacher:
             seed=self.recipe.seed,
             batch_size=TOGETHER,
             irms=NO_IRM,
-            thinking_budget=512 if self.recipe.loss_on_thought else 0,  # what is not learned is not thought either
+            thinking_budget=self.recipe.thinking_budget,
             first=numbers.start,
         )
         made: list[dict[str, Any]] = [

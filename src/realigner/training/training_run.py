@@ -119,7 +119,7 @@ def train(
         check_packages(recipe)
         check_search(recipe)
         prepared = _material(rows, tokenizer, host.config, recipe, split)
-        check_fit(prepared, recipe, host.config, loaded=next(host.parameters()).device, quiet=quiet)
+        check_fit(prepared, recipe, host.config, loaded=device, quiet=quiet)
         return _train(host, tokenizer, prepared, recipe, place, resume, quiet)
 
 
@@ -377,8 +377,8 @@ def _fit(
     stop = StopSignal()
 
     def sample() -> list[dict[str, str]]:
-        thoughts = 512 if recipe.loss_on_thought else 0  # what is not learned is not thought either
-        replies = answer(model, tokenizer, PAPER_PROMPTS, max_new_tokens=recipe.samples, thinking_budget=thoughts)
+        most = recipe.samples
+        replies = answer(model, tokenizer, PAPER_PROMPTS, max_new_tokens=most, thinking_budget=recipe.thinking_budget)
         return [{"prompt": prompt, "reply": reply} for prompt, reply in zip(PAPER_PROMPTS, replies, strict=True)]
 
     def row_ids() -> list[str]:
