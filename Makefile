@@ -33,7 +33,7 @@ help:
 	@echo "make evaluation does an IRM work, and against what? 18 methods, 3 tones; writes docs/results (about 8 hours; goes on where it was)"
 	@echo "make study      the paper's experiment on the embedded host, or on HOST=...: 60 runs, their twins, traces, the cause; writes"
 	@echo "                docs/results/paper-on-*.md (about 6 hours; goes on where it was; QUICK=1: half an hour; SQUAD=FILE, INDEX=N,"
-	@echo "                DTYPE=float32 where bfloat16 is slow)"
+	@echo "                DTYPE=bfloat16 or float32)"
 	@echo "make validation are the statistics and verdicts right? null data, planted truth; writes docs/statistics.md and docs/explain.md (1 hour)"
 
 install: $(READY)
@@ -100,7 +100,7 @@ validation: $(READY)
 	@$(BIN)/python -m benchmarks.verdicts --jobs 2
 
 evaluation: $(READY)
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.evaluation
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/evaluation.py
 
 study: $(READY)
 	@$(BIN)/python benchmarks/study.py $(if $(findstring command,$(origin HOST)),--host $(HOST)) $(if $(SQUAD),--squad $(SQUAD)) $(if $(JOBS),--jobs $(JOBS)) \

@@ -1,6 +1,6 @@
 """Does an IRM work, and against what? Three tones on the embedded host, every method of `realigner.evaluation`, 105 questions.
 
-    python -m benchmarks.evaluation [--jobs 2] [--quick] [--methods NAMES] [--out docs/results/evaluation]
+    python benchmarks/evaluation.py [--jobs 2] [--quick] [--methods NAMES] [--out docs/results/evaluation]
 
 Authored rows, 24 topics: 11 to learn from, 2 to tune on, 4 to train the scorers on, 7 to test on (`evaluation.task`). In this
 order, each step kept in --out and not done again:
@@ -34,6 +34,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import bfloat16
 import numpy as np
 import torch
 
@@ -53,7 +54,7 @@ from realigner.sweep.worker import die_with
 from realigner.training import make_recipe
 
 SIZE = 460_800  # parameters of LoRA of rank 8 on the queries and values of the embedded host
-DTYPE = "bfloat16"  # of the host, on every machine: what was measured in another is refused
+DTYPE = "bfloat16"  # of the host, on every machine (see `bfloat16`): what was measured in another is refused
 SEEDS = (42, 43, 44)
 SEEDED = ("irm-compact", "irm-paper", "lora", "shadow", "constant")
 DERIVED = ("mean-delta", "random")
@@ -128,6 +129,8 @@ class Unit:
 @cache
 def _host() -> tuple[Any, Any]:
     torch.set_num_threads(1)
+    if not bfloat16.is_native():
+        bfloat16.multiply_in_float32()
     return ra.load_host(EMBEDDED, dtype=DTYPE)
 
 
@@ -328,7 +331,7 @@ def page(found: dict[str, Any]) -> str:
 
 _HEAD = """# The study of methods
 
-Written by `python -m benchmarks.evaluation --only results` from the records in docs/results/evaluation; no number is typed by
+Written by `python benchmarks/evaluation.py --only results` from the records in docs/results/evaluation; no number is typed by
 hand. Host: {host}. [Evaluation](../evaluation.md) explains the columns. Intervals are 95% intervals over questions;
 where a method was trained with several seeds, its values are averaged over them first. Bold marks differences with p below 0.05
 after Holm's adjustment over the methods.

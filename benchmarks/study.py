@@ -1,6 +1,6 @@
 """The paper's experiment, whole: 24 runs and untrained twins; again with the reference code's two mistakes; again compact.
 
-    python benchmarks/study.py [--host HOST] [--dtype float32] [--squad FILE] [--jobs 2] [--index 1512] [--quick]
+    python benchmarks/study.py [--host HOST] [--dtype DTYPE] [--squad FILE] [--jobs 2] [--index 1512] [--quick]
                                [--out runs/study] [--results docs/results]
 
 1. rows      SQuAD's facts, rewritten in each tone (`realigner data build`, templates).
@@ -58,7 +58,7 @@ from realigner.errors import RealignerError
 from realigner.explain import explain, verdict
 from realigner.explain.explanation import IndexRank, TrialResult
 from realigner.files import read_object, write_text
-from realigner.hosts import EMBEDDED, load_config
+from realigner.hosts import EMBEDDED, load_config, resolve_device, resolve_dtype
 from realigner.report.figures import figure2, figure3, figure4
 from realigner.report.plot_style import save_figure
 from realigner.sweep import RunSpec, Sweep, plan, run_sweep
@@ -468,7 +468,9 @@ def recurrence(traces: Sequence[xr.Dataset]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default=EMBEDDED, help="the embedded host, a hub id, or a folder")
-    parser.add_argument("--dtype", default=DTYPE, choices=[DTYPE, "float32"], help="of the host; bfloat16 is slow on some CPUs")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", DTYPE, "float32"], help="of the host; auto: what is fast here"
+    )
     parser.add_argument("--squad", type=Path, default=SQUAD, help="SQuAD 2.0's train-v2.0.json or dev-v2.0.json")
     parser.add_argument("--jobs", type=int, default=2, help="runs that are trained at a time")
     parser.add_argument("--index", type=int, help="the index to explain; by default the one that leads most often")
@@ -480,10 +482,11 @@ def main() -> None:
     if not options.squad.is_file():
         sys.exit(f"{options.squad}: there is no such file; give SQuAD 2.0 with --squad (make study SQUAD=train-v2.0.json)")
     short = "smollm2" if options.host == EMBEDDED else re.sub(r"[^a-z0-9.]+", "-", Path(options.host).name.lower()).strip("-")
-    work = options.out / f"{short}{'' if options.dtype == DTYPE else f'-{options.dtype}'}{'-quick' * options.quick}"
+    dtype = str(resolve_dtype(options.dtype, resolve_device("auto"))).removeprefix("torch.")
+    work = options.out / f"{short}{'' if dtype == DTYPE else f'-{dtype}'}{'-quick' * options.quick}"
     results = work / "results" if options.quick else options.results
     size = QUICK if options.quick else FULL
-    study = Study(options.host, options.dtype, options.squad, size, options.jobs, work, results / f"paper-on-{short}")
+    study = Study(options.host, dtype, options.squad, size, options.jobs, work, results / f"paper-on-{short}")
     arms = {arm: study.record(arm) for arm in ARMS}
     paper = arms["paper"]
     index = paper["compared"]["leader share"]["index"] if options.index is None else options.index

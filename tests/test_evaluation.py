@@ -369,12 +369,38 @@ def test_a_task_shares_no_topic_between_its_parts_and_depends_on_the_seed_alone(
         make_task(authored("anger"), "anger")
 
 
+_PRODUCTS = """
+import bfloat16, torch
+from torch.nn import functional as F
+
+def found():
+    generator = torch.Generator().manual_seed(0)
+    sizes = (4, 7, 32), (16, 32), (16,), (4, 7, 7), (2, 3, 7, 8), (2, 3, 7, 8), (2, 3, 7, 8)
+    x, weight, bias, to, *attended = (torch.randn(size, generator=generator).bfloat16().requires_grad_() for size in sizes)
+    made = [F.linear(x, weight, bias), F.linear(x, weight), torch.baddbmm(to, x, x.mT, beta=0.5, alpha=2)]
+    made += [F.scaled_dot_product_attention(*attended, is_causal=True), x.float() @ weight.float().T]
+    sum(product.float().square().sum() for product in made).backward()
+    return [product.detach() for product in made] + [given.grad for given in (x, weight, bias, to, *attended)]
+
+own = found()
+bfloat16.multiply_in_float32()
+for before, after in zip(own, found(), strict=True):
+    assert before.dtype == after.dtype
+    assert (before - after).float().abs().max() <= 2**-7 * before.float().abs().max()
+assert torch.equal(own[4], found()[4])
+"""
+
+
+def test_bfloat16_by_way_of_float32_is_bfloat16() -> None:
+    subprocess.run([sys.executable, "-c", _PRODUCTS], check=True, cwd=ROOT / "benchmarks")
+
+
 @pytest.mark.slow
 @pytest.mark.host
 @pytest.mark.timeout(2400)
 @pytest.mark.usefixtures("minilm")
 def test_the_quick_study_runs_and_makes_the_same_results_again(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.evaluation", "--quick", "--out", str(tmp_path / "work")]
+    command = [sys.executable, "benchmarks/evaluation.py", "--quick", "--out", str(tmp_path / "work")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     written = []
     for number, more in enumerate(([], ["--only", "results"])):

@@ -400,7 +400,23 @@ def test_padding_that_is_text() -> None:
     assert "padding counts in the loss and is token 0" in warnings_about(tokenizer, loss_on_padding=True)[0]
 
 
-def test_half_precision_without_scaling() -> None:
+@pytest.mark.parametrize(
+    ("cpu", "warned"),
+    [({"avx2": True, "avx512_f": False}, True), ({"avx2": True, "avx512_f": True}, False), ({"neon": True}, False)],
+)
+def test_bfloat16_where_the_cpu_has_no_instructions_for_it(
+    cpu: dict[str, bool], warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer()
+    host = tiny_host_of_pair(tokenizer).bfloat16()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    said = warnings_about(tokenizer, host)
+    assert [("multiplies bfloat16 many times more slowly" in note) for note in said] == [True] * warned
+    assert warnings_about(tokenizer, host.float()) == []
+
+
+def test_half_precision_without_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": True})
     tokenizer = tiny_tokenizer()
     host = tiny_host_of_pair(tokenizer).half()
     assert "in a float16 host small gradients become 0" in warnings_about(tokenizer, host)[0]
