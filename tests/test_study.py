@@ -150,7 +150,7 @@ def test_the_page_is_made_of_its_records(tmp_path: Path, monkeypatch: pytest.Mon
         trace = trace_of(1.0 + number, number)
         scores = {run.run: (leading_score(run.mean()) / 2).tolist() for run in each_run(trace)}
         runs = [
-            {"run": run, "tone": tone, "seed": seed, "layers": "all", "steps": 12, "parameters": 1234}
+            {"run": run, "tone": tone, "seed": seed, "layers": "all", "steps": 6, "parameters": 1234}
             | {"first_loss": 4.5, "kept_loss": 3.25}
             for run, (tone, seed) in RUNS.items()
         ]
@@ -187,13 +187,13 @@ def test_the_page_is_made_of_its_records(tmp_path: Path, monkeypatch: pytest.Mon
     for part in (
         "# The paper's experiment on planted\n",
         "bfloat16 (the paper's recipe, compact network), float32 (with its code's two mistakes) |",
-        "**A rehearsal (`QUICK=1`), not to be cited**: 12 steps",
+        "**A rehearsal (`QUICK=1`), not to be cited**: 6 steps",
         "The commonest leader, 17, leads in 6 of the 6 runs (100%; by chance ",
         "Why index 17 leads, by [`realigner explain`](../explain.md): **a channel of the host**.",
         "| The paper's recipe | all | 6 | 6 | 1 (1 to 1) |",
         f"| {change['plain']:.3f} | {change['other']:.3f} | {change['value']:+.4f} {interval} |",
         'Asked "Why \\| so?"',
-        "| The paper's recipe | 6 | 12 | 4.50 | 3.25 |",
+        "| The paper's recipe | 6 | 6 | 4.50 | 3.25 |",
         "Because…",
     ):
         assert part in text, part
@@ -210,7 +210,7 @@ def test_a_table_by_layer_set_is_what_the_runs_of_each_are(monkeypatch: pytest.M
     monkeypatch.setattr(study, "DRAWS", 2)
     trace = trace_of(1.0, 7)
     scores = {run.run: leading_score(run.mean()).tolist() for run in each_run(trace)}
-    runs = [{"run": run, "tone": tone, "seed": seed, "layers": "all", "steps": 12} for run, (tone, seed) in RUNS.items()]
+    runs = [{"run": run, "tone": tone, "seed": seed, "layers": "all", "steps": 6} for run, (tone, seed) in RUNS.items()]
     runs.append({"run": "untrained-42", "tone": "untrained", "seed": 42, "layers": "all", "steps": 0})
     compared = study.compared(trace)
     record: dict[str, Any] = {"runs": runs, "scores": scores, "compared": compared}
