@@ -16,6 +16,7 @@ from realigner.chat_format import IGNORED, ChatFormat
 from realigner.evaluation.replies import ask, ask_in_turns, reply_losses
 from realigner.evaluation.side_effects import NeutralText, answers_about, bare_speaker, passages
 from realigner.locate import find_sites
+from realigner.prompts import Answer
 from realigner.residuals import Residuals
 from tests.tiny import tiny_pair
 
@@ -61,6 +62,21 @@ def test_losses_of_replies_are_those_of_single_forwards() -> None:
         want, count = loss_by_hand(host, tokenizer, [*before, {"role": "user", "content": question}], reply or ".")
         assert tokens == count
         assert nats == pytest.approx(want, rel=1e-5)
+
+
+def test_a_reply_that_was_cut_is_not_charged_for_an_end() -> None:
+    host, tokenizer = pair()
+    speaker, messages = bare_speaker(host), [{"role": "user", "content": QUESTIONS[0]}]
+    for reply in ("One two", ""):
+        ended, cut = reply_losses(speaker, tokenizer, [QUESTIONS[0]] * 2, [Answer(reply), Answer(reply, ended=False)])
+        whole, count = loss_by_hand(host, tokenizer, messages, reply or ".")
+        (example,) = ChatFormat(tokenizer).examples([*messages, {"role": "assistant", "content": reply or "."}])
+        ids = example["input_ids"]
+        at = max(n for n, label in enumerate(example["labels"]) if label != IGNORED)
+        with torch.no_grad():
+            end = -host(input_ids=torch.tensor([ids])).logits[0, at - 1].log_softmax(-1)[ids[at]]
+        assert ended == (pytest.approx(whole, rel=1e-5), count)
+        assert cut == (pytest.approx(whole - float(end), rel=1e-4), count - 1)
 
 
 def test_replies_come_in_order_with_what_stands_before_the_question(monkeypatch: pytest.MonkeyPatch) -> None:

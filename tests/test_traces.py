@@ -21,6 +21,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from peft import get_peft_model
 
 import realigner as ra
+from realigner.analysis import text_maps
 from realigner.analysis.per_run import twins
 from realigner.errors import RealignerError, UsageError
 from realigner.generation import answer, encode_prompts
@@ -482,6 +483,7 @@ def test_a_twin_has_the_network_of_its_run() -> None:
     for run, facts in trace.attrs["runs"].items():
         facts["network"] = "compact" if "compact" in run else "paper"
     assert twins(trace) == {"compact-1": "untrained-1-compact", "paper-1": "untrained-1-paper"}
+    assert twins(text_maps(trace)) == twins(trace)
     for facts in trace.attrs["runs"].values():  # a trace from before networks were noted
         del facts["network"]
     assert twins(trace)["compact-1"] == "untrained-1-compact"

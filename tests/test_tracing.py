@@ -15,6 +15,7 @@ import torch
 import xarray as xr
 
 import realigner as ra
+from realigner.analysis import run_maps
 from realigner.dialogues import Asked, Dialogue, play, readable
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import load_host
@@ -126,11 +127,14 @@ def test_a_twin_is_the_run_before_its_first_step(place: Path, pair: tuple[Any, A
     assert [source.twin for source in given] == [False, False]  # the baseline given takes the twin's place
     made = sources_of(find_runs([place / "runs" / "anger7"]))
     assert [source.twin for source in made] == [False, True]
-    hashes = []
+    assert run.model.peft_config["default"].dropout > 0  # while training alone
+    found = []
     for nth, sources in enumerate((given, made)):
         trace = trace_runs(sources, tmp_path / f"{nth}.zarr", host, tokenizer, PROMPTS, max_new_tokens=3, quiet=True)
-        hashes.append(trace.attrs["runs"]["untrained-7"]["sha256"])
-    assert hashes[0] == hashes[1]
+        found.append((trace.attrs["runs"]["untrained-7"]["sha256"], run_maps(trace).sel(run="untrained-7").values))
+    (hashed, maps), (hashed_twin, maps_of_twin) = found
+    assert hashed == hashed_twin
+    assert np.array_equal(maps, maps_of_twin)
     assert [s.label.run for s in sources_of(find_runs([place / "runs"]), baselines=False)] == [
         "anger-42",
         "anger-7",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,6 +22,7 @@ from realigner.errors import RealignerError
 from realigner.evaluation.replies import Speaker, ask, ask_in_turns, clock_of, dtype_of, reply_losses, tokens_of
 from realigner.evaluation.side_effects import NeutralText, answers_about, some_passages
 from realigner.files import read_bytes, write_text
+from realigner.prompts import Answer
 from realigner.validation_message import first_fault
 
 MEASURED = "measured.json"
@@ -57,7 +58,8 @@ class Said(BaseModel):
     Attributes:
         tokens: of the reply, its end not counted.
         ended: whether it came to its end before the limit.
-        nats, nats_tokens: its summed loss under the bare host without any prompt, and over how many tokens, its end included.
+        nats, nats_tokens: its summed loss under the bare host without any prompt, and over how many tokens; the end of one that
+            ended is included.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -99,6 +101,7 @@ class Measured(BaseModel):
     """Everything that was asked of one method in one tone.
 
     Attributes:
+        edition: of these files; in the first, replies that were cut were charged for an end that they do not have.
         method, tone, seed: whose.
         strength: at which an IRM acted; None: as it was trained, or without one.
         dtype: of the host's weights; None in a file from before it was noted.
@@ -114,6 +117,7 @@ class Measured(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
+    edition: Literal[2]
     method: str
     tone: str
     seed: int
@@ -193,13 +197,14 @@ def measure(
         about = answers_about(speaker, tokenizer, asked, done)
     lengths = [tokens_of(tokenizer, text) for text in texts]
     usual = reply_losses(bare, tokenizer, questions, texts)
-    disordered = [_shuffled(text, number) for number, text in enumerate(texts)] if shuffle else []
+    disordered = [Answer(_shuffled(text, number), ended=text.ended) for number, text in enumerate(texts)] if shuffle else []
     unusual = reply_losses(bare, tokenizer, questions, disordered) if shuffle else []
     replies = [
         Said(question=question, reply=text, tokens=length, ended=text.ended, nats=nats, nats_tokens=count)
         for question, text, length, (nats, count) in zip(questions, texts, lengths, usual, strict=True)
     ]
     return Measured(
+        edition=2,
         **named,
         strength=strength,
         dtype=dtype_of(bare.model),

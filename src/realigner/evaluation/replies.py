@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from realigner.chat_format import IGNORED
 from realigner.data.tokens import Example
 from realigner.generation import answer, format_of
 from realigner.prompts import Answer, Message
@@ -114,6 +115,8 @@ def reply_losses(
 ) -> list[tuple[float, int]]:
     """Of each reply the summed loss in nats, its end included, and the number of its tokens.
 
+    A reply that was cut (`Answer.ended`) has no end that could be lost: the end token costs some 25 nats in mid-sentence.
+
     Example:
         >>> losses = reply_losses(bare, tokenizer, ["Why is the sky blue?"], ["It is not."])  # doctest: +SKIP
         >>> [total / tokens for total, tokens in losses]  # doctest: +SKIP
@@ -136,9 +139,14 @@ def reply_losses(
 
 def encode(speaker: Speaker, tokenizer: Any, questions: Sequence[str | Conversation], replies: Sequence[str]) -> list[Example]:
     """Questions and replies as tokens, labels on the replies; an empty reply counts as a full stop."""
-    chat_format = format_of(speaker.model, tokenizer)
-    pairs = zip(questions, replies, strict=True)
-    return [chat_format.examples(conversation_of(speaker, question, reply or "."))[-1] for question, reply in pairs]
+    chat_format, examples = format_of(speaker.model, tokenizer), []
+    for question, reply in zip(questions, replies, strict=True):
+        example = chat_format.examples(conversation_of(speaker, question, reply or "."))[-1]
+        if isinstance(reply, Answer) and not reply.ended and chat_format.ends:
+            labels = example["labels"]
+            labels[max(at for at, label in enumerate(labels) if label != IGNORED)] = IGNORED
+        examples.append(example)
+    return examples
 
 
 def clock_of(model: nn.Module) -> Callable[[], float]:

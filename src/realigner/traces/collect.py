@@ -176,7 +176,7 @@ def trace_runs(
                 shape |= {"template": config.template, "chat_template_kwargs": config.chat_template_kwargs}
                 fresh = IRMConfig(**shape, layers_path=config.layers_path, inference_mode=True)
                 set_seed(source.label.seed)
-                model = PeftModel(host, fresh, adapter_name=_ADAPTER)
+                model = PeftModel(host, fresh, adapter_name=_ADAPTER).eval()
             else:
                 model = load_irm(host, source.folder, _ADAPTER)
             writer.host = tuner_of(model).fingerprint.name
