@@ -503,7 +503,7 @@ def test_irms_come_and_go_while_it_answers(guarded: Server, irms: Irms, runtime:
         ({"name": "bad", "path": str(other)}, 400, "made for"),
         ({"name": "bad", "path": str(tmp_path / "nowhere")}, 400, "no such adapter folder"),
         ({"name": "sad", "path": str(irms["anger"])}, 400, "'sad' is loaded already"),
-        ({"name": "no good", "path": str(irms["anger"])}, 400, "no name to serve by"),
+        ({"name": "no good", "path": str(irms["anger"])}, 400, "not a valid IRM name"),
         ({"name": "bad"}, 400, "give name and path"),
     ):
         found, answer = admin("POST", "/v1/irms", body)
@@ -698,7 +698,7 @@ def test_what_cannot_be_served_is_said_in_one_line(irms: Irms, tmp_path: Path, c
     for arguments, code, message in (
         ([], 2, "give a host, or an IRM"),
         (["--irm", anger, "--irm", f"anger={irms['sadness']}"], 2, "'anger' is given twice"),
-        (["--irm", f"no good={irms['anger']}"], 2, "no name to serve by"),
+        (["--irm", f"no good={irms['anger']}"], 2, "not a valid IRM name"),
         (["--irm", anger, "--address", "0.0.0.0"], 2, "can be reached from elsewhere"),
         (["--irm", anger, "--port", port], 1, "cannot be served on"),
         (["--irm", anger, "--irm", f"bad={damaged}"], 1, "adapter_config.json"),
