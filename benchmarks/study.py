@@ -153,7 +153,8 @@ class Study:
 
     def rows(self) -> dict[str, str]:
         """Each tone's file of rows, made if it is not there."""
-        files = {name: self.work / "rows" / f"{name}.jsonl" for name in TONES}
+        place = self.work / f"rows-{self.size.rows}-{file_sha256(self.squad)[:8]}"
+        files = {name: place / f"{name}.jsonl" for name in TONES}
         if missing := [name for name, file in files.items() if not file.is_file()]:
             facts = [*read_squad(self.squad)]
             chosen = sorted(random.Random(SEEDS[0]).sample(range(len(facts)), min(self.size.rows, len(facts))))
@@ -205,12 +206,15 @@ class Study:
         """An arm's record: from its file, or made now.
 
         Raises:
-            RealignerError: when the file's runs were trained otherwise than they are now, or as `train`.
+            RealignerError: when the file's runs were trained otherwise, or on other facts, than they would be now; or as `train`.
         """
         file, own, runs = self.results / f"{arm}.json", ARMS[arm], self.runs(arm)
         if file.is_file():
-            if (kept := read_object(file))["changed"] != self.size.keys(own):
-                raise RealignerError(f"{file}: of runs with {kept['changed']}, not {self.size.keys(own)}; move it away")
+            kept = read_object(file)
+            pairs = (kept["changed"], self.size.keys(own)), (kept["squad"]["sha256"], file_sha256(self.squad))
+            for kept_as, asked in pairs:
+                if kept_as != asked:
+                    raise RealignerError(f"{file}: of {kept_as}, not {asked}; move its folder away, or give --results")
             return kept
         seeds = [] if own.changed else self.runs(arm, more_seeds=True)
         self.train(arm, [*runs, *seeds])
