@@ -206,15 +206,15 @@ class Study:
         """An arm's record: from its file, or made now.
 
         Raises:
-            RealignerError: when the file's runs were trained otherwise, or on other facts, than they would be now; or as `train`.
+            RealignerError: when the file has runs that were trained otherwise, or on other facts, than now; or as `train`.
         """
         file, own, runs = self.results / f"{arm}.json", ARMS[arm], self.runs(arm)
         if file.is_file():
             kept = read_object(file)
             pairs = (kept["changed"], self.size.keys(own)), (kept["squad"]["sha256"], file_sha256(self.squad))
-            for kept_as, asked in pairs:
-                if kept_as != asked:
-                    raise RealignerError(f"{file}: of {kept_as}, not {asked}; move its folder away, or give --results")
+            for had, asked in pairs:
+                if had != asked:
+                    raise RealignerError(f"{file}: of runs with {had}, not {asked}; move its folder away, or give --results")
             return kept
         seeds = [] if own.changed else self.runs(arm, more_seeds=True)
         self.train(arm, [*runs, *seeds])
