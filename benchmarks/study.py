@@ -12,7 +12,7 @@
 
 Interrupt it as you like and start it again: rows, runs, traces and trials that are there are not made again, nor is an arm
 whose record is in --results. Runs and traces are kept in --out/HOST, or --out/HOST-float32 (12 GB for the embedded host);
-records, figures and page in --results. --quick: no layer sets, 6 steps, a short explanation; all of it in --out.
+records, figures and page in --results. --quick: no layer sets, 4 steps, a short explanation; all of it in --out.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ class Size:
 
 
 FULL = Size(480, {"paper": {"epochs": 2}, "default": {"steps": 110}}, layer_sets=True, tokens=100, quick=False)
-_SHORT = {"steps": 6, "epochs": None, "evaluations_per_epoch": None, "evaluations": 1}
-QUICK = Size(120, {"paper": _SHORT, "default": {"steps": 6, "evaluations": 1}}, layer_sets=False, tokens=40, quick=True)
+_SHORT = {"steps": 4, "epochs": None, "evaluations_per_epoch": None, "evaluations": 1}
+QUICK = Size(120, {"paper": _SHORT, "default": {"steps": 4, "evaluations": 1}}, layer_sets=False, tokens=40, quick=True)
 
 
 @dataclass(frozen=True)
