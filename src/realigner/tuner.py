@@ -34,7 +34,7 @@ from realigner.irm import EDITIONS
 from realigner.irm_config import FILE_PREFIX, PEFT_NAME, WEIGHTS_FILE, IRMConfig, adapter_folder, check_adapter
 from realigner.locate import find_sites
 from realigner.residuals import delta_scale, delta_scales, residual_sizes
-from realigner.settings import Generation, Settings, Strength, Where, part_of
+from realigner.settings import Generation, Settings, Strength, Where, generate_setting, part_of
 
 
 class IRMModel(BaseTuner):
@@ -75,13 +75,8 @@ class IRMModel(BaseTuner):
 
     def generate(self, *args: Any, strength: Strength | None = None, where: Where | None = None, **kwargs: Any) -> Any:
         """Run the host's ``generate``, with this call's strength and tokens if they are given."""
-        given = kwargs.get("generation_config"), *args[1:2]  # transformers takes it as the second argument too
-        config = next((value for value in given if value is not None), self.model.generation_config)
-        configs = config, self.model.generation_config  # which fills in what the first leaves open
-        repeats = [
-            kwargs.get(key) or next((value for own in configs if (value := getattr(own, key, None))), 1)
-            for key in ("num_beams", "num_return_sequences")
-        ]
+        counts = ("num_beams", "num_return_sequences")
+        repeats = max(generate_setting(name, args, kwargs, self.model.generation_config) or 1 for name in counts)
         own, mask = [kwargs.get(key) for key in ("inputs_embeds", "input_ids", "inputs")], kwargs.get("attention_mask")
         inputs = (*own, *args)
         if self.model.config.is_encoder_decoder:  # what it is given is the encoder's
@@ -89,7 +84,7 @@ class IRMModel(BaseTuner):
         prompt = next((value.shape[1] for value in inputs if isinstance(value, torch.Tensor)), 1)  # without one: the BOS token
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             prompt = max(prompt, mask.shape[1])  # of a text whose beginning is in a cache, the new tokens alone may be given
-        settings = replace(self.current(strength, where), generation=Generation(prompt, max(repeats)))
+        settings = replace(self.current(strength, where), generation=Generation(prompt, repeats))
         return self._run(self.model.generate, settings, args, kwargs)
 
     def current(
