@@ -76,6 +76,18 @@ def test_settings_of_each_prompt(runtime: Runtime) -> None:
             runtime.answer(QUESTIONS, **given, **SHORT)
 
 
+def test_strengths_of_some_irms_leave_the_others_at_their_own(runtime: Runtime) -> None:
+    both = Runtime(runtime.model, runtime.tokenizer, {"anger": 1.0, "sadness": 0.2})
+    how = {"irms": ("anger", "sadness"), **SHORT}
+    want = runtime.answer(QUESTIONS, strength={"anger": 0.7, "sadness": 0.2}, **how)
+    assert both.answer(QUESTIONS, strength={"anger": 0.7}, **how) == want
+    assert both.answer(QUESTIONS, strength={"anger": [0.7] * 3}, **how) == want
+    assert "".join(both.stream(QUESTIONS[0], strength={"anger": 0.7}, **how)) == want[0]
+    assert both.answer(QUESTIONS, strength={"anger": 0.7, "sadness": 1.0}, **how) != want
+    with ra.strength(runtime.model, 1.0, adapter="sadness"):  # a block goes before an IRM's own
+        assert both.answer(QUESTIONS, strength={"anger": 0.7}, **how) != want
+
+
 def test_a_penalty_that_leaves_the_prompt_out(irms: dict[str, Path]) -> None:
     """Against a loop that knows no cache and no processor; prompts of different lengths in one batch."""
     bare = ra.load(host=str(irms["anger"].parent / "host"), dtype="float32")

@@ -8,8 +8,9 @@ import re
 import shutil
 import signal
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -541,6 +542,65 @@ def test_a_client_that_leaves_takes_no_place(server: Server, stream: bool) -> No
         client.close()
     assert eventually(server.is_idle, 3)
     assert server.chat("host+anger")[0] == 200
+
+
+@pytest.mark.parametrize("leaves", ["load", "unload"])
+def test_a_change_of_irms_is_carried_out_though_its_client_leaves(
+    leaves: str, irms: Irms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that were read get their name, and those whose name was taken away go: nothing stays on the host for good."""
+    host, tokenizer = ra.load_host(str(irms["anger"].parent / "host"), dtype="float32")
+    loaded_irms, go_on = LoadedIRMs(host), threading.Event()
+    read = loaded_irms.read
+    reading: list[Path] = []
+
+    def slow(folder: Path) -> LoadedIRM:
+        reading.append(folder)
+        assert go_on.wait(30)
+        return read(folder)
+
+    monkeypatch.setattr(loaded_irms, "read", slow)
+
+    async def seen(fact: Callable[[], bool]) -> bool:
+        for _ in range(100):
+            if fact():
+                return True
+            await asyncio.sleep(0.05)
+        return False
+
+    async def left(engine: Engine) -> None:
+        load = asyncio.create_task(engine.load("anger", irms["anger"]))
+        assert await seen(lambda: reading == [irms["anger"]])
+        if leaves == "load":
+            load.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await load
+        go_on.set()
+        assert await seen(lambda: loaded_irms.strengths == {"anger": 2.0})
+        if leaves == "unload":
+            await load
+            go_on.clear()
+            other = asyncio.create_task(engine.load("sadness", irms["sadness"]))
+            assert await seen(lambda: reading[1:] == [irms["sadness"]])
+            unload = asyncio.create_task(engine.unload("anger"))  # it waits for the other
+            assert await seen(lambda: loaded_irms.strengths == {})
+            unload.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await unload
+            go_on.set()
+            await other
+            assert await seen(lambda: set(loaded_irms.model.peft_config) == {"idle", "served_1"})
+
+    async def opened() -> None:
+        engine = Engine(loaded_irms, tokenizer, Limits())
+        engine.open(asyncio.get_running_loop())
+        try:
+            await left(engine)
+        finally:
+            go_on.set()
+            engine.close()
+
+    asyncio.run(opened())
 
 
 def gate(seconds: float, send: Any = None) -> tuple[KeysAndLimits, list[Any]]:

@@ -29,6 +29,7 @@ from realigner.irm_config import CONFIG_FILE, IRMConfig
 from realigner.serving import vllm_runner
 from realigner.serving.mixes import Mix, NotServedError
 from realigner.serving.vllm_api import IRMMiddleware
+from realigner.serving.vllm_command import irm_environment
 from realigner.serving.vllm_irms import ServedIRMs
 from realigner.serving.vllm_model import IRMSlots, attach
 from realigner.serving.vllm_plugin import register, spare_slots
@@ -489,6 +490,8 @@ def test_irms_are_named_in_the_environment(served: ServedIRMs, tmp_path: Path) -
     }.items():
         with pytest.raises(RealignerError, match=words):
             ServedIRMs.of_text(text)
+    with pytest.raises(RealignerError, match="no such adapter folder"):
+        irm_environment({"a": "~nosuchuser/x"})
     saved(tmp_path, {"a": {"template": "plain"}, "b": {}})
     with pytest.raises(RealignerError, match=r"template=plain.*template=chat"):
         ServedIRMs.of_text(f"a={tmp_path}/a")

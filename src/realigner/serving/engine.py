@@ -9,7 +9,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -189,7 +189,7 @@ class Engine:
         self._jobs: dict[str, Job] = {}
         self._formats: dict[str, ChatFormat] = {}
         self._changing = asyncio.Lock()
-        self._drops: set[asyncio.Task[None]] = set()
+        self._under_way: set[asyncio.Task[None]] = set()
         self._prompts, self._changes = ThreadPoolExecutor(1, "realigner-prompts"), ThreadPoolExecutor(1, "realigner-irms")
         self._batch: BatchManager | None = None
 
@@ -394,24 +394,34 @@ class Engine:
     # IRMs that come and go.
 
     async def load(self, name: str, source: str | Path) -> None:
-        """Add an IRM while others act.
+        """Add an IRM while others act. Whoever leaves meanwhile (is cancelled) does not end it halfway.
 
         Raises:
             RealignerError: when there is none, it is damaged, for another host, or its name is taken; all goes on as before.
         """
+        await asyncio.shield(self._begin(self._load(name, source)))
+
+    async def _load(self, name: str, source: str | Path) -> None:
         async with self._changing:
             self.loaded_irms.check_new(name)
             served = await asyncio.get_running_loop().run_in_executor(self._changes, self._read, Path(source))
             self.loaded_irms.put(name, served)
 
     async def unload(self, name: str) -> None:
-        """Take an IRM away; requests that use it are finished.
+        """Take an IRM away; requests that use it are finished. Whoever leaves meanwhile does not end it halfway.
 
         Raises:
             UsageError: when it is not loaded.
         """
         if (adapter := self.loaded_irms.unload(name)) is not None:
-            await self._drop(adapter)
+            await asyncio.shield(self._begin(self._drop(adapter)))
+
+    def _begin(self, change: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A change of the IRMs as a task that runs to its end, whether anyone waits for it or not."""
+        task = asyncio.get_running_loop().create_task(change)
+        self._under_way.add(task)  # else it might be collected before it has run
+        task.add_done_callback(self._under_way.discard)
+        return task
 
     def _read(self, source: Path) -> LoadedIRM:
         folder = find_irm(source)
@@ -438,6 +448,4 @@ class Engine:
 
     def _give_back(self, taken: RequestIRMs) -> None:
         for adapter in self.loaded_irms.give_back(taken):
-            task = asyncio.get_running_loop().create_task(self._drop(adapter))
-            self._drops.add(task)  # else it might be collected before it has run
-            task.add_done_callback(self._drops.discard)
+            self._begin(self._drop(adapter))
