@@ -33,9 +33,10 @@ from realigner.tuner import find_tuner, tuner_of
 Names = str | tuple[str, ...]
 
 # What a host's own generation config may ask for, and a reply that is made token by token, in a batch or a stream, cannot have.
-_TOKEN_BY_TOKEN = {
+# (min_length counts the prompt, and the padding of a batch too; min_new_tokens stays.)
+_TOKEN_BY_TOKEN: dict[str, Any] = {
     **{"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False},
-    **{"prompt_lookup_num_tokens": None, "assistant_early_exit": None, "use_mtp": None, "guidance_scale": None},
+    **dict.fromkeys(("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "guidance_scale", "min_length")),
 }
 
 
