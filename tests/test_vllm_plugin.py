@@ -512,7 +512,7 @@ def rewritten(served: ServedIRMs, route: str = "/v1/chat/completions", **request
 
 def test_requests_become_the_engines(served: ServedIRMs) -> None:
     assert rewritten(served, model="host+anger@0.7") == {"model": "host", "vllm_xargs": {"irms": "anger@0.7"}}
-    asked = {"model": "org/host+anger+sadness@-1", "vllm_xargs": {"seed": 1}}
+    asked: dict[str, Any] = {"model": "org/host+anger+sadness@-1", "vllm_xargs": {"seed": 1}}
     assert rewritten(served, **asked) == {"model": "org/host", "vllm_xargs": {"seed": 1, "irms": "anger@1.25+sadness@-1"}}
     assert rewritten(served, model="host", irms={"anger": 0.5})["vllm_xargs"] == {"irms": "anger@0.5"}
     assert rewritten(served, model="host+anger@0") == {"model": "host"}
