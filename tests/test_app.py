@@ -288,8 +288,10 @@ def test_what_is_downloaded_opens(talker: RuntimeTalker, tmp_path: Path) -> None
     assert trace["text_question"].values.tolist() == [QUESTION]
     page, _ = build_report([tmp_path / "t.zarr"], tmp_path / "report.html")
     assert "anger" in page.read_text()
-    # From the page: what is downloaded goes when another reply is.
-    (tmp_path / "place").mkdir()
+    # From the page: what is downloaded goes when another reply is; Gradio's copy of it, which may be under way, stays.
+    copy = tmp_path / "place" / "gradio" / "report.html"
+    copy.parent.mkdir(parents=True)
+    copy.touch()
     shown, session = Page(talker, [], tmp_path / "place"), SimpleNamespace(session_hash="a")
     written = []
     for temperature in (0.0, 0.8):
@@ -299,9 +301,10 @@ def test_what_is_downloaded_opens(talker: RuntimeTalker, tmp_path: Path) -> None
         conversation.settle()
         text = Path(shown.report(session)).read_text()
         assert f"{'Sampled' if temperature else 'Greedy'} replies of at most 6 tokens" in text
-        written.append({path.name for path in (tmp_path / "place").iterdir()})
+        written.append({path.name for path in (tmp_path / "place" / "recordings").iterdir()})
     assert [len(some) for some in written] == [1, 1]
     assert not written[0] & written[1]
+    assert copy.exists()
 
 
 def test_an_index_has_its_profile_facts_and_verdict(tmp_path: Path) -> None:

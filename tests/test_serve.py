@@ -32,6 +32,7 @@ from realigner.data import Fact, Tone
 from realigner.data.rewriters import RewriteRequest
 from realigner.data.rewriters.endpoint_rewriter import EndpointRewriter
 from realigner.errors import UsageError
+from realigner.generation import encode_prompts
 from realigner.irm_config import IRMConfig
 from realigner.runtime import Runtime
 from realigner.serving.addresses import check_address
@@ -136,6 +137,33 @@ def test_tokens_of_the_engine_are_those_of_generate(family: str, monkeypatch: py
             break
     assert any(put_off)
     assert len(set(wanted)) > 8
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"min_new_tokens": 10},
+        {"min_length": 60},
+        {"no_repeat_ngram_size": 2},
+        {"suppress_tokens": [40, 50, 60], "begin_suppress_tokens": [70, 80]},
+        {"exponential_decay_length_penalty": (3, 1.5), "bad_words_ids": [[50, 60]]},
+        {"forced_eos_token_id": 1, "encoder_repetition_penalty": 1.3},
+        {"num_beams": 3, "num_return_sequences": 2, "guidance_scale": 1.5},
+    ],
+    ids=lambda rules: "-".join(rules),
+)
+def test_a_hosts_own_rules_are_those_of_answer(rules: dict[str, Any]) -> None:
+    host, tokenizer = tiny_pair()
+    questions = [f"{n}?" * (1 + n) for n in range(4)]
+    inputs = encode_prompts(tokenizer, questions, host.device)
+    early = host.generate(**inputs, max_new_tokens=3, do_sample=False, repetition_penalty=1.1)[:, -1]
+    host.generation_config.eos_token_id = [1, *early.tolist()]  # these end a reply, unless they may not yet
+    for name, value in rules.items():
+        setattr(host.generation_config, name, value)
+    bodies = [{"model": "host", "messages": [{"role": "user", "content": text}], "max_tokens": 16} for text in questions]
+    wanted = ra.answer(host, tokenizer, questions, max_new_tokens=16)
+    made = run_all(LoadedIRMs(host), tokenizer, bodies, Limits(tokens=16, context=96))
+    assert [text for text, _ in made] == [str(reply) for reply in wanted]
 
 
 @pytest.mark.parametrize("template", [HYBRID, OPENED])
