@@ -182,9 +182,9 @@ def main() -> None:
         waiting = {pool.submit(fit, options.out, *one): one for one in missing}
         for count, future in enumerate(as_completed(waiting), start=1):
             name, seed = waiting[future]
-            error = future.exception()
-            faults += error is not None
-            print(f"[{count}/{len(missing)}] {name} {seed}: {error or 'done'}", file=sys.stderr, flush=True)
+            fault = future.exception()
+            faults += fault is not None
+            print(f"[{count}/{len(missing)}] {name} {seed}: {fault or 'done'}", file=sys.stderr, flush=True)
     found = list(rows(options.out))
     made_folder(options.results)
     write_text(options.results / "presets.json", json.dumps({"host": EMBEDDED, "tone": TONE, "rows": found}, indent=1) + "\n")
