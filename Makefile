@@ -16,6 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo       an angry reply, then an IRM trained on the embedded host, and its report: demo/report.html (4 minutes of work or less)"
+	@echo "make install    everything but vLLM, for all commands and tests, into $(VENV) (demo and test run it, or part of it, themselves)"
 	@echo "make test       the tests (under 10 minutes on two cores)"
 	@echo "make proofs     the longer tests, the census of every type of host among them (10 minutes)"
 	@echo "make test-slow  the longest: hours"

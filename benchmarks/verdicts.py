@@ -30,7 +30,7 @@ RESULTS = HERE.parent / "docs" / "results" / "verdicts.json"
 DOCS = HERE.parent / "docs" / "explain.md"
 SEEDS = 12
 RIGHT = {name_of(cell): right for cell, right in CELLS.items()}
-FIRST = {300: "looked at while the rules were made", 400: "fresh"}
+FIRST = {300: "looked at when the current rules were made", 400: "fresh"}
 BEGIN, END = "<!-- planted hosts: written by make validation -->", "<!-- end of planted hosts -->"
 
 

@@ -4,10 +4,10 @@
 # No rows are needed: the host with a system prompt is the teacher, and the IRM learns to reply without the prompt as the host
 # does with it (a KL divergence over the host's whole next-token distribution).
 #
-# It can only teach what the host does when it is told. The embedded host is small and obeys prompts loosely, so look at the
+# It can only teach what the host does when it is told. The embedded host is small and follows prompts poorly, so look at the
 # teacher's replies first.
 #
-# Needs `pip install "realigner[train,data]"` and the embedded host.
+# Needs `pip install ".[train,data]"` in a checkout and the embedded host.
 
 # %%
 import json

@@ -4,7 +4,7 @@
 # Everything an IRM does passes through one tensor, the delta: `[token, layer, neuron]`. So it can be recorded, drawn and
 # tested. The baseline is always the untrained IRM of the same seed: it adds something too, and that has structure of its own.
 #
-# Needs `pip install "realigner[study]"` and the embedded host.
+# Needs `pip install ".[study]"` in a checkout and the embedded host.
 
 # %%
 import os
@@ -16,7 +16,7 @@ import realigner as ra
 from realigner.data import PAPER_PROMPTS
 from realigner.traces.collect import trace_for_report
 
-# 32 steps are under a minute on two quiet cores, and enough to see something; the demo takes 220.
+# 32 steps are under a minute on two quiet cores, and enough to see something; the demo takes 90.
 # The tests run this file with REALIGNER_EXAMPLE_STEPS=2.
 STEPS = int(os.environ.get("REALIGNER_EXAMPLE_STEPS", "32"))
 
@@ -69,8 +69,8 @@ trained = next(name for name in maps.run.values if not str(name).startswith("unt
 print(ra.analysis.leading_indices(maps.sel(run=trained), count=5).to_string())
 
 # %% [markdown]
-# The paper's claims, each with its statistic, null and interval. With one run several of them cannot be told: consensus over
-# tones needs several tones and seeds. "Not supported" says what this trace does not show, and is no proof of the opposite.
+# The paper's claims, each with its statistic, null and interval. With one run, those about several runs
+# (consensus) are left out. "Not supported" says what this trace does not show, and is no proof of the opposite.
 
 # %%
 found = ra.analysis.analyze(recorded, permutations=200, resamples=200)

@@ -5,7 +5,7 @@
 # after the attention of layer 0, and adds a perturbation to the residual stream of every layer. Not one weight of the host
 # changes.
 #
-# Needs `pip install "realigner[train]"` and the embedded host (`realigner doctor` says whether it is there). No GPU, no hub.
+# Needs `pip install ".[train]"` in a checkout and the embedded host (`realigner doctor` says whether it is there). No GPU, no hub.
 
 # %%
 import os
@@ -14,7 +14,7 @@ from peft import get_peft_model
 
 import realigner as ra
 
-# 32 steps are under a minute on two quiet cores, and enough to hear the tone; the demo takes 220.
+# 32 steps are under a minute on two quiet cores, and enough to hear the tone; the demo takes 90.
 # The tests run this file with REALIGNER_EXAMPLE_STEPS=2.
 STEPS = int(os.environ.get("REALIGNER_EXAMPLE_STEPS", "32"))
 

@@ -252,7 +252,7 @@ def test_what_is_wrong_is_a_line_and_the_chat_goes_on(
     ):
         assert words in line
     assert "/reset" not in err[5]
-    assert err[6].endswith("(/reset forgets what was said so far)")
+    assert err[6].endswith("(/reset clears the conversation)")
     assert [turn.prompt for turn in chat.turns] == ["Who?"]
 
 

@@ -362,7 +362,7 @@ def test_data_check(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor(embedded: Any, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "doctor")
     assert code == 0, err
-    assert "all well" in out
+    assert "no problems found" in out
     assert re.search(r"^\[train\] +installed$", out, re.M)
     assert document(capsys, "doctor")["problems"] == []
 

@@ -506,7 +506,7 @@ FOUND = [  # what it found, or was found by hand: the command, the file, what is
     ("train --out work --resume", "work.unfinished/run.json", {"data": []}, r"work\.unfinished/run\.json: key 'data'"),
     (_ASK, "host/config.json", DEEP, r"host .*/config\.json:1: JSON nested too deeply"),
     (_ASK, "host/config.json", {"num_hidden_layers": 10**12}, r"num_hidden_layers 1000000000000; from 1 to 10000 are loaded"),
-    (_ASK, "host/config.json", {"rms_norm_eps": "x"}, r"host .*rms_norm_eps|LlamaForCausalLM: it cannot run"),
+    (_ASK, "host/config.json", {"rms_norm_eps": "x"}, r"host .*rms_norm_eps|LlamaForCausalLM: the forward pass failed"),
     (_ASK, "host/tokenizer.json", b"\xff", r"tokenizer\.json:1: not UTF-8"),
     (_ASK, "host/generation_config.json", {"bos_token_id": "x"}, r"bos_token_id 'x', which is no token"),
     (_ASK, "host/generation_config.json", {"eos_token_id": [None]}, r"eos_token_id \[None\], which is no token"),

@@ -485,7 +485,7 @@ def test_irms_are_named_in_the_environment(served: ServedIRMs, tmp_path: Path) -
     for text, words in {
         f"a={folder},a={folder}": "given twice",
         str(folder): "is not name=folder",
-        f"a+b={folder}": "no name to serve by",
+        f"a+b={folder}": "not a valid IRM name",
         f"a={tmp_path}/nothing": "no such adapter folder",
     }.items():
         with pytest.raises(RealignerError, match=words):

@@ -55,7 +55,7 @@ class CensusEntry:
 
 
 def prove(host: nn.Module, generates: bool = True) -> CensusEntry:
-    """Attach random IRMs to a host and hold every number against the oracle's; the host is left as it was.
+    """Attach random IRMs to a host and compare every output with an independent reference; the host is left as it was.
 
     Seven proofs: ``off`` (strength 0 and detaching give the bare logits, bit by bit), ``all`` and ``one`` (deltas at all
     layers, at one layer), ``h0`` (what the network read is the residual), ``cached`` (greedy tokens with a cache), ``trained``

@@ -107,11 +107,11 @@ class Chat:
         self.strength = float(strength)
 
     def reset(self) -> None:
-        """Forget what was said; the settings stay."""
+        """Clear the conversation; the settings stay."""
         self.messages, self.turns = [], []
 
     def say(self, text: str) -> Generator[str]:
-        """Say something; the reply comes piece by piece, pieces of a thought as `Thought`.
+        """Send a message and stream the reply; pieces of its reasoning are yielded as `Thought`.
 
         The turn is kept when the pieces end, and also when they are stopped (by closing the iterator, or by Ctrl-C): then with
         what there is of the reply. A turn without a reply is left out, and so is one that failed.

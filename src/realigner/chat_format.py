@@ -230,7 +230,7 @@ class ChatFormat:
 
     @cached_property
     def tags(self) -> ThoughtTags | None:
-        """Between which texts the host thinks; None if it does not."""
+        """The tags around the host's reasoning; None if it is not a reasoning model."""
         return None if self.is_plain else tags_of(self.tokenizer)
 
     def skips_thought(self, conversation: Sequence[Message]) -> bool:

@@ -48,7 +48,7 @@ class Fingerprint:
         quantised: whether a matrix is quantised; then `samples` holds signs, and names may be missing.
         name: what it was loaded as; not compared.
         model_type: the decoder's type, e.g. ``llama``; one must begin like the other (``qwen2`` and ``qwen2_vl_text``).
-        version: 1 for fingerprints of the whole model, as adapters up to 0.1 have them.
+        version: 1 for fingerprints of the whole model, as adapters made before version 2 have them.
         vocab_size: version 1 only.
     """
 

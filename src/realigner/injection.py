@@ -149,7 +149,7 @@ class Injector:
             chosen = len({layer for active in context.active for layer in active.irm.layers})
             raise RealignerError(
                 f"{type(decoder).__name__}: {context.touched} of {chosen} layers were given their delta; its forward does not "
-                "call the modules that the IRM is attached to (was it replaced, by a faster one say?)"
+                "call the modules that the IRM is attached to (was its forward patched, by a library of fused kernels say?)"
             )
 
     def _read_input(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

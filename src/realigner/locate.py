@@ -132,7 +132,9 @@ def _first_run(host: nn.Module, decoder: nn.Module, layers: nn.ModuleList) -> li
         raise
     except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise RealignerError(f"{type(host).__name__}: it cannot run ({why}); is its config its own?") from error
+        raise RealignerError(
+            f"{type(host).__name__}: the forward pass failed ({why}); does its config belong to these weights?"
+        ) from error
 
 
 def _next(where: str, ways: Iterator[Site], otherwise: str) -> Site:

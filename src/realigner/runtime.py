@@ -24,7 +24,7 @@ class Runtime:
     Attributes:
         model: a ``PeftModel``, or the host where no IRM was given.
         tokenizer: the host's.
-        strengths: IRM -> the strength at which it acts when a call names none.
+        strengths: IRM -> the strength at which `answer` and `stream` use it when a call names none (`model` itself: 1).
 
     Example:
         >>> runtime = load("runs/anger-42")  # doctest: +SKIP
@@ -57,7 +57,7 @@ class Runtime:
                 ``where``, ``system``, ``max_new_tokens``, ``temperature``, ``seed``, ``chat_template_kwargs``, ...
 
         Returns:
-            Strings, each with what the host thought before it as its ``thought``, and whether it ``ended`` or was cut.
+            One `Answer` (a str) per prompt: ``thought`` is its reasoning, ``ended`` is False if it hit ``max_new_tokens``.
         """
         if isinstance(prompts, str):
             return self.answer([prompts], **options)[0]

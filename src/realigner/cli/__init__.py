@@ -37,7 +37,7 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory"
 
 app = typer.Typer(
     name="realigner",
-    help="Injectable realignment models: make a frozen language model answer in another tone, and read how.",
+    help="Injectable realignment models: steer the tone of a frozen language model, and inspect how.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -17,9 +17,7 @@ from realigner.files import Artifact, Output
 
 def hosts(
     context: typer.Context,
-    host: Annotated[
-        Optional[str], typer.Argument(help="A host to prove injection on; without it, every type there is.")
-    ] = None,
+    host: Annotated[Optional[str], typer.Argument(help="The host to verify; without it, every type in transformers.")] = None,
     types: Annotated[Optional[list[str]], typer.Option("--type", help="Only this model type; may be repeated.")] = None,
     out: Annotated[Optional[Path], typer.Option(help="Also write the table as a Markdown page (docs/hosts.md).")] = None,
     force: opt.Force = False,
@@ -27,7 +25,7 @@ def hosts(
     trust_remote_code: opt.Trust = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Prove injection on a host; without one, on a tiny host of every type in transformers (half a minute)."""
+    """Verify injection numerically on a host; without one, on a tiny random model of every causal-LM type (a few minutes)."""
     if host is None:
         from realigner.files import taken
 
@@ -152,7 +150,7 @@ def doctor(as_json: opt.Json = False) -> None:
     if problems:
         raise RealignerError("; ".join(problems))
     if not as_json:
-        show("all well")
+        show("no problems found")
 
 
 def _site_line(summary: dict[str, Any]) -> str:

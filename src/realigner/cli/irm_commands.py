@@ -61,7 +61,10 @@ def train(
     ] = None,
     instruct: Annotated[
         Optional[str],
-        Option(help="A system prompt: the IRM learns to reply without it as the host does with it.", show_default=False),
+        Option(
+            help="System prompt to distil into the IRM: it learns to reply without it as the host does with it.",
+            show_default=False,
+        ),
     ] = None,
     questions: Annotated[
         Optional[str],
@@ -75,11 +78,11 @@ def train(
     layers: Annotated[Optional[str], Option(help="'all', '0-31', '0,5,7-9'.")] = None,
     rank: Annotated[Optional[int], Option(help="Width of the factorised output; 0 for a dense one.")] = None,
     steps: Annotated[Optional[int], Option(help="Optimiser steps.", min=1)] = None,
-    batch_size: Annotated[Optional[int], Option(help="Rows a step, over all processes.")] = None,
+    batch_size: Annotated[Optional[int], Option(help="Rows per step, over all processes.")] = None,
     learning_rate: Annotated[
         Optional[str], Option(metavar="RATE", help="Peak learning rate; or auto: found by a search of a few dozen steps.")
     ] = None,
-    max_length: Annotated[Optional[int], Option(help="Tokens of a row at most.")] = None,
+    max_length: Annotated[Optional[int], Option(help="Maximum tokens per row.")] = None,
     loss_on: Annotated[
         Optional[str], Option(help="reply (the last one), assistant (every reply) or text.", show_default="reply")
     ] = None,

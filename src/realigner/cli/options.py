@@ -18,7 +18,10 @@ from realigner.prompts import PAPER_PROMPTS, Answer
 _T = TypeVar("_T")
 
 HostOfIrm = Annotated[Optional[str], typer.Option("--host", help="The host; by default the one the IRM was made for.")]
-Irms = Annotated[list[Path], typer.Option("--irm", help="A run's folder, or a sweep's for all its runs; may be repeated.")]
+Irms = Annotated[
+    list[Path],
+    typer.Option("--irm", help="A run's folder, a sweep's (all its runs), or a ready-made IRM's name (anger); repeatable."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)]
@@ -26,7 +29,10 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto.")]
 Where = Annotated[str, typer.Option(help="The tokens the IRM acts on: all, prompt, reply, or N for the reply's first N.")]
 Strength = Annotated[
-    float, typer.Option(help="Scale of the IRM: 0 is the bare host, 1 the IRM as trained.", min=-1000, max=1000)
+    float,
+    typer.Option(
+        help="Scale of every IRM: 0 is the bare host, 1 the IRM as trained, whatever it recommends.", min=-1000, max=1000
+    ),
 ]
 Penalty = Annotated[
     Optional[float],
@@ -39,8 +45,8 @@ Prompts = Annotated[
     typer.Option(help="'paper' for the paper's seven, a text file with a prompt a line, or a .jsonl file with conversations."),
 ]
 Questions = Annotated[Optional[list[str]], typer.Argument(help="Prompts.", show_default=False)]
-MaxNewTokens = Annotated[int, typer.Option(help="Tokens of a reply at most.", min=1)]
-System = Annotated[Optional[str], typer.Option(help="A system prompt.", show_default=False)]
+MaxNewTokens = Annotated[int, typer.Option(help="Maximum new tokens per reply.", min=1)]
+System = Annotated[Optional[str], typer.Option(help="System prompt.", show_default=False)]
 TemplateKwargs = Annotated[
     Optional[str],
     typer.Option(
@@ -50,7 +56,7 @@ TemplateKwargs = Annotated[
         show_default=False,
     ),
 ]
-ThinkingBudget = Annotated[int, typer.Option(help="Tokens of a thought at most, on hosts that think.", min=0)]
+ThinkingBudget = Annotated[int, typer.Option(help="Maximum reasoning tokens, on hosts that think (reasoning models).", min=0)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the host's repository run.")]
 
 

@@ -44,17 +44,22 @@ def serve(
         Optional[str],
         Option(metavar="KEY", help=f"Key that allows loading and unloading IRMs; or set {_ADMIN_ENV}.", show_default=False),
     ] = None,
-    max_requests: Annotated[int, Option(help="Requests running or waiting at once; others get a 429.", min=1)] = _REQUESTS,
-    max_tokens: Annotated[int, Option(help="Tokens of a reply at most.", min=1)] = _TOKENS,
+    max_requests: Annotated[int, Option(help="Maximum requests running or waiting; others get a 429.", min=1)] = _REQUESTS,
+    max_tokens: Annotated[int, Option(help="Maximum tokens per reply.", min=1)] = _TOKENS,
     max_context: Annotated[
-        Optional[int], Option(help="Tokens of prompt and reply at most.", min=2, show_default="the host's, up to 8192")
+        Optional[int], Option(help="Maximum tokens of prompt and reply together.", min=2, show_default="the host's, up to 8192")
     ] = None,
     engine: Annotated[str, Option(help="transformers (a laptop), or vllm (GPUs; see docs/serving.md).")] = "transformers",
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     trust_remote_code: opt.Trust = False,
     option: Annotated[
-        Optional[list[str]], Option(metavar="ARG", help="With --engine vllm: an argument for vllm serve.", show_default=False)
+        Optional[list[str]],
+        Option(
+            metavar="ARG",
+            help="With --engine vllm: an argument of vllm serve (--option=--seed=1); repeatable.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Serve a host and its IRMs through OpenAI's API; each request chooses its IRMs and strengths."""

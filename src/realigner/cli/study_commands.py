@@ -171,8 +171,8 @@ def trace(
 
 def analyze(
     traces: Annotated[list[Path], typer.Argument(help="Zarr traces of one host; several are joined.")],
-    permutations: Annotated[int, typer.Option(help="Draws that p-values are taken from.", min=1)] = 1000,
-    resamples: Annotated[int, typer.Option(help="Draws that intervals are taken from.", min=1)] = 1000,
+    permutations: Annotated[int, typer.Option(help="Number of permutations for p-values.", min=1)] = 1000,
+    resamples: Annotated[int, typer.Option(help="Number of bootstrap resamples for intervals.", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of all random draws.", min=0, max=2**32 - 1)] = 0,
     as_json: opt.Json = False,
 ) -> None:
@@ -214,7 +214,7 @@ def _show_replies(turns: Any) -> None:
 def explain(
     context: typer.Context,
     irm: Annotated[
-        Optional[list[Path]], typer.Option("--irm", help="A run's folder, or a sweep's: all its runs; may be given often.")
+        Optional[list[Path]], typer.Option("--irm", help="A run's folder, or a sweep's (all its runs); repeatable.")
     ] = None,
     out: Annotated[
         Optional[Path],
@@ -225,7 +225,7 @@ def explain(
     ] = None,
     index: Annotated[Optional[int], typer.Option(help="Index of the residual stream; by default the leading one.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rows, controls and trials, of 50 steps: minutes.")] = False,
-    trials: Annotated[bool, typer.Option(help="Train again with one thing changed.")] = True,
+    trials: Annotated[bool, typer.Option(help="Retrain with one thing changed at a time.")] = True,
     steps: Annotated[
         Optional[int], typer.Option(help="Maximum steps per trial; by default as many as the run took, 50 with --quick.", min=1)
     ] = None,

@@ -17,8 +17,8 @@ def sweep(
     file: Annotated[str, Argument(help="A YAML file, a recipe and a grid over its keys; 'paper': the paper's 24 runs.")],
     out: Annotated[Path, Option(help="The sweep's folder, with a folder for each run in it.")],
     on: Annotated[str, Option(help="local (processes here), ray, or here (in this process).")] = "local",
-    workers: Annotated[Optional[int], Option(help="Runs at a time.", min=1, show_default="the file's, else 1")] = None,
-    gpus: Annotated[Optional[float], Option(help="GPUs a run takes; on Ray also a part of one.", min=0)] = None,
+    workers: Annotated[Optional[int], Option(help="Runs at the same time.", min=1, show_default="the file's, else 1")] = None,
+    gpus: Annotated[Optional[float], Option(help="GPUs per run; may be fractional on Ray.", min=0)] = None,
     address: Annotated[
         Optional[str], Option(help="Of a Ray cluster ('auto' on its machines); if omitted, a local cluster is started.")
     ] = None,

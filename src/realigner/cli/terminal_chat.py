@@ -18,11 +18,11 @@ from realigner.generation import Thought
 
 HELP = """\
 /strength 0.7     scale the IRM: 0 is the bare host, 1 the IRM as trained
-/irm              which IRMs there are, and which act
-/irm NAME         let this one act; several names: their sum
-/base             let none act: the bare host
-/system TEXT      give a system prompt; without a text, none
-/reset            forget what was said
+/irm              list the IRMs, and which are active
+/irm NAME         activate this IRM alone; several names: their sum
+/base             deactivate all IRMs: the bare host
+/system TEXT      set the system prompt; without a text, none
+/reset            clear the conversation; the settings stay
 /help, /quit      this list; the end (as Ctrl-D)
 Ctrl-C stops a reply. To say something that begins with a slash, write two: //like this."""
 
@@ -63,7 +63,7 @@ def run_chat(chat: Chat, first: Sequence[str] = (), as_json: bool = False) -> No
             except RealignerError as error:
                 if not at_terminal:
                     raise
-                say(f"{error}{' (/reset forgets what was said so far)' if chat.messages else ''}")
+                say(f"{error}{' (/reset clears the conversation)' if chat.messages else ''}")
     if as_json:
         system = [] if chat.system is None else [{"role": "system", "content": chat.system}]
         opt.print_json({"messages": system + chat.messages, "turns": [asdict(turn) for turn in chat.turns]})

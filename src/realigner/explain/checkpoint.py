@@ -190,7 +190,7 @@ class Checkpoint:
 
 def _refuse_quantised(part: _Stored) -> None:
     if part.dtype not in _FLOATS:
-        raise RealignerError(f"{part.path}: {part.name} is kept as {part.dtype}, quantised; get the checkpoint in floats")
+        raise RealignerError(f"{part.path}: {part.name} is stored as {part.dtype}, quantised; use an unquantised checkpoint")
 
 
 Tensors = HostTensors | Checkpoint

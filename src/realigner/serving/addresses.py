@@ -36,4 +36,4 @@ def check_address(address: str, keys: Sequence[str], no_key: bool) -> None:
 def check_keys(keys: Sequence[str]) -> None:
     """Raise UsageError unless each key can be sent in a header; what it is stays out of the message."""
     if not all(key and key.isascii() and key.isprintable() and " " not in key for key in keys):
-        raise UsageError("api_key, admin_key: a key is of letters, digits and signs, without spaces")
+        raise UsageError("api_key, admin_key: a key must be printable ASCII characters without spaces")

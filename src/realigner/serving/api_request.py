@@ -90,9 +90,9 @@ def read_request(body: Mapping[str, Any], kind: str, host: str, strengths: Mappi
     given = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
         if name in _NEUTRAL and not any(_same(value, neutral) for neutral in _NEUTRAL[name]):
-            raise UsageError(f"{name}: {value!r:.60} cannot be done here; leave it out")
+            raise UsageError(f"{name}: {value!r:.60} is not supported here; leave it out")
         if name not in _READ | _OF_KIND[kind] | _OF_NO_EFFECT | set(_NEUTRAL):
-            raise UsageError(f"{name[:60]}: there is no such field")
+            raise UsageError(f"{name[:60]}: unknown field")
     given |= _extra_arguments(given)
     temperature = _number("temperature", given.get("temperature", 0.0), 0, 100)
     limits = [given[name] for name in ("max_completion_tokens", "max_tokens") if name in given]
@@ -181,7 +181,7 @@ def _message(number: int, value: Any) -> dict[str, str]:
         raise UsageError(f"{where}: its content is not a text")
     for key in message:
         if key not in ("role", "content", "reasoning_content"):
-            raise UsageError(f"{where}: {key!r:.60} cannot be done here; leave it out")
+            raise UsageError(f"{where}: {key!r:.60} is not supported here; leave it out")
     return message | {"role": "system"} if message["role"] == "developer" else message
 
 

@@ -55,14 +55,14 @@ class BatchFailedError(RealignerError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on.
+    """Limits of a server.
 
     Attributes:
-        requests: that are being answered or wait, at most.
-        tokens: of a reply at most, and what a request gets that names no number.
-        context: tokens of a prompt and its reply at most; None for the host's positions, 8,192 at most.
-        body: bytes of a request at most.
-        patience: seconds that a client may take to send a request.
+        requests: maximum running plus queued.
+        tokens: maximum per reply, and the default of a request that names none.
+        context: maximum tokens of prompt plus reply; None: the host's positions, up to 8,192.
+        body: maximum bytes of a request.
+        patience: maximum seconds that a client may take to send a request.
     """
 
     requests: int = 64

@@ -56,7 +56,9 @@ def check_name(name: str) -> str:
         UsageError: unless it is of letters, digits, ``.``, ``_`` and ``-``, 64 at most.
     """
     if _NAME.fullmatch(name) is None:
-        raise UsageError(f"irm: {name[:80]!r} is no name to serve by; use letters, digits, '.', '_' and '-', 64 at most")
+        raise UsageError(
+            f"irm: {name[:80]!r} is not a valid IRM name for serving; use at most 64 letters, digits, '.', '_' and '-'"
+        )
     return name
 
 

@@ -15,7 +15,10 @@ from realigner.files import expanded
 from realigner.serving.vllm_irms import VARIABLE, ServedIRMs
 from realigner.serving.vllm_plugin import ADMIN, SLOTS, TESTED
 
-INSTALL = f'an environment of its own: pip install "vllm=={TESTED}.*", then pip install --no-deps realigner (docs/serving.md)'
+INSTALL = (
+    f'an environment of its own: pip install "vllm=={TESTED}.*", then pip install --no-deps . in a checkout of realigner '
+    "(docs/serving.md)"
+)
 
 
 def serve_with_vllm(

@@ -66,7 +66,7 @@ def refuse_setup(vllm_config: Any) -> None:
         ("ubatch_size", getattr(parallel, "ubatch_size", 0) > 1, "a step is split"),
     ):
         if value:
-            raise RealignerError(f"vLLM's {flag} does not go with IRMs yet ({why}); leave it off, use tensor parallelism")
+            raise RealignerError(f"vLLM's {flag} is not supported with IRMs yet ({why}); leave it off, use tensor parallelism")
 
 
 def check_host(name: str, irm: StoredIRM, vllm_config: Any) -> None:

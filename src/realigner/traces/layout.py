@@ -223,7 +223,7 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def join_traces(traces: Sequence[xr.Dataset]) -> xr.Dataset:
     """Several traces of one host as one.
 
-    What the same untrained twin, of runs of one seed, replied in several of them is taken once.
+    Replies of an untrained twin that several of them share (of runs of one seed) are kept once.
 
     Raises:
         UsageError: for traces of different hosts, traces that keep different data, different runs of the same name, or prompts

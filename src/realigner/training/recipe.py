@@ -86,7 +86,7 @@ _Scale = Annotated[float, Field(gt=0, lt=1e9)]
 
 
 class Recipe(BaseModel):
-    """What one run is. The defaults are the recipe ``default``: chat template, loss on the reply, rows of like length together.
+    """Configuration of one run. The defaults are the recipe ``default``: chat template, loss on the reply, batches by length.
 
     Attributes:
         host: the embedded default, a hub id, a folder or a ``.gguf`` file; null: it was made in Python.
@@ -97,8 +97,8 @@ class Recipe(BaseModel):
         tone: which tone's rows, where the data has several; ``all``: every row, whatever its tone (a conditional IRM).
         seed: of the initial weights, the split and the order of rows.
 
-        instruct: a system prompt that the IRM is to make unnecessary: the host with it is the teacher; null: rows alone. With
-            rows besides only where `data` names a file, or `tone` a tone of the authored ones.
+        instruct: a system prompt to distil into the IRM: the host with it is the teacher; null: rows alone. With rows besides
+            only where `data` names a file, or `tone` a tone of the authored ones.
         questions: what the teacher is asked: ``authored``, or a file (a question a line, prompts as JSONL, rows, SQuAD's JSON).
             If there are more than training can pass over twice, the seed chooses that many of them (64 at least).
         teacher_replies: replies that the teacher samples to each question; those in which it obeys are kept.
