@@ -384,7 +384,8 @@ def tables(results: dict[str, Any]) -> str:
         lines += [
             f"| {row['size']:g} | {' | '.join(format(row['power'][key], '.2f') for key in statistics)} |" for row in curve
         ]
-    lines += ["", "### Intervals", "", "| prompts | noise | ICC | coverage of our interval | coverage of the percentile interval |"]
+    lines += ["", "### Intervals", ""]
+    lines += ["| prompts | noise | ICC | coverage of our interval | coverage of the percentile interval |"]
     lines += ["| ---: | ---: | ---: | ---: | ---: |"]
     for row in results["coverage"]:
         facts = f"| {row['prompts']} | {row['noise']:g} | {row['icc']:.2f} |"
