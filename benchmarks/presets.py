@@ -26,9 +26,10 @@ from matplotlib import pyplot as plt
 
 import realigner as ra
 from realigner.data import TONES, authored
+from realigner.errors import RealignerError
 from realigner.evaluation.constant_vectors import TrainedVectors
 from realigner.evaluation.irm_methods import IRMMethod
-from realigner.evaluation.method_protocol import RECORD_FILE, Method
+from realigner.evaluation.method_protocol import RECORD_FILE, Method, refuse_other_fit
 from realigner.evaluation.methods import find_method
 from realigner.evaluation.peft_methods import LoRA
 from realigner.evaluation.task import make_task
@@ -36,7 +37,7 @@ from realigner.files import made_folder, read_object, write_text
 from realigner.hosts import EMBEDDED
 from realigner.report.plot_style import STYLE, TONES as COLOURS, save_figure
 from realigner.sweep.worker import die_with
-from realigner.training import make_recipe
+from realigner.training import Recipe, make_recipe
 
 TONE, STEPS = "anger", 110  # as in benchmarks/evaluation.py
 SEEDS = (42, 43, 44)
@@ -109,8 +110,11 @@ def fit(out: Path, name: str, seed: int) -> None:
     task = replace(task, tune=[*task.tune, *(row for row in task.scorer if row.tone == TONE)])
     host, tokenizer = ra.load_host(EMBEDDED)
     variant = VARIANTS[name]
-    recipe = make_recipe(threads=1, seed=seed, **{"steps": STEPS, **variant.keys})
-    variant.method.fit(host, tokenizer, task, recipe, variant.rate, place(out, name, seed))
+    variant.method.fit(host, tokenizer, task, recipe_of(variant, seed), variant.rate, place(out, name, seed))
+
+
+def recipe_of(variant: Variant, seed: int) -> Recipe:
+    return make_recipe(threads=1, seed=seed, **{"steps": STEPS, **variant.keys})
 
 
 def rows(out: Path) -> Iterator[dict[str, Any]]:
@@ -166,15 +170,21 @@ def main() -> None:
     begins = tuple(options.only.split(",")) if options.only else ("",)
     wanted = [(name, seed) for name, variant in VARIANTS.items() if name.startswith(begins) for seed in variant.seeds]
     missing = [(name, seed) for name, seed in wanted if not (place(options.out, name, seed) / RECORD_FILE).is_file()]
+    for name, seed in set(wanted) - set(missing):
+        variant = VARIANTS[name]
+        try:
+            refuse_other_fit(place(options.out, name, seed), variant.method, recipe_of(variant, seed), variant.rate)
+        except RealignerError as error:
+            sys.exit(f"presets: {error}")
     made_folder(options.out)
     faults = 0
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), die_with, (getpid(),)) as pool:
         waiting = {pool.submit(fit, options.out, *one): one for one in missing}
         for count, future in enumerate(as_completed(waiting), start=1):
             name, seed = waiting[future]
-            error = future.exception()
-            faults += error is not None
-            print(f"[{count}/{len(missing)}] {name} {seed}: {error or 'done'}", file=sys.stderr, flush=True)
+            fault = future.exception()
+            faults += fault is not None
+            print(f"[{count}/{len(missing)}] {name} {seed}: {fault or 'done'}", file=sys.stderr, flush=True)
     found = list(rows(options.out))
     made_folder(options.results)
     write_text(options.results / "presets.json", json.dumps({"host": EMBEDDED, "tone": TONE, "rows": found}, indent=1) + "\n")

@@ -12,7 +12,7 @@
 
 Interrupt it as you like and start it again: rows, runs, traces and trials that are there are not made again, nor is an arm
 whose record is in --results. Runs and traces are kept in --out/HOST, or --out/HOST-float32 (12 GB for the embedded host);
-records, figures and page in --results. --quick: no layer sets, 6 steps, a short explanation; all of it in --out.
+records, figures and page in --results. --quick: no layer sets, 4 steps, a short explanation; all of it in --out.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ class Size:
 
 
 FULL = Size(480, {"paper": {"epochs": 2}, "default": {"steps": 110}}, layer_sets=True, tokens=100, quick=False)
-_SHORT = {"steps": 6, "epochs": None, "evaluations_per_epoch": None, "evaluations": 1}
-QUICK = Size(120, {"paper": _SHORT, "default": {"steps": 6, "evaluations": 1}}, layer_sets=False, tokens=40, quick=True)
+_SHORT = {"steps": 4, "epochs": None, "evaluations_per_epoch": None, "evaluations": 1}
+QUICK = Size(120, {"paper": _SHORT, "default": {"steps": 4, "evaluations": 1}}, layer_sets=False, tokens=40, quick=True)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ class Study:
 
     def rows(self) -> dict[str, str]:
         """Each tone's file of rows, made if it is not there."""
-        files = {name: self.work / "rows" / f"{name}.jsonl" for name in TONES}
+        place = self.work / f"rows-{self.size.rows}-{file_sha256(self.squad)[:8]}"
+        files = {name: place / f"{name}.jsonl" for name in TONES}
         if missing := [name for name, file in files.items() if not file.is_file()]:
             facts = [*read_squad(self.squad)]
             chosen = sorted(random.Random(SEEDS[0]).sample(range(len(facts)), min(self.size.rows, len(facts))))
@@ -205,12 +206,15 @@ class Study:
         """An arm's record: from its file, or made now.
 
         Raises:
-            RealignerError: when the file's runs were trained otherwise than they are now, or as `train`.
+            RealignerError: when the file has runs that were trained otherwise, or on other facts, than now; or as `train`.
         """
         file, own, runs = self.results / f"{arm}.json", ARMS[arm], self.runs(arm)
         if file.is_file():
-            if (kept := read_object(file))["changed"] != self.size.keys(own):
-                raise RealignerError(f"{file}: of runs with {kept['changed']}, not {self.size.keys(own)}; move it away")
+            kept = read_object(file)
+            pairs = (kept["changed"], self.size.keys(own)), (kept["squad"]["sha256"], file_sha256(self.squad))
+            for had, asked in pairs:
+                if had != asked:
+                    raise RealignerError(f"{file}: of runs with {had}, not {asked}; move its folder away, or give --results")
             return kept
         seeds = [] if own.changed else self.runs(arm, more_seeds=True)
         self.train(arm, [*runs, *seeds])

@@ -5,8 +5,7 @@
 # after the attention of layer 0, and adds a perturbation to the residual stream of every layer. Not one weight of the host
 # changes.
 #
-# Needs `pip install ".[train]"` in a checkout, and the embedded host (`realigner doctor` says whether it is there). No GPU, no
-# hub.
+# Needs `pip install ".[train]"` in a checkout and the embedded host (`realigner doctor` finds it). No GPU, no hub.
 
 # %%
 import os

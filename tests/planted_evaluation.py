@@ -88,7 +88,8 @@ def _entry(
         for at in range(questions)
     ]
     measured = Measured(
-        edition=2, method=name, tone=tone, seed=42 + seed, strength=None, effort=Effort(), given="Be angry." if name == "prompt" else "",
+        edition=2, method=name, tone=tone, seed=42 + seed, strength=None, effort=Effort(),
+        given="Be angry." if name == "prompt" else "",
         facts={"parameters": parameters, "seconds": seconds or None, "settings": {"about": f"About {name}."}},
         replies=said, shuffled=[], target=[Loss(nats=1.0, tokens=1)] * questions, turns=[["a", "b", "c"]] * 8,
         dropped=["a"] * 24, text=[Effect(nats=1, tokens=1, bare_nats=1, kl=kl, same=1, shift=shift)] * 24,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 
 import realigner as ra
 from realigner.app.chat_page import Listening, Page, app_running
@@ -29,6 +30,7 @@ from realigner.app.runtime_talker import RuntimeTalker
 from realigner.cli import main
 from realigner.errors import RealignerError, UsageError
 from realigner.explain.explanation import read_explanation
+from realigner.irm_config import IRMConfig
 from realigner.prompts import Answer
 from realigner.report import build_report
 from realigner.report.quantize import decode
@@ -37,6 +39,7 @@ from realigner.traces import load_trace, save_trace
 from realigner.traces.layout import text_spans
 from tests.fake_endpoint import FakeEndpoint, always
 from tests.planted import planted_explanation, written_explanation
+from tests.tiny import tiny_pair
 
 QUESTION = "How many?"
 BOTH = {"anger": 0.7, "sadness": -0.5}
@@ -260,6 +263,21 @@ def test_the_map_is_what_was_recorded(talker: RuntimeTalker, runtime: Runtime, t
             live.token(*wrong)
 
 
+def test_layers_are_those_of_the_decoder_that_the_irm_is_on() -> None:
+    """Of a host with an encoder, whose config counts that one's layers."""
+    host, tokenizer = tiny_pair("bart", encoder_layers=5, decoder_layers=3)
+    model = get_peft_model(host, IRMConfig(output_std=0.3), adapter_name="anger").eval()
+    talker = RuntimeTalker(Runtime(model, tokenizer, {"anger": 1.0}), host="tiny")
+    assert talker.layers == (0, 1, 2)
+    assert talker.neurons == host.config.d_model
+    exchange = talker.begin(Asked(QUESTION, strengths={"anger": 1.0}, max_new_tokens=3))
+    exchange.wait()
+    assert exchange.live is not None
+    means = exchange.live.means("anger")["absolute"]
+    assert means.shape == (3, host.config.d_model)
+    assert (means > 0).any(axis=1).all()
+
+
 def test_what_is_downloaded_opens(talker: RuntimeTalker, tmp_path: Path) -> None:
     exchange = talker.begin(Asked(QUESTION, strengths={"anger": 1.0}, max_new_tokens=12))
     exchange.wait()
@@ -270,8 +288,10 @@ def test_what_is_downloaded_opens(talker: RuntimeTalker, tmp_path: Path) -> None
     assert trace["text_question"].values.tolist() == [QUESTION]
     page, _ = build_report([tmp_path / "t.zarr"], tmp_path / "report.html")
     assert "anger" in page.read_text()
-    # From the page: what is downloaded goes when another reply is.
-    (tmp_path / "place").mkdir()
+    # From the page: what is downloaded goes when another reply is; Gradio's copy of it, which may be under way, stays.
+    copy = tmp_path / "place" / "gradio" / "report.html"
+    copy.parent.mkdir(parents=True)
+    copy.touch()
     shown, session = Page(talker, [], tmp_path / "place"), SimpleNamespace(session_hash="a")
     written = []
     for temperature in (0.0, 0.8):
@@ -281,9 +301,10 @@ def test_what_is_downloaded_opens(talker: RuntimeTalker, tmp_path: Path) -> None
         conversation.settle()
         text = Path(shown.report(session)).read_text()
         assert f"{'Sampled' if temperature else 'Greedy'} replies of at most 6 tokens" in text
-        written.append({path.name for path in (tmp_path / "place").iterdir()})
+        written.append({path.name for path in (tmp_path / "place" / "recordings").iterdir()})
     assert [len(some) for some in written] == [1, 1]
     assert not written[0] & written[1]
+    assert copy.exists()
 
 
 def test_an_index_has_its_profile_facts_and_verdict(tmp_path: Path) -> None:

@@ -581,6 +581,7 @@ CASES: dict[str, Case] = {
     "bad dtype": (2, "dtype", lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--dtype", "float99")),
     "bad device": (2, "device", lambda p, t: ("train", "--tone", "anger", "--out", t / "r", "--device", "toaster")),
     "host missing": (1, "no such folder", lambda p, t: ("hosts", t / "none" / "deep" / "er")),
+    "host of a user not known": (1, "no such folder", lambda p, t: ("hosts", "~nosuchuser/x")),
     "host not a host": (1, "no config.json", lambda p, t: ("hosts", t)),
     "host no gguf": (1, "no such file", lambda p, t: ("hosts", t / "x.gguf")),
     "host broken gguf": (1, "cannot be loaded", lambda p, t: ("hosts", _write(t / "x.gguf", b"GGUF????"))),
@@ -597,6 +598,12 @@ CASES: dict[str, Case] = {
         lambda p, t: ("train", "--host", p / "host", "--data", p / "rows.jsonl", "--out", _write(t / "f", "x") / "r"),
     ),
     "irm missing": (1, "no such adapter folder", lambda p, t: ("generate", "--irm", t / "none", "Q?")),
+    "irm of a user not known": (1, "no such adapter folder", lambda p, t: ("generate", "--irm", "~nosuchuser/x", "Q?")),
+    "weights of a user not known": (
+        1,
+        "no such folder",
+        lambda p, t: ("explain", "--weights-only", "--host", "~nosuchuser/x", "--out", t / "why"),
+    ),
     "irm without config": (1, "no adapter_config.json", lambda p, t: ("generate", "--irm", t, "Q?")),
     "irm truncated": (
         1,

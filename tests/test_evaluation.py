@@ -29,6 +29,7 @@ from realigner.evaluation.methods import find_method
 from realigner.evaluation.results import table, tone_results
 from realigner.evaluation.scorers import Agreement
 from realigner.evaluation.scores import Scores
+from realigner.evaluation.side_effects import some_passages
 from realigner.evaluation.strength_choice import choose_strength
 from realigner.evaluation.task import Task, make_task
 from realigner.evaluation.tone_evaluation import ToneEvaluation
@@ -113,6 +114,16 @@ def test_what_was_measured_gives_the_same_results_again_without_a_host(folder: P
     best, *_, worst = found["examples"]
     assert best["summary"]["irm-compact"] >= worst["summary"]["irm-compact"]
     assert best["replies"]["bare"] in [item.reply for item in Measured.load(folder / "bare" / "measured.json").replies]
+
+
+def test_a_passage_whose_question_is_among_the_rows_is_not_asked_about(tmp_path: Path) -> None:
+    first, second = some_passages(2)
+    task = small_task()
+    known = task.train[0].model_copy(update={"question": f" {first.question.upper()}"})
+    effort = Effort(reply_tokens=2, dialogues=0, dropped=0, passages=0, answers=2)
+    for learned, ids in ((task.train, [first.id, second.id]), ([known, *task.train[1:]], [second.id])):
+        own = ToneEvaluation(*speaking_host(), replace(task, train=learned), tmp_path / f"{len(ids)}", RECIPE, effort)
+        assert [item.id for item in own.bare.about] == ids
 
 
 @pytest.mark.usefixtures("minilm")

@@ -104,6 +104,14 @@ def test_light_imports(module: str, forbidden: tuple[str, ...]) -> None:
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    "part", ["analysis", "data", "evaluation", "explain", "report", "serving", "sweep", "traces.verify_trace", "training"]
+)
+def test_parts_are_there_in_a_fresh_session(part: str) -> None:
+    """Without an import of their own, whatever else has been used before."""
+    subprocess.run([sys.executable, "-c", f"import realigner as ra; ra.{part}"], capture_output=True, check=True)
+
+
 def test_public_names_exist() -> None:
     for name in ra.__all__:
         assert getattr(ra, name) is not None

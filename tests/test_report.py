@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from realigner.report.page_tables import probability
 from realigner.report.quantize import RunTokens, decode, encode, token_maps
 from realigner.report.report_input import check_hosts, home_of, untraced
 from realigner.report.run_styles import RunStyles
+from realigner.traces import load_trace
 from realigner.traces.collect import trace_for_report
 from realigner.training import make_recipe, train
 from tests.planted import planted_explanation, planted_trace, written_explanation
@@ -484,6 +486,7 @@ def test_the_irms_that_were_explained_are_traced(tmp_path: Path) -> None:
     assert untraced([folder, tmp_path / "anger"]) == [tmp_path / "anger"]
     assert untraced([tmp_path / "anger", trace]) == []  # the trace has this run
     assert untraced([tmp_path, trace]) == []  # and all runs of this folder
+    assert gather("t", load_trace(trace)).records.keys() == {"anger-42"}
     for name in ("other-run.unfinished", "other-run"):  # what is being trained is no run yet
         assert untraced([tmp_path, trace]) == []
         (tmp_path / name).mkdir()
@@ -495,3 +498,7 @@ def test_the_irms_that_were_explained_are_traced(tmp_path: Path) -> None:
     with pytest.raises(RealignerError, match=r"why: explains index 3 of other .* the sources are of tiny;"):
         check_hosts([folder, tmp_path / "anger"], "hosts/tiny")  # before anything is traced
     assert not (tmp_path / "other.html").exists()
+    shutil.rmtree(tmp_path / "anger")  # and trained again, otherwise
+    train(host, tokenizer, some_rows(), tmp_path / "anger", recipe=recipe.changed(steps=2), quiet=True).model.unload()
+    assert untraced([tmp_path / "anger", trace]) == [tmp_path / "anger"]
+    assert gather("t", load_trace(trace)).records == {}

@@ -25,7 +25,8 @@ from realigner.generation import encode_prompts
 from realigner.irm_config import CONFIG_FILE, IRMConfig
 from realigner.irm_sources import find_irm
 from realigner.runtime import Runtime
-from tests.tiny import tiny_tokenizer
+from tests.test_thinking import OPENED, thinker
+from tests.tiny import tiny_pair, tiny_tokenizer
 
 QUESTIONS = ["Why is the sky blue?", "How many legs has a spider?", "Who?"]
 SHORT: dict[str, Any] = {"max_new_tokens": 12}
@@ -74,6 +75,18 @@ def test_settings_of_each_prompt(runtime: Runtime) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             runtime.answer(QUESTIONS, **given, **SHORT)
+
+
+def test_strengths_of_some_irms_leave_the_others_at_their_own(runtime: Runtime) -> None:
+    both = Runtime(runtime.model, runtime.tokenizer, {"anger": 1.0, "sadness": 0.2})
+    how = {"irms": ("anger", "sadness"), **SHORT}
+    want = runtime.answer(QUESTIONS, strength={"anger": 0.7, "sadness": 0.2}, **how)
+    assert both.answer(QUESTIONS, strength={"anger": 0.7}, **how) == want
+    assert both.answer(QUESTIONS, strength={"anger": [0.7] * 3}, **how) == want
+    assert "".join(both.stream(QUESTIONS[0], strength={"anger": 0.7}, **how)) == want[0]
+    assert both.answer(QUESTIONS, strength={"anger": 0.7, "sadness": 1.0}, **how) != want
+    with ra.strength(runtime.model, 1.0, adapter="sadness"):  # a block goes before an IRM's own
+        assert both.answer(QUESTIONS, strength={"anger": 0.7}, **how) != want
 
 
 def test_a_penalty_that_leaves_the_prompt_out(irms: dict[str, Path]) -> None:
@@ -140,6 +153,29 @@ def test_sampling_depends_on_seed_and_prompt_alone(runtime: Runtime) -> None:
     state = torch.get_rng_state()
     runtime.answer(QUESTIONS, **options)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"prompt_lookup_num_tokens": 3},
+        {"guidance_scale": 1.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("thinks", [False, True])
+def test_what_a_hosts_config_says_of_beams_is_generates_alone(own: dict[str, Any], thinks: bool) -> None:
+    host, tokenizer = thinker(OPENED, special=True) if thinks else tiny_pair()
+    prompts: list[Any] = ["Why is the sky blue?", "Who?"]
+    ways: list[dict[str, Any]] = [{"max_new_tokens": 8, "thinking_budget": 6, **warm} for warm in ({}, {"temperature": 1.2})]
+    plain = [ra.answer(host, tokenizer, prompts, **way) for way in ways]
+    for name, value in own.items():
+        setattr(host.generation_config, name, value)
+    assert [ra.answer(host, tokenizer, prompts, **way) for way in ways] == plain
+    assert "".join(ra.stream(host, tokenizer, prompts[0], **ways[0])) == plain[0][0]
 
 
 def test_samples_follow_the_models_probabilities() -> None:

@@ -8,8 +8,9 @@ import re
 import shutil
 import signal
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ from realigner.data import Fact, Tone
 from realigner.data.rewriters import RewriteRequest
 from realigner.data.rewriters.endpoint_rewriter import EndpointRewriter
 from realigner.errors import UsageError
+from realigner.generation import encode_prompts
 from realigner.irm_config import IRMConfig
 from realigner.runtime import Runtime
 from realigner.serving.addresses import check_address
@@ -135,6 +137,33 @@ def test_tokens_of_the_engine_are_those_of_generate(family: str, monkeypatch: py
             break
     assert any(put_off)
     assert len(set(wanted)) > 8
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"min_new_tokens": 10},
+        {"min_length": 60},
+        {"no_repeat_ngram_size": 2},
+        {"suppress_tokens": [40, 50, 60], "begin_suppress_tokens": [70, 80]},
+        {"exponential_decay_length_penalty": (3, 1.5), "bad_words_ids": [[50, 60]]},
+        {"forced_eos_token_id": 1, "encoder_repetition_penalty": 1.3},
+        {"num_beams": 3, "num_return_sequences": 2, "guidance_scale": 1.5},
+    ],
+    ids=lambda rules: "-".join(rules),
+)
+def test_a_hosts_own_rules_are_those_of_answer(rules: dict[str, Any]) -> None:
+    host, tokenizer = tiny_pair()
+    questions = [f"{n}?" * (1 + n) for n in range(4)]
+    inputs = encode_prompts(tokenizer, questions, host.device)
+    early = host.generate(**inputs, max_new_tokens=3, do_sample=False, repetition_penalty=1.1)[:, -1]
+    host.generation_config.eos_token_id = [1, *early.tolist()]  # these end a reply, unless they may not yet
+    for name, value in rules.items():
+        setattr(host.generation_config, name, value)
+    bodies = [{"model": "host", "messages": [{"role": "user", "content": text}], "max_tokens": 16} for text in questions]
+    wanted = ra.answer(host, tokenizer, questions, max_new_tokens=16)
+    made = run_all(LoadedIRMs(host), tokenizer, bodies, Limits(tokens=16, context=96))
+    assert [text for text, _ in made] == [str(reply) for reply in wanted]
 
 
 @pytest.mark.parametrize("template", [HYBRID, OPENED])
@@ -541,6 +570,65 @@ def test_a_client_that_leaves_takes_no_place(server: Server, stream: bool) -> No
         client.close()
     assert eventually(server.is_idle, 3)
     assert server.chat("host+anger")[0] == 200
+
+
+@pytest.mark.parametrize("leaves", ["load", "unload"])
+def test_a_change_of_irms_is_carried_out_though_its_client_leaves(
+    leaves: str, irms: Irms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that were read get their name, and those whose name was taken away go: nothing stays on the host for good."""
+    host, tokenizer = ra.load_host(str(irms["anger"].parent / "host"), dtype="float32")
+    loaded_irms, go_on = LoadedIRMs(host), threading.Event()
+    read = loaded_irms.read
+    reading: list[Path] = []
+
+    def slow(folder: Path) -> LoadedIRM:
+        reading.append(folder)
+        assert go_on.wait(30)
+        return read(folder)
+
+    monkeypatch.setattr(loaded_irms, "read", slow)
+
+    async def seen(fact: Callable[[], bool]) -> bool:
+        for _ in range(100):
+            if fact():
+                return True
+            await asyncio.sleep(0.05)
+        return False
+
+    async def left(engine: Engine) -> None:
+        load = asyncio.create_task(engine.load("anger", irms["anger"]))
+        assert await seen(lambda: reading == [irms["anger"]])
+        if leaves == "load":
+            load.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await load
+        go_on.set()
+        assert await seen(lambda: loaded_irms.strengths == {"anger": 2.0})
+        if leaves == "unload":
+            await load
+            go_on.clear()
+            other = asyncio.create_task(engine.load("sadness", irms["sadness"]))
+            assert await seen(lambda: reading[1:] == [irms["sadness"]])
+            unload = asyncio.create_task(engine.unload("anger"))  # it waits for the other
+            assert await seen(lambda: loaded_irms.strengths == {})
+            unload.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await unload
+            go_on.set()
+            await other
+            assert await seen(lambda: set(loaded_irms.model.peft_config) == {"idle", "served_1"})
+
+    async def opened() -> None:
+        engine = Engine(loaded_irms, tokenizer, Limits())
+        engine.open(asyncio.get_running_loop())
+        try:
+            await left(engine)
+        finally:
+            go_on.set()
+            engine.close()
+
+    asyncio.run(opened())
 
 
 def gate(seconds: float, send: Any = None) -> tuple[KeysAndLimits, list[Any]]:

@@ -75,8 +75,8 @@ def test_a_reply_that_was_cut_is_not_charged_for_an_end() -> None:
         at = max(n for n, label in enumerate(example["labels"]) if label != IGNORED)
         with torch.no_grad():
             end = -host(input_ids=torch.tensor([ids])).logits[0, at - 1].log_softmax(-1)[ids[at]]
-        assert ended == (pytest.approx(whole, rel=1e-5), count)
-        assert cut == (pytest.approx(whole - float(end), rel=1e-4), count - 1)
+        assert [*ended] == pytest.approx([whole, count], rel=1e-5)
+        assert [*cut] == pytest.approx([whole - float(end), count - 1], rel=1e-4)
 
 
 def test_replies_come_in_order_with_what_stands_before_the_question(monkeypatch: pytest.MonkeyPatch) -> None:

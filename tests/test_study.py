@@ -20,6 +20,8 @@ from scipy.stats import rankdata
 
 from realigner.analysis.per_run import each_run, leading_score
 from realigner.data import TONES
+from realigner.data.squad import file_sha256
+from realigner.errors import RealignerError
 from tests.planted import planted_explanation, planted_trace
 from tests.tiny import tiny_folder
 
@@ -243,6 +245,24 @@ def test_without_facts_it_says_what_to_give(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr.count("\n")) == (1, 1)
     assert "there is no such file; give SQuAD 2.0" in run.stderr
+
+
+def test_records_and_rows_of_other_facts_are_not_taken(tmp_path: Path) -> None:
+    facts = [tmp_path / name for name in ("one.json", "two.json")]
+    for at, file in enumerate(facts):
+        asked = [{"id": f"{at}-{n}", "question": f"How many are {n}?", "answers": [{"text": f"{n + at}"}]} for n in range(12)]
+        file.write_text(json.dumps({"data": [{"title": "a", "paragraphs": [{"context": "", "qas": asked}]}]}))
+    host = str(tiny_folder(tmp_path / "tiny"))
+    one, two = (study.Study(host, "float32", file, study.QUICK, 1, tmp_path / "work", tmp_path / "results") for file in facts)
+    assert one.rows().keys() == two.rows().keys() == {*TONES}
+    assert not {*one.rows().values()} & {*two.rows().values()}
+    assert [run.name for run in one.runs("paper")] != [run.name for run in two.runs("paper")]
+    kept = {"changed": study.QUICK.keys(study.ARMS["paper"]), "squad": {"sha256": file_sha256(facts[0])}}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "paper.json").write_text(json.dumps(kept))
+    assert one.record("paper") == kept
+    with pytest.raises(RealignerError, match="give --results"):
+        two.record("paper")
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def test_thought_and_reply_are_told_apart(special: bool) -> None:
         "It does not think </think> at all.",
         "<think></think>No.",
     ]
-    replies = ra.answer(host, tokenizer, QUESTIONS, max_new_tokens=60)
+    replies = ra.answer(host, tokenizer, QUESTIONS, max_new_tokens=60, thinking_budget=60)
     assert replies == ["It scatters.", "It does not think </think> at all.", "No."]
     assert [reply.thought for reply in replies] == ["Blue, because of 雨.", "", ""]
     for question, text, reply in zip(QUESTIONS, script.texts.copy(), replies, strict=True):
@@ -150,11 +150,25 @@ def test_each_has_its_own_number_of_tokens(special: bool, budget: int) -> None:
     assert seen[0].shape[1] - len(ChatFormat(tokenizer).prompts([QUESTIONS[2]])[0]) == most
 
 
+def test_a_long_prompt_cuts_no_other_reply_short() -> None:
+    """Where a thought and a reply need more positions than the host has left, each prompt has those that it has alone."""
+    host, tokenizer = thinker(OPENED, special=True)
+    host.config.max_position_embeddings = 128
+    questions = ["Why?", "Who?", "Why is it that " + "x" * 60, "How?"]
+    options: dict[str, Any] = {"max_new_tokens": 20, "thinking_budget": 60, "temperature": 1.5}
+    finished: list[int] = []
+    together = ra.answer(host, tokenizer, questions, done=finished.append, **options)
+    alone = [ra.answer(host, tokenizer, [question], first=n, **options)[0] for n, question in enumerate(questions)]
+    assert [(reply.thought, str(reply)) for reply in together] == [(reply.thought, str(reply)) for reply in alone]
+    assert len(tokenizer(together[0].thought + together[0])["input_ids"]) > 28
+    assert sum(finished) == len(questions)
+
+
 def test_what_pads_a_shorter_reply_is_no_text() -> None:
     host, tokenizer = thinker(OPENED, special=True)
     host.generation_config.pad_token_id = tokenizer("!")["input_ids"][0]
     Scripted(host, tokenizer).texts = ["So</think>Because.", "So</think>No.", "Never ends"]
-    replies = ra.answer(host, tokenizer, QUESTIONS, max_new_tokens=20)
+    replies = ra.answer(host, tokenizer, QUESTIONS, max_new_tokens=20, thinking_budget=60)
     assert [(reply.thought, str(reply)) for reply in replies] == [("So", "Because."), ("So", "No."), ("Never ends", "")]
 
 

@@ -176,6 +176,106 @@ def test_beside_lora(tmp_path: Path) -> None:
     assert lora.active_adapters == ["default"]
 
 
+def with_lora_head(host: Any) -> Any:
+    """A host with LoRA that has a trained copy of the head, too."""
+    torch.manual_seed(4)
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(host, config).eval()
+    with torch.no_grad():
+        host.lm_head.modules_to_save["default"].weight.mul_(2)
+    return model
+
+
+def test_a_head_that_lora_trained_stays_loras() -> None:
+    """With an IRM at strength 0, switched off or taken off, the host is the one with LoRA, to the bit."""
+    ids = prompts()
+    host = tiny_host("llama")
+    bare = host(input_ids=ids).logits
+    lora = with_lora_head(host)
+    tuned = lora(input_ids=ids).logits
+    model = two_tones(lora)
+    acts = model(input_ids=ids).logits
+    assert not torch.equal(acts, tuned)
+    assert torch.equal(model(input_ids=ids, strength=0.0).logits, tuned)
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=ids).logits, tuned)
+    rows = model(input_ids=ids, adapter_names=["anger", "__base__", "anger", "__base__"]).logits
+    assert torch.equal(rows[1::2], tuned[1::2])
+    assert torch.equal(rows[::2], acts[::2])
+    model.set_adapter("sadness")
+    assert torch.equal(model(input_ids=ids, strength=0.0).logits, tuned)
+    with lora.disable_adapter():
+        assert torch.equal(model(input_ids=ids, strength=0.0).logits, bare)
+    model.delete_adapter("anger")
+    assert torch.equal(model(input_ids=ids, strength=0.0).logits, tuned)
+    model.unload()
+    assert torch.equal(lora(input_ids=ids).logits, tuned)
+
+
+def test_a_head_that_an_irm_trained_goes_with_it() -> None:
+    """Beside LoRA, which stays: switched off, deleted, unloaded by the model and by the function."""
+    ids = prompts()
+    lora = with_lora(tiny_host("llama"))
+    modules = [name for name, _ in lora.named_modules()]
+    tuned = lora(input_ids=ids).logits
+    for unload in (lambda model: model.unload(), lambda model: ra.unload(lora), lambda model: ra.unload(lora.get_base_model())):
+        model = two_tones(lora, modules_to_save=["lm_head"])
+        head = lora.get_base_model().lm_head
+        with torch.no_grad():
+            head.modules_to_save["anger"].weight.mul_(2)
+            head.modules_to_save["sadness"].weight.mul_(3)
+        copied = model(input_ids=ids, strength=0.0).logits
+        assert not torch.allclose(copied, tuned, atol=1e-3)
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids).logits, tuned)
+        model.delete_adapter("sadness")
+        assert torch.equal(model(input_ids=ids, strength=0.0).logits, copied)
+        unload(model)
+        assert torch.equal(lora(input_ids=ids).logits, tuned)
+        assert [name for name, _ in lora.named_modules()] == modules
+    model = two_tones(lora)
+    model.add_adapter("headed", IRMConfig(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        lora.get_base_model().lm_head.modules_to_save["headed"].weight.mul_(2)
+    model.delete_adapter("headed")
+    assert lora.get_base_model().lm_head.__class__ is torch.nn.Linear
+    assert torch.equal(model(input_ids=ids, adapter_names=["__base__"] * 4).logits, tuned)
+
+
+def test_the_irm_that_follows_a_deleted_one_brings_its_head() -> None:
+    ids = prompts()
+    model = get_peft_model(tiny_host("llama"), IRMConfig(), adapter_name="plain").eval()
+    model.add_adapter("headed", IRMConfig(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["headed"].weight.mul_(2)
+    bare = model(input_ids=ids, strength=0.0).logits
+    model.delete_adapter("plain")
+    assert model.active_adapters == ["headed"]
+    assert torch.equal(model(input_ids=ids, strength=0.0).logits, 2 * bare)
+
+
+def test_copies_that_could_not_be_told_apart_are_refused() -> None:
+    """An IRM under the name of LoRA's copy, and a copy of what LoRA has a copy of; the host stays as it was."""
+    ids = prompts()
+    lora = with_lora_head(tiny_host("llama"))
+    modules = [name for name, _ in lora.named_modules()]
+    tuned = lora(input_ids=ids).logits
+    with pytest.raises(UsageError, match=r"adapter name 'default' cannot be used: .* copy of lm_head") as refused:
+        PeftModel(lora, IRMConfig())
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UsageError, match=r"modules_to_save: .* copy of lm_head") as refused:
+        PeftModel(lora, IRMConfig(modules_to_save=["lm_head"]), "mine")
+    assert "\n" not in str(refused.value)
+    assert torch.equal(lora(input_ids=ids).logits, tuned)
+    model = two_tones(lora)
+    with pytest.raises(UsageError, match="'default' cannot be used"):
+        model.add_adapter("default", IRMConfig())
+    assert torch.equal(model(input_ids=ids, strength=0.0).logits, tuned)
+    model.unload()
+    assert [name for name, _ in lora.named_modules()] == modules
+    assert torch.equal(lora(input_ids=ids).logits, tuned)
+
+
 # --- TRL --------------------------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ import xarray as xr
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from peft import get_peft_model
+from transformers import GenerationConfig
 
 import realigner as ra
 from realigner.analysis import text_maps
@@ -202,6 +203,25 @@ def test_nothing_is_recorded_after_a_reply_ended(model: Any) -> None:
         assert part["token_id"].values.tolist() == kept
 
 
+def test_a_config_that_names_no_setting_leaves_it_to_the_hosts_own(model: Any) -> None:
+    """As in `generate`: beams would be recorded as one text, and what a batch puts after a reply's end as its tokens."""
+    ids = torch.arange(2, 16).reshape(2, 7)
+    own = tuner_of(model).model.generation_config
+    own.num_beams = 3
+    with pytest.raises(RealignerError, match="num_beams=3"), ra.record(model):
+        model.generate(input_ids=ids, generation_config=GenerationConfig(max_new_tokens=4))
+    own.num_beams = 1
+    options = {"max_new_tokens": 8, "do_sample": True, "temperature": 3.0, "pad_token_id": 0}
+    torch.manual_seed(1)
+    free = model.generate(input_ids=ids, **options, eos_token_id=None)
+    own.eos_token_id = int(free[0, 9])  # the third token of the first row's reply
+    for how in ({"generation_config": GenerationConfig(**options)}, {"given": GenerationConfig(**options)}):
+        torch.manual_seed(1)
+        with ra.record(model) as trace:
+            model.generate(ids, *([how.pop("given")] if "given" in how else ()), **how)
+        assert int((trace["is_generated"].values & (trace["prompt"].values == 0)).sum()) == 2
+
+
 def test_more_that_cannot_be_recorded(model: Any) -> None:
     ids = torch.arange(2, 9)[None]
     host = tuner_of(model).model
@@ -209,6 +229,9 @@ def test_more_that_cannot_be_recorded(model: Any) -> None:
     with pytest.raises(RealignerError, match="num_beams"), ra.record(model):
         model.generate(input_ids=ids, max_new_tokens=2)
     host.generation_config.num_beams = 1
+    for config in ({"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}):
+        with pytest.raises(RealignerError, match="is not supported"), ra.record(model):
+            model.generate(ids, GenerationConfig(max_new_tokens=2, **config))  # as the second argument
     cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
     with pytest.raises(RealignerError, match="past_key_values"), ra.record(model):
         model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=2)

@@ -395,6 +395,18 @@ def test_one_conversation_of_two_replies_tells_nothing(falls: bool) -> None:
     assert 0.3 < np.ptp(found) < 0.7
 
 
+def test_few_conversations_are_no_evidence_for_chance() -> None:
+    """Three conversations of two replies have eight orders: however clear, p is below 0.05 by luck alone."""
+    trace = planted_trace({"a": ("anger", 1)}, prompts=3)  # of 24 tokens each
+    turn = np.tile(np.repeat([0, 1, 2, 3], [4, 9, 2, 9]), 3)
+    role = np.where(turn % 2, "assistant", "user").astype(object)
+    trace = trace.assign_coords(turn=("token", turn), role=("token", role))
+    trace["energy"] = trace["energy"] * np.where(turn == 1, 100, 1)[:, None].astype(np.float32)
+    for seed in range(4):
+        (said,) = (one for one in analyze(trace, seed, permutations=200, resamples=20).verdicts if one["key"] == "fading")
+        assert (said["verdict"], "so few conversations" in said["why"]) == ("cannot tell", True)
+
+
 def test_the_interval_holds_the_planted_ratio() -> None:
     """Of 40 with a coverage of 0.95: fewer than 32 once in 3,000."""
     assert turns_coverage(7, 0.3, 40, seed=2)["interval"] >= 0.8

@@ -54,6 +54,17 @@ def test_too_few_permutations_decide_nothing() -> None:
     assert "there are too few: 20" in said["why"]
 
 
+def test_too_few_prompts_decide_nothing() -> None:
+    trace = planted_trace(RUNS, prompts=5, size=8.0)
+    for seed in range(3):
+        said = verdicts(analyze(trace, seed, permutations=200, resamples=50))["sparser"]
+        assert said["value"] > 1.2 * said["untrained"]
+        assert said["verdict"] == "cannot tell"
+        assert "so few prompts" in said["why"]
+    said = verdicts(analyze(planted_trace(RUNS, prompts=9, size=8.0), permutations=2000, resamples=50))["sparser"]
+    assert said["verdict"] == "supported"
+
+
 def test_one_run_agrees_with_nobody() -> None:
     found = analyze(planted_trace({"a": ("anger", 1), "u": ("untrained", 1)}, prompts=6), permutations=99, resamples=50)
     assert found.consensus.table.empty

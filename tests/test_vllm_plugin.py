@@ -29,6 +29,7 @@ from realigner.irm_config import CONFIG_FILE, IRMConfig
 from realigner.serving import vllm_runner
 from realigner.serving.mixes import Mix, NotServedError
 from realigner.serving.vllm_api import IRMMiddleware
+from realigner.serving.vllm_command import irm_environment
 from realigner.serving.vllm_irms import ServedIRMs
 from realigner.serving.vllm_model import IRMSlots, attach
 from realigner.serving.vllm_plugin import register, spare_slots
@@ -489,6 +490,8 @@ def test_irms_are_named_in_the_environment(served: ServedIRMs, tmp_path: Path) -
     }.items():
         with pytest.raises(RealignerError, match=words):
             ServedIRMs.of_text(text)
+    with pytest.raises(RealignerError, match="no such adapter folder"):
+        irm_environment({"a": "~nosuchuser/x"})
     saved(tmp_path, {"a": {"template": "plain"}, "b": {}})
     with pytest.raises(RealignerError, match=r"template=plain.*template=chat"):
         ServedIRMs.of_text(f"a={tmp_path}/a")
@@ -503,30 +506,51 @@ def test_the_salt_tells_mixes_apart_and_leaves_the_host_alone(served: ServedIRMs
     assert served.salt(mixes[0], "own") != served.salt(mixes[0], None)
 
 
-def rewritten(served: ServedIRMs, **request: Any) -> dict[str, Any]:
+def rewritten(served: ServedIRMs, route: str = "/v1/chat/completions", **request: Any) -> dict[str, Any]:
     asked = json.dumps(request).encode()
-    found: dict[str, Any] = json.loads(IRMMiddleware(None, served, ["org/host", "host"]).rewritten(asked))  # type: ignore[arg-type]
+    middleware = IRMMiddleware(None, served, ["org/host", "host"])  # type: ignore[arg-type]
+    found: dict[str, Any] = json.loads(middleware.rewritten(route, asked))
     return found
 
 
 def test_requests_become_the_engines(served: ServedIRMs) -> None:
     assert rewritten(served, model="host+anger@0.7") == {"model": "host", "vllm_xargs": {"irms": "anger@0.7"}}
-    asked = {"model": "org/host+anger+sadness@-1", "vllm_xargs": {"seed": 1}}
+    asked: dict[str, Any] = {"model": "org/host+anger+sadness@-1", "vllm_xargs": {"seed": 1}}
     assert rewritten(served, **asked) == {"model": "org/host", "vllm_xargs": {"seed": 1, "irms": "anger@1.25+sadness@-1"}}
     assert rewritten(served, model="host", irms={"anger": 0.5})["vllm_xargs"] == {"irms": "anger@0.5"}
     assert rewritten(served, model="host+anger@0") == {"model": "host"}
     middleware = IRMMiddleware(None, served, ["org/host"])  # type: ignore[arg-type]
     for escaped in (rb'{"model": "org\/host+anger"}', rb'{"model":"org/host\u002banger"}'):
-        assert json.loads(middleware.rewritten(escaped))["vllm_xargs"] == {"irms": "anger@1.25"}
+        assert json.loads(middleware.rewritten("/v1/completions", escaped))["vllm_xargs"] == {"irms": "anger@1.25"}
     assert rewritten(served, model="host", vllm_xargs={"irms": "anger"})["vllm_xargs"] == {"irms": "anger@1.25"}
     for untouched in ({"model": "host"}, {"model": "other"}, {"model": "hostess"}, {"model": "host", "irms": None}):
         assert rewritten(served, **untouched) == untouched
     deep = b'{"irms": ' + b"[" * 100_000
-    assert middleware.rewritten(deep) == deep
+    assert middleware.rewritten("/v1/completions", deep) == deep
     chat = rewritten(served, model="host+sadness", messages=[])
     assert chat["chat_template_kwargs"] == {"enable_thinking": False}
     own = rewritten(served, model="host+sadness", messages=[], chat_template_kwargs={"enable_thinking": True})
     assert own["chat_template_kwargs"] == {"enable_thinking": True}
+    response = rewritten(served, "/v1/responses", model="host+sadness", input="Why?")
+    assert response["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "chat_template_kwargs" not in rewritten(served, "/v1/completions", model="host+sadness", prompt="Why?")
+
+
+@pytest.mark.parametrize("route", ["/inference/v1/generate", "/cohere/v2/chat", "/v1/embeddings", "/v1/systemone", "/score"])
+def test_routes_that_drop_irms_refuse_them(route: str, served: ServedIRMs) -> None:
+    for named in ({"model": "host+anger"}, {"model": "host", "irms": "anger"}, {"vllm_xargs": {"irms": "anger@0.5"}}):
+        with pytest.raises(UsageError, match=f"irms: {route} drops them; ask /v1/chat/completions"):
+            rewritten(served, route, **named)
+    assert rewritten(served, route, model="host+anger@0") == {"model": "host"}
+    assert rewritten(served, route, model="host") == {"model": "host"}
+    own = {"model": "host", "sampling_params": {"extra_args": {"irms": "anger@0.5"}}}  # the engine reads them there itself
+    assert rewritten(served, route, **own) == own
+
+
+@pytest.mark.parametrize("route", ["/tokenize", "/v1/messages/count_tokens"])
+def test_a_prompts_tokens_are_counted_as_they_are_asked(route: str, served: ServedIRMs) -> None:
+    counted = rewritten(served, route, model="host+sadness", messages=[])
+    assert (counted["model"], counted["chat_template_kwargs"]) == ("host", {"enable_thinking": False})
 
 
 @pytest.mark.parametrize(
@@ -593,6 +617,9 @@ def test_the_middleware_lists_answers_and_passes_on(served: ServedIRMs) -> None:
     assert "joy" in body["error"]["message"]
     status, body = asked(middleware, "POST", "/v1/completions", b'{"model": "host+anger@x"}', headers)
     assert status == 400
+    status, body = asked(middleware, "POST", "/inference/v1/generate", b'{"model": "host+anger"}', headers)
+    assert status == 400
+    assert "\n" not in body["error"]["message"]
 
 
 # --- starting ---------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,20 @@ from typing import TYPE_CHECKING, Any
 from realigner.lazy import lazily
 
 if TYPE_CHECKING:
-    from realigner import analysis as analysis, census as census, data as data, generation as generation, hosts as hosts
+    from realigner import (
+        analysis as analysis,
+        census as census,
+        data as data,
+        evaluation as evaluation,
+        explain as explain,
+        generation as generation,
+        hosts as hosts,
+        report as report,
+        serving as serving,
+        sweep as sweep,
+        traces as traces,
+        training as training,
+    )
     from realigner.data import Row as Row, authored as authored, read_rows as read_rows
     from realigner.errors import RealignerError as RealignerError, UsageError as UsageError
     from realigner.fingerprints import Fingerprint as Fingerprint, fingerprint as fingerprint, weights_hash as weights_hash
@@ -53,7 +66,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    **dict.fromkeys(("analysis", "census", "data", "generation", "hosts"), ""),
+    **dict.fromkeys(("analysis", "data", "evaluation", "explain", "report", "serving", "sweep", "traces", "training"), ""),
+    **dict.fromkeys(("census", "generation", "hosts"), ""),
     **dict.fromkeys(("IRM", "IRMShape"), "irm"),
     **dict.fromkeys(("Fingerprint", "fingerprint", "weights_hash"), "fingerprints"),
     **dict.fromkeys(("RealignerError", "UsageError"), "errors"),

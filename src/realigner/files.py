@@ -54,6 +54,16 @@ def _not_ours(path: Path) -> None:
 NEVER = Artifact("anything", _not_ours)  # of a place where nothing is ever replaced
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with ``~`` and ``~user`` as home folders; one of a user that is not known here stays as it is.
+
+    Example:
+        >>> str(expanded("~nosuchuser/runs"))
+        '~nosuchuser/runs'
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own raises RuntimeError for such a user
+
+
 def is_ours(path: Path, artifact: Artifact) -> bool:
     """Whether what is at a path is of this kind and nothing else, so that `force` may replace it.
 

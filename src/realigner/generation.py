@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import atexit
 import queue
-import sys
 import threading
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -31,6 +31,13 @@ from realigner.thinking_budget import ThinkingBudget
 from realigner.tuner import find_tuner, tuner_of
 
 Names = str | tuple[str, ...]
+
+# What a host's own generation config may ask for, and a reply that is made token by token, in a batch or a stream, cannot have.
+# (min_length counts the prompt, and the padding of a batch too; min_new_tokens stays.)
+_TOKEN_BY_TOKEN: dict[str, Any] = {
+    **{"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False},
+    **dict.fromkeys(("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "guidance_scale", "min_length")),
+}
 
 
 class Thought(str):
@@ -79,7 +86,7 @@ def answer(
         where: the tokens that they act on; see `tuner.strength`.
         chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``, over those of the IRM.
         thinking_budget: maximum length of a thought, on hosts that think; the thought is then closed. Its tokens do not count
-            towards `max_new_tokens`.
+            towards `max_new_tokens`. Thought and reply together end where the host has no more positions.
         first: number of the first prompt. Set it when answering part of a longer list, to sample as if for the whole list.
         penalize_prompt: whether `repetition_penalty` counts the prompt's tokens too, as transformers and vLLM do, or the
             reply's alone.
@@ -102,27 +109,27 @@ def answer(
     ends = ends_of(model, chat_format)
     replies: list[Answer] = []
     for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        rows = chat_format.prompts(prompts[part], system)
-        inputs = padded(rows, tokenizer, _device(model))
-        own = {
-            "strength": part_of(strength, part, len(prompts), "strength", "prompts"),
-            "adapter_names": part_of(names, part, len(prompts), "irms", "prompts"),
-        }
-        settings = _settings(model, **own, where=where)
-        opened = [chat_format.opens_thought(row) for row in rows]
-        uncounted = 0 if penalize_prompt else inputs["input_ids"].shape[1]
-        options = sampling.options(model, chat_format, opened, first + start, uncounted)
-        options["max_new_tokens"] = min(options["max_new_tokens"], _room(model, inputs, max_new_tokens, first + start))
-        with torch.no_grad():
-            tokens = model.generate(**inputs, **options, **settings)  # type: ignore[operator]
-        budget = next((own for own in options["logits_processor"] if isinstance(own, ThinkingBudget)), None)
-        for number, row in enumerate(tokens[:, inputs["input_ids"].shape[1] :].tolist()):
-            thought, text = chat_format.split(row, opened[number])
-            full = None if budget is None else budget.full[number]  # what comes after is padding, often with an end token
-            replies.append(Answer(text, thought, not ends.isdisjoint(row[:full])))
-        if done is not None:
-            done(len(rows))
+        rows = chat_format.prompts(prompts[start : start + batch_size], system)
+        limits = _limits(model, chat_format, sampling, rows, first + start)
+        for limit, alike in groupby(range(len(rows)), limits.__getitem__):  # no row is cut where another's positions end
+            numbers = [*alike]
+            part = slice(start + numbers[0], start + numbers[-1] + 1)
+            own = {
+                "strength": part_of(strength, part, len(prompts), "strength", "prompts"),
+                "adapter_names": part_of(names, part, len(prompts), "irms", "prompts"),
+            }
+            settings = _settings(model, **own, where=where)
+            some = [rows[number] for number in numbers]
+            inputs, options, opened = _asked(model, chat_format, sampling, some, limit, first + part.start, penalize_prompt)
+            with torch.no_grad():
+                tokens = model.generate(**inputs, **options, **settings)  # type: ignore[operator]
+            budget = next((own for own in options["logits_processor"] if isinstance(own, ThinkingBudget)), None)
+            for number, row in enumerate(tokens[:, inputs["input_ids"].shape[1] :].tolist()):
+                thought, text = chat_format.split(row, opened[number])
+                full = None if budget is None else budget.full[number]  # what comes after is padding, often with an end token
+                replies.append(Answer(text, thought, not ends.isdisjoint(row[:full])))
+            if done is not None:
+                done(len(some))
     return replies
 
 
@@ -165,11 +172,9 @@ def stream(
     sampling = Sampling(max_new_tokens, thinking_budget, temperature, repetition_penalty, seed, top_p)
     chat_format = format_of(model, tokenizer, chat_template_kwargs, irms)
     rows = chat_format.prompts([prompt], system)
-    inputs = padded(rows, tokenizer, _device(model))
     given = _settings(model, strength=strength, rows=None if irms is None else [irms], where=where)
-    opened = [chat_format.opens_thought(rows[0])]
-    options = sampling.options(model, chat_format, opened, 0)
-    options["max_new_tokens"] = min(options["max_new_tokens"], _room(model, inputs, max_new_tokens, 0))
+    (limit,) = _limits(model, chat_format, sampling, rows, 0)
+    inputs, options, opened = _asked(model, chat_format, sampling, rows, limit, 0)
     pieces = Pieces(chat_format, opened[0], thoughts, ends_of(model, chat_format))
     options["stopping_criteria"].append(_Stopped(lambda: pieces.stopped or (stop is not None and stop.is_set())))
 
@@ -341,17 +346,21 @@ def padded(rows: Sequence[Sequence[int]], tokenizer: Any, device: torch.device) 
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _room(model: nn.Module, inputs: Mapping[str, torch.Tensor], reply: int, first: int) -> int:
-    """How many tokens, of thoughts and replies, the host has positions for after the longest of these prompts.
+def _limits(
+    model: nn.Module, chat_format: ChatFormat, sampling: Sampling, rows: Sequence[Sequence[int]], first: int
+) -> list[int]:
+    """For each row, how many tokens of thought and reply it may get: those asked for, or the positions that the host has left.
 
     Raises:
-        RealignerError: when they are fewer than those of a reply: some hosts would fail on it, others take all memory.
+        RealignerError: when these are fewer than a reply's: some hosts would fail on it, others take all memory.
     """
+    most, reply = sampling.most(chat_format), sampling.max_new_tokens
     config = getattr(model, "config", None)
     positions = None if config is None else positions_of(config)
     if positions is None:
-        return sys.maxsize
-    for number, tokens in enumerate(inputs["attention_mask"].sum(dim=1).tolist(), start=first + 1):
+        return [most] * len(rows)
+    lengths = [len(row) for row in rows]
+    for number, tokens in enumerate(lengths, start=first + 1):
         if tokens > positions:
             raise RealignerError(f"prompt {number}: it has {tokens:,} tokens, and the host {positions:,} positions; shorten it")
         if tokens + reply > positions:
@@ -359,7 +368,24 @@ def _room(model: nn.Module, inputs: Mapping[str, torch.Tensor], reply: int, firs
                 f"prompt {number}: its {tokens:,} tokens and a reply of {reply:,} need more than the host's {positions:,} "
                 "positions; shorten it, or ask for fewer (max_new_tokens)"
             )
-    return positions - int(inputs["attention_mask"].sum(dim=1).max())
+    return [min(most, positions - tokens) for tokens in lengths]
+
+
+def _asked(
+    model: nn.Module,
+    chat_format: ChatFormat,
+    sampling: Sampling,
+    rows: Sequence[Sequence[int]],
+    limit: int,
+    first: int,
+    penalize_prompt: bool = True,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[bool]]:
+    """Rows that may get `limit` tokens, as ``generate`` takes them: inputs, options, and which of them open a thought."""
+    inputs = padded(rows, chat_format.tokenizer, _device(model))
+    opened = [chat_format.opens_thought(row) for row in rows]
+    uncounted = 0 if penalize_prompt else inputs["input_ids"].shape[1]
+    options = sampling.options(model, chat_format, opened, first, uncounted)
+    return inputs, {**options, "max_new_tokens": limit}, opened
 
 
 @dataclass(frozen=True)
@@ -380,6 +406,17 @@ class Sampling:
         _check_number("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < 100)
         _check_number("top_p", self.top_p, 0 < self.top_p <= 1)
 
+    def budget(self, chat_format: ChatFormat, opened: Sequence[bool]) -> ThinkingBudget | None:
+        """What limits thoughts and replies, on a host that thinks: for rows of which some open a thought."""
+        if chat_format.tags is None:
+            return None
+        return ThinkingBudget(chat_format, opened, self.thinking_budget, self.max_new_tokens)
+
+    def most(self, chat_format: ChatFormat) -> int:
+        """Tokens that thought and reply take together at most."""
+        budget = self.budget(chat_format, [])
+        return self.max_new_tokens if budget is None else budget.most
+
     def options(
         self, model: nn.Module, chat_format: ChatFormat, opened: Sequence[bool], first_row: int, uncounted: int = 0
     ) -> dict[str, Any]:
@@ -391,7 +428,7 @@ class Sampling:
             uncounted: positions at the start that the repetition penalty leaves out.
         """
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": float(self.repetition_penalty)}
-        options |= {"do_sample": False, "logits_processor": [], "stopping_criteria": []}
+        options |= {"do_sample": False, **_TOKEN_BY_TOKEN, "logits_processor": [], "stopping_criteria": []}
         if uncounted:
             penalty = RepetitionPenaltyLogitsProcessor(options["repetition_penalty"], prompt_ignore_length=uncounted)
             options |= {"repetition_penalty": 1.0, "logits_processor": [penalty]}
@@ -402,8 +439,7 @@ class Sampling:
             options["logits_processor"] += [*nucleus, SeededSampling(1.0, self.seed, first_row)]
         elif self.temperature > 0:
             options["logits_processor"].append(SeededSampling(self.temperature, self.seed, first_row))
-        if chat_format.tags is not None:
-            budget = ThinkingBudget(chat_format, opened, self.thinking_budget, self.max_new_tokens)
+        if (budget := self.budget(chat_format, opened)) is not None:
             options["max_new_tokens"] = budget.most
             options["logits_processor"].append(budget)
             options["stopping_criteria"].append(budget.enough)

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from realigner.errors import RealignerError, UsageError
-from realigner.files import read_object
+from realigner.files import expanded, read_object
 from realigner.gguf_cache import (
     EMBEDDED as EMBEDDED,
     EMBEDDED_INSTALL as EMBEDDED_INSTALL,
@@ -158,7 +158,7 @@ def _loading(name: str) -> Iterator[None]:
 def _source(name: str, trust_remote_code: bool, revision: str | None) -> tuple[str, str, dict[str, Any]]:
     """A host's name that holds in every working directory, where transformers finds it, and the options that takes."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    path = Path(os.path.abspath(Path(name).expanduser()))  # noqa: PTH100 - a link keeps its name
+    path = Path(os.path.abspath(expanded(name)))  # noqa: PTH100 - a link keeps its name
     if name.lower() == EMBEDDED:
         return EMBEDDED, str(embedded_folder()), options
     if name.endswith(".gguf"):

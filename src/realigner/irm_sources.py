@@ -9,6 +9,7 @@ from pathlib import Path
 
 from realigner.adapter_files import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, read_values
 from realigner.errors import RealignerError, UsageError
+from realigner.files import expanded
 from realigner.gguf_cache import cache_root
 
 Source = str | Path
@@ -21,7 +22,7 @@ def find_irm(source: Source) -> Path:
     Raises:
         RealignerError: when there is no such IRM.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if str(source).strip() and folder.is_dir():
         return adapter_folder(folder)
     if folder.is_file():

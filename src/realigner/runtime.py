@@ -72,12 +72,13 @@ class Runtime:
         return f"Runtime(host={host!r}, irms={self.irms})"
 
     def _with_strength(self, options: dict[str, Any]) -> dict[str, Any]:
-        if options.get("strength") is not None or not self.strengths:
+        given = options.get("strength")
+        if not self.strengths or not (given is None or isinstance(given, Mapping)):
             return options
         tuner = tuner_of(self.model)
         block, default = tuner.settings.strengths, tuner.injector.threads.default.strengths
         own = {name: value for name, value in self.strengths.items() if block.get(name) is default.get(name)}
-        return {**options, "strength": own} if own else options
+        return {**options, "strength": {**own, **(given or {})}} if own else options
 
 
 def load(

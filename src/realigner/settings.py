@@ -173,6 +173,21 @@ def part_of(value: Any, at: int | slice, count: int, name: str, unit: str) -> An
     return value[at]
 
 
+def generate_setting(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], own: Any) -> Any:
+    """What a call of ``generate`` uses for a setting: its keyword, else the config it is given, else the host's own.
+
+    Args:
+        name: as in transformers' ``GenerationConfig``.
+        args, kwargs: of the call; a config may be its second argument.
+        own: the host's ``generation_config``, which fills in what a given one leaves open.
+    """
+    if name in kwargs:
+        return kwargs[name]
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    value = getattr(config, name, None)
+    return getattr(own, name, None) if value is None else value
+
+
 # --- threads ----------------------------------------------------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ from realigner.irm import EDITIONS
 from realigner.irm_config import FILE_PREFIX, PEFT_NAME, WEIGHTS_FILE, IRMConfig, adapter_folder, check_adapter
 from realigner.locate import find_sites
 from realigner.residuals import delta_scale, delta_scales, residual_sizes
-from realigner.settings import Generation, Settings, Strength, Where, part_of
+from realigner.settings import Generation, Settings, Strength, Where, generate_setting, part_of
 
 
 class IRMModel(BaseTuner):
@@ -75,13 +75,8 @@ class IRMModel(BaseTuner):
 
     def generate(self, *args: Any, strength: Strength | None = None, where: Where | None = None, **kwargs: Any) -> Any:
         """Run the host's ``generate``, with this call's strength and tokens if they are given."""
-        given = kwargs.get("generation_config"), *args[1:2]  # transformers takes it as the second argument too
-        config = next((value for value in given if value is not None), self.model.generation_config)
-        configs = config, self.model.generation_config  # which fills in what the first leaves open
-        repeats = [
-            kwargs.get(key) or next((value for own in configs if (value := getattr(own, key, None))), 1)
-            for key in ("num_beams", "num_return_sequences")
-        ]
+        counts = ("num_beams", "num_return_sequences")
+        repeats = max(generate_setting(name, args, kwargs, self.model.generation_config) or 1 for name in counts)
         own, mask = [kwargs.get(key) for key in ("inputs_embeds", "input_ids", "inputs")], kwargs.get("attention_mask")
         inputs = (*own, *args)
         if self.model.config.is_encoder_decoder:  # what it is given is the encoder's
@@ -89,7 +84,7 @@ class IRMModel(BaseTuner):
         prompt = next((value.shape[1] for value in inputs if isinstance(value, torch.Tensor)), 1)  # without one: the BOS token
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             prompt = max(prompt, mask.shape[1])  # of a text whose beginning is in a cache, the new tokens alone may be given
-        settings = replace(self.current(strength, where), generation=Generation(prompt, max(repeats)))
+        settings = replace(self.current(strength, where), generation=Generation(prompt, repeats))
         return self._run(self.model.generate, settings, args, kwargs)
 
     def current(
@@ -191,6 +186,7 @@ class IRMModel(BaseTuner):
         if clash := name_clash(adapter_name):
             raise UsageError(f"adapter name {adapter_name!r} cannot be used: {clash}")
         first = "registry" not in self._modules
+        _refuse_shared_copies(model, adapter_name, config, self.peft_config.keys() - {adapter_name})
         if first:
             self.sites = find_sites(model, config.layers_path)
             self.fingerprint = fingerprint(model, self.sites.layers)
@@ -291,20 +287,23 @@ class IRMModel(BaseTuner):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             self.registry.check_loaded("adapter", name)
-        wrappers = _wrappers(self.model)
+        wrappers = self._own_wrappers()
         for path, wrapper in wrappers:
             if len(own := _with_copies(wrapper, names)) > 1:
                 raise UsageError(f"adapter: {' and '.join(own)} each have a trained copy of {path}, and one can act at a time")
         for _, wrapper in wrappers:
-            own = _with_copies(wrapper, names)
-            wrapper.set_adapter(own[0] if own else [], inference_mode=inference_mode)
+            wrapper.set_adapter(_with_copies(wrapper, names), inference_mode=inference_mode)
         BaseTunerLayer.set_adapter(self.registry, names, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         BaseTunerLayer.enable_adapters(self.registry, enabled)
-        for _, wrapper in _wrappers(self.model):
+        for _, wrapper in self._own_wrappers():
             wrapper.enable_adapters(enabled)
+
+    def _own_wrappers(self) -> list[tuple[str, Any]]:
+        """The host's modules of which our IRMs have trained copies, by name; others' (LoRA's) are not ours to switch."""
+        return [(path, wrapper) for path, wrapper in _wrappers(self.model) if _with_copies(wrapper, self.registry.networks)]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one IRM from the host."""
@@ -316,8 +315,10 @@ class IRMModel(BaseTuner):
         del self.injector.threads.default.strengths[adapter_name]
         BaseTunerLayer.delete_adapter(self.registry, adapter_name)
         self.active_adapter = self.registry.names
-        for _, wrapper in _wrappers(self.model):
-            wrapper.delete_adapter(adapter_name, new_active_adapters=_with_copies(wrapper, self.registry.names)[:1])
+        _drop_copies(self.model, [adapter_name])
+        for _, wrapper in self._own_wrappers():
+            if (own := _with_copies(wrapper, self.registry.names)) != wrapper.active_adapters:
+                wrapper.set_adapter(own)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make the named IRMs trainable or not."""
@@ -341,6 +342,7 @@ class IRMModel(BaseTuner):
             self._check_merge_allowed()
         host: nn.Module = self.model
         unload(host)
+        _drop_copies(host, self.peft_config)  # of IRMs whose hooks were not on it yet, too
         return host
 
     @contextmanager
@@ -354,7 +356,7 @@ class IRMModel(BaseTuner):
 
     def _check_rows(self) -> None:
         """Raise UsageError where rows cannot differ in their IRMs."""
-        if _wrappers(self.model):
+        if self._own_wrappers():
             found = "trained copies of the host's modules (modules_to_save) act in every row"
             raise UsageError(f"adapter_names: {found}; use set_adapter or disable_adapter")
 
@@ -513,13 +515,13 @@ def unload(host: nn.Module) -> None:
         >>> unload(host)
         >>> _ = PeftModel(host, IRMConfig())  # which would be refused
     """
+    names = {name for name, config in vars(host).get("peft_config", {}).items() if isinstance(config, IRMConfig)}
+    if names:
+        del host.peft_config
     for injector in attached_injectors(host):
         injector.detach()
-    if any(isinstance(config, IRMConfig) for config in vars(host).get("peft_config", {}).values()):
-        del host.peft_config
-    if not any(isinstance(module, BaseTunerLayer) for module in host.modules()):  # else the wrappers may be LoRA's
-        for name, wrapper in _wrappers(host):
-            host.set_submodule(name, wrapper.original_module)
+        names |= injector.threads.default.strengths.keys()
+    _drop_copies(host, names)
 
 
 def _wrappers(host: nn.Module) -> list[tuple[str, Any]]:
@@ -530,6 +532,37 @@ def _wrappers(host: nn.Module) -> list[tuple[str, Any]]:
 def _with_copies(wrapper: Any, names: Iterable[str]) -> list[str]:
     """Those of some IRMs that have a trained copy in a wrapper."""
     return [name for name in names if name in wrapper._adapters]
+
+
+def _drop_copies(host: nn.Module, names: Iterable[str]) -> None:
+    """Remove IRMs' trained copies of a host's modules; a module that is left without copies takes its place again."""
+    for path, wrapper in _wrappers(host):
+        for name in _with_copies(wrapper, names):
+            wrapper.delete_adapter(name, new_active_adapters=[other for other in wrapper.active_adapters if other != name])
+            if not wrapper._adapters:
+                host.set_submodule(path, wrapper.original_module)
+
+
+def _refuse_shared_copies(host: nn.Module, name: str, config: IRMConfig, irms: Iterable[str]) -> None:
+    """Raise UsageError where an IRM and another adapter (LoRA, say) would have one name, or one module, for trained copies.
+
+    Args:
+        host: to which the IRM is to be added.
+        name, config: of the IRM.
+        irms: those that are on the host.
+    """
+    for path, wrapper in _wrappers(host):
+        others = wrapper._adapters - set(irms)
+        if name in others:
+            raise UsageError(
+                f"adapter name {name!r} cannot be used: the host's other adapter has a trained copy of {path} under it; "
+                "choose another (adapter_name)"
+            )
+        if others and path.endswith(tuple(config.modules_to_save or ())):
+            raise UsageError(
+                f"modules_to_save: the host's other adapter {min(others)!r} has a trained copy of {path}, and one can act at a "
+                "time; leave it out"
+            )
 
 
 def _file_of(adapter_name: str) -> str:

@@ -47,7 +47,9 @@ def text_maps(trace: xr.Dataset, kind: Kind = "absolute", generated: int | None 
     labels: dict[str, Any] = {key: ("text", trace[f"text_{key}"].values) for key in (*_RUN, "prompt")}
     labels["count"] = ("text", count.astype(int))
     maps = np.sqrt(maps) if kind == "rms" else maps
-    return xr.DataArray(maps, coords, ("text", "layer", "neuron"), attrs={"runs": trace.attrs.get("runs", {})}).assign_coords(labels)
+    return xr.DataArray(maps, coords, ("text", "layer", "neuron"), attrs={"runs": trace.attrs.get("runs", {})}).assign_coords(
+        labels
+    )
 
 
 def run_maps(trace: xr.Dataset, kind: Kind = "absolute", generated: int | None = FIRST_GENERATED) -> xr.DataArray:

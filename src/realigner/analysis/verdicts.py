@@ -99,9 +99,11 @@ def analyze(
     tables["turns"] = turns(trace, **draws)
     agreed = consensus(trace, host, **draws)
     leading = _leading(trace)
-    claims = _claims(tables["striation"], agreed, tables["timing"], tables["sparsity"], tables["turns"], leading)
-    adjusted = holm(np.array([claim.row["p"] for claim in claims], dtype=float))
     measured = _measured(trace)
+    claims = _claims(
+        tables["striation"], agreed, tables["timing"], tables["sparsity"], tables["turns"], leading, measured["prompts"]
+    )
+    adjusted = holm(np.array([claim.row["p"] for claim in claims], dtype=float))
     verdicts = [_verdict(claim, float(p), measured, permutations) for claim, p in zip(claims, adjusted, strict=True)]
     return Analysis(consensus=agreed, leading=leading, verdicts=verdicts, **tables)
 
@@ -137,6 +139,8 @@ class _Claim:
         measure: description of the value.
         more: whether larger values support it.
         extra: an additional sentence.
+        drawn: what the permutations rearrange, if it is few: prompts, or conversations.
+        least: the smallest p that so few allow; ties are broken at random, so that it may be smaller by luck.
     """
 
     key: str
@@ -145,6 +149,8 @@ class _Claim:
     measure: str
     more: bool = True
     extra: str = ""
+    drawn: str = ""
+    least: float = 0.0
 
 
 def _claims(
@@ -154,8 +160,10 @@ def _claims(
     sparse: pd.DataFrame,
     turned: pd.DataFrame,
     leading: pd.DataFrame,
+    prompts: int,
 ) -> list[_Claim]:
     """The claims that the trace can say something about."""
+    by_prompt: dict[str, Any] = {"drawn": "prompts", "least": 0.5**prompts}  # signs are flipped
     agreement = [
         _Claim(
             "one_leader", "One index leads in every run", _both(agreed, "top1_agreement"), "share of runs", True, _led(leading)
@@ -188,25 +196,31 @@ def _claims(
             "share of variance (omega squared) by neuron minus that by layer",
         ),
         *(agreement if len(agreed.table) else ()),
-        _Claim("early", "The largest values fall early in a text", *_timed(timed), more=False),
+        _Claim("early", "The largest values fall early in a text", *_timed(timed), more=False, **by_prompt),
         _Claim(
             "early_in_reply",
             "Within a reply, more is added to its first tokens",
             within,
             f"centre of mass of the energy over a reply's first {REPLY} tokens, 0 the first of them, 1 the last",
             more=False,
+            **by_prompt,
         ),
         _Claim(
             "sparser",
             "Training makes what is added sparser",
             _find(sparse, statistic="hoyer", layer=ALL),
             "Hoyer's sparsity of a token's values",
+            drawn="prompts",
+            least=2 * 0.5**prompts,  # on both sides
         ),
     ]
     if len(turned):
         faded = _find(turned, statistic="energy_ratio", reply=LAST)
         sentence = "What is added fades from the first reply of a conversation to the last"
-        claims.append(_Claim("fading", sentence, faded, "energy of a token, last reply over first", more=False))
+        numbered = turned[(turned["run"] != ALL) & (turned["reply"] != LAST)]
+        orders = math.lgamma(numbered["reply"].max() + 1) * numbered["n"].max()  # of the replies of all conversations, log
+        few: dict[str, Any] = {"drawn": "conversations", "least": math.exp(-orders)}
+        claims.append(_Claim("fading", sentence, faded, "energy of a token, last reply over first", more=False, **few))
     return claims
 
 
@@ -284,6 +298,8 @@ def _decided(claim: _Claim, p: float, permutations: int) -> tuple[Verdict, str]:
             "cannot tell",
             f"No permutation is as extreme, and there are too few: {permutations}; ask for more (permutations).",
         )
+    if row["p"] <= claim.least * (1 + 1e-9) and max(p, claim.least) >= LEVEL:
+        return "cannot tell", f"Nothing could be more extreme with so few {claim.drawn}; it takes more."
     if p >= LEVEL:
         return "not supported", "Chance explains as much."
     if claim.key == "one_leader":

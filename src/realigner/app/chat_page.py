@@ -94,11 +94,13 @@ class Page:
     Args:
         talker: what makes the replies.
         explained: explanations of its host.
-        place: a folder for what is downloaded.
+        place: a folder for what is downloaded; recordings are written to a folder of their own in it.
     """
 
     def __init__(self, talker: Talker, explained: Sequence[Explanation], place: Path) -> None:
-        self.talker, self.explained, self.place = talker, explained, place
+        self.talker, self.explained = talker, explained
+        self.recordings = place / "recordings"  # apart from Gradio's copies, which are deleted at another time
+        self.recordings.mkdir()
         self.conversations = Conversations()
 
     def ask(self, request: gr.Request, text: str, *given: Any) -> Iterator[list[Any]]:
@@ -203,9 +205,9 @@ class Page:
             raise UsageError("The reply is still being made.")
         if exchange.live is None or exchange.live.trace is None:
             raise UsageError("Nothing was recorded: no IRM acted in the last reply.")
-        for old in {path.name for path in self.place.iterdir()} - self.conversations.lives():  # of replies that are gone
-            shutil.rmtree(self.place / old, ignore_errors=True)
-        folder = self.place / exchange.live.id / "trace.zarr"
+        for old in {path.name for path in self.recordings.iterdir()} - self.conversations.lives():  # of replies that are gone
+            shutil.rmtree(self.recordings / old, ignore_errors=True)
+        folder = self.recordings / exchange.live.id / "trace.zarr"
         if not folder.is_dir():
             trace = exchange.live.trace
             asked = exchange.asked

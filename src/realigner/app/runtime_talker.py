@@ -52,15 +52,14 @@ class RuntimeTalker:
         tuner = find_tuner(runtime.model)
         self.host = host or (tuner.fingerprint.name if tuner is not None else "")
         if tuner is not None:
-            depth = runtime.model.config.get_text_config(decoder=True).num_hidden_layers
             for name in runtime.irms:
                 config = tuner.peft_config[name]
-                self._layers_of[name] = tuple(config.resolved_layers(depth))
+                self._layers_of[name] = tuple(config.resolved_layers(len(tuner.sites.layers)))
                 folder = (folders or {}).get(name)
                 seed = 0 if folder is None else seed_of(read_run(folder))
                 self._labels[name] = RunLabel(name, config.tone or name, seed, irm="" if folder is None else str(folder))
             self.layers = tuple(sorted({layer for own in self._layers_of.values() for layer in own}))
-            self.neurons = int(runtime.model.config.get_text_config(decoder=True).hidden_size)
+            self.neurons = tuner.sites.width
 
     def begin(self, asked: Asked) -> Exchange:
         """Begin both replies.

@@ -20,7 +20,7 @@ from realigner.data import Row
 from realigner.data.answers import NO_SPACES
 from realigner.errors import RealignerError
 from realigner.evaluation.replies import Speaker, ask, ask_in_turns, clock_of, dtype_of, reply_losses, tokens_of
-from realigner.evaluation.side_effects import NeutralText, answers_about, some_passages
+from realigner.evaluation.side_effects import NeutralText, Passage, answers_about
 from realigner.files import read_bytes, write_text
 from realigner.prompts import Answer
 from realigner.validation_message import first_fault
@@ -159,6 +159,7 @@ def measure(
     tokenizer: Any,
     rows: Sequence[Row],
     neutral: NeutralText | None,
+    asked: Sequence[Passage],
     effort: Effort,
     named: Mapping[str, Any],
     strength: float | None = None,
@@ -173,6 +174,7 @@ def measure(
         tokenizer: the host's.
         rows: test rows; their questions are asked, and their replies are the target.
         neutral: the bare host's predictions of neutral text; None: it is left out.
+        asked: passages that are asked about.
         effort: how much is asked.
         named: ``method``, ``tone``, ``seed`` and ``facts``.
         strength: at which the method acts in that block, to be noted; None: at its own.
@@ -183,7 +185,6 @@ def measure(
     drop = DROP_CALM if named["tone"] == "neutral" else DROP_THE_TONE
     count = min(effort.dialogues, len(questions) // TURNS)
     dialogues = [questions[at * TURNS : (at + 1) * TURNS] for at in range(count)]
-    asked = some_passages(effort.answers)
     with attached as speaker:
         given = [*([] if speaker.system is None else [speaker.system]), *(str(turn["content"]) for turn in speaker.history)]
         clock = clock_of(speaker.model) if speaker.answers is None else time.perf_counter

@@ -1,7 +1,7 @@
 """What else a realignment changes: the host's predictions of neutral text, its answers about a passage, its residual stream.
 
 The text is an excerpt of SQuAD 2.0's development set (passages of Wikipedia, CC BY-SA 4.0), 48 passages of 55 to 95 words, each
-with a question that it answers. Nobody trains on it here.
+with a question that it answers. A question that is among an evaluation's rows is not asked.
 """
 
 from __future__ import annotations

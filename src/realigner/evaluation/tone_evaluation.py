@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from realigner.data import Row
+from realigner.data.dataset_rows import question_key
 from realigner.errors import RealignerError
 from realigner.evaluation.measured import MEASURED, Effort, Measured, measure
 from realigner.evaluation.method_protocol import RECORD_FILE, Fitted, Given, Method, read_method, refuse_other_fit
@@ -177,9 +178,10 @@ class ToneEvaluation:
         shuffle: bool = False,
     ) -> Measured:
         neutral = self._neutral if effort.passages else None
-        return measure(
-            attached, self._speaker, self.tokenizer, rows, neutral, effort, named, strength, shuffle=shuffle, done=self.done
-        )
+        known = {question_key(row.question) for row in (*self.task.train, *self.task.tune, *self.task.scorer, *self.task.test)}
+        asked = [item for item in some_passages(effort.answers) if question_key(item.question) not in known]
+        options: dict[str, Any] = {"shuffle": shuffle, "done": self.done}
+        return measure(attached, self._speaker, self.tokenizer, rows, neutral, asked, effort, named, strength, **options)
 
     def prepare(self) -> None:
         """Measure the bare host where still missing, and train the scorers. Call this while nothing is attached to the host."""

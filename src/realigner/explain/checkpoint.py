@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from realigner.errors import RealignerError
-from realigner.files import read_object
+from realigner.files import expanded, read_object
 from realigner.gguf_cache import quiet_transformers
 from realigner.hosts import host_name, load_config
 from realigner.tiny import tiny_host
@@ -215,7 +215,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         ...     open_checkpoint(folder).shape("model.norm.weight")
         (32,)
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if not (folder / "config.json").is_file():
         why = "the folder has no config.json" if folder.is_dir() else "there is no such folder"
         raise RealignerError(f"{folder}: {why}; give a folder that save_pretrained wrote")

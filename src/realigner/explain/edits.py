@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import realigner.probe as probe
 from realigner.errors import RealignerError, UsageError
 from realigner.explain.roles import Stream, find_stream, short_input
-from realigner.files import NEVER, taken
+from realigner.files import NEVER, expanded, taken
 from realigner.hosts import HostInfo
 
 _TOKENS = 24
@@ -278,7 +278,7 @@ def save_edited(host: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     Example:
         >>> save_edited(with_gain(host, 1512), tokenizer, "hosts/gain-1512")  # doctest: +SKIP
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     with taken(path, NEVER) as place, place.folder() as aside:
         host.save_pretrained(aside)
         tokenizer.save_pretrained(aside)

@@ -464,7 +464,7 @@ def _predicted(evidence: Evidence) -> list[Conclusion]:
             f"permuted {own.null:.3f}; p {own.p:.2g})."
         )
         key = "predicted" if trained else "predicted untrained"
-        question = f"The host's measurements predict the indices that lead in {'' if trained else 'untrained '}IRMs"
+        question = f"The host's measurements predict how {'' if trained else 'untrained '}IRMs rank the indices"
         found.append(_conclusion(key, question, answer, words, own.n, "indices"))
     return found
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
+from safetensors import safe_open
 
 from realigner.analysis import Analysis
 from realigner.dialogues import spoken
@@ -16,6 +18,8 @@ from realigner.evaluation.evaluation_file import is_evaluation
 from realigner.explain.explanation import RESULT_FILE, Explanation, is_explanation, read_explanation
 from realigner.traces.store import is_trace, load_trace
 from realigner.training.run_dir import ADAPTER_FILES, read_metrics, read_run
+
+_PREFIX = "irm."  # of an IRM's weights in its file
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,8 @@ def _answered(asked: dict[str, str], said: dict[str, str]) -> dict[str, Any]:
 
 
 def gather(name: str, trace: xr.Dataset) -> ReportInput:
-    """A trace with the records of its runs, as far as their folders still exist."""
-    folders = {run: Path(facts["irm"]) for run, facts in trace.attrs["runs"].items() if facts["irm"] and not facts["untrained"]}
-    found = {run: folder for run, folder in folders.items() if folder.is_dir()}
+    """A trace with the records of its runs, as far as their folders still hold the weights that were traced."""
+    found = {run: Path(own["irm"]) for run, own in trace.attrs["runs"].items() if not own["untrained"] and _is_there(own)}
     records = {run: record for run, folder in found.items() if (record := read_run(folder))}
     return ReportInput(name, trace, records, {run: read_metrics(found[run]) for run in records})
 
@@ -118,9 +121,28 @@ def untraced(sources: Sequence[Path]) -> list[Path]:
                     )
         return [Path(folder) for item in items for folder in item.irms.values()]
     facts = [own for source in sources if is_trace(source) for own in load_trace(source).attrs["runs"].values()]
-    traced = {Path(own["irm"]).resolve() for own in facts if own["irm"]}
+    traced = {Path(own["irm"]).resolve() for own in facts if _is_there(own)}
     left = [source for source in sources if not is_trace(source) and source not in explained]
     return [source for source in left if not (runs := _runs_in(source)) or not runs <= traced]
+
+
+def _is_there(run: Mapping[str, Any]) -> bool:
+    """Whether the folder of a traced run holds the weights that were traced; another training may stand there now."""
+    file = Path(run["irm"]) / ADAPTER_FILES[1]
+    if not run["irm"] or not file.is_file():
+        return False
+    return run["sha256"] in ("", _adapter_hash(file))
+
+
+def _adapter_hash(file: Path) -> str:
+    """`traces.recording.adapter_hash` of a file of weights, without torch."""
+    digest = hashlib.sha256()
+    with safe_open(file, "np") as tensors:
+        for key in sorted(key for key in tensors.keys() if key.startswith(_PREFIX)):  # noqa: SIM118
+            values = tensors.get_tensor(key)
+            digest.update(f"{key.removeprefix(_PREFIX)} torch.{values.dtype} {list(values.shape)}".encode())
+            digest.update(values.tobytes())
+    return digest.hexdigest()
 
 
 def _runs_in(place: Path) -> set[Path]:

@@ -9,7 +9,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -22,7 +22,6 @@ from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
     LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
 )
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -189,7 +188,7 @@ class Engine:
         self._jobs: dict[str, Job] = {}
         self._formats: dict[str, ChatFormat] = {}
         self._changing = asyncio.Lock()
-        self._drops: set[asyncio.Task[None]] = set()
+        self._under_way: set[asyncio.Task[None]] = set()
         self._prompts, self._changes = ThreadPoolExecutor(1, "realigner-prompts"), ThreadPoolExecutor(1, "realigner-irms")
         self._batch: BatchManager | None = None
 
@@ -216,11 +215,8 @@ class Engine:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _generation(self) -> GenerationConfig:
-        """The host's own rules, greedy: what a request asks for is done by its own processors."""
-        config = deepcopy(self._host.generation_config)
-        config.update(do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=None)
-        config.update(max_new_tokens=self.limits.tokens, num_return_sequences=1, num_beams=1)
-        return config
+        """Greedy: the host's own rules, and what a request asks for, are processors of each request (`_rules`)."""
+        return GenerationConfig(do_sample=False, max_new_tokens=self.limits.tokens, eos_token_id=-1)
 
     def _batching(self) -> ContinuousBatchingConfig:
         requests = min(self.limits.requests, _BATCH)
@@ -352,12 +348,9 @@ class Engine:
             more = f", and a thinking_budget of {thought:,}," if closing else ""
             place = f"the prompt has {len(prompt):,} tokens, which leaves {left:,} of {self.context:,}"
             raise UsageError(f"max_tokens: {tokens:,}{more} is too many; {place}")
-        processors: list[Any] = []
-        if asked.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(asked.repetition_penalty))
         enough = None
-        if options["stopping_criteria"]:  # of a host that thinks; another one than the batch's thread asks
-            (enough,) = sampling.options(self._host, chat_format, [opened], 0)["stopping_criteria"]
+        if (budget := sampling.budget(chat_format, [opened])) is not None:  # another one than the batch's thread asks
+            enough = budget.enough
             enough(torch.tensor([prompt]), None)  # it has to see where the reply begins
         return Job(
             taken,
@@ -365,12 +358,30 @@ class Engine:
             prompt,
             options["max_new_tokens"],
             options.get("eos_token_id", []),
-            LogitsProcessorList([*processors, *options["logits_processor"]]),
+            self._rules(prompt, options),
             ContinuedText(self.tokenizer, prompt) if isinstance(asked.prompt, str) else ReplyText(chat_format, opened),
             StopTexts(asked.stop),
             enough,
             stream=asked.stream or bool(asked.stop) or enough is not None,
         )
+
+    def _rules(self, prompt: Sequence[int], options: Mapping[str, Any]) -> LogitsProcessorList:
+        """The processors of scores that ``generate`` has for a prompt and options: the host's own rules, and the request's.
+
+        The batch's config cannot hold the host's: some depend on the prompt's length, and transformers drops those there.
+        """
+        config, device = deepcopy(self._host.generation_config), self._host.device
+        config.update(**options, max_length=len(prompt) + options["max_new_tokens"])
+        ends = options.get("eos_token_id")
+        config._eos_token_tensor = torch.tensor(ends, device=device) if ends else None  # as generate has them there
+        rules: LogitsProcessorList = self._host._get_logits_processor(
+            config,
+            input_ids_seq_length=len(prompt),
+            encoder_input_ids=torch.tensor([prompt], device=device),
+            logits_processor=LogitsProcessorList(options["logits_processor"]),
+            device=device,
+        )
+        return rules
 
     def _text_ids(self, text: str) -> list[int]:
         try:
@@ -394,24 +405,34 @@ class Engine:
     # IRMs that come and go.
 
     async def load(self, name: str, source: str | Path) -> None:
-        """Add an IRM while others act.
+        """Add an IRM while others act. Whoever leaves meanwhile (is cancelled) does not end it halfway.
 
         Raises:
             RealignerError: when there is none, it is damaged, for another host, or its name is taken; all goes on as before.
         """
+        await asyncio.shield(self._begin(self._load(name, source)))
+
+    async def _load(self, name: str, source: str | Path) -> None:
         async with self._changing:
             self.loaded_irms.check_new(name)
             served = await asyncio.get_running_loop().run_in_executor(self._changes, self._read, Path(source))
             self.loaded_irms.put(name, served)
 
     async def unload(self, name: str) -> None:
-        """Take an IRM away; requests that use it are finished.
+        """Take an IRM away; requests that use it are finished. Whoever leaves meanwhile does not end it halfway.
 
         Raises:
             UsageError: when it is not loaded.
         """
         if (adapter := self.loaded_irms.unload(name)) is not None:
-            await self._drop(adapter)
+            await asyncio.shield(self._begin(self._drop(adapter)))
+
+    def _begin(self, change: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A change of the IRMs as a task that runs to its end, whether anyone waits for it or not."""
+        task = asyncio.get_running_loop().create_task(change)
+        self._under_way.add(task)  # else it might be collected before it has run
+        task.add_done_callback(self._under_way.discard)
+        return task
 
     def _read(self, source: Path) -> LoadedIRM:
         folder = find_irm(source)
@@ -438,6 +459,4 @@ class Engine:
 
     def _give_back(self, taken: RequestIRMs) -> None:
         for adapter in self.loaded_irms.give_back(taken):
-            task = asyncio.get_running_loop().create_task(self._drop(adapter))
-            self._drops.add(task)  # else it might be collected before it has run
-            task.add_done_callback(self._drops.discard)
+            self._begin(self._drop(adapter))

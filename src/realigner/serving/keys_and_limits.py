@@ -88,7 +88,7 @@ class KeysAndLimits:
             self._metrics.seconds.labels(route).observe(time.perf_counter() - began)
 
     async def _admit(self, scope: Any, receive: Any, send: Any) -> None:
-        refused = self._unauthorised(scope)
+        refused, takes_place = self._unauthorised(scope), scope["path"] in ANSWERED
         body: bytes | None = b""
         try:
             async with asyncio.timeout(self._limits.patience):
@@ -99,14 +99,13 @@ class KeysAndLimits:
             return
         if refused is None and body is None:
             refused = refusal(413, f"the request is larger than {self._limits.body:,} bytes; shorten it")
-        if refused is None and scope["path"] in ANSWERED and self._running >= self._limits.requests:
+        if refused is None and takes_place and self._running >= self._limits.requests:
             busy = f"{self._running} requests are being answered or wait; try again later"
             refused = refusal(429, busy, "rate_limit_exceeded", {"retry-after": "1"})
         if refused is not None:
             refused.headers["connection"] = "close"  # the rest of the request may still be on its way
             await refused(scope, receive, send)
             return
-        takes_place = scope["path"] in ANSWERED
         self._running += takes_place
         ends: list[Callable[[], None]] = []
         token = begun.set(ends)

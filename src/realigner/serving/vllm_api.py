@@ -1,7 +1,8 @@
 """IRMs over vLLM's HTTP routes: in a model's name, in the field ``irms``, and in the list of models.
 
-A request becomes one that the engine's own routes take: the host as its model, the IRMs in ``vllm_xargs``. So all routes work
-that take a model (chat, completions, responses, messages), and an unchanged client.
+A request becomes one that the engine's own routes take: the host as its model, the IRMs in ``vllm_xargs``. So an unchanged
+client works, on the routes that hand this field on (chat, completions, responses, messages); on others, which would answer as
+the bare host, IRMs are refused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 _NAMES_IRMS = re.compile(rb'"irms"|"where"|"model"\s*:\s*"[^"]*(?:\+|\\u002[bB])')
+_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+_ALL_ROUTES = {  # that hand `vllm_xargs` on, or answer the same with any IRM
+    *_ROUTES,
+    *(f"{route}/render" for route in _ROUTES),
+    *("/v1/chat/completions/batch", "/invocations", "/v1/messages/count_tokens", "/tokenize", "/detokenize"),
+}
 _LARGEST = 256 << 20  # bytes of a request's body that are read here
 
 
@@ -43,17 +50,17 @@ class IRMMiddleware:
         elif scope["method"] == "GET" and path == "/v1/models":
             await self._list(scope, receive, send)
         elif scope["method"] == "POST" and _is_json(scope):
-            await self._ask(scope, receive, send)
+            await self._ask(path, scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
-    async def _ask(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def _ask(self, path: str, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         body, rest = await _read(receive)
         if body is None:
             await self.app(scope, rest, send)
             return
         try:
-            changed = self.rewritten(body)
+            changed = self.rewritten(path, body)
         except NotServedError as error:
             await _answer(send, 404, str(error), "NotFoundError")
             return
@@ -64,13 +71,17 @@ class IRMMiddleware:
         headers = [(key, length if key.lower() == b"content-length" else value) for key, value in scope["headers"]]
         await self.app({**scope, "headers": headers}, _once(changed, rest), send)
 
-    def rewritten(self, body: bytes) -> bytes:
+    def rewritten(self, path: str, body: bytes) -> bytes:
         """A request's body as the engine's routes take it; the same one where it names no IRM, or is none of ours.
+
+        Args:
+            path: of its route.
+            body: as it came.
 
         Raises:
             NotServedError: for an IRM that is not loaded.
             UsageError: for a strength that is no number, IRMs in two places or with different variables of the chat template,
-                ``where``, or beam search, which drops them.
+                ``where``, or a route or beam search, which drop them.
         """
         if _NAMES_IRMS.search(body) is None:  # most are large and name none
             return body
@@ -96,11 +107,13 @@ class IRMMiddleware:
             mix = self.served.mix(fields[0])
         else:
             return body
+        if mix.strengths and path not in _ALL_ROUTES:
+            raise UsageError(f"irms: {path[:80]} drops them; ask {', '.join(_ROUTES)}")
         if mix.strengths and request.get("use_beam_search"):
             raise UsageError("use_beam_search: vLLM's beams drop a request's IRMs; sample, or decode greedily")
         if mix.strengths:
             request["vllm_xargs"] = {**xargs, "irms": mix.terms()}
-            if "messages" in request and (own := self.served.template_kwargs(mix)):
+            if {"messages", "input"} & request.keys() and (own := self.served.template_kwargs(mix)):
                 request["chat_template_kwargs"] = {**own, **kwargs}
         return json.dumps(request).encode()
 

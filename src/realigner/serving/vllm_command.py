@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from realigner.errors import RealignerError, UsageError
+from realigner.files import expanded
 from realigner.serving.vllm_irms import VARIABLE, ServedIRMs
 from realigner.serving.vllm_plugin import ADMIN, SLOTS, TESTED
 
@@ -56,7 +57,7 @@ def irm_environment(irms: Mapping[str, str | Path], slots: int | None = None, ad
     """The variables by which the plugin is told its IRMs, in each of the engine's processes; see `serve_with_vllm`."""
     if not irms:
         raise UsageError("irm: none is given; name one (NAME=FOLDER), or run vllm serve itself")
-    folders = {name: str(Path(folder).expanduser().resolve()) for name, folder in irms.items()}
+    folders = {name: str(expanded(folder).resolve()) for name, folder in irms.items()}
     for name, folder in folders.items():
         if "," in folder:
             raise UsageError(f"irm {name!r}: {folder} has a comma in it, which {VARIABLE} cannot hold; move it, or make a link")

@@ -26,6 +26,7 @@ from realigner.hosts import HostInfo
 from realigner.injection import ActiveIRM
 from realigner.irm import IRM
 from realigner.prompts import Prompt, messages_of
+from realigner.settings import generate_setting
 from realigner.traces.layout import TOP, RunLabel, join, text_dataset
 from realigner.traces.store import TraceWriter
 from realigner.traces.summary import BatchSummary
@@ -226,7 +227,7 @@ class _Recorder:
                 return generate(*args, **kwargs)
             ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
             prompt: Any = ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-            ends = _refuse_scattered(kwargs, defaults, prompt)
+            ends = _refuse_scattered(args, kwargs, defaults, prompt)
             self.finish()
             self._start(prompt.shape[0])
             self.prompt_width, self.ends = prompt.shape[1], ends
@@ -393,12 +394,11 @@ def _said(
     return words, {"turn": turn, "role": named[turn]}
 
 
-def _refuse_scattered(kwargs: Mapping[str, Any], defaults: Any, prompt: Any) -> list[int]:
+def _refuse_scattered(args: Sequence[Any], kwargs: Mapping[str, Any], defaults: Any, prompt: Any) -> list[int]:
     """Refuse a `generate` in which a row of the batch is not one text; else its end tokens."""
-    settings = kwargs.get("generation_config") or defaults
 
     def setting(name: str) -> Any:
-        return kwargs[name] if name in kwargs else getattr(settings, name, None)
+        return generate_setting(name, args, kwargs, defaults)
 
     for name in ("num_beams", "num_return_sequences"):
         if (setting(name) or 1) > 1:
