@@ -71,7 +71,6 @@ SQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "squad" / "dev
 DTYPE = "bfloat16"
 SEEDS = (42, 420)  # the paper's
 MORE_SEEDS = (43, 44, 45)  # of the first tone, in every layer
-EXPLAINED = 3  # runs
 DRAWS, PAIRED_DRAWS = 1000, 200  # of prompts: for statistics of a run, and of pairs of runs
 
 
@@ -110,6 +109,7 @@ class Size:
         lessons: recipe -> keys that say how long it trains.
         layer_sets: whether each third of the layers is trained alone too.
         tokens: of a reply.
+        explained: how many runs `explain` is asked about.
         quick: of `explain`.
     """
 
@@ -117,6 +117,7 @@ class Size:
     lessons: Mapping[str, Mapping[str, Any]]
     layer_sets: bool
     tokens: int
+    explained: int
     quick: bool
 
     def keys(self, arm: Arm) -> dict[str, Any]:
@@ -124,9 +125,10 @@ class Size:
         return {**arm.changed, **self.lessons[arm.recipe]}
 
 
-FULL = Size(480, {"paper": {"epochs": 2}, "default": {"steps": 110}}, layer_sets=True, tokens=100, quick=False)
+FULL = Size(480, {"paper": {"epochs": 2}, "default": {"steps": 110}}, layer_sets=True, tokens=100, explained=3, quick=False)
 _SHORT = {"steps": 4, "epochs": None, "evaluations_per_epoch": None, "evaluations": 1}
-QUICK = Size(120, {"paper": _SHORT, "default": {"steps": 4, "evaluations": 1}}, layer_sets=False, tokens=40, quick=True)
+_SHORT_DEFAULT = {"steps": 4, "evaluations": 1}
+QUICK = Size(120, {"paper": _SHORT, "default": _SHORT_DEFAULT}, layer_sets=False, tokens=40, explained=1, quick=True)
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,7 @@ class Study:
             return
         trained = [run for run in self.runs("paper") if run.recipe.steps != 0]
         trained.sort(key=lambda run: (rank_of(scores[_label(run).run], index), run.recipe.layers != "all"))
-        runs = trained[:EXPLAINED]
+        runs = trained[: self.size.explained]
         self.train("paper", runs)
         host, tokenizer = ra.load_host(self.host, dtype="float32")
         folders = [self.work / "paper" / run.name for run in runs]
