@@ -179,9 +179,12 @@ def test_replies_to_other_questions_are_refused(folder: Path) -> None:
 
 def test_a_damaged_measurement_is_named(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "measured.json"
-    path.write_text('{"method": "bare"}')
-    with pytest.raises(RealignerError, match=r"measured\.json: not what an evaluation measured \(key 'tone' is missing\)"):
-        Measured.load(path)
+    for text, key in (('{"method": "bare"}', "edition"), ('{"edition": 2, "method": "bare"}', "tone")):
+        path.write_text(text)
+        with pytest.raises(
+            RealignerError, match=rf"measured\.json: not what an evaluation measured \(key '{key}' is missing\)"
+        ):
+            Measured.load(path)
 
 
 # The strength.
