@@ -502,3 +502,5 @@ def test_the_irms_that_were_explained_are_traced(tmp_path: Path) -> None:
     train(host, tokenizer, some_rows(), tmp_path / "anger", recipe=recipe.changed(steps=2), quiet=True).model.unload()
     assert untraced([tmp_path / "anger", trace]) == [tmp_path / "anger"]
     assert gather("t", load_trace(trace)).records == {}
+    (tmp_path / "anger" / "adapter_model.safetensors").write_bytes(b"damaged")
+    assert gather("t", load_trace(trace)).records == {}

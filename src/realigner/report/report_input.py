@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import xarray as xr
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from realigner.analysis import Analysis
 from realigner.dialogues import spoken
@@ -131,7 +131,10 @@ def _is_there(run: Mapping[str, Any]) -> bool:
     file = Path(run["irm"]) / ADAPTER_FILES[1]
     if not run["irm"] or not file.is_file():
         return False
-    return run["sha256"] in ("", _adapter_hash(file))
+    try:
+        return run["sha256"] in ("", _adapter_hash(file))
+    except SafetensorError:  # a damaged file, which is not what was traced
+        return False
 
 
 def _adapter_hash(file: Path) -> str:
