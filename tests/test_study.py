@@ -297,7 +297,7 @@ def test_killed_twice_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert begun("killed").wait() == 0, (tmp_path / "killed.log").read_text()[-2000:]
-    results = [tmp_path / name / "runs" / "study" / "tiny-quick" / "results" for name in ("whole", "killed")]
+    results = [next((tmp_path / name).glob("runs/study/tiny*-quick/results")) for name in ("whole", "killed")]  # by the dtype
     files = [{str(path.relative_to(place)): path for path in place.rglob("*") if path.is_file()} for place in results]
     assert files[0].keys() == files[1].keys()
     assert len(files[0]) >= 16
