@@ -16,12 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def is_native() -> bool:
-    """Whether this CPU multiplies bfloat16 by instructions that PyTorch uses."""
-    cpu = torch.cpu.get_capabilities()
-    return not cpu.get("avx2") or bool(cpu.get("avx512_f"))
-
-
 @cache  # which keeps the library: without it PyTorch takes its own kernels again
 def multiply_in_float32() -> Any:
     """Have this process compute products of bfloat16 tensors on the CPU in float32, and round them.

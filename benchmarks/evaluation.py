@@ -48,7 +48,7 @@ from realigner.evaluation.strength_choice import STRENGTHS, choose_strength
 from realigner.evaluation.task import make_task
 from realigner.evaluation.tone_evaluation import Subject, ToneEvaluation
 from realigner.files import read_object, write_text
-from realigner.hosts import EMBEDDED
+from realigner.hosts import EMBEDDED, has_slow_bfloat16
 from realigner.report.evaluation_figures import save_evaluation_figures
 from realigner.sweep.worker import die_with
 from realigner.training import make_recipe
@@ -129,7 +129,7 @@ class Unit:
 @cache
 def _host() -> tuple[Any, Any]:
     torch.set_num_threads(1)
-    if not bfloat16.is_native():
+    if has_slow_bfloat16(torch.device("cpu")):
         bfloat16.multiply_in_float32()
     return ra.load_host(EMBEDDED, dtype=DTYPE)
 

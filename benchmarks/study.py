@@ -126,9 +126,9 @@ class Size:
 
 
 FULL = Size(480, {"paper": {"epochs": 2}, "default": {"steps": 110}}, layer_sets=True, tokens=100, explained=3, quick=False)
-_SHORT = {"steps": 4, "epochs": None, "evaluations_per_epoch": None, "evaluations": 1}
-_SHORT_DEFAULT = {"steps": 4, "evaluations": 1}
-QUICK = Size(120, {"paper": _SHORT, "default": _SHORT_DEFAULT}, layer_sets=False, tokens=40, explained=1, quick=True)
+_SHORT: dict[str, Any] = {"steps": 4, "evaluations": 1}
+_LESSONS = {"paper": {**_SHORT, "epochs": None, "evaluations_per_epoch": None}, "default": _SHORT}
+QUICK = Size(120, _LESSONS, layer_sets=False, tokens=40, explained=1, quick=True)
 
 
 @dataclass(frozen=True)

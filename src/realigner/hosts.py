@@ -229,6 +229,14 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def has_slow_bfloat16(device: torch.device) -> bool:
+    """Whether PyTorch multiplies bfloat16 in plain loops there, as on x86 CPUs without AVX-512: on an AMD EPYC of 2021 60 times
+    as slow as float32.
+    """
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(cpu.get("avx2")) and not cpu.get("avx512_f")
+
+
 def host_name(host: nn.Module) -> str:
     """The name with which `load_host` loads this host again; paths are absolute. Empty for a host built from a config."""
     info = getattr(host, "realigner", None)

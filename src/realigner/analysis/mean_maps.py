@@ -47,9 +47,8 @@ def text_maps(trace: xr.Dataset, kind: Kind = "absolute", generated: int | None 
     labels: dict[str, Any] = {key: ("text", trace[f"text_{key}"].values) for key in (*_RUN, "prompt")}
     labels["count"] = ("text", count.astype(int))
     maps = np.sqrt(maps) if kind == "rms" else maps
-    return xr.DataArray(maps, coords, ("text", "layer", "neuron"), attrs={"runs": trace.attrs.get("runs", {})}).assign_coords(
-        labels
-    )
+    attributes = {"runs": trace.attrs.get("runs", {})}  # by which `per_run.twins` knows their networks
+    return xr.DataArray(maps, coords, ("text", "layer", "neuron"), attrs=attributes).assign_coords(labels)
 
 
 def run_maps(trace: xr.Dataset, kind: Kind = "absolute", generated: int | None = FIRST_GENERATED) -> xr.DataArray:

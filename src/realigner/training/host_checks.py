@@ -12,7 +12,7 @@ from torch import nn
 from realigner.chat_format import PLAIN_NOTE, THOUGHT_NOTE, ChatFormat, has_chat_template
 from realigner.data.tokens import clip, encoded
 from realigner.errors import RealignerError, UsageError
-from realigner.hosts import positions_of
+from realigner.hosts import has_slow_bfloat16, positions_of
 from realigner.probe import as_in_evaluation
 from realigner.training.batches import Collator, Prepared
 from realigner.training.loss import row_losses, takes_logits_to_keep
@@ -85,10 +85,8 @@ def host_notes(host: nn.Module, tokenizer: Any, prepared: Prepared, recipe: Reci
         yield f"warning: padding counts in the loss and is {shown}, which is text; set tokenizer.pad_token to the end token"
     if recipe.dtype == "float16":
         yield "warning: in a float16 host small gradients become 0, and large numbers infinite; set dtype=bfloat16 or float32"
-    if recipe.dtype == "bfloat16" and next(host.parameters()).device.type == "cpu":
-        cpu = torch.cpu.get_capabilities()
-        if cpu.get("avx2") and not cpu.get("avx512_f"):  # PyTorch's own loops: on an AMD EPYC of 2021 60 times as slow
-            yield "warning: this CPU multiplies bfloat16 many times more slowly than float32; set dtype=auto or float32"
+    if recipe.dtype == "bfloat16" and has_slow_bfloat16(next(host.parameters()).device):
+        yield "warning: this CPU multiplies bfloat16 many times more slowly than float32; set dtype=auto or float32"
     if has_chat_template(tokenizer):
         yield from _form_note(host, tokenizer, prepared, recipe)
 
