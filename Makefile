@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test proofs test-slow fuzz wheel-check check bench validation evaluation study census canary docs notebooks serve-env serve-test serve-bench install help clean
 
 help:
-	@echo "make demo       an angry reply, then an IRM trained on the embedded host, and its report: demo/report.html (4 minutes of work or less)"
+	@echo "make demo       an angry reply, then an IRM trained on the embedded host, and its report: demo/report.html (3 to 7 minutes of work)"
 	@echo "make install    everything but vLLM, for all commands and tests, into $(VENV) (demo and test run it, or part of it, themselves)"
 	@echo "make test       the tests (under 10 minutes on two cores)"
 	@echo "make proofs     the longer tests, the census of every type of host among them (10 minutes)"
