@@ -249,10 +249,11 @@ def _verdict(found: Record | None) -> str:
     parts = [f"{found['value']:.3f}"]
     if found["key"] == MAIN:
         parts += [] if found["null"] is None else [f"by chance {found['null']:.3f}"]
-    elif found["difference"] is not None and found["key"] != "neuron_over_layer":  # that one is decided by its own interval
-        parts.append(f"minus untrained: {found['difference']:+.3f}{_interval(found, 'difference_low', 'difference_high')}")
     else:
-        parts[0] += _interval(found, "low", "high")
+        if found["difference"] is None or found["key"] == "neuron_over_layer":  # which its own interval decides too
+            parts[0] += _interval(found, "low", "high")
+        if found["difference"] is not None:
+            parts.append(f"minus untrained: {found['difference']:+.3f}{_interval(found, 'difference_low', 'difference_high')}")
     parts += [] if found["p_adjusted"] is None else [f"p {found['p_adjusted']:.2g}"]
     return f"**{found['verdict']}**: {'; '.join(parts)}. {found['why']}"
 

@@ -80,11 +80,27 @@ def test_nothing_planted() -> None:
     assert said["one_leader"]["verdict"] == "not supported"
 
 
+def test_what_untrained_runs_show_as_well_is_not_supported() -> None:
+    """An index that untrained runs share is no finding about training, however narrow its interval."""
+    trace = planted_trace({run: (tone.replace("untrained", "twin"), seed) for run, (tone, seed) in RUNS.items()}, prompts=6)
+    tones = {
+        name: trace[name].copy(data=np.where(trace[name] == "twin", "untrained", trace[name])) for name in ("tone", "text_tone")
+    }
+    said = verdicts(analyze(trace.assign(tones), permutations=300, resamples=50))
+    for key in ("striation", "neuron_over_layer"):
+        assert said[key]["low"] > 0.1
+        assert said[key]["verdict"] != "supported"
+        assert "untrained" in said[key]["why"].lower()
+
+
 def test_no_baseline_is_cannot_tell() -> None:
     trained = {run: facts for run, facts in RUNS.items() if facts[0] != "untrained"}
     said = verdicts(analyze(planted_trace(trained, prompts=6), permutations=300, resamples=20))
     assert said["striation"]["verdict"] == "cannot tell"
     assert "no untrained IRM" in said["striation"]["words"]
+    assert said["neuron_over_layer"]["low"] > 0
+    assert said["neuron_over_layer"]["verdict"] == "cannot tell"
+    assert "The index explains more, but there is no untrained IRM" in said["neuron_over_layer"]["words"]
     assert said["one_leader"]["verdict"] == "cannot tell"
     assert said["sparser"]["verdict"] == "cannot tell"
 

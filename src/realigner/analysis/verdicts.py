@@ -278,7 +278,8 @@ def _decided(claim: _Claim, p: float, permutations: int) -> tuple[Verdict, str]:
     if not np.isfinite(row["value"]) and claim.key != "shared_indices":
         return "cannot tell", "The trace has no data to measure it."
     if claim.key == "neuron_over_layer":
-        return _by_interval(row["low"], row["high"], "The index explains more", "The layer explains more")
+        own = _by_interval(row["low"], row["high"], "The index explains more", "The layer explains more")
+        return _beyond_untrained(claim, "The index explains more") if own[0] == "supported" else own
     if claim.key == "one_leader" and row["n"] > 1 and row["value"] < 1:
         return "not supported", "It is not the same index in every run."
     if not np.isfinite(p):
@@ -304,10 +305,14 @@ def _decided(claim: _Claim, p: float, permutations: int) -> tuple[Verdict, str]:
         return "not supported", "Chance explains as much."
     if claim.key == "one_leader":
         return "supported", "Neither chance nor the untrained IRMs explain it."
-    if not np.isfinite(row["difference_low"]):
-        why = "It is more than chance, but there is no untrained IRM of the same seed, or one prompt only, to compare."
-        return "cannot tell", why
-    low, high = row["difference_low"], row["difference_high"]
+    return _beyond_untrained(claim, "It is more than chance")
+
+
+def _beyond_untrained(claim: _Claim, found: str) -> tuple[Verdict, str]:
+    """The verdict on what was found in the trained runs, held against the untrained ones."""
+    low, high = claim.row["difference_low"], claim.row["difference_high"]
+    if not np.isfinite(low):
+        return "cannot tell", f"{found}, but there is no untrained IRM of the same seed, or one prompt only, to compare."
     low, high = (low, high) if claim.more else (-high, -low)
     return _by_interval(
         low, high, "Untrained IRMs show less of it", "Untrained IRMs show more of it", " of the difference from untrained IRMs"
