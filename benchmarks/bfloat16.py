@@ -12,8 +12,17 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+_KEPT: dict[int, tuple[Tensor, int, Tensor]] = {}  # by address: a weight, its version, and the same in float32
+
+
+def keep_in_float32(model: nn.Module) -> None:
+    """Convert a model's frozen weights to float32 once, not in every product: twice the memory of the model in addition."""
+    for weight in model.parameters():
+        if weight.dtype == torch.bfloat16 and not weight.requires_grad:
+            _KEPT[weight.data_ptr()] = weight, weight._version, weight.float()
 
 
 @cache  # which keeps the library: without it PyTorch takes its own kernels again
@@ -32,7 +41,12 @@ def multiply_in_float32() -> Any:
 
 
 def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+    if not isinstance(value, Tensor) or value.dtype != torch.bfloat16:
+        return value
+    kept = _KEPT.get(value.data_ptr())  # whoever has a kept weight's address is a view of it: transposed, expanded
+    if kept is not None and kept[0]._version == kept[1]:
+        return kept[2].as_strided(value.shape, value.stride())
+    return value.float()
 
 
 def _product(product: Callable[..., Tensor], *factors: Tensor, **options: Any) -> Tensor:

@@ -129,9 +129,11 @@ class Unit:
 @cache
 def _host() -> tuple[Any, Any]:
     torch.set_num_threads(1)
+    host, tokenizer = ra.load_host(EMBEDDED, dtype=DTYPE)
     if has_slow_bfloat16(torch.device("cpu")):
         bfloat16.multiply_in_float32()
-    return ra.load_host(EMBEDDED, dtype=DTYPE)
+        bfloat16.keep_in_float32(host)
+    return host, tokenizer
 
 
 @cache

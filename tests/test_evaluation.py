@@ -402,6 +402,14 @@ for before, after in zip(own, found(), strict=True):
     assert before.dtype == after.dtype
     assert (before - after).float().abs().max() <= 2**-7 * before.float().abs().max()
 assert torch.equal(own[4], found()[4])
+
+layer = torch.nn.Linear(32, 16).bfloat16().requires_grad_(False)
+rows = torch.randn(4, 7, 32).bfloat16()
+before = layer(rows)
+bfloat16.keep_in_float32(layer)
+assert layer.weight.data_ptr() in bfloat16._KEPT and torch.equal(layer(rows), before)
+layer.weight += 1
+assert not torch.equal(layer(rows), before)  # as it is now, not as it was
 """
 
 
