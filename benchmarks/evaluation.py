@@ -276,7 +276,7 @@ def results_of(plan: Plan) -> dict[str, Any]:
         for strength in CURVE:
             if (path := irm / f"measured-{strength:g}.json").is_file():
                 curve[f"{strength:g}"] = _point(evaluation, Measured.load(path))
-        found[tone] = tone_results(entries, "irm-compact") | {"curve": curve}
+        found[tone] = tone_results(entries, "irm-compact") | {"reference": evaluation.scorers.reference, "curve": curve}
         if choice is not None:
             found[tone]["strength"] = choice
     return found
@@ -296,7 +296,11 @@ def page(found: dict[str, Any]) -> str:
         several = {name: len(one["seeds"]) for name, one in own["methods"].items() if len(one["seeds"]) > 1}
         seeds = "; ".join(f"{name} with {count} seeds" for name, count in several.items())
         trained = f"{seeds}; the others with one" if seeds else "One seed of each method"
-        parts.append(f"## {tone.capitalize()}\n\n{own['questions']} questions. {trained}.\n\n{table(own)}\n")
+        named = " and ".join(f"{own['reference'][key]:.2f} ({what})" for key, what in _SCORERS.items())
+        parts.append(
+            f"## {tone.capitalize()}\n\n{own['questions']} questions. {trained}. Of the test rows' own replies the scorers "
+            f"name {named} in the tone; concept is that of words.\n\n{table(own)}\n"
+        )
         lines = [
             f"| {own['against']} minus | summary | concept | fact kept | fluency (nats) |",
             "| --- | --- | --- | --- | --- |",
@@ -331,6 +335,7 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+_SCORERS = {"named": "words", "named_2": "embeddings"}
 _HEAD = """# The study of methods
 
 Written by `python benchmarks/evaluation.py --only results` from the records in docs/results/evaluation; no number is typed by

@@ -127,6 +127,18 @@ def test_a_passage_whose_question_is_among_the_rows_is_not_asked_about(tmp_path:
 
 
 @pytest.mark.usefixtures("minilm")
+def test_the_reference_is_the_concept_of_the_rows_own_replies(tmp_path: Path) -> None:
+    task = small_task()
+    effort = Effort(reply_tokens=2, dialogues=0, dropped=0, passages=0, answers=0)
+    evaluation = ToneEvaluation(*speaking_host(), task, tmp_path, RECIPE, effort)
+    said = zip(evaluation.bare.replies, task.test, strict=True)
+    spoken = evaluation.bare.model_copy(update={"replies": [item.model_copy(update={"reply": row.text}) for item, row in said]})
+    found = evaluation.scores(spoken).each
+    assert evaluation.scorers.reference == {name: found[name].mean() for name in ("named", "named_2")}
+    assert evaluation.scorers.reference["named"] > 0.5 > evaluation.scores(evaluation.bare).each["named"].mean()
+
+
+@pytest.mark.usefixtures("minilm")
 def test_strength_0_scores_as_the_bare_host_does(folder: Path) -> None:
     host, tokenizer = speaking_host()
     evaluation = ToneEvaluation(host, tokenizer, small_task(), folder, RECIPE, SMALL)

@@ -192,7 +192,7 @@ def evaluate(
             folder = evaluation.fit(method, method.name, recipe.seed, irm=irm if "irm" in method.needs else None)
             measured = evaluation.measured(evaluation.subject(method, folder), used if "irm" in method.needs else None)
             entries[method.name] = [(measured, evaluation.scores(measured))]
-    results = tone_results(entries, "irm")
+    results = tone_results(entries, "irm") | {"reference": evaluation.scorers.reference}
     before = read_object(out / RESULTS)["tones"].get(task.tone, {}) if (out / RESULTS).is_file() else {}
     results |= {key: before[key] for key in ("strength", "judge") if before.get(key)}
     if "judge" in results:

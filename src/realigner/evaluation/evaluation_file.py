@@ -188,6 +188,13 @@ class Ratings(_Part):
     missing: Count
 
 
+class Reference(_Part):
+    """The share of the test rows' own replies that each scorer names in the tone; see `scores.ReplyScorers`."""
+
+    named: Value
+    named_2: Value
+
+
 class Judged(_Part):
     """What a language model says of the methods' replies."""
 
@@ -199,6 +206,7 @@ class ToneResults(_Part):
     """The results in one tone; see `results.tone_results`.
 
     Attributes:
+        reference: how the scorers name the test rows' own replies; None in a file from before this was noted.
         curve: strength -> the IRM's means at it; empty where it was not measured.
         strength: the choice of one, if one was made.
         judge: its ratings, if one was asked.
@@ -209,6 +217,7 @@ class ToneResults(_Part):
     against: str
     compared: dict[str, list[Difference]]
     examples: list[Example]
+    reference: Reference | None = None
     curve: Annotated[dict[Strength, CurvePoint], Field(max_length=200)] = {}
     strength: Tuned | None = None
     judge: Judged | None = None

@@ -113,6 +113,13 @@ class ReplyScorers:
         shift = np.mean([effect.shift for effect in measured.text], axis=0).tolist() if measured.text else []
         return Scores(each, self._whole(measured, each["named"], shift), shift, agreement(named, second), by_seed)
 
+    @cached_property
+    def reference(self) -> dict[str, float]:
+        """The share of the test rows' own replies that each scorer names in the tone: ``named``, ``named_2`` (see `Scores`)."""
+        hidden = self._masked([row.text for row in self.task.test])
+        scorers = {"named": self.words, "named_2": self.embeddings}
+        return {name: mean(self._is_tone(scorer.named(hidden))) for name, scorer in scorers.items()}
+
     def summary(self, texts: Sequence[str], losses: Sequence[tuple[float, int]], given: str = "") -> np.ndarray:
         """The summary of replies to the test questions ``[reply]``, 0 to 2.
 

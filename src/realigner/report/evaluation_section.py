@@ -403,6 +403,7 @@ def _scorers(own: ToneResults, ranked: Sequence[str]) -> dict[str, Any]:
     most = max(spans, key=lambda name: spans[name]) if spans else None
     return {
         "irm": own.irm,
+        "reference": own.reference,
         "seeds": len(own.irm.scorers.by_seed) if own.irm else 0,
         "span": spans.get(own.against, math.nan),
         "most": (most, spans[most]) if most is not None else None,
