@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,9 @@ def planted_trace(
     question: str = "Why?",
     reply: str = "Because!",
     seed: int = 0,
+    everywhere: Mapping[int, float] = MappingProxyType({}),
 ) -> xr.Dataset:
-    """Standard normal deltas, and in the trained runs `size` more at one neuron of every layer and token."""
+    """Standard normal deltas; of every layer and token, more at the neurons `everywhere`, and in trained runs `size` at one."""
     rng = np.random.default_rng(seed)
     tokens = prompt_tokens + generated
     position = np.arange(tokens)
@@ -40,6 +42,7 @@ def planted_trace(
     for label in labels:
         for prompt in range(prompts):
             delta = rng.normal(size=(tokens, layers, neurons)).astype(np.float32)
+            delta[..., list(everywhere)] += np.array([*everywhere.values()], np.float32)
             if label.tone != UNTRAINED:
                 delta[..., stripe] += size
             words = np.array([f"t{at} " for at in position], dtype=object)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from statsmodels.stats.multitest import multipletests
 
 from realigner.errors import UsageError
-from realigner.evaluation.compare import compare, estimate
+from realigner.evaluation.compare import compare, estimate, share_interval
 
 
 def drawn(dice: np.random.Generator, prompts: int = 40, seeds: tuple[int, ...] = (3, 3, 3, 3)) -> dict[str, np.ndarray]:
@@ -73,6 +74,31 @@ def test_seeds_are_averaged_by_prompt_and_nan_is_left_out() -> None:
     assert (one.mean, one.n) == (1, 1)
     assert np.isnan([one.low, one.high]).all()
     assert estimate(np.array([np.nan])).n == 0
+
+
+@pytest.mark.parametrize(("prompts", "better", "worse"), [(8, 4, 0), (12, 5, 0), (96, 5, 0), (105, 9, 1), (105, 4, 2)])
+def test_p_of_shares_is_the_exact_sign_tests(prompts: int, better: int, worse: int) -> None:
+    """Most draws equal the value then; whichever way they fell, one draw of the ties would decide."""
+    own, other = np.zeros(prompts), np.zeros(prompts)
+    own[:better] = other[better : better + worse] = 1
+    exact = float(binomtest(better, better + worse).pvalue)
+    for seed in range(5):
+        (found,) = compare({"a": other, "b": own}, "a", seed=seed)
+        assert found.p == pytest.approx(exact, abs=0.02 if exact > 0.1 else 0.006)
+
+
+def test_shares_that_differ_alike_everywhere_are_not_known_exactly() -> None:
+    nothing, everything = np.zeros(8), np.ones(8)
+    least = share_interval(1.0, 8)[0]
+    for own, other, wanted in (
+        (everything, nothing, (least, 1.0)),
+        (nothing, everything, (-1.0, -least)),
+        (everything, everything, (least - 1, 1 - least)),
+    ):
+        (found,) = compare({"a": other, "b": own}, "a")
+        assert (found.difference.low, found.difference.high) == pytest.approx(wanted)
+    (found,) = compare({"a": np.full(8, 1.5), "b": np.full(8, 1.5)}, "a")  # no shares
+    assert (found.difference.low, found.difference.high) == (0, 0)
 
 
 def test_pairs_only_and_the_same_again() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,17 +25,18 @@ def asked(
     head: float = 1.0,
     ranks: Sequence[int] = (1,),
     given: float = 6.0,
+    learned: Mapping[str, float] = MappingProxyType({}),
     **more: Any,
 ) -> tuple[str, dict[str, Conclusion]]:
     """The cause and the conclusions, of trials (kind -> rank and ratio of each, seed by seed) and of what is measured there.
 
-    In the IRMs the index has `given` times the median.
+    In the IRMs the index has `given` times the median; trials of a kind learned `learned`, 1 unless given.
     """
     measured = pd.DataFrame(1.0, index=range(WIDTH), columns=["final_gain", "head_norm", "head_reach", "residual"])
     measured.loc[INDEX] = [gain, head, gain * head, channel]
-    facts: dict[str, Any] = {"place": INDEX, "leader": 3, "leader_ratio": 9.0, "loss": 2.0, "bare_loss": 3.0, "learned": 1.0}
+    facts: dict[str, Any] = {"place": INDEX, "leader": 3, "leader_ratio": 9.0, "loss": 2.0, "bare_loss": 3.0}
     results = [
-        TrialResult(kind=kind, seed=seed, rank=rank, ratio=ratio, **facts)
+        TrialResult(kind=kind, seed=seed, rank=rank, ratio=ratio, learned=learned.get(kind, 1.0), **facts)
         for kind, own in trials.items()
         for seed, (rank, ratio) in enumerate(own)
     ]
@@ -198,6 +200,13 @@ def test_without_trials_and_with_a_refused_one() -> None:
     assert "its final norm has no gain" in found["gain"].words
 
 
+def test_sgd_is_compared_with_references_that_learned() -> None:
+    def answer(adam: float, sgd: float) -> str:
+        return asked({**BASE, "sgd": [FELL, FELL]}, learned={"reference": adam, "sgd": sgd})[1]["sgd"].answer
+
+    assert (answer(1.0, 1.0), answer(1.0, 0.2), answer(-0.02, -0.02)) == ("supported", "cannot tell", "cannot tell")
+
+
 def test_losses() -> None:
     """What is enough, what cannot be told of one row, and of peers that are much smaller."""
     zero = {
@@ -217,7 +226,7 @@ def test_losses() -> None:
         return asked(BASE, ablated={"a-0": hows})[1][key].answer
 
     assert answer("matters") == answer("enough") == "supported"
-    assert answer("matters", size=0.3) == "cannot tell"
+    assert answer("matters", size=0.85) == "cannot tell"
     assert answer("enough", none=0.0) == "cannot tell"
     assert answer("matters", low=float("nan")) == answer("enough", low=float("nan")) == "cannot tell"
     assert answer("matters", p_matched=0.4) == "not supported"

@@ -82,15 +82,29 @@ def test_nothing_planted() -> None:
 
 def test_what_untrained_runs_show_as_well_is_not_supported() -> None:
     """An index that untrained runs share is no finding about training, however narrow its interval."""
-    trace = planted_trace({run: (tone.replace("untrained", "twin"), seed) for run, (tone, seed) in RUNS.items()}, prompts=6)
-    tones = {
-        name: trace[name].copy(data=np.where(trace[name] == "twin", "untrained", trace[name])) for name in ("tone", "text_tone")
-    }
-    said = verdicts(analyze(trace.assign(tones), permutations=300, resamples=50))
+    said = verdicts(analyze(planted_trace(RUNS, prompts=6, size=0.0, everywhere={17: 5.0}), permutations=300, resamples=50))
     for key in ("striation", "neuron_over_layer"):
         assert said[key]["low"] > 0.1
         assert said[key]["verdict"] != "supported"
         assert "untrained" in said[key]["why"].lower()
+
+
+def test_a_leader_of_the_untrained_runs_is_no_finding() -> None:
+    """Index 17 leads in all runs; what training adds is at 40, in every run too."""
+    trace = planted_trace(RUNS, prompts=6, stripe=40, size=3.0, everywhere={17: 8.0})
+    said = verdicts(analyze(trace, permutations=300, resamples=50))["one_leader"]
+    assert "Index 17 leads in 6 of 6 runs." in said["words"]
+    assert said["p_adjusted"] < 0.05
+    assert (said["verdict"], said["why"]) == ("not supported", "It leads in the untrained IRMs too.")
+
+
+def test_one_untrained_run_is_said_to_be_one() -> None:
+    trained = {run: facts for run, facts in RUNS.items() if facts[1] == 1}
+    said = verdicts(analyze(planted_trace(trained, prompts=6, neurons=400, size=3.0), permutations=300, resamples=50))
+    assert (said["striation"]["verdict"], said["striation"]["why"]) == ("supported", "The one untrained IRM shows less of it.")
+    assert said["neuron_over_layer"]["low"] > 0
+    assert said["neuron_over_layer"]["verdict"] == "cannot tell"
+    assert "untrained IRMs of two seeds" in said["neuron_over_layer"]["why"]
 
 
 def test_no_baseline_is_cannot_tell() -> None:

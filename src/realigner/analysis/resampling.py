@@ -1,7 +1,8 @@
 """Null distributions (relabelled neurons, permuted tokens, flipped signs) and bootstrap intervals over prompts.
 
 A p-value is ``(1 + number of draws at least as extreme) / (1 + draws)``, ties broken at random (seeded), so that on null data
-it is uniform whatever the statistic. docs/statistics.md has the proofs by simulation.
+it is uniform whatever the statistic; between methods, whose values are often shares, ties count as extreme. docs/statistics.md
+has the proofs by simulation.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from scipy.special import ndtri, stdtrit
 from realigner.errors import UsageError
 
 Side = Literal["greater", "less", "both"]
+Ties = Literal["random", "extreme"]
 LEVEL = 0.95  # of every interval
 MIN_PROMPTS = 5  # fewer cannot give a p below 0.05 by flipping signs: 2^-4 at best
 _CIRCULAR = 256  # from so many neurons on, relabellings are drawn from a subgroup that is much cheaper
@@ -30,11 +32,14 @@ def check_draws(permutations: int, resamples: int) -> None:
         )
 
 
-def p_value(value: float, draws: np.ndarray, rng: np.random.Generator, side: Side = "greater") -> float:
+def p_value(value: float, draws: np.ndarray, rng: np.random.Generator, side: Side = "greater", ties: Ties = "random") -> float:
     """The permutation p-value of `value` among `draws` under the null; NaN when the value is.
 
-    Ties are broken at random: with few distinct values, p would be too large if ties counted as extreme, and too small if
-    they did not.
+    With few distinct values, p is too large if ties count as extreme, and too small if they do not; broken at random, it is
+    uniform. But one draw decides then, so that where few p-values are compared, as those of shares, they had better count.
+
+    Args:
+        ties: ``random``, or ``extreme``: draws that equal the value count as more extreme.
     """
     draws = draws[np.isfinite(draws)]
     if not np.isfinite(value) or not len(draws):
@@ -44,8 +49,8 @@ def p_value(value: float, draws: np.ndarray, rng: np.random.Generator, side: Sid
     elif side == "less":
         value, draws = -value, -draws
     tolerance = _TIE * max(abs(value), float(np.abs(draws).max()))
-    beyond, ties = int((draws > value + tolerance).sum()), int((np.abs(draws - value) <= tolerance).sum())
-    return float((1 + beyond + rng.integers(ties + 1)) / (1 + len(draws)))
+    beyond, tied = int((draws > value + tolerance).sum()), int((np.abs(draws - value) <= tolerance).sum())
+    return float((1 + beyond + (tied if ties == "extreme" else rng.integers(tied + 1))) / (1 + len(draws)))
 
 
 def interval(value: float, draws: np.ndarray, n: int, bounds: tuple[float, float] = (-np.inf, np.inf)) -> tuple[float, float]:
@@ -119,7 +124,7 @@ def sign_flips(prompts: int, draws: int, rng: np.random.Generator) -> np.ndarray
     return np.asarray(rng.choice([-1.0, 1.0], size=(draws, prompts)))
 
 
-def sign_flip_p(values: np.ndarray, draws: int, rng: np.random.Generator, side: Side = "both") -> float:
+def sign_flip_p(values: np.ndarray, draws: int, rng: np.random.Generator, side: Side = "both", ties: Ties = "random") -> float:
     """Whether per-prompt values ``[prompt]`` lie to one side of 0. Null: each is as likely as its negative.
 
     NaN values do not count. The result is NaN with fewer than 5 prompts (too few to show a difference), and if all are 0.
@@ -127,7 +132,7 @@ def sign_flip_p(values: np.ndarray, draws: int, rng: np.random.Generator, side: 
     values = values[np.isfinite(values)]
     if len(values) < MIN_PROMPTS or not values.any():
         return float("nan")
-    return p_value(float(values.mean()), sign_flips(len(values), draws, rng) @ values / len(values), rng, side)
+    return p_value(float(values.mean()), sign_flips(len(values), draws, rng) @ values / len(values), rng, side, ties)
 
 
 def exchange_p(differences: list[np.ndarray], weights: np.ndarray, draws: int, rng: np.random.Generator) -> float:

@@ -104,7 +104,9 @@ def analyze(
         tables["striation"], agreed, tables["timing"], tables["sparsity"], tables["turns"], leading, measured["prompts"]
     )
     adjusted = holm(np.array([claim.row["p"] for claim in claims], dtype=float))
-    verdicts = [_verdict(claim, float(p), measured, permutations) for claim, p in zip(claims, adjusted, strict=True)]
+    twins = len(set(trace["text_run"].values[trace["text_tone"].values == UNTRAINED].tolist()))
+    decided = [_decided(claim, float(p), permutations, twins) for claim, p in zip(claims, adjusted, strict=True)]
+    verdicts = [_verdict(claim, float(p), measured, *found) for claim, p, found in zip(claims, adjusted, decided, strict=True)]
     return Analysis(consensus=agreed, leading=leading, verdicts=verdicts, **tables)
 
 
@@ -141,6 +143,7 @@ class _Claim:
         extra: an additional sentence.
         drawn: what the permutations rearrange, if it is few: prompts, or conversations.
         least: the smallest p that so few allow; ties are broken at random, so that it may be smaller by luck.
+        untrained_too: whether the index that leads most often leads in half of the untrained runs or more.
     """
 
     key: str
@@ -151,6 +154,7 @@ class _Claim:
     extra: str = ""
     drawn: str = ""
     least: float = 0.0
+    untrained_too: bool = False
 
 
 def _claims(
@@ -166,7 +170,12 @@ def _claims(
     by_prompt: dict[str, Any] = {"drawn": "prompts", "least": 0.5**prompts}  # signs are flipped
     agreement = [
         _Claim(
-            "one_leader", "One index leads in every run", _both(agreed, "top1_agreement"), "share of runs", True, _led(leading)
+            "one_leader",
+            "One index leads in every run",
+            _both(agreed, "top1_agreement"),
+            "share of runs",
+            extra=_led(leading)[0],
+            untrained_too=_led(leading)[1],
         ),
         _Claim(
             "shared_indices",
@@ -247,18 +256,21 @@ def _timed(table: pd.DataFrame) -> tuple[dict[str, Any], str]:
     return _find(table, statistic="centre_of_mass", without=0), "centre of mass of the energy, 0 first token, 1 last"
 
 
-def _led(leading: pd.DataFrame) -> str:
-    first = leading[(leading["rank"] == 1) & (leading["tone"] != UNTRAINED)] if len(leading) else leading
+def _led(leading: pd.DataFrame) -> tuple[str, bool]:
+    """A sentence on the index that leads most often, and whether it leads in half of the untrained runs or more."""
+    leaders = leading[leading["rank"] == 1] if len(leading) else leading
+    bare = leaders["tone"] == UNTRAINED if len(leaders) else np.zeros(0, dtype=bool)
+    first, untrained = leaders[~bare], leaders[bare]
     if not len(first):
-        return ""
+        return "", False
     counts = first["neuron"].value_counts()
     index = int(counts.index[counts.to_numpy() == counts.max()].min())
-    return f"Index {index} leads in {int(counts.max())} of {len(first)} runs. "
+    too = len(untrained) > 0 and bool((untrained["neuron"] == index).mean() >= 0.5)
+    return f"Index {index} leads in {int(counts.max())} of {len(first)} runs. ", too
 
 
-def _verdict(claim: _Claim, p: float, measured: Mapping[str, int], permutations: int) -> dict[str, Any]:
+def _verdict(claim: _Claim, p: float, measured: Mapping[str, int], verdict: Verdict, why: str) -> dict[str, Any]:
     row = claim.row
-    verdict, why = _decided(claim, p, permutations)
     shown = f"{claim.extra}{claim.measure[:1].upper()}{claim.measure[1:]}: {row['value']:.3f}"
     facts = [f"expected without an effect {row['null']:.3f}"] if np.isfinite(row["null"]) else []
     facts += [f"95% interval {row['low']:.3f} to {row['high']:.3f}"] if np.isfinite(row["low"]) else []
@@ -272,14 +284,18 @@ def _verdict(claim: _Claim, p: float, measured: Mapping[str, int], permutations:
     return {**said, "p_adjusted": p, **facts_of, **measured}
 
 
-def _decided(claim: _Claim, p: float, permutations: int) -> tuple[Verdict, str]:
-    """The verdict and its reason."""
+def _decided(claim: _Claim, p: float, permutations: int, twins: int) -> tuple[Verdict, str]:
+    """The verdict and its reason, of a trace with so many untrained runs."""
     row = claim.row
     if not np.isfinite(row["value"]) and claim.key != "shared_indices":
         return "cannot tell", "The trace has no data to measure it."
     if claim.key == "neuron_over_layer":
         own = _by_interval(row["low"], row["high"], "The index explains more", "The layer explains more")
-        return _beyond_untrained(claim, "The index explains more") if own[0] == "supported" else own
+        if own[0] != "supported":
+            return own
+        if twins == 1:  # there is no p, and other initial weights may show as much
+            return "cannot tell", "The index explains more, but it takes untrained IRMs of two seeds or more to compare."
+        return _beyond_untrained(claim, "The index explains more", twins)
     if claim.key == "one_leader" and row["n"] > 1 and row["value"] < 1:
         return "not supported", "It is not the same index in every run."
     if not np.isfinite(p):
@@ -304,19 +320,20 @@ def _decided(claim: _Claim, p: float, permutations: int) -> tuple[Verdict, str]:
     if p >= LEVEL:
         return "not supported", "Chance explains as much."
     if claim.key == "one_leader":
+        if claim.untrained_too:
+            return "not supported", "It leads in the untrained IRMs too."
         return "supported", "Neither chance nor the untrained IRMs explain it."
-    return _beyond_untrained(claim, "It is more than chance")
+    return _beyond_untrained(claim, "It is more than chance", twins)
 
 
-def _beyond_untrained(claim: _Claim, found: str) -> tuple[Verdict, str]:
+def _beyond_untrained(claim: _Claim, found: str, twins: int) -> tuple[Verdict, str]:
     """The verdict on what was found in the trained runs, held against the untrained ones."""
     low, high = claim.row["difference_low"], claim.row["difference_high"]
     if not np.isfinite(low):
         return "cannot tell", f"{found}, but there is no untrained IRM of the same seed, or one prompt only, to compare."
     low, high = (low, high) if claim.more else (-high, -low)
-    return _by_interval(
-        low, high, "Untrained IRMs show less of it", "Untrained IRMs show more of it", " of the difference from untrained IRMs"
-    )
+    shown = "The one untrained IRM shows" if twins == 1 else "Untrained IRMs show"
+    return _by_interval(low, high, f"{shown} less of it", f"{shown} more of it", " of the difference from untrained IRMs")
 
 
 def _by_interval(low: float, high: float, above: str, below: str, what: str = "") -> tuple[Verdict, str]:

@@ -36,7 +36,8 @@ class Comparison:
 
     Attributes:
         difference: the method's mean less the other's, over the prompts that both have, with its 95% interval (`low`, `high`).
-        p: two-sided, by flipping the signs of the prompts' differences; NaN with fewer than 5 prompts, and where all are 0.
+        p: two-sided, by flipping the signs of the prompts' differences, ties counted as extreme; NaN with fewer than 5 prompts,
+            and where all are 0.
         p_holm: the same, adjusted over the methods compared together.
     """
 
@@ -98,11 +99,25 @@ def compare(values: Mapping[str, np.ndarray], against: str, draws: int = DRAWS, 
     found = []
     for method, own in means.items():
         if method != against:
-            difference = own - means[against]
-            p = sign_flip_p(difference, draws, np.random.default_rng(seed))
-            found.append(Comparison(method, against, estimate(difference, draws, seed), p, np.nan))
+            p = sign_flip_p(own - means[against], draws, np.random.default_rng(seed), ties="extreme")
+            found.append(Comparison(method, against, _difference(own, means[against], draws, seed), p, np.nan))
     adjusted = holm(np.array([one.p for one in found]))
     return [replace(one, p_holm=float(p)) for one, p in zip(found, adjusted, strict=True)]
+
+
+def _difference(own: np.ndarray, other: np.ndarray, draws: int, seed: int) -> Estimate:
+    """The mean difference ``[prompt]`` and its interval; Wilson's where shares differ alike in every prompt."""
+    both = np.isfinite(own - other)
+    found = estimate(own - other, draws, seed)
+    if not both.any() or not np.isin([own[both], other[both]], (0.0, 1.0)).all() or found.mean not in (-1.0, 0.0, 1.0):
+        return found
+    if found.mean == 0:
+        if (own - other)[both].any():
+            return found
+        most = share_interval(0.0, found.n)[1]
+        return replace(found, low=-most, high=most)
+    least = share_interval(1.0, found.n)[0]
+    return replace(found, low=least, high=1.0) if found.mean > 0 else replace(found, low=-1.0, high=-least)
 
 
 def share_interval(share: float, n: int) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from realigner.irm_config import CONFIG_FILE, adapter_folder, check_adapter
 
 STRENGTHS = (0.25, 0.5, 0.625, 0.75, 0.875, 1.0, 1.125, 1.25, 1.5)
 MAX_KL = 1.0  # nats per token of neutral text
+_LEVEL = 0.05
 MAX_SHIFT = 1.0  # of the residual stream at the median site, in units of its own size
 
 
@@ -49,8 +50,8 @@ class StrengthChoice:
     """The strength with the best summary, and the range of strengths in which the IRM was not found to do worse.
 
     Attributes:
-        low, high: ends of that range: neighbouring strengths whose summary is not clearly lower, that is, the 95% interval of
-            the paired difference from the best reaches 0.
+        low, high: ends of that range: neighbouring strengths whose summary is not clearly lower: the 95% interval of the paired
+            difference from the best reaches 0, or p, adjusted by Holm over the strengths, is 0.05 or more.
         points: of all strengths that were tried.
         max_kl, max_shift: the limits.
     """
@@ -104,7 +105,8 @@ def choose_strength(scores: Mapping[float, Scores], max_kl: float = MAX_KL, max_
         )
     best = max(within, key=lambda point: point.summary.mean)
     summaries = {f"{point.strength:g}": scores[point.strength].each["summary"] for point in within}
-    worse = {one.method for one in compare(summaries, against=f"{best.strength:g}") if one.difference.high < 0}
+    others = compare(summaries, against=f"{best.strength:g}")
+    worse = {one.method for one in others if one.difference.high < 0 and one.p_holm < _LEVEL}
     as_good = [point.strength for point in within if f"{point.strength:g}" not in worse]
     tried = [point.strength for point in points]
     low = high = tried.index(best.strength)

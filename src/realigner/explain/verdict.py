@@ -21,6 +21,7 @@ UNUSUAL = 3.0  # a gain or a head's column is an outlier from so many times the 
 _RARE = 0.05  # largest share of random indices that may have as large an effect
 _MOST_LEFT = 0.75  # an index that no longer leads has dropped if it keeps no more of the logarithm of its score
 _HALF = 0.5  # a dropped index keeps less of the logarithm of its score; a sufficient one makes more of the IRM's effect
+_AS_LARGE = 0.9  # of an index's size, that others must have for its effect not to be said to be its size's
 _MOST_MORE = 30  # trainings that are still worth naming as what would settle a question
 _RESIDUALS = ("residual", "residual_first", "residual_delimiter")
 CAUSES = {
@@ -364,10 +365,14 @@ def _optimiser(evidence: Evidence) -> Conclusion:
     words = f"{ranks[:1].upper()}{ranks[1:]}."
     if n:
         learned, of_adam = ([trial.learned for trial in _of_kind(evidence, kind)] for kind in ("sgd", "reference"))
-        share = float(np.mean(learned) / np.mean(of_adam))
-        words = f"With SGD: {ranks}; it learned {100 * share:.0f}% of what Adam did."
-        if share < _HALF:
-            answer, words = "cannot tell", f"{words} That is too little to compare."
+        words = f"With SGD: {ranks}; "
+        if np.mean(of_adam) <= 0:
+            answer, words = "cannot tell", f"{words}with Adam nothing was learned that it could be compared with."
+        else:
+            share = float(np.mean(learned) / np.mean(of_adam))
+            words += f"it learned {100 * share:.0f}% of what Adam did."
+            if share < _HALF:
+                answer, words = "cannot tell", f"{words} That is too little to compare."
     return _conclusion("sgd", question, answer, words, n, "trials")
 
 
@@ -411,8 +416,8 @@ def _matters(evidence: Evidence) -> list[Conclusion]:
         )
         more = zero["low"] > 0 and zero["p_matched"] <= 0.1 and zero["p_random"] <= _RARE
         answer = _known(zero, more)
-        if more and zero["size"] < _HALF:
-            answer = "cannot tell"  # it is larger than all that it is held against
+        if more and zero["size"] < _AS_LARGE:
+            answer, words = "cannot tell", f"{words} A larger delta may matter more by its size alone."
         question = f"Its delta matters more than those of its size ({irm})"
         found.append(_conclusion("matters", question, answer, words, int(zero["n"]), "rows"))
         if "keep" in hows:
