@@ -276,7 +276,8 @@ def results_of(plan: Plan) -> dict[str, Any]:
         for strength in CURVE:
             if (path := irm / f"measured-{strength:g}.json").is_file():
                 curve[f"{strength:g}"] = _point(evaluation, Measured.load(path))
-        found[tone] = tone_results(entries, "irm-compact") | {"reference": evaluation.scorers.reference, "curve": curve}
+        about = {"reference": evaluation.scorers.reference, "contrast": evaluation.task.contrast}
+        found[tone] = tone_results(entries, "irm-compact") | about | {"curve": curve}
         if choice is not None:
             found[tone]["strength"] = choice
     return found

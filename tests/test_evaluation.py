@@ -285,6 +285,7 @@ def test_a_run_is_evaluated_on_what_it_held_out_and_its_strength_is_saved(run: P
     assert "What a judge says" in render([], evaluations=[read])
     assert again.values == found.values
     found = evaluate(run, tmp_path / "out", host, tokenizer, [], **{**options, "tune": False})
+    assert found.results["contrast"] == ["neutral"]
     assert {*found.results["methods"]} == {*found.results["judge"]["methods"]} == {"bare", "irm", "constant", "mean-delta"}
     untuned = found.results["methods"]["irm"]
     assert untuned["strength"] == saved["strength"]  # and the questions are the same ones

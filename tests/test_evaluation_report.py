@@ -198,6 +198,21 @@ def test_what_is_missing_is_left_out() -> None:
     assert "<h3>Strength</h3>" in page_of(only)
 
 
+def test_of_one_tone_alone_concept_is_said_to_be_unlikeness_to_the_host() -> None:
+    asked, alone = (
+        "Are its replies in anger more often than the bare host",
+        "the scorers were trained to tell its rows from the bare",
+    )
+    page = page_of(changed(lambda tone: tone.update(contrast=["bare"])))
+    assert "Are its replies more often like the data" in page
+    assert alone in page
+    assert asked not in page
+    for contrast in ([], ["bare", "sadness"], ["sadness"]):
+        page = page_of(changed(lambda tone, own=contrast: tone.update(contrast=own)))  # type: ignore[misc]
+        assert asked in page
+        assert alone not in page
+
+
 def test_a_judges_ratings_are_shown() -> None:
     def judged(tone: Values) -> None:
         mean = {"mean": 1.5, "low": 1.25, "high": 1.75, "n": 39}

@@ -48,7 +48,7 @@ def asked(
     return cause, {conclusion.key: conclusion for conclusion in found}
 
 
-UNSEEN = {"channel": 9.0, "gain": 0.0}
+UNSEEN: dict[str, Any] = {"channel": 9.0, "gain": 0.0}
 BASE = {"reference": [STOOD, STOOD], "permuted": [STAYED]}
 
 

@@ -16,7 +16,7 @@ from realigner.data.data_split import split_rows
 from realigner.data.endpoint import Endpoint
 from realigner.errors import RealignerError, UsageError
 from realigner.evaluation.compare import estimate
-from realigner.evaluation.evaluation_file import RESULTS
+from realigner.evaluation.evaluation_file import HOST_TONE, RESULTS
 from realigner.evaluation.irm_methods import irm_attached
 from realigner.evaluation.judge import ASPECTS, rate
 from realigner.evaluation.measured import MEASURED, Effort, Measured
@@ -192,7 +192,7 @@ def evaluate(
             folder = evaluation.fit(method, method.name, recipe.seed, irm=irm if "irm" in method.needs else None)
             measured = evaluation.measured(evaluation.subject(method, folder), used if "irm" in method.needs else None)
             entries[method.name] = [(measured, evaluation.scores(measured))]
-    results = tone_results(entries, "irm") | {"reference": evaluation.scorers.reference}
+    results = tone_results(entries, "irm") | {"reference": evaluation.scorers.reference, "contrast": task.contrast}
     before = read_object(out / RESULTS)["tones"].get(task.tone, {}) if (out / RESULTS).is_file() else {}
     results |= {key: before[key] for key in ("strength", "judge") if before.get(key)}
     if "judge" in results:
@@ -273,7 +273,9 @@ def _own_voice(task: Task, bare: Speaker, tokenizer: Any, out: Path, effort: Eff
         with progress("the bare host's own replies", len(asked)) as bar:
             replies = ask(bare, tokenizer, [row.question for row in asked], effort.reply_tokens, bar.advance)
         said = [
-            Row(**{key: getattr(row, key) for key in ("id", "group", "question", "answer", "source")}, text=text, tone="bare")
+            Row(
+                **{key: getattr(row, key) for key in ("id", "group", "question", "answer", "source")}, text=text, tone=HOST_TONE
+            )
             for row, text in zip(asked, replies, strict=True)
             if text
         ]

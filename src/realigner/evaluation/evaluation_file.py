@@ -14,6 +14,7 @@ from realigner.files import read_object
 from realigner.validation_message import first_fault
 
 RESULTS = "evaluation.json"
+HOST_TONE = "bare"  # the tone of the host's own voice
 _LARGEST = 1e12
 
 
@@ -207,6 +208,7 @@ class ToneResults(_Part):
 
     Attributes:
         reference: how the scorers name the test rows' own replies; None in a file from before this was noted.
+        contrast: the other tones that scorers tell the tone from; empty in a file from before this was noted.
         curve: strength -> the IRM's means at it; empty where it was not measured.
         strength: the choice of one, if one was made.
         judge: its ratings, if one was asked.
@@ -218,6 +220,7 @@ class ToneResults(_Part):
     compared: dict[str, list[Difference]]
     examples: list[Example]
     reference: Reference | None = None
+    contrast: list[str] = []
     curve: Annotated[dict[Strength, CurvePoint], Field(max_length=200)] = {}
     strength: Tuned | None = None
     judge: Judged | None = None
@@ -230,6 +233,11 @@ class ToneResults(_Part):
         if unknown := sorted(named - set(self.methods)):
             raise ValueError(f"names the method {unknown[0]!r}, which has no results")
         return self
+
+    @property
+    def only_own_voice(self) -> bool:
+        """Whether scorers tell the tone from nothing but the host's own voice."""
+        return self.contrast == [HOST_TONE]
 
     @property
     def irm(self) -> MethodResults | None:

@@ -32,6 +32,11 @@ class Task:
     test: Sequence[Row]
     scorer: Sequence[Row]
 
+    @property
+    def contrast(self) -> list[str]:
+        """The other tones that scorers tell the tone from; ``bare`` is the host's own voice."""
+        return sorted({row.tone for row in self.scorer} - {self.tone})
+
 
 def make_task(rows: Sequence[Row], tone: str, seed: int = 42) -> Task:
     """Split rows of several tones by topic (`Row.group`); the parts depend on the topics' names and the seed alone.

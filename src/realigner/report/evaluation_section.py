@@ -103,8 +103,11 @@ def _tone(tone: str, own: ToneResults) -> dict[str, Any]:
 
 def _claims(tone: str, own: ToneResults) -> list[dict[str, Any]]:
     """Claims about the IRM, each held against another method on the same questions."""
+    like = f"Are its replies in {tone} more often than the bare host's?"
+    if own.only_own_voice:
+        like = "Are its replies more often like the data's rows than like the bare host's own?"
     found = [
-        _claim(own, "bare", "named", f"Are its replies in {tone} more often than the bare host's?", up=True),
+        _claim(own, "bare", "named", like, up=True),
         _claim(own, "bare", "fact", "Does it lose facts that the bare host's replies have?", up=False),
         _claim(own, "bare", "nats", "Is its language less usual for the host than the host's own?", up=True),
     ]
@@ -404,6 +407,7 @@ def _scorers(own: ToneResults, ranked: Sequence[str]) -> dict[str, Any]:
     return {
         "irm": own.irm,
         "reference": own.reference,
+        "only_own_voice": own.only_own_voice,
         "seeds": len(own.irm.scorers.by_seed) if own.irm else 0,
         "span": spans.get(own.against, math.nan),
         "most": (most, spans[most]) if most is not None else None,
