@@ -95,8 +95,8 @@ def test_what_is_better_than_untrained_is_kept(tmp_path: Path, monkeypatch: pyte
     run = run_tiny(tmp_path / "best")
     assert (run.record["kept_step"], run.record["kept_loss"]) == (12, 1.8)
     said = "validation loss 3.00 -> 1.80: better than untrained by 1.20 nats per token"
-    assert verdict(run.record) == f"{said}, on 6 validation rows"
-    assert verdict(run.record | {"data": {"validation": 60}}) == said
+    assert verdict(run.record) == f"{said}, on 6 validation rows, but worse by 3 at another evaluation"
+    assert verdict(run.record | {"data": {"validation": 60}}) == f"{said}, but worse by 3 at another evaluation"
     assert "| validation loss | 3.00 to 1.80 nats per token |" in (tmp_path / "best" / "README.md").read_text()
     validated([3.0, 5.0, math.nan, 1.8, 6.0, 3.5], monkeypatch)
     last = run_tiny(tmp_path / "last", keep="last")
@@ -121,6 +121,10 @@ def test_runs_of_before_have_a_verdict() -> None:
     assert verdict({**before, "validation_loss": [4.0, 3.9988]}).endswith(
         "4.00 -> 4.00: better than untrained by 0.001 nats per token"
     )
+    assert verdict({**before, "validation_loss": [4.0, 4.08, 3.9988, 4.04], "kept_loss": 3.9988}).endswith(
+        "better than untrained by 0.001 nats per token, but worse by 0.08 at another evaluation"
+    )
+    assert "worse" not in verdict({**before, "validation_loss": [4.0, 4.08, 3.5]})
     assert verdict({**before, "validation_loss": []}) == ""
 
 

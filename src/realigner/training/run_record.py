@@ -171,7 +171,9 @@ def verdict(record: dict[str, Any]) -> str:
         gain = f"{start - end:.2f}" if start - end >= 0.005 else f"{start - end:.1g}"
         rows = (record.get("data") or {}).get("validation") or _FEW
         few = f", on {rows} validation row{'s' * (rows > 1)}" if rows < _FEW else ""
-        return f"{name} {nats(start)} -> {nats(end)}: better than untrained by {gain} nats per token{few}"
+        worse = max(loss for loss in losses[1:] if loss == loss) - start  # not NaN; the best of several looks may be luck
+        luck = f", but worse by {worse:.2g} at another evaluation" if worse >= start - end else ""
+        return f"{name} {nats(start)} -> {nats(end)}: better than untrained by {gain} nats per token{few}{luck}"
     if end == start and record["kept_step"] and record["recipe"].get("keep") == "best":  # as far as the losses are written
         return f"{name} {nats(start)} -> {nats(end)}: better than untrained by less than 0.0001 nats per token"
     done = "the untrained IRM was kept" if record["kept_step"] == 0 else "the last weights were kept all the same (keep=last)"
