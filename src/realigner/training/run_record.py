@@ -171,7 +171,7 @@ def verdict(record: dict[str, Any]) -> str:
         gain = f"{start - end:.2f}" if start - end >= 0.005 else f"{start - end:.1g}"
         rows = (record.get("data") or {}).get("validation") or _FEW
         few = f", on {rows} validation row{'s' * (rows > 1)}" if rows < _FEW else ""
-        worse = max(loss for loss in losses[1:] if loss == loss) - start  # not NaN; the best of several looks may be luck
+        worse = max((loss for loss in losses if loss > start), default=start) - start  # the best of several looks may be luck
         luck = f", but worse by {worse:.2g} at another evaluation" if worse >= start - end else ""
         return f"{name} {nats(start)} -> {nats(end)}: better than untrained by {gain} nats per token{few}{luck}"
     if end == start and record["kept_step"] and record["recipe"].get("keep") == "best":  # as far as the losses are written
