@@ -36,7 +36,7 @@ def p_value(value: float, draws: np.ndarray, rng: np.random.Generator, side: Sid
     """The permutation p-value of `value` among `draws` under the null; NaN when the value is.
 
     With few distinct values, p is too large if ties count as extreme, and too small if they do not; broken at random, it is
-    uniform. But one draw decides then, so that where few p-values are compared, as those of shares, they had better count.
+    uniform over data. But then one random number may decide, so a p-value that is read by itself should count them.
 
     Args:
         ties: ``random``, or ``extreme``: draws that equal the value count as more extreme.

@@ -168,14 +168,15 @@ def _claims(
 ) -> list[_Claim]:
     """The claims that the trace can say something about."""
     by_prompt: dict[str, Any] = {"drawn": "prompts", "least": 0.5**prompts}  # signs are flipped
+    led, led_untrained = _led(leading)
     agreement = [
         _Claim(
             "one_leader",
             "One index leads in every run",
             _both(agreed, "top1_agreement"),
             "share of runs",
-            extra=_led(leading)[0],
-            untrained_too=_led(leading)[1],
+            extra=led,
+            untrained_too=led_untrained,
         ),
         _Claim(
             "shared_indices",

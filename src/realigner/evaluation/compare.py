@@ -107,17 +107,13 @@ def compare(values: Mapping[str, np.ndarray], against: str, draws: int = DRAWS, 
 
 def _difference(own: np.ndarray, other: np.ndarray, draws: int, seed: int) -> Estimate:
     """The mean difference ``[prompt]`` and its interval; Wilson's where shares differ alike in every prompt."""
-    both = np.isfinite(own - other)
-    found = estimate(own - other, draws, seed)
-    if not both.any() or not np.isin([own[both], other[both]], (0.0, 1.0)).all() or found.mean not in (-1.0, 0.0, 1.0):
+    found, known = estimate(own - other, draws, seed), np.isfinite(own - other)
+    shares, changes = np.isin([own[known], other[known]], (0.0, 1.0)).all(), set((own - other)[known])
+    if not shares or len(changes) != 1:
         return found
-    if found.mean == 0:
-        if (own - other)[both].any():
-            return found
-        most = share_interval(0.0, found.n)[1]
-        return replace(found, low=-most, high=most)
-    least = share_interval(1.0, found.n)[0]
-    return replace(found, low=least, high=1.0) if found.mean > 0 else replace(found, low=-1.0, high=-least)
+    most, least = share_interval(0.0, found.n)[1], share_interval(1.0, found.n)[0]
+    low, high = {-1.0: (-1.0, -least), 0.0: (-most, most), 1.0: (least, 1.0)}[changes.pop()]
+    return replace(found, low=low, high=high)
 
 
 def share_interval(share: float, n: int) -> tuple[float, float]:
