@@ -108,7 +108,9 @@ def test_what_was_measured_gives_the_same_results_again_without_a_host(folder: P
     assert irm["estimates"]["target"]["mean"] != bare["estimates"]["target"]["mean"]
     assert found["methods"]["prompt"]["given"]
     assert [one["method"] for one in found["compared"]["summary"]] == ["bare", "constant", "mean-delta", "prompt"]
-    assert table(found).count("\n") == 6
+    lines = table(found).splitlines()
+    assert len(lines) == 7
+    assert {line.count("|") for line in lines} == {13}
     shares = [own["estimates"][name] for own in found["methods"].values() for name in ("named", "fact", "ended")]
     assert all(0 <= share["low"] <= share["mean"] <= share["high"] <= 1 for share in shares if share["mean"] is not None)
     best, *_, worst = found["examples"]

@@ -107,8 +107,9 @@ def plain(value: Any) -> Any:
 def table(results: Mapping[str, Any]) -> str:
     """One tone's results as Markdown, the best summary first."""
     lines = [
-        "| | parameters | summary | concept | fact kept | content | fluency (nats) | target (nats) | KL | passage | s |",
-        "| --- " * 11 + "|",
+        "| | parameters | summary | concept | by embeddings | fact kept "
+        "| content | fluency (nats) | target (nats) | KL | passage | s |",
+        "| --- " * 12 + "|",
     ]
     methods = results["methods"]
     for name in sorted(methods, key=lambda method: -(methods[method]["estimates"]["summary"]["mean"] or 0)):
@@ -117,7 +118,9 @@ def table(results: Mapping[str, Any]) -> str:
         cells = [
             name,
             f"{parameters:,}" if parameters else "",
-            *(_interval(found[key]) for key in ("summary", "named", "fact")),
+            *(_interval(found[key]) for key in ("summary", "named")),
+            _number(found["named_2"]["mean"]),
+            _interval(found["fact"]),
             *(_number(found[key]["mean"]) for key in ("content", "nats", "target")),
             *(_number(own["whole"].get(key)) for key in ("kl", "about")),
             f"{seconds:.0f}" if seconds else "",
