@@ -226,7 +226,7 @@ def test_losses() -> None:
         return asked(BASE, ablated={"a-0": hows})[1][key].answer
 
     assert answer("matters") == answer("enough") == "supported"
-    assert answer("matters", size=0.85) == "cannot tell"
+    assert answer("matters", size=0.3) == answer("matters", size=0.85) == "cannot tell"
     assert answer("enough", none=0.0) == "cannot tell"
     assert answer("matters", low=float("nan")) == answer("enough", low=float("nan")) == "cannot tell"
     assert answer("matters", p_matched=0.4) == "not supported"
