@@ -355,6 +355,15 @@ def test_an_irm_that_is_attached_in_inference_mode() -> None:
     assert all(p.grad is not None for p in tuner_of(model).registry.parameters())
 
 
+def test_an_irm_that_is_moved_in_inference_mode_can_be_trained() -> None:
+    model = realigned(tiny_pair()[0])
+    with torch.inference_mode():
+        model.to("cpu")
+        model(input_ids=IDS)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in tuner_of(model).registry.parameters())
+
+
 @pytest.mark.parametrize("order", ["first first", "strength between"])
 def test_recordings_that_are_closed_out_of_order(order: str) -> None:
     host, tokenizer = tiny_pair()

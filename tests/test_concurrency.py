@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, T5Config, T5ForConditionalGeneration, TextIteratorStreamer
+from transformers import (
+    CompileConfig,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    TextIteratorStreamer,
+)
 
 import realigner as ra
 from realigner.batching import BatchManager
@@ -520,6 +527,75 @@ def test_where_on_an_encoder_decoder() -> None:
     for got, strengths in zip(found, shapes.values(), strict=True):
         assert torch.equal(got, tokens(model, prompts(2), strength=[strengths] * 2))
     assert len({tuple(got[0].tolist()) for got in found}) == 3
+
+
+@pytest.mark.parametrize("where", ["prompt", "reply", 1])
+def test_where_when_the_decoder_is_not_given_its_start_token(where: Any) -> None:
+    """``generate`` puts one before the text, and it counts: as if it had been given."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 101}
+    model = two_tones(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval())
+    without = prompts(1, 3)
+    given = torch.cat([torch.zeros(1, 1, dtype=torch.long), without], dim=1)
+    both = [tokens(model, prompts(1), decoder_input_ids=ids, where=where, strength=20.0) for ids in (without, given)]
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize(("family", "cache"), [("mamba2", "cache_params"), ("rwkv", "state")])
+def test_where_after_a_cache_that_knows_no_length(family: str, cache: str) -> None:
+    """New tokens alone, with the mask of the whole text, after a cache: the strengths of every token written out."""
+    model = two_tones(tiny_host(family))
+    first = tokens(model, prompts(1), strength=0.0, return_dict_in_generate=True)
+    text = torch.cat([first.sequences, prompts(1, 3)], dim=1)
+    seen = first.sequences.shape[1] - 1
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(text)
+    shapes: dict[Any, list[float]] = {
+        "prompt": [0.0] * seen + [5.0] * 4 + [0.0],
+        "reply": [0.0] * text.shape[1] + [5.0],
+        2: [0.0] * text.shape[1] + [5.0, 5.0, 0.0],
+    }
+    found = []
+    for where, strengths in shapes.items():
+        kept = {cache: copy.deepcopy(first.past_key_values)}
+        got = model.generate(input_ids=text[:, seen:], where=where, strength=5.0, **kept, **options)[:, -6:]
+        assert torch.equal(got, model.generate(input_ids=text, strength=[strengths], use_cache=False, **options)[:, -6:])
+        found.append(tuple(got[0].tolist()))
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("family", ["cpmant", "prophetnet"])
+def test_where_is_refused_on_a_host_whose_layers_have_other_positions_than_the_text(family: str) -> None:
+    model = two_tones(tiny_host(family))
+    for setting in ({"where": "reply"}, {"strength": [[1.0] * 9]}):
+        with pytest.raises(UsageError, match=r"for 9 tokens the host's layers have \d+ positions"):
+            tokens(model, prompts(1, 9), **setting)
+    assert tokens(model, prompts(1, 9), strength=[2.0]).shape == (1, 17)
+
+
+def test_where_is_refused_with_guidance() -> None:
+    model = two_tones()
+    for setting in ({"where": "reply"}, {"strength": [[1.0, 0.0]] * 2}):
+        with pytest.raises(UsageError, match="not with guidance_scale"):
+            tokens(model, prompts(2), guidance_scale=2.0, **setting)
+        tokens(model, prompts(2), guidance_scale=1.0, **setting)
+    tokens(model, prompts(2), guidance_scale=2.0, strength=[1.0, 0.5])
+
+
+def test_a_step_that_the_bare_host_compiled_is_compiled_again() -> None:
+    """transformers compiles the steps of a static cache on accelerators and keeps them with the host; here it is made to."""
+    compiled = CompileConfig(backend="eager", mode=None, fullgraph=False)
+    compiled._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": compiled, "max_new_tokens": 8}
+    host = tiny_host("llama")
+    bare = host.generate(prompts(1), do_sample=False, eos_token_id=None, pad_token_id=0, **options)
+    assert hasattr(host, "_compiled_call")
+    model = two_tones(host)
+    want = tokens(model, prompts(1), strength=3.0, max_new_tokens=8)
+    assert torch.equal(tokens(model, prompts(1), strength=3.0, **options), want)
+    assert not torch.equal(bare, want)
+    model.unload()
+    assert torch.equal(host.generate(prompts(1), do_sample=False, eos_token_id=None, pad_token_id=0, **options), bare)
 
 
 def test_a_generation_config_as_the_second_argument() -> None:

@@ -202,6 +202,31 @@ def test_the_papers_loss_is_the_one_computed_by_hand(
     assert loss == pytest.approx(total / count + l1 / 2 * deltas, rel=2e-5)
 
 
+def test_the_l1_term_has_the_same_gradients_with_checkpointing(tmp_path: Path) -> None:
+    """The layer that the deltas come from is recomputed in the backward pass; what only watches sees them once."""
+    recipe = make_recipe(l1=1e-2, max_length=96, steps=1, report_to=[], dropout=0.0, learning_rate=1e-3)
+    gradients, seen = [], []
+    for checkpointed in (False, True):
+        host, tokenizer = tiny_pair()
+        prepared = prepare(rows_of(), tokenizer, host.config, recipe)
+        torch.manual_seed(1)
+        model = get_peft_model(host, IRMConfig(preset="compact"))
+        if checkpointed:
+            host.gradient_checkpointing_enable({"use_reentrant": False})
+        arguments = trainer_arguments(recipe, len(prepared.train), tmp_path, cpu=True, resuming=False)
+        trainer = IRMTrainer(model.train(), prepared, recipe, arguments, tokenizer=tokenizer)
+        batch = trainer.data_collator([trainer.train_dataset[n] for n in range(8)])
+        watched: list[torch.Tensor] = []
+        tuner_of(model).injector.observers.append(lambda _, h0, __, kept=watched: kept.append(h0))
+        items = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+        trainer.compute_loss(model, batch, num_items_in_batch=items).backward()
+        gradients.append([parameter.grad for parameter in tuner_of(model).registry.parameters()])
+        seen.append(len(watched))
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    assert any(bool(gradient.any()) for gradient in gradients[0])
+    assert seen == [1, 1]
+
+
 def test_the_quirks_change_the_loss() -> None:
     """Each switch does something: four losses, all different (the hand-computed test would pass if both sides ignored it)."""
     losses = set()

@@ -145,6 +145,25 @@ def with_lora(host: Any) -> Any:
     return model.eval()
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom", "bert"])
+def test_lora_after_the_irm_is_refused_where_the_irm_would_not_read_it(family: str) -> None:
+    """In llama the site's branch is the whole attention, which LoRA does not replace; in the others it is a Linear."""
+    target = "o_proj" if family == "llama" else "dense"
+    lora = LoraConfig(r=4, target_modules=[target], init_lora_weights=False)
+    torch.manual_seed(4)
+    first = two_tones(get_peft_model(tiny_host(family), lora).eval())
+    want = first(input_ids=prompts()).logits
+    host = tiny_host(family)
+    model = two_tones(host)
+    torch.manual_seed(4)
+    get_peft_model(host, lora).eval()
+    if family == "llama":
+        assert torch.equal(model(input_ids=prompts()).logits, want)
+        return
+    with pytest.raises(RealignerError, match="put it on the host before the IRM"):
+        model(input_ids=prompts())
+
+
 def test_beside_lora(tmp_path: Path) -> None:
     """Either alone, and both; each is switched, saved and loaded by itself."""
     ids = prompts()

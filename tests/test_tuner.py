@@ -333,6 +333,35 @@ def test_a_second_injector_is_refused() -> None:
     realigned(model.unload())
 
 
+def test_a_host_can_be_trained_again_once_the_irm_is_gone(saved: Path, tmp_path: Path) -> None:
+    """After training and `unload`, after a load, and after one that is refused."""
+    shutil.copytree(saved, tmp_path / "bad")
+    weights = load_file(tmp_path / "bad" / WEIGHTS_FILE)
+    weights["irm.output.bias"][0] = float("nan")
+    save_file(weights, tmp_path / "bad" / WEIGHTS_FILE)
+    host = tiny_host("llama")
+    frozen = [weight for weight, _ in zip(host.parameters(), range(2), strict=False)]
+    host.requires_grad_(True)
+    for weight in frozen:
+        weight.requires_grad_(False)
+
+    def learns() -> list[bool]:
+        return [weight.requires_grad for weight in host.parameters()]
+
+    before = learns()
+    model = get_peft_model(host, IRMConfig())
+    model.train()
+    assert not any(learns())
+    model.unload()
+    assert learns() == before
+    assert not any(module.training for module in host.modules())
+    load_irm(host, saved).unload()
+    assert learns() == before
+    with pytest.raises(RealignerError, match="not finite"):
+        load_irm(host, tmp_path / "bad")
+    assert learns() == before
+
+
 def test_the_only_adapter_is_not_deleted() -> None:
     with pytest.raises(UsageError, match="unload"):
         realigned().delete_adapter("default")

@@ -109,7 +109,10 @@ class AdapterRegistry(nn.Module, BaseTunerLayer):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Strengths follow the IRMs from device to device, but keep their precision.
         for name, value in self.default.strengths.items():
-            self.default.strengths[name] = value if value.is_meta else torch.ones((), device=fn(value).device)
+            device = value.device if value.is_meta else fn(value).device
+            if device != value.device:
+                with torch.inference_mode(False):  # tensors made in that mode could not take part in training
+                    self.default.strengths[name] = torch.ones((), device=device)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -14,6 +14,7 @@ The contract:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,10 +23,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from realigner.errors import RealignerError
+from realigner.errors import RealignerError, UsageError
 from realigner.irm import IRM
 from realigner.probe import first_hidden, first_tensor, replaced
-from realigner.settings import Settings, Threads
+from realigner.settings import Generation, Settings, Threads
 from realigner.sites import INPUT, HostSites, Site
 
 
@@ -47,19 +48,23 @@ class ForwardContext:
         active: the IRMs that take part, in order.
         settings: those of the call when the forward began.
         start: position in its text of this forward's first token.
+        tokens: how many tokens the decoder was given; None where settings do not tell one from another.
         x0: layer 0's input ``[batch, position, neuron]``, kept to compute h0.
         terms: module name -> output, for the modules of layer 0 whose outputs are summed into its residual.
         deltas: layer -> summed, scaled delta ``[batch, position, neuron]``; None until layer 0's site ran.
         touched: how many layers were given their delta so far.
+        observers: called with what each IRM reads and adds.
         grad_enabled: whether gradients were recorded when the forward began.
     """
 
-    __slots__ = ("active", "deltas", "grad_enabled", "settings", "start", "terms", "touched", "x0")
+    __slots__ = ("active", "deltas", "grad_enabled", "observers", "settings", "start", "terms", "tokens", "touched", "x0")
 
-    def __init__(self, active: Sequence[ActiveIRM], settings: Settings, start: int | torch.Tensor) -> None:
+    def __init__(self, active: Sequence[ActiveIRM], settings: Settings, observers: Sequence[Observer] = ()) -> None:
         self.active = active
         self.settings = settings
-        self.start = start
+        self.observers = observers
+        self.start: int | torch.Tensor = 0
+        self.tokens: int | None = None
         self.x0: torch.Tensor | None = None
         self.terms: dict[str, torch.Tensor] = {}
         self.deltas: dict[int, torch.Tensor] | None = None
@@ -80,7 +85,8 @@ class Injector:
         threads: the settings of each thread.
         observers: called as ``observer(active, h0, delta)`` with what each IRM reads ``[batch, position, neuron]``
             and what it adds, strength included: delta ``[batch, position, layer, neuron]`` over the layers of
-            ``active.irm``. Observers for a single call are part of its settings instead.
+            ``active.irm``. Observers for a single call are part of its settings instead. One with a true attribute
+            ``in_loss`` is called again when a checkpointed layer 0 is recomputed, which takes the same operations.
     """
 
     def __init__(
@@ -91,24 +97,44 @@ class Injector:
         self.observers: list[Observer] = []
         self.threads = Threads(Settings() if default is None else default)
         self._handles: list[RemovableHandle] = []
+        self._hooked: list[tuple[nn.Module, str, nn.Module]] = []
+        self._thawed: list[nn.Parameter] = []
+
+    def freeze(self, host: nn.Module) -> None:
+        """Stop gradients to a host's weights, until `detach`."""
+        self._thawed = [weight for weight in host.parameters() if weight.requires_grad]
+        host.requires_grad_(False)
 
     def attach(self) -> None:
         """Register the hooks: two on the decoder, one on layer 0, one on each layer."""
+        if "torch._dynamo" in sys.modules:  # what was compiled before would go on without them (transformers keeps such a call
+            torch._dynamo.reset()  # for static caches)
         decoder, layers = self.sites.decoder, self.sites.layers
         self._handles.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(decoder.register_forward_hook(self._end, always_call=True))
         self._handles.append(layers[0].register_forward_pre_hook(self._read_input, with_kwargs=True))
         for site, layer in zip(self.sites.sites, layers, strict=True):
-            self._handles += _SiteHooks(self, site).attach(layer)
+            hooks = _SiteHooks(self, site).on(layer)
+            self._handles += [module.register_forward_hook(hook) for module, hook in hooks.values()]
+            self._hooked += [(layer, name, module) for name, (module, _) in hooks.items()]
 
     def detach(self) -> None:
-        """Remove every hook; the host is as it was before `attach`."""
+        """Remove every hook; the host is as it was before `freeze` and `attach`."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._hooked.clear()
+        for weight in self._thawed:
+            weight.requires_grad_(True)
+        self._thawed.clear()
         for module, key, function in _checkpointing_functions(self.sites.decoder):
             if isinstance(function, _Checkpointing) and function.threads is self.threads:
                 setattr(module, key, function.function)
+
+    def replaced_modules(self) -> list[tuple[str, nn.Module]]:
+        """What stands in the place of modules that hooks are on, if it is not these: names in their layers, and modules."""
+        found = [(name, layer.get_submodule(name), hooked) for layer, name, hooked in self._hooked]
+        return [(name, module) for name, module, hooked in found if module is not hooked]
 
     def follow_checkpointing(self) -> None:
         """Make checkpointed layers recompute under the context of their own forward.
@@ -131,7 +157,11 @@ class Injector:
             self.follow_checkpointing()
             if self.sites.random_in_training and any(one.irm.training for one in active):
                 self._refuse_random(decoder)
-        state.running = ForwardContext(active, settings, _start(settings, args, kwargs))
+        state.running = context = ForwardContext(active, settings, (*self.observers, *settings.observers))
+        if settings.where != "all" or any(strength.dim() == 2 for strength in settings.strengths.values()):
+            inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+            context.tokens = next((value.shape[1] for value in inputs if isinstance(value, torch.Tensor)), None)
+            context.start = _start(settings.generation, context.tokens or 0, kwargs)
 
     def _refuse_random(self, decoder: nn.Module) -> None:
         if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
@@ -173,22 +203,28 @@ class Injector:
                 "reentrant gradient checkpointing gives an IRM wrong gradients; use "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
+        if context.tokens not in (None, h0.shape[1]) and not context.settings.packed:
+            raise UsageError(
+                f"where and strengths for each token do not work here: for {context.tokens} tokens the host's layers have "
+                f"{h0.shape[1]} positions"
+            )
+        recomputed = context.deltas is not None
         deltas: dict[int, torch.Tensor] = {}
         for active in context.active:
             factor = context.settings.factor(active.strength.to(h0.device), h0.shape[0], h0.shape[1], context.start)
             own = active.irm(h0)
             own = (own * factor).to(own.dtype)  # rounded once, whatever the factor's shape
-            for observer in (*self.observers, *context.settings.observers):
-                observer(active, h0, own)
+            for observer in context.observers:
+                if not recomputed or getattr(observer, "in_loss", False):
+                    observer(active, h0, own)
             for layer, delta in zip(active.irm.layers, own.to(h0.dtype).unbind(-2), strict=True):
                 deltas[layer] = deltas[layer] + delta if layer in deltas else delta
         return deltas
 
 
-def _start(settings: Settings, args: Any, kwargs: dict[str, Any]) -> int | torch.Tensor:
-    """The place in its text of a forward's first token; only where settings ask for it, else 0."""
-    generation = settings.generation
-    if generation is None or (settings.where == "all" and all(s.dim() < 2 for s in settings.strengths.values())):
+def _start(generation: Generation | None, tokens: int, kwargs: dict[str, Any]) -> int | torch.Tensor:
+    """The place in its text of the first of a forward's tokens."""
+    if generation is None:
         return 0
     try:
         start: int | torch.Tensor = kwargs["past_key_values"].get_seq_length()
@@ -199,8 +235,7 @@ def _start(settings: Settings, args: Any, kwargs: dict[str, Any]) -> int | torch
         if not kwargs.get("use_cache"):
             return 0
     seen = generation.seen
-    inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
-    generation.seen += next((value.shape[1] for value in inputs if isinstance(value, torch.Tensor)), 0)
+    generation.seen += tokens
     return seen
 
 
@@ -259,14 +294,11 @@ class _SiteHooks:
         self.injector = injector
         self.site = site
 
-    def attach(self, layer: nn.Module) -> list[RemovableHandle]:
-        handles = []
-        if self.site.layer == 0:
-            for name, _ in self.site.base:
-                if name != INPUT:
-                    handles.append(layer.get_submodule(name).register_forward_hook(partial(self._keep, name)))
-        handles.append(layer.get_submodule(self.site.branch).register_forward_hook(self.add))
-        return handles
+    def on(self, layer: nn.Module) -> dict[str, tuple[nn.Module, Callable[..., Any]]]:
+        """The modules to hook, by name in the layer, and the hook of each."""
+        kept = [name for name, _ in self.site.base if name != INPUT] if self.site.layer == 0 else []
+        hooks = {name: partial(self._keep, name) for name in kept} | {self.site.branch: self.add}
+        return {name: (layer.get_submodule(name), hook) for name, hook in hooks.items()}
 
     def _keep(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
         context, tensor = self.injector.threads.state.running, first_tensor(output)

@@ -77,15 +77,34 @@ class IRMModel(BaseTuner):
         """Run the host's ``generate``, with this call's strength and tokens if they are given."""
         counts = ("num_beams", "num_return_sequences")
         repeats = max(generate_setting(name, args, kwargs, self.model.generation_config) or 1 for name in counts)
+        settings = replace(self.current(strength, where), generation=self._generation(repeats, args, kwargs))
+        guided = generate_setting("guidance_scale", args, kwargs, self.model.generation_config) not in (None, 1)
+        if guided and (settings.where != "all" or any(value.dim() == 2 for value in settings.strengths.values())):
+            raise UsageError("where and strengths for each token: not with guidance_scale, which reads a second text")
+        return self._run(self.model.generate, settings, args, kwargs)
+
+    def _generation(self, repeats: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Generation:
+        """What a call of ``generate`` with these arguments begins with."""
         own, mask = [kwargs.get(key) for key in ("inputs_embeds", "input_ids", "inputs")], kwargs.get("attention_mask")
         inputs = (*own, *args)
         if self.model.config.is_encoder_decoder:  # what it is given is the encoder's
-            inputs, mask = (kwargs.get("decoder_inputs_embeds"), kwargs.get("decoder_input_ids")), None
-        prompt = next((value.shape[1] for value in inputs if isinstance(value, torch.Tensor)), 1)  # without one: the BOS token
+            inputs, mask = (kwargs.get("decoder_inputs_embeds"), self._decoder_input_ids(args, kwargs)), None
+        given = next((value.shape[1] for value in inputs if isinstance(value, torch.Tensor)), 1)  # without one: the BOS token
+        prompt = given
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            prompt = max(prompt, mask.shape[1])  # of a text whose beginning is in a cache, the new tokens alone may be given
-        settings = replace(self.current(strength, where), generation=Generation(prompt, repeats))
-        return self._run(self.model.generate, settings, args, kwargs)
+            prompt = max(given, mask.shape[1])  # of a text whose beginning is in a cache, the new tokens alone may be given
+        return Generation(prompt, repeats, seen=prompt - given)
+
+    def _decoder_input_ids(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What the decoder of an encoder-decoder begins with: a start token is put before what lacks one."""
+        ids = kwargs.get("decoder_input_ids")
+        own = self.model.generation_config
+        start, bos = (generate_setting(name, args, kwargs, own) for name in ("decoder_start_token_id", "bos_token_id"))
+        start = bos if start is None else start
+        if not isinstance(ids, torch.Tensor) or start is None:
+            return ids
+        first = torch.as_tensor(start, device=ids.device)
+        return self.model._prepare_decoder_input_ids_for_generation(len(ids), "", {"decoder_input_ids": ids}, first)[0]
 
     def current(
         self,
@@ -152,6 +171,11 @@ class IRMModel(BaseTuner):
         """Make a call, and refuse its result when no IRM had a part in it though some were to."""
         if self.awaits_weights:  # a config of a file without its weights: the IRM stays as it was initialised
             self._attach()
+        if lora := [name for name, module in self.injector.replaced_modules() if isinstance(module, BaseTunerLayer)]:
+            raise RealignerError(
+                f"{lora[0]}: another adapter (LoRA?) was put around it after the IRM, which would not read what that adds; put "
+                "it on the host before the IRM"
+            )
         state = self.injector.threads.state
         state.began = False
         enabled = self.registry.enabled()  # before and after: another thread may switch the IRMs off or on meanwhile
@@ -209,10 +233,10 @@ class IRMModel(BaseTuner):
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             network = config.build(*size)
         if first:
-            model.requires_grad_(False)
             default = Settings()
             self.registry = AdapterRegistry(default)
             self.injector = Injector(self.sites, self.registry.active, default)
+            self.injector.freeze(model)
             self.awaits_weights = True
         device = _device(model)
         if not low_cpu_mem_usage and not any(p.is_meta for p in network.parameters()):
@@ -249,6 +273,7 @@ class IRMModel(BaseTuner):
         except BaseException:
             if len(self.registry.networks) == 1:
                 self._unload_and_optionally_merge(merge=False)
+                self.injector.detach()  # `unload` knows it by its hooks, which may not be there yet
             else:
                 self.delete_adapter(adapter_name)
             raise
@@ -503,7 +528,9 @@ def load_irm(host: nn.Module, folder: str | Path, adapter_name: str = "default",
 
 
 def unload(host: nn.Module) -> None:
-    """Remove all IRMs from a host, even if the PEFT model around it is gone; the host is then as it was before.
+    """Remove all IRMs from a host, even if the PEFT model around it is gone.
+
+    The host is then as it was before, in evaluation mode if an IRM was trained on it.
 
     Args:
         host: what the IRMs were attached to; one without IRMs stays as it is.
@@ -520,6 +547,8 @@ def unload(host: nn.Module) -> None:
         del host.peft_config
     for injector in attached_injectors(host):
         injector.detach()
+        for module in (injector.sites.decoder, *injector.sites.layers):
+            module.training = host.training  # which `IRMModel.train` sets apart
         names |= injector.threads.default.strengths.keys()
     _drop_copies(host, names)
 

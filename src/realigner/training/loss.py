@@ -82,6 +82,8 @@ class DeltaSum:
     Padding does not count, unless `mask` says so.
     """
 
+    in_loss = True
+
     def __init__(self, tuner: IRMModel) -> None:
         self.tuner = tuner
         self.mask: torch.Tensor | None = None
