@@ -26,9 +26,9 @@ from realigner.data.importing import to_hf
 from realigner.data.style_classifier import StyleClassifier
 from realigner.errors import RealignerError
 from realigner.files import Artifact, is_ours, locked, taken
-from realigner.traces import RunLabel, TraceWriter, load_trace
+from realigner.traces import RunLabel, TraceWriter, load_trace, store
 from realigner.traces.layout import with_layers
-from realigner.traces.store import texts_of
+from realigner.traces.store import TRACE, texts_of
 from realigner.training import make_recipe, read_run, run_dir, train
 from realigner.training.checkpoint_io import save_tree
 from tests.planted import planted_explanation, planted_trace
@@ -797,6 +797,28 @@ def two_at_once(own: Path, tmp_path: Path, name: str, order: str) -> None:
 
 
 ORDERS = ("B begins while A works", "A finishes while B begins", "at the same instant")
+
+
+@pytest.mark.parametrize("hold", ["taken", "run", "trace"])
+def test_a_folder_that_a_killed_process_was_filling_is_deleted_unless_a_users_file_is_in_it(
+    own: Path, tmp_path: Path, hold: str
+) -> None:
+    kind, name = {"taken": (TRACE, "out"), "run": (run_dir.RUN, "out.unfinished"), "trace": (TRACE, "out.unfinished")}[hold]
+    whole = own / ("run" if hold == "run" else "trace")
+    left, users, other = (tmp_path / f".{name}-{end}.aside" for end in ("a1b2c3d4", "e5f6a7b8", "long-a1b2c3d4"))
+    for folder in (left, users, other):
+        shutil.copytree(whole, folder)
+        record = folder / ("run.json" if hold == "run" else "zarr.json")
+        record.write_text(record.read_text()[:20])
+    (users / "notes.txt").write_text("mine")
+    place = {
+        "taken": lambda: taken(tmp_path / "out", kind),
+        "run": lambda: run_dir.held(tmp_path / "out"),
+        "trace": lambda: store.held(tmp_path / "out"),
+    }[hold]
+    with place():
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([users.name, other.name])
 
 
 @pytest.mark.parametrize(("name", "order"), [("import", order) for order in ORDERS] + [("train", ORDERS[0])])

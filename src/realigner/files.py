@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -140,6 +140,17 @@ class Output:
                 "else); move it, or choose another place"
             )
 
+    def remove_leftovers(self) -> None:
+        """Delete what a killed process was filling beside the place, unless it holds anything else; called under the lock."""
+        half = replace(self.artifact, record=lambda folder: None)
+        for leftover in self.path.parent.glob(f".*{_ASIDE}"):
+            if re.fullmatch(rf"\.{re.escape(self.path.name)}-[a-z0-9_]{{8}}{re.escape(_ASIDE)}", leftover.name):
+                if leftover.is_dir():
+                    discard(leftover, half)
+                else:
+                    with suppress(OSError):
+                        leftover.unlink()
+
     @contextmanager
     def file(self) -> Iterator[Path]:
         """A file to fill, made beside the place and given its name when the block ends well; removed when it does not."""
@@ -235,10 +246,7 @@ def taken(path: str | Path, artifact: Artifact, force: bool = False) -> Iterator
     output.refuse()
     with locked(output.path):
         output.refuse()
-        for leftover in output.path.parent.glob(f".*{_ASIDE}"):  # of a process that was killed; none is writing it now
-            if re.fullmatch(rf"\.{re.escape(output.path.name)}-[a-z0-9_]{{8}}{re.escape(_ASIDE)}", leftover.name):
-                with suppress(OSError):
-                    leftover.unlink()  # a file: a folder is left alone
+        output.remove_leftovers()
         yield output
 
 

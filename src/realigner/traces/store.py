@@ -259,7 +259,9 @@ def held(path: Path, force: bool = False) -> Iterator[tuple[Output, Output]]:
     refuse_trace(path, force)
     with taken(path, TRACE, force) as place:
         refuse_trace(path, force)
-        yield place, Output(unfinished(path), TRACE, force)
+        work = Output(unfinished(path), TRACE, force)
+        work.remove_leftovers()
+        yield place, work
 
 
 def load_trace(path: str | Path) -> xr.Dataset:

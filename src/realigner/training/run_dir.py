@@ -149,6 +149,8 @@ def held(out: Path, force: bool = False, resume: bool = False) -> Iterator[RunPl
         return
     with locked(out):
         refuse_run(out, force, resume)
+        place.out.remove_leftovers()
+        place.work.remove_leftovers()
         yield place
 
 
