@@ -386,7 +386,7 @@ def test_the_docs_say_how_often_verdicts_are_right() -> None:
             named = sum(entry["cause"] in right for entry in own)
             assert all(cause_of(entry) == entry["cause"] for entry in own)
             assert int(told["n"]) == len(own) >= 12, row[0]
-            assert told["named"] == f"{100 * named / len(own):.0f}%"
+            assert told["correct"] == f"{100 * named / len(own):.0f}%"
             if row[0] in seen:
                 assert {entry["cause"] for entry in own} <= {"channel", "idle channel", "none", "cannot tell"}, row[0]
             else:

@@ -1,4 +1,4 @@
-"""The proof of injection, host by host: the probe's finding and our hooks against the `oracle`, which shares nothing with them.
+"""The proof of injection, host by host: the probe and the hooks against the `oracle`, an implementation of its own.
 
 `prove` does it for one host; `census` for a tiny random host of every causal-LM type that transformers registers. The page
 docs/hosts.md is `page` of a census (`make census`).

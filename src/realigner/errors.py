@@ -22,8 +22,8 @@ def visible(text: object) -> str:
 class RealignerError(Exception):
     """An error the user can fix; the message is one line with the object, the place and the remedy.
 
-    The command line prints it without a traceback and exits with code 1. What files, endpoints and names put into the message
-    does nothing to a terminal (`visible`).
+    The command line prints it without a traceback and exits with code 1. Control characters from files, endpoints and
+    names are escaped in the message (`visible`).
     """
 
     def __str__(self) -> str:

@@ -10,7 +10,7 @@ from traceback import walk_tb
 
 from realigner.errors import MissingExtraError
 
-# Module or folder of the laboratory -> the extra it needs. What an extra holds is read from the installed package's metadata.
+# Module or folder of the research tools -> its extra. What an extra holds is read from the installed package's metadata.
 FOLDERS = {
     **dict.fromkeys(("data", "validation_message"), "data"),
     "training": "train",

@@ -47,7 +47,7 @@ class Fingerprint:
         vectors: the same for up to 128 weights of vectors.
         quantised: whether a matrix is quantised; then `samples` holds signs, and names may be missing.
         name: what it was loaded as; not compared.
-        model_type: the decoder's type, e.g. ``llama``; one must begin like the other (``qwen2`` and ``qwen2_vl_text``).
+        model_type: the decoder's type, e.g. ``llama``; one must be a prefix of the other (``qwen2`` and ``qwen2_vl_text``).
         version: 1 for fingerprints of the whole model, as adapters made before version 2 have them.
         vocab_size: version 1 only.
     """
@@ -173,7 +173,7 @@ def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def weights_hash(host: nn.Module) -> str:
-    """`tensors_hash` of every parameter and buffer of the host: the proof that training left it alone."""
+    """`tensors_hash` of every parameter and buffer of the host; the same before and after training."""
     return tensors_hash(host.state_dict())
 
 

@@ -19,6 +19,7 @@ from realigner.errors import UsageError
 Side = Literal["greater", "less", "both"]
 Ties = Literal["random", "extreme"]
 LEVEL = 0.95  # of every interval
+ALPHA = 0.05  # a difference is significant when its p, adjusted for the number of tests, is below
 MIN_PROMPTS = 5  # fewer cannot give a p below 0.05 by flipping signs: 2^-4 at best
 _CIRCULAR = 256  # from so many neurons on, relabellings are drawn from a subgroup that is much cheaper
 _TIE = 1e-9  # relative; sums in another order differ by less

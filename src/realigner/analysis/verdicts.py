@@ -19,6 +19,7 @@ import xarray as xr
 from realigner.analysis.consensus import Consensus, consensus, holm
 from realigner.analysis.mean_maps import leading_indices
 from realigner.analysis.per_run import each_run
+from realigner.analysis.resampling import ALPHA
 from realigner.analysis.sparsity import sparsity
 from realigner.analysis.striation import striation
 from realigner.analysis.tables import ALL, json_value, records, table_rows
@@ -27,7 +28,6 @@ from realigner.analysis.turns import LAST, turns
 from realigner.traces.layout import UNTRAINED
 
 Verdict = Literal["supported", "not supported", "cannot tell"]
-LEVEL = 0.05
 LEADING = 10  # indices a run
 _NOTHING: dict[str, Any] = dict.fromkeys(
     ("value", "null", "low", "high", "p", "untrained", "difference", "difference_low", "difference_high"), math.nan
@@ -311,14 +311,14 @@ def _decided(claim: _Claim, p: float, permutations: int, twins: int) -> tuple[Ve
             why = "runs share their data or their initialisation, and are not independent samples."
             return "cannot tell", f"It takes two tones and two seeds or more: {why}"
         return "cannot tell", "There is no untrained IRM of the same seed to compare with."
-    if p >= LEVEL and (1 + permutations) * row["p"] < 1 + 1e-9:
+    if p >= ALPHA and (1 + permutations) * row["p"] < 1 + 1e-9:
         return (
             "cannot tell",
             f"No permutation is as extreme, and there are too few: {permutations}; ask for more (permutations).",
         )
-    if row["p"] <= claim.least * (1 + 1e-9) and max(p, claim.least) >= LEVEL:
+    if row["p"] <= claim.least * (1 + 1e-9) and max(p, claim.least) >= ALPHA:
         return "cannot tell", f"Nothing could be more extreme with so few {claim.drawn}; it takes more."
-    if p >= LEVEL:
+    if p >= ALPHA:
         return "not supported", "Chance explains as much."
     if claim.key == "one_leader":
         if claim.untrained_too:

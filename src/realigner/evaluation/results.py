@@ -108,7 +108,7 @@ def table(results: Mapping[str, Any]) -> str:
     """One tone's results as Markdown, the best summary first."""
     lines = [
         "| | parameters | summary | concept | by embeddings | fact kept "
-        "| content | fluency (nats) | target (nats) | KL | passage | s |",
+        "| content | fluency (nats) | target (nats) | KL | right with passage | fitting (s) |",
         "| --- " * 12 + "|",
     ]
     methods = results["methods"]

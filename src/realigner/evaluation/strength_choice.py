@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from realigner.analysis.resampling import ALPHA
 from realigner.errors import RealignerError
 from realigner.evaluation.compare import Estimate, compare, estimate
 from realigner.evaluation.measures import BEST
@@ -19,7 +20,6 @@ from realigner.irm_config import CONFIG_FILE, adapter_folder, check_adapter
 
 STRENGTHS = (0.25, 0.5, 0.625, 0.75, 0.875, 1.0, 1.125, 1.25, 1.5)
 MAX_KL = 1.0  # nats per token of neutral text
-_LEVEL = 0.05
 MAX_SHIFT = 1.0  # of the residual stream at the median site, in units of its own size
 
 
@@ -106,7 +106,7 @@ def choose_strength(scores: Mapping[float, Scores], max_kl: float = MAX_KL, max_
     best = max(within, key=lambda point: point.summary.mean)
     summaries = {f"{point.strength:g}": scores[point.strength].each["summary"] for point in within}
     others = compare(summaries, against=f"{best.strength:g}")
-    worse = {one.method for one in others if one.difference.high < 0 and one.p_holm < _LEVEL}
+    worse = {one.method for one in others if one.difference.high < 0 and one.p_holm < ALPHA}
     as_good = [point.strength for point in within if f"{point.strength:g}" not in worse]
     tried = [point.strength for point in points]
     low = high = tried.index(best.strength)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, t
 
-from realigner.analysis.resampling import change_per_target, prompt_weights
+from realigner.analysis.resampling import ALPHA, change_per_target, prompt_weights
 from realigner.errors import UsageError
 from realigner.explain.explanation import Answer, Conclusion, IndexFact, IndexRank, Regression, TrialResult
 from realigner.explain.predict import ABOUT
@@ -463,7 +463,7 @@ def _predicted(evidence: Evidence) -> list[Conclusion]:
     found = []
     for scores, own in evidence.predicted.items():
         trained = scores != UNTRAINED
-        answer: Answer = "supported" if own.p <= 0.05 and own.low > 0 else "not supported"
+        answer: Answer = "supported" if own.p < ALPHA and own.low > 0 else "not supported"
         words = (
             f"Cross-validated R^2 of a regression of the ranks: {own.r2:.3f} (95% interval {own.low:.3f} to {own.high:.3f}; "
             f"permuted {own.null:.3f}; p {own.p:.2g})."

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from realigner.analysis.resampling import ALPHA
 from realigner.evaluation.compare import share_interval
 from realigner.evaluation.evaluation_file import Difference, EvaluationFile, Mean, MethodResults, ToneResults
 from realigner.report import charts, page_tables as tables
@@ -17,7 +18,6 @@ from realigner.report.charts import ChartAxis, Dot, Line, Spot, fmt
 from realigner.report.method_styles import KINDS, method_kind
 from realigner.report.page_tables import fixed, fixed_interval, probability
 
-ALPHA = 0.05  # of a comparison after Holm's adjustment
 _LOWER_IS_BETTER = ("nats", "target")
 MEASURES = {
     "summary": "summary",
@@ -228,9 +228,8 @@ def _trade(own: ToneResults, ranked: Sequence[str]) -> Any:
         found, kl = own.methods[name].estimates.named.mean, own.methods[name].whole.kl
         spots.append(Spot(name, kl, found, method_kind(name).colour, f"{name}: concept {fmt(found)}, KL {fmt(kl)}"))
     trail = [
-        Spot(fmt(value), at.kl, at.named, 1, f"strength {fmt(value)}: concept {fmt(at.named)}, KL {fmt(at.kl)}", small=True)
-        for value, at in sorted(own.curve.items())
-        if value >= 0
+        Spot(name, at.kl, at.named, 1, f"strength {name}: concept {fmt(at.named)}, KL {fmt(at.kl)}", small=True)
+        for name, at in ((fmt(value, 4), at) for value, at in sorted(own.curve.items()) if value >= 0)
     ]
     return charts.scatter_chart(
         spots, "KL, nats per token of neutral text", "concept, share of replies", "Concept against KL", trail, ends=(0.0, 1.0)

@@ -111,7 +111,7 @@ class Recipe(BaseModel):
         template: ``chat``: the host's own; ``plain``: question, three spaces, reply (the paper's).
         chat_template_kwargs: variables of the chat template, such as ``{enable_thinking: false}``.
         loss_on: ``reply``: the last one of a conversation; ``assistant``: each of its replies; ``text``: the questions too.
-            Of what a teacher says it is always the reply.
+            With a teacher it is always the reply.
         loss_on_thought: on hosts that think, learn the thought before a reply too, and not the reply alone.
         max_length: tokens of a row at most; longer replies are cut.
         validation, test: shares of the rows held out, by group: for the validation loss, and for evaluation after training.
@@ -284,8 +284,8 @@ class Recipe(BaseModel):
         """The learning rate on a host of this residual width, where none is given.
 
         What a step of Adam adds to a sum over a layer's inputs grows with their number (Yang et al. 2022, arXiv 2203.03466), so
-        the compact preset's `DEFAULT_RATE` is divided by how much wider the host is than SmolLM2, or the IRM than its IRM. An
-        instruction takes 0.3 of that.
+        the compact preset's `DEFAULT_RATE` is multiplied by the least of 1, 576 / the host's width and 256 / the IRM's largest
+        width. An instruction takes 0.3 of that.
         """
         if self.preset == "paper":
             return PAPER_RATE
@@ -310,7 +310,7 @@ class Recipe(BaseModel):
 
     @property
     def thinking_budget(self) -> int:
-        """Tokens of a thought at most, where a host that thinks replies: what is not learned is not thought either."""
+        """Tokens of a thought at most when a host that thinks replies: 512 with `loss_on_thought`, else 0."""
         return 512 if self.loss_on_thought else 0
 
     def values_with(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,13 @@ _FSDP = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is finished or was interrupted: its folder, the model with the IRM attached, and its run.json."""
+    """A run that is finished or was interrupted.
+
+    Attributes:
+        folder: where it is; ``OUT.unfinished`` where it was interrupted.
+        model: the host with the IRM attached.
+        record: the contents of its run.json.
+    """
 
     folder: Path
     model: PeftModel
