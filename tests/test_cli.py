@@ -412,7 +412,12 @@ Case = tuple[int, str, Callable[[Path, Path], tuple[object, ...]]]
 CASES: dict[str, Case] = {
     "unknown command": (2, "No such command", lambda p, t: ("frobnicate",)),
     "unknown option": (2, "No such option", lambda p, t: ("doctor", "--frob")),
-    "missing option": (2, "Missing option", lambda p, t: ("train",)),
+    "missing option": (2, "Missing option '--out'; see realigner train --help", lambda p, t: ("train",)),
+    "where": (
+        2,
+        "is not one of all, prompt, reply, or how many tokens",
+        lambda p, t: ("generate", "--irm", "anger", "--where", "all,", "?"),
+    ),
     "not a number": (2, "steps", lambda p, t: ("train", "--out", t / "r", "--steps", "many")),
     "data missing": (1, "cannot be read", lambda p, t: ("data", "check", t / "none.jsonl")),
     "data is a folder": (1, "is a folder", lambda p, t: ("data", "check", t)),

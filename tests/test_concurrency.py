@@ -548,8 +548,8 @@ def test_where_after_a_cache_that_knows_no_length(family: str, cache: str) -> No
     first = tokens(model, prompts(1), strength=0.0, return_dict_in_generate=True)
     text = torch.cat([first.sequences, prompts(1, 3)], dim=1)
     seen = first.sequences.shape[1] - 1
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    options["attention_mask"] = torch.ones_like(text)
+    mask = torch.ones_like(text)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     shapes: dict[Any, list[float]] = {
         "prompt": [0.0] * seen + [5.0] * 4 + [0.0],
         "reply": [0.0] * text.shape[1] + [5.0],

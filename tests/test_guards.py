@@ -42,7 +42,7 @@ def write(path: Path, rows: list[Row]) -> str:
     ("rows", "settings", "kind", "message"),
     [
         (some_rows(24, groups=1), {}, RealignerError, r"1 group\(s\) cannot make 2 parts"),
-        (some_rows(6, groups=3), {}, RealignerError, r"4 rows are left to train on, fewer than batch_size 8"),
+        (some_rows(6, groups=3), {}, RealignerError, r"rows left to train on: 4, fewer than batch_size 8"),
         (some_rows(), {"max_length": 600}, RealignerError, r"row 'long': 6\d\d tokens, the host has 512 positions; set max_"),
         (some_rows(), {"max_length": 600, "loss_on_padding": True}, RealignerError, r"padded to 600 tokens, the host has 512"),
         (some_rows(), {"layers": "1-9"}, UsageError, r"layers: there is no layer 3; this host has layers 0 to 2"),

@@ -811,12 +811,12 @@ def test_a_folder_that_a_killed_process_was_filling_is_deleted_unless_a_users_fi
         record = folder / ("run.json" if hold == "run" else "zarr.json")
         record.write_text(record.read_text()[:20])
     (users / "notes.txt").write_text("mine")
-    place = {
+    places: dict[str, Callable[[], Any]] = {
         "taken": lambda: taken(tmp_path / "out", kind),
         "run": lambda: run_dir.held(tmp_path / "out"),
         "trace": lambda: store.held(tmp_path / "out"),
-    }[hold]
-    with place():
+    }
+    with places[hold]():
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([users.name, other.name])
 

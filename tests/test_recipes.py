@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -85,7 +86,8 @@ def test_bad_settings_are_one_line(setting: str, message: str) -> None:
     [
         ("steps: 10\nseed: x\n", ":2: seed: 'x': input should be a valid integer"),
         ("steps: 10\n\nlearning: 3\n", ":3: unknown key 'learning'; did you mean 'learning_rate'?"),
-        ("steps: 10\nseed: 1\nsteps: 20\n", ":3: duplicate key 'steps', first on line 1"),
+        ("steps: 10\nseed: 1\nsteps: 20\n", ":3: not read (duplicate key 'steps', first on line 1)"),
+        ("chat_template_kwargs:\n  a: 1\n  b: 2\n  a: 3\n", ":4: not read (duplicate key 'a', first on line 2)"),
         ("steps: [10\nseed: 1\n", ":2: not valid YAML"),
         ("- steps\n", "is not a list of 'key: value' lines"),
         ("just words\n", "is not a list of 'key: value' lines"),
@@ -205,7 +207,8 @@ def test_the_papers_loss_is_the_one_computed_by_hand(
 def test_the_l1_term_has_the_same_gradients_with_checkpointing(tmp_path: Path) -> None:
     """The layer that the deltas come from is recomputed in the backward pass; what only watches sees them once."""
     recipe = make_recipe(l1=1e-2, max_length=96, steps=1, report_to=[], dropout=0.0, learning_rate=1e-3)
-    gradients, seen = [], []
+    gradients: list[list[Any]] = []
+    seen = []
     for checkpointed in (False, True):
         host, tokenizer = tiny_pair()
         prepared = prepare(rows_of(), tokenizer, host.config, recipe)
@@ -216,12 +219,13 @@ def test_the_l1_term_has_the_same_gradients_with_checkpointing(tmp_path: Path) -
         arguments = trainer_arguments(recipe, len(prepared.train), tmp_path, cpu=True, resuming=False)
         trainer = IRMTrainer(model.train(), prepared, recipe, arguments, tokenizer=tokenizer)
         batch = trainer.data_collator([trainer.train_dataset[n] for n in range(8)])
-        watched: list[torch.Tensor] = []
-        tuner_of(model).injector.observers.append(lambda _, h0, __, kept=watched: kept.append(h0))
+        watched = Mock(in_loss=False)
+        tuner_of(model).injector.observers.append(watched)
         items = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
-        trainer.compute_loss(model, batch, num_items_in_batch=items).backward()
+        loss: Any = trainer.compute_loss(model, batch, num_items_in_batch=items)
+        loss.backward()
         gradients.append([parameter.grad for parameter in tuner_of(model).registry.parameters()])
-        seen.append(len(watched))
+        seen.append(watched.call_count)
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
     assert any(bool(gradient.any()) for gradient in gradients[0])
     assert seen == [1, 1]

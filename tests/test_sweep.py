@@ -117,6 +117,7 @@ def test_the_hash_is_of_what_a_run_is(one: dict[str, Any], two: dict[str, Any]) 
         ("grid:\n  tone: [anger]\n  seed: [1, -3]\n", ":3: grid: key 'seed' Input should be greater than or equal to 0"),
         ("set:\n  steps: 3\n  host: 5\n", ":3: set: key 'host' is not a string"),
         ("grid: {tone: [anger]}\ndata:\n  angre: a.jsonl\n", ":3: data: no run has the tone 'angre'"),
+        ("grid:\n  tone: [anger]\n  tone: [joy]\n", ":3: not read (duplicate key 'tone', first on line 2)"),
     ],
 )
 def test_bad_sweeps_name_the_line(text: str, message: str, tmp_path: Path) -> None:
@@ -149,8 +150,14 @@ def test_refusals(place: Path, tmp_path: Path) -> None:
         run_sweep(sweep_of(place), tmp_path / "new", on="cloud")
     with pytest.raises(UsageError, match="a part of a GPU"):
         run_sweep(sweep_of(place), tmp_path / "new", gpus=0.5, quiet=True)
-    with pytest.raises(RealignerError, match="holds another sweep, none of whose 4 runs is in this one"):
+    with pytest.raises(RealignerError, match="holds another sweep, which has none of these runs"):
         run_sweep(sweep_of(place, set={"steps": 11}), tmp_path / "new", quiet=True)
+    with pytest.raises(RealignerError, match="holds another sweep, which has none of these runs"):
+        states_of(sweep_of(place, set={"steps": 11}), tmp_path / "new")
+    with pytest.raises(UsageError, match=r"sweep: tone=joy: the authored set has no 'joy'; it has anger"):
+        sweep_of(place, grid={"tone": ["anger", "joy"]}, data={})
+    with pytest.raises(UsageError, match="sweep: the recipe: no tone is given"):
+        plan(Sweep(), place)
     with (
         _settled(tmp_path / "new", sweep_of(place)),
         pytest.raises(RealignerError, match="another process is running this sweep"),

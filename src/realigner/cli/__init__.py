@@ -129,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except TyperException as error:
         if message := _one_line(_message(error)):  # empty where help was printed instead
-            say(f"realigner: {message} (see realigner --help)")
+            command = getattr(getattr(error, "ctx", None), "command_path", "realigner")
+            say(f"realigner: {message.removesuffix('.')}; see {command} --help")
         return 2
     except RealignerError as error:
         if debug:

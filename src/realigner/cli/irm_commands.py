@@ -231,8 +231,8 @@ def generate(
     if len(irm) > 1 and not chat:
         raise UsageError("generate: several --irm are for --chat; without it, give one")
     variables = opt.template_kwargs(chat_template_kwargs)
-    if not where.isdecimal():
-        opt.one_of("--where", where, ("all", "prompt", "reply"))
+    if not where.isdecimal() and where not in ("all", "prompt", "reply"):
+        raise UsageError(f"--where: {where!r} is not one of all, prompt, reply, or how many tokens of the reply")
     from realigner.irm_sources import find_irm
 
     for source in irm:  # before the seconds that torch takes

@@ -44,7 +44,7 @@ def sweep(
         else:
             for run in runs:
                 show(f"{run.name}  {states[run.name]:8}{run.label}")
-            show(f"{len(runs)} runs. The same command without --dry-run trains those that are not done")
+            show(f"Runs: {len(runs)}. The same command without --dry-run trains those that are not done")
         return
     gpus = chosen.gpus if gpus is None else gpus
     result = run_sweep(runs, out, on, workers or chosen.workers, gpus, address, retries, as_json, checkpoints)

@@ -249,7 +249,7 @@ def _form(table: Table, mapping: Mapping[str, str], forms: Sequence[str], there:
     if len(forms) > 1:
         others = "; ".join(", ".join(FORMS[name].needed.values()) for name in forms[1:])
         lacks, example = f"{lacks}, nor those of another form ({others})", f"{example}, or messages=COLUMN"
-    raise UsageError(f"{table.place}: has {lacks}; {there}; map {example}")
+    raise UsageError(f"{table.place}: has {lacks}; {there}; name them (map): {example}")
 
 
 @dataclass

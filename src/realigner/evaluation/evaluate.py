@@ -85,7 +85,7 @@ def task_of(folder: Path, tune: bool) -> tuple[Task, Recipe]:
     test = [row for row in held if row.group not in tuned]
     if len(test) < _LEAST:
         raise RealignerError(
-            f"{folder}: held out {len(test)} single questions to ask (conversations are not); train with test=0.3 to have more"
+            f"{folder}: held out {len(test)} questions without earlier turns, fewer than {_LEAST}; train with test=0.3 for more"
         )
     learned = {row.group for row in parts.train}
     scorer = [row for row in rows if row.group in learned]

@@ -53,11 +53,11 @@ def check_name(name: str) -> str:
     """Return the name of an IRM as a request may give it.
 
     Raises:
-        UsageError: unless it is of letters, digits, ``.``, ``_`` and ``-``, 64 at most.
+        UsageError: unless it is of ASCII letters, digits, ``.``, ``_`` and ``-``, 64 at most.
     """
     if _NAME.fullmatch(name) is None:
         raise UsageError(
-            f"irm: {name[:80]!r} is not a valid IRM name for serving; use at most 64 letters, digits, '.', '_' and '-'"
+            f"irm: {name[:80]!r} is not a valid IRM name for serving; use at most 64 ASCII letters, digits, '.', '_' and '-'"
         )
     return name
 

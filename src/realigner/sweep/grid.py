@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from realigner.data import TONES
 from realigner.data.squad import file_sha256
 from realigner.errors import RealignerError, UsageError
 from realigner.files import decoded, read_bytes
@@ -144,7 +145,8 @@ def plan(sweep: Sweep, base: Path) -> list[RunSpec]:
     """The runs of a sweep, each once, in the grid's order, untrained baselines last.
 
     Raises:
-        UsageError: naming the combination that is not a valid recipe; for a grid of more than 10,000 runs.
+        UsageError: naming the combination that is not a valid recipe or a tone that the authored set lacks; for a grid of more
+            than 10,000 runs.
         RealignerError: when a data file is missing.
     """
     source = sweep.recipe if sweep.recipe in BUILT_IN else base / sweep.recipe
@@ -181,6 +183,11 @@ def _run_spec(
         run = Recipe.model_validate(values)
     except ValidationError as error:
         raise UsageError(f"sweep: {label_of(varies) or 'the recipe'}: {first_fault(error, Recipe, 'a recipe')}") from None
+    if run.has_rows and run.data == "authored" and run.tone not in TONES:
+        found = "no tone is given" if run.tone is None else f"the authored set has no {run.tone!r}"
+        raise UsageError(
+            f"sweep: {label_of(varies) or 'the recipe'}: {found}; it has {', '.join(TONES)} (for others, give data a file)"
+        )
     return RunSpec(_name(run, baseline, digests), run, varies)
 
 

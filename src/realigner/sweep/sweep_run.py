@@ -126,7 +126,12 @@ def run_sweep(
 
 
 def states_of(runs: Sequence[RunSpec], out: Path) -> dict[str, str]:
-    """What a folder holds of each run: ``done``, ``begun`` or ``waiting``."""
+    """What a folder holds of each run: ``done``, ``begun`` or ``waiting``.
+
+    Raises:
+        RealignerError: when it is not this sweep's.
+    """
+    _index_of(out, runs)
     begun = {run.name: "begun" if run_dir.unfinished(out / run.name).exists() else "waiting" for run in runs}
     return {name: "done" if (out / name).is_dir() else state for name, state in begun.items()}
 
@@ -153,16 +158,20 @@ def _read_index(out: Path) -> dict[str, Any]:
     return dict(runs)
 
 
+def _index_of(out: Path, runs: Sequence[RunSpec]) -> dict[str, Any]:
+    """`_read_index`, refused where it shares no run with this sweep."""
+    before = _read_index(out)
+    if before and not before.keys() & {run.name for run in runs}:
+        raise RealignerError(f"{out}: holds another sweep, which has none of these runs; choose another out")
+    return before
+
+
 @contextmanager
 def _settled(out: Path, runs: Sequence[RunSpec]) -> Iterator[None]:
     """Make the sweep's folder, or check that it is this sweep's; write what each run is; hold it for this process."""
     with locked(out, "another process is running this sweep; wait for it, or stop it first"):
-        before = _read_index(out)
+        before = _index_of(out, runs)
         made_folder(out)
-        if before and not before.keys() & {run.name for run in runs}:
-            raise RealignerError(
-                f"{out}: holds another sweep, none of whose {len(before)} runs is in this one; choose another out"
-            )
         index = {run.name: {**run.varies, "recipe": f"recipes/{run.name}.yaml"} for run in runs}
         write_text(out / SWEEP_FILE, json.dumps({"runs": before | index}, indent=2) + "\n")
         yield

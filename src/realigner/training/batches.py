@@ -139,8 +139,8 @@ def prepare(
     ]
     if len(parts[0]) < recipe.batch_size:
         raise RealignerError(
-            f"{len(parts[0])} rows are left to train on, fewer than batch_size {recipe.batch_size}; "
-            f"give more rows, or set batch_size={len(parts[0])}"
+            f"rows left to train on: {len(parts[0])}, fewer than batch_size {recipe.batch_size}; give more rows, or set "
+            f"batch_size={len(parts[0])}"
         )
     cut = sum(len(item["input_ids"]) > recipe.max_length for part in parts for _, item in part)
     train, validation = (clip([item for _, item in part], [row for row, _ in part], recipe.max_length) for part in parts)

@@ -397,7 +397,7 @@ class _RefusedError(yaml.MarkedYAMLError):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Values written out: aliases multiply what a small file holds, and numbers of thousands of digits take hours."""
+    """Each key once, values written out: aliases multiply what a file holds, numbers of thousands of digits take hours."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -408,6 +408,13 @@ class _PlainLoader(yaml.SafeLoader):
         if is_number and len(node.value) > _DIGITS:
             problem = f"a number of {len(node.value):,} characters; {_DIGITS} at most"
             raise _RefusedError(problem=problem, problem_mark=node.start_mark)
+        if isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, _ in node.value:
+                if key.value in lines:
+                    problem = f"duplicate key {key.value!r}, first on line {lines[key.value]}"
+                    raise _RefusedError(problem=problem, problem_mark=key.start_mark)
+                lines[str(key.value)] = key.start_mark.line + 1
         return node
 
 
@@ -435,10 +442,8 @@ def read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
         raise RealignerError(f"{where}: is not a list of 'key: value' lines")
     lines: dict[str, int] = {}
     for key, value in node.value:
-        name, line = str(key.value), key.start_mark.line + 1
-        if name in lines:
-            raise RealignerError(f"{where}:{line}: duplicate key {name!r}, first on line {lines[name]}")
-        lines[name] = line
+        name = str(key.value)
+        lines[name] = key.start_mark.line + 1
         if isinstance(value, yaml.MappingNode):
             lines |= {f"{name}.{inner.value}": inner.start_mark.line + 1 for inner, _ in value.value}
     return {str(key): value for key, value in values.items()}, lines
