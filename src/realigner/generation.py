@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import queue
+import reprlib
 import threading
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack
@@ -100,8 +101,8 @@ def answer(
         >>> answer(host, tokenizer, ["How many legs has a spider?"])  # doctest: +SKIP
         ['A spider has eight legs.']
     """
-    if isinstance(prompts, str):
-        raise UsageError("prompts: give a list of prompts, not one string")
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise UsageError(f"prompts: give a list of prompts, not {reprlib.repr(prompts)}")
     _check_number("batch_size", batch_size, batch_size >= 1)
     names = [irms] * len(prompts) if isinstance(irms, (str, tuple)) else irms
     sampling = Sampling(max_new_tokens, thinking_budget, temperature, repetition_penalty, seed, top_p)
