@@ -6,6 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
+from sklearn.ensemble import BaggingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 from realigner.data import TONES, Row, authored
 from realigner.data.style_classifier import masked
@@ -68,6 +71,19 @@ def test_four_seeds_agree(features: str) -> None:
     assert max(spreads) < 0.0301
 
 
+@pytest.mark.parametrize("doubled", [False, True])
+def test_regressions_in_the_span_of_the_rows_are_those_on_all_features(doubled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where rows are the same, and the span has fewer dimensions than there are rows."""
+    monkeypatch.setattr("realigner.evaluation.scorers._MEMBERS", 8)
+    rows = list(TASK.scorer)[::4] * (1 + doubled)
+    each = LogisticRegression(C=100.0, max_iter=3000)
+    members = BaggingClassifier(each, n_estimators=8, max_samples=0.8, bootstrap=False, random_state=5)
+    plain = make_pipeline(FEATURES["words"](), members)
+    plain.fit([masked(row.text, row.answer) for row in rows], [row.tone for row in rows])
+    want = plain.predict_proba(TEXTS[::5])[:, list(plain.classes_).index("anger")]
+    np.testing.assert_allclose(Scorer.fit(rows, seed=5).probability(TEXTS[::5], "anger"), want, atol=1e-6)
+
+
 def test_a_text_without_a_word_is_in_no_tone(scorer: Scorer) -> None:
     assert scorer.probability(["", " !?", "Damn you!"], "anger").tolist()[:2] == [0, 0]
     assert scorer.named(["", " !?", "Damn you!"]) == ["", "", "anger"]
@@ -84,7 +100,8 @@ def test_facts_are_not_learnt() -> None:
         for n in range(10)
     ]
     found = Scorer.fit(rows).probability(["damn it", "damn it Xyzk", "damn it Qvwj"], "anger")
-    assert found[0] == found[1] == found[2] > 0.9
+    assert found[0] > 0.9
+    np.testing.assert_allclose(found, found[0], rtol=1e-9)
 
 
 def test_what_is_refused(scorer: Scorer) -> None:
