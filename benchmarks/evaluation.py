@@ -5,8 +5,8 @@
 Authored rows, 24 topics: 11 to learn from, 2 to tune on, 4 to train the scorers on, 7 to test on (`evaluation.task`). In this
 order, each step kept in --out and not done again:
 
-1. rates     in anger, every method that is trained, at three learning rates; the best validation loss on the tuning rows counts
-             for all tones.
+1. rates     in anger, every method that is trained, at three learning rates, and at a fourth where the best is at an end of
+             these; the best validation loss on the tuning rows counts for all tones.
 2. methods   in each tone; three seeds of those in `SEEDED`, of which the second and third are asked the test questions alone.
              Methods that can be scaled once at their own size and once at that of LoRA of rank 8.
 3. derived   from the compact IRM: the mean of its deltas as constant vectors, and random ones of the same norm.
@@ -27,7 +27,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cache
@@ -225,16 +225,27 @@ def choose(plan: Plan, unit: Unit) -> None:
 
 def best_rate(plan: Plan, unit: Unit) -> float | None:
     """The learning rate that was found for a method; None where none was searched for."""
-    found = {}
-    for rate in _method_rates(unit):
-        path = plan.out / RATES_IN / "rates" / f"{unit.name}-{rate:g}-{SEEDS[0]}" / RECORD_FILE
-        if path.is_file():
-            found[rate] = read_object(path)["validation_loss"][-1]
+    found = _losses(plan, unit, _rates_with_ends(unit))
     return min(found, key=lambda rate: found[rate]) if found else None
 
 
-def _method_rates(unit: Unit) -> Sequence[float]:
-    return find_method(unit.method).rates
+def _losses(plan: Plan, unit: Unit, rates: Sequence[float]) -> dict[float, float]:
+    """Rate -> validation loss, of those that were tried."""
+    found = {}
+    for rate in rates:
+        path = plan.out / RATES_IN / "rates" / f"{unit.name}-{rate:g}-{SEEDS[0]}" / RECORD_FILE
+        if path.is_file():
+            found[rate] = read_object(path)["validation_loss"][-1]
+    return found
+
+
+def _rates_with_ends(unit: Unit) -> list[float]:
+    """A method's rates, and one more at either end, a step of the same size away (one digit)."""
+    rates = find_method(unit.method).rates
+    if not rates:
+        return []
+    ends = rates[0] ** 2 / rates[1], rates[-1] ** 2 / rates[-2]
+    return [float(f"{ends[0]:.0e}"), *rates, float(f"{ends[1]:.0e}")]
 
 
 def work(plan: Plan, step: str, units: Sequence[Unit], do: Callable[[Plan, Unit], None], jobs: int) -> list[str]:
@@ -368,21 +379,22 @@ def main() -> None:
     plan, started = Plan(out, options.quick, methods), time.monotonic()
     faults: list[str] = []
     if options.only is None:
-        steps: list[tuple[str, list[Unit], Callable[[Plan, Unit], None]]] = [
+        steps: list[tuple[str, Iterable[Unit], Callable[[Plan, Unit], None]]] = [
             ("bare", [Unit(tone, "bare", SEEDS[0]) for tone in plan.tones], ask_bare),
-            ("rates", [] if plan.quick else [*rate_units(plan)], search_rate),
-            ("methods", [*plan.units()], do_unit),
+            ("rates", [] if plan.quick else rate_units(plan), search_rate),
+            ("rates beyond", [] if plan.quick else rate_units(plan, beyond=True), search_rate),
+            ("methods", plan.units(), do_unit),
         ]
         if "irm-compact" in {method.name for method in plan.methods}:
             derived = [Unit(tone, name, SEEDS[0]) for tone in plan.tones for name in DERIVED]
             steps += [
                 ("derived", derived, do_unit),
-                ("strength", [*strength_units(plan)], at_strength),
+                ("strength", strength_units(plan), at_strength),
                 ("chosen", [Unit(tone, "irm-compact", SEEDS[0]) for tone in plan.tones], choose),
             ]
-        for step, units, do in steps:
-            if units:
-                faults += work(plan, step, units, do, options.jobs)
+        for step, units, do in steps:  # the rates beyond depend on the rates
+            if todo := list(units):
+                faults += work(plan, step, todo, do, options.jobs)
     for fault in faults:
         print(fault, file=sys.stderr)
     seconds = time.monotonic() - started
@@ -404,12 +416,18 @@ def main() -> None:
     sys.exit(1 if faults else 0)
 
 
-def rate_units(plan: Plan) -> Iterator[Unit]:
-    """Those of step 1."""
+def rate_units(plan: Plan, beyond: bool = False) -> Iterator[Unit]:
+    """Those of step 1; `beyond`: the fourth rates, once the three are known."""
     for unit in plan.units():
-        if unit.tone == RATES_IN and unit.seed == SEEDS[0]:
-            for rate in _method_rates(unit):
-                yield replace(unit, rate=rate)
+        if unit.tone != RATES_IN or unit.seed != SEEDS[0] or not find_method(unit.method).rates:
+            continue
+        low, *rates, high = _rates_with_ends(unit)
+        if not beyond:
+            yield from (replace(unit, rate=rate) for rate in rates)
+        elif len(losses := _losses(plan, unit, rates)) == len(rates):
+            best = min(losses, key=lambda rate: losses[rate])
+            if best in (rates[0], rates[-1]):
+                yield replace(unit, rate=low if best == rates[0] else high)
 
 
 def strength_units(plan: Plan) -> Iterator[Unit]:

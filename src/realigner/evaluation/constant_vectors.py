@@ -32,7 +32,7 @@ from realigner.residuals import Residuals
 from realigner.training.batches import Collator, to_last_label
 from realigner.tuner import strength, tuner_of
 
-STRENGTHS = (0.1, 0.2, 0.4, 0.7, 1.0)  # of mean differences that are tried
+STRENGTHS = (0.025, 0.05, 0.1, 0.2, 0.4)  # of mean differences that are tried
 _ROWS = 8  # in a batch of forwards
 
 
