@@ -670,6 +670,7 @@ def test_a_tokenizer_that_adds_its_end_token_adds_it_to_no_prompt(template: str)
     chats = ChatFormat(tokenizer, template=template)
     [prompt], [example] = chats.prompts(["Why?"]), chats.examples(said("Why?", "Because."))
     assert tokenizer.eos_token_id not in prompt
+    assert chats.text_prompt("Why?") == tokenizer("Why?")["input_ids"][:-1]
     assert prompt[0] == tokenizer.bos_token_id
     assert example["input_ids"][: len(prompt)] == prompt
     assert [example["input_ids"].count(token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)] == [1, 1]

@@ -23,15 +23,18 @@ import pytest
 import torch
 import uvicorn
 from peft import get_peft_model
+from tokenizers import processors
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 import realigner as ra
 from realigner.batching import BatchManager
+from realigner.chat_format import ChatFormat
 from realigner.cli import main
 from realigner.data import Fact, Tone
 from realigner.data.rewriters import RewriteRequest
 from realigner.data.rewriters.endpoint_rewriter import EndpointRewriter
 from realigner.errors import UsageError
+from realigner.evaluation.served_replies import ServedIRM
 from realigner.generation import encode_prompts
 from realigner.irm_config import IRMConfig
 from realigner.runtime import Runtime
@@ -42,8 +45,9 @@ from realigner.serving.keys_and_limits import KeysAndLimits, PatientProtocol
 from realigner.serving.loaded_irms import LoadedIRM, LoadedIRMs
 from realigner.serving.metrics import Metrics
 from realigner.serving.mixes import NotServedError
-from realigner.serving.reply_text import StopTexts, Thought
+from realigner.serving.reply_text import ContinuedText, ReplyText, StopTexts, Thought
 from realigner.serving.routes import application
+from tests.chat_hosts import host_tokenizer
 from tests.served import Server, begin, eventually, serving
 from tests.test_thinking import HYBRID, OPENED, thinker
 from tests.tiny import tiny_folder, tiny_pair
@@ -216,7 +220,49 @@ def test_numbers_that_are_none_stay_with_their_request() -> None:
     assert run_all(loaded_irms, tokenizer, [wild, *calm], Limits(tokens=8))[1:] == alone
 
 
-def run_all(loaded_irms: LoadedIRMs, tokenizer: Any, bodies: list[dict[str, Any]], limits: Limits) -> list[tuple[str, str]]:
+def test_a_token_without_an_embedding_is_refused_and_the_others_are_answered() -> None:
+    host, tokenizer = tiny_pair()
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<image{n}>" for n in range(60)]})
+    loaded_irms = LoadedIRMs(host)
+    with pytest.raises(UsageError, match=r"prompt: '<image59>' is token 317, but the host has 300 \(0 to 299\); leave it out"):
+        run_all(loaded_irms, tokenizer, [{"model": "host", "prompt": "See <image59>"}], Limits(tokens=4), TEXT)
+    assert run_all(loaded_irms, tokenizer, [{"model": "host", "prompt": "See"}], Limits(tokens=4), TEXT)[0][0]
+
+
+def test_an_end_token_that_the_tokenizer_appends_is_not_read() -> None:
+    host, tokenizer = tiny_pair()
+    bodies = [{"model": "host", "prompt": "See <eos> and"}]
+    wanted = run_all(LoadedIRMs(host), tokenizer, bodies, Limits(tokens=8), TEXT)
+    ends = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    assert tokenizer("See")["input_ids"][-1] == 1
+    assert run_all(LoadedIRMs(tiny_pair()[0]), tokenizer, bodies, Limits(tokens=8), TEXT) == wanted
+
+
+@pytest.mark.parametrize(
+    ("template", "variables"), [("chat", {"enable_thinking": False}), ("plain", {})], ids=["variables", "plain"]
+)
+def test_at_strength_0_prompts_are_the_irms(template: str, variables: dict[str, Any]) -> None:
+    host, tokenizer = thinker(HYBRID, special=True)
+    bare = str(ra.answer(host, tokenizer, ["Why?"], max_new_tokens=12)[0])
+    torch.manual_seed(0)
+    config = IRMConfig(output_std=1.0, template=template, chat_template_kwargs=variables)
+    model = get_peft_model(thinker(HYBRID, special=True)[0], config)
+    wanted = [str(ra.answer(model, tokenizer, ["Why?"], max_new_tokens=12, strength=value)[0]) for value in (0.0, 1.0)]
+    loaded_irms = LoadedIRMs(host)
+    torch.manual_seed(0)
+    loaded_irms.model.add_adapter("served_0", IRMConfig(output_std=1.0))
+    loaded_irms.put("anger", LoadedIRM("served_0", 1.0, template, variables))
+    models = ("host+anger@0", "host+anger@1", "host+anger@-0", "host")
+    made = run_all(loaded_irms, tokenizer, [{"model": name, "messages": ASK, "max_tokens": 12} for name in models], Limits())
+    assert [text for text, _ in made] == [*wanted, wanted[0], bare]
+    assert bare != wanted[0]
+    assert ServedIRM("http://127.0.0.1:1/v1", "host+anger").named(0.0) == "host+anger@0"
+
+
+def run_all(
+    loaded_irms: LoadedIRMs, tokenizer: Any, bodies: list[dict[str, Any]], limits: Limits, kind: str = CHAT
+) -> list[tuple[str, str]]:
     """Reply and thought of each request, all of them at once."""
 
     async def all_at_once() -> list[tuple[str, str]]:
@@ -225,7 +271,7 @@ def run_all(loaded_irms: LoadedIRMs, tokenizer: Any, bodies: list[dict[str, Any]
         engine.open(asyncio.get_running_loop())
 
         async def one(body: dict[str, Any]) -> tuple[str, str]:
-            job = await engine.start(read_request(body, CHAT, "host", {"anger": 2.0, "sadness": 1.0}))
+            job = await engine.start(read_request(body, kind, "host", {"anger": 2.0, "sadness": 1.0}))
             pieces = [piece async for piece in engine.pieces(job)]
             thoughts = [piece for piece in pieces if isinstance(piece, Thought)]
             return "".join(piece for piece in pieces if not isinstance(piece, Thought)), "".join(thoughts)
@@ -390,6 +436,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"irms": {"anger": 1}, "vllm_xargs": {"irms": "sadness"}}, 400, "irms: it is given twice"),
     ({"max_completion_tokens": 5}, 400, "max_tokens: max_completion_tokens is another number"),
     ({"messages": [{"role": "banana", "content": "x"}]}, 400, "messages[0]: role 'banana' is none of system, user"),
+    ({"messages": [{**ASK[0], "reasoning_content": "Hm."}]}, 400, "messages[0]: 'reasoning_content' is not a text, or not"),
 ]
 
 
@@ -452,6 +499,75 @@ def test_fields_of_a_request() -> None:
         read_request({"model": "other", "messages": ASK}, CHAT, "host", strengths)
     with pytest.raises(UsageError, match="prompt: "):
         read_request({"model": "host", "prompt": ["one", "two"]}, TEXT, "host", {})
+    text = {"model": "host", "prompt": "one", "chat_template_kwargs": {}}
+    assert read_request(text, TEXT, "host", {}).prompt == "one"
+    for field, value in (("chat_template_kwargs", {"enable_thinking": False}), ("thinking_budget", 3)):
+        with pytest.raises(UsageError, match=f"{field}: .* is not supported here; leave it out"):
+            read_request({**text, field: value}, TEXT, "host", {})
+
+
+def replied(tokenizer: Any, ids: list[int], stops: tuple[str, ...] = (), prompt: list[int] | None = None) -> tuple[str, ...]:
+    """What is said, token by token, of a reply to a conversation (or of a text that continues a prompt); and why it ended."""
+    nothing: Any = None
+    text = ReplyText(ChatFormat(tokenizer), False) if prompt is None else ContinuedText(tokenizer, prompt)
+    job = Job(nothing, "all", [7], len(ids), [tokenizer.eos_token_id], nothing, text, StopTexts(stops))
+    said: list[str] = []
+    for count in range(1, len(ids) + 1):
+        output: Any = SimpleNamespace(generated_tokens=ids[:count], is_finished=lambda count=count: count == len(ids))
+        said += job.read(output)
+        if job.ended:
+            break
+    said += job.last()
+    return "".join(piece for piece in said if not isinstance(piece, Thought)), job.ended
+
+
+@pytest.mark.parametrize(
+    ("written", "stops", "wanted"),
+    [
+        ("Name: Ann\n", ["\n"], ("Name: Ann", "stop")),
+        ("Name: Ann\n\n\n", ["\n\n"], ("Name: Ann", "stop")),
+        ("Name: Ann\nAge", ["\n"], ("Name: Ann", "stop")),
+        ("Name: Ann\n", ["Ann\n"], ("Name: ", "stop")),
+        ("Name: Ann \n", ["\n"], ("Name: Ann ", "stop")),
+        ("\nName", ["\n"], ("", "stop")),
+        ("\n Name: Ann\n", ["Ann\n"], ("Name: ", "stop")),
+        ("Name: Ann\n", ["\n\n"], ("Name: Ann", "length")),
+        ("<think>\nA\nB\n</think>\n\nName: Ann\nAge", ["\n", "B"], ("Name: Ann", "stop")),
+        ("<think>\nA\n", ["\n"], ("", "length")),
+        ("One. Two", ["."], ("One", "stop")),
+        ("One.", ["."], ("One", "stop")),
+    ],
+)
+def test_stop_texts_are_found_among_blanks(written: str, stops: list[str], wanted: tuple[str, str]) -> None:
+    tokenizer = thinker(HYBRID, special=False)[1]
+    ids = tokenizer(written)["input_ids"]
+    assert replied(tokenizer, ids, tuple(stops)) == wanted
+    tokenizer.clean_up_tokenization_spaces = True  # which transformers does not do with BPE
+    assert replied(tokenizer, ids, tuple(stops)) == wanted
+
+
+def test_a_reply_that_is_cut_within_a_run_of_bytes() -> None:
+    """Bytes to which a tokenizer falls back are decoded together: what is said of a run is said when it is over."""
+    tokenizer = host_tokenizer("llama2")
+    ids = tokenizer("Fun🙂🙂\n字 and", add_special_tokens=False)["input_ids"]
+    before = tokenizer("So it is: 🙂", add_special_tokens=False)["input_ids"]
+    for count in range(1, len(ids)):
+        assert replied(tokenizer, ids[:count])[0] == ChatFormat(tokenizer).split(ids[:count], False)[1]
+        together = ContinuedText(tokenizer, before)
+        whole = "".join([*together.add(ids[:count]), *together.end()])
+        assert replied(tokenizer, ids[:count], prompt=before)[0] == whole
+    assert replied(tokenizer, ids, ("\n",)) == ("Fun🙂🙂", "stop")
+    assert replied(tokenizer, ids, ("字",)) == ("Fun🙂🙂\n", "stop")
+
+
+@pytest.mark.parametrize("asked", ["字字字", "a字字", "สวัสดี", "🙂🙂🙂", "Why is"])
+@pytest.mark.parametrize("written", ["字字!", " is it 字"])
+def test_a_prompt_that_ends_in_bytes_is_continued(asked: str, written: str) -> None:
+    tokenizer = host_tokenizer("llama2")
+    prompt = tokenizer(asked)["input_ids"]
+    whole = tokenizer(asked + written)["input_ids"]
+    assert whole[: len(prompt)] == prompt
+    assert replied(tokenizer, whole[len(prompt) :], prompt=prompt)[0] == written
 
 
 def test_stop_texts_may_come_in_pieces() -> None:
@@ -629,6 +745,28 @@ def test_a_change_of_irms_is_carried_out_though_its_client_leaves(
             engine.close()
 
     asyncio.run(opened())
+
+
+def test_an_irm_that_is_unloaded_at_once_was_loaded(irms: Irms, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, tokenizer = ra.load_host(str(irms["anger"].parent / "host"), dtype="float32")
+    load = Engine.load
+
+    async def load_and_unload(self: Engine, name: str, source: str) -> LoadedIRM:
+        loaded = await load(self, name, source)
+        await self.unload(name)
+        return loaded
+
+    monkeypatch.setattr(Engine, "load", load_and_unload)
+
+    async def asked() -> httpx.Response:
+        engine = Engine(LoadedIRMs(host), tokenizer, Limits())
+        transport = httpx.ASGITransport(application(engine, "host", Metrics(), [], "boss"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://host") as client:
+            body = {"name": "joy", "path": str(irms["anger"])}
+            return await client.post("/v1/irms", json=body, headers={"Authorization": "Bearer boss"})
+
+    reply = asyncio.run(asked())
+    assert (reply.status_code, reply.json()) == (201, {"name": "joy", "strength": 2.0})
 
 
 def gate(seconds: float, send: Any = None) -> tuple[KeysAndLimits, list[Any]]:

@@ -503,6 +503,8 @@ def test_the_salt_tells_mixes_apart_and_leaves_the_host_alone(served: ServedIRMs
     assert served.salt(served.mix("anger@1.25"), None) == served.salt(served.mix("anger"), None)
     assert served.salt(Mix(), None) is None
     assert served.salt(Mix(), "own") == "own"
+    assert served.salt(served.mix("sadness@0"), "own") == "own"
+    assert served.salt(served.mix("anger@1+sadness@0"), None) == served.salt(served.mix("anger@1"), None)
     assert served.salt(mixes[0], "own") != served.salt(mixes[0], None)
 
 
@@ -529,6 +531,8 @@ def test_requests_become_the_engines(served: ServedIRMs) -> None:
     assert middleware.rewritten("/v1/completions", deep) == deep
     chat = rewritten(served, model="host+sadness", messages=[])
     assert chat["chat_template_kwargs"] == {"enable_thinking": False}
+    bare = rewritten(served, model="host+sadness@0", messages=[])  # the host, its prompts as the IRM's
+    assert bare == {"model": "host", "messages": [], "chat_template_kwargs": {"enable_thinking": False}}
     own = rewritten(served, model="host+sadness", messages=[], chat_template_kwargs={"enable_thinking": True})
     assert own["chat_template_kwargs"] == {"enable_thinking": True}
     response = rewritten(served, "/v1/responses", model="host+sadness", input="Why?")

@@ -37,6 +37,7 @@ _OWN = {  # what apply_chat_template takes besides the template's variables, and
 }
 _SHOWN = 40  # characters of a text in a message
 _WINDOW = 32  # tokens at a prompt's end in which an opened thought is looked for
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class ChatFormat:
@@ -81,6 +82,10 @@ class ChatFormat:
             RealignerError: when the host's chat template refuses a conversation, or leaves out what somebody says in it.
         """
         return [self._prompt(messages_of(conversation, system)) for conversation in conversations]
+
+    def text_prompt(self, text: str) -> list[int]:
+        """The tokens of a text that a host goes on with: what the tokenizer puts before every text, and nothing after it."""
+        return self._before + self._text_ids(text)
 
     def turns(self, conversation: Prompt, system: str | None = None) -> list[int]:
         """For each token of the prompt, the number of the message whose content it is of; -1: the template's own.
@@ -254,8 +259,13 @@ class ChatFormat:
             ids: the tokens.
             opened: the prompt ends in an opened thought (`opens_thought`).
         """
+        thought, reply = self.split_with_blanks(ids, opened)
+        return thought, reply.strip()
+
+    def split_with_blanks(self, ids: Sequence[int], opened: bool) -> tuple[str, str]:
+        """As `split`, the reply with the blanks that the host wrote before and after it."""
         tags, length = self.tags, self.thought_length(ids, opened)
-        reply = str(self.tokenizer.decode(ids[length:], skip_special_tokens=True)).strip()
+        reply = str(self.tokenizer.decode(ids[length:], skip_special_tokens=True))
         if tags is None:
             return "", reply
         if length:
@@ -393,6 +403,14 @@ class ChatFormat:
         """Tokens as text, special ones too, nothing cleaned up."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    @property
+    def cleans_up(self) -> bool:
+        """Whether decoding takes blanks out before punctuation; transformers leaves those of BPE alone, unless it is forced."""
+        model = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
+        forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+        alone = type(model).__name__ == "BPE" and not getattr(self.tokenizer, forced, False)
+        return bool(getattr(self.tokenizer, "clean_up_tokenization_spaces", False)) and not alone
+
     def _cut(self, ids: Sequence[int], text: str) -> int | None:
         """How many of the tokens make up a text that they begin with; None where it ends within one."""
         count = bisect_left(range(len(ids) + 1), len(text), key=lambda n: len(self.decode(ids[:n])))
@@ -470,6 +488,14 @@ class ChatFormat:
     def _splitting(self) -> Any:
         """A copy of the tokenizer, for texts with typed marks: what is asked of one thread's call would hold for all."""
         return deepcopy(self.tokenizer)
+
+
+def ends_in_byte(tokenizer: Any, ids: Sequence[int]) -> bool:
+    """Whether the last token is a byte (``<0xF0>``), to which some tokenizers fall back for characters that they lack.
+
+    A run of bytes is decoded as one: where it is not UTF-8 as a whole, each of them becomes a replacement character.
+    """
+    return bool(ids) and _BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(ids[-1]))) is not None
 
 
 def has_chat_template(tokenizer: Any) -> bool:

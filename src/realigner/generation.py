@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from realigner.chat_format import ChatFormat, check_template_kwargs
+from realigner.chat_format import ChatFormat, check_template_kwargs, ends_in_byte
 from realigner.errors import RealignerError, UsageError
 from realigner.hosts import positions_of
 from realigner.prompts import Answer, Prompt
@@ -248,17 +248,22 @@ def _read(pieces: Pieces, thread: threading.Thread) -> Generator[str, None, bool
 
 
 class Pieces(BaseStreamer):  # type: ignore[misc]
-    """Splits a reply into pieces that never need retracting: no partial characters, no space that may be trailing."""
+    """Splits a reply into pieces that never need retracting: no partial characters, no space that may be trailing.
+
+    Attributes:
+        with_blanks: the reply so far as the host wrote it; empty while that may be a thought.
+    """
 
     def __init__(self, chat_format: ChatFormat, opened: bool, thoughts: bool, ends: Collection[int] = ()) -> None:
         self.queue: queue.Queue[str | BaseException | None] = queue.Queue()
         self.stopped = False
+        self.with_blanks = ""
         self._format, self._opened, self._thoughts, self._ends = chat_format, opened, thoughts, frozenset(ends)
         self._tokens: list[int] = []
         self._sent = {Thought: 0, str: 0}
         self._prompt = True  # the prompt comes first
         # Cleaning spaces up can rewrite the last four characters (" n't") when the next token comes.
-        self._held = 4 if getattr(chat_format.tokenizer, "clean_up_tokenization_spaces", False) else 0
+        self._held = 4 if chat_format.cleans_up else 0
 
     def put(self, value: torch.Tensor) -> None:
         if self._prompt:
@@ -267,11 +272,12 @@ class Pieces(BaseStreamer):  # type: ignore[misc]
         self._tokens += value.flatten().tolist()
         if not any(self._sent.values()) and self._format.may_be_tag(self._format.decode(self._tokens).lstrip()):
             return
-        thought, reply = self._format.split(self._tokens, self._opened)
-        tags = self._format.tags
+        thought, self.with_blanks = self._format.split_with_blanks(self._tokens, self._opened)
+        reply, tags = self.with_blanks.strip(), self._format.tags
         if tags is not None and not reply:  # what may become the end of the thought
             thought = thought[: max(0, len(thought) - len(tags.close))]
-        if not (reply or thought).endswith("\ufffd"):
+        partial = (reply or thought).endswith("\ufffd") or ends_in_byte(self._format.tokenizer, self._tokens)
+        if not partial:
             self._send(Thought, thought)
             self._send(str, reply[: len(reply) - self._held])
 

@@ -41,7 +41,7 @@ class ServedIRM:
             raise UsageError(f"--model {self.model}: name the host and one IRM, without a strength (host+anger)")
 
     def named(self, strength: float) -> str:
-        """The model's name at a strength; at 0 it is the bare host's."""
+        """The model's name at a strength; at 0 it is the host's with the IRM's prompts (``host+irm@0``)."""
         host, _, irm = self.model.rpartition("+")
         return Mix.of({irm: strength}).name(host)
 
@@ -56,7 +56,7 @@ class ServedIRM:
         return server.answers(conversations)
 
     def bare_answers(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[Answer]:
-        """The bare host's replies."""
+        """The bare host's replies, to prompts in the IRM's form."""
         return self.answers(0.0, conversations, max_new_tokens)
 
     @contextmanager

@@ -30,6 +30,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # field that we cannot do -> values th
     **{"response_format": ({"type": "text"},), "web_search_options": (), "generation_config": (), "reasoning_effort": ()},
     "verbosity": ("medium",),
 }
+_NEUTRAL_OF_TEXT: dict[str, tuple[Any, ...]] = {"chat_template_kwargs": ({},), "thinking_budget": ()}
 _MOST_STOPS, _LONGEST_STOP = 16, 1000  # characters
 _WHERES = ("all", "prompt", "reply")  # settings.WHERES, which needs torch
 _COLDEST = 1e-3  # of temperatures; below, scores divided by it are no numbers, and sampling is greedy
@@ -88,8 +89,9 @@ def read_request(body: Mapping[str, Any], kind: str, host: str, strengths: Mappi
         Mix(strengths={'anger': 0.5})
     """
     given = {name: value for name, value in body.items() if value is not None}
+    neutral = _NEUTRAL | _NEUTRAL_OF_TEXT if kind == TEXT else _NEUTRAL
     for name, value in given.items():
-        if name in _NEUTRAL and not any(_same(value, neutral) for neutral in _NEUTRAL[name]):
+        if name in neutral and not any(_same(value, nothing) for nothing in neutral[name]):
             raise UsageError(f"{name}: {value!r:.60} is not supported here; leave it out")
         if name not in _READ | _OF_KIND[kind] | _OF_NO_EFFECT | set(_NEUTRAL):
             raise UsageError(f"{name[:60]}: unknown field")
@@ -179,6 +181,9 @@ def _message(number: int, value: Any) -> dict[str, str]:
         message["content"] = "\n".join(map(str, texts))
     if not isinstance(message.get("content"), str):
         raise UsageError(f"{where}: its content is not a text")
+    thought = message.get("reasoning_content", "")
+    if not isinstance(thought, str) or (thought and value["role"] != "assistant"):
+        raise UsageError(f"{where}: 'reasoning_content' is not a text, or not the assistant's")
     for key in message:
         if key not in ("role", "content", "reasoning_content"):
             raise UsageError(f"{where}: {key!r:.60} is not supported here; leave it out")

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -46,6 +46,7 @@ _CONTEXT = 8192  # tokens of a prompt and its reply, unless more are asked for
 _CLOSING = 16  # tokens of a tag that closes a thought at most
 _THOUGHT = 512  # tokens of a thought at most, where a request does not say
 _LOOK = 2.0  # seconds after which a request that hears nothing asks whether the batch still runs
+_Changed = TypeVar("_Changed")
 _ADVICE = "; serve another host, or this one with --engine vllm"
 
 
@@ -135,7 +136,9 @@ class Job:
         said: list[str] = []
         for tokens in [new] if self.enough is None else [[token] for token in new]:
             self.tokens += tokens
-            said += self._said(self.text.add(tokens))
+            pieces = list(self.text.add(tokens))
+            rest = self.stops.rest(*self.text.so_far()) if self.stops.stops else ""
+            said += [*self._said(pieces), *filter(None, [rest])]
             if self.stops.found:
                 self.ended = "stop"
             elif self.enough is not None and bool(self.enough(torch.tensor([self.prompt + self.tokens]), None)):
@@ -151,7 +154,10 @@ class Job:
 
     def last(self) -> list[str]:
         """The pieces of text that were held back."""
-        return [*self._said(self.text.end()), *filter(None, [self.stops.end()])]
+        said = [*self._said(self.text.end()), *filter(None, [self.stops.end()])]
+        if self.stops.found:
+            self.ended = "stop"
+        return said
 
     def _said(self, pieces: Iterable[str]) -> list[str]:
         return [said for piece in pieces if (said := piece if isinstance(piece, Thought) else self.stops.add(piece))]
@@ -183,12 +189,13 @@ class Engine:
         self.loaded_irms, self.tokenizer, self.limits = loaded_irms, tokenizer, limits
         self._first_token = first_token
         self._host = tuner_of(loaded_irms.model).model
+        self._vocabulary = len(self._host.get_input_embeddings().weight)
         context = limits.context or _CONTEXT
         self.context = min(positions_of(self._host.config) or context, context)
         self._jobs: dict[str, Job] = {}
         self._formats: dict[str, ChatFormat] = {}
         self._changing = asyncio.Lock()
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._under_way: set[asyncio.Task[Any]] = set()
         self._prompts, self._changes = ThreadPoolExecutor(1, "realigner-prompts"), ThreadPoolExecutor(1, "realigner-irms")
         self._batch: BatchManager | None = None
 
@@ -326,10 +333,11 @@ class Engine:
     def _job(self, asked: ApiRequest, taken: RequestIRMs) -> Job:
         if isinstance(asked.prompt, str):
             chat_format = self._format("plain", {})
-            prompt = self._text_ids(asked.prompt)
+            prompt = self._text_ids(chat_format, asked.prompt)
         else:
             chat_format = self._format(taken.template, {**taken.template_kwargs, **(asked.template_kwargs or {})})
             prompt = chat_format.prompts([asked.prompt])[0]
+        self._check_tokens(prompt)
         left = self.context - len(prompt)
         if left < 1:
             raise UsageError(f"prompt: it has {len(prompt):,} tokens, and {self.context - 1:,} at most are read; shorten it")
@@ -383,9 +391,16 @@ class Engine:
         )
         return rules
 
-    def _text_ids(self, text: str) -> list[int]:
+    def _check_tokens(self, prompt: Sequence[int]) -> None:
+        """Raise for a token that the host has no embedding for, which would end the batch for everyone."""
+        if (most := max(prompt)) >= self._vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(most)
+            known = self._vocabulary
+            raise UsageError(f"prompt: {token!r} is token {most}, but the host has {known} (0 to {known - 1}); leave it out")
+
+    def _text_ids(self, chat_format: ChatFormat, text: str) -> list[int]:
         try:
-            ids = list(self.tokenizer(text)["input_ids"])
+            ids = chat_format.text_prompt(text)
         except (TypeError, UnicodeError, ValueError):  # half a surrogate pair
             raise UsageError("prompt: it holds what is no character; repair it") from None
         if not ids:
@@ -404,19 +419,20 @@ class Engine:
 
     # IRMs that come and go.
 
-    async def load(self, name: str, source: str | Path) -> None:
-        """Add an IRM while others act. Whoever leaves meanwhile (is cancelled) does not end it halfway.
+    async def load(self, name: str, source: str | Path) -> LoadedIRM:
+        """Add an IRM while others act, and return it. Whoever leaves meanwhile (is cancelled) does not end it halfway.
 
         Raises:
             RealignerError: when there is none, it is damaged, for another host, or its name is taken; all goes on as before.
         """
-        await asyncio.shield(self._begin(self._load(name, source)))
+        return await asyncio.shield(self._begin(self._load(name, source)))
 
-    async def _load(self, name: str, source: str | Path) -> None:
+    async def _load(self, name: str, source: str | Path) -> LoadedIRM:
         async with self._changing:
             self.loaded_irms.check_new(name)
             served = await asyncio.get_running_loop().run_in_executor(self._changes, self._read, Path(source))
             self.loaded_irms.put(name, served)
+            return served
 
     async def unload(self, name: str) -> None:
         """Take an IRM away; requests that use it are finished. Whoever leaves meanwhile does not end it halfway.
@@ -427,7 +443,7 @@ class Engine:
         if (adapter := self.loaded_irms.unload(name)) is not None:
             await asyncio.shield(self._begin(self._drop(adapter)))
 
-    def _begin(self, change: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _begin(self, change: Coroutine[Any, Any, _Changed]) -> asyncio.Task[_Changed]:
         """A change of the IRMs as a task that runs to its end, whether anyone waits for it or not."""
         task = asyncio.get_running_loop().create_task(change)
         self._under_way.add(task)  # else it might be collected before it has run

@@ -34,7 +34,7 @@ class RequestIRMs:
     """The IRMs of one request, held until `LoadedIRMs.give_back`.
 
     Attributes:
-        irms: PEFT's names, as `batching.BatchManager.add_request` takes them.
+        irms: PEFT's names of those that act, as `batching.BatchManager.add_request` takes them.
         strength: PEFT's name -> strength.
         template: how the prompt is put to them.
         template_kwargs: variables of the chat template that they were trained with.
@@ -121,13 +121,14 @@ class LoadedIRMs:
         for name in mix.strengths:
             if name not in self._served:
                 raise UsageError(f"irms: IRM {name!r} is not loaded")
-        held = tuple(self._served[name] for name in mix.strengths)
-        template, variables = ("chat", {}) if not held else (held[0].template, held[0].template_kwargs)
-        if any((one.template, one.template_kwargs) != (template, variables) for one in held):
+        named = [self._served[name] for name in mix.strengths]
+        template, variables = ("chat", {}) if not named else (named[0].template, named[0].template_kwargs)
+        if any((one.template, one.template_kwargs) != (template, variables) for one in named):
             raise UsageError("irms: they were trained with different prompt templates; ask them in separate requests")
+        held = tuple(self._served[name] for name in mix.acting)
         for one in held:
             one.users += 1
-        strength = {one.adapter: mix.strengths[name] for one, name in zip(held, mix.strengths, strict=True)}
+        strength = dict(zip((one.adapter for one in held), mix.acting.values(), strict=True))
         return RequestIRMs(tuple(strength) or NO_IRM, strength, template, variables, held)
 
     def give_back(self, taken: RequestIRMs) -> list[str]:

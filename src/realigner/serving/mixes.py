@@ -26,19 +26,24 @@ class Mix:
     """IRMs with their strengths; none of them is the bare host.
 
     Attributes:
-        strengths: IRM -> strength, sorted by name, none of them 0.
+        strengths: IRM -> strength, sorted by name. At 0 an IRM does not act; the prompt is put as to it all the same.
 
     Example:
         >>> Mix.of({"sadness": -0.5, "anger": 0.7, "joy": 0}).name("host")
-        'host+anger@0.7+sadness@-0.5'
+        'host+anger@0.7+joy@0+sadness@-0.5'
     """
 
     strengths: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, strengths: Mapping[str, float]) -> Mix:
-        """A mix of IRMs; those at strength 0 are left out."""
-        return cls({name: float(value) for name, value in sorted(strengths.items()) if value != 0})
+        """A mix of IRMs."""
+        return cls({name: float(value) or 0.0 for name, value in sorted(strengths.items())})  # -0.0 is 0.0
+
+    @property
+    def acting(self) -> dict[str, float]:
+        """The strengths of those that act."""
+        return {name: value for name, value in self.strengths.items() if value}
 
     def name(self, host: str) -> str:
         """The model's name of a host with these IRMs."""

@@ -121,7 +121,7 @@ class _Served:
         job = await self.engine.start(asked)
         begun.get().append(lambda: self._over(job))
         self.metrics.tokens.labels("prompt").inc(len(job.prompt))
-        for name in asked.mix.strengths:
+        for name in asked.mix.acting:
             self.metrics.acted.labels(name).inc()
         if asked.stream:
             return StreamingResponse(self._events(handler, job, asked.model), media_type="text/event-stream")
@@ -211,9 +211,9 @@ def _more_routes(app: FastAPI, engine: Engine, models: _Models, metrics: Metrics
         name, path = body.get("name"), body.get("path")
         if not isinstance(name, str) or not isinstance(path, str) or set(body) != {"name", "path"}:
             raise HTTPException(400, "irm: give name and path, two strings, and nothing else")
-        await engine.load(name, path)
+        loaded = await engine.load(name, path)
         say(f"realigner serve: loaded {name} from {path}")
-        return JSONResponse({"name": name, "strength": engine.loaded_irms.strengths[name]}, status_code=201)
+        return JSONResponse({"name": name, "strength": loaded.strength}, status_code=201)
 
     async def unload(name: str) -> Response:
         if name not in engine.loaded_irms.strengths:

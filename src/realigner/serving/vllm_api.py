@@ -107,14 +107,14 @@ class IRMMiddleware:
             mix = self.served.mix(fields[0])
         else:
             return body
-        if mix.strengths and path not in _ALL_ROUTES:
+        if mix.acting and path not in _ALL_ROUTES:
             raise UsageError(f"irms: {path[:80]} drops them; ask {', '.join(_ROUTES)}")
-        if mix.strengths and request.get("use_beam_search"):
+        if mix.acting and request.get("use_beam_search"):
             raise UsageError("use_beam_search: vLLM's beams drop a request's IRMs; sample, or decode greedily")
-        if mix.strengths:
+        if mix.acting:
             request["vllm_xargs"] = {**xargs, "irms": mix.terms()}
-            if {"messages", "input"} & request.keys() and (own := self.served.template_kwargs(mix)):
-                request["chat_template_kwargs"] = {**own, **kwargs}
+        if {"messages", "input"} & request.keys() and (own := self.served.template_kwargs(mix)):
+            request["chat_template_kwargs"] = {**own, **kwargs}
         return json.dumps(request).encode()
 
     async def _list(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:

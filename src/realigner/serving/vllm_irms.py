@@ -70,14 +70,14 @@ class ServedIRMs:
             mix: of a request.
             own: the salt that the request came with.
         """
-        if not mix.strengths:
+        if not mix.acting:
             return own
-        parts = [f"{self.irms[name].digest}@{strength!r}" for name, strength in mix.strengths.items()]
+        parts = [f"{self.irms[name].digest}@{strength!r}" for name, strength in mix.acting.items()]
         digest = hashlib.sha256("+".join(parts).encode()).hexdigest()
         return f"irm:{digest}" + ("" if own is None else f":{own}")
 
     def template_kwargs(self, mix: Mix) -> dict[str, Any]:
-        """The variables of the chat template that the IRMs were trained with.
+        """The variables of the chat template that the IRMs were trained with, those at strength 0 too.
 
         Raises:
             UsageError: when they are not the same.

@@ -123,7 +123,7 @@ def _watch_requests(served: ServedIRMs) -> None:
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if field is not None:
             rest = {key: value for key, value in extra.items() if key != "irms"}
-            own = {"irms": dict(mix.strengths)} if mix.strengths else {}
+            own = {"irms": mix.acting} if mix.acting else {}
             request.sampling_params.extra_args = {**rest, **own} or None
             request.cache_salt = served.salt(mix, request.cache_salt)
         return request
