@@ -350,11 +350,11 @@ def test_an_endpoint_is_asked_by_names_with_strengths() -> None:
         assert exchange.live is None
         assert exchange.cut == set()
         bodies = {seen.body["model"]: seen.body for seen in server.seen}
-        assert sorted(bodies) == ["host", "host+anger@0.7+joy@-0.5"]
+        assert sorted(bodies) == ["host+anger@0+joy@0", "host+anger@0.7+joy@-0.5"]
         sent = bodies["host+anger@0.7+joy@-0.5"]
         assert sent["messages"] == asked.conversation("realigned")
         assert [sent[key] for key in ("temperature", "top_p", "seed", "max_tokens", "stream")] == [0.5, 0.9, 3, 20, True]
-        assert len(bodies["host"]["messages"]) == 2
+        assert len(bodies["host+anger@0+joy@0"]["messages"]) == 2
     with FakeEndpoint(models=models) as server:  # behind a login, with a query
         url = server.url.replace("http://", "http://user:word@") + "/?api-version=2024-10-21"
         EndpointTalker(url).begin(Asked("Why?")).wait()
@@ -660,5 +660,5 @@ def test_an_endpoint_has_no_map_and_the_page_says_so(chromium: Any) -> None:
         opened.strength(0, 0.7)
         opened.ask("Why?")
         opened.page.get_by_text("So: Why?").nth(1).wait_for()
-        assert sorted(seen.body["model"] for seen in server.seen) == ["host", "host+anger@0.7"]
+        assert sorted(seen.body["model"] for seen in server.seen) == ["host+anger@0", "host+anger@0.7"]
         opened.close()

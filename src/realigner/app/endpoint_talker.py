@@ -57,7 +57,7 @@ class EndpointTalker:
         return Exchange(asked, {side: self._reader(asked, side) for side in ("base", "realigned")})
 
     def _reader(self, asked: Asked, side: str) -> Reader:
-        mix = Mix.of(asked.acting if side == "realigned" else {})
+        mix = Mix.of(asked.acting if side == "realigned" else dict.fromkeys(asked.acting, 0.0))  # prompts of one form
         sampling: dict[str, Any] = {"temperature": asked.temperature, "top_p": asked.top_p, "seed": asked.seed}
         server = Endpoint(self._url, mix.name(self.host), retries=1, max_tokens=asked.max_new_tokens, **sampling)
 
