@@ -25,6 +25,7 @@ from realigner.explain.verdict import KINDS
 from realigner.hosts import HostInfo
 from realigner.report import ReportInput, gather, render
 from realigner.report.charts import NONE, ChartAxis, Line, bar_chart, fmt, line_chart, log_ticks, ticks
+from realigner.report.context import page_context
 from realigner.report.page_tables import probability
 from realigner.report.quantize import RunTokens, decode, encode, token_maps
 from realigner.report.report_input import check_hosts, home_of, untraced
@@ -153,6 +154,22 @@ def test_axes() -> None:
         for log in (False, True):
             assert all(0 <= ChartAxis.over(values, log).at(value) <= 100 for value in values)
     assert log_ticks(0.001, 1e6, 5) == [0.001, 0.1, 10, 1000, 100_000]
+
+
+@pytest.mark.parametrize(("neurons", "coarse"), [(50, False), (70_000, True)])
+def test_the_page_says_what_its_maps_are_exact_to(neurons: int, coarse: bool) -> None:
+    trace = planted_trace(prompts=1, generated=2, prompt_tokens=2, layers=6, neurons=neurons, keep_delta=False)
+    assert ("rounded to 8 bits" in render([ReportInput("a", trace, {}, {})])) == coarse
+
+
+def test_tokens_and_bins_are_each_run_s_own() -> None:
+    """Each map is a mean over its run's tokens; the yardstick of the places is each bin's share of the tokens."""
+    item = ReportInput("a", planted_trace(prompts=3), {}, {})  # of 24 tokens each
+    assert "Each map is a mean over 42 tokens of its own run" in render([item])
+    numbers = page_context(item)["timing"]["figures"][0]["table"]
+    assert numbers["head"][-1] == "all tokens"
+    tokens = [round(float(row[-1]) * 24) for row in numbers["rows"]]
+    assert (sum(tokens), set(tokens)) == (24, {1, 2})
 
 
 def test_degenerate_traces_have_a_page() -> None:

@@ -201,6 +201,13 @@ def test_exact_values_are_read_out(chromium: Any, wide: Path) -> None:
            return Array.from({ length: 32 }, (_, layer) => e.panels[0].picture.values[layer * 4096 + 77]); }"""
     )
     assert said == pytest.approx(trace["delta"].values[5, :, 77].tolist(), rel=0.04, abs=0.02)
+    for show, bits, digits in (("token", "run.tokens.bits", {8: 2}), ("mean", "run.maps[0].bits", {16: 4})):
+        opened.set("show", show)
+        kept, read = opened.page.evaluate(
+            f"""() => {{ const e = document.querySelector("[data-explorer]").explorer, run = e.book.runs.get(e.state.left);
+               return [{bits}, e.panels[0].picture.digits]; }}"""
+        )
+        assert read == digits[kept]
     opened.close(wide)
 
 

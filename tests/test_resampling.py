@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from itertools import permutations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -10,6 +13,7 @@ from scipy.stats import kstest, rankdata
 
 from realigner.analysis.resampling import (
     Relabelling,
+    exchange_least,
     exchange_p,
     interval,
     p_value,
@@ -109,6 +113,18 @@ def test_a_control_that_runs_share_is_exchanged_with_them() -> None:
     assert np.isnan(exchange_p([np.ones((3, 4))], third, 9, rng))
     assert np.isnan(exchange_p([np.zeros((3, 9))], third, 9, rng))
     assert np.isnan(exchange_p([np.where(np.arange(9) < 5, np.nan, np.ones((3, 9)))], third, 9, rng))
+
+
+@pytest.mark.parametrize("weights", [[[1.0]], [[0.5], [0.5]], [[1 / 3] * 3], [[1 / 4, 1 / 4, 1 / 2]], [[0.5, 0.25], [0.25]]])
+def test_the_smallest_p_of_a_deal(weights: list[list[float]]) -> None:
+    """Of all deals in two prompts, those that are the most extreme."""
+    rng, sums = np.random.default_rng(0), [np.zeros(1)]
+    for own in weights * 2:
+        shares, values = np.array([-sum(own), *own]), rng.random(len(own) + 1)
+        sums.append(np.array([shares @ order for order in permutations(values)]))
+    size = np.abs(reduce(np.add.outer, sums)).ravel()
+    share = np.isclose(size, size.max(), rtol=1e-9).mean()
+    assert exchange_least([np.array(own) for own in weights], 2) == pytest.approx(share)
 
 
 @settings(max_examples=25)

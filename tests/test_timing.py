@@ -134,8 +134,8 @@ def test_largest_values_are_those_of_the_raw_deltas() -> None:
             bins = top_histogram(trace, k, 4)
             bins = bins[bins["run"] == run]
             assert bins["position"].tolist() == [0.125, 0.375, 0.625, 0.875]
-            np.testing.assert_array_equal(bins["count"], np.bincount(np.minimum(position * 4 // 23, 3), minlength=4))
-            assert bins["tokens"].sum() == 3 * 24
+            np.testing.assert_array_equal(bins["count"], np.bincount(position // 6, minlength=4))
+            assert bins["tokens"].tolist() == [3 * 6] * 4
             late = timing(trace, 9, 9).set_index(["run", "statistic", "without"])["value"][run, "late_share_100", 0]
             if k == 100:
                 assert late == pytest.approx(((position > 11.5) + 0.5 * (position == 11.5)).mean())
@@ -150,6 +150,19 @@ def test_more_values_than_are_kept() -> None:
     assert "late_share_1000" not in set(timing(trace, 9, 9)["statistic"])
     tiny = planted_trace(prompts=2, prompt_tokens=1, generated=1, layers=2, neurons=5, stripe=1)
     assert top_histogram(tiny, 1000).groupby("run")["count"].sum().tolist() == [40, 40]  # all there are
+
+
+def test_both_ends_of_a_short_text_have_as_many_tokens() -> None:
+    bins = top_histogram(planted_trace(prompts=1, generated=37, layers=1), 20, 20)
+    tokens = bins["tokens"][bins["run"] == "anger-42"].tolist()
+    assert tokens == [2] * 10 + [3] + [2] * 9
+
+
+def test_most_of_all_values_lie_nowhere_in_particular() -> None:
+    """The half of all values that is in the second half of a text says nothing."""
+    trace = planted_trace(prompts=1, layers=2, neurons=4, stripe=1)  # 192 values
+    assert "late_share_100" not in set(timing(trace, 9, 9)["statistic"])
+    assert "late_share_100" in set(timing(planted_trace(prompts=2, layers=2, neurons=4, stripe=1), 9, 9)["statistic"])
 
 
 @pytest.mark.parametrize(

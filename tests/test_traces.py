@@ -19,7 +19,7 @@ import xarray as xr
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from peft import get_peft_model
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
 
 import realigner as ra
 from realigner.analysis import text_maps
@@ -38,6 +38,7 @@ from tests.tiny import tiny_pair
 
 SHORT: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 PROMPTS = ["Why is the sky blue?", "Who?", "How many?"]
+ASKED = (("anger-7", "Why?"), ("joy-7", "When?"))
 
 
 @pytest.fixture
@@ -201,6 +202,45 @@ def test_nothing_is_recorded_after_a_reply_ended(model: Any) -> None:
         kept = new[: new.index(end)] if end in new else new[:-1]
         part = trace.isel(token=np.flatnonzero((trace["prompt"].values == n) & trace["is_generated"].values))
         assert part["token_id"].values.tolist() == kept
+
+
+def test_nothing_is_recorded_after_a_reply_was_stopped(model: Any) -> None:
+    """A row that a stopping criterion ends has as many tokens as it has alone."""
+
+    class Third(StoppingCriteria):  # type: ignore[misc]
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.tensor([input_ids.shape[1] >= width + 3] + [False] * (len(input_ids) - 1))
+
+    inputs = encode_prompts(model.realigner.tokenizer, PROMPTS, torch.device("cpu"))
+    width = inputs["input_ids"].shape[1]
+    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    plain = model.generate(**inputs, **options, stopping_criteria=[Third()])
+    with ra.record(model) as trace:
+        out = model.generate(**inputs, **options, stopping_criteria=[Third()])
+    assert torch.equal(out, plain)
+    assert trace["count"].values[:, 1:].sum(axis=1).tolist() == [2] + [7] * (len(PROMPTS) - 1)
+    tokenizer = model.realigner.tokenizer
+    words = [tokenizer.decode(token) for token in out[1, width:-1]]
+    at, word = next((at, word) for at, word in enumerate(words) if word.isascii() and word.isprintable())
+    with ra.record(model) as trace:
+        model.generate(**inputs, **options, stop_strings=[word], tokenizer=tokenizer)
+    assert trace["count"].values[1, 1:].sum() == at
+    assert "_get_stopping_criteria" not in vars(model.get_base_model())
+
+
+def test_padding_is_left_out_whatever_the_cache(model: Any) -> None:
+    """With a static cache the host's forward is not given the mask of the call."""
+    inputs = encode_prompts(model.realigner.tokenizer, PROMPTS, torch.device("cpu"))
+    assert not inputs["attention_mask"].all()
+    traces = []
+    for cache in ("dynamic", "static"):
+        with ra.record(model, questions=PROMPTS) as trace:
+            model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, cache_implementation=cache)
+        traces.append(trace)
+    for name in ("count", "position", "token_id", "turn"):
+        np.testing.assert_array_equal(traces[0][name], traces[1][name])
+    first, second = (trace["sum_abs"].values for trace in traces)
+    np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-7)
 
 
 def test_a_config_that_names_no_setting_leaves_it_to_the_hosts_own(model: Any) -> None:
@@ -498,6 +538,29 @@ def test_a_run_that_two_traces_share_is_joined_once() -> None:
         trace.attrs["notes"]["prompts"] = prompts
     with pytest.raises(UsageError, match="prompt 1 is 'When\\?' in one of these traces and 'Who\\?' in another"):
         ra.join_traces([first, other])
+
+
+def test_a_trained_run_counts_once() -> None:
+    first, second = planted_trace(), planted_trace()
+    with pytest.raises(UsageError, match="'anger-42' answers prompt 0 in several of these traces"):
+        ra.join_traces([first, second])
+    for trace in (first, second):
+        trace.attrs["runs"]["anger-42"]["sha256"] = "a" * 64
+    assert ra.join_traces([first, second]).drop_attrs().identical(first.drop_attrs())
+    second["token_id"] = second["token_id"] + 1
+    with pytest.raises(UsageError, match="'anger-42' answers prompt 0"):
+        ra.join_traces([first, second])
+    second["text_prompt"] = second["text_prompt"] + 2
+    assert ra.join_traces([first, second]).sizes["text"] == 8
+
+
+def test_questions_of_one_number_are_the_same() -> None:
+    first, second = (planted_trace({run: (run[:-2], 7)}, question=question) for run, question in ASKED)
+    with pytest.raises(UsageError, match=r"prompt 0 is 'Why\?' in one of these traces and 'When\?' in another"):
+        ra.join_traces([first, second])
+    second["text_question"] = ("text", np.array(["user: Why?\nassistant: Hm.\nuser: How?"] * 2, dtype=object))
+    first["text_question"] = ("text", np.array(["user: Why?\nassistant: Oh!\nuser: How?"] * 2, dtype=object))
+    assert ra.join_traces([first, second]).sizes["text"] == 4
 
 
 def test_a_twin_has_the_network_of_its_run() -> None:

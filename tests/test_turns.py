@@ -297,7 +297,8 @@ def test_older_traces_are_read_joined_and_written(model: Any, tmp_path: Path) ->
     assert ra.traces.verify_trace(tmp_path / "old.zarr") == ra.traces.verify_trace(tmp_path / "new.zarr") - 2
     unlabelled = new.assign_coords({name: old[name] for name in LATER})
     xr.testing.assert_identical(old.astype(object), unlabelled.astype(object))
-    joined = ra.traces.join_traces([old, new])
+    later = new.assign_coords({name: new[name] + 2 for name in ("prompt", "text_prompt")})
+    joined = ra.traces.join_traces([old, later])
     tokens = old.sizes["token"]
     assert joined["turn"].values.tolist() == [-1] * tokens + new["turn"].values.tolist()
     again = ra.load_trace(ra.save_trace(joined, tmp_path / "joined.zarr"))
@@ -404,6 +405,17 @@ def test_few_conversations_are_no_evidence_for_chance() -> None:
     trace["energy"] = trace["energy"] * np.where(turn == 1, 100, 1)[:, None].astype(np.float32)
     for seed in range(4):
         (said,) = (one for one in analyze(trace, seed, permutations=200, resamples=20).verdicts if one["key"] == "fading")
+        assert (said["verdict"], "so few conversations" in said["why"]) == ("cannot tell", True)
+
+
+def test_a_first_and_a_last_reply_can_be_drawn_in_few_ways() -> None:
+    """Of 4 replies in 4 x 3 ways, not in 4!: energy that falls as steeply as can be is no evidence for chance."""
+    trace = planted_trace({"a": ("anger", 1)}, prompts=1)  # of 24 tokens
+    turn = np.arange(24) // 3
+    trace = trace.assign_coords(turn=("token", turn), role=("token", np.array(["user", "assistant"], dtype=object)[turn % 2]))
+    trace["energy"] = trace["energy"] * np.exp(-2 * turn)[:, None].astype(np.float32)
+    for seed in range(4):
+        (said,) = (one for one in analyze(trace, seed, permutations=500, resamples=5).verdicts if one["key"] == "fading")
         assert (said["verdict"], "so few conversations" in said["why"]) == ("cannot tell", True)
 
 

@@ -55,12 +55,16 @@ def test_too_few_permutations_decide_nothing() -> None:
 
 
 def test_too_few_prompts_decide_nothing() -> None:
-    trace = planted_trace(RUNS, prompts=5, size=8.0)
+    trace = planted_trace(prompts=5, size=8.0)
     for seed in range(3):
         said = verdicts(analyze(trace, seed, permutations=200, resamples=50))["sparser"]
         assert said["value"] > 1.2 * said["untrained"]
         assert said["verdict"] == "cannot tell"
         assert "so few prompts" in said["why"]
+    shared = planted_trace({run: label for run, label in RUNS.items() if label[1] == 1}, prompts=5, size=8.0)
+    said = verdicts(analyze(shared, permutations=2000, resamples=50))["sparser"]
+    assert said["p"] < 0.005
+    assert said["verdict"] == "supported"  # a twin and three runs can be dealt in many ways
     said = verdicts(analyze(planted_trace(RUNS, prompts=9, size=8.0), permutations=2000, resamples=50))["sparser"]
     assert said["verdict"] == "supported"
 
@@ -105,6 +109,30 @@ def test_one_untrained_run_is_said_to_be_one() -> None:
     assert said["neuron_over_layer"]["low"] > 0
     assert said["neuron_over_layer"]["verdict"] == "cannot tell"
     assert "untrained IRMs of two seeds" in said["neuron_over_layer"]["why"]
+
+
+def test_a_difference_is_over_the_prompts_that_both_runs_have() -> None:
+    """In an unfinished trace the untrained twin has answered fewer prompts."""
+    trace = planted_trace(prompts=9, size=3.0)
+    turn = np.tile(np.repeat([0, 1, 2, 3], [4, 9, 2, 9]), 18)
+    trace = trace.assign_coords(turn=("token", turn), role=("token", np.where(turn % 2, "assistant", "user").astype(object)))
+    trace["energy"] = trace["energy"] * np.where(trace["prompt"] >= 6, 50, 1)[:, None].astype(np.float32)
+    trace["sum_abs"] = trace["sum_abs"] * (1 + trace["text_prompt"] * xr.DataArray(np.arange(50), dims="neuron"))
+    bare, prompt = trace["text_tone"].values == "untrained", trace["text_prompt"].values
+
+    def of(texts: np.ndarray) -> dict[str, Any]:
+        some = trace.isel(text=np.flatnonzero(texts), token=np.flatnonzero(np.repeat(texts, 24)))
+        found = analyze(some, permutations=20, resamples=30)
+        return {name: getattr(found, name) for name in ("striation", "timing", "sparsity", "turns")}
+
+    shared, unfinished = of(prompt < 6), of(~bare | (prompt < 6))
+    for name, table in unfinished.items():
+        kept = ~table["statistic"].str.startswith("late_share").to_numpy() & (table["tone"] != "untrained").to_numpy()
+        for column in ("difference", "untrained"):
+            np.testing.assert_allclose(table[column][kept], shared[name][column][kept], rtol=1e-6, atol=1e-9)
+        decided = kept & shared[name]["difference_low"].notna().to_numpy()
+        assert decided.any()
+        assert table["difference_low"][decided].notna().all()
 
 
 def test_no_baseline_is_cannot_tell() -> None:

@@ -270,7 +270,7 @@ def planted_timing(rng: np.random.Generator, size: float) -> PValues:
     energy = np.exp(fall[:, None] + rng.normal(size=(1, 7, tokens, 1)))
     weight = energy[0, ..., 0]
     positions = np.array([rng.choice(tokens, size=1000, p=own / own.sum()) for own in weight])
-    trace = token_trace({"energy": energy}, [("a", "anger", 1)], 30, positions)
+    trace = token_trace({"energy": energy}, [("a", "anger", 1)], 30, positions, neurons=20)
     table = timing(trace, DRAWS, 1, int(rng.integers(2**31)))
     own = table[(table["run"] == "a") & (table["without"] == 0)].set_index("statistic")["p"]
     names = ("centre_of_mass", "prompt_share", "late_share_100", "late_share_1000", "template_share", "reply_centre_of_mass")

@@ -106,7 +106,7 @@ def split_by_run(texts: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataF
         yield {"run": str(run), "tone": str(own["tone"].iloc[0]), "seed": int(own["seed"].iloc[0])}, own
 
 
-def _table_of(source: xr.Dataset | xr.DataArray) -> pd.DataFrame:
+def table_of(source: xr.Dataset | xr.DataArray) -> pd.DataFrame:
     """The `text_table` of a trace, or that of `text_maps`, which has no places.
 
     Raises:
@@ -126,7 +126,7 @@ def each_run(source: xr.Dataset | xr.DataArray) -> Iterator[RunTexts]:
     Raises:
         UsageError: for anything else.
     """
-    texts = _table_of(source)
+    texts = table_of(source)
     for label, own in split_by_run(texts):
         numbers = own.index.to_numpy()
         if isinstance(source, xr.DataArray):
@@ -157,7 +157,7 @@ def twins(source: xr.Dataset | xr.DataArray) -> dict[str, str]:
     shapes: dict[str, tuple[int, str, bytes]] = {}
     facts = source.attrs.get("runs", {})
     tones: dict[str, str] = {}
-    for label, own in split_by_run(_table_of(source)):
+    for label, own in split_by_run(table_of(source)):
         if isinstance(source, xr.DataArray):
             first = source.transpose("text", "layer", "neuron")[int(own.index[0])].values[:, 0]
         else:  # a token's sums are NaN in the layers that its run does not add to

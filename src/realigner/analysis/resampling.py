@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 from scipy import fft
-from scipy.special import ndtri, stdtrit
+from scipy.special import factorial, ndtri, stdtrit
 
 from realigner.errors import UsageError
 
@@ -117,6 +117,12 @@ def mean_over_first(values: np.ndarray) -> np.ndarray:
     return np.asarray(weighted_mean(values, np.ones((1, len(values))))[0])
 
 
+def mean_of_some(values: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> tuple[float, np.ndarray]:
+    """The mean of values ``[prompt]`` over some prompts, and its bootstrap draws."""
+    kept = np.where(prompts, values, np.nan)
+    return float(mean_over_first(kept)), weighted_mean(kept, weights)
+
+
 def sign_flips(prompts: int, draws: int, rng: np.random.Generator) -> np.ndarray:
     """Signs ``[draw, prompt]``: if there are few, all combinations except the one without a flip; else random ones."""
     if 2**prompts <= draws:
@@ -164,6 +170,21 @@ def exchange_p(differences: list[np.ndarray], weights: np.ndarray, draws: int, r
         total += float((shares @ values).sum())
         drawn += (values[dealt, np.arange(count)[:, None]] @ shares).sum(axis=1)
     return p_value(total, drawn, rng, "both")
+
+
+def exchange_least(weights: list[np.ndarray], prompts: int) -> float:
+    """The smallest p that `exchange_p` can give: how likely one deal is to be the most extreme one, by luck.
+
+    Runs of equal weight may be dealt in any order. With one run per control, the opposite deal is as extreme.
+
+    Args:
+        weights: of every control, its runs' weights in the mean.
+    """
+    alike = 1.0
+    for own in weights:
+        _, counts = np.unique(np.round(np.append(own, -own.sum()), 12), return_counts=True)
+        alike *= float(np.prod(factorial(counts)) / factorial(len(own) + 1))
+    return float(alike**prompts) * (2 if all(len(own) == 1 for own in weights) else 1)
 
 
 def ranks(values: np.ndarray) -> np.ndarray:

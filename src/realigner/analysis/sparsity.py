@@ -6,6 +6,7 @@ averaged over a text's tokens and over prompts.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from realigner.analysis.per_run import prompts_of, split_by_run, text_table, twins
-from realigner.analysis.resampling import check_draws, prompt_weights, weighted_mean
+from realigner.analysis.resampling import check_draws, mean_of_some, prompt_weights, weighted_mean
 from realigner.analysis.tables import ALL, RunStatistic, tabulate
 
 STATISTICS = ("hoyer", "gini", "participation", "kurtosis", "small_share")
@@ -78,6 +79,8 @@ def sparsity(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000,
                             per_prompt=found[:, at, which],
                             flip="untrained",
                             side="both",
+                            there=np.isfinite(found[:, at, which]),
+                            over=partial(mean_of_some, found[:, at, which], weights),
                         )
                     )
     return tabulate(entries, twins(trace), permutations, rng)

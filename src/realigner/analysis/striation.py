@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from realigner.analysis.per_run import RunTexts, each_run, layer_scale, leading_score, prompts_of, twins
+from realigner.analysis.per_run import RunTexts, each_run, layer_scale, leading_score, prompts_of, table_of, twins
 from realigner.analysis.resampling import Relabelling, check_draws, prompt_weights, ranks
 from realigner.analysis.tables import RunStatistic, tabulate
 from realigner.errors import UsageError
@@ -25,6 +26,7 @@ WITHOUT = (0, 1, 10)  # leading indices left out
 RANKED_RESAMPLES = 100  # of W's bootstrap: each needs the ranks of a whole map
 TEST = "neuron labels permuted within each layer"
 _AT_ONCE = 16  # resampled maps made together
+_Statistics = dict[tuple[str, int], np.ndarray]  # by statistic, and how many indices are left out
 _PAIRED = 2048  # texts times layers of a run up to which all their inner products are computed (32 MiB)
 _OF_PRODUCTS = (
     *("icc", "eta_squared_neuron", "eta_squared_layer", "omega_squared_neuron", "omega_squared_layer"),
@@ -122,15 +124,16 @@ def striation(
     prompts = prompts_of(source)
     weights = prompt_weights(len(prompts), resamples, rng)
     entries: list[RunStatistic] = []
+    on_some = _OnSome(source, prompts, weights)
     for run in each_run(source):
         m, rows = run.mean(), np.searchsorted(layers, run.layers)
         leading = _leading(leading_score(m))
         nulls = _relabelled(m, rows, relabelling).statistics()
         draws = _resampled(run, weights[:, np.searchsorted(prompts, run.prompts)], leading).statistics()
+        there = np.isin(prompts, run.prompts[run.counts > 0])
         for (statistic, without), (value,) in _Maps.of(m, leading).statistics().items():
             under_null = nulls[statistic, without] if statistic in _TESTED else np.full(permutations, np.nan)
             seen = np.isfinite(under_null)
-            drawn = draws[statistic, without]  # not every resample can be drawn, or ranked: the rest is NaN
             entries.append(
                 RunStatistic(
                     run=run.run,
@@ -138,16 +141,52 @@ def striation(
                     seed=run.seed,
                     keys={"statistic": statistic, "without": without},
                     value=float(value),
-                    draws=np.pad(drawn, (0, len(weights) - len(drawn)), constant_values=np.nan),
-                    n=len(np.unique(run.prompts[run.counts > 0])),
+                    draws=_padded(draws[statistic, without], len(weights)),
+                    n=int(there.sum()),
                     bounds=(-1.0, 1.0),
                     null=float(under_null[seen].mean()) if seen.any() and np.isfinite(value) else float("nan"),
                     nulls=under_null,
                     joint=True,
                     test=TEST,
+                    there=there,
+                    over=partial(on_some.statistic, run.run, statistic, without),
                 )
             )
     return tabulate(entries, twins(source), permutations, rng)
+
+
+def _padded(draws: np.ndarray, resamples: int) -> np.ndarray:
+    """Not every resample can be drawn, or ranked: the rest is NaN."""
+    return np.pad(draws, (0, resamples - len(draws)), constant_values=np.nan)
+
+
+class _OnSome:
+    """Statistics of runs over some of their prompts; their texts are read again."""
+
+    def __init__(self, source: xr.Dataset | xr.DataArray, prompts: np.ndarray, weights: np.ndarray) -> None:
+        self.source, self.prompts, self.weights = source, prompts, weights
+        self.found: dict[tuple[str, bytes], tuple[_Statistics, _Statistics]] = {}
+
+    def statistic(self, run: str, statistic: str, without: int, some: np.ndarray) -> tuple[float, np.ndarray]:
+        """One of them, and its bootstrap draws.
+
+        Args:
+            some: which of all prompts ``[prompt]``.
+        """
+        key = run, some.tobytes()
+        if key not in self.found:
+            self.found[key] = self._of(run, self.prompts[some])
+        values, draws = self.found[key]
+        return float(values[statistic, without][0]), _padded(draws[statistic, without], len(self.weights))
+
+    def _of(self, run: str, prompts: np.ndarray) -> tuple[_Statistics, _Statistics]:
+        texts = table_of(self.source)
+        numbers = np.flatnonzero((texts["run"] == run) & texts["prompt"].isin(prompts))
+        (own,) = each_run(self.source.isel(text=numbers))
+        m = own.mean()
+        leading = _leading(leading_score(m))
+        drawn = _resampled(own, self.weights[:, np.searchsorted(self.prompts, own.prompts)], leading)
+        return _Maps.of(m, leading).statistics(), drawn.statistics()
 
 
 @dataclass
@@ -177,9 +216,9 @@ class _Maps:
         parts = (a @ a.T, m.mean(axis=1), a[:, leading], b @ b.T, b[:, leading])
         return cls(m.shape[1], *(part[None] for part in parts))
 
-    def statistics(self) -> dict[tuple[str, int], np.ndarray]:
+    def statistics(self) -> _Statistics:
         """``(statistic, without) -> [map]``."""
-        found: dict[tuple[str, int], np.ndarray] = {}
+        found: _Statistics = {}
         for without in WITHOUT:
             left = _left(self.products, self.mean, self.leading[..., :without], self.neurons)
             values = _from_products(*left, self.neurons - without)

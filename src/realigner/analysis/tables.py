@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -43,6 +44,8 @@ class RunStatistic:
         null_per_prompt: expected value for each prompt.
         flip: without `nulls`, p is from flipping the signs of differences from the untrained run, or from the null.
         side: what counts as extreme.
+        there: the prompts that it is over ``[prompt]``, if it can be taken over some of them.
+        over: its value and draws over some of these prompts.
     """
 
     run: str
@@ -63,6 +66,22 @@ class RunStatistic:
     null_per_prompt: np.ndarray | None = None
     flip: Literal["", "untrained", "null"] = ""
     side: Side = "greater"
+    there: np.ndarray | None = None
+    over: Callable[[np.ndarray], tuple[float, np.ndarray]] | None = None
+
+    def paired(self, other: RunStatistic) -> tuple[RunStatistic, RunStatistic]:
+        """Both over the prompts that both have."""
+        if self.there is None or other.there is None or np.array_equal(self.there, other.there):
+            return self, other
+        shared = self.there & other.there
+        return self._on(shared), other._on(shared)
+
+    def _on(self, prompts: np.ndarray) -> RunStatistic:
+        if self.over is None or not prompts.any():
+            value, draws = float("nan"), np.full(self.draws.shape, np.nan)
+        else:
+            value, draws = self.over(prompts)
+        return replace(self, value=value, draws=draws, n=int(prompts.sum()), there=prompts)
 
     def minus(self, other: RunStatistic) -> RunStatistic:
         """The difference from another run, prompt by prompt."""
@@ -77,6 +96,8 @@ class RunStatistic:
             bounds=(-np.inf, np.inf),
             per_prompt=difference,
             nulls=None,
+            there=None,
+            over=None,
         )
 
     def interval(self) -> tuple[float, float]:
@@ -95,23 +116,24 @@ def tabulate(entries: list[RunStatistic], twins: Mapping[str, str], flips: int, 
     Returns:
         ``run, tone, seed``, the entries' keys, ``value, null, low, high, p, n, unit, test`` (the null that p tests), then
         ``untrained`` (the value of the untrained twin), ``difference`` (value - untrained) and its interval
-        ``difference_low, difference_high``. Intervals are over prompts, which both runs share. The rows ``run="all"`` are over
-        the trained runs: each tone counts the same, n is the number of tones, and intervals are over prompts, then tones.
+        ``difference_low, difference_high``; these four are over the prompts that both runs have. The rows ``run="all"`` are
+        over the trained runs: each tone counts the same, n is the number of tones, and intervals are over prompts, then tones.
     """
     there = {(entry.run, *entry.keys.items()): entry for entry in entries}
     rows: list[dict[str, Any]] = []
-    trained: dict[tuple[Any, ...], list[tuple[RunStatistic, RunStatistic | None]]] = {}
+    trained: dict[tuple[Any, ...], list[tuple[RunStatistic, RunStatistic, RunStatistic | None]]] = {}
     for entry in entries:
         base = there.get((twins.get(entry.run, ""), *entry.keys.items()))
-        difference = entry.minus(base) if base is not None else None
-        rows.append(_row(entry, difference, entry.value, *_p(entry, difference, flips, rng)))
+        paired, twin = entry.paired(base) if base is not None else (entry, None)
+        difference = paired.minus(twin) if twin is not None else None
+        rows.append(_row(entry, difference, paired.value, *_p(entry, difference, flips, rng)))
         if entry.tone != UNTRAINED:
-            trained.setdefault(tuple(entry.keys.items()), []).append((entry, difference))
+            trained.setdefault(tuple(entry.keys.items()), []).append((entry, paired, difference))
     for members in trained.values():
-        whole = _over_runs([entry for entry, _ in members], rng)
-        pairs = [(entry, own) for entry, own in members if own is not None and np.isfinite(own.value)]
+        whole = _over_runs([entry for entry, _, _ in members], rng)
+        pairs = [(paired, own) for _, paired, own in members if own is not None and np.isfinite(own.value)]
         difference = _over_runs([difference for _, difference in pairs], rng) if pairs else None
-        of_pairs = _over_runs([entry for entry, _ in pairs], rng).value if pairs else float("nan")
+        of_pairs = _over_runs([paired for paired, _ in pairs], rng).value if pairs else float("nan")
         if whole.flip == "untrained":
             p, test = _dealt_p([difference for _, difference in pairs], twins, flips, rng), _DEALT
         else:
@@ -135,13 +157,23 @@ def _p(entry: RunStatistic, difference: RunStatistic | None, flips: int, rng: np
 
 def _dealt_p(differences: list[RunStatistic], twins: Mapping[str, str], draws: int, rng: np.random.Generator) -> float:
     """p of all runs' differences from their untrained twins, several of which may share one."""
-    their_twins = dict.fromkeys(twins[entry.run] for entry in differences)
-    by_twin = [[entry for entry in differences if twins[entry.run] == twin] for twin in their_twins]
     if not differences or any(entry.per_prompt is None for entry in differences):
         return float("nan")
-    tones = [entry.tone for entry in differences]
-    weights = np.array([1 / (len(set(tones)) * tones.count(entry.tone)) for runs in by_twin for entry in runs])
-    return exchange_p([np.array([entry.per_prompt for entry in runs]) for runs in by_twin], weights, draws, rng)
+    of_run = {entry.run: entry.per_prompt for entry in differences}
+    dealt = dealt_weights({entry.run: entry.tone for entry in differences}, twins)
+    values = [np.array([of_run[run] for run in own]) for own in dealt]
+    return exchange_p(values, np.array([weight for own in dealt for weight in own.values()]), draws, rng)
+
+
+def dealt_weights(tones: Mapping[str, str], twins: Mapping[str, str]) -> list[dict[str, float]]:
+    """Of each twin, the runs that are dealt out with it, and their weights in the mean over tones.
+
+    Args:
+        tones: of the runs that have a twin.
+    """
+    count = Counter(tones.values())
+    weights = {run: 1 / (len(count) * count[tone]) for run, tone in tones.items()}
+    return [{run: weights[run] for run in tones if twins[run] == twin} for twin in dict.fromkeys(twins[run] for run in tones)]
 
 
 def _row(entry: RunStatistic, difference: RunStatistic | None, paired: float, p: float, test: str) -> dict[str, Any]:
@@ -189,6 +221,8 @@ def _over_runs(entries: list[RunStatistic], rng: np.random.Generator) -> RunStat
         test=first.test if first.joint else "",
         per_prompt=mean("per_prompt"),
         null_per_prompt=mean("null_per_prompt"),
+        there=None,
+        over=None,
     )
 
 

@@ -60,9 +60,10 @@ def timing(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, s
         Where it falls, p one-sided for "early": ``prompt_share`` (the prompt's share of the energy over its share of the
         tokens; null 1), ``first_share`` (the first token's share; null 1/T), ``centre_of_mass`` (0 the first token, 1 the last;
         null 1/2), and ``late_share_K`` for K = 100, 1000, 10000 (the share of the run's K largest ``|delta|`` that lies in the
-        second half of its text; null 1/2, a middle token counts half; only where the trace keeps as many values). p of the row
-        ``run="all"``: runs answer the same prompts, so signs of the differences from the null are flipped by prompt; only where
-        these are symmetric, for ``centre_of_mass``, ``reply_centre_of_mass`` and ``late_share_K``.
+        second half of its text; null 1/2, a middle token counts half; only where the trace keeps as many values, and K is at
+        most half of the run's). p of the row ``run="all"``: runs answer the same prompts, so signs of the differences from the
+        null are flipped by prompt; only where these are symmetric, for ``centre_of_mass``, ``reply_centre_of_mass`` and
+        ``late_share_K``.
 
         All of these depend on the length of the reply; the following do not. Over the prompt and the first 10 generated tokens,
         each place's share of the energy divided by its share of the tokens (null 1, p two-sided): ``template_share`` (what the
@@ -180,8 +181,14 @@ def _kept(trace: xr.Dataset, texts: pd.DataFrame) -> float:
     return float("inf") if values <= trace.sizes["rank"] else trace.sizes["rank"]
 
 
+def _layers(trace: xr.Dataset, own: pd.DataFrame) -> int:
+    """How many layers a run adds to: a token's sums are NaN in the others."""
+    return int(np.isfinite(trace["energy"][int(own["start"].iloc[0])].values).sum())
+
+
 def _bin(position: np.ndarray, tokens: np.ndarray, bins: int) -> np.ndarray:
-    return np.asarray(np.minimum(position * bins // np.maximum(tokens - 1, 1), bins - 1)).astype(np.intp)
+    """The bin that the middle of each token lies in, of a text whose tokens are equally wide."""
+    return np.asarray((2 * position + 1) * bins // (2 * tokens)).astype(np.intp)
 
 
 @dataclass(frozen=True)
@@ -199,8 +206,9 @@ def _texts(trace: xr.Dataset, own: pd.DataFrame, without: int) -> Iterator[_Text
     counts: dict[int, list[np.ndarray]] = {}
     tokens = (own["stop"] - own["start"]).to_numpy()
     if "top_value" in trace:
+        values = tokens.sum() * _layers(trace, own) * trace.sizes["neuron"]
         for k in LARGEST:
-            if k <= _kept(trace, own):
+            if k <= _kept(trace, own) and 2 * k <= values:  # of all values, half are in the second halves by construction
                 text, position, _ = _places(trace, numbers, k)
                 counts[k] = [
                     np.bincount(position[text == row], minlength=size)[without:].astype(float)
@@ -330,7 +338,15 @@ def _of_run(
         return RunStatistic(
             **label, keys=keys, value=float("nan"), draws=np.full(len(weights), np.nan), n=0, per_prompt=nothing
         )
+
+    def over(some: np.ndarray) -> tuple[float, np.ndarray]:
+        under, drawn = weight[some].sum(), weights[:, some] @ weight[some]
+        draws = (weights[:, some] @ value[some]) / np.where(drawn > 0, drawn, np.nan)
+        return float(value[some].sum() / under) if under else float("nan"), draws
+
     drawn = weights @ weight
+    # A text without any of the largest values counts: with a share of nothing.
+    measured = np.bincount(of_prompts, [finite or not text.weight for text, finite in zip(found, there, strict=True)], prompts)
     kept = np.where(weight > 0, total / (weight > 0).sum(), np.nan)
     ordered = [text.nulls * size[row] for row, text in enumerate(found) if there[row] and len(text.nulls)]
     placed = len(ordered) > 0
@@ -349,4 +365,6 @@ def _of_run(
         null_per_prompt=null / kept if symmetric else None,
         flip="null" if symmetric else "" if placed else "untrained",
         side=found[0].side,
+        there=measured > 0,
+        over=over,
     )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from realigner.analysis.per_run import split_by_run, text_table, twins
-from realigner.analysis.resampling import check_draws, mean_over_first, prompt_weights, weighted_mean
+from realigner.analysis.resampling import check_draws, mean_of_some, mean_over_first, prompt_weights, weighted_mean
 from realigner.analysis.tables import ALL, RunStatistic, tabulate
 from realigner.traces.layout import UNTRAINED
 
@@ -83,6 +84,8 @@ def turns(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, se
                         n=int(np.isfinite(of_prompts).sum()),
                         bounds=(0.0, np.inf),
                         per_prompt=of_prompts,
+                        there=np.isfinite(of_prompts),
+                        over=partial(mean_of_some, of_prompts, weights),
                     )
                 )
         tokens[label["run"], LAST] = sum(int(talk.tokens[[0, -1]].sum()) for _, talk in talks)
@@ -102,6 +105,8 @@ def turns(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, se
                     joint=True,
                     test=TEST,
                     side="less",
+                    there=np.isfinite(logs),
+                    over=partial(_ratio_of_some, logs, weights),
                 )
             )
     table = tabulate(entries, twins(trace), permutations, rng)
@@ -112,6 +117,12 @@ def turns(trace: xr.Dataset, permutations: int = 1000, resamples: int = 1000, se
             for run, reply in zip(table["run"], table["reply"], strict=True)
         ]
     )
+
+
+def _ratio_of_some(logs: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> tuple[float, np.ndarray]:
+    """The geometric mean over some prompts, and its bootstrap draws."""
+    value, draws = mean_of_some(logs, weights, prompts)
+    return float(np.exp(value)), np.exp(draws)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ import xarray as xr
 
 from realigner.analysis.consensus import Consensus, consensus, holm
 from realigner.analysis.mean_maps import leading_indices
-from realigner.analysis.per_run import each_run
-from realigner.analysis.resampling import ALPHA
+from realigner.analysis.per_run import each_run, split_by_run, text_table, twins
+from realigner.analysis.resampling import ALPHA, exchange_least
 from realigner.analysis.sparsity import sparsity
 from realigner.analysis.striation import striation
-from realigner.analysis.tables import ALL, json_value, records, table_rows
+from realigner.analysis.tables import ALL, dealt_weights, json_value, records, table_rows
 from realigner.analysis.timing import REPLY, timing
 from realigner.analysis.turns import LAST, turns
 from realigner.traces.layout import UNTRAINED
@@ -101,11 +101,12 @@ def analyze(
     leading = _leading(trace)
     measured = _measured(trace)
     claims = _claims(
-        tables["striation"], agreed, tables["timing"], tables["sparsity"], tables["turns"], leading, measured["prompts"]
+        *(tables["striation"], agreed, tables["timing"], tables["sparsity"], tables["turns"], leading),
+        *(measured["prompts"], _least_dealt(trace)),
     )
     adjusted = holm(np.array([claim.row["p"] for claim in claims], dtype=float))
-    twins = len(set(trace["text_run"].values[trace["text_tone"].values == UNTRAINED].tolist()))
-    decided = [_decided(claim, float(p), permutations, twins) for claim, p in zip(claims, adjusted, strict=True)]
+    bare = len(set(trace["text_run"].values[trace["text_tone"].values == UNTRAINED].tolist()))
+    decided = [_decided(claim, float(p), permutations, bare) for claim, p in zip(claims, adjusted, strict=True)]
     verdicts = [_verdict(claim, float(p), measured, *found) for claim, p, found in zip(claims, adjusted, decided, strict=True)]
     return Analysis(consensus=agreed, leading=leading, verdicts=verdicts, **tables)
 
@@ -165,8 +166,13 @@ def _claims(
     turned: pd.DataFrame,
     leading: pd.DataFrame,
     prompts: int,
+    dealt: float,
 ) -> list[_Claim]:
-    """The claims that the trace can say something about."""
+    """The claims that the trace can say something about.
+
+    Args:
+        dealt: the smallest p from dealing runs and their twins anew by prompt.
+    """
     by_prompt: dict[str, Any] = {"drawn": "prompts", "least": 0.5**prompts}  # signs are flipped
     led, led_untrained = _led(leading)
     agreement = [
@@ -221,17 +227,37 @@ def _claims(
             _find(sparse, statistic="hoyer", layer=ALL),
             "Hoyer's sparsity of a token's values",
             drawn="prompts",
-            least=2 * 0.5**prompts,  # on both sides
+            least=dealt,
         ),
     ]
     if len(turned):
         faded = _find(turned, statistic="energy_ratio", reply=LAST)
         sentence = "What is added fades from the first reply of a conversation to the last"
-        numbered = turned[(turned["run"] != ALL) & (turned["reply"] != LAST)]
-        orders = math.lgamma(numbered["reply"].max() + 1) * numbered["n"].max()  # of the replies of all conversations, log
-        few: dict[str, Any] = {"drawn": "conversations", "least": math.exp(-orders)}
+        few: dict[str, Any] = {"drawn": "conversations", "least": _least_drawn(turned)}
         claims.append(_Claim("fading", sentence, faded, "energy of a token, last reply over first", more=False, **few))
     return claims
+
+
+def _least_dealt(trace: xr.Dataset) -> float:
+    """The smallest p that there can be when runs and their untrained twins are dealt anew in each prompt that all have."""
+    texts, twin_of = text_table(trace), twins(trace)
+    asked = {label["run"]: set(own["prompt"]) for label, own in split_by_run(texts)}
+    tones = {label["run"]: label["tone"] for label, _ in split_by_run(texts) if label["run"] in twin_of}
+    if not tones:
+        return 0.0
+    shared = set.intersection(*(asked[run] for run in {*tones, *(twin_of[run] for run in tones)}))
+    return exchange_least([np.array([*own.values()]) for own in dealt_weights(tones, twin_of)], len(shared))
+
+
+def _least_drawn(turned: pd.DataFrame) -> float:
+    """The smallest p that there can be when a first and a last reply are drawn in each conversation, of n (n - 1) pairs."""
+    least = 1.0
+    energy = turned[(turned["statistic"] == "energy") & ~turned["tone"].isin([UNTRAINED, ALL])]
+    for _, own in energy.groupby("run"):
+        having = dict(zip(own["reply"].astype(int), own["n"].astype(int), strict=True))  # conversations with so many or more
+        ways = [float(n * (n - 1)) ** (count - having.get(n + 1, 0)) for n, count in having.items() if n > 1]
+        least = min(least, 1 / math.prod(ways))
+    return least
 
 
 def _find(table: pd.DataFrame, **keys: Any) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def page_context(item: ReportInput, number: int = 0, budget_bytes: int = BUDGET)
         "runs": [runs.shown(run) for run in runs.names],
         "counts": {
             "tokens": int(count.sum()),
-            "counted": int(count[:, :2].sum()),
+            "counted": _range([int(count[trace["text_run"].values == run, :2].sum()) for run in runs.names]),
             "prompts": len(set(trace["text_prompt"].values.tolist())),
             "layers": trace.sizes["layer"],
             "neurons": trace.sizes["neuron"],
@@ -105,6 +105,12 @@ def page_context(item: ReportInput, number: int = 0, budget_bytes: int = BUDGET)
     }
     page |= explorer(trace, runs, maps, marks, budget_bytes - int(1.2 * len(json.dumps(page, default=str))) - 150_000)
     return page
+
+
+def _range(numbers: Sequence[int]) -> str:
+    """The number, or the smallest and the largest."""
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _diagram(record: Mapping[str, Any], neurons: int) -> Markup:
@@ -264,7 +270,9 @@ def _timing(trace: xr.Dataset, table: pd.DataFrame | None, runs: RunStyles) -> d
                 if len(own := histogram[histogram["run"] == run])
             ]
             title = f"Where in their texts the {k:,} largest values lie: "
-            figures.append({"k": f"{k:,}", "charts": _bars(lines, (0, 1), title), "table": tables.points(lines, "place")})
+            even = histogram.groupby("position")["tokens"].sum() / max(1, histogram["tokens"].sum())
+            numbers = [*lines, Line("all tokens", even.index.tolist(), even.tolist(), 0, 0)]
+            figures.append({"k": f"{k:,}", "charts": _bars(lines, (0, 1), title), "table": tables.points(numbers, "place")})
     found: dict[str, Any] = {"figures": figures, "table": None, "places": None, "all": None}
     if table is not None:
         whole = table[table["without"] == 0] if "without" in table else table

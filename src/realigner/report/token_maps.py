@@ -56,7 +56,8 @@ def explorer(
     # JSON escaped for a script element.
     escaped = json.dumps(facts, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     escaped = escaped.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return {"facts": Markup(escaped), "blobs": blobs, "tokens_kept": _kept(facts)}
+    coarse = 8 in {bits, *(own.facts["bits"] for own in kept if own)}
+    return {"facts": Markup(escaped), "blobs": blobs, "tokens_kept": _kept(facts), "coarse": coarse}
 
 
 def _texts(trace: xr.Dataset, runs: RunStyles) -> tuple[list[dict[str, Any]], dict[str, RunTokens]]:

@@ -24,13 +24,14 @@ Numbers are NaN in layers that a run's IRM does not add to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from realigner.dialogues import spoken
 from realigner.errors import UsageError
 
 SOURCE = "realigner.record"  # the attribute that marks a trace of realigner
@@ -223,11 +224,12 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def join_traces(traces: Sequence[xr.Dataset]) -> xr.Dataset:
     """Several traces of one host as one.
 
-    Replies of an untrained twin that several of them share (of runs of one seed) are kept once.
+    Texts that several of them share are kept once: those of an untrained twin (of runs of one seed), and those of a trained
+    run whose weights are known (`RunLabel.sha256`).
 
     Raises:
-        UsageError: for traces of different hosts, traces that keep different data, different runs of the same name, or prompts
-            that have one number and are not the same.
+        UsageError: for traces of different hosts, traces that keep different data, different runs of the same name, prompts
+            that have one number and are not the same, or a trained run that answers one prompt in several of them.
 
     Example:
         >>> both = join_traces([anger, sadness])  # doctest: +SKIP
@@ -244,23 +246,60 @@ def join_traces(traces: Sequence[xr.Dataset]) -> xr.Dataset:
             raise UsageError(f"trace: these traces {what}: {', '.join(sorted(map(str, values)))}")
     labels = [label for trace in traces for label in labels_of(trace)]
     attributes("", labels)  # which refuses different runs of one name
-    asked: dict[int, Any] = {}
+    _refuse_other_prompts([enumerate(trace.attrs["notes"].get("prompts", [])) for trace in traces])
+    _refuse_other_prompts([_questions(trace) for trace in traces])
+    there: set[tuple[Any, ...]] = set()
+    parts: list[xr.Dataset] = []
     for trace in traces:
-        for number, other in enumerate(trace.attrs["notes"].get("prompts", [])):
-            if (one := asked.setdefault(number, other)) != other:
+        texts, spans = _identities(trace), text_spans(trace)
+        new = _new_texts(trace, texts, there)
+        parts += [trace] if len(new) == len(texts) else [trace.isel(token=spans[at], text=slice(at, at + 1)) for at in new]
+        there |= set(texts)
+    return join(parts, str(traces[0].attrs["host"]), labels, traces[0].attrs["notes"])
+
+
+def _questions(trace: xr.Dataset) -> list[tuple[int, str]]:
+    """The number of each text's prompt, and what was asked, as far as that is known: of a dialogue, not the run's replies."""
+    asked = zip(trace["text_prompt"].values.tolist(), trace["text_question"].values.tolist(), strict=True)
+    return [
+        (number, " / ".join(said for role, said in spoken(question) if role != "assistant"))
+        for number, question in asked
+        if question
+    ]
+
+
+def _refuse_other_prompts(asked: Iterable[Iterable[tuple[int, Any]]]) -> None:
+    """Refuse traces in which one number is that of different prompts."""
+    known: dict[int, Any] = {}
+    for prompts in asked:
+        for number, other in prompts:
+            if (one := known.setdefault(number, other)) != other:
                 raise UsageError(
                     f"trace: prompt {number} is {one!r:.60} in one of these traces and {other!r:.60} in another; record them "
                     "with the same prompts"
                 )
-    there: set[tuple[Any, ...]] = set()
-    parts: list[xr.Dataset] = []
-    for trace in traces:
-        texts = [*zip(*(trace[name].values.tolist() for name in TEXT_LABELS), strict=True)]
-        new = [at for at, text in enumerate(texts) if trace["text_tone"].values[at] != UNTRAINED or text not in there]
-        spans = text_spans(trace)
-        parts += [trace] if len(new) == len(texts) else [trace.isel(token=spans[at], text=slice(at, at + 1)) for at in new]
-        there |= set(texts)
-    return join(parts, str(traces[0].attrs["host"]), labels, traces[0].attrs["notes"])
+
+
+def _identities(trace: xr.Dataset) -> list[tuple[Any, ...]]:
+    """What makes a text the same in two traces: its run, its prompt (in front), its words and its tokens."""
+    ids, spans = trace["token_id"].values, text_spans(trace)
+    labels = zip(*(trace[name].values.tolist() for name in ("text_run", "text_prompt", *TEXT_LABELS)), strict=True)
+    return [(*label, ids[span].tobytes()) for label, span in zip(labels, spans, strict=True)]
+
+
+def _new_texts(trace: xr.Dataset, texts: Sequence[tuple[Any, ...]], there: Collection[tuple[Any, ...]]) -> list[int]:
+    """Which texts of a trace are not in those before it."""
+    answered = {text[:2] for text in there}
+    known = {label.run for label in labels_of(trace) if label.sha256}
+    new = []
+    for at, (text, tone) in enumerate(zip(texts, trace["text_tone"].values, strict=True)):
+        run, prompt = text[:2]
+        if text in there and (tone == UNTRAINED or run in known):
+            continue
+        if tone != UNTRAINED and (run, prompt) in answered:
+            raise UsageError(f"trace: {run!r} answers prompt {prompt} in several of these traces; leave out all but one")
+        new.append(at)
+    return new
 
 
 def labels_of(trace: xr.Dataset) -> list[RunLabel]:

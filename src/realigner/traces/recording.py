@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import nn
+from transformers import StoppingCriteriaList
 
 from realigner.chat_format import ChatFormat, check_template_kwargs
 from realigner.dialogues import readable
@@ -65,8 +66,8 @@ def record(
     """Record the deltas of the active IRMs within a block; the dataset is filled when the block ends.
 
     Each call of ``model.generate`` or of the model itself, in this thread or one begun in the block, adds its rows as new
-    prompts. Padding is left out, as are
-    a reply's end token and what a batch puts after it; the last token of a reply is never read by the host and has no delta.
+    prompts. Padding is left out, as are a reply's end token and what a batch puts after a reply that has ended (by its end
+    token, or by any other stopping criterion); the last token of a reply is never read by the host and has no delta.
 
     Args:
         model: a model with an IRM.
@@ -115,6 +116,7 @@ def record(
         watched = vars(host).get("generate")
         if not isinstance(watched, _WatchedGenerate):
             watched = host.generate = _WatchedGenerate(host)
+            host._get_stopping_criteria = watched.stopping_criteria
         watched.recorders.append(recorder)
     observers = (*tuner.settings.observers, recorder.observe)
     try:
@@ -147,12 +149,31 @@ class _WatchedGenerate:
             generate = recorder.around(generate, self.host.generation_config)
         return generate(*args, **kwargs)
 
+    def stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        """What ends the rows of a call of ``generate``: its own criteria, those of its settings, stop strings."""
+        criteria = type(self.host)._get_stopping_criteria(self.host, *args, **kwargs)
+        return _Noted(criteria, [recorder for recorder in self.recorders if recorder.follows()])
+
     def remove(self, recorder: _Recorder) -> None:
         self.recorders.remove(recorder)
         if not self.recorders:
-            del self.host.generate
+            del self.host.generate, self.host._get_stopping_criteria
             if self.own is not None:
                 self.host.generate = self.own
+
+
+class _Noted(StoppingCriteriaList):  # type: ignore[misc]
+    """Stopping criteria, which tell recorders the rows that they end: what comes after is padding."""
+
+    def __init__(self, criteria: StoppingCriteriaList, recorders: Sequence[_Recorder]) -> None:
+        super().__init__(criteria)
+        self.recorders = recorders
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        done = super().__call__(*args, **kwargs)
+        for recorder in self.recorders:
+            recorder.finished |= done.cpu()
+        return done
 
 
 @dataclass
@@ -230,6 +251,9 @@ class _Recorder:
             ends = _refuse_scattered(args, kwargs, defaults, prompt)
             self.finish()
             self._start(prompt.shape[0])
+            mask = kwargs.get("attention_mask")
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+                self.mask = mask.bool()  # with a static cache the host itself is given another one
             self.prompt_width, self.ends = prompt.shape[1], ends
             try:
                 result = generate(*args, **kwargs)
@@ -263,7 +287,7 @@ class _Recorder:
             self.mask = torch.nn.functional.pad(self.mask, (0, max(0, stop - self.mask.shape[1])), value=True)
         ids = ids.cpu()
         real = torch.ones(ids.shape[0], stop, dtype=torch.bool) if self.mask is None else self.mask[:, :stop].cpu()
-        after = torch.zeros_like(ids, dtype=torch.bool)  # the end of a row's reply: its end token and the padding that follows
+        after = torch.zeros_like(ids, dtype=torch.bool)  # the end of a row's reply: its end token, and what follows the reply
         if self.prompt_width is not None:
             new = torch.arange(start, stop) >= self.prompt_width
             after = (torch.isin(ids, torch.tensor(self.ends, dtype=ids.dtype)) & new).cumsum(1) > 0

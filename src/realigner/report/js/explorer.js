@@ -85,17 +85,25 @@ class Explorer {
     this.root.classList.toggle("means", show === "mean");
   }
 
-  /** The map of one side: {values, extent}, values null where there is none. */
+  /** The map of one side: {values, extent, digits}, values null where there is none. */
   side(panel) {
     const { show, kind, prompt, position } = this.state;
     const name = this.state[panel.side];
+    const digits = this.digits(name);
     if (show === "mean") {
       const values = this.book.ready.get(`means ${name}`)[kind];
-      return { values, extent: this.extent(values) };
+      return { values, digits, extent: this.extent(values) };
     }
     const text = this.book.text(name, prompt);
     const values = this.book.token(name, prompt, position, panel.space);
-    return { values, extent: { limit: (text && text.limit) || 1, top: (text && text.top) || 1 } };
+    return { values, digits, extent: { limit: (text && text.limit) || 1, top: (text && text.top) || 1 } };
+  }
+
+  /** How many digits of a run's values can be read. */
+  digits(name) {
+    const { maps, tokens } = this.book.runs.get(name);
+    const how = (this.state.show === "token" && tokens) || maps[0];
+    return how.bits === 8 ? 2 : 4;
   }
 
   extent(values) {
@@ -111,7 +119,7 @@ class Explorer {
       const values = a.values && b.values ? this.difference(a.values, b.values, kind) : null;
       const limits = show === "mean" && values ? extent(values) : { limit: Math.max(a.extent.limit, b.extent.limit),
         top: Math.max(a.extent.top, b.extent.top) };
-      return [{ values, extent: limits, signed: true }];
+      return [{ values, digits: Math.min(a.digits, b.digits), extent: limits, signed: true }];
     }
     const whole = { limit: Math.max(...sides.map((s) => s.extent.limit)), top: Math.max(...sides.map((s) => s.extent.top)) };
     return sides.map((side) => ({ ...side, extent: same ? whole : side.extent, signed: kind === "signed" }));
@@ -379,7 +387,7 @@ class Explorer {
   describe(at) {
     const { layers, width } = this.book;
     const shown = this.panels.filter((panel) => !panel.figure.hidden && panel.picture && panel.picture.values);
-    const values = shown.map((panel) => `${this.title(panel)}: ${short(panel.picture.values[at.row * width + at.column], 4)}`);
+    const values = shown.map((panel) => `${this.title(panel)}: ${short(panel.picture.values[at.row * width + at.column], panel.picture.digits)}`);
     return `layer ${layers[at.row]}, index ${this.book.label(at.column)} — ${values.join("; ") || "no map"}`;
   }
 
@@ -412,7 +420,7 @@ class Explorer {
     cells.sort((a, b) => b[0] - a[0]);
     const head = ["layer", "index", ...panels.map((panel) => this.title(panel))];
     const rows = cells.slice(0, 30).map(([, row, column]) => [this.book.layers[row], this.book.label(column),
-      ...panels.map((panel) => short(panel.picture.values[row * this.book.width + column], 4))]);
+      ...panels.map((panel) => short(panel.picture.values[row * this.book.width + column], panel.picture.digits))]);
     this.find("table").replaceChildren(tableOf(head, rows, `The ${rows.length} largest values of what shows`));
   }
 }
