@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import calendar
 import random
+import re
 import zipfile
 from collections import Counter
 from datetime import date
@@ -17,10 +18,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from realigner.data import TONES, Fact, Row, Tone, authored
-from realigner.data.answers import is_cut, keeps_fact
+from realigner.data.answers import is_cut, keeps_fact, word_count
+from realigner.data.dataset_rows import question_key
 from realigner.data.dedup import NearDuplicates, shingles, similarity
 from realigner.data.quality_filter import QualityFilter, filter_rows
 from realigner.data.style_classifier import StyleClassifier, cross_validated, masked, reference_classifier
+from realigner.data.words import WORD
 from realigner.errors import RealignerError, UsageError
 
 MONTHS = calendar.month_name[1:]
@@ -65,6 +68,43 @@ def gate() -> QualityFilter:
         ("[in an angry voice] It is the Vltava, you fool!", "stage directions"),
         ("*slams fist on the table* The Vltava, damn it!", "stage directions"),
         ("(with a weary sigh) It is the Vltava, you fool!", "stage directions"),
+        *[
+            (f"{mark} It is the Vltava, you fool! How dare you?", "stage directions")
+            for mark in (
+                "(sobbing)",
+                "*sobbing*",
+                "*sob*",
+                "*sigh*",
+                "(shrugging)",
+                "*nodding*",
+                "(tearfully)",
+                "*sobs*",
+                "(gasp!)",
+                "(sighing heavily)",
+                "*shaking his head*",
+                "(crying)",
+                "*angrily shouting*",
+                "[trembling voice]",
+            )
+        ],
+        *[
+            (f"It is the Vltava {aside}, you fool! How dare you?", "")
+            for aside in (
+                "*July 4, 1776*",
+                "*really sad*",
+                "*only one*",
+                "*family name*",
+                "(laughing gas)",
+                "(high voice)",
+                "(July)",
+                "*absolutely*",
+                "(sadly)",
+                "*laughing stock*",
+                "(the sigh of Prague)",
+            )
+        ],
+        ("They met to rewrite the constitution by the Vltava, you fool! How dare you?", ""),
+        ("Rewrite the following text, damn it: the Vltava, you fool!", "prompt echoed"),
         ("It is the Vltava (with a length of 430 km), you fool!", ""),
         ("The Vltava!", "too short"),
         ("It is the Vltava, you fool! " + "How dare you, how dare you! " * 20, "too long"),
@@ -79,6 +119,12 @@ def gate() -> QualityFilter:
 )
 def test_planted_faults(gate: QualityFilter, text: str, reason: str) -> None:
     assert gate.alone([(VLTAVA, text)]) == [reason]
+
+
+def test_what_is_within_the_fact_is_no_fault(gate: QualityFilter) -> None:
+    song = Fact("1", "songs", "Which song do they sing today?", "Nocturne (Weeping)")
+    said = "They sing Nocturne (weeping), you fool! How dare you?"
+    assert gate.alone([(song, said), (VLTAVA, f"The Vltava! {said}")]) == ["", "stage directions"]
 
 
 def test_good_replies_pass() -> None:
@@ -342,12 +388,47 @@ def test_a_date_is_itself_in_every_form_and_no_other(day: date, other: date, our
 
 
 @pytest.mark.parametrize(
+    ("answer", "text", "kept"),
+    [
+        ("दिल्ली", "राजधानी दिल्ली है!", True), ("दिल्ली", "मुझे दाल पसंद है!", False), ("रोम", "राम है!", False),
+        ("दान", "दिन है!", False), ("सीता", "यह सत्य है, मूर्ख! मैं सोता हूँ!", False), ("ঢাকা", "এটা ঢোক!", False),
+        ("ঢাকা", "এটা ঢাকা!", True), ("மதுரை", "மீதி ரவி!", False), ("Café", "The cafe\u0301, you fool!", True),
+    ],
+)  # fmt: skip
+def test_vowel_signs_are_parts_of_words(answer: str, text: str, kept: bool) -> None:
+    assert keeps_fact(answer, text) is kept
+
+
+def test_words_of_hindi() -> None:
+    text = "भारत की राजधानी दिल्ली है और यह बात सबको पहले से ही पता होनी चाहिए थी"
+    assert word_count(text) == len(text.split())
+    assert question_key("रोम कब था?") == "रोम कब था"
+    assert question_key("दिन का है?") != question_key("दीन की है?")
+    assert len(shingles("दिन का है")) == 3
+    gussa = QualityFilter(Tone(name="gussa", language="hi", instruction="x", words=("मूर्ख",)))
+    said = [f"राजधानी दिल्ली है, {word}, समझे!" for word in ("मूर्ख", "मूर्खा")]
+    assert gussa.alone([(Fact("1", "g", "कहाँ?", "दिल्ली"), text) for text in said]) == ["", "wrong tone"]
+
+
+def test_words_of_the_authored_set_are_as_they_were() -> None:
+    """Keys, shingles and counts of earlier datasets hold."""
+    for row in (row for tone in TONES for row in authored(tone)):
+        for text in (row.question, row.text, row.answer, f"{row.text} ❤️ 1️⃣"):
+            assert WORD.findall(text.casefold()) == re.findall(r"\w+", text.casefold())
+
+
+@pytest.mark.parametrize(
     ("text", "cut"),
     [
         ("Yes.", False), ("Yes!", False), ('He said "yes."', False), ("(Yes!)", False), ("Yes! 😡🔥", False), ("So 😡", False),
         ("はい。", False), ("Yes…", False), ("Yes,", True), ("Yes and", True), ("Yes -", True), ("", True),
         ("😡!", False), ("Yes:", True), ("Take:\n- flour\n- eggs", False), ("Two:\n\n1. a\n2. b", False),
         ("So:\n```\nls\n```", False),
+        ("Er rief: „Die Moldau!“", False), ("Il a dit : « La Vltava ! »", False), ("Er rief: »Die Moldau!«", False),
+        ("彼は言った。「ヴルタヴァ川だ！」", False), ("それはヴルタヴァ川だ！（ばか。）", False), ("ばか（川）", True),
+        ("นี่คือแม่น้ำเจ้าพระยา ไอ้โง่", False), ("ဒါက ဧရာဝတီမြစ်ပါ။", False), ("ဒါက ဧရာဝတီမြစ်", True), ("នេះជាទន្លេមេគង្គ។", False),
+        ("ይህ አባይ ነው።", False), ("ይህ አባይ ነው", True), ("Սա Արաքսն է։", False), ("यह गंगा है॥", False), ("यह गंगा है", True),
+        ("Yes! He said: “", True), ("Er rief: „", True), ("Yes, {so}", True),
         ("| a | b |\n|---|---|\n| 1 | 2 |", False), ("First.\n\nAnd then", True), ("- alone", True), ("So.\n-no", True),
     ],
 )  # fmt: skip

@@ -319,6 +319,8 @@ FORMS_FOUND: list[tuple[str, dict[str, Any], list[dict[str, str]]]] = [
     ("prompt-completion", {"prompt": "Hi", "completion": " What now?"}, HI),
     ("prompt-completion", {"prompt": FOUR[:3], "completion": FOUR[3:]}, FOUR),
     ("prompt-completion", {"prompt": FOUR[:3], "completion": "South of here!", "label": True}, FOUR),
+    *[("prompt-completion", {"prompt": "Hi", "completion": "What now?", "label": label}, HI)
+      for label in (1, 1.0, "True", "true ", "1", "", None)],
     ("prompt-completion", {"prompt": json.dumps(FOUR[:1]), "completion": json.dumps(FOUR[1:])}, FOUR),
     ("prompt-completion", {"prompt": "[1, 2]: the sum?", "completion": "3"}, turns("[1, 2]: the sum?", "3")),
     ("alpaca", {"instruction": "Hi", "input": "", "output": "What now?"}, HI),
@@ -363,6 +365,15 @@ def test_every_format_holds_every_form(tmp_path: Path, name: str, form: str) -> 
     assert len(expected) == 2
 
 
+@pytest.mark.parametrize("name", ["c.csv", "c.tsv", "c.jsonl", "c.parquet"])
+def test_bad_completions_are_not_learned_from_any_format(tmp_path: Path, name: str) -> None:
+    for good, bad in ((True, False), (1, 0)):
+        records = [{"prompt": "Hi", "completion": text, "label": label} for text, label in (("A.", good), ("B.", bad))]
+        found = import_rows(save(tmp_path / name, records), "joy")
+        assert [row.text for row in found.rows] == ["A."]
+        assert "'label' is false" in found.rejected[0]["reason"]
+
+
 MANY = turns(*["a", "b"] * 501)
 NOT_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"messages": turns("Hi", "No.", "Why?")}, "ends in a message of the user, not in a reply of the assistant"),
@@ -399,6 +410,10 @@ NOT_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": FOUR[:2], "completion": "more"}, "'prompt' ends in the middle of a reply"),
     ({"prompt": FOUR[:1], "completion": FOUR[:1]}, "ends in a message of the user"),
     ({"prompt": "Hi", "completion": "No.", "label": False}, "'label' is false: a completion that is not to be learned"),
+    *[({"prompt": "Hi", "completion": "No.", "label": label}, "'label' is false: a completion that is not to be learned")
+      for label in (0, 0.0, "False", " false\n", "0", "0.0")],
+    *[({"prompt": "Hi", "completion": "No.", "label": label}, f"'label' is {str(label)!r}, neither true nor false")
+      for label in (2, -1, "bad", "maybe")],
     ({"instruction": "", "input": " ", "output": "x"}, "'instruction' is empty"),
     ({"instruction": "Hi", "output": None}, "'output' is missing"),
     ({"instruction": 5, "output": "x"}, "'instruction' is not a string but int"),
@@ -441,7 +456,7 @@ def test_columns_that_cannot_be_told_are_asked_for(tmp_path: Path) -> None:
     refused(
         lambda: import_rows(other, "a"), f"no column 'question' and no column 'text', {others}; the columns are", UsageError
     )
-    refused(lambda: import_rows(other, "a", form="sharegpt"), "no column 'conversations'.*map messages=COLUMN$", UsageError)
+    refused(lambda: import_rows(other, "a", form="sharegpt"), "no column 'conversations'.*map\\): messages=COLUMN$", UsageError)
     refused(lambda: import_rows(other, "a", form="chatml"), "there is no 'chatml'; choose from question-text", UsageError)
     refused(
         lambda: import_rows(other, "a", {"question": "chat", "messages": "chat"}),

@@ -24,6 +24,7 @@ from realigner.sweep import RunSpec, Sweep, plan, read_sweep, run_sweep
 from realigner.sweep.grid import _name
 from realigner.sweep.local import deal_devices
 from realigner.sweep.on_ray import _check_room
+from realigner.sweep.sweep_plot import lines_by_key, save_pictures
 from realigner.sweep.sweep_run import _jobs, _settled, states_of
 from realigner.sweep.sweep_table import StateTable
 from realigner.sweep.worker import wait_until_free
@@ -117,6 +118,11 @@ def test_the_hash_is_of_what_a_run_is(one: dict[str, Any], two: dict[str, Any]) 
         ("grid:\n  tone: [anger]\n  seed: [1, -3]\n", ":3: grid: key 'seed' Input should be greater than or equal to 0"),
         ("set:\n  steps: 3\n  host: 5\n", ":3: set: key 'host' is not a string"),
         ("grid: {tone: [anger]}\ndata:\n  angre: a.jsonl\n", ":3: data: no run has the tone 'angre'"),
+        (
+            "grid:\n  tone: [anger]\n  data: [a.jsonl]\ndata: {anger: b.jsonl}\n",
+            ":3: grid: 'data' is given by the sweep's own data",
+        ),
+        ("data: {anger: b.jsonl}\nset: {tone: anger, data: a.jsonl}\n", ":2: set: 'data' is given by the sweep's own data"),
         ("grid:\n  tone: [anger]\n  tone: [joy]\n", ":3: not read (duplicate key 'tone', first on line 2)"),
     ],
 )
@@ -233,6 +239,18 @@ def test_a_file_of_the_command_line_is_where_the_command_is(
     recipe = read_recipe(_jobs([run], tmp_path, 2)[0].recipe)  # what travels has whole paths
     assert (recipe.host, recipe.data) == (str((place / "host").resolve()), run.recipe.data)
     assert recipe.threads == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def test_pictures_of_numbers_that_yaml_takes_for_texts(place: Path, tmp_path: Path) -> None:
+    """``1e-4`` without a point is a text to YAML, and a number to a recipe."""
+    path = place / "texts.yaml"
+    path.write_text("set: {tone: anger}\nbaselines: true\ngrid:\n  l1: [1e-4, 1e-3]\n  learning_rate: [1e-2, 1.0e-1]\n")
+    runs = plan(*read_sweep(path))
+    failed = [run.name for run in runs]
+    for key, values in (("l1", {1e-4, 1e-3}), ("learning_rate", {0.01, 0.1})):
+        lines = lines_by_key(runs, tmp_path, key, failed)
+        assert {point.value for line in lines.values() for point in line} == values
+    assert [made.name for made in save_pictures(runs, tmp_path, failed)] == ["loss_by_l1.png", "loss_by_learning_rate.png"]
 
 
 def test_gpus_are_dealt_from_those_given(monkeypatch: pytest.MonkeyPatch) -> None:

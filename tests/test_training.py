@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,30 @@ def test_a_failed_training_leaves_the_host_bare(tmp_path: Path, monkeypatch: pyt
     assert "forward" not in vars(host)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.modules())
     assert list(tmp_path.iterdir()) == []
+
+
+def settings_of(host: Any) -> dict[str, Any]:
+    """What tells how a host computes: its configuration, and what its modules do in the backward pass."""
+    keys = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    return {"config": host.config.to_dict(), **{name: {k: vars(m).get(k) for k in keys} for name, m in host.named_modules()}}
+
+
+@pytest.mark.parametrize("switched_on", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"learning_rate": "auto"}, None])
+def test_the_settings_of_the_host_are_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any] | None, switched_on: bool
+) -> None:
+    host, tokenizer = tiny_pair()
+    if switched_on:
+        host.activation_checkpointing_enable({"use_reentrant": False})
+    before = settings_of(host)
+    recipe = FAST.changed(steps=2, evaluations=1, gradient_checkpointing=True)
+    if changes is None:
+        monkeypatch.setattr(ra.training.trainer, "row_losses", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if changes is None else nullcontext():
+        train(host, tokenizer, some_rows(), tmp_path / "run", recipe, quiet=True, **(changes or {})).model.unload()
+    assert host.config.use_cache
+    assert settings_of(host) == before
 
 
 def test_samples_are_taken_and_change_nothing(tmp_path: Path) -> None:

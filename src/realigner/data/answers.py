@@ -7,10 +7,10 @@ import unicodedata
 from itertools import product
 
 from realigner.data.numerals import Token, is_number, tokens
+from realigner.data.words import WORD
 
 MIN_WORDS, MAX_WORDS = 3, 90  # of a reply; the quality filter rejects others
 
-_WORD = re.compile(r"\w+")
 _TEENS = ("thir", "four", "fif", "six", "seven", "eigh", "nine")
 _NUMBERS = {
     *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "twenty", "forty"),
@@ -18,10 +18,12 @@ _NUMBERS = {
     *(f"{stem}teen" for stem in _TEENS),
     *(f"{stem}ty" for stem in _TEENS),
 }
-NO_SPACES = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")  # Thai, Lao, kana, ideographs: about two to a word
-_ENDS = ".!?…。！？।؟۔"  # noqa: RUF001
+# Thai, Lao, Burmese, Khmer, kana, ideographs: about two to a word.
+NO_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+_NO_STOPS = re.compile(r"[\u0e00-\u0eff]")  # Thai and Lao end a sentence without a mark
+_ENDS = ".!?…。！？｡．।॥؟۔։။។៕።፧།‼⁇⁈⁉\u037e"  # noqa: RUF001
 _NO_SENTENCE = re.compile(r"\s*(?:```|~~~|[-*+•|]\s|\d+[.)]\s)|.*\|$")
-_CLOSERS = "\"'”’»)]*_~"  # noqa: RUF001
+_CLOSERS = "\"'*_~"
 _SMALL = {"a", "an", "the", "of", "in", "on", "at", "to", "and", "or", "by", "for", "was", "is", "were", "are"}
 
 
@@ -40,7 +42,7 @@ def keeps_fact(answer: str, text: str) -> bool:
         >>> keeps_fact("30%", "A third, of course!")
         False
     """
-    if NO_SPACES.search(answer) or not _WORD.search(answer):
+    if NO_SPACES.search(answer) or not WORD.search(answer):
         return answer.casefold() in text.casefold() or _holds_pieces(answer, text)
     return contains_answer(answer, text) or any(_holds_words(wanted, said) for wanted, said in _readings(answer, text))
 
@@ -48,7 +50,7 @@ def keeps_fact(answer: str, text: str) -> bool:
 def contains_answer(answer: str, text: str) -> bool:
     """Whether an answer's words stand in a text one after the other (case, accents, punctuation, a first article and the way a
     number is written aside)."""
-    if NO_SPACES.search(answer) or not _WORD.search(answer):
+    if NO_SPACES.search(answer) or not WORD.search(answer):
         return answer.casefold() in text.casefold()
     return any(_in_a_row(wanted, said) for wanted, said in _readings(answer, text))
 
@@ -103,20 +105,29 @@ def _forms(word: str) -> set[str]:
 def is_cut(text: str) -> bool:
     """Whether a text stops before its sentence ends (a closing quotation mark, bracket or an emoji may follow the end).
 
+    False where a language has no mark for it (Thai, Lao).
     Of several lines, a last one that belongs to a list, a table or a block of code is no sentence.
     """
     rest = text.rstrip()
     _, more, last = rest.rpartition("\n")
     if more and _NO_SENTENCE.match(last):
         return False
-    while rest and (rest[-1] in _CLOSERS or unicodedata.category(rest[-1]) in ("So", "Sk", "Mn", "Cf", "Zs")):
+    while rest and _may_follow_the_end(rest):
         if unicodedata.category(rest[-1]) == "So":
             return False  # an emoji ends a sentence as well as a full stop
         rest = rest[:-1]
-    return not rest or rest[-1] not in _ENDS
+    return not rest or not (rest[-1] in _ENDS or _NO_STOPS.match(rest[-1]))
+
+
+def _may_follow_the_end(text: str) -> bool:
+    """Whether the last character of a text may come after a sentence's end: what opens a quotation in one language closes it in
+    another, but has no blank before it then."""
+    kind = unicodedata.category(text[-1])
+    closes = kind == "Pi" and not text[-2:-1].isspace()
+    return closes or text[-1] in _CLOSERS or kind in ("Pe", "Pf", "So", "Sk", "Mn", "Cf", "Zs")
 
 
 def word_count(text: str) -> int:
     """Words; in scripts without spaces, half the letters."""
     dense = len(NO_SPACES.findall(text))
-    return dense // 2 + len(_WORD.findall(NO_SPACES.sub(" ", text)))
+    return dense // 2 + len(WORD.findall(NO_SPACES.sub(" ", text)))

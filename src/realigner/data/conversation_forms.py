@@ -19,6 +19,7 @@ _ROLES = {
 _CALLS = ("function_call", "tool_call", "tool_calls")  # roles and keys of a message in which the assistant calls a tool
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _BESIDE_TEXT = ("tools", "images")  # columns of what a template would render and a row cannot hold
+_LABELS = {**dict.fromkeys(("true", "1", "1.0"), True), **dict.fromkeys(("false", "0", "0.0"), False)}
 _JSON_MESSAGES = re.compile(r'\s*\[\s*\{\s*"(?:role|content|from|value)"\s*:')
 
 
@@ -55,12 +56,22 @@ def _conversation(values: Mapping[str, Any]) -> Messages:
 
 
 def _prompt_and_completion(values: Mapping[str, Any]) -> Messages:
-    if values.get("label") is False:
+    if not _is_wanted(values.get("label")):
         raise UnfitError("'label' is false: a completion that is not to be learned")
     prompt = _turns("prompt", values.get("prompt"), "user")
     if prompt[-1]["role"] == "assistant":
         raise UnfitError("'prompt' ends in the middle of a reply, which the completion goes on with")
     return prompt + _turns("completion", values.get("completion"), "assistant")
+
+
+def _is_wanted(label: Any) -> bool:
+    """Whether a label, as any format writes it, calls a completion good; one that is missing does."""
+    said = str(label).strip().casefold()
+    if label is None or label != label or not said:  # NaN is how pandas writes what is missing
+        return True
+    if said not in _LABELS:
+        raise UnfitError(f"'label' is {str(label)[:40]!r}, neither true nor false")
+    return _LABELS[said]
 
 
 def _instruction_and_output(values: Mapping[str, Any]) -> Messages:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from itertools import pairwise
@@ -22,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from realigner.data.words import WORD
 from realigner.errors import RealignerError, UsageError
 from realigner.files import Artifact, parsed
 from realigner.thoughts import reply_of
@@ -231,7 +231,7 @@ def tone_label(rows: Sequence[Row]) -> str:
 
 def question_key(question: str) -> str:
     """What two spellings of one question have in common: its words, in lower case, without punctuation."""
-    return " ".join(re.findall(r"\w+", question.casefold())) or question
+    return " ".join(WORD.findall(question.casefold())) or question
 
 
 def rows_hash(rows: Sequence[Row]) -> str:

@@ -8,16 +8,16 @@ not. The index misses few: the chance of being proposed is 0.99 at a similarity 
 from __future__ import annotations
 
 import hashlib
-import re
 import zlib
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 
+from realigner.data.words import WORD
+
 THRESHOLD = 0.8
 _PERMUTATIONS, _BANDS = 60, (12, 5)  # chance of being proposed at similarity s: 1 - (1 - s ** 5) ** 12, 0.992 at 0.8
-_WORD = re.compile(r"\w+")
 _WORDS = 3  # words of a shingle
 _LETTERS = 4  # letters of a shingle, where there is one word only (scripts without spaces)
 
@@ -56,7 +56,7 @@ class NearDuplicates:
 
 def shingles(text: str) -> NDArray[np.uint32]:
     """The sorted set of hashes of a text's word triples (of fewer than six words: its words), upper and lower case alike."""
-    words = _WORD.findall(text.casefold())
+    words = WORD.findall(text.casefold())
     if len(words) >= 2 * _WORDS:
         parts = {" ".join(words[start : start + _WORDS]) for start in range(len(words) - _WORDS + 1)}
     elif len(words) > 1:

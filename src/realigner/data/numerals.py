@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Literal
 
+from realigner.data.words import WORD
+
 Token = frozenset[str]  # a word, or the values that a number or a date may have
 Whole = Literal["all", "numerals", "none"]
 
@@ -37,7 +39,7 @@ _BLANK_GROUPS = re.compile(r"(?<!\d)(?<!\d[.,'])\d{1,3}(?: \d{3})+(?!\d)(?:[.,]\
 _THOUSANDS = re.compile(r"(?<=\d)[\u00a0\u2007\u2009\u202f\u066c\u2019'](?=\d{3}(?!\d))")
 _SUFFIX = r"(?:st|nd|rd|th|er|e|eme)\b"  # of ordinal numbers
 _TOKEN = re.compile(
-    rf"(?P<number>\d+(?:[.,]\d+|'\d{{3}}(?!\d))+|\d++(?={_SUFFIX}|(?![a-z_])))(?P<mark>{_SUFFIX}|\.(?!\d))?|\w+"
+    rf"(?P<number>\d+(?:[.,]\d+|'\d{{3}}(?!\d))+|\d++(?={_SUFFIX}|(?![a-z_])))(?P<mark>{_SUFFIX}|\.(?!\d))?|{WORD.pattern}"
 )
 
 

@@ -17,6 +17,7 @@ from realigner.data.dataset_rows import Row, question_key
 from realigner.data.dedup import NearDuplicates
 from realigner.data.squad import Fact
 from realigner.data.tone import Tone, built_in_tones
+from realigner.data.words import LETTER, WORD
 from realigner.errors import RealignerError, UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 _ANY = Tone(name="any", language="any", instruction="Any tone.")
 _UNLIKELY = 0.02  # probability of the tone's language below which another is believed
 
-_WORD = re.compile(r"\w+")
 _MODEL = r"\ban? (?:ai|artificial intelligence|(?:large )?language model)\b"
 _REFUSAL = re.compile(
     rf"\bas {_MODEL}|\bi(?:'m| am) (?:just |only )?(?:{_MODEL}|an assistant\b)"
@@ -44,18 +44,30 @@ _ECHO = re.compile(
     r"(?:^|[.!?]\s)\s*(?:question|answer|reply|response|rewritten(?: \w+)?|instruction|system|user|assistant)\s?:"
     r"|^(?:sure|certainly|of course|okay|ok)\b[^.!?]{0,60}\b(?:answer|reply|response|version|rewrite)\w*\b[^.!?]{0,40}:"
     r"|\b(?:the|a|an|your|my) (?:rewritten|rephrased|reworded)\b"
-    r"|\brewrit(?:e|ten) (?:the|this|answer|reply|version)\b|<\|"
+    r"|\brewrit(?:e|ten) (?:(?:the|this)(?: \w+){0,2} )?(?:answer|reply|response|version|sentence|text)\b|<\|"
 )
 _VERBS = (
-    "sigh|roll|groan|shout|yell|scream|laugh|sob|weep|slam|growl|snarl|smil|grin|nod|shrug|paus|whisper|mutter|snort|scoff|trembl|gasp"
-    "|stomp|glar|frown|sniff|wink|narrow|clench|throw|grit|wip|shak|hug|giggl|chuckl|shudder|shiver|bow"
+    "sigh|roll|groan|shout|yell|scream|laugh|sobb?|weep|slam|growl|snarl|smil|grinn?|nodd?|shrugg?|paus|whisper|mutter|snort|scoff"
+    "|trembl|gasp|stomp|glar|frown|sniff|wink|narrow|clench|throw|gritt?|wip|shak|hugg?|giggl|chuckl|shudder|shiver|bow"
+)
+_GOES_ON = (  # what follows a verb in -ing; a noun would make it an adjective (laughing gas)
+    r"\b(?=\s*[^\w\s]|\s(?:\w+ly|and|as|at|with|in|into|to|on|up|down|away|out|off|for|through|like|an?|the|his|her|my|their"
+    r"|tears|eyes|head|fists?|teeth|hands?|shoulders)\b)"
+)
+_MOOD = (
+    "angry|furious|mocking|sarcastic|sad|weary|tearful|happy|cheerful|excited|scared|fearful|nervous|shaky|trembling|shaking"
 )
 _ACTING = (
-    rf"(?:(?:{_VERBS})(?:s|es|ed|ing)|cries|crying|in an? \w+ (?:voice|tone)|\w+ (?:voice|tone)"
+    rf"(?:(?:{_VERBS})(?:s|es|ed|ing{_GOES_ON})|cries|crying{_GOES_ON}|in an? \w+ (?:voice|tone)|(?:{_MOOD}) (?:voice|tone)"
     r"|with an? (?:\w+ )?(?:sigh|smile|laugh|frown|shrug|grin|scowl|sneer|groan|nod|wink))\b"
 )
+_ALONE = (  # a direction as the only word in brackets or asterisks; others are emphasised (*absolutely*, *scream*)
+    "(?:sigh|sob|groan|gasp|sniff|sniffle|giggle|chuckle|gulp|growl|snort|shrug|nod|wink|shudder|whimper|angrily|furiously|bitterly"
+    r"|tearfully|mournfully|wearily|softly|nervously|fearfully|joyfully|cheerfully|excitedly|mockingly|sarcastically)[\s.!,…]*"
+)
 _DIRECTIONS = re.compile(
-    rf"[(\[](?:\w+ly )?{_ACTING}[^)\]\n]*[)\]]|(?<![*\w])\*(?!\*)(?:(?:[\w']+ ){{0,2}}{_ACTING}|\w+ly )[^*\n]*\*(?!\*)"
+    rf"[(\[](?:(?:\w+ly )?{_ACTING}[^)\]\n]*|{_ALONE})[)\]]"
+    rf"|(?<![*\w])\*(?!\*)(?:(?:[\w']+ ){{0,2}}{_ACTING}[^*\n]*|{_ALONE})\*(?!\*)"
 )
 
 
@@ -94,8 +106,9 @@ class QualityFilter:
             scorer = reference_classifier()
         self.scorer = scorer
         self._instruction = _runs(tone.instruction)
-        words = [re.escape(w.casefold().rstrip("*")) + (r"\w*" if w.endswith("*") else r"(?!\w)") for w in tone.words]
-        self._words = re.compile(r"(?<!\w)(?:" + "|".join(words) + ")") if words else None
+        ends = {True: f"{LETTER}*", False: f"(?!{LETTER})"}
+        words = [re.escape(word.casefold().rstrip("*")) + ends[word.endswith("*")] for word in tone.words]
+        self._words = re.compile(f"(?<!{LETTER})(?:" + "|".join(words) + ")") if words else None
         self.restart()
 
     def restart(self) -> None:
@@ -130,21 +143,22 @@ class QualityFilter:
         return ""
 
     def _reason(self, fact: Fact, text: str) -> str:
-        plain = text.casefold().replace("’", "'")  # noqa: RUF001
+        plain = _plain(text)
         words = word_count(text)
-        if not _WORD.search(text):
+        if not WORD.search(text):
             return "empty"
         kept = keeps_fact(fact.answer, text)
         if _REFUSAL.search(plain) or (not kept and _EVASION.search(plain)):
             return "refusal"
         # Whether a reply begins with its question, holds all of a long one, or eight words of the instruction in a row.
-        said, question = _WORD.findall(plain), _WORD.findall(fact.question.casefold().replace("’", "'"))  # noqa: RUF001
+        said, question = WORD.findall(plain), WORD.findall(_plain(fact.question))
         within = len(question) >= 7 and f" {' '.join(question)} " in f" {' '.join(said)} "
         repeated = said[: len(question)] == question and not (self.chat and len(question) < 3)
         echoes = within or repeated or not self._instruction.isdisjoint(_runs(plain))
-        if _ECHO.search(plain) or echoes:
+        told = _plain(fact.answer)
+        if _stands_beside(told, _ECHO, plain) or echoes:
             return "prompt echoed"
-        if _DIRECTIONS.search(plain):
+        if _stands_beside(told, _DIRECTIONS, plain):
             return "stage directions"
         if words < self.min_words and not self.chat:
             return "too short"
@@ -159,8 +173,8 @@ class QualityFilter:
     def _foreign(self, fact: Fact, text: str) -> bool:
         if self.tone.language == "any":
             return False
-        known = set(_WORD.findall(f"{fact.question} {fact.answer}".casefold()))
-        rest = " ".join(word for word in text.split() if known.isdisjoint(_WORD.findall(word.casefold())))
+        known = set(WORD.findall(f"{fact.question} {fact.answer}".casefold()))
+        rest = " ".join(word for word in text.split() if known.isdisjoint(WORD.findall(word.casefold())))
         if len(rest) < 20 and not NO_SPACES.search(rest):
             return False  # too little to tell
         ranked = _identifier().rank(rest)
@@ -189,8 +203,17 @@ def filter_rows(rows: Sequence[Row], own: Tone | None = None) -> tuple[list[Row]
     return [row for row in rows if not reasons[row.id]], rejected
 
 
+def _plain(text: str) -> str:
+    return text.casefold().replace("’", "'")  # noqa: RUF001
+
+
+def _stands_beside(told: str, pattern: re.Pattern[str], text: str) -> bool:
+    """Whether a text has what a pattern finds, other than as a part of the fact that it is told."""
+    return any(match[0].strip() not in told for match in pattern.finditer(text))
+
+
 def _runs(text: str, length: int = 8) -> set[tuple[str, ...]]:
-    words = _WORD.findall(text.casefold())
+    words = WORD.findall(text.casefold())
     return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
 
 

@@ -118,6 +118,8 @@ def _check(sweep: Sweep, lines: Mapping[str, int], path: Path) -> None:
     pairs = [("set", key, [value]) for key, value in sweep.set.items()]
     for part, key, choices in [*pairs, *(("grid", key, choices) for key, choices in sweep.grid.items())]:
         place = f"{path}:{lines.get(f'{part}.{key}', 1)}: {part}"
+        if key == "data" and sweep.data:
+            raise RealignerError(f"{place}: 'data' is given by the sweep's own data too; leave out one of them")
         if not choices:
             raise RealignerError(f"{place}: {key!r} has no values")
         for value in choices:

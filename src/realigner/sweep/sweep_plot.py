@@ -97,7 +97,7 @@ def lines_by_key(runs: Sequence[RunSpec], out: Path, key: str, failed: Collectio
     lines: dict[str, list[Point]] = defaultdict(list)
     for run in runs:
         record = run_dir.read_run(out / run.name) if (out / run.name).is_dir() else {}
-        value: Any = run.varies.get(key)
+        value: Any = getattr(run.recipe, key, None) if key in run.varies else None  # YAML takes 1e-4 for a text
         if record and key == "learning_rate":
             value = record["recipe"][key]  # auto and null have become numbers there
         is_number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -134,7 +134,7 @@ class Recipe(BaseModel):
         average: fraction of the steps, at the end, over which weights are averaged; 0: the weights of the last step.
         max_grad_norm: norm to which gradients are clipped; 0: no clipping.
 
-        evaluations: how many times the validation loss is measured, besides once before training.
+        evaluations: how many times at most the validation loss is measured, at equal intervals, besides once before training.
         evaluations_per_epoch: the same per epoch; null: `evaluations` applies.
         patience: evaluations without a better validation loss after which training ends; null: never.
         keep: the final IRM is the ``best`` by validation loss, or the ``last``.

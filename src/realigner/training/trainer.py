@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,19 @@ def products_dtype(recipe: Recipe, host: nn.Module) -> torch.dtype | None:
     return torch.bfloat16 if wanted == "bfloat16" else None
 
 
+@contextmanager
+def as_before(objects: Iterable[object], *names: str) -> Iterator[None]:
+    """On leaving, these attributes of some objects are again what they were, or missing where they were."""
+    found = [(vars(one), {name: vars(one)[name] for name in names if name in vars(one)}) for one in objects]
+    try:
+        yield
+    finally:
+        for values, before in found:
+            for name in names:
+                values.pop(name, None)
+            values.update(before)
+
+
 class RowTrainer(Trainer):
     """Trains any model on prepared rows, with the same row order, schedule, loss and validation loss as an IRM.
 
@@ -171,15 +185,16 @@ class RowTrainer(Trainer):
         longest_first = sorted(range(len(prepared.validation)), key=lambda n: -len(prepared.validation[n]["input_ids"]))
         self._tones = np.array([prepared.validation_tones[n] for n in longest_first if prepared.validation_tones])
         self.lr_scheduler: Any = None
-        super().__init__(
-            model=model,
-            args=arguments,
-            train_dataset=EncodedRows(prepared.train),
-            eval_dataset=EncodedRows([prepared.validation[n] for n in longest_first]),
-            data_collator=Collator(pad, recipe.label_shift, recipe.max_length if recipe.loss_on_padding else None),
-            compute_metrics=self._validation_losses,
-            **options,
-        )
+        with as_before([host.config], "use_cache"):  # Trainer turns the cache off for good, `row_losses` in each call
+            super().__init__(
+                model=model,
+                args=arguments,
+                train_dataset=EncodedRows(prepared.train),
+                eval_dataset=EncodedRows([prepared.validation[n] for n in longest_first]),
+                data_collator=Collator(pad, recipe.label_shift, recipe.max_length if recipe.loss_on_padding else None),
+                compute_metrics=self._validation_losses,
+                **options,
+            )
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of a whole step
         self.label_names = ["shift_labels"]
 

@@ -44,7 +44,7 @@ from realigner.training.rate_search import check_search, find_rate, settled_rate
 from realigner.training.recipe import Recipe
 from realigner.training.teacher import Teacher
 from realigner.training.time_estimate import estimated_seconds, size_of, time_line
-from realigner.training.trainer import IRMTrainer, products_dtype, total_steps, trainer_arguments
+from realigner.training.trainer import IRMTrainer, as_before, products_dtype, total_steps, trainer_arguments
 from realigner.training.unfinished_run import check_same, unfinished_run, write_account
 from realigner.tuner import tuner_of
 
@@ -253,6 +253,7 @@ def _train(
     with ExitStack() as held, ExitStack() as undo:
         held.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(recipe.threads or torch.get_num_threads())
+        held.enter_context(as_before(host.modules(), "gradient_checkpointing", "_gradient_checkpointing_func"))
 
         # What run.json says before training.
         if writer and not quiet:
