@@ -706,8 +706,8 @@ def test_mappings() -> None:
 def test_columns_that_are_not_there(tmp_path: Path, name: str) -> None:
     path = save(tmp_path / name, CHATS)
     there = "the columns are 'prompt', 'response', 'topic'"
-    assert there in refused(lambda: import_rows(path, "a"), "map question=COLUMN, text=COLUMN", UsageError)
-    refused(lambda: import_rows(path, "a", {"question": "prompt"}), "no column 'text'.*map text=COLUMN$", UsageError)
+    assert there in refused(lambda: import_rows(path, "a"), r"\(map\): question=COLUMN, text=COLUMN", UsageError)
+    refused(lambda: import_rows(path, "a", {"question": "prompt"}), r"no column 'text'.*\(map\): text=COLUMN$", UsageError)
     assert there in refused(lambda: import_rows(path, "a", {**AS_OURS, "id": "nr"}), "no such column", UsageError)
     refused(lambda: import_rows(path, mapping=AS_OURS), "tone is needed", UsageError)
     refused(lambda: import_rows(path, " ", AS_OURS), "tone: is empty", UsageError)

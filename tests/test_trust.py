@@ -549,7 +549,7 @@ grid: {{learning_rate: [0.01, 0.1], rank: [3], layers: ["all"]}}
     record = read_run(out / runs[0].name)
     default = replace(runs[0], varies={"learning_rate": None})  # which became a number
     assert [point.value for point in lines_by_key([default], out, "learning_rate", failed=())[""]] == [0.01]
-    unscaled = replace(runs[0], varies={"input_scale": 1.0})
+    unscaled = replace(runs[0], varies={"input_scale": 1.0}, recipe=runs[0].recipe.changed(input_scale=1.0))
     before = {**record, "recipe": {key: value for key, value in record["recipe"].items() if key != "input_scale"}}
     (out / runs[0].name / "run.json").write_text(json.dumps(before))  # of a run before the key was there
     assert [point.value for point in lines_by_key([unscaled], out, "input_scale", failed=())[""]] == [1.0]

@@ -50,7 +50,6 @@ _OPTIONAL = ("requests_per_minute", "price_in", "price_out")
 # What is given where no key is needed: no secrets, but words of honest texts.
 _PLACEHOLDERS = ("none", "empty", "null", "x", "no", "no-key", "not-needed", "unused", "dummy", "ollama", "lm-studio", "local")
 _PART_OF_WORDS = 6
-_NO_WORD, _MIXED = 16, 8  # characters from which a secret is no word: any, one of letters and digits
 _UNREAD = 64  # replies that may wait for a slow consumer before the workers wait too
 _GLANCE = 0.1  # seconds after which a reader looks whether it is to stop
 _GRACE = 1.5  # seconds for the thread to end: it does at once, unless a name is being looked up, which cannot be cancelled
@@ -108,9 +107,7 @@ class Endpoint:
         self._key = _key(self.key_env, needed=not given)
         self._basic = SecretStr(base64.b64encode(login.encode()).decode())
         hidden = [value for name, value in self._query.items() if re.search("key|token|sig|secret|pass", name.casefold())]
-        secrets = [self._key, self._basic, SecretStr(login.partition(":")[2]), *map(SecretStr, hidden)]
-        self._without_keys = _eraser(secrets)
-        self._reply_without_keys = _eraser([secret for secret in secrets if not _may_be_a_word(secret.get_secret_value())])
+        self._without_keys = _eraser([self._key, self._basic, SecretStr(login.partition(":")[2]), *map(SecretStr, hidden)])
         self._next_start = 0.0
         try:
             importlib.import_module("openai")
@@ -285,22 +282,8 @@ class Endpoint:
         )
 
     def _tidy(self, text: str) -> str:
-        """Without what must not get into messages: keys that a server echoes, half surrogate pairs, space around."""
-        return _encodable(self._without_keys(text))
-
-    def _tidy_reply(self, text: str) -> str:
-        """As `_tidy`, but a key that may be a word is left in a reply, which would lose its word."""
-        return _encodable(self._reply_without_keys(text))
-
-
-def _encodable(text: str) -> str:
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
-
-
-def _may_be_a_word(secret: str) -> bool:
-    """Whether a secret may stand in an honest text: it is short, and not of letters and digits both."""
-    mixed = any(map(str.isalpha, secret)) and any(map(str.isdigit, secret))
-    return len(secret) < (_MIXED if mixed else _NO_WORD)
+        """Without what must not get into files or messages: keys that a server echoes, half surrogate pairs, space around."""
+        return self._without_keys(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
 
 
 def _eraser(secrets: Sequence[SecretStr]) -> Callable[[str], str]:
@@ -407,7 +390,7 @@ class _Run(_LoopThread):
             permanent = error.status_code in (400, 403, 413, 422)
             return Reply(request.id, request.attempt, "", error=self._refusal(error), permanent=permanent)
         choice = completion.choices[0]
-        text = own._tidy_reply(choice.message.content or "")
+        text = own._tidy(choice.message.content or "")
         # A number of tokens as a server gives it may be anything.
         tokens = (getattr(completion.usage, side, None) for side in ("prompt_tokens", "completion_tokens"))
         read, written = (count if isinstance(count, int) and count > 0 else 0 for count in tokens)
