@@ -158,7 +158,7 @@ class Injector:
             if self.sites.random_in_training and any(one.irm.training for one in active):
                 self._refuse_random(decoder)
         state.running = context = ForwardContext(active, settings, (*self.observers, *settings.observers))
-        if settings.where != "all" or any(strength.dim() == 2 for strength in settings.strengths.values()):
+        if settings.by_token:
             inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
             context.tokens = next((value.shape[1] for value in inputs if isinstance(value, torch.Tensor)), None)
             context.start = _start(settings.generation, context.tokens or 0, kwargs)

@@ -62,6 +62,11 @@ class Settings:
     packed: bool = False
     observers: tuple[Callable[..., None], ...] = ()
 
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens of one row may differ, so that the place of each in its text matters."""
+        return self.where != "all" or any(strength.dim() == 2 for strength in self.strengths.values())
+
     def factor(self, strength: torch.Tensor, batch: int, positions: int, start: int | torch.Tensor) -> torch.Tensor:
         """What a delta ``[batch, position, layer, neuron]`` of this forward is multiplied by, in a shape that broadcasts.
 

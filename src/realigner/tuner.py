@@ -79,7 +79,7 @@ class IRMModel(BaseTuner):
         repeats = max(generate_setting(name, args, kwargs, self.model.generation_config) or 1 for name in counts)
         settings = replace(self.current(strength, where), generation=self._generation(repeats, args, kwargs))
         guided = generate_setting("guidance_scale", args, kwargs, self.model.generation_config) not in (None, 1)
-        if guided and (settings.where != "all" or any(value.dim() == 2 for value in settings.strengths.values())):
+        if guided and settings.by_token:
             raise UsageError("where and strengths for each token: not with guidance_scale, which reads a second text")
         return self._run(self.model.generate, settings, args, kwargs)
 
